@@ -1,0 +1,115 @@
+"""What a method is: a frozen record that names a pure loss, its parameters and what it needs to see.
+
+This room knows no model, file or cluster. A loss gets tensors and returns unreduced terms; the engine divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from rayalign.types import Scored
+
+Need = Literal[
+    "ref_logp",  # [B, K] Σ log π_ref over response tokens
+    "ref_token_logp",  # [N]
+    "behavior_logp",  # [B, K]
+    "behavior_token_logp",  # [N] under the distribution really drawn from
+    "reward",  # [B, K] a scorer's number
+    "label",  # [B, K] 1 desirable, 0 undesirable
+    "soft_label",  # [B, K] P(chosen preferred to rejected) in column 0; NaN = 1
+    "margin",  # [B, K] the annotators' margin in column 0; NaN = 0
+    "log_sum_p2",  # [N] token statistics of the forward
+    "log_max_p",
+    "plain_token_logp",
+    "value",  # [N] scalar head
+    "advantage",  # [N] made by round_prepare
+    "return",
+    "old_value",
+    "mismatched",  # candidate 1 of every group is another prompt's completion (KTO's KL estimate)
+]
+Over = Literal["pairs", "groups", "sequences", "tokens", "constant"]
+DataPolicy = Literal["off_policy", "on_policy", "hybrid"]
+
+
+class MethodConfig(BaseModel):
+    """Parameters that every method has. Subclasses add their own; defaults are the paper's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    logit_temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of policy, reference and behavior alike: the temperature that the data were drawn at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One unreduced part of a loss: the engine forms weight · Σ(per_item · mask) / (global count of ``over``).
+
+    Example: DPO on B pairs is ``Term(name="dpo", per_item=losses, mask=scored.pair_mask, over="pairs")``.
+    """
+
+    name: str
+    per_item: Float[Tensor, " items"]
+    mask: Bool[Tensor, " items"]
+    over: Over
+    """``constant``: divided by nothing; the method has divided already (by an all-reduced statistic, say)."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What a loss may know of the whole step, equal on every worker and in every micro-batch."""
+
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    """What ``step_prepare`` returned, summed over every micro-batch of every worker; no gradient."""
+    groups_per_step: int = 1
+    seed: int = 0
+    step: int = 0
+
+
+Loss = Callable[[Scored, Any, Statistics], tuple[Term, ...]]
+StepPrepare = Callable[[Scored, Any, Statistics], dict[str, Tensor]]
+Metrics = Callable[[Scored, Any, Statistics], dict[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A method is a value, not a trainer."""
+
+    name: str
+    config: type[MethodConfig]
+    loss: Loss
+    """(scored, config, statistics) → terms, with gradient through ``scored.scores`` only."""
+    needs: frozenset[Need] = frozenset()
+    candidates: Literal["one", "pair", "group"] = "pair"
+    data_policies: frozenset[DataPolicy] = frozenset({"off_policy", "on_policy", "hybrid"})
+    paper: str = ""
+    """Where the equation stands, for the documentation and the report."""
+    requires_auxiliary: bool = False
+    """True for MPO: its KL protection is auxiliary data, so a configuration must name it or say ``auxiliary: []``."""
+    refuses_truncated_sampling: bool = False
+    """True for ratio methods: top-p or top-k samples have no density under the policy's full softmax."""
+    extra_needs: Callable[[Any], frozenset[Need]] | None = None
+    """Needs that depend on the parameters, such as MPO's optional reference."""
+    implicit_beta: Callable[[Any], float] | None = None
+    """β of the implicit reward β · log(π/π_ref) (or β · log π without reference) behind ``rewards/*`` metrics."""
+    round_prepare: Callable[..., Any] | None = None
+    """Once per round, no gradient: advantages, GAE, whitening; columns stored with the round."""
+    step_prepare: StepPrepare | None = None
+    """Per step, no gradient, one call per micro-batch: sums that the engine adds up over all of them."""
+    metrics: Metrics | None = None
+    """Further metrics as name → (sum, count), added up over the step and divided."""
+
+    def needed(self, config: MethodConfig) -> frozenset[Need]:
+        """Everything the loss will look at under ``config``."""
+        return self.needs | (self.extra_needs(config) if self.extra_needs else frozenset())
+
+
+def margin(values: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    """chosen − rejected; candidate 0 is chosen, candidate 1 is rejected."""
+    return values[:, 0] - values[:, 1]
