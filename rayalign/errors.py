@@ -1,0 +1,14 @@
+"""Errors whose message is written for the person who made the mistake; the CLI prints them without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user wrote cannot be used. The message names file, line and field, and says what to do."""
+
+
+class MissingExtra(UserError):
+    """An optional dependency is not installed; the message is the command that installs it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'rayalign[{extra}]'")
