@@ -1,0 +1,51 @@
+"""A method on a stream: from one packed micro-batch to one number with a gradient. The only place that divides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rayalign.data.plan import StepCounts
+from rayalign.methods._base import Method, MethodConfig, Over, Statistics, Term
+from rayalign.types import PackedBatch, Scored
+
+TOKEN_STATISTICS = frozenset({"log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value"})
+"""Needs that the policy's forward answers; every other need is a column of the data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """``weight`` · ``method`` with ``config`` on the groups of ``stream``."""
+
+    stream: str
+    method: Method
+    config: MethodConfig
+    weight: float = 1.0
+
+    def score(self, policy: nn.Module, batch: PackedBatch) -> Scored:
+        """One forward of the policy; its gradient is the caller's to switch off."""
+        needs = frozenset(self.method.needed(self.config))
+        scores = policy(batch, needs=needs & TOKEN_STATISTICS, logit_temperature=self.config.logit_temperature)
+        return Scored(batch=batch, scores=scores, needs=needs)
+
+    def loss(self, scored: Scored, statistics: Statistics, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the step's loss (a float64 sum over its terms), and each term's share."""
+        terms = self.method.loss(scored, self.config, statistics)
+        shares = {
+            term.name: self.weight * term.weight * masked_total(term) / denominator(term.over, counts) for term in terms
+        }
+        return torch.stack(list(shares.values())).sum(), {name: share.detach() for name, share in shares.items()}
+
+
+def masked_total(term: Term) -> Tensor:
+    """Σ per_item over the mask; a masked value may be NaN and reaches neither the sum nor the gradient."""
+    return torch.where(term.mask, term.per_item, torch.zeros_like(term.per_item)).double().sum()
+
+
+def denominator(over: Over, counts: StepCounts) -> float:
+    """The step's global count that a term is divided by; at least 1, so that a step without such items adds 0."""
+    if over == "constant":
+        return 1.0
+    return float(max(1, getattr(counts, over)))
