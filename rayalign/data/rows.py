@@ -1,0 +1,78 @@
+"""Which tokens stand in which row: the arithmetic that the packer and the plan share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from rayalign.data.group import GroupLengths
+
+Layout = Literal["packed", "concatenated"]
+"""``packed``: a prompt once per row, shared by its candidates there. ``concatenated``: one prompt + candidate a row."""
+
+
+class Block(NamedTuple):
+    """A prompt and the candidates that share it, side by side in one row."""
+
+    group: int
+    candidates: tuple[int, ...]
+    tokens: int
+
+
+def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: Layout) -> list[list[Block]]:
+    """The blocks of every row.
+
+    ``packed``: a group larger than ``row_tokens`` is spread over rows, each with its own copy of the prompt; two blocks
+    of one group never meet in a row. Rows are filled first-fit-decreasing. A row is longer than ``row_tokens`` only
+    where a prompt with a single candidate already is, since a candidate is never split; ``row_tokens=None`` means one
+    row for everything.
+
+    ``concatenated``: every row is one prompt with one candidate, so that models whose state or bias runs along the row
+    (recurrent layers, ALiBi) read it as an ordinary right-padded sequence.
+    """
+    if layout == "concatenated":
+        return [
+            [Block(group, (candidate,), length.prompt + tokens)]
+            for group, length in enumerate(lengths)
+            for candidate, tokens in enumerate(length.candidates)
+        ]
+    if row_tokens is None:
+        room = sum(length.packed for length in lengths)
+    else:
+        room = max(row_tokens, *(length.prompt + max(length.candidates) for length in lengths))
+    blocks = [block for group, length in enumerate(lengths) for block in _spread(group, length, room)]
+    return [[blocks[i] for i in row] for row in _first_fit_decreasing([block.tokens for block in blocks], room)]
+
+
+def rows_needed(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: Layout) -> tuple[int, int]:
+    """(R, L) of the micro-batch that :func:`rayalign.data.pack.pack` makes of these groups."""
+    return row_shape(arrange(lengths, row_tokens=row_tokens, layout=layout))
+
+
+def row_shape(rows: Sequence[Sequence[Block]]) -> tuple[int, int]:
+    """(R, L): the number of rows and the tokens of the longest one."""
+    return len(rows), max(sum(block.tokens for block in row) for row in rows)
+
+
+def _spread(group: int, length: GroupLengths, room: int) -> list[Block]:
+    """One block where the whole group fits, else as many as its candidates need."""
+    shares = _first_fit_decreasing(length.candidates, room - length.prompt)
+    return [
+        Block(group, tuple(sorted(share)), length.prompt + sum(length.candidates[k] for k in share)) for share in shares
+    ]
+
+
+def _first_fit_decreasing(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices into ``sizes``, binned so that no bin holds more than ``room``."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[index]
+        target = next((b for b, left in enumerate(free) if size <= left), None)
+        if target is None:
+            bins.append([index])
+            free.append(room - size)
+        else:
+            bins[target].append(index)
+            free[target] -= size
+    return bins
