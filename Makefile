@@ -1,0 +1,59 @@
+# One target per thing that a contributor or CI runs; CI calls nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --durations=15
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow test-gpu check format bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed ## compare off-policy with on-policy on this machine, in minutes
+	$(BIN)/rayalign compare examples/quickstart.yaml
+
+test: check ## what a change must pass: lint, types, import walls, the default tests
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-test ## the tests that take longer than the default run allows
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+check: $(VENV)/.installed-test ## lint, format, types and import walls, without the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test ## rewrite the sources as `check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test ## measure throughput; prints one table per file of examples/bench
+	@set -e; for file in examples/bench/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean: ## remove the environment and what tools leave behind
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# Tests reach no network and leave the cores to the processes that they start.
+test test-slow test-gpu: export HF_HUB_OFFLINE = 1
+test test-slow test-gpu: export OMP_NUM_THREADS = 1
+test test-slow test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
+test test-slow test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
+
+# An environment is complete when its stamp is newer than what decides its content.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[test,deepspeed,lora]'
+	@touch $@
