@@ -1,0 +1,290 @@
+"""What a comparison measured: the raw points that every table, figure and claim of the report is computed from.
+
+The pipeline builds a :class:`Comparison` and calls :func:`save`; :func:`rayalign.report.render.render` turns it into
+the report, now or later from :func:`load`. Names of scorers, KL estimators and diagnostics are data.
+
+The unit of evidence is the prompt. A point holds P prompts x S samples of every quantity as P rows of S numbers, in the
+order of the prompt set's ``prompts``; ``None`` (or NaN) is a missing value, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rayalign.errors import UserError
+
+FILE_NAME = "comparison.json"
+
+
+def _matrix(rows: tuple[tuple[float | None, ...], ...]) -> tuple[tuple[float | None, ...], ...]:
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("every prompt needs the same number of samples; a missing one is null")
+    if any(value is not None and math.isinf(value) for row in rows for value in row):
+        raise ValueError("an infinite value has no mean; a missing one is null")
+    return tuple(tuple(None if value is None or math.isnan(value) else value for value in row) for row in rows)
+
+
+Samples = Annotated[tuple[tuple[float | None, ...], ...], Field(min_length=1), AfterValidator(_matrix)]
+"""P rows (prompts) of S numbers (samples)."""
+
+
+def as_array(samples: Samples) -> NDArray[np.float64]:
+    """``samples`` as float64 [P, S]; missing values are NaN."""
+    return np.array(samples, dtype=np.float64)
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measure(Record):
+    """A measured quantity, as the report explains it."""
+
+    name: str
+    """The key under which points carry it: ``oracle``, ``k1``, ``no_valid_opening``."""
+    label: str
+    """Column head, such as ``oracle`` or ``no valid opening``."""
+    unit: str = ""
+    """``nats per reply``, ``tokens`` …; a ``share`` is 0 or 1 per reply and shown in per cent."""
+    description: str = ""
+    """One sentence: what it is, how it is computed, whether methods were trained on it."""
+
+
+class PromptSet(Record):
+    """Prompts that are evaluated, averaged and resampled together."""
+
+    name: str
+    description: str = ""
+    prompts: tuple[str, ...] = Field(min_length=1)
+
+
+class Reply(Record):
+    """The text of one sample; its numbers stand in the point at ``[prompt][sample]``."""
+
+    prompt: int = Field(ge=0)
+    sample: int = Field(ge=0)
+    text: str
+
+
+class EvaluationPoint(Record):
+    """One policy at one step on one prompt set: P prompts x S samples of every quantity.
+
+    The same prompts in the same order, and the same sampling seeds, at every point of a prompt set.
+    """
+
+    prompt_set: str
+    step: int = Field(ge=0)
+    scores: Mapping[str, Samples]
+    """Scorer name -> score of each reply."""
+    kl: Mapping[str, Samples]
+    """Estimator name -> log pi - log pi_ref of each reply, nats (``k1``), or its Rao-Blackwellised form (``k1_rb``)."""
+    length: Samples
+    """Tokens of each reply, its end token included."""
+    finished: Samples
+    """1 where the reply ended by itself, 0 where it was cut at the limit."""
+    diagnostics: Mapping[str, Samples] = {}
+    replies: tuple[Reply, ...] = ()
+    """The few texts that the report shows."""
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        shapes = {name: as_array(samples).shape for name, samples in self.columns()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"quantities of one point differ in shape [prompts, samples]: {shapes}")
+        num_prompts, num_samples = as_array(self.length).shape
+        for reply in self.replies:
+            if reply.prompt >= num_prompts or reply.sample >= num_samples:
+                raise ValueError(f"reply [{reply.prompt}][{reply.sample}] is outside [{num_prompts}, {num_samples}]")
+        return self
+
+    def columns(self) -> Iterable[tuple[str, Samples]]:
+        """Every quantity with a name that says where it stands, such as ``scores.oracle``."""
+        for kind in ("scores", "kl", "diagnostics"):
+            for name, samples in getattr(self, kind).items():
+                yield f"{kind}.{name}", samples
+        yield "length", self.length
+        yield "finished", self.finished
+
+
+class ConfigChange(Record):
+    """One field in which a cell differs from the comparison's base configuration; values as YAML writes them."""
+
+    field: str
+    base: str
+    value: str
+
+
+class Cost(Record):
+    """What a cell used from its first step to its last; evaluation is not counted."""
+
+    tokens_trained: int = 0
+    tokens_generated: int = 0
+    labels_used: int = 0
+    scorer_calls: int = 0
+    device_seconds: float | None = None
+    """Seconds of wall time times devices (CPU cores where there is no accelerator)."""
+
+
+class Cell(Record):
+    """One method under one data policy with one seed: one training run."""
+
+    id: str
+    label: str
+    """Unique and short: the name in figures and tables, such as ``dpo, on-policy``."""
+    method: str
+    display_name: str
+    """The method as readers must know it, such as ``mpo (no KL)`` or ``dpo + wpo weights``."""
+    data_policy: str
+    seed: int
+    status: Literal["done", "failed", "skipped"]
+    reason: str = ""
+    """Why a cell failed or was skipped."""
+    config_changes: tuple[ConfigChange, ...] = ()
+    cost: Cost = Cost()
+    points: tuple[EvaluationPoint, ...] = ()
+    """In ascending step per prompt set; step 0 is the reference's and stands in ``Comparison.reference``."""
+    metrics: tuple[Mapping[str, float | None], ...] = ()
+    """Rows of ``metrics.jsonl``, each with ``step``; keys are training metrics such as ``rewards/accuracies``."""
+
+    @model_validator(mode="after")
+    def _reason_is_given(self) -> Self:
+        if self.status != "done" and not self.reason:
+            raise ValueError(f"cell {self.id!r} is {self.status}: say why in `reason`")
+        return self
+
+
+class Sampling(Record):
+    """How the evaluated replies were drawn, the same for every point."""
+
+    seed: int
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+
+
+class ReportText(Record):
+    """The comparison's own words: the section ``report:`` of its YAML."""
+
+    title: str
+    opening: tuple[str, ...] = ()
+    """Sentences that stand above everything: what this comparison can and cannot say."""
+    caveats: tuple[str, ...] = ()
+    """Sentences that close the report, under *Limits*."""
+    kl_levels: tuple[float, ...] = (1.0, 2.0, 5.0)
+    """KL, in nats, at which cells are set side by side."""
+    curves: tuple[str, ...] = ("loss", "rewards/accuracies", "rewards/margins")
+    """Training metrics that are drawn, where any cell has them."""
+
+
+class Provenance(Record):
+    """Where the numbers come from; kept apart from them, so that equal measurements give equal files."""
+
+    commands: tuple[str, ...] = ()
+    git_revision: str = ""
+    versions: Mapping[str, str] = {}
+    config_digests: Mapping[str, str] = {}
+    seeds: Mapping[str, int] = {}
+    machine: Mapping[str, str] = {}
+    started: str = ""
+    finished: str = ""
+    """ISO 8601 times with an offset."""
+
+
+class Comparison(Record):
+    """Everything that a report says, before any statistics.
+
+    ``scorers[0]`` and ``kl_estimators[0]`` are the ones that tables and figures lead with; ``prompt_sets[0]`` is the
+    one that the summary and the frontier are about.
+    """
+
+    name: str
+    text: ReportText
+    scorers: tuple[Measure, ...] = Field(min_length=1)
+    kl_estimators: tuple[Measure, ...] = Field(min_length=1)
+    diagnostics: tuple[Measure, ...] = ()
+    prompt_sets: tuple[PromptSet, ...] = Field(min_length=1)
+    sampling: Sampling
+    reference: tuple[EvaluationPoint, ...]
+    """The reference at step 0, once per prompt set."""
+    cells: tuple[Cell, ...]
+    provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("id", "label"):
+            _require_unique(f"cells: {field}", [getattr(cell, field) for cell in self.cells])
+        sizes = {prompts.name: len(prompts.prompts) for prompts in self.prompt_sets}
+        if [point.prompt_set for point in self.reference] != list(sizes):
+            raise ValueError(f"reference: one point per prompt set, in the order {list(sizes)}")
+        self._check_points("reference", self.reference, sizes)
+        for cell in self.cells:
+            self._check_points(f"cell {cell.id!r}", cell.points, sizes)
+            for name in sizes:
+                steps = [point.step for point in cell.points if point.prompt_set == name]
+                if any(later <= earlier for earlier, later in zip([0, *steps], steps, strict=False)):
+                    raise ValueError(f"cell {cell.id!r}, {name}: steps {steps} must ascend from above 0")
+        return self
+
+    def _check_points(self, where: str, points: tuple[EvaluationPoint, ...], sizes: Mapping[str, int]) -> None:
+        for point in points:
+            place = f"{where}, {point.prompt_set}, step {point.step}"
+            if point.prompt_set not in sizes:
+                raise ValueError(f"{place}: no such prompt set; there are {list(sizes)}")
+            if len(point.length) != sizes[point.prompt_set]:
+                raise ValueError(f"{place}: {len(point.length)} prompts, the set has {sizes[point.prompt_set]}")
+            for kind, measures in (
+                ("scores", self.scorers),
+                ("kl", self.kl_estimators),
+                ("diagnostics", self.diagnostics),
+            ):
+                expected, found = {measure.name for measure in measures}, set(getattr(point, kind))
+                if expected != found:
+                    raise ValueError(f"{place}: {kind} are {sorted(found)}, the comparison declares {sorted(expected)}")
+
+
+def _require_unique(what: str, values: list[str]) -> None:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{what}: {', '.join(repeated)} more than once")
+
+
+def save(comparison: Comparison, directory: Path) -> Path:
+    """Write ``directory/comparison.json`` in one rename and return its path."""
+    path = directory / FILE_NAME
+    write_text(path, comparison.model_dump_json() + "\n")
+    return path
+
+
+def load(directory: Path) -> Comparison:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        UserError: the file is missing, or is not a comparison of this version; the message names file and field.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{directory} holds no {FILE_NAME}: give the directory that `rayalign compare` wrote")
+    try:
+        return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {problem['msg']}"
+            for problem in error.errors()[:5]
+        )
+        raise UserError(f"{path}: {problems}. Run `rayalign compare` again, or repair the field.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: to a neighbour first, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
