@@ -11,6 +11,9 @@ from rayalign.data.plan import StepCounts
 from rayalign.methods._base import Method, MethodConfig, Over, Statistics, Term
 from rayalign.types import PackedBatch, Scored
 
+MAIN_STREAM = "train"
+"""The stream of the method under test; others are auxiliary."""
+
 TOKEN_STATISTICS = frozenset({"log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value"})
 """Needs that the policy's forward answers; every other need is a column of the data."""
 

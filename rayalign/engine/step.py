@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rayalign.engine.objective import Objective
+from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.source import StreamWork
 from rayalign.engine.strategy import Strategy
 from rayalign.methods._base import Statistics
@@ -121,7 +121,7 @@ class Tally:
             self.add(f"loss/{objective.stream}/{name}", share, nothing)
 
     def add_metrics(self, objective: Objective, scored: Scored, statistics: Statistics) -> None:
-        if objective.method.metrics is None or objective.stream != "pairs":
+        if objective.method.metrics is None or objective.stream != MAIN_STREAM:
             return
         with torch.no_grad():
             for name, (total, count) in objective.method.metrics(scored, objective.config, statistics).items():

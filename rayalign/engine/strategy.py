@@ -114,7 +114,7 @@ STRATEGIES: dict[str, type[Single] | type[DDP]] = {"ddp": DDP, "single": Single}
 
 
 def make_strategy(name: str, device: torch.device) -> Strategy:
-    """The strategy called ``name`` for this process of an initialised process group (none is needed for one process)."""
+    """The strategy called ``name`` for this process; one process needs no process group."""
     if name == "ddp" and dist.is_initialized():
         return DDP(device, dist.get_rank(), dist.get_world_size())
     return Single(device)

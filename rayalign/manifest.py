@@ -1,0 +1,84 @@
+"""A directory that is either whole or does not count: its manifest is the commit.
+
+Every file is written and flushed first; then ``MANIFEST.json`` with their sizes and SHA-256 digests appears in one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+
+
+class TornDirectory(ValueError):
+    """A committed directory misses a file, or a file is not what its manifest says."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either its old content or all of the new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Flush every file below ``directory`` and write its manifest: ``facts`` and the digests of the files."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    write_durably(directory / MANIFEST, json.dumps({**facts, "files": files}, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest, or None where nothing was committed."""
+    try:
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        manifest = json.loads(text)
+        assert isinstance(manifest["files"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise TornDirectory(f"{directory / MANIFEST} is not a manifest: {error}") from error
+    return dict(manifest)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The manifest of a whole directory; raises :class:`TornDirectory` naming what is missing or altered."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise TornDirectory(f"{directory} was never committed (it has no {MANIFEST})")
+    for name, facts in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise TornDirectory(f"{path} is missing")
+        if path.stat().st_size != facts["bytes"]:
+            raise TornDirectory(f"{path} has {path.stat().st_size} bytes, its manifest says {facts['bytes']}")
+        if file_digest(path) != facts["sha256"]:
+            raise TornDirectory(f"{path} does not have the digest in its manifest")
+    return manifest
