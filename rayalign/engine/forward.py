@@ -1,0 +1,91 @@
+"""The one root module: a packed micro-batch → what the policy says about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from rayalign.engine.attention import AttentionKind, attention_inputs, attention_kind
+from rayalign.engine.head import CHUNK_BYTES, HeadForm, token_logprobs
+from rayalign.errors import UserError
+from rayalign.types import PackedBatch, Scores
+
+pytree.register_dataclass(Scores)  # FSDP2 finds the tensors whose gradients it must wait for by flattening the output
+
+
+class Policy(nn.Module):
+    """A causal language model that reads packed prompt groups and answers with :class:`Scores`.
+
+    Every parameter is used inside this module's forward, the LM head included, so that whatever shards or averages
+    parameters (DDP, FSDP2) wraps this module and nothing else.
+
+    Args:
+        model: float32 parameters and no dropout (see :func:`rayalign.engine.model.load_policy`).
+        attention: how the model takes masks; by default what the table of families says of its configuration.
+        chunk_bytes: bytes of logits that exist at a time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, attention: AttentionKind | None = None, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention or attention_kind(model.config)
+        self.head_form = head_form(model, chunk_bytes=chunk_bytes)
+
+    def forward(
+        self, batch: PackedBatch, *, needs: frozenset[str] = frozenset(), logit_temperature: float = 1.0
+    ) -> Scores:
+        """Log-probabilities of the response tokens, with gradient; ``needs`` names the token statistics wanted."""
+        hidden = self._hidden(batch)
+        head = self.model.get_output_embeddings()
+        columns = token_logprobs(
+            hidden.flatten(0, 1).index_select(0, batch.predict_from),
+            head.weight,
+            batch.target_ids,
+            bias=head.bias,
+            form=replace(self.head_form, temperature=logit_temperature),
+            statistics=needs,
+        )
+        return Scores(**columns, **_per_candidate(batch, columns["token_logp"]))
+
+    def _hidden(self, batch: PackedBatch) -> Float[Tensor, "R L H"]:
+        device = batch.input_ids.device.type
+        autocast = torch.is_autocast_enabled(device)
+        inputs = attention_inputs(
+            batch,
+            self.attention,
+            self.model.config._attn_implementation,
+            torch.get_autocast_dtype(device) if autocast else self.model.dtype,
+        )
+        output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, return_dict=True, **inputs)
+        return output.last_hidden_state
+
+
+def head_form(model: PreTrainedModel, *, chunk_bytes: int = CHUNK_BYTES) -> HeadForm:
+    """What the family does between its LM head and the softmax, by its configuration.
+
+    Raises:
+        UserError: the model has no plain linear LM head.
+    """
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UserError(
+            f"model.name: {model.config.model_type} models have no linear LM head, so they cannot be trained"
+        )
+    config = model.config
+    return HeadForm(
+        scale=1.0 / getattr(config, "logits_scaling", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def _per_candidate(batch: PackedBatch, token_logp: Float[Tensor, " N"]) -> dict[str, Tensor]:
+    shape = batch.candidate_mask.shape
+    logp = token_logp.new_zeros(shape.numel()).index_add(0, batch.candidate_of, token_logp)
+    return {"logp": logp.view(shape), "length": torch.bincount(batch.candidate_of, minlength=shape.numel()).view(shape)}
