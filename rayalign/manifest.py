@@ -1,6 +1,7 @@
 """A directory that is either whole or does not count: its manifest is the commit.
 
-Every file is written and flushed first; then ``MANIFEST.json`` with their sizes and SHA-256 digests appears in one rename.
+Every file is written and flushed first; then ``MANIFEST.json`` with their sizes and SHA-256 digests appears in one
+rename.
 """
 
 from __future__ import annotations

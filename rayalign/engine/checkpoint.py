@@ -1,8 +1,8 @@
 """What a checkpoint holds, how it is committed, and which one a run continues from.
 
-``checkpoints/step_000100-a<attempt>/`` is a Hugging Face model directory (safetensors, tokenizer, generation config) with
-``trainer/`` beside the weights: optimizer state and random state. Every stream's position is a function of the step, so
-the step is all that data need. Two attempts never write into one directory: the attempt is in its name.
+``checkpoints/step_000100-a<attempt>/`` is a Hugging Face model directory (safetensors, tokenizer, generation config)
+with ``trainer/`` beside the weights: optimizer state and random state. Every stream's position is a function of the
+step, so the step is all that data need. Two attempts never write into one directory: the attempt is in its name.
 """
 
 from __future__ import annotations

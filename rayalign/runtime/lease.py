@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rayalign.errors import UserError
 
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 60.0
+POLL_SECONDS = 1.0
 
 
 class Held(UserError):
@@ -23,18 +24,19 @@ class Held(UserError):
 
 
 @contextlib.contextmanager
-def lease(directory: Path) -> Iterator[None]:
+def lease(directory: Path, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold ``directory/.lease`` while the block runs.
 
     The file is created with O_EXCL, so of two processes one gets it. Its owner touches it every few seconds; one that
     belongs to a dead process of this machine, or that was not renewed for a minute, is taken over.
 
-    Raises :class:`Held` with the owner's host, process and start.
+    With ``wait`` the caller queues behind a living owner and is told once for whom; without it a living owner raises
+    :class:`Held` with its host, process and start.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lease"
     token = uuid.uuid4().hex
-    acquire(path, token)
+    acquire(path, token, wait)
     stop = threading.Event()
     renewer = threading.Thread(target=renew, args=(path, stop), daemon=True)
     renewer.start()
@@ -47,13 +49,22 @@ def lease(directory: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def acquire(path: Path, token: str) -> None:
+def acquire(path: Path, token: str, wait: Callable[[str], None] | None) -> None:
     owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    told = False
     while True:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            take_over_or_refuse(path)
+            try:
+                take_over_or_refuse(path)
+            except Held as held:
+                if wait is None:
+                    raise
+                if not told:
+                    wait(f"waiting: {held}")
+                    told = True
+                time.sleep(POLL_SECONDS)
             continue
         with os.fdopen(descriptor, "w") as file:
             json.dump(owner, file)

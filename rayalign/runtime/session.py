@@ -17,7 +17,7 @@ from rayalign.errors import UserError
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's controller polls every 2 s by default: a run ends that much later
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller polls every 2 s by default: a run ends that much later
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # without it a hung worker hangs the run for ever
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -46,7 +46,7 @@ class Session:
 def connect(*, import_paths: Sequence[Path] = (), num_cpus: int | None = None) -> Iterator[Session]:
     """Join the running cluster (``RAY_ADDRESS``, or one on this machine), else start Ray here and stop it at the end.
 
-    ``num_cpus`` limits a cluster started here. Raises UserError when ``RAY_ADDRESS`` names a cluster that does not answer.
+    ``num_cpus`` limits a cluster started here. Raises UserError when the cluster at ``RAY_ADDRESS`` does not answer.
     """
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -77,8 +77,9 @@ def worker_main(config: dict[str, Any]) -> str:
 def fit(job: TrainJob, progress: ray.actor.ActorHandle, *, max_failures: int = 0) -> Path:
     """Train to the end and return the exported directory.
 
-    A lost worker, node or controller is answered by another attempt, which continues from the newest whole checkpoint; an
-    error of the run itself (bad data, a NaN loss, the user's own code) ends it at once as :class:`TrainingFailed`.
+    A lost worker, node or controller is answered by another attempt, which continues from the newest whole
+    checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once as
+    :class:`TrainingFailed`.
     ``max_failures`` lets Ray restart workers within one attempt as well.
     """
     for attempt in range(job.retries + 1):

@@ -1,0 +1,77 @@
+"""Stages addressed by their content: what was made from equal inputs is made once.
+
+A stage lives in ``artifacts/<stage>-<key>/`` and counts when its manifest is there. Its key is a digest of the stage's
+name and version, the digests of its inputs and the part of the configuration that it reads; versions of libraries are
+recorded in the manifest, not hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayalign.manifest import MANIFEST, file_digest
+from rayalign.runtime.lease import lease
+
+STAGE_VERSIONS = {"rows": 1, "tokens": 1, "mismatched": 1, "reference": 1}
+"""Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifacts:
+    """The content-addressed folder of one storage path."""
+
+    root: Path
+    fresh: frozenset[str] = frozenset()
+    """Stages that are made again whatever is there."""
+    note: Callable[[str], None] = print
+    """Receives one line per stage: made, or found."""
+
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+        """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes and commits it if needed.
+
+        Two processes that want one stage share it: the second waits for the first's lease to end and finds the result.
+        A directory that was begun and not committed is handed to ``build`` as it is, so that it can go on.
+        """
+        directory = self.root / f"{name}-{stage_key(name, inputs)}"
+        if self._found(name, directory):
+            return directory
+        with lease(directory, wait=self.note):
+            if self._found(name, directory):
+                return directory
+            if name in self.fresh:
+                (directory / MANIFEST).unlink(missing_ok=True)
+            self.note(f"{name}: making {directory.name}")
+            build(directory)
+        if not (directory / MANIFEST).exists():
+            raise AssertionError(f"stage {name} ended without a commit in {directory}")
+        return directory
+
+    def _found(self, name: str, directory: Path) -> bool:
+        found = (directory / MANIFEST).exists() and name not in self.fresh
+        if found:
+            self.note(f"{name}: found {directory.name}")
+        return found
+
+
+def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that name a stage's result; ``inputs`` are plain JSON values."""
+    text = json.dumps([name, STAGE_VERSIONS[name], inputs], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a plain JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def path_digest(path: Path) -> str:
+    """Digest of a file, or of every file below a folder with its name."""
+    if path.is_file():
+        return file_digest(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest_of({str(file.relative_to(path)): file_digest(file) for file in files})
