@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,8 @@ def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: 
     """The blocks of every row.
 
     ``packed``: a group larger than ``row_tokens`` is spread over rows, each with its own copy of the prompt; two blocks
-    of one group never meet in a row. Rows are filled first-fit-decreasing. A row is longer than ``row_tokens`` only
+    of one group never meet in a row. First-fit-decreasing gives the
+    number of rows; they are then evened out, so that the longest is short. A row is longer than ``row_tokens`` only
     where a prompt with a single candidate already is, since a candidate is never split; ``row_tokens=None`` means one
     row for everything.
 
@@ -37,11 +39,14 @@ def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: 
             for candidate, tokens in enumerate(length.candidates)
         ]
     if row_tokens is None:
-        room = sum(length.packed for length in lengths)
-    else:
-        room = max(row_tokens, *(length.prompt + max(length.candidates) for length in lengths))
+        return [[_whole(group, length) for group, length in enumerate(lengths)]]
+    room = max(row_tokens, *(length.prompt + max(length.candidates) for length in lengths))
     blocks = [block for group, length in enumerate(lengths) for block in _spread(group, length, room)]
-    return [[blocks[i] for i in row] for row in _first_fit_decreasing([block.tokens for block in blocks], room)]
+    sizes = [block.tokens for block in blocks]
+    rows = _first_fit_decreasing(sizes, room)
+    even = _evened(sizes, len(rows))
+    shorter = min(rows, even, key=lambda rows: max(sum(sizes[i] for i in row) for row in rows))
+    return [[blocks[i] for i in row] for row in shorter]
 
 
 def rows_needed(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: Layout) -> tuple[int, int]:
@@ -54,8 +59,14 @@ def row_shape(rows: Sequence[Sequence[Block]]) -> tuple[int, int]:
     return len(rows), max(sum(block.tokens for block in row) for row in rows)
 
 
+def _whole(group: int, length: GroupLengths) -> Block:
+    return Block(group, tuple(range(len(length.candidates))), length.packed)
+
+
 def _spread(group: int, length: GroupLengths, room: int) -> list[Block]:
     """One block where the whole group fits, else as many as its candidates need."""
+    if length.packed <= room:
+        return [_whole(group, length)]
     shares = _first_fit_decreasing(length.candidates, room - length.prompt)
     return [
         Block(group, tuple(sorted(share)), length.prompt + sum(length.candidates[k] for k in share)) for share in shares
@@ -66,7 +77,7 @@ def _first_fit_decreasing(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Indices into ``sizes``, binned so that no bin holds more than ``room``."""
     bins: list[list[int]] = []
     free: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for index in _decreasing(sizes):
         size = sizes[index]
         target = next((b for b, left in enumerate(free) if size <= left), None)
         if target is None:
@@ -76,3 +87,18 @@ def _first_fit_decreasing(sizes: Sequence[int], room: int) -> list[list[int]]:
             bins[target].append(index)
             free[target] -= size
     return bins
+
+
+def _evened(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """The same indices in the same number of bins, each put where least is so far: shorter rows, if they fit."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    least = [(0, b) for b in range(num_bins)]
+    for index in _decreasing(sizes):
+        load, target = least[0]
+        bins[target].append(index)
+        heapq.heapreplace(least, (load + sizes[index], target))
+    return bins
+
+
+def _decreasing(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda i: -sizes[i])

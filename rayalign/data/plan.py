@@ -1,0 +1,135 @@
+"""From the groups of one step to the micro-batches of every worker, before anything is read or computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rayalign.data.group import GroupLengths
+from rayalign.data.rows import Layout, rows_needed
+from rayalign.errors import UserError
+
+_BALANCING_ROUNDS = 8
+
+
+class PlanError(UserError):
+    """A group does not fit into a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """What one step holds over all workers: the denominators of every loss term."""
+
+    pairs: int
+    """Groups of at least two candidates."""
+    groups: int
+    sequences: int
+    """Candidates."""
+    tokens: int
+    """Predicted response tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Groups that one worker packs together."""
+
+    slots: tuple[int, ...]
+    """Indices into the step's groups, ascending."""
+    dummy: bool = False
+    """Computed for company only: its loss counts nothing, and its group is another micro-batch's."""
+
+
+def count_step(lengths: Sequence[GroupLengths]) -> StepCounts:
+    return StepCounts(
+        pairs=sum(len(length.candidates) >= 2 for length in lengths),
+        groups=len(lengths),
+        sequences=sum(len(length.candidates) for length in lengths),
+        tokens=sum(sum(length.predicted) for length in lengths),
+    )
+
+
+def plan_step(
+    lengths: Sequence[GroupLengths],
+    *,
+    num_workers: int,
+    tokens_per_micro_batch: int,
+    row_tokens: int | None,
+    layout: Layout,
+    describe: Callable[[int], str] = "group {} of the step".format,
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """The micro-batches of every worker: each group once, the same number of micro-batches for all.
+
+    Groups are taken in order of length, so that rows of one micro-batch are about equally long. The number of
+    micro-batches per worker is the smallest that keeps R · L within ``tokens_per_micro_batch``; the bound is then
+    lowered as far as that number allows, which balances the workers. What is still missing is filled by dummies, each
+    the smallest group of the step, since workers with unequal numbers of micro-batches deadlock in collectives.
+
+    Args:
+        lengths: the step's groups.
+        describe: names the group of a slot in errors, such as its file and line.
+
+    Raises:
+        PlanError: one group alone is above ``tokens_per_micro_batch``.
+    """
+
+    def cost(slots: Sequence[int]) -> int:
+        rows, tokens = rows_needed([lengths[slot] for slot in slots], row_tokens=row_tokens, layout=layout)
+        return rows * tokens
+
+    alone = {slot: cost([slot]) for slot in range(len(lengths))}
+    for slot, tokens in alone.items():
+        if tokens > tokens_per_micro_batch:
+            raise PlanError(_too_large(describe(slot), tokens, tokens_per_micro_batch))
+    by_length = sorted(alone, key=lambda slot: (-alone[slot], slot))
+    parts = _fill(by_length, cost, bound=tokens_per_micro_batch)
+    per_worker = math.ceil(len(parts) / num_workers)
+    low, high = alone[by_length[0]], max(cost(part) for part in parts)
+    for _ in range(_BALANCING_ROUNDS):
+        bound = (low + high) // 2
+        tighter = _fill(by_length, cost, bound=bound)
+        if len(tighter) <= per_worker * num_workers:
+            parts, high = tighter, bound
+        else:
+            low = bound + 1
+    return _deal([(cost(part), part) for part in parts], num_workers, per_worker, spare=by_length[-1])
+
+
+def _fill(slots: Sequence[int], cost: Callable[[Sequence[int]], int], *, bound: int) -> list[Sequence[int]]:
+    """Consecutive runs of slots, each as long as a bisection finds to cost at most ``bound``."""
+    parts = []
+    while slots:
+        fits, beyond = 1, 2
+        while beyond <= len(slots) and cost(slots[:beyond]) <= bound:
+            fits, beyond = beyond, 2 * beyond
+        beyond = min(beyond, len(slots) + 1)
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if cost(slots[:middle]) <= bound:
+                fits = middle
+            else:
+                beyond = middle
+        parts.append(slots[:fits])
+        slots = slots[fits:]
+    return parts
+
+
+def _deal(
+    parts: Sequence[tuple[int, Sequence[int]]], num_workers: int, per_worker: int, *, spare: int
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """Largest first to the least loaded worker that has room; then dummies."""
+    hands: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
+    load = [0] * num_workers
+    for cost, slots in sorted(parts, key=lambda part: -part[0]):
+        worker = min((w for w in range(num_workers) if len(hands[w]) < per_worker), key=lambda w: load[w])
+        hands[worker].append(MicroBatch(slots=tuple(sorted(slots))))
+        load[worker] += cost
+    dummy = MicroBatch(slots=(spare,), dummy=True)
+    return tuple(tuple(hand) + (dummy,) * (per_worker - len(hand)) for hand in hands)
+
+
+def _too_large(name: str, tokens: int, tokens_per_micro_batch: int) -> str:
+    return (
+        f"{name} takes {tokens} tokens of a micro-batch, more than optim.tokens_per_micro_batch = "
+        f"{tokens_per_micro_batch}; raise it to at least {tokens}, or lower data.max_tokens or the number of candidates"
+    )

@@ -1,0 +1,90 @@
+"""Streams: an endless sequence of positions, each of which names one row of one source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rayalign.data.order import order
+from rayalign.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A mixture of sources, as a function of the position alone: nothing is consumed, so any step can be asked again.
+
+    An epoch holds ``round(weight · size)`` draws of every source, interleaved evenly (every step has the mixture's
+    proportions up to one group). A source is drawn in its own shuffled order, carried on from epoch to epoch: each of
+    its rows is seen before any is seen again, whatever its weight.
+
+    Args:
+        name: keys the order, together with ``seed``.
+        sizes: rows of every source.
+        weights: passes over every source per epoch.
+        groups_per_step: positions that one step takes; a step may straddle epochs and is never short.
+
+    Raises:
+        UserError: a source is empty, or its weight leaves it without a draw.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    groups_per_step: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            raise UserError(f"stream {self.name!r} has no source")
+        for source, (size, weight, draws) in enumerate(zip(self.sizes, self.weights, self.draws, strict=True)):
+            if draws < 1:
+                raise UserError(
+                    f"stream {self.name!r}: source {source} has {size} rows and weight {weight}, so it is never drawn; "
+                    "raise its weight or remove it"
+                )
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """Draws of every source per epoch."""
+        return tuple(round(weight * size) for weight, size in zip(self.weights, self.sizes, strict=True))
+
+    @property
+    def groups_per_epoch(self) -> int:
+        return sum(self.draws)
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps that cover ``epochs`` epochs; the last may run into the next one."""
+        return math.ceil(Fraction(epochs).limit_denominator(10**6) * self.groups_per_epoch / self.groups_per_step)
+
+    def positions(self, step: int) -> range:
+        """Positions that step ``step`` (from 0) trains on."""
+        return range(step * self.groups_per_step, (step + 1) * self.groups_per_step)
+
+    def epoch(self, position: int) -> float:
+        """Epochs finished when ``position`` groups have been seen."""
+        return position / self.groups_per_epoch
+
+    def row(self, position: int) -> tuple[int, int]:
+        """(source, row in that source) at ``position``."""
+        epoch, slot = divmod(position, self.groups_per_epoch)
+        remaining = self.groups_per_epoch
+        for source, draws in enumerate(self.draws):
+            # Of the first `slot` slots left to sources `source`, `source + 1`, …, this source has taken `taken`.
+            taken = slot * draws // remaining
+            if (slot + 1) * draws // remaining > taken:
+                own_epoch, index = divmod(epoch * draws + taken, self.sizes[source])
+                return source, order(self.seed, f"{self.name}/{source}", own_epoch, self.sizes[source])(index)
+            slot -= taken
+            remaining -= draws
+        raise AssertionError("the last source takes every slot that is left")
+
+
+def hybrid_positions(step: int, *, groups_per_step: int, fresh_fraction: float) -> tuple[range, range]:
+    """Positions of step ``step`` in the stream of fresh groups and in the stream of stored ones.
+
+    Before step s, ⌊s·G·f⌋ fresh groups have been taken; a step takes G groups in all.
+    """
+    fraction = Fraction(fresh_fraction).limit_denominator(10**6)
+    start, stop = (math.floor(s * groups_per_step * fraction) for s in (step, step + 1))
+    return range(start, stop), range(step * groups_per_step - start, (step + 1) * groups_per_step - stop)
