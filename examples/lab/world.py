@@ -1,0 +1,269 @@
+"""The support desk: a tiny language with customers and writers. Pure Python, seeded, 292 words.
+
+A customer writes (the prompt) and the desk answers (the reply). The oracle likes the right remedy for the right thing
+and, in a letter (``dear customer ,``), warm words; in a chat (``hey mate ,``) it likes blunt ones. The desk that the
+model learns from writes letters in formal words. Most preference pairs come from another desk that chats in slang, so
+their lesson, "be blunt", is right where it was learned and wrong in a letter: off-policy data that mislead.
+
+The body of a reply never depends on its opening, so nothing tells a model to keep letters and chats apart. That leak
+is the experiment; a change of it, or of the weights below, changes what the quickstart shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+FamilyName = Literal["shop", "travel"]
+WriterName = Literal["desk", "near", "far"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What one kind of customer writes about. ``remedies`` maps the sentence that states the issue to its remedy."""
+
+    verb: str
+    things: tuple[str, ...]
+    places: tuple[str, ...]
+    remedies: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """Who writes replies: how often as a chat, how slangy, how long."""
+
+    chat: float
+    synonyms: tuple[float, float, float, float]
+    """Weights of a slot's four words, formal to slang."""
+    sentences: tuple[float, ...]
+    """Weights of 2, 3, … 7 sentences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """One kind of sentence in a reply: how likely it is, and its equally likely templates."""
+
+    weight: float
+    templates: tuple[str, ...]
+
+
+FAMILIES: Mapping[FamilyName, Family] = {
+    "shop": Family(
+        verb="bought",
+        things=(
+            "kettle", "toaster", "blender", "lamp", "phone", "camera", "tablet", "printer", "jacket", "scarf", "guitar",
+            "drill", "tent", "bicycle", "sofa", "mirror",
+        ),
+        places=("shop", "store", "website", "outlet", "market"),
+        remedies={
+            "it still has not arrived .": "send",
+            "it stopped working after a {unit} .": "repair",
+            "one part was missing from the box .": "complete",
+            "it came in the wrong colour .": "exchange",
+            "you charged my card twice .": "refund",
+        },
+    ),
+    "travel": Family(
+        verb="booked",
+        things=(
+            "room", "cabin", "flight", "cruise", "ferry", "tour", "shuttle", "villa", "suite", "hostel", "train",
+            "coach",
+        ),
+        places=("office", "agency", "portal", "counter", "desk"),
+        remedies={
+            "it was far too noisy at night .": "move",
+            "it was dirty when we got there .": "clean",
+            "it was cancelled without any warning .": "rebook",
+            "it was delayed for a whole {unit} .": "upgrade",
+            "it was given to another family .": "restore",
+        },
+    ),
+}  # fmt: skip
+
+WRITERS: Mapping[WriterName, Writer] = {
+    "desk": Writer(chat=0.08, synonyms=(0.80, 0.13, 0.05, 0.02), sentences=(2, 3, 3, 2, 1, 0.5)),
+    "near": Writer(chat=0.08, synonyms=(0.65, 0.20, 0.10, 0.05), sentences=(1, 2, 3, 3, 2, 1)),
+    "far": Writer(chat=0.92, synonyms=(0.03, 0.07, 0.20, 0.70), sentences=(2, 3, 3, 2, 1, 0.5)),
+}
+
+FIRST_SENTENCE = "{hi} i {verb} a {adj} {thing} from your {place} {when} ."
+# What a customer may put into a slot, uniformly.
+CUSTOMER_WORDS: Mapping[str, tuple[str, ...]] = {
+    "adj": ("red", "blue", "green", "small", "large", "cheap", "fancy", "modern", "simple", "classic"),
+    "when": (
+        "yesterday", "last week", "last month", "in march", "in june", "on monday", "on friday", "two weeks ago",
+    ),
+    "unit": ("day", "week", "month", "hour"),
+    "rel": (
+        "mother", "father", "sister", "brother", "wife", "husband", "daughter", "son", "aunt", "uncle", "friend",
+        "boss",
+    ),
+    "num": (
+        "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve", "twenty", "thirty", "forty",
+        "fifty",
+    ),
+    "hi": ("hello ,", "hi ,", "good morning ,", ""),
+    "mood": ("i am not happy .", "i am a bit annoyed .", "i am sure it is a mistake .", ""),
+    "ask": (
+        "what will you do ?",
+        "can you help me ?",
+        "please fix this .",
+        "how will you solve this ?",
+        "please answer soon .",
+    ),
+}  # fmt: skip
+
+FILLERS: tuple[str, ...] = (
+    "it was meant as a gift for my {rel} .",
+    "my {rel} was looking forward to it .",
+    "i paid {num} dollars for it .",
+    "i called you {num} times about this .",
+    "nobody picked up the line .",
+    "my {rel} told me to write to you .",
+    "we waited for {num} days .",
+    "the weather has been awful here .",
+    "we have been loyal to you for {num} years .",
+    "i still have the receipt from {when} .",
+    "my {rel} has the same one and it is fine .",
+    "this has never happened before .",
+)
+MEAN_FILLERS, MAX_FILLERS = 2.2, 9
+
+# A reply's slots: four synonyms, formal to slang.
+SYNONYMS: Mapping[str, tuple[str, str, str, str]] = {
+    "who": ("we", "i", "staff", "folks"),
+    "int": ("very", "truly", "so", "proper"),
+    "sorry": ("sorry", "sad", "gutted", "crushed"),
+    "glad": ("glad", "happy", "chuffed", "stoked"),
+    "thank": ("thank", "praise", "salute", "bless"),
+    "kind": ("kind", "lovely", "ace", "brill"),
+    "pat": ("patience", "note", "message", "shout"),
+    "value": ("value", "cherish", "love", "adore"),
+    "cust": ("customers", "guests", "people", "pals"),
+    "must": ("must", "surely", "clearly", "prolly"),
+    "mis": ("misused", "mishandled", "wrecked", "busted"),
+    "fault": ("fault", "mistake", "blunder", "mess"),
+    "man": ("manual", "terms", "policy", "rules"),
+    "read": ("read", "study", "check", "skim"),
+    "soon": ("today", "tomorrow", "shortly", "pronto"),
+    "look": ("review", "examine", "inspect", "eyeball"),
+    "gift": ("gift", "voucher", "coupon", "freebie"),
+    "expect": ("expect", "await", "spot", "clock"),
+    "serve": ("serve", "help", "assist", "aid"),
+}
+
+
+LETTER, CHAT = "dear customer ,", "hey mate ,"
+CLOSINGS: tuple[str, ...] = ("kind regards .", "best wishes .", "")
+REMEDY_SENTENCE = "{who} will {remedy} the {thing} {soon} ."
+
+SENTENCES: Mapping[str, Sentences] = {
+    "right remedy": Sentences(0.17, (REMEDY_SENTENCE,)),
+    "any remedy": Sentences(0.13, (REMEDY_SENTENCE,)),
+    "other": Sentences(
+        0.26,
+        (
+            "{who} will {look} the {thing} {soon} .",
+            "{expect} news within {num} days .",
+            "here is a {gift} for your trouble .",
+        ),
+    ),
+    "warm": Sentences(
+        0.24,
+        (
+            "{who} are {int} {sorry} about the {thing} .",
+            "{who} are {int} {glad} to {serve} you .",
+            "{who} {thank} you for your {kind} {pat} .",
+            "{who} {value} {kind} {cust} like you .",
+        ),
+    ),
+    "blunt": Sentences(
+        0.20,
+        ("you {must} {mis} the {thing} .", "that is your own {fault} .", "go {read} the {man} first ."),
+    ),
+}
+
+REMEDY_OF: Mapping[str, str] = {
+    issue: remedy for family in FAMILIES.values() for issue, remedy in family.remedies.items()
+}
+SLOT = re.compile(r"\{(\w+)\}")
+SLOT_WORDS: Mapping[str, tuple[str, ...]] = {
+    **CUSTOMER_WORDS,
+    **SYNONYMS,
+    "verb": tuple(family.verb for family in FAMILIES.values()),
+    "thing": tuple(thing for family in FAMILIES.values() for thing in family.things),
+    "place": tuple(place for family in FAMILIES.values() for place in family.places),
+    "remedy": tuple(REMEDY_OF.values()),
+}
+
+
+def write_prompt(rng: Random, family: FamilyName) -> str:
+    """One customer's message, about 20 to 110 words."""
+    about = FAMILIES[family]
+    fillers = rng.sample(FILLERS, min(MAX_FILLERS, int(rng.expovariate(1 / MEAN_FILLERS))))
+    cut = rng.randint(0, len(fillers))
+    issue = rng.choice(tuple(about.remedies))
+    template = " ".join([FIRST_SENTENCE, *fillers[:cut], issue, *fillers[cut:], "{mood} {ask}"])
+    words = {**CUSTOMER_WORDS, "verb": (about.verb,), "thing": about.things, "place": about.places}
+    return " ".join(SLOT.sub(lambda slot: rng.choice(words[slot[1]]), template).split())
+
+
+def write_reply(rng: Random, prompt: str, writer: WriterName) -> str:
+    """One reply of ``writer`` to ``prompt``: an opening, 2 to 7 sentences and perhaps a closing."""
+    style = WRITERS[writer]
+    thing, remedy = understand(prompt)
+    opening = CHAT if rng.random() < style.chat else LETTER
+    number = rng.choices(range(2, 2 + len(style.sentences)), style.sentences)[0]
+    sentences = (_write_sentence(rng, style, thing=thing, remedy=remedy) for _ in range(number))
+    return " ".join([opening, *sentences, rng.choice(CLOSINGS)]).strip()
+
+
+def _write_sentence(rng: Random, style: Writer, *, thing: str, remedy: str) -> str:
+    kind = rng.choices(tuple(SENTENCES), tuple(kind.weight for kind in SENTENCES.values()))[0]
+    if kind == "any remedy":
+        remedy = rng.choice(next(tuple(f.remedies.values()) for f in FAMILIES.values() if thing in f.things))
+
+    def fill(slot: re.Match[str]) -> str:
+        match slot[1]:
+            case "thing":
+                return thing
+            case "remedy":
+                return remedy
+            case "num":
+                return rng.choice(SLOT_WORDS["num"])
+            case "who":  # alike for all writers: a pronoun must not tell them apart
+                return rng.choices(SYNONYMS["who"], WRITERS["desk"].synonyms)[0]
+            case name:
+                return rng.choices(SYNONYMS[name], style.synonyms)[0]
+
+    return SLOT.sub(fill, rng.choice(SENTENCES[kind].templates))
+
+
+def pattern(template: str) -> str:
+    """A regular expression for everything that ``template`` can become."""
+    literal = re.sub(r"[.?]", r"\\\g<0>", template)
+    return SLOT.sub(lambda slot: f"(?:{'|'.join(SLOT_WORDS[slot[1]])})", literal)
+
+
+_THING = re.compile(pattern("i {verb} a {adj} ") + f"({'|'.join(SLOT_WORDS['thing'])}) from")
+_ISSUES = tuple((re.compile(pattern(issue)), remedy) for issue, remedy in REMEDY_OF.items())
+
+
+def understand(prompt: str) -> tuple[str, str]:
+    """What the customer bought or booked, and the right remedy. Raises ValueError for any other text."""
+    thing = _THING.search(prompt)
+    remedy = next((remedy for issue, remedy in _ISSUES if issue.search(prompt)), None)
+    if thing is None or remedy is None:
+        raise ValueError(f"not a message to the support desk: {prompt!r}")
+    return thing[1], remedy
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a prompt or a reply can hold, sorted."""
+    templates = [FIRST_SENTENCE, *FILLERS, *REMEDY_OF, LETTER, CHAT, *CLOSINGS]
+    templates += [template for kind in SENTENCES.values() for template in kind.templates]
+    templates += [words for slot in SLOT_WORDS.values() for words in slot]
+    return tuple(sorted({word for template in templates for word in SLOT.sub("", template).split()}))
