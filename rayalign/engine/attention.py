@@ -1,4 +1,4 @@
-"""Who may look at whom in a packed row: one rule, as an additive mask (CPU) and as a FlexAttention block mask (CUDA)."""
+"""Who sees whom in a packed row: one rule, as an additive mask (CPU) and as a FlexAttention block mask (CUDA)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLEX = "flex_attention"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """How far back a layer looks, in position ids (candidates of one prompt stand side by side, so columns say nothing).
+    """How far back a layer looks, in position ids: candidates of one prompt stand side by side, so columns say nothing.
 
     ``window``: fewer than so many positions back. ``chunk``: only inside the same block of so many positions.
     """
@@ -33,9 +33,9 @@ class Reach:
 class AttentionKind:
     """How a model family takes masks.
 
-    ``reach`` is one :class:`Reach` for all layers, or one per layer type where the model takes a dict of masks. ``None``
-    means that the family is not known to obey a prepared mask: it gets plain right-padded sequences only (the
-    ``concatenated`` layout).
+    ``reach`` is one :class:`Reach` for all layers, or one per layer type where the model takes a dict of masks.
+    ``None`` means that the family is not known to obey a prepared mask: it gets plain right-padded sequences only
+    (the ``concatenated`` layout).
     """
 
     reach: Reach | Mapping[str, Reach] | None
@@ -65,12 +65,12 @@ def attention_kind(config: PretrainedConfig) -> AttentionKind:
 
 
 def sees(
-    batch: PackedBatch, reach: Reach, *, row: Int[Tensor, "..."], q: Int[Tensor, "..."], kv: Int[Tensor, "..."]
-) -> Bool[Tensor, "..."]:
+    batch: PackedBatch, reach: Reach, *, row: Int[Tensor, " *r"], q: Int[Tensor, " *q"], kv: Int[Tensor, " *kv"]
+) -> Bool[Tensor, " *seen"]:
     """The rule: the token in column ``q`` of a row may look at the one in column ``kv``.
 
-    Same row, not later, same group, and the prompt's branch or its own; plus the layer's reach. Every token sees itself,
-    padding included (its group is -1), so that no row of a softmax is empty. The three index tensors broadcast.
+    Same row, not later, same group, and the prompt's branch or its own; plus the layer's reach. Every token sees
+    itself, padding included (its group is -1), so that no row of a softmax is empty. The index tensors broadcast.
     """
     groups, branches, positions = batch.group_ids, batch.branch_ids, batch.position_ids
     branch = branches[row, kv]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from rayalign.engine.attention import AttentionKind, attention_inputs, attention_kind
+from rayalign.data.rows import Layout
+from rayalign.engine.attention import CONCATENATED_ONLY, attention_inputs, attention_kind
 from rayalign.engine.head import CHUNK_BYTES, HeadForm, token_logprobs
 from rayalign.errors import UserError
 from rayalign.types import PackedBatch, Scores
@@ -26,16 +27,15 @@ class Policy(nn.Module):
 
     Args:
         model: float32 parameters and no dropout (see :func:`rayalign.engine.model.load_policy`).
-        attention: how the model takes masks; by default what the table of families says of its configuration.
+        layout: of the batches to come, as :func:`rayalign.engine.parity.choose_layout` says. ``concatenated`` leaves
+            masks to the model; a family that is not known to obey prepared masks is read that way in any case.
         chunk_bytes: bytes of logits that exist at a time.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, attention: AttentionKind | None = None, chunk_bytes: int = CHUNK_BYTES
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout = "packed", chunk_bytes: int = CHUNK_BYTES) -> None:
         super().__init__()
         self.model = model
-        self.attention = attention or attention_kind(model.config)
+        self.attention = attention_kind(model.config) if layout == "packed" else CONCATENATED_ONLY
         self.head_form = head_form(model, chunk_bytes=chunk_bytes)
 
     def forward(
@@ -64,7 +64,8 @@ class Policy(nn.Module):
             torch.get_autocast_dtype(device) if autocast else self.model.dtype,
         )
         output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, return_dict=True, **inputs)
-        return output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
 
 def head_form(model: PreTrainedModel, *, chunk_bytes: int = CHUNK_BYTES) -> HeadForm:

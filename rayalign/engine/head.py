@@ -20,7 +20,7 @@ STATISTICS = ("log_sum_p2", "log_max_p", "plain_token_logp", "entropy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadForm:
-    """What a model does with its logits, and the temperature: ``softcap · tanh(scale · (h Wᵀ + bias) / softcap) / T``."""
+    """From hidden states to logits: ``softcap · tanh(scale · (h Wᵀ + bias) / softcap) / temperature``."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -43,7 +43,7 @@ def token_logprobs(
     weights). The backward pass computes each chunk's logits again instead of keeping them.
     """
     names = tuple(name for name in STATISTICS if name in statistics)
-    outputs = _ChunkedHead.apply(hidden, weight, bias, target_ids, form or HeadForm(), names)
+    outputs = _ChunkedHead.apply(hidden, weight, bias, target_ids, form or HeadForm(), names)  # type: ignore[no-untyped-call]
     return dict(zip(("token_logp", *names), outputs, strict=True))
 
 

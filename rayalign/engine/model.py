@@ -1,0 +1,196 @@
+"""Models and tokenizers in and out: Hugging Face directories, float32 parameters, no dropout, safetensors only."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayalign.engine.attention import FLEX, attention_kind
+from rayalign.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which model, and how it is held. Parameters are float32 always; ``dtype`` is what autocast computes in."""
+
+    name: str
+    """A directory in Hugging Face layout, or a Hub id."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    from_scratch: bool = False
+    """``name`` holds a configuration and a tokenizer; the weights are drawn with ``seed``."""
+    seed: int = 0
+
+
+def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """The dtype of autocast: ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    if spec.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if spec.dtype == "float32" else torch.bfloat16
+
+
+def load_policy(
+    spec: ModelSpec, *, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready to be trained on ``device`` (the CPU by default), and its tokenizer.
+
+    Raises:
+        UserError: there is no such model, or it lacks its configuration, safetensors weights or tokenizer.
+    """
+    directory = model_directory(spec.name, spec.revision)
+    device = device or torch.device("cpu")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
+    _silence_noise(config)
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": _attention_implementation(config, device),
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    if spec.from_scratch:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        _require_weights(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, config=config, use_safetensors=True, **options)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device).train(), load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model."""
+    if not any(_matching(directory, TOKENIZER_FILES)):
+        raise UserError(f"model.name: {directory} holds no tokenizer: save one there with tokenizer.save_pretrained")
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def model_directory(name: str, revision: str | None = None) -> Path:
+    """The local directory of a model: ``name`` itself, or the Hub's files in Hugging Face's cache.
+
+    Raises:
+        UserError: ``name`` is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: {path} has no config.json: name a directory in Hugging Face layout")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"model.name: there is no directory {path}: name an existing one, or a Hub id such as org/model"
+        )
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES, "*.json"])
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model.name: {name!r} is no directory here and could not be had from the Hugging Face Hub ({reason}): "
+            "check the spelling and the network, or download the model and name its directory"
+        ) from error
+
+
+def save_pretrained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, stop_ids: Sequence[int] = ()
+) -> None:
+    """Write a directory that ``from_pretrained`` loads with no conversion.
+
+    ``stop_ids`` are the tokens that end a response; generation_config.json names them.
+    """
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if stop_ids:
+        generation = copy.deepcopy(model.generation_config)
+        generation.eos_token_id = list(stop_ids)
+        generation.save_pretrained(directory)
+
+
+def model_digest(directory: Path) -> str:
+    """SHA-256 of a model's weights, configuration and code, as files."""
+    return _files_digest(_matching(directory, WEIGHT_FILES))
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """SHA-256 of a tokenizer's files, its chat template included."""
+    return _files_digest(_matching(directory, TOKENIZER_FILES))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the parameters and buffers in memory: equal where every bit is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _files_digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+
+
+def _require_weights(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    if any(directory.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"model.name: {directory} holds pickled weights, which run code when loaded: "
+            "convert them with save_pretrained, which writes safetensors"
+        )
+    raise UserError(
+        f"model.name: {directory} holds no weights (*.safetensors): name a trained model, or ask for random weights "
+        "with model.from_scratch: true"
+    )
+
+
+def _silence_noise(config: PretrainedConfig) -> None:
+    """Dropout and router jitter off: with them a policy differs from its own reference before the first step."""
+    for name, value in config.get_text_config().to_dict().items():
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            setattr(config.get_text_config(), name, 0.0)
+
+
+def _attention_implementation(config: PretrainedConfig, device: torch.device) -> str | None:
+    """Transformers' name of the implementation; None is its own choice."""
+    if attention_kind(config).reach is not None and device.type == "cuda":
+        return FLEX
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"  # sdpa leaves the cap out without saying so
+    return "sdpa" if attention_kind(config).reach is not None else None

@@ -1,0 +1,159 @@
+"""Proof that a model family reads packed rows as it reads plain sequences, before any row is packed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rayalign.data.group import Candidate, Group
+from rayalign.data.pack import pack
+from rayalign.data.rows import Layout
+from rayalign.engine.attention import attention_kind
+from rayalign.engine.forward import Policy
+from rayalign.engine.step import to_device
+from rayalign.errors import UserError
+
+TOLERANCE = 1e-3
+"""Nats per token. Float32 rounding stays below 1e-5; a wrong mask is off by a nat."""
+
+_WINDOW, _VOCABULARY, _WIDTH = 8, 48, 64
+
+log = logging.getLogger(__name__)
+
+
+def choose_layout(model: PreTrainedModel) -> Layout:
+    """The layout that ``model``'s family is proven to read right: ``packed`` where possible, else ``concatenated``.
+
+    The proof is a float32 forward against transformers' own forward of each sequence alone, on a random model of the
+    same configuration with fewer layers (one of each type), a small vocabulary and a window shorter than the sequences.
+    A family outside the table of attention families is tried as it is, on plain sequences. The result is kept in ``$RAYALIGN_CACHE`` (default ``~/.cache/rayalign``), one file per configuration, attention
+    implementation and transformers version.
+
+    Raises:
+        UserError: not even plain sequences give the log-probabilities that transformers gives.
+    """
+    path = _cache_directory() / "parity" / f"{_key(model)}.json"
+    if path.is_file():
+        differences = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        differences = measure(model)
+        _write(path, differences)
+    for layout in ("packed", "concatenated"):
+        if differences.get(layout, float("inf")) <= TOLERANCE:
+            return layout
+        if layout in differences:
+            log.warning(
+                "%s models read %s rows wrongly: token log-probs differ by up to %.3g nats from plain sequences",
+                model.config.model_type,
+                layout,
+                differences[layout],
+            )
+    raise UserError(
+        f"model.name: log-probs of {model.config.model_type} models differ by {differences['concatenated']:.3g} nats "
+        "from what transformers computes, so this family cannot be trained"
+    )
+
+
+def measure(model: PreTrainedModel) -> dict[str, float]:
+    """Largest |Δ log-prob| of a token, in nats, for every layout that the family may use."""
+    known = attention_kind(model.config).reach is not None
+    layouts: tuple[Layout, ...] = ("packed", "concatenated") if known else ("concatenated",)
+    probe = shrunken(model) if known else model
+    groups = _groups()
+    with torch.no_grad():
+        expected = plain_token_logp(probe, groups)
+        return {layout: _difference(probe, groups, layout, expected) for layout in layouts}
+
+
+def plain_token_logp(model: PreTrainedModel, groups: Sequence[Group]) -> Float[Tensor, " N"]:
+    """Response log-probs by the model's own forward, one sequence at a time, in the packer's order."""
+    columns = []
+    for group in groups:
+        for candidate in group.candidates:
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, candidate.ids])).long().to(model.device)
+            logp = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(dim=-1)
+            columns.append(logp.gather(1, ids[1:, None])[len(group.prompt_ids) - 1 :, 0])
+    return torch.cat(columns)
+
+
+def shrunken(model: PreTrainedModel) -> PreTrainedModel:
+    """A small random model of the same class: weights large enough that every mistake shows."""
+    config = copy.deepcopy(model.config)
+    config.vocab_size, config.pad_token_id = _VOCABULARY, None
+    for name, most in {
+        "sliding_window": _WINDOW,
+        "intermediate_size": _WIDTH,
+        "moe_intermediate_size": _WIDTH,
+        "num_hidden_layers": 2,
+    }.items():
+        if (getattr(config, name, None) or 0) > most:
+            setattr(config, name, most)
+    if isinstance(attention_kind(config).reach, Mapping):
+        config.layer_types = sorted(set(config.layer_types))
+        config.num_hidden_layers = len(config.layer_types)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        probe = type(model)(config).float()
+    for parameter in probe.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.data = noise * scale if parameter.ndim > 1 else parameter.data + noise * scale
+    return probe.to(model.device).eval()
+
+
+def _groups() -> list[Group]:
+    """Ragged groups of 1, 2 and 4 candidates, most of them longer than the window."""
+    random = np.random.default_rng(0)
+
+    def ids(shortest: int, longest: int) -> np.ndarray:
+        return random.integers(0, _VOCABULARY, random.integers(shortest, longest + 1)).astype(np.int32)
+
+    def candidate() -> Candidate:
+        tokens = ids(1, 3 * _WINDOW)
+        return Candidate(ids=tokens, mask=np.ones(len(tokens), dtype=np.bool_))
+
+    return [
+        Group(prompt_ids=ids(2, 2 * _WINDOW), candidates=tuple(candidate() for _ in range(num_candidates)))
+        for num_candidates in (2, 1, 4)
+    ]
+
+
+def _difference(probe: PreTrainedModel, groups: Sequence[Group], layout: Layout, expected: Tensor) -> float:
+    batch = pack(
+        groups, positions=range(len(groups)), num_candidates=4, pad_id=0, row_tokens=8 * _WINDOW, layout=layout
+    )
+    scores = Policy(probe, layout=layout)(to_device(batch, probe.device))
+    return float((scores.token_logp - expected).abs().max())
+
+
+def _key(model: PreTrainedModel) -> str:
+    volatile = {"_name_or_path", "transformers_version", "dtype", "architectures"}
+    config: PretrainedConfig = model.config
+    facts = {name: value for name, value in config.to_dict().items() if name not in volatile}
+    text = json.dumps(facts, sort_keys=True, default=str)
+    context = f"{transformers.__version__} {type(model).__name__} {config._attn_implementation} {model.device.type}"
+    return hashlib.sha256(f"{context}\n{text}".encode()).hexdigest()[:32]
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("RAYALIGN_CACHE", "~/.cache/rayalign")).expanduser()
+
+
+def _write(path: Path, differences: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(differences), encoding="utf-8")
+    os.replace(temporary, path)
