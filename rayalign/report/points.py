@@ -22,6 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from rayalign.errors import UserError
 
 FILE_NAME = "comparison.json"
+REFERENCE = "reference"
+"""What the reference is called where a cell's id would stand."""
 
 
 def _matrix(rows: tuple[tuple[float | None, ...], ...]) -> tuple[tuple[float | None, ...], ...]:
@@ -220,7 +222,7 @@ class Comparison(Record):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for field in ("id", "label"):
-            _require_unique(f"cells: {field}", [getattr(cell, field) for cell in self.cells])
+            _require_unique(f"cells: {field}", [REFERENCE, *(getattr(cell, field) for cell in self.cells)])
         sizes = {prompts.name: len(prompts.prompts) for prompts in self.prompt_sets}
         if [point.prompt_set for point in self.reference] != list(sizes):
             raise ValueError(f"reference: one point per prompt set, in the order {list(sizes)}")

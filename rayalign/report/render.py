@@ -1,0 +1,152 @@
+"""The report of a comparison as files: ``report.html`` (self-contained), ``report.md``, ``results.json``, ``*.svg``."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rayalign.report import figures, formatting
+from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint, write_text
+from rayalign.report.results import results_json
+from rayalign.report.statistics import INTERVAL_HEAD
+from rayalign.report.summary import Summary, summarize
+
+FOLDER = "report"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One reply and its numbers: (label, unit, value)."""
+
+    cell: str
+    step: int
+    text: str
+    numbers: tuple[tuple[str, str, float | None], ...]
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSamples:
+    """Replies of the reference and of every cell to one prompt, drawn with the same sampling seed."""
+
+    prompt_set: str
+    prompt: str
+    rows: tuple[SampleRow, ...]
+
+
+def render(comparison: Comparison, directory: Path) -> Path:
+    """Write ``directory/report/`` and return the path of ``report.html``, which is written last.
+
+    Each file is replaced whole, so a reader never sees half of one.
+    """
+    summary = summarize(comparison)
+    drawings = figures.draw_all(comparison, summary)
+    folder = directory / FOLDER
+    for stem, svg in drawings.items():
+        write_text(folder / f"{stem}.svg", figures.standalone(svg))
+    write_text(folder / "results.json", results_json(comparison, summary))
+    for name in ("report.md", "report.html"):
+        write_text(folder / name, render_text(name, comparison, summary, drawings))
+    return folder / "report.html"
+
+
+def render_text(name: str, comparison: Comparison, summary: Summary, drawings: dict[str, str]) -> str:
+    """The text of ``report.html`` or ``report.md``."""
+    environment = _environment()
+    script = _source(environment, "report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(f"{name}.jinja").render(
+        comparison=comparison,
+        summary=summary,
+        cells={cell.id: cell for cell in comparison.cells},
+        measures=(*comparison.scorers, *comparison.kl_estimators, *comparison.diagnostics),
+        last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
+        styles=figures.styles(comparison.cells),
+        drawings={stem: Markup(figures.inline(svg)) for stem, svg in drawings.items()},
+        prompt_samples=list(_prompt_samples(comparison)),
+        limits=limits(comparison, summary),
+        interval_head=INTERVAL_HEAD,
+        reference=REFERENCE,
+        theme=figures.THEME,
+        style=Markup(_source(environment, "report.css")),
+        script=Markup(script),
+        script_digest=digest,
+    )
+
+
+def limits(comparison: Comparison, summary: Summary) -> list[str]:
+    """What the numbers cannot say: first what holds for every comparison of this kind, then this one's own caveats."""
+    estimator = comparison.kl_estimators[0]
+    bootstrap = summary.bootstrap
+    return [
+        f"Every cell is one training run with one seed. Intervals are {bootstrap.level:.0%} percentile bootstrap"
+        f" intervals over prompts ({bootstrap.resamples} resamples, seed {bootstrap.seed}): samples are averaged inside"
+        " a prompt, then prompts are resampled. How much another training seed would change a number is not measured"
+        " here, so this report calls no cell better than another.",
+        "KL is the reverse KL(π‖π_ref) on the policy's own replies at temperature 1, estimated by"
+        f" {estimator.label}, in nats per reply; its interval, too, is over prompts.",
+        "Membership of the front is of point estimates: a point on it need not differ from one beside it.",
+        "Scores at equal KL are interpolated linearly between two checkpoints of one run, in the order of training, at"
+        " its first crossing of the level. They are point estimates, and nothing is extrapolated.",
+        "Where every prompt agrees, as with a share of 0 %, a bootstrap interval has no width. That is not certainty.",
+        *comparison.text.caveats,
+    ]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("rayalign", "report"),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for name in ("number", "interval", "signed", "count", "policy", "markdown", "indented"):
+        environment.filters[name] = getattr(formatting, name)
+    return environment
+
+
+def _source(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
+    for reference in comparison.reference:
+        (prompts,) = (prompts for prompts in comparison.prompt_sets if prompts.name == reference.prompt_set)
+        sources = [(REFERENCE, reference)]
+        for cell in comparison.cells:
+            points = [point for point in cell.points if point.prompt_set == prompts.name]
+            sources += [(cell.id, point) for point in points[-1:]]
+        keys = dict.fromkeys((reply.prompt, reply.sample) for _, point in sources for reply in point.replies)
+        for key in keys:
+            yield PromptSamples(
+                prompt_set=prompts.name,
+                prompt=prompts.prompts[key[0]],
+                rows=tuple(row for cell, point in sources for row in _rows(comparison, cell, point, key)),
+            )
+
+
+def _rows(comparison: Comparison, cell: str, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[SampleRow]:
+    prompt, sample = key
+    estimator = comparison.kl_estimators[0]
+    for reply in point.replies:
+        if (reply.prompt, reply.sample) == key:
+            yield SampleRow(
+                cell=cell,
+                step=point.step,
+                text=reply.text,
+                numbers=(
+                    *((m.label, m.unit, point.scores[m.name][prompt][sample]) for m in comparison.scorers),
+                    (f"log π/π_ref, {estimator.label}", "nats", point.kl[estimator.name][prompt][sample]),
+                    ("tokens", "", point.length[prompt][sample]),
+                ),
+                cut=point.finished[prompt][sample] == 0,
+            )

@@ -1,0 +1,66 @@
+"""Means with intervals. The unit is the prompt: samples are averaged inside a prompt, then prompts are resampled.
+
+An interval from here answers "what if other prompts of the same kind had been asked?" It says nothing about another
+training seed: a cell is one run, and runs vary more than prompts do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+INTERVAL_HEAD = "interval over prompts, one training run"
+
+Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bootstrap:
+    """How intervals are drawn: percentiles of the mean over prompts resampled with replacement."""
+
+    level: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over ``n`` prompts and its interval; NaN where there is none (n = 0; for the interval also n = 1)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def prompt_means(samples: Matrix) -> Vector:
+    """[P, S] to [P]: the mean over the samples a prompt has; NaN where it has none."""
+    present = ~np.isnan(samples)
+    counts = present.sum(axis=1)
+    sums = np.where(present, samples, 0.0).sum(axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def estimate(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
+    """Mean over the prompts that have a value, with a percentile bootstrap interval.
+
+    Equal ``n`` gives equal resamples, so that estimates of one prompt set are resampled together.
+    """
+    values = per_prompt[~np.isnan(per_prompt)]
+    n = len(values)
+    if n == 0:
+        return Estimate(mean=np.nan, low=np.nan, high=np.nan, n=0)
+    if n == 1:
+        return Estimate(mean=float(values[0]), low=np.nan, high=np.nan, n=1)
+    chosen = np.random.default_rng(bootstrap.seed).integers(n, size=(bootstrap.resamples, n))
+    tail = (1 - bootstrap.level) / 2
+    low, high = np.quantile(values[chosen].mean(axis=1), [tail, 1 - tail])
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high), n=n)
+
+
+def paired_change(per_prompt: Vector, baseline: Vector, bootstrap: Bootstrap) -> Estimate:
+    """Mean of ``per_prompt - baseline`` over the prompts that have both; the pairs are resampled whole."""
+    return estimate(per_prompt - baseline, bootstrap)

@@ -1,0 +1,144 @@
+"""Points to estimates: what the report says about every checkpoint, before it is laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rayalign.report.frontier import Crossing, FrontierPoint, pareto, score_at_kl
+from rayalign.report.points import REFERENCE, Cell, Comparison, EvaluationPoint, Samples, as_array
+from rayalign.report.statistics import Bootstrap, Estimate, Vector, estimate, paired_change, prompt_means
+from rayalign.report.winrate import win_shares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointSummary:
+    """The estimates of one policy at one step on one prompt set; mappings are keyed by measure name."""
+
+    cell: str
+    """A cell's id, or ``reference``."""
+    prompt_set: str
+    step: int
+    num_samples: int
+    """Samples per prompt; the number of prompts stands in every estimate."""
+    scores: Mapping[str, Estimate]
+    changes: Mapping[str, Estimate]
+    """Score minus the reference's, paired by prompt."""
+    win_rates: Mapping[str, Estimate]
+    kl: Mapping[str, Estimate]
+    diagnostics: Mapping[str, Estimate]
+    length: Estimate
+    cut: Estimate
+    """Share of replies cut at the token limit."""
+    on_front: tuple[str, ...] = ()
+    """Scorers under which no other point of the prompt set dominates this one (point estimates)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtKl:
+    """A cell's scores at a KL level, by scorer; ``None`` where the cell's checkpoints do not bracket the level."""
+
+    cell: str
+    prompt_set: str
+    level: float
+    crossings: Mapping[str, Crossing | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    bootstrap: Bootstrap
+    points: tuple[PointSummary, ...]
+    """The reference first, then the cells in order; prompt sets in order; steps ascending."""
+    at_kl: tuple[AtKl, ...]
+
+    def of(self, cell: str, prompt_set: str) -> tuple[PointSummary, ...]:
+        return tuple(point for point in self.points if point.cell == cell and point.prompt_set == prompt_set)
+
+    def last(self, prompt_set: str) -> tuple[PointSummary, ...]:
+        """The last point of the reference and of every cell that has one."""
+        return tuple({point.cell: point for point in self.points if point.prompt_set == prompt_set}.values())
+
+
+def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Summary:
+    """Every estimate of the report. Equal comparisons give equal summaries."""
+    bootstrap = bootstrap or Bootstrap()
+    points: list[PointSummary] = []
+    at_kl: list[AtKl] = []
+    for reference in comparison.reference:
+        start = _summarize_point(REFERENCE, reference, reference, bootstrap)
+        paths = [(cell, _summarize_path(cell, reference, bootstrap)) for cell in comparison.cells]
+        points += _mark_front(comparison, [start, *(point for _, path in paths for point in path)])
+        at_kl += [
+            _at_kl(comparison, [start, *path], level)
+            for _, path in paths
+            if path
+            for level in comparison.text.kl_levels
+        ]
+    order = {name: index for index, name in enumerate([REFERENCE, *(cell.id for cell in comparison.cells)])}
+    points.sort(key=lambda point: order[point.cell])
+    return Summary(bootstrap=bootstrap, points=tuple(points), at_kl=tuple(at_kl))
+
+
+def _summarize_path(cell: Cell, reference: EvaluationPoint, bootstrap: Bootstrap) -> list[PointSummary]:
+    return [
+        _summarize_point(cell.id, point, reference, bootstrap)
+        for point in cell.points
+        if point.prompt_set == reference.prompt_set
+    ]
+
+
+def _summarize_point(
+    cell: str, point: EvaluationPoint, reference: EvaluationPoint, bootstrap: Bootstrap
+) -> PointSummary:
+    def per_prompt(samples: Samples) -> Vector:
+        return prompt_means(as_array(samples))
+
+    def means(columns: Mapping[str, Samples]) -> dict[str, Estimate]:
+        return {name: estimate(per_prompt(samples), bootstrap) for name, samples in columns.items()}
+
+    return PointSummary(
+        cell=cell,
+        prompt_set=point.prompt_set,
+        step=point.step,
+        num_samples=len(point.length[0]),
+        scores=means(point.scores),
+        changes={
+            name: paired_change(per_prompt(samples), per_prompt(reference.scores[name]), bootstrap)
+            for name, samples in point.scores.items()
+        },
+        win_rates={
+            name: estimate(win_shares(as_array(samples), as_array(reference.scores[name])), bootstrap)
+            for name, samples in point.scores.items()
+        },
+        kl=means(point.kl),
+        diagnostics=means(point.diagnostics),
+        length=estimate(per_prompt(point.length), bootstrap),
+        cut=estimate(1 - per_prompt(point.finished), bootstrap),
+    )
+
+
+def _frontier_points(comparison: Comparison, points: Sequence[PointSummary], scorer: str) -> list[FrontierPoint]:
+    estimator = comparison.kl_estimators[0].name
+    return [
+        FrontierPoint(step=point.step, kl=point.kl[estimator].mean, score=point.scores[scorer].mean) for point in points
+    ]
+
+
+def _mark_front(comparison: Comparison, points: Sequence[PointSummary]) -> list[PointSummary]:
+    fronts = {scorer.name: pareto(_frontier_points(comparison, points, scorer.name)) for scorer in comparison.scorers}
+    return [
+        replace(point, on_front=tuple(name for name, members in fronts.items() if members[index]))
+        for index, point in enumerate(points)
+    ]
+
+
+def _at_kl(comparison: Comparison, path: Sequence[PointSummary], level: float) -> AtKl:
+    return AtKl(
+        cell=path[-1].cell,
+        prompt_set=path[-1].prompt_set,
+        level=level,
+        crossings={
+            scorer.name: score_at_kl(_frontier_points(comparison, path, scorer.name), level)
+            for scorer in comparison.scorers
+        },
+    )
