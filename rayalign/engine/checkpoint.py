@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.manifest import TornDirectory, commit, read_manifest, verify
 from rayalign.engine.model import save_pretrained
+from rayalign.manifest import TornDirectory, commit, read_manifest, verify
 
 NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
 
@@ -51,6 +51,8 @@ class Checkpointer:
     root: Path
     attempt: str
     keep: int
+    always_keep: tuple[int, ...]
+    """Steps that retention does not remove."""
     identity: Mapping[str, Any]
 
     def save(
@@ -103,9 +105,11 @@ class Checkpointer:
             )
 
     def prune(self, newest: Path) -> None:
-        """Keep the newest ``keep`` steps; what another attempt left uncommitted goes too."""
+        """Keep the newest ``keep`` steps and ``always_keep``; what a lost attempt left uncommitted goes too."""
         kept_steps: set[int] = set()
         for directory in self.directories():
+            if is_committed(directory) and step_of(directory) in self.always_keep:
+                continue
             if is_committed(directory) and (len(kept_steps) < self.keep or directory == newest):
                 kept_steps.add(step_of(directory))
             else:

@@ -14,6 +14,7 @@ from rayalign.data.plan import plan_step
 from rayalign.data.rows import Layout
 from rayalign.engine.forward import Policy
 from rayalign.engine.model import ModelSpec, compute_dtype, load_policy
+from rayalign.engine.parity import choose_layout
 from rayalign.engine.step import to_device
 
 
@@ -22,10 +23,8 @@ class ScoringSpec:
     """How groups are laid out and at which temperature they are scored; equal to training's."""
 
     model: ModelSpec
-    layout: Layout
     tokens_per_micro_batch: int
     row_tokens: int | None
-    pad_id: int
     logit_temperature: float = 1.0
 
 
@@ -33,11 +32,13 @@ class ReferenceModel:
     """A frozen model that scores groups."""
 
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
-        model, _ = load_policy(spec.model)
+        model, tokenizer = load_policy(spec.model, device=device)
         self.spec = spec
         self.device = device
         self.dtype = compute_dtype(spec.model, device)
-        self.policy = Policy(model.to(device)).requires_grad_(False)
+        self.layout: Layout = choose_layout(model)
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self.policy = Policy(model, layout=self.layout).requires_grad_(False)
 
     @torch.no_grad()
     def token_logps(self, groups: Sequence[Group]) -> list[Column]:
@@ -48,7 +49,7 @@ class ReferenceModel:
             num_workers=1,
             tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
             row_tokens=self.spec.row_tokens,
-            layout=self.spec.layout,
+            layout=self.layout,
             describe=lambda slot: f"{groups[slot].source}:{groups[slot].line}",
         )
         columns: list[Column] = [np.empty(0, np.float32)] * len(groups)
@@ -57,9 +58,9 @@ class ReferenceModel:
                 [groups[slot] for slot in micro.slots],
                 positions=micro.slots,
                 num_candidates=max(len(groups[slot].candidates) for slot in micro.slots),
-                pad_id=self.spec.pad_id,
+                pad_id=self.pad_id,
                 row_tokens=self.spec.row_tokens,
-                layout=self.spec.layout,
+                layout=self.layout,
             )
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 scores = self.policy(to_device(batch, self.device), logit_temperature=self.spec.logit_temperature)

@@ -34,8 +34,6 @@ class Session:
     num_cpus: float
     num_gpus: float
     nodes: int
-    import_paths: tuple[str, ...]
-    """Folders of the user's own modules, put on ``sys.path`` of every worker."""
 
     @property
     def device(self) -> str:
@@ -50,10 +48,12 @@ def connect(*, import_paths: Sequence[Path] = (), num_cpus: int | None = None) -
     """
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    paths = tuple(str(path.resolve()) for path in import_paths)
+    paths = [str(path.resolve()) for path in import_paths]
     sys.path[:0] = [path for path in paths if path not in sys.path]
+    # workers must find the user's modules before they unpickle the first of their functions
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     if ray.is_initialized():
-        yield describe(started_here=False, import_paths=paths)
+        yield describe(started_here=False)
         return
     started_here = not join_running_cluster()
     if started_here:
@@ -65,7 +65,7 @@ def connect(*, import_paths: Sequence[Path] = (), num_cpus: int | None = None) -
             log_to_driver=False,
         )
     try:
-        yield describe(started_here=started_here, import_paths=paths)
+        yield describe(started_here=started_here)
     finally:
         ray.shutdown()
 
@@ -73,7 +73,12 @@ def connect(*, import_paths: Sequence[Path] = (), num_cpus: int | None = None) -
 def join_running_cluster() -> bool:
     """Connect to a cluster that runs already; False when there is none."""
     try:
-        ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(
+            address="auto",
+            runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
     except ConnectionError as error:
         if os.environ.get("RAY_ADDRESS"):
             raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer: {error}") from error
@@ -81,20 +86,11 @@ def join_running_cluster() -> bool:
     return True
 
 
-def describe(*, started_here: bool, import_paths: tuple[str, ...]) -> Session:
+def describe(*, started_here: bool) -> Session:
     resources = ray.cluster_resources()
     return Session(
         started_here=started_here,
         num_cpus=resources.get("CPU", 1.0),
         num_gpus=resources.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),
-        import_paths=import_paths,
     )
-
-
-def prepare_worker(import_paths: Sequence[str], threads: int) -> None:
-    """What every remote process of ours does first: find the user's modules, keep to its share of the cores."""
-    import torch
-
-    sys.path[:0] = [path for path in import_paths if path not in sys.path]
-    torch.set_num_threads(threads)

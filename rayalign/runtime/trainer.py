@@ -17,17 +17,18 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import IncompatibleCheckpoint
-from rayalign.engine.loop import PolicyMismatch, TrainSpec, train
+from rayalign.engine.loop import MakeSource, PolicyMismatch, TrainSpec, train
 from rayalign.engine.step import NonFiniteStep
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.strategy import Strategy, make_strategy
 from rayalign.errors import UserError
 from rayalign.manifest import TornDirectory
 from rayalign.runtime.placement import Share
-from rayalign.runtime.session import prepare_worker
 from rayalign.sources.off_policy import OffPolicySource, SourceSpec
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class TrainJob:
     strategy: str
     workers: int
     share: Share
-    import_paths: tuple[str, ...]
+    run: str
+    """What progress calls this run."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
 
@@ -61,17 +63,29 @@ def worker_main(config: dict[str, Any]) -> str:
     """One Ray Train worker: build its strategy and its view of the data, then run the engine's loop."""
     job: TrainJob = config["job"]
     progress = config["progress"]
-    prepare_worker(job.import_paths, job.share.threads)
+    torch.set_num_threads(job.share.threads)
     strategy = make_strategy(job.strategy, get_device())
-    source = OffPolicySource(job.source, rank=strategy.rank, world_size=strategy.world_size)
-    held_out = None
-    if job.held_out is not None:
-        held_out = OffPolicySource(job.held_out, rank=strategy.rank, world_size=strategy.world_size).everything
 
     def on_step(row: Mapping[str, Any]) -> None:
-        progress.put.remote(job.spec.directory.name, dict(row))
+        progress.put.remote(job.run, dict(row))
 
-    return str(train(job.spec, source, strategy, held_out=held_out, on_step=on_step))
+    final = train(
+        job.spec,
+        source_maker(job.source, strategy),
+        strategy,
+        make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
+        on_step=on_step,
+    )
+    return str(final)
+
+
+def source_maker(spec: SourceSpec, strategy: Strategy) -> MakeSource:
+    """How this worker opens its part of the stored groups, once it knows its model's layout."""
+
+    def make(layout: Layout, pad_id: int) -> OffPolicySource:
+        return OffPolicySource(spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size)
+
+    return make
 
 
 def fit(job: TrainJob, progress: ray.actor.ActorHandle, *, max_failures: int = 0) -> Path:

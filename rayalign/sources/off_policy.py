@@ -38,15 +38,15 @@ class SourceSpec:
     seed: int
     tokens_per_micro_batch: int
     row_tokens: int | None
-    layout: Layout
-    pad_id: int
 
 
 class OffPolicySource:
     """The :class:`rayalign.engine.source.GroupSource` of stored groups, as one worker sees it."""
 
-    def __init__(self, spec: SourceSpec, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, spec: SourceSpec, *, layout: Layout, pad_id: int, rank: int = 0, world_size: int = 1) -> None:
         self.spec = spec
+        self.layout: Layout = layout
+        self.pad_id = pad_id
         self.rank = rank
         self.world_size = world_size
         self.stores = {stream.name: open_stores(stream) for stream in spec.streams}
@@ -65,14 +65,6 @@ class OffPolicySource:
         """Work of step ``step`` (from 0), one entry per stream."""
         return tuple(self._work(stream, self.streams[stream.name].positions(step)) for stream in self.spec.streams)
 
-    def everything(self) -> tuple[StreamWork, ...]:
-        """Every group once, in steps of ``groups_per_step``: for evaluation."""
-        work = []
-        for stream in self.spec.streams:
-            total = self.streams[stream.name].groups_per_epoch
-            work.append(self._work(stream, range(total)))
-        return tuple(work)
-
     def _work(self, stream: StoredStream, positions: range) -> StreamWork:
         order = self.streams[stream.name]
         rows = [order.row(position) for position in positions]
@@ -82,7 +74,7 @@ class OffPolicySource:
             num_workers=self.world_size,
             tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
             row_tokens=self.spec.row_tokens,
-            layout=self.spec.layout,
+            layout=self.layout,
             describe=lambda slot: self._describe(stream, *rows[slot]),
         )
         return StreamWork(
@@ -101,9 +93,9 @@ class OffPolicySource:
             [self._group(stream, *rows[slot]) for slot in micro.slots],
             positions=[positions[slot] for slot in micro.slots],
             num_candidates=stream.num_candidates,
-            pad_id=self.spec.pad_id,
+            pad_id=self.pad_id,
             row_tokens=self.spec.row_tokens,
-            layout=self.spec.layout,
+            layout=self.layout,
             dummy=micro.dummy,
         )
 
