@@ -1,0 +1,151 @@
+"""Every objective, by name, and its arithmetic as plain functions. Importing this package does not import torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rayalign.errors import UserError
+
+if TYPE_CHECKING:
+    from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term, margin
+    from rayalign.methods.composition import compose
+    from rayalign.methods.dpo import dpo_loss
+    from rayalign.methods.dpo_rw import dpo_rw_loss
+    from rayalign.methods.exo import exo_loss, exo_pref_targets, exo_reward_targets
+    from rayalign.methods.grpo import grpo_loss
+    from rayalign.methods.hinge import hinge_loss
+    from rayalign.methods.ipo import ipo_loss
+    from rayalign.methods.kto import kto_loss
+    from rayalign.methods.mpo import mpo_loss
+    from rayalign.methods.orpo import orpo_loss
+    from rayalign.methods.ppo import ppo_policy_loss, ppo_value_loss
+    from rayalign.methods.reinforce import reinforce_loss
+    from rayalign.methods.reward_model import reward_model_loss
+    from rayalign.methods.robust_dpo import robust_dpo_loss
+    from rayalign.methods.sft import sft_loss
+    from rayalign.methods.simpo import simpo_loss
+    from rayalign.methods.slic import slic_loss
+    from rayalign.methods.weighting import WPOWeighting
+    from rayalign.methods.wpo import wpo_pair_weight, wpo_unpaired_weight, wpo_weight
+
+METHODS: Mapping[str, str] = {
+    "dpo": "rayalign.methods.dpo:METHOD",
+    "dpo_rw": "rayalign.methods.dpo_rw:METHOD",
+    "exo_pref": "rayalign.methods.exo:EXO_PREF",
+    "exo_rw": "rayalign.methods.exo:EXO_RW",
+    "hinge": "rayalign.methods.hinge:METHOD",
+    "ipo": "rayalign.methods.ipo:METHOD",
+    "kto": "rayalign.methods.kto:METHOD",
+    "mpo": "rayalign.methods.mpo:METHOD",
+    "orpo": "rayalign.methods.orpo:METHOD",
+    "reward_model": "rayalign.methods.reward_model:METHOD",
+    "robust_dpo": "rayalign.methods.robust_dpo:METHOD",
+    "sft": "rayalign.methods.sft:METHOD",
+    "simpo": "rayalign.methods.simpo:METHOD",
+    "slic": "rayalign.methods.slic:METHOD",
+    "wpo": "rayalign.methods.wpo:METHOD",
+}
+"""Name → "module:attribute" of its :class:`Method`. A user's own method needs no entry: its name is that string."""
+
+_MODULE_OF: Mapping[str, str] = {
+    "Method": "_base",
+    "MethodConfig": "_base",
+    "Need": "_base",
+    "Statistics": "_base",
+    "Term": "_base",
+    "WPOWeighting": "weighting",
+    "compose": "composition",
+    "dpo_loss": "dpo",
+    "dpo_rw_loss": "dpo_rw",
+    "exo_loss": "exo",
+    "exo_pref_targets": "exo",
+    "exo_reward_targets": "exo",
+    "grpo_loss": "grpo",
+    "hinge_loss": "hinge",
+    "ipo_loss": "ipo",
+    "kto_loss": "kto",
+    "margin": "_base",
+    "mpo_loss": "mpo",
+    "orpo_loss": "orpo",
+    "ppo_policy_loss": "ppo",
+    "ppo_value_loss": "ppo",
+    "reinforce_loss": "reinforce",
+    "reward_model_loss": "reward_model",
+    "robust_dpo_loss": "robust_dpo",
+    "sft_loss": "sft",
+    "simpo_loss": "simpo",
+    "slic_loss": "slic",
+    "wpo_pair_weight": "wpo",
+    "wpo_unpaired_weight": "wpo",
+    "wpo_weight": "wpo",
+}
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodConfig",
+    "Need",
+    "Statistics",
+    "Term",
+    "WPOWeighting",
+    "compose",
+    "dpo_loss",
+    "dpo_rw_loss",
+    "exo_loss",
+    "exo_pref_targets",
+    "exo_reward_targets",
+    "grpo_loss",
+    "hinge_loss",
+    "ipo_loss",
+    "kto_loss",
+    "margin",
+    "mpo_loss",
+    "orpo_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "reinforce_loss",
+    "resolve",
+    "reward_model_loss",
+    "robust_dpo_loss",
+    "sft_loss",
+    "simpo_loss",
+    "slic_loss",
+    "wpo_pair_weight",
+    "wpo_unpaired_weight",
+    "wpo_weight",
+]
+
+
+def resolve(name: str) -> Method:
+    """The method called ``name``, or the one at ``"my_pkg.losses:METHOD"``.
+
+    Raises:
+        UserError: nothing has that name; the nearest names are in the message.
+    """
+    from rayalign.methods._base import Method
+
+    module_name, separator, attribute = METHODS.get(name, name).partition(":")
+    if not separator:
+        near = difflib.get_close_matches(name, METHODS, n=3) or sorted(METHODS)
+        raise UserError(
+            f"no method is called {name!r}; did you mean {' or '.join(near)}? Your own is my_pkg.losses:METHOD"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"method {name!r}: there is no module {error.name!r} on the Python path") from error
+    method = getattr(module, attribute, None)
+    if not isinstance(method, Method):
+        raise UserError(f"method {name!r}: {module_name} has no Method called {attribute!r}")
+    return method
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
