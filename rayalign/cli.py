@@ -1,0 +1,150 @@
+"""The command line. Every command is one call into the pipeline; a user's mistake ends in a message, not a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rayalign import __version__
+from rayalign.errors import UserError
+
+app = typer.Typer(
+    name="rayalign",
+    help="Preference optimization on Ray: off-policy or on-policy is a setting, not a rewrite.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
+]
+Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
+
+USER_MISTAKE = 2
+
+
+def main() -> None:
+    """Run the command line; exit code 2 is a user's mistake, 1 a failure."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(USER_MISTAKE)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def init(name: Annotated[str, typer.Argument(help="A method such as dpo, or compare.")]) -> None:
+    """Write a commented configuration to standard output: rayalign init dpo > run.yaml"""
+    from rayalign.config.init import template
+
+    sys.stdout.write(template(name))
+
+
+@app.command()
+def check(
+    files: Annotated[list[str], typer.Argument(help="JSONL (also .gz), Parquet, or Hub datasets.")],
+    model: Annotated[str | None, typer.Option(help="Count tokens with this model's tokenizer.")] = None,
+    show: Annotated[int, typer.Option(help="Show this many rows as tokens, coloured by role.")] = 0,
+    eval_files: Annotated[list[str] | None, typer.Option("--eval", help="Held-out files: look for overlap.")] = None,
+    max_bad_fraction: Annotated[float, typer.Option(help="Fail when more than this share of rows is bad.")] = 0.0,
+    quarantine: Annotated[Path, typer.Option(help="Where bad rows are appended.")] = Path("quarantine.jsonl"),
+) -> None:
+    """Read preference data wholly and say what is in it; exits 1 when too much of it is bad."""
+    from rayalign.pipeline.check import check as run_check
+
+    code = run_check(
+        files,
+        model=model,
+        show=show,
+        eval_files=eval_files or [],
+        max_bad_fraction=max_bad_fraction,
+        quarantine=quarantine,
+        console=Console(),
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
+    overrides: Overrides = None,
+    fresh: Fresh = None,
+) -> None:
+    """Train one run: rayalign train run.yaml optim.lr=1e-6"""
+    from rayalign.pipeline.train import train as run_train
+
+    path, settings = split_config(config, overrides)
+    run_train(path, settings, fresh=frozenset(fresh or ()), console=Console())
+
+
+@app.command()
+def evaluate(
+    config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Sample and score the checkpoints of a finished run against its reference."""
+    from rayalign.pipeline.evaluate import evaluate as run_evaluate
+
+    path, settings = split_config(config, overrides)
+    run_evaluate(path, settings, console=Console())
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A comparison's YAML.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is refused, then stop.")] = False,
+    fresh: Fresh = None,
+) -> None:
+    """Train every cell of a grid and write the report."""
+    from rayalign.pipeline.compare import compare as run_compare
+
+    run_compare(config, overrides or [], dry_run=dry_run, fresh=frozenset(fresh or ()), console=Console())
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A comparison's folder.")]) -> None:
+    """Write the report of a comparison again from what it measured."""
+    from rayalign.report.points import load
+    from rayalign.report.render import render
+
+    print(render(load(directory), directory))
+
+
+@app.command()
+def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
+    """Say how far each run below a folder is."""
+    from rayalign.report.status import table
+
+    Console().print(table(directory))
+
+
+def split_config(config: str | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
+    """(YAML or None, settings): the first argument may already be a setting."""
+    settings = list(overrides or ())
+    if config is not None and "=" in config and not Path(config).exists():
+        return None, [config, *settings]
+    return (Path(config) if config else None), settings
+
+
+if __name__ == "__main__":
+    main()
