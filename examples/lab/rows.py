@@ -18,8 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from .scorers import prefers_first
-from .world import FamilyName, write_prompt, write_reply
+from .world import FamilyName, prefers_first, write_prompt, write_reply
 
 Row = dict[str, list[dict[str, str]]]
 
