@@ -1,0 +1,11 @@
+"""What a YAML may say. Importing this room loads no torch; reading a file imports the method that it names."""
+
+from __future__ import annotations
+
+from rayalign.config.dump import diff, dump, to_yaml
+from rayalign.config.errors import ConfigError
+from rayalign.config.load import load_run
+from rayalign.config.run import RunConfig
+from rayalign.config.supported import unsupported
+
+__all__ = ["ConfigError", "RunConfig", "diff", "dump", "load_run", "to_yaml", "unsupported"]

@@ -1,0 +1,106 @@
+"""The ``data`` block and the auxiliary streams: which rows are read, and how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from rayalign.config.fields import Block, DataPath, FunctionName, TemplatePath, listed
+
+Format = Literal[
+    "auto",
+    "preference",
+    "implicit_preference",
+    "ultrafeedback",
+    "hh",
+    "ranked",
+    "unpaired_preference",
+    "prompt_completion",
+    "messages",
+    "text",
+    "prompt_only",
+]
+
+
+def _source(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class DataSource(Block):
+    """One file, dataset or maker of rows; a bare string is short for ``{path: …}``."""
+
+    path: DataPath | None = None
+    """JSONL, JSON or Parquet files (globs allowed), or a dataset on the hub."""
+    function: FunctionName | None = None
+    """``module:callable``, a maker of rows: a generator of dicts; its module is found beside the YAML."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of ``function``."""
+    split: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] = {}
+    """Our column → the file's column, where the names differ."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often the source is seen, relative to the others."""
+    format: Format | None = None
+    """Overrides ``data.format`` for this source."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.function is None):
+            raise ValueError("a source of rows has either path or function")
+        if self.arguments and self.function is None:
+            raise ValueError("arguments are those of a function; this source has a path")
+        if self.function is not None and (self.split or self.revision):
+            raise ValueError("split and revision belong to a dataset; this source has a function")
+        return self
+
+
+Source = Annotated[DataSource, BeforeValidator(_source)]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(listed)]
+
+
+class DataConfig(Block):
+    """Rows → prompt groups."""
+
+    train: Annotated[Sources, Field(min_length=1)]
+    eval: Sources = ()
+    """Held-out pairs: their loss and accuracy are measured along with ``evaluate``."""
+    format: Format = "auto"
+    template: TemplatePath = "auto"
+    """auto: the tokenizer's chat template, or plain text where it has none; else a Jinja file."""
+    stop: str = "auto"
+    """The token that ends a response. auto: what ends a turn in the template."""
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    """Longer prompts lose their beginning."""
+    max_tokens: int = Field(default=1024, ge=2)
+    """Prompt and response together; longer responses lose their end."""
+    truncated: Literal["keep", "drop", "close"] = "keep"
+    """A response cut at the limit: train on it without an end token, drop its group, or close it with one."""
+    on_bad_row: Literal["quarantine", "fail"] = "quarantine"
+    """quarantine: write the row and the reason to quarantine.jsonl and go on."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """More bad rows than this end the run."""
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> Self:
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} counts prompt and response together: "
+                f"beside a prompt of max_prompt_tokens {self.max_prompt_tokens} no response fits"
+            )
+        return self
+
+
+class AuxiliaryConfig(Block):
+    """Likelihood of further data as a regulariser: forward KL to the policy that wrote them, up to a constant."""
+
+    name: str = Field(default="sft", pattern=r"^[A-Za-z0-9_.-]+$")
+    """Names the stream in metrics."""
+    term: Literal["reference", "pretrain"] = "reference"
+    """reference: responses of the reference policy, given their prompts; pretrain: whole texts."""
+    data: Annotated[Sources, Field(min_length=1)]
+    weight: float = Field(default=0.1, gt=0)
+    reduction: Literal["sequence", "token"] = "sequence"
+    """Mean over sequences of the summed negative log-likelihood, or mean over tokens."""
+    groups_per_step: int = Field(default=16, ge=1)

@@ -1,0 +1,212 @@
+"""YAML with the place of every key, and dotted overrides from the command line on top of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayalign.config.errors import ConfigError, FieldPath, Problem, dotted
+
+COMMAND_LINE = "command line"
+_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value was written."""
+
+    where: str
+    """``run.yaml:12`` or ``command line``."""
+    order: int = 0
+    text: str | None = None
+    """A scalar as it was written: YAML reads ``off`` as false."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """Plain values and the place of each."""
+
+    data: Any
+    places: Mapping[FieldPath, Place] = field(default_factory=dict)
+    directory: Path
+    """Relative inputs resolve against it."""
+
+    def get(self, path: FieldPath) -> Any:
+        """The value at ``path``; None where there is none."""
+        value = self.data
+        for part in path:
+            if isinstance(value, Mapping):
+                value = value.get(part)
+            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value = value[part]
+            else:
+                return None
+        return value
+
+    def place(self, path: FieldPath) -> Place:
+        """The place of ``path``, or of the nearest thing around it."""
+        if path in self.places:
+            return self.places[path]
+        for length in range(len(path) - 1, -1, -1):
+            if path[:length] in self.places:
+                return replace(self.places[path[:length]], text=None)
+        return Place(COMMAND_LINE)
+
+
+def read_document(path: str | Path) -> Document:
+    """The YAML file at ``path``.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or writes a key twice.
+    """
+    name = str(path)
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        reader = _Reader(name)
+        data = {} if node is None else reader.read(node, ())
+    except OSError as error:
+        raise ConfigError([Problem(name, "", f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([Problem(name, "", "is not text in UTF-8")]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = name if mark is None else f"{name}:{mark.line + 1}"
+        raise ConfigError([Problem(where, "", f"is not valid YAML: {error.problem}")]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem(name, "", f"is not valid YAML: {error}")]) from None
+    if not isinstance(data, dict):
+        reader.problems.append(Problem(name, "", "holds no keys; write name: value, one per line"))
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return Document(data=data, places=reader.places, directory=Path(path).resolve().parent)
+
+
+class _Reader:
+    """Builds plain values from YAML nodes and notes the line of each; duplicates become problems."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.places: dict[FieldPath, Place] = {(): Place(name)}
+        self.problems: list[Problem] = []
+        self._constructor = yaml.constructor.SafeConstructor()
+        self._open: list[yaml.Node] = []
+
+    def read(self, node: yaml.Node, path: FieldPath) -> Any:
+        if any(node is ancestor for ancestor in self._open):
+            self._problem(node, path, "an alias refers to the block that it stands in")
+            return None
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self._item(item, item, (*path, index)) for index, item in enumerate(node.value)]
+            return self._constructor.construct_object(node)
+        finally:
+            self._open.pop()
+
+    def _mapping(self, node: yaml.MappingNode, path: FieldPath) -> dict[str, Any]:
+        first_line: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in first_line and key != "<<":
+                self._problem(key_node, (*path, key), f"written twice, first in line {first_line[key]}; remove one")
+            first_line.setdefault(key, key_node.start_mark.line + 1)
+        self._constructor.flatten_mapping(node)
+        values = {}
+        for key_node, value_node in node.value:
+            key = self._constructor.construct_object(key_node)
+            if not isinstance(key, str):
+                self._problem(key_node, (*path, key_node.value), "is no text in YAML; quote the key")
+                continue
+            values[key] = self._item(key_node, value_node, (*path, key))
+        return values
+
+    def _item(self, marked: yaml.Node, node: yaml.Node, path: FieldPath) -> Any:
+        line = marked.start_mark.line + 1
+        text = node.value if isinstance(node, yaml.ScalarNode) else None
+        self.places[path] = Place(f"{self.name}:{line}", line, text)
+        return self.read(node, path)
+
+    def _problem(self, node: yaml.Node, path: FieldPath, message: str) -> None:
+        self.problems.append(Problem(f"{self.name}:{node.start_mark.line + 1}", dotted(path), message))
+
+
+def override(document: Document, overrides: Iterable[str]) -> Document:
+    """``document`` with every ``optim.lr=1e-6`` applied; values are YAML.
+
+    Raises:
+        ConfigError: an override is not ``key=value``, or its key leads through a value that has no keys.
+    """
+    data, places, problems = _copied(document.data), dict(document.places), []
+    order = 1 + max((place.order for place in places.values()), default=0)
+    for position, text in enumerate(overrides):
+        key, equals, written = text.partition("=")
+        try:
+            if not equals or not key.strip():
+                raise ValueError("is not key=value, such as optim.lr=1e-6")
+            path = _assign(data, key.strip().split("."), yaml.safe_load(written))
+        except yaml.YAMLError:
+            problems.append(Problem(COMMAND_LINE, key, f"{written!r} is not valid YAML; quote it"))
+        except ValueError as error:
+            problems.append(Problem(COMMAND_LINE, key, str(error)))
+        else:
+            places = {place: value for place, value in places.items() if place[: len(path)] != path}
+            places[path] = Place(COMMAND_LINE, order + position, written)
+    if problems:
+        raise ConfigError(problems)
+    return replace(document, data=data, places=places)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _assign(data: dict[str, Any], keys: Sequence[str], value: Any) -> FieldPath:
+    """Puts ``value`` at ``keys``, making the blocks on the way; list items are counted from 0."""
+    container: Any = data
+    path: list[str | int] = []
+    for position, key in enumerate(keys):
+        part: str | int = key
+        if isinstance(container, list):
+            if not key.isdigit() or int(key) >= len(container):
+                raise ValueError(f"{dotted(tuple(path))} has the items 0 to {len(container) - 1}")
+            part = int(key)
+        elif not isinstance(container, dict):
+            raise ValueError(f"{dotted(tuple(path))} is {container!r}, which has no keys; override it as a whole")
+        path.append(part)
+        if position == len(keys) - 1:
+            container[part] = value
+        else:
+            if isinstance(container, dict) and container.get(key) is None:
+                container[key] = {}
+            container = container[part]
+    return tuple(path)
+
+
+def credentials(document: Document) -> list[Problem]:
+    """A problem for every URI that carries a user and a password."""
+    return [
+        Problem(document.place(path).where, dotted(path), "a URI with a password; give credentials by the environment")
+        for path, value in leaves(document.data)
+        if isinstance(value, str) and _CREDENTIALS.match(value)
+    ]
+
+
+def leaves(value: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+    """Path and value of everything that holds nothing further, empty blocks and lists included."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, index))
+    else:
+        yield path, value

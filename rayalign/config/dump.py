@@ -1,0 +1,59 @@
+"""A resolved configuration as plain values: what ``run.json`` records, and how two runs differ."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import yaml
+
+from rayalign.config.document import leaves
+from rayalign.config.errors import dotted
+from rayalign.config.run import RunConfig
+
+REDACTED = "(redacted)"
+_SECRET = re.compile(r"(^|[_-])(token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.I)
+
+
+class Difference(NamedTuple):
+    """One field in which two runs differ; None where a run does not have it."""
+
+    field: str
+    left: Any
+    right: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.left} → {self.right}"
+
+
+def dump(run: RunConfig) -> dict[str, Any]:
+    """Every setting, defaults included, as values for JSON or YAML; secrets are redacted.
+
+    Without secrets ``RunConfig.model_validate(dump(run)) == run``.
+    """
+    redacted: dict[str, Any] = _redact(run.model_dump(mode="json", exclude_none=True))
+    return redacted
+
+
+def to_yaml(run: RunConfig) -> str:
+    """:func:`dump` as a YAML file that :func:`rayalign.config.load_run` reads."""
+    return yaml.safe_dump(dump(run), sort_keys=False, allow_unicode=True)
+
+
+def diff(left: RunConfig, right: RunConfig) -> list[Difference]:
+    """The fields in which two runs differ, in the order of the schema."""
+    mine, theirs = (dict(leaves(dump(run))) for run in (left, right))
+    return [
+        Difference(dotted(path), mine.get(path), theirs.get(path))
+        for path in dict.fromkeys([*mine, *theirs])
+        if mine.get(path) != theirs.get(path)
+    ]
+
+
+def _redact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: REDACTED if _SECRET.search(key) and isinstance(item, str) else _redact(item)
+            for key, item in value.items()
+        }
+    return [_redact(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,102 @@
+"""Types of single fields: paths that resolve against the YAML's folder, functions by name, counts.
+
+The folder reaches the validators as ``context={"directory": Path}``; without it every path stays as written.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".parquet", ".arrow", ".csv", ".txt")
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+class Block(BaseModel):
+    """A block of the YAML: unknown keys are errors and nothing changes after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def named(value: object) -> object:
+    """``dpo`` is short for ``{name: dpo}``; a boolean is kept as a name, so that the error can explain it."""
+    return {"name": value} if isinstance(value, str | bool) else value
+
+
+def listed(value: object) -> object:
+    """One value stands for a list of one."""
+    return [value] if isinstance(value, str | dict) else value
+
+
+def _directory(info: ValidationInfo) -> Path | None:
+    return (info.context or {}).get("directory")
+
+
+def _beside(directory: Path, value: str) -> str:
+    return str((directory / Path(value).expanduser()).resolve())
+
+
+def _is_explicit_path(value: str) -> bool:
+    return value.startswith(("/", "./", "../", "~"))
+
+
+def _resolve_path(value: str, info: ValidationInfo) -> str:
+    directory = _directory(info)
+    return value if directory is None or _URI.match(value) else _beside(directory, value)
+
+
+def _resolve_data(value: str, info: ValidationInfo) -> str:
+    """A file where it looks like one or exists, else the name of a dataset on the hub."""
+    directory = _directory(info)
+    if directory is None or _URI.match(value):
+        return value
+    is_file = _is_explicit_path(value) or value.endswith(DATA_SUFFIXES) or (directory / value).exists()
+    return _beside(directory, value) if is_file else value
+
+
+def _resolve_model(value: str, info: ValidationInfo) -> str:
+    """A folder where it looks like one or exists, else the name of a model on the hub."""
+    directory = _directory(info)
+    if directory is None or _URI.match(value):
+        return value
+    return _beside(directory, value) if _is_explicit_path(value) or (directory / value).is_dir() else value
+
+
+def check_function(value: str) -> str:
+    """``module:callable``; the module is found on the Python path or beside the YAML."""
+    if not _FUNCTION.fullmatch(value):
+        raise ValueError(f"{value!r} names no function; write module:callable, such as my_rewards:helpful")
+    return value
+
+
+def _resolve_template(value: str, info: ValidationInfo) -> str:
+    return value if value == "auto" else _resolve_path(value, info)
+
+
+def _parse_count(value: object) -> object:
+    """4 | [2, 8] | auto."""
+    if value == "auto":
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.isdigit():
+        return int(value)
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(bound) is int for bound in value):
+        low, high = value
+        if 0 <= low <= high and high >= 1:
+            return (low, high)
+        raise ValueError(f"[{low}, {high}] is no range: write [smallest, largest]")
+    raise ValueError(f"{value!r} is neither a number, [smallest, largest] nor auto")
+
+
+InputPath = Annotated[str, AfterValidator(_resolve_path)]
+DataPath = Annotated[str, AfterValidator(_resolve_data)]
+ModelPath = Annotated[str, AfterValidator(_resolve_model)]
+TemplatePath = Annotated[str, AfterValidator(_resolve_template)]
+FunctionName = Annotated[str, AfterValidator(check_function)]
+Elastic = Annotated[int | tuple[int, int] | Literal["auto"], BeforeValidator(_parse_count)]
+"""A fixed number, [smallest, largest], or ``auto``."""

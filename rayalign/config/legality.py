@@ -1,0 +1,180 @@
+"""What cannot be combined, and why. Nothing starts before these rules hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from rayalign.config.method import why_not_weighted
+
+if TYPE_CHECKING:
+    from rayalign.config.run import RunConfig
+    from rayalign.methods._base import Method
+
+
+class Violation(NamedTuple):
+    """``field`` is the dotted path of what to change."""
+
+    field: str
+    reason: str
+
+
+def violations(run: RunConfig) -> list[Violation]:
+    """Every reason why ``run`` is refused; empty for a legal run."""
+    record = run.method.record
+    return [violation for rule in _RULES for violation in rule(run, record)]
+
+
+def blocks_without_use(policy: str, *, relabels: bool) -> dict[str, str]:
+    """Block → what to do about it, for blocks that a data policy has no use for."""
+    if policy != "off_policy":
+        return {}
+    drawing = {"rollout": "off_policy draws no completions; remove rollout, or write data_policy: on_policy or hybrid"}
+    if relabels:
+        return drawing
+    return drawing | {
+        "label": "off_policy trusts the stored labels; remove label, or write label: {relabel: true}",
+        "scorer": "off_policy scores nothing unless label: {relabel: true}; remove it, or move it to evaluate.scorers",
+    }
+
+
+def _unused(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    relabels = run.label is not None and run.label.relabel
+    for block, reason in blocks_without_use(run.data_policy.name, relabels=relabels).items():
+        if getattr(run, block) is not None:
+            yield Violation(block, reason)
+
+
+def _data_policy(run: RunConfig, record: Method) -> Iterator[Violation]:
+    policy = run.data_policy.name
+    if policy in record.data_policies:
+        return
+    if "behavior_token_logp" in record.needed(run.method.config):
+        why = "its ratio needs the log-probabilities of the policy that drew each completion"
+    else:
+        why = "there is no policy to draw from"
+    allowed = " or ".join(sorted(record.data_policies))
+    yield Violation("data_policy", f"{record.name} cannot learn {policy}: {why}; write data_policy: {allowed}")
+
+
+def _rounds(run: RunConfig, record: Method) -> Iterator[Violation]:
+    policy = run.data_policy
+    if policy.name == "off_policy":
+        if run.label is not None and run.label.relabel and run.scorer is None:
+            yield Violation(
+                "scorer", "label: {relabel: true} needs a scorer, such as scorer: {name: rule, function: …}"
+            )
+        return
+    if run.rollout is None:
+        yield Violation("rollout", f"{policy.name} draws completions; say how: rollout: {{engine: vllm, samples: 8}}")
+    elif run.rollout.samples < 2 and record.candidates != "one":
+        yield Violation("rollout.samples", f"{record.name} compares completions of one prompt; write at least 2")
+    if run.scorer is None:
+        yield Violation("scorer", f"{policy.name} needs a scorer, such as scorer: {{name: rule, function: …}}")
+    if policy.name == "on_policy" and run.label is not None and run.label.relabel:
+        yield Violation("label.relabel", "on_policy has no stored completions to label again; remove relabel")
+
+
+def _label(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if run.label is None:
+        return
+    if record.candidates == "group" and run.label.name in ("best_worst", "wpo", "bradley_terry"):
+        yield Violation(
+            "label.name", f"{run.label.name} makes pairs, and {record.name} learns from groups; write label: rewards"
+        )
+    if record.candidates == "pair" and run.label.name == "rewards":
+        yield Violation(
+            "label.name", f"rewards makes no pairs, which {record.name} learns from; write label: best_worst"
+        )
+
+
+def _truncated_sampling(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if record.refuses_truncated_sampling and run.rollout is not None and run.rollout.top_p < 1:
+        yield Violation(
+            "rollout.top_p",
+            f"{record.name} needs the density of every completion, which truncated sampling does not have; write 1.0",
+        )
+
+
+def _weighting(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if run.weighting is not None:
+        reason = why_not_weighted(record, run.weighting)
+        if reason is not None:
+            yield Violation("weighting", reason)
+
+
+def _behavior(run: RunConfig, record: Method) -> Iterator[Violation]:
+    """EXO takes candidates as the reference's; rounds after the first step are not."""
+    policy = run.data_policy
+    if policy.name == "off_policy" or policy.refresh_every == "never":
+        return
+    parameters = run.method.config.model_dump()
+    for field, value in (("behavior_correction", "off"), ("behavior", "assume_reference")):
+        if parameters.get(field) == value:
+            yield Violation(
+                f"method.{field}",
+                f"{value} takes every candidate as the reference's, and rounds are drawn from the trained policy; "
+                f"remove it, or write data_policy: {{name: {policy.name}, refresh_every: never}}",
+            )
+
+
+def _auxiliary(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if record.requires_auxiliary and run.auxiliary is None:
+        yield Violation(
+            "auxiliary",
+            f"{record.name}'s protection against drift is auxiliary data; name it, such as "
+            "auxiliary: [{term: reference, data: [sft.jsonl]}], or write auxiliary: [] for the preference term alone "
+            f"(called {record.name} (no KL) in every table)",
+        )
+    names = [stream.name for stream in run.auxiliary or ()]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Violation("auxiliary", f"two streams are called {name}; give each its own name")
+
+
+def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
+    uses_reference = any(need.startswith("ref_") for need in record.needed(run.method.config)) or run.evaluate
+    if not uses_reference and run.model.reference is not None:
+        yield Violation("model.reference", f"{record.name} has no reference and nothing is evaluated; remove it")
+    if not uses_reference and run.reference.place != "pool":
+        yield Violation("reference", f"{record.name} has no reference and nothing is evaluated; remove it")
+    if run.reference.place == "trainer":
+        if run.model.lora is None:
+            yield Violation(
+                "reference.place",
+                "trainer scores with the adapter off, so it needs model.lora; write pool",
+            )
+        if run.model.reference is not None:
+            yield Violation(
+                "reference.place",
+                "trainer's reference is the initial model, not model.reference; write pool, or remove model.reference",
+            )
+
+
+def _model(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    if run.model.lora is not None and run.model.from_scratch:
+        yield Violation("model.lora", "an adapter on untrained weights learns nothing; remove lora or from_scratch")
+
+
+def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    if run.evaluate is None:
+        return
+    if run.evaluate.prompts is None and not run.data.eval:
+        yield Violation("evaluate.prompts", "there is nothing to evaluate on; name a file here or in data.eval")
+    late = [step for step in run.evaluate.at if run.optim.steps is not None and step > run.optim.steps]
+    if late:
+        yield Violation("evaluate.at", f"step {late[0]} is never reached: optim.steps is {run.optim.steps}")
+
+
+_RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
+    _data_policy,
+    _unused,
+    _rounds,
+    _label,
+    _truncated_sampling,
+    _behavior,
+    _weighting,
+    _auxiliary,
+    _reference,
+    _model,
+    _evaluation,
+)

@@ -1,0 +1,55 @@
+"""YAML and command line → RunConfig, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rayalign.config.document import COMMAND_LINE, Document, Place, credentials, override, read_document
+from rayalign.config.errors import ConfigError, FieldPath
+from rayalign.config.explain import explain
+from rayalign.config.run import RunConfig
+
+
+def load_run(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that the YAML at ``path`` describes, with every ``optim.lr=1e-6`` of ``overrides`` applied.
+
+    Without a path everything comes from the overrides. Inputs resolve against the YAML's folder (without one, the
+    current folder); ``storage_path`` stays as written.
+
+    Raises:
+        ConfigError: with every mistake found, one per line.
+    """
+    document = override(empty_document() if path is None else read_document(path), overrides)
+    leaked = credentials(document)
+    if leaked:
+        raise ConfigError(leaked)
+    return parse_run(document)
+
+
+def parse_run(document: Document, prefix: FieldPath = ()) -> RunConfig:
+    """The run described by the part of ``document`` below ``prefix``."""
+    try:
+        with importable(document.directory):
+            return RunConfig.model_validate(document.get(prefix), context={"directory": document.directory})
+    except ValidationError as error:
+        raise ConfigError(explain(error, document, model=RunConfig, prefix=prefix)) from None
+
+
+@contextlib.contextmanager
+def importable(directory: Path) -> Iterator[None]:
+    """Modules beside the YAML can be imported, as those beside a script can."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+
+
+def empty_document() -> Document:
+    """A document without keys, in the current folder."""
+    return Document(data={}, places={(): Place(COMMAND_LINE)}, directory=Path.cwd())

@@ -1,0 +1,37 @@
+"""The ``model`` block: what is trained, in which precision, from where."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayalign.config.fields import Block, ModelPath
+
+
+class LoraConfig(Block):
+    """Low-rank adapters instead of all weights."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers that get an adapter; empty: every linear layer."""
+
+
+class ModelConfig(Block):
+    """The policy before the first step, and the reference."""
+
+    name: ModelPath
+    """A folder in Hugging Face layout, or a model on the hub."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    reference: ModelPath | None = None
+    """The reference policy; null: the policy before the first step."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    from_scratch: bool = False
+    """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""

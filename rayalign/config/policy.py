@@ -1,0 +1,91 @@
+"""The blocks about where candidates come from: ``data_policy``, ``rollout``, ``label``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rayalign.config.data import Source
+from rayalign.config.fields import Block, Elastic, InputPath, check_function, named
+
+LABEL_RULES = ("best_worst", "wpo", "bradley_terry", "rewards")
+
+
+def _parse_refresh(value: object) -> object:
+    if value == "never" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is neither a number of steps nor never")
+
+
+def _label_name(value: str) -> str:
+    if value in LABEL_RULES:
+        return value
+    if ":" in value:
+        return check_function(value)
+    raise ValueError(f"{value!r} is none of {' | '.join(LABEL_RULES)} | module:function")
+
+
+class OffPolicyConfig(Block):
+    """Stored candidates only."""
+
+    name: Literal["off_policy"] = "off_policy"
+
+
+class RoundsConfig(Block):
+    """What every policy with rollouts has: when it draws, and for which prompts."""
+
+    refresh_every: Annotated[int | Literal["never"], BeforeValidator(_parse_refresh)] = 4
+    """Steps that one round of rollouts serves; never: drawn once, from the initial policy."""
+    lag: Literal[0, 1] = 0
+    """0: synchronous; 1: the next round is drawn while this one trains."""
+    prompts: Source | None = None
+    """null: the prompts of data.train."""
+
+
+class OnPolicyConfig(RoundsConfig):
+    """Every candidate is drawn from the policy."""
+
+    name: Literal["on_policy"] = "on_policy"
+
+
+class HybridConfig(RoundsConfig):
+    """Stored and fresh candidates."""
+
+    name: Literal["hybrid"] = "hybrid"
+    mix: Literal["groups", "candidates"] = "groups"
+    """groups: a fraction of the groups is fresh; candidates: both kinds answer one prompt and are labelled together."""
+    on_fraction: float = Field(default=0.5, gt=0, lt=1)
+    """Of the groups that are fresh, with mix: groups."""
+
+
+DataPolicyConfig = Annotated[
+    OffPolicyConfig | OnPolicyConfig | HybridConfig, Field(discriminator="name"), BeforeValidator(named)
+]
+
+
+class RolloutConfig(Block):
+    """How the policy is sampled."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    actors: Elastic = "auto"
+    """A number, [smallest, largest], or auto."""
+    samples: int = Field(default=8, ge=1)
+    """Completions of one prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    placement: Literal["auto", "separate", "colocated"] = "auto"
+    """Own devices, or those of the training workers in turn."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    python: InputPath | None = None
+    """The interpreter of another environment, for an engine whose torch is not the trainer's."""
+
+
+class LabelConfig(Block):
+    """How scores become chosen and rejected."""
+
+    name: Annotated[str, AfterValidator(_label_name)] = "best_worst"
+    """best_worst | wpo | bradley_terry | rewards | module:function."""
+    relabel: bool = False
+    """Score and label the stored completions too, with the same scorer and rule."""

@@ -1,0 +1,74 @@
+"""What a YAML may say of a run: every block, every default. Unknown keys and illegal pairings are errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from rayalign.config.data import AuxiliaryConfig, DataConfig
+from rayalign.config.fields import Block, listed, named
+from rayalign.config.legality import violations
+from rayalign.config.method import MethodChoice
+from rayalign.config.model import ModelConfig
+from rayalign.config.policy import DataPolicyConfig, LabelConfig, OffPolicyConfig, RolloutConfig
+from rayalign.config.scoring import EvaluateConfig, ScorerConfig
+from rayalign.config.training import CheckpointConfig, OptimConfig, ReferenceConfig, StrategyConfig, WeightingConfig
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+Track = Literal["tensorboard", "wandb"]
+
+
+class RunConfig(Block):
+    """One training run. Results go to ``<storage_path>/<name>/``."""
+
+    config_version: Literal[1] = 1
+    name: str = Field(default="run", pattern=NAME_PATTERN)
+    seed: int = Field(default=0, ge=0)
+    storage_path: str = Field(default="runs", min_length=1)
+    """A local or shared folder, s3://… or gs://…; relative: to where the run is started, not to the YAML."""
+    model: ModelConfig
+    data: DataConfig
+    method: MethodChoice
+    weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
+    auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(listed)] = None
+    reference: ReferenceConfig = ReferenceConfig()
+    data_policy: DataPolicyConfig = OffPolicyConfig()
+    rollout: RolloutConfig | None = None
+    label: Annotated[LabelConfig | None, BeforeValidator(named)] = None
+    scorer: ScorerConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    strategy: Annotated[StrategyConfig, BeforeValidator(named)] = StrategyConfig()
+    evaluate: EvaluateConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: Annotated[tuple[Track, ...], BeforeValidator(listed)] = ("tensorboard",)
+    resources: Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _legal(self) -> Self:
+        found = violations(self)
+        if found:
+            details = [
+                InitErrorDetails(
+                    type=PydanticCustomError("illegal", "{reason}", {"reason": violation.reason}),
+                    loc=tuple(violation.field.split(".")),
+                    input=None,
+                )
+                for violation in found
+            ]
+            raise ValidationError.from_exception_data("RunConfig", details)
+        return self
+
+    @property
+    def display_name(self) -> str:
+        """What tables call the objective: ``dpo``, ``ipo + wpo``, ``dpo + sft``, ``mpo``, ``mpo (no KL)``."""
+        record = self.method.record
+        parts = [record.name]
+        if self.weighting is not None:
+            parts.append("permuted wpo" if self.weighting.permute else "wpo")
+        if not record.requires_auxiliary:
+            parts.extend(stream.name for stream in self.auxiliary or ())
+        elif not self.auxiliary:
+            parts[0] += " (no KL)"
+        return " + ".join(parts)

@@ -1,0 +1,92 @@
+"""The blocks about steps and workers: ``optim``, ``strategy``, ``checkpoint``, ``reference``, ``weighting``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rayalign.config.fields import Block, Elastic
+from rayalign.methods.weighting import WPOWeighting
+
+
+class OptimConfig(Block):
+    """AdamW in float32 and the size of a step."""
+
+    lr: float = Field(default=1.0e-6, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data, instead of ``steps``; 1 where neither is given."""
+    groups_per_step: int = Field(default=64, ge=1)
+    """Prompt groups (pairs, for a pairwise method) of one optimizer step, over all workers."""
+    tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    """Bounds the memory of one forward; changes results only by rounding."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0)
+    """A fraction of the steps (below 1) or a number of steps (1 and above)."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where the schedule ends, as a fraction of ``lr``."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(default=1.0e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch_by_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("steps") is None and data.get("epochs") is None:
+            return {**data, "epochs": 1.0}
+        return data
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.warmup > 1 and not self.warmup.is_integer():
+            raise ValueError(f"warmup {self.warmup:g} is neither a fraction below 1 nor a whole number of steps")
+        if self.steps is not None and self.warmup_steps(self.steps) > self.steps:
+            raise ValueError(f"warmup of {self.warmup:g} steps is longer than the run of {self.steps}")
+        return self
+
+    def warmup_steps(self, steps: int) -> int:
+        """The number of warm-up steps of a run of ``steps``; a fraction is rounded to the nearest step."""
+        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+
+
+class StrategyConfig(Block):
+    """How the policy is spread over workers."""
+
+    name: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    workers: Elastic = "auto"
+    """A number, [smallest, largest] (elastic), or auto: one per GPU, on CPUs one."""
+
+    @model_validator(mode="after")
+    def _enough_workers(self) -> Self:
+        smallest = self.workers[0] if isinstance(self.workers, tuple) else self.workers
+        if smallest != "auto" and smallest < 1:
+            raise ValueError("workers must be at least 1")
+        if self.name == "single" and self.workers not in ("auto", 1):
+            raise ValueError(f"single trains in one process; for workers: {self.workers} write name: ddp or fsdp2")
+        return self
+
+
+class CheckpointConfig(Block):
+    """What a restart finds."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps."""
+    keep: int = Field(default=2, ge=1)
+    """The newest that are kept; the final model is always kept."""
+
+
+class ReferenceConfig(Block):
+    """Where the reference policy's log-probabilities are computed."""
+
+    place: Literal["pool", "trainer"] = "pool"
+    """pool: ahead of training, in actors; trainer: in the training process with the adapter off (LoRA only)."""
+
+
+class WeightingConfig(WPOWeighting):
+    """A weight on top of the method. 2406.11827, Eq. 1 and 2."""
+
+    name: Literal["wpo"] = "wpo"
