@@ -1,0 +1,20 @@
+"""What someone who extends rayalign runs in their own tests.
+
+from rayalign.testing import check_method
+
+def test_my_method():
+    check_method(METHOD)
+"""
+
+from rayalign.testing._batches import RandomGroup, random_groups, scored_batch, without
+from rayalign.testing._method import check_method, step_loss, step_statistics
+
+__all__ = [
+    "RandomGroup",
+    "check_method",
+    "random_groups",
+    "scored_batch",
+    "step_loss",
+    "step_statistics",
+    "without",
+]
