@@ -9,6 +9,7 @@ from rayalign.data.schema import RowProblem, Turns, is_assistant
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = {role: speaker for speaker, role in _ROLES.items()}
 _NO_PROMPT = "chosen and rejected share no prompt: they must begin alike"
 
 
@@ -57,3 +58,12 @@ def transcript_turns(value: str, name: str) -> Turns:
     if pieces[0].strip() or len(merged) < 2 or merged[-1][0] != "Assistant":
         raise RowProblem(name, f"{name} must be a transcript that starts with Human: and ends in an Assistant: turn")
     return tuple({"role": _ROLES[speaker], "content": said} for speaker, said in merged)
+
+
+def transcript(turns: Turns, *, generation_prompt: bool) -> str:
+    """Turns as a transcript: how a conversation reads for a tokenizer without a chat template."""
+    lines = []
+    for turn in turns:
+        speaker = _SPEAKERS.get(turn["role"], turn["role"].capitalize())
+        lines.append(f"\n\n{speaker}: {turn['content']}" if turn["content"] else f"\n\n{speaker}:")
+    return "".join(lines) + ("\n\nAssistant:" if generation_prompt else "")
