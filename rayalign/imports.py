@@ -1,0 +1,61 @@
+"""What users name in a configuration as ``module:attribute``: their own scorer, label rule or method."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rayalign.errors import UserError
+
+
+def load_object(name: str) -> Any:
+    """The object at ``my_pkg.rewards:helpful`` or ``path/to/rewards.py:helpful``.
+
+    A module is looked for where Python looks; a file is one module by itself, without relative imports.
+
+    Raises:
+        UserError: ``name`` has no colon, or there is no such module, file or attribute.
+    """
+    place, separator, attribute = name.rpartition(":")
+    if not separator or not place or not attribute:
+        raise UserError(f"{name!r} names nothing to import: write module:name, such as my_pkg.rewards:helpful")
+    module = _load_file(Path(place), name) if place.endswith(".py") else _load_module(place, name)
+    try:
+        return reduce(getattr, attribute.split("."), module)
+    except AttributeError as error:
+        raise UserError(f"{name!r}: {place} has no {attribute!r}; check the spelling") from error
+
+
+def _load_module(place: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise  # the module exists, but something that it imports does not
+        raise UserError(
+            f"{name!r}: there is no module {error.name!r}; install it, put it on PYTHONPATH, or name its file: "
+            "path/to/file.py:name"
+        ) from error
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise UserError(f"{name!r}: there is no file {path}")
+    key = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[key] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return sys.modules[key]

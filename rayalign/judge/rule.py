@@ -1,0 +1,49 @@
+"""A scorer that is a Python function of the user's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from rayalign.errors import UserError
+from rayalign.imports import load_object
+
+
+class RuleScorer:
+    """Calls ``function(prompt, reply, **arguments)`` for every reply.
+
+    Args:
+        function: ``my_pkg.rewards:helpful`` or ``path/to/rewards.py:helpful``.
+        arguments: keyword arguments for every call.
+
+    Raises:
+        UserError: there is no such function.
+    """
+
+    def __init__(self, *, function: str, arguments: Mapping[str, Any] | None = None) -> None:
+        self.name = function
+        self.function = load_object(function)
+        if not callable(self.function):
+            raise UserError(f"scorer.function: {function!r} is a {type(self.function).__name__}, not a function")
+        self.arguments = dict(arguments or {})
+
+    def score(self, prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
+        """The function's numbers.
+
+        Raises:
+            UserError: one of them is not a finite number; what the function itself raises is passed on.
+        """
+        return [
+            self._checked(self.function(prompt, reply, **self.arguments), row, reply)
+            for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
+        ]
+
+    def _checked(self, value: object, row: int, reply: str) -> float:
+        if isinstance(value, Real) and math.isfinite(value):
+            return float(value)
+        raise UserError(
+            f"scorer.function: {self.name!r} returned {value!r} for row {row} (reply {reply[:80]!r}): "
+            "it must return a finite number"
+        )
