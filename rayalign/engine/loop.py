@@ -53,8 +53,8 @@ class TrainSpec:
     checkpoint_keep: int
     checkpoint_at: tuple[int, ...] = ()
     """Further steps whose checkpoint is written and kept until the run ends."""
-    evaluate_every: int = 0
-    """Steps between evaluations on held-out groups; 0 = never."""
+    evaluate_at: tuple[int, ...] = ()
+    """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
     track: tuple[str, ...] = ()
     check_initial_logratio: bool = False
@@ -104,7 +104,7 @@ def train(
     """
     run = begin(spec, strategy)
     source = make_source(run.layout, run.pad_id)
-    held_out = make_held_out(run.layout, run.pad_id).get(0) if make_held_out and spec.evaluate_every else ()
+    held_out = make_held_out(run.layout, run.pad_id).get(0) if make_held_out else ()
     sinks = open_sinks(spec, run.step) if strategy.rank == 0 else []
     while run.step < spec.optimizer.steps:
         row = advance(run, source, held_out)
@@ -178,7 +178,7 @@ def advance(run: Run, source: GroupSource, held_out: Sequence[StreamWork]) -> di
         "seconds": time.perf_counter() - began,
         "seconds_waiting_for_data": waited,
     }
-    if held_out and (run.step % spec.evaluate_every == 0 or run.step == spec.optimizer.steps):
+    if held_out and run.step in spec.evaluate_at:
         row |= {f"eval_{name}": value for name, value in run.runner.evaluate(held_out, run.step).items()}
     return row
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
+
+POLL_SECONDS = 0.5
 
 
 @ray.remote(num_cpus=0)
@@ -20,3 +25,26 @@ class Progress:
     def take(self) -> dict[str, dict[str, Any]]:
         latest, self.latest = self.latest, {}
         return latest
+
+
+@contextlib.contextmanager
+def watching(show: Callable[[str, Mapping[str, Any]], None]) -> Iterator[ray.actor.ActorHandle]:
+    """A mailbox whose newest rows are handed to ``show(run, row)`` while the block runs."""
+    mailbox = Progress.remote()
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(POLL_SECONDS):
+            for run, row in ray.get(mailbox.take.remote()).items():
+                show(run, row)
+
+    poller = threading.Thread(target=poll, daemon=True)
+    poller.start()
+    try:
+        yield mailbox
+    finally:
+        stop.set()
+        poller.join()
+        for run, row in ray.get(mailbox.take.remote()).items():
+            show(run, row)
+        ray.kill(mailbox)

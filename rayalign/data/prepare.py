@@ -1,0 +1,122 @@
+"""From a unit of input to one shard of a token store: the pure work of one preparation task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rayalign.data.chat import Chat
+from rayalign.data.group import Group
+from rayalign.data.lines import ByteRange, read_range
+from rayalign.data.records import BadRow, RawRow, Row
+from rayalign.data.shard import ShardInfo, write_shard
+from rayalign.data.tables import LINE_SUFFIXES, read_rows
+from rayalign.data.tokenize import DroppedRow, Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.unpair import unpair
+
+Shape = Literal["one", "pair", "group", "labelled", "prompt"]
+"""What a method learns from: one completion, two, any number, one with a label; or a prompt alone."""
+
+CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Something that one task reads from start to end."""
+
+    path: str
+    byte_range: ByteRange | None = None
+    """Part of a file of lines; None for a table or a dataset."""
+    split: str = "train"
+    revision: str | None = None
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """What became of one chunk of rows: good + bad + dropped = rows."""
+
+    shard: ShardInfo | None
+    """None when no row of the chunk is good."""
+    rows: int
+    bad: tuple[BadRow, ...]
+    dropped: int
+    truncated_prompts: int
+    truncated_responses: int
+
+
+def read_chunks(unit: Unit) -> Iterator[list[Row]]:
+    """The unit's rows, :data:`CHUNK_ROWS` at a time."""
+    if unit.path.endswith(LINE_SUFFIXES):
+        rows = read_range(unit.byte_range or ByteRange(source=unit.path))
+    else:
+        rows = read_rows(unit.path, split=unit.split, revision=unit.revision)
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def prepare_chunk(
+    rows: Sequence[Row],
+    chat: Chat,
+    settings: TokenizeSettings,
+    *,
+    unit: Unit,
+    shape: Shape,
+    directory: Path,
+    name: str,
+) -> ShardReport:
+    """Parse, tokenize and write one chunk as shard ``name``."""
+    outcomes = rows_to_groups(rows, chat, settings, format=unit.format, columns=unit.columns)
+    groups: list[Group] = []
+    bad: list[BadRow] = []
+    prompts = responses = dropped = 0
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, BadRow):
+            bad.append(outcome)
+        elif isinstance(outcome, DroppedRow):
+            dropped += 1
+        elif (problem := misfit(outcome.group, shape)) and isinstance(row, RawRow):
+            bad.append(BadRow(source=row.source, line=row.line, reason=problem))
+        else:
+            assert isinstance(outcome, Tokenized)
+            prompts += outcome.truncation.prompt > 0
+            responses += sum(cut > 0 for cut in outcome.truncation.responses)
+            groups.extend(shaped(outcome.group, shape))
+    return ShardReport(
+        shard=write_shard(directory, name, groups) if groups else None,
+        rows=len(rows),
+        bad=tuple(bad),
+        dropped=dropped,
+        truncated_prompts=prompts,
+        truncated_responses=responses,
+    )
+
+
+def misfit(group: Group, shape: Shape) -> str:
+    """Why a method that learns from ``shape`` cannot use the group; empty when it can."""
+    found = len(group.candidates)
+    if shape == "pair" and found != 2:
+        return f"a pairwise method needs chosen and rejected, and this row has {found} completion(s)"
+    if shape == "one" and found != 1:
+        return f"this method needs one completion, and this row has {found}; use `columns: {{completion: chosen}}`"
+    if shape == "group" and found < 2:
+        return f"this method compares completions of one prompt, and this row has {found}"
+    if shape == "labelled" and found != 2 and "label" not in group.per_candidate:
+        return "this method needs `completion` with `label`, or `chosen` and `rejected`"
+    return ""
+
+
+def shaped(group: Group, shape: Shape) -> tuple[Group, ...]:
+    """The group as the method takes it: pairs become two labelled examples for a method of labelled ones."""
+    if shape == "labelled" and "label" not in group.per_candidate:
+        return unpair(group)
+    return (group,)

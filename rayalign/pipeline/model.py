@@ -1,0 +1,79 @@
+"""A run's configuration as the specifications that the engine and the stages take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rayalign.config.run import RunConfig
+from rayalign.data.tokenize import TokenizeSettings
+from rayalign.engine.model import ModelSpec, model_digest, model_directory
+from rayalign.engine.reference import ScoringSpec
+from rayalign.manifest import file_digest
+from rayalign.pipeline.artifacts import digest_of
+from rayalign.runtime.datasets import TokenizerSpec
+from rayalign.runtime.session import Session
+
+CPU_ROW_TOKENS = 1024
+"""On a CPU several short rows are faster than a long one, whose mask is quadratic; on CUDA one row is."""
+
+
+def model_spec(run: RunConfig) -> ModelSpec:
+    """The policy before the first step."""
+    model = run.model
+    return ModelSpec(
+        name=model.name,
+        revision=model.revision,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        gradient_checkpointing=model.gradient_checkpointing,
+        from_scratch=model.from_scratch,
+        seed=run.seed,
+    )
+
+
+def reference_spec(run: RunConfig) -> ModelSpec:
+    """The reference: ``model.reference``, or the policy before the first step."""
+    if run.model.reference is None:
+        return model_spec(run)
+    return ModelSpec(name=run.model.reference, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+
+
+def scoring_spec(run: RunConfig, session: Session) -> ScoringSpec:
+    """How the reference scores: as training does."""
+    return ScoringSpec(
+        model=reference_spec(run),
+        tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
+        row_tokens=row_tokens(session),
+        logit_temperature=run.method.config.logit_temperature,
+    )
+
+
+def row_tokens(session: Session) -> int | None:
+    return None if session.num_gpus else CPU_ROW_TOKENS
+
+
+def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
+    """The policy's tokenizer and how it writes conversations."""
+    return TokenizerSpec(
+        name=run.model.name,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+        template=run.data.template,
+        stop=run.data.stop,
+        settings=TokenizeSettings(
+            max_prompt_tokens=run.data.max_prompt_tokens,
+            max_tokens=run.data.max_tokens,
+            truncated=run.data.truncated,
+        ),
+    )
+
+
+def spec_digest(spec: ModelSpec) -> str:
+    """What identifies a model's log-probs: its files, and its seed where the weights are drawn."""
+    directory = model_directory(spec.name, spec.revision)
+    return digest_of([model_digest(directory), spec.seed if spec.from_scratch else None])
+
+
+def template_digest(template: str) -> str:
+    """``auto`` and ``none`` are themselves, a file is its bytes."""
+    return template if template in ("auto", "none") else file_digest(Path(template))

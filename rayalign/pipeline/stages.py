@@ -1,0 +1,170 @@
+"""The shared stages before training: rows made by a function, token stores, mismatched completions, reference columns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.run import RunConfig
+from rayalign.data.prepare import Shape, Unit
+from rayalign.data.records import append_quarantine
+from rayalign.data.shard import write_shard
+from rayalign.data.store import TokenStore, commit_store
+from rayalign.data.unpair import with_mismatched
+from rayalign.engine.model import model_directory, tokenizer_digest
+from rayalign.errors import UserError
+from rayalign.imports import import_object, source_digest
+from rayalign.manifest import commit
+from rayalign.pipeline.artifacts import Artifacts, path_digest
+from rayalign.pipeline.model import reference_spec, scoring_spec, spec_digest, template_digest, tokenizer_spec
+from rayalign.runtime.datasets import Preparation, prepare, split_units
+from rayalign.runtime.reference import score_store
+from rayalign.runtime.session import Session
+
+SHOWN_BAD_ROWS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """Where stages live and what they run on."""
+
+    artifacts: Artifacts
+    session: Session
+
+    def rows(self, source: DataSource) -> Path:
+        """A maker's rows as a JSONL file."""
+        assert source.function is not None
+        function = source.function
+        inputs = {"function": function, "source": source_digest(function), "arguments": source.arguments}
+
+        def build(directory: Path) -> None:
+            with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
+                for row in import_object(function)(**source.arguments):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            commit(directory, {"inputs": inputs})
+
+        return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
+
+    def tokens(self, source: DataSource, run: RunConfig, shape: Shape) -> Path:
+        """The token store of one source."""
+        tokenizer = tokenizer_spec(run)
+        units = source_units(source, run.data, self)
+        model = model_directory(run.model.name, run.model.revision)
+        inputs = {
+            "files": [input_digest(unit) for unit in units],
+            "format": [units[0].format, dict(units[0].columns)],
+            "tokenizer": tokenizer_digest(model),
+            "template": template_digest(run.data.template),
+            "stop": run.data.stop,
+            "settings": asdict(tokenizer.settings),
+            "shape": shape,
+            "bad": [run.data.on_bad_row, run.data.max_bad_fraction],
+        }
+
+        def build(directory: Path) -> None:
+            (directory / "quarantine.jsonl").unlink(missing_ok=True)
+            writers = max(1, int(self.session.num_cpus))
+            found = prepare(split_units(units), tokenizer, shape, directory, writers=writers)
+            append_quarantine(directory / "quarantine.jsonl", found.bad)
+            refuse_bad_rows(found, run.data, directory)
+            shards = [report.shard for report in found.reports if report.shard is not None]
+            commit_store(directory, shards, meta={"inputs": inputs, "preparation": summary(found)})
+
+        return self.artifacts.stage("tokens", inputs, build)
+
+    def mismatched(self, store: Path) -> Path:
+        """The same examples, each with another prompt's completion beside it (KTO's KL estimate)."""
+        opened = TokenStore.open(store)
+        inputs = {"store": opened.digest}
+
+        def build(directory: Path) -> None:
+            groups = with_mismatched(opened)
+            shards = [
+                write_shard(
+                    directory, f"{first:010d}", [groups[index] for index in range(first, min(first + 512, len(groups)))]
+                )
+                for first in range(0, len(groups), 512)
+            ]
+            commit_store(directory, shards, meta={"inputs": inputs})
+
+        return self.artifacts.stage("mismatched", inputs, build)
+
+    def reference(self, store: Path, run: RunConfig) -> Path:
+        """Reference log-probs of every predicted token, as a column laid over ``store``."""
+        opened = TokenStore.open(store)
+        spec = scoring_spec(run, self.session)
+        inputs = {
+            "store": opened.digest,
+            "model": spec_digest(reference_spec(run)),
+            "logit_temperature": spec.logit_temperature,
+            "dtype": run.model.dtype,
+            "device": self.session.device,
+            "transformers": transformers.__version__,
+            "budget": [spec.tokens_per_micro_batch, spec.row_tokens],
+        }
+
+        def build(directory: Path) -> None:
+            score_store(store, directory, spec, session=self.session, facts={"inputs": inputs})
+
+        return self.artifacts.stage("reference", inputs, build)
+
+
+def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:
+    """What one entry of ``data.train`` names: files, a dataset, or the rows that a function makes."""
+    path = str(stages.rows(source)) if source.function is not None else str(source.path)
+    paths = sorted(glob(path)) if any(mark in path for mark in "*?[") else [path]
+    if not paths:
+        raise UserError(f"data: no file matches {path}")
+    return [
+        Unit(
+            path=path,
+            split=source.split or "train",
+            revision=source.revision,
+            format=source.format or data.format,
+            columns=source.columns,
+        )
+        for path in paths
+    ]
+
+
+def input_digest(unit: Unit) -> str:
+    """What identifies a unit's rows: a file's bytes; a dataset's name, split and revision."""
+    path = Path(unit.path)
+    if path.exists():
+        return path_digest(path)
+    return f"{unit.path}@{unit.revision}#{unit.split}"
+
+
+def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
+    """Raise UserError when too many rows are bad, or none is left; the first few are named."""
+    if not found.bad and any(report.shard for report in found.reports):
+        return
+    share = len(found.bad) / max(1, found.rows)
+    named = "\n".join(f"  {row}" for row in found.bad[:SHOWN_BAD_ROWS])
+    listed = f"{len(found.bad)} of {found.rows} rows are bad ({share:.2%}); all are in {directory / 'quarantine.jsonl'}"
+    if data.on_bad_row == "fail" or share > data.max_bad_fraction:
+        limit = (
+            "data.on_bad_row: fail" if data.on_bad_row == "fail" else f"data.max_bad_fraction {data.max_bad_fraction:g}"
+        )
+        raise UserError(f"{listed}, more than {limit} allows:\n{named}")
+    if not any(report.shard for report in found.reports):
+        raise UserError(f"no row is left to train on: {listed}\n{named}")
+
+
+def summary(found: Preparation) -> dict[str, Any]:
+    """The numbers of a preparation: rows = groups' rows + bad + dropped."""
+    return {
+        "rows": found.rows,
+        "bad": len(found.bad),
+        "dropped": sum(report.dropped for report in found.reports),
+        "truncated_prompts": sum(report.truncated_prompts for report in found.reports),
+        "truncated_responses": sum(report.truncated_responses for report in found.reports),
+        "shards": sum(report.shard is not None for report in found.reports),
+        "bytes_by_node": found.bytes_by_node,
+    }

@@ -1,0 +1,137 @@
+"""``rayalign train``: from a YAML to a committed model, in stages that are shared and can be resumed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rayalign import __version__
+from rayalign.config.dump import dump
+from rayalign.config.load import load_run
+from rayalign.config.run import RunConfig
+from rayalign.config.supported import unsupported
+from rayalign.errors import UserError
+from rayalign.manifest import read_manifest, write_durably
+from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.display import Board
+from rayalign.pipeline.job import make_job, num_workers
+from rayalign.pipeline.stages import Stages
+from rayalign.runtime.lease import lease
+from rayalign.runtime.progress import watching
+from rayalign.runtime.session import connect
+from rayalign.runtime.trainer import TrainJob, fit
+
+LIBRARIES = ("torch", "transformers", "ray", "numpy", "tokenizers", "safetensors")
+
+
+def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
+    """Train the run that ``path`` and ``overrides`` describe; returns the exported model's directory."""
+    folder = import_folder(path)
+    sys.path.insert(0, str(folder))
+    run = load_run(path, overrides)
+    refuse_unsupported(run)
+    with connect(import_paths=[folder]) as session, Board(console) as board:
+        storage = Path(run.storage_path).expanduser().resolve()
+        stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
+        final = train_run(run, storage / run.name, stages, board=board, processes=num_workers(run, session))
+    console.print(f"model: {final}", highlight=False)
+    return final
+
+
+def train_run(
+    run: RunConfig, directory: Path, stages: Stages, *, board: Board, processes: int, label: str = ""
+) -> Path:
+    """Prepare the data of one run, train it, and return its ``final/``; what is committed already is not done again.
+
+    ``processes`` is how many training processes share the cluster at the same time, this run's included.
+    """
+    with lease(directory):
+        job = make_job(run, directory, stages, processes=processes, label=label or run.name)
+        if finished(job):
+            board.say(f"{job.run}: finished before, see {directory / 'final'}")
+            return directory / "final"
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_run_json(run, job, status="running", started=started)
+        board.start(job.run, job.spec.optimizer.steps)
+        with watching(board.row) as progress:
+            final = fit(job, progress)
+        write_run_json(run, job, status="finished", started=started)
+        return final
+
+
+def refuse_unsupported(run: RunConfig) -> None:
+    reasons = unsupported(run)
+    if reasons:
+        raise UserError("; ".join(reasons))
+
+
+def import_folder(path: Path | None) -> Path:
+    """Where the user's own modules are searched: beside the YAML, or in the current folder."""
+    return path.resolve().parent if path is not None else Path.cwd()
+
+
+def finished(job: TrainJob) -> bool:
+    """Whether ``final/`` is this very run's; another configuration's is refused."""
+    manifest = read_manifest(job.spec.directory / "final")
+    if manifest is None:
+        return False
+    changed = sorted(key for key, value in job.spec.identity.items() if manifest["identity"].get(key) != value)
+    if changed:
+        raise UserError(
+            f"{job.spec.directory} holds a finished run with another {' and '.join(changed)}: "
+            "give this run another name, or remove that folder"
+        )
+    return True
+
+
+def write_run_json(run: RunConfig, job: TrainJob, *, status: str, started: str) -> None:
+    """``run.json``: what was asked, what it ran on, and how far it is."""
+    facts = {
+        "name": run.name,
+        "status": status,
+        "started": started,
+        "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": run.seed,
+        "steps": job.spec.optimizer.steps,
+        "workers": job.workers,
+        "threads_per_worker": job.share.threads,
+        "config_version": run.config_version,
+        "configuration": dump(run),
+        "identity": dict(job.spec.identity),
+        "data": data_facts(job),
+        **provenance(),
+    }
+    write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def data_facts(job: TrainJob) -> list[dict[str, Any]]:
+    """Rows, shards, nodes and bytes of each store that the run reads, as its preparation counted them."""
+    stores = dict.fromkeys(store for stream in job.source.streams for store in stream.stores)
+    manifests = {store: read_manifest(store) for store in stores}
+    return [
+        {"store": str(store), "digest": manifest["digest"], **manifest["meta"].get("preparation", {})}
+        for store, manifest in manifests.items()
+        if manifest is not None
+    ]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of libraries and the git revision of the current folder, where it has one."""
+    versions = {"rayalign": __version__, "python": sys.version.split()[0]}
+    versions |= {name: metadata.version(name) for name in LIBRARIES}
+    return {"versions": versions, "git_revision": git_revision()}
+
+
+def git_revision() -> str:
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
