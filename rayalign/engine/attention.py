@@ -99,11 +99,14 @@ def additive_mask(batch: PackedBatch, reach: Reach, dtype: torch.dtype) -> Float
 def block_mask(batch: PackedBatch, reach: Reach) -> BlockMask:
     """The same rule for FlexAttention, which skips blocks of the row that nobody sees."""
     num_rows, length = batch.input_ids.shape
-
-    def mask_mod(row: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return sees(batch, reach, row=row, q=q, kv=kv)
-
-    return create_block_mask(mask_mod, num_rows, None, length, length, device=batch.input_ids.device)
+    return create_block_mask(
+        lambda row, head, q, kv: sees(batch, reach, row=row, q=q, kv=kv),
+        num_rows,
+        None,
+        length,
+        length,
+        device=batch.input_ids.device,
+    )
 
 
 def attention_inputs(

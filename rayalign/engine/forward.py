@@ -14,6 +14,7 @@ from rayalign.data.rows import Layout
 from rayalign.engine.attention import CONCATENATED_ONLY, attention_inputs, attention_kind
 from rayalign.engine.head import CHUNK_BYTES, HeadForm, token_logprobs
 from rayalign.errors import UserError
+from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch, Scores
 
 pytree.register_dataclass(Scores)  # FSDP2 finds the tensors whose gradients it must wait for by flattening the output
@@ -52,7 +53,10 @@ class Policy(nn.Module):
             form=replace(self.head_form, temperature=logit_temperature),
             statistics=needs,
         )
-        return Scores(**columns, **_per_candidate(batch, columns["token_logp"]))
+        B, K = batch.candidate_mask.shape
+        logp = sum_per_candidate(columns["token_logp"], batch.candidate_of, num_groups=B, num_candidates=K)
+        length = count_per_candidate(batch.candidate_of, num_groups=B, num_candidates=K)
+        return Scores(**columns, logp=logp.clone(), length=length)  # a clone: FSDP2 warns of outputs that are views
 
     def _hidden(self, batch: PackedBatch) -> Float[Tensor, "R L H"]:
         device = batch.input_ids.device.type
@@ -84,9 +88,3 @@ def head_form(model: PreTrainedModel, *, chunk_bytes: int = CHUNK_BYTES) -> Head
         softcap=getattr(config, "final_logit_softcapping", None),
         chunk_bytes=chunk_bytes,
     )
-
-
-def _per_candidate(batch: PackedBatch, token_logp: Float[Tensor, " N"]) -> dict[str, Tensor]:
-    shape = batch.candidate_mask.shape
-    logp = token_logp.new_zeros(shape.numel()).index_add(0, batch.candidate_of, token_logp)
-    return {"logp": logp.view(shape), "length": torch.bincount(batch.candidate_of, minlength=shape.numel()).view(shape)}

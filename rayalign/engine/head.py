@@ -59,7 +59,8 @@ class _ChunkedHead(torch.autograd.Function):
         statistics: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         logits_of = _Logits(hidden, weight, bias, form)
-        token_logp, log_normalizer = hidden.new_empty((2, len(target_ids)), dtype=logits_of.dtype)
+        token_logp = hidden.new_empty(len(target_ids), dtype=logits_of.dtype)
+        log_normalizer = torch.empty_like(token_logp)
         columns = {name: torch.empty_like(token_logp) for name in statistics}
         for rows in logits_of.chunks():
             logits = logits_of(rows)

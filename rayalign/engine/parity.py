@@ -8,7 +8,9 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,6 @@ from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
 from rayalign.engine.attention import attention_kind
 from rayalign.engine.forward import Policy
-from rayalign.engine.step import to_device
 from rayalign.errors import UserError
 
 TOLERANCE = 1e-3
@@ -38,8 +39,9 @@ def choose_layout(model: PreTrainedModel) -> Layout:
 
     The proof is a float32 forward against transformers' own forward of each sequence alone, on a random model of the
     same configuration with fewer layers (one of each type), a small vocabulary and a window shorter than the sequences.
-    A family outside the table of attention families is tried as it is, on plain sequences. The result is kept in ``$RAYALIGN_CACHE`` (default ``~/.cache/rayalign``), one file per configuration, attention
-    implementation and transformers version.
+    A family outside the table of attention families is tried as it is, on plain sequences. The result is kept in
+    ``$RAYALIGN_CACHE`` (default ``~/.cache/rayalign``), one file per configuration, attention implementation and
+    transformers version.
 
     Raises:
         UserError: not even plain sequences give the log-probabilities that transformers gives.
@@ -135,7 +137,10 @@ def _difference(probe: PreTrainedModel, groups: Sequence[Group], layout: Layout,
     batch = pack(
         groups, positions=range(len(groups)), num_candidates=4, pad_id=0, row_tokens=8 * _WINDOW, layout=layout
     )
-    scores = Policy(probe, layout=layout)(to_device(batch, probe.device))
+    moved: dict[str, Any] = {
+        name: value.to(probe.device) for name in batch.__slots__ if isinstance(value := getattr(batch, name), Tensor)
+    }
+    scores = Policy(probe, layout=layout)(replace(batch, **moved))
     return float((scores.token_logp - expected).abs().max())
 
 
