@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import diff, dump, to_yaml
 from rayalign.config.errors import ConfigError
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
 
-__all__ = ["ConfigError", "RunConfig", "diff", "dump", "load_run", "to_yaml", "unsupported"]
+__all__ = [
+    "Cell",
+    "Comparison",
+    "ConfigError",
+    "RunConfig",
+    "diff",
+    "dump",
+    "load_compare",
+    "load_run",
+    "started_from",
+    "to_yaml",
+    "unsupported",
+]

@@ -57,6 +57,12 @@ class Document:
                 return replace(self.places[path[:length]], text=None)
         return Place(COMMAND_LINE)
 
+    def part(self, path: FieldPath) -> Document:
+        """The document below ``path``."""
+        depth = len(path)
+        places = {place[depth:]: value for place, value in self.places.items() if place[:depth] == path}
+        return replace(self, data=self.get(path), places=places)
+
 
 def read_document(path: str | Path) -> Document:
     """The YAML file at ``path``.
@@ -150,7 +156,7 @@ def override(document: Document, overrides: Iterable[str]) -> Document:
         try:
             if not equals or not key.strip():
                 raise ValueError("is not key=value, such as optim.lr=1e-6")
-            path = _assign(data, key.strip().split("."), yaml.safe_load(written))
+            path = assign(data, key.strip().split("."), yaml.safe_load(written))
         except yaml.YAMLError:
             problems.append(Problem(COMMAND_LINE, key, f"{written!r} is not valid YAML; quote it"))
         except ValueError as error:
@@ -169,8 +175,11 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-def _assign(data: dict[str, Any], keys: Sequence[str], value: Any) -> FieldPath:
-    """Puts ``value`` at ``keys``, making the blocks on the way; list items are counted from 0."""
+def assign(data: dict[str, Any], keys: Sequence[str], value: Any) -> FieldPath:
+    """Put ``value`` at ``keys``, making the blocks on the way; list items are counted from 0.
+
+    Returns the path. Raises ValueError where ``keys`` leads through a value that has no keys.
+    """
     container: Any = data
     path: list[str | int] = []
     for position, key in enumerate(keys):

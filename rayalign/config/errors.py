@@ -24,6 +24,8 @@ class Problem:
     where: str
     field: str
     message: str
+    illegal: bool = False
+    """Well-formed, but not together with the rest: a comparison skips such a cell."""
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.where, self.field, self.message) if part)

@@ -22,6 +22,8 @@ _REQUIRED = {
     "data": "say what to train on: data: {train: [pairs.jsonl]}",
     "data.train": "say what to train on: train: [pairs.jsonl]",
     "method": "say how to train: method: {name: dpo}",
+    "base": "say what all cells share: base: run.yaml",
+    "grid": "say what is compared: grid: {method: [dpo, exo_pref]}",
 }
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
@@ -44,14 +46,15 @@ _KINDS = {
 }
 
 
-def explain(error: ValidationError, document: Document, *, model: Model, prefix: FieldPath = ()) -> list[Problem]:
-    """One problem per error of reading ``document`` (its part below ``prefix``) as ``model``, in the file's order."""
+def explain(error: ValidationError, document: Document, *, model: Model) -> list[Problem]:
+    """One problem per error of reading ``document`` as ``model``, in the file's order."""
     found = []
     for detail in error.errors(include_url=False):
-        path, blocks = _locate(model, detail["loc"], document.get(prefix))
-        place = document.place((*prefix, *path))
+        path, blocks = _locate(model, detail["loc"], document.data)
+        place = document.place(path)
         message = _sentence(detail, path, blocks, model=model, text=place.text)
-        found.append((place.order, Problem(place.where, dotted((*prefix, *path)), message)))
+        problem = Problem(place.where, dotted(path), message, illegal=detail["type"] == "illegal")
+        found.append((place.order, problem))
     return [problem for _, problem in sorted(found, key=lambda item: item[0])]
 
 

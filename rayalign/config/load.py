@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rayalign.config.document import COMMAND_LINE, Document, Place, credentials, override, read_document
-from rayalign.config.errors import ConfigError, FieldPath
+from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
 from rayalign.config.run import RunConfig
 
@@ -25,19 +25,21 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfi
         ConfigError: with every mistake found, one per line.
     """
     document = override(empty_document() if path is None else read_document(path), overrides)
+    if "grid" in document.data:
+        raise ConfigError([Problem(str(path), "", f"is a comparison; start it with: rayalign compare {path}")])
     leaked = credentials(document)
     if leaked:
         raise ConfigError(leaked)
     return parse_run(document)
 
 
-def parse_run(document: Document, prefix: FieldPath = ()) -> RunConfig:
-    """The run described by the part of ``document`` below ``prefix``."""
+def parse_run(document: Document) -> RunConfig:
+    """The run that ``document`` describes; raises ConfigError like :func:`load_run`."""
     try:
         with importable(document.directory):
-            return RunConfig.model_validate(document.get(prefix), context={"directory": document.directory})
+            return RunConfig.model_validate(document.data, context={"directory": document.directory})
     except ValidationError as error:
-        raise ConfigError(explain(error, document, model=RunConfig, prefix=prefix)) from None
+        raise ConfigError(explain(error, document, model=RunConfig)) from None
 
 
 @contextlib.contextmanager

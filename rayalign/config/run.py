@@ -61,14 +61,17 @@ class RunConfig(Block):
         return self
 
     @property
+    def has_no_kl_term(self) -> bool:
+        """True for a method whose protection from drift is auxiliary data, when there is none."""
+        return self.method.record.requires_auxiliary and not self.auxiliary
+
+    @property
     def display_name(self) -> str:
         """What tables call the objective: ``dpo``, ``ipo + wpo``, ``dpo + sft``, ``mpo``, ``mpo (no KL)``."""
         record = self.method.record
-        parts = [record.name]
+        parts = [f"{record.name} (no KL)" if self.has_no_kl_term else record.name]
         if self.weighting is not None:
             parts.append("permuted wpo" if self.weighting.permute else "wpo")
         if not record.requires_auxiliary:
             parts.extend(stream.name for stream in self.auxiliary or ())
-        elif not self.auxiliary:
-            parts[0] += " (no KL)"
         return " + ".join(parts)

@@ -1,0 +1,205 @@
+"""A comparison: a base run and a grid of axes → cells, each an ordinary run or the reason why it is skipped."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from rayalign.config.document import Document, credentials, override, read_document
+from rayalign.config.errors import ConfigError, Problem
+from rayalign.config.explain import explain
+from rayalign.config.fields import Block
+from rayalign.config.grid import Entry, apply, read_axis
+from rayalign.config.legality import blocks_without_use
+from rayalign.config.load import parse_run
+from rayalign.config.run import NAME_PATTERN, RunConfig
+
+INITIAL = "(initial)"
+"""``model.name`` of every cell until the ``initial`` run is trained; see :func:`started_from`."""
+MAX_NAME = 128
+
+
+class ReportConfig(Block):
+    """The comparison's own words, and what its report looks at."""
+
+    title: str | None = None
+    """null: the comparison's name."""
+    opening: tuple[str, ...] = ()
+    """Sentences that stand above everything."""
+    caveats: tuple[str, ...] = ()
+    """Sentences that close the report."""
+    kl_levels: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0, 5.0)
+    """KL, in nats, at which cells are set side by side."""
+    curves: tuple[str, ...] = ("loss", "rewards/accuracies", "rewards/margins")
+    """Training metrics that are drawn."""
+
+
+class CompareConfig(Block):
+    """What a comparison's YAML may say. Results go to ``<storage_path of base>/<name>/``."""
+
+    config_version: Literal[1] = 1
+    name: str = Field(default="comparison", pattern=NAME_PATTERN)
+    base: dict[str, Any]
+    """A run, or the path of one: everything that is not under test."""
+    grid: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)]
+    """Axis → entries; an axis is a block or a dotted setting of a run."""
+    initial: dict[str, Any] | None = None
+    """A run, or the path of one, trained once: its final model is ``model.name`` of every cell."""
+    report: ReportConfig = ReportConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One point of the grid."""
+
+    id: str
+    """Readable, unique, fit for a folder's name; it depends on this cell's entries only."""
+    label: str
+    coordinates: Mapping[str, str]
+    """Axis → the entry's label."""
+    run: RunConfig | None
+    """Named ``<comparison>.<id>``; None where the cell is skipped."""
+    skipped_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A comparison that can start: at least one cell has a run."""
+
+    name: str
+    storage_path: str
+    initial: RunConfig | None
+    cells: tuple[Cell, ...]
+    report: ReportConfig
+
+
+def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
+    """The comparison that the YAML at ``path`` describes; ``base.optim.steps=20`` overrides the base run.
+
+    A base or initial run that lies in a file of its own resolves its inputs against that file's folder.
+
+    Raises:
+        ConfigError: with every mistake found, one per line; also when every cell is skipped.
+    """
+    overrides = list(overrides)
+    runs = ("base", "initial")
+    own = [text for text in overrides if not text.startswith(tuple(f"{key}." for key in runs))]
+    document = override(read_document(path), own)
+    if "grid" not in document.data and "method" in document.data:
+        raise ConfigError([Problem(str(path), "", f"is a single run; start it with: rayalign train {path}")])
+    parts = {key: _run_document(document, key, Path(path).parent, overrides) for key in runs if document.data.get(key)}
+    leaked = [problem for part in (document, *parts.values()) for problem in credentials(part)]
+    if leaked:
+        raise ConfigError(dict.fromkeys(leaked))
+    try:
+        config = CompareConfig.model_validate(document.data | {key: part.data for key, part in parts.items()})
+    except ValidationError as error:
+        raise ConfigError(explain(error, document, model=CompareConfig)) from None
+    base = parts["base"]
+    initial = _initial(config, parts["initial"], base) if "initial" in parts else None
+    cells = expand(config, base=base, source=document)
+    runnable = [cell.run for cell in cells if cell.run is not None]
+    if not runnable:
+        reasons = [Problem(str(path), f"cell {cell.id}", f"skipped, because {cell.skipped_reason}") for cell in cells]
+        raise ConfigError([Problem(str(path), "grid", "no cell can be run"), *reasons])
+    return Comparison(
+        name=config.name,
+        storage_path=runnable[0].storage_path,
+        initial=initial,
+        cells=tuple(cells),
+        report=config.report,
+    )
+
+
+def expand(config: CompareConfig, *, base: Document, source: Document) -> list[Cell]:
+    """The product of the axes, in the order of the YAML; ``source`` is the document that holds the grid.
+
+    Raises:
+        ConfigError: a cell is malformed (an illegal one is skipped instead).
+    """
+    axes = [read_axis(axis, values, source) for axis, values in config.grid.items()]
+    given = [block for block in ("rollout", "label", "scorer") if base.data.get(block) is not None]
+    kept: set[str] = set()
+    problems: dict[Problem, None] = {}
+    cells = []
+    for entries in itertools.product(*axes):
+        document = base
+        for entry in entries:
+            document = apply(entry, document, source)
+        document = _without_unused(document, base)
+        kept.update(document.data)
+        try:
+            cells.append(_cell(config, entries, document))
+        except ConfigError as error:
+            problems.update(dict.fromkeys(error.problems))
+    for block in given:
+        if block not in kept:
+            problems[Problem(base.place((block,)).where, block, "is used by no cell; remove it")] = None
+    if problems:
+        raise ConfigError(problems)
+    return cells
+
+
+def started_from(run: RunConfig, model: str) -> RunConfig:
+    """A cell's run with the final model of the ``initial`` run in place of :data:`INITIAL`."""
+    return run.model_copy(update={"model": run.model.model_copy(update={"name": model})})
+
+
+def _run_document(document: Document, key: str, folder: Path, overrides: Iterable[str]) -> Document:
+    value = document.data[key]
+    part = read_document(folder / value) if isinstance(value, str) else document.part((key,))
+    mine = [text.removeprefix(f"{key}.") for text in overrides if text.startswith(f"{key}.")]
+    return override(part, mine) if mine else part
+
+
+def _initial(config: CompareConfig, document: Document, base: Document) -> RunConfig:
+    defaults = {"name": f"{config.name}.initial"}
+    if "storage_path" in base.data:
+        defaults["storage_path"] = base.data["storage_path"]
+    return parse_run(replace(document, data=defaults | document.data))
+
+
+def _without_unused(document: Document, base: Document) -> Document:
+    """Without the base's blocks that this cell's data policy has no use for: other cells have."""
+    policy, label = document.get(("data_policy",)), document.get(("label",))
+    name = policy.get("name", "off_policy") if isinstance(policy, Mapping) else policy or "off_policy"
+    relabels = isinstance(label, Mapping) and label.get("relabel") is True
+    unused = [
+        block
+        for block in blocks_without_use(name, relabels=relabels)
+        if document.data.get(block) == base.data.get(block)
+    ]
+    return replace(document, data={key: value for key, value in document.data.items() if key not in unused})
+
+
+def _cell(config: CompareConfig, entries: Sequence[Entry], document: Document) -> Cell:
+    identity = "__".join(entry.slug for entry in entries)
+    name = f"{config.name}.{identity}"
+    if len(name) > MAX_NAME:
+        raise ConfigError([Problem("", "grid", f"{name} is too long a name; give entries short ones, such as as: a")])
+    if config.initial is not None:
+        given = document.get(("model", "name"))
+        if given is not None:
+            where = document.place(("model", "name")).where
+            raise ConfigError([Problem(where, "model.name", "is the initial run's final model; remove it")])
+        document = replace(
+            document, data=document.data | {"model": (document.get(("model",)) or {}) | {"name": INITIAL}}
+        )
+    coordinates = {entry.axis: entry.label for entry in entries}
+    try:
+        run = parse_run(replace(document, data=document.data | {"name": name}))
+    except ConfigError as error:
+        if not all(problem.illegal for problem in error.problems):
+            raise
+        reason = "; ".join(f"{problem.field}: {problem.message}" for problem in error.problems)
+        return Cell(
+            id=identity, label=", ".join(coordinates.values()), coordinates=coordinates, run=None, skipped_reason=reason
+        )
+    if run.has_no_kl_term and "method" in coordinates:
+        coordinates["method"] += " (no KL)"
+    return Cell(id=identity, label=", ".join(coordinates.values()), coordinates=coordinates, run=run)

@@ -1,0 +1,141 @@
+"""``rayalign init dpo``: a commented YAML made from the schema, so that it says what this version accepts."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from rayalign.config.data import AuxiliaryConfig, DataConfig
+from rayalign.config.method import resolve_method, why_not_weighted
+from rayalign.config.model import ModelConfig
+from rayalign.config.policy import OnPolicyConfig, RolloutConfig
+from rayalign.config.run import RunConfig
+from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig
+from rayalign.config.training import CheckpointConfig, OptimConfig, StrategyConfig, WeightingConfig
+
+if TYPE_CHECKING:
+    from rayalign.methods._base import Method
+
+BLOCKS = (
+    AuxiliaryConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OnPolicyConfig,
+    OptimConfig,
+    RolloutConfig,
+    RuleScorerConfig,
+    RunConfig,
+    StrategyConfig,
+    WeightingConfig,
+)
+LEARNING_RATES = {"sft": 1.0e-5, "reward_model": 1.0e-5}
+"""Where the default, which suits preference losses, is too small (EXO's scripts, 2402.00856)."""
+WIDTH = 116
+
+
+def template(name: str) -> str:
+    """The YAML that ``rayalign init <name>`` writes: of a method, or of a ``compare``.
+
+    Raises:
+        UserError: no method has that name.
+    """
+    if name == "compare":
+        return _render("compare.yaml", row=ROWS["pair"])
+    record = resolve_method(name)
+    return _render(
+        "run.yaml",
+        method=name,
+        title=f"{record.name}: {record.paper}" if record.paper else record.name,
+        run_name=record.name.replace(":", "-"),
+        row=_row(record),
+        parameters=_parameters(record),
+        requires_auxiliary=record.requires_auxiliary,
+        weightable=why_not_weighted(record, WeightingConfig()) is None,
+        draws="off_policy" not in record.data_policies,
+        lr=_yaml(LEARNING_RATES.get(name, OptimConfig.model_fields["lr"].default)),
+    )
+
+
+ROWS = {
+    "pair": '{"prompt": …, "chosen": …, "rejected": …}',
+    "group": '{"prompt": …, "completions": […], "rewards": […]}',
+    "one": '{"prompt": …, "completion": …}',
+    "labelled": '{"prompt": …, "completion": …, "label": true}',
+    "prompt": '{"prompt": …}',
+}
+
+
+def _row(record: Method) -> str:
+    if "off_policy" not in record.data_policies:
+        return ROWS["prompt"]
+    return ROWS["labelled" if "label" in record.needs else record.candidates]
+
+
+def _render(file: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    text = resources.files("rayalign.config").joinpath("templates", file).read_text(encoding="utf-8")
+    names = {block.__name__: block for block in BLOCKS}
+    return environment.from_string(text).render(settings=_settings, doc=_doc, **names, **values)
+
+
+def _settings(block: type[BaseModel], keys: Sequence[str], *, indent: int = 2, comment: bool = False) -> str:
+    """``key: default  # what it means`` for each key, one per line; commented out for an optional block."""
+    lines = []
+    for key in keys:
+        text, line = _doc(block, key), f"{key}: {_yaml(block.model_fields[key].default)}"
+        beside = f"{line}  # {text}" if text else line
+        fits = len(beside) + indent <= WIDTH
+        above = [] if fits else [f"# {part}" for part in textwrap.wrap(text, WIDTH - indent - 2)]
+        lines += [*above, beside if fits else line]
+    margin = ("#" if comment else "").ljust(indent + comment)
+    return "\n".join(margin + line for line in lines)
+
+
+def _parameters(record: Method) -> str:
+    own = [key for key in record.config.model_fields if key != "logit_temperature"]
+    return _settings(record.config, [*own, "logit_temperature"])
+
+
+def _doc(block: type[BaseModel], key: str) -> str:
+    """The docstring below a field, on one line, with plain quotes."""
+    documented = block.model_fields[key].description or _docstrings(block).get(key, "")
+    return " ".join(documented.replace("``", "").split())
+
+
+def _docstrings(block: type[BaseModel]) -> dict[str, str]:
+    """Strings that stand below the fields of a class and of the classes it extends."""
+    found: dict[str, str] = {}
+    for origin in reversed(block.__mro__):
+        if not issubclass(origin, BaseModel) or origin is BaseModel:
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(origin))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[ast.unparse(field.target)] = str(below.value.value)
+    return found
+
+
+def _yaml(value: Any) -> str:
+    """A value in YAML's flow style."""
+    if value is PydanticUndefined:
+        raise ValueError("a setting without a default has no place in a template's list")
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=WIDTH).removesuffix("\n").removesuffix("\n...")
