@@ -59,3 +59,15 @@ def _load_file(path: Path, name: str) -> ModuleType:
             del sys.modules[key]
             raise
     return sys.modules[key]
+
+
+def source_digest(name: str) -> str:
+    """SHA-256 of the source file that ``name`` is loaded from.
+
+    Raises UserError where there is none, as for a compiled module: what it computes could not be recognised again.
+    """
+    place = name.rpartition(":")[0]
+    module = _load_file(Path(place), name) if place.endswith(".py") else _load_module(place, name)
+    if not getattr(module, "__file__", None):
+        raise UserError(f"{name!r}: {place} has no source file; name a function of a Python file")
+    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()

@@ -48,11 +48,16 @@ def sync_directory(directory: Path) -> None:
 def commit(directory: Path, facts: Mapping[str, Any]) -> None:
     """Flush every file below ``directory`` and write its manifest: ``facts`` and the digests of the files."""
     files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST):
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and is_content(path)):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     write_durably(directory / MANIFEST, json.dumps({**facts, "files": files}, indent=1, sort_keys=True) + "\n")
+
+
+def is_content(path: Path) -> bool:
+    """Files whose names begin with a dot are of the moment: leases, unfinished writes."""
+    return path.name != MANIFEST and not path.name.startswith(".")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ class Artifacts:
     """Receives one line per stage: made, or found."""
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
-        """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes and commits it if needed.
+        """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes it if needed.
 
         Two processes that want one stage share it: the second waits for the first's lease to end and finds the result.
         A directory that was begun and not committed is handed to ``build`` as it is, so that it can go on.

@@ -1,4 +1,4 @@
-"""The shared stages before training: rows made by a function, token stores, mismatched completions, reference columns."""
+"""The shared stages before training: rows made by a function, token stores, reference log-probs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import transformers
 
 from rayalign.config.data import DataConfig, DataSource
 from rayalign.config.run import RunConfig
-from rayalign.data.prepare import Shape, Unit
+from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.unpair import with_mismatched
+from rayalign.data.unpair import Mismatched
 from rayalign.engine.model import model_directory, tokenizer_digest
 from rayalign.errors import UserError
-from rayalign.imports import import_object, source_digest
+from rayalign.imports import load_object, source_digest
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts, path_digest
 from rayalign.pipeline.model import reference_spec, scoring_spec, spec_digest, template_digest, tokenizer_spec
@@ -45,7 +45,7 @@ class Stages:
 
         def build(directory: Path) -> None:
             with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
-                for row in import_object(function)(**source.arguments):
+                for row in load_object(function)(**source.arguments):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             commit(directory, {"inputs": inputs})
 
@@ -84,12 +84,11 @@ class Stages:
         inputs = {"store": opened.digest}
 
         def build(directory: Path) -> None:
-            groups = with_mismatched(opened)
+            groups = Mismatched(opened)
+            bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
             shards = [
-                write_shard(
-                    directory, f"{first:010d}", [groups[index] for index in range(first, min(first + 512, len(groups)))]
-                )
-                for first in range(0, len(groups), 512)
+                write_shard(directory, f"{indices.start:010d}", [groups[index] for index in indices])
+                for indices in bounds
             ]
             commit_store(directory, shards, meta={"inputs": inputs})
 

@@ -29,7 +29,7 @@ def share(session: Session, processes: int) -> Share:
     if session.num_gpus:
         if processes > session.num_gpus:
             raise UserError(
-                f"{processes} processes need a GPU each and the cluster has {session.num_gpus:g}: lower strategy.workers"
+                f"{processes} processes need a GPU each, the cluster has {session.num_gpus:g}: lower strategy.workers"
             )
         cpus = max(1.0, math.floor(session.num_cpus / max(processes, session.num_gpus)))
         return Share(cpus=min(cpus, session.num_cpus), gpus=1.0, threads=int(cpus))

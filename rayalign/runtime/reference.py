@@ -55,7 +55,7 @@ def score_store(store: Path, directory: Path, spec: ScoringSpec, *, session: Ses
             num_cpus=each.cpus,
             num_gpus=each.gpus,
         ).take_all()
-    commit_columns(directory, opened.digest, list(finished_shards(directory).values()), meta=facts)
+    commit_columns(directory, opened, finished_shards(directory).values(), meta=facts)
 
 
 def pool_size(session: Session) -> int:
