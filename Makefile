@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest --durations=15
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.installed ## compare off-policy with on-policy on this machine, in minutes
+quickstart: $(VENV)/.installed ## the README's first comparison, on this machine
 	$(BIN)/rayalign compare examples/quickstart.yaml
 
 test: check ## what a change must pass: lint, types, import walls, the default tests
@@ -55,5 +55,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[test,deepspeed,lora]'
+	$(PIP) --editable '.[test]'
 	@touch $@

@@ -1,0 +1,78 @@
+"""What people rely on by name: methods and their documentation, the examples, the commands."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+import rayalign.cli
+import rayalign.methods
+from rayalign.config import load_compare, load_run, unsupported
+from rayalign.methods import METHODS, resolve
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+COMMANDS = ["init", "check", "train", "evaluate", "compare", "report", "status", "doctor"]
+
+
+def readme_rows() -> dict[str, list[str]]:
+    """Method → (paper, equation, file), from the README's table."""
+    rows = {}
+    for line in (REPOSITORY / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 4 and re.fullmatch(r"`\w+`", cells[0]):
+            rows[cells[0].strip("`")] = cells[1:]
+    return rows
+
+
+def test_methods_are_in_order() -> None:
+    assert list(METHODS) == sorted(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_is(name: str) -> None:
+    method = resolve(name)
+    assert method.name == name
+    assert method.paper
+    assert (sys.modules[method.loss.__module__].__doc__ or "").strip()
+    method.config()
+
+
+@pytest.mark.parametrize("name", rayalign.methods.__all__)
+def test_an_exported_name_exists(name: str) -> None:
+    assert getattr(rayalign.methods, name) is not None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_readme_has_paper_equation_and_file_of(name: str) -> None:
+    paper, equation, file = readme_rows()[name]
+    module = METHODS[name].partition(":")[0]
+    assert paper and equation
+    assert module.replace(".", "/") + ".py" in file
+
+
+def test_the_readme_lists_no_method_that_does_not_exist() -> None:
+    assert set(readme_rows()) <= set(METHODS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_an_example_can_start(path: Path) -> None:
+    if "grid" in yaml.safe_load(path.read_text()):
+        comparison = load_compare(path)
+        runs = [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
+    else:
+        runs = [load_run(path)]
+    assert [reason for run in runs for reason in unsupported(run)] == []
+
+
+def test_there_are_examples() -> None:
+    assert REPOSITORY / "examples" / "quickstart.yaml" in EXAMPLES
+
+
+def test_the_commands_are_frozen() -> None:
+    assert list(typer.main.get_command(rayalign.cli.app).commands) == COMMANDS
