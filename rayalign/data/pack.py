@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayalign.data.check import check_group
 from rayalign.data.group import Column, Group, GroupLengths, TokenIds
 from rayalign.data.rows import Block, Layout, arrange, row_shape
 from rayalign.types import PADDING_GROUP, PackedBatch
@@ -73,7 +74,10 @@ def pack(
         ValueError: a group is empty somewhere, has more than K candidates, or carries a column of the wrong length.
     """
     for group in groups:
-        _check(group, num_candidates)
+        check_group(group)
+        if len(group.candidates) > num_candidates:
+            where = f"{group.source}:{group.line}"
+            raise ValueError(f"{where}: {len(group.candidates)} candidates in a batch of {num_candidates} per group")
     rows = arrange([group_lengths(group) for group in groups], row_tokens=row_tokens, layout=layout)
     shape = row_shape(rows)
     pieces = _pieces(groups, rows, row_length=shape[1])
@@ -101,21 +105,6 @@ def pack(
         per_candidate={name: torch.from_numpy(column) for name, column in per_candidate.items()},
         per_token={name: torch.from_numpy(column) for name, column in per_token.items()},
     )
-
-
-def _check(group: Group, num_candidates: int) -> None:
-    where = f"{group.source}:{group.line}"
-    if len(group.prompt_ids) == 0:
-        raise ValueError(f"{where}: the prompt has no token, so nothing predicts the first response token")
-    if not 1 <= len(group.candidates) <= num_candidates:
-        raise ValueError(f"{where}: {len(group.candidates)} candidates in a batch of {num_candidates} per group")
-    predicted = [candidate.num_predicted for candidate in group.candidates]
-    if 0 in predicted:
-        raise ValueError(f"{where}: candidate {predicted.index(0)} has no predicted token")
-    for expected, columns in ((len(predicted), group.per_candidate), (sum(predicted), group.per_token)):
-        for name, column in columns.items():
-            if len(column) != expected:
-                raise ValueError(f"{where}: column {name!r} has {len(column)} values, not {expected}")
 
 
 def _pieces(groups: Sequence[Group], rows: Sequence[Sequence[Block]], row_length: int) -> list[_Piece]:

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rayalign.data.group import GroupLengths
 from rayalign.data.rows import Layout, rows_needed
+from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 
 _BALANCING_ROUNDS = 8
@@ -93,6 +96,20 @@ def plan_step(
         else:
             low = bound + 1
     return _deal([(cost(part), part) for part in parts], num_workers, per_worker, spare=by_length[-1])
+
+
+def check_budget(store: TokenStore, *, tokens_per_micro_batch: int, row_tokens: int | None, layout: Layout) -> None:
+    """Raises PlanError naming the groups of a store that no micro-batch could hold, before any step is planned."""
+    suspects = np.flatnonzero(store.index.num_candidates * store.index.packed_tokens > tokens_per_micro_batch)
+    too_large = []
+    for group in suspects.tolist():
+        rows, length = rows_needed([store.lengths(group)], row_tokens=row_tokens, layout=layout)
+        if rows * length > tokens_per_micro_batch:
+            too_large.append((rows * length, store.index.name(group)))
+    if too_large:
+        tokens, name = max(too_large)
+        others = f" ({len(too_large)} groups are too large; this is the largest)" if len(too_large) > 1 else ""
+        raise PlanError(_too_large(name, tokens, tokens_per_micro_batch) + others)
 
 
 def _fill(slots: Sequence[int], cost: Callable[[Sequence[int]], int], *, bound: int) -> list[Sequence[int]]:

@@ -39,7 +39,7 @@ groups = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(
     st.lists(groups, min_size=1, max_size=40),
     st.integers(1, 5),
