@@ -236,7 +236,10 @@ def _cut_right(answer: _Answer, room: int, end_id: int, *, close: bool) -> tuple
 
 def _last_predicted(mask: Sequence[bool], room: int) -> int:
     """Length of the longest beginning within ``room`` that ends in a predicted token."""
-    return max((place + 1 for place, predicted in enumerate(mask[:room]) if predicted), default=0)
+    kept = min(room, len(mask))
+    while kept > 0 and not mask[kept - 1]:
+        kept -= 1
+    return kept
 
 
 def _columns(example: Example, truncation: Truncation) -> dict[str, Column]:
