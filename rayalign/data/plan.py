@@ -64,12 +64,13 @@ def plan_step(
     """The micro-batches of every worker: each group once, the same number of micro-batches for all.
 
     Groups are taken in order of length, so that rows of one micro-batch are about equally long. The number of
-    micro-batches per worker is the smallest that keeps R · L within ``tokens_per_micro_batch``; the bound is then
-    lowered as far as that number allows, which balances the workers. What is still missing is filled by dummies, each
-    the smallest group of the step, since workers with unequal numbers of micro-batches deadlock in collectives.
+    micro-batches per worker is the smallest that keeps R · L within ``tokens_per_micro_batch``; for several workers
+    the bound is then lowered as far as that number allows, which balances them. What is still missing is filled by
+    dummies, each the smallest group of the step, since workers with unequal numbers of micro-batches deadlock in
+    collectives.
 
     Args:
-        lengths: the step's groups.
+        lengths: the step's groups; none at all gives no micro-batch.
         describe: names the group of a slot in errors, such as its file and line.
 
     Raises:
@@ -80,6 +81,8 @@ def plan_step(
         rows, tokens = rows_needed([lengths[slot] for slot in slots], row_tokens=row_tokens, layout=layout)
         return rows * tokens
 
+    if not lengths:
+        return ((),) * num_workers
     alone = {slot: cost([slot]) for slot in range(len(lengths))}
     for slot, tokens in alone.items():
         if tokens > tokens_per_micro_batch:
@@ -88,7 +91,7 @@ def plan_step(
     parts = _fill(by_length, cost, bound=tokens_per_micro_batch)
     per_worker = math.ceil(len(parts) / num_workers)
     low, high = alone[by_length[0]], max(cost(part) for part in parts)
-    for _ in range(_BALANCING_ROUNDS):
+    for _ in range(_BALANCING_ROUNDS if num_workers > 1 else 0):
         bound = (low + high) // 2
         tighter = _fill(by_length, cost, bound=bound)
         if len(tighter) <= per_worker * num_workers:

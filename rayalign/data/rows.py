@@ -24,10 +24,9 @@ def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: 
     """The blocks of every row.
 
     ``packed``: a group larger than ``row_tokens`` is spread over rows, each with its own copy of the prompt; two blocks
-    of one group never meet in a row. First-fit-decreasing gives the
-    number of rows; they are then evened out, so that the longest is short. A row is longer than ``row_tokens`` only
-    where a prompt with a single candidate already is, since a candidate is never split; ``row_tokens=None`` means one
-    row for everything.
+    of one group never meet in a row. First-fit-decreasing gives the number of rows, which are then evened out so that
+    the longest is short. A row is longer than ``row_tokens`` only where a prompt with a single candidate already is,
+    since a candidate is never split; ``row_tokens=None`` means one row for everything.
 
     ``concatenated``: every row is one prompt with one candidate, so that models whose state or bias runs along the row
     (recurrent layers, ALiBi) read it as an ordinary right-padded sequence.

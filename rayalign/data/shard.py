@@ -17,6 +17,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -119,17 +120,19 @@ def finished_shards(directory: Path) -> dict[str, ShardInfo]:
 
 def has_checksum(record: Words) -> bool:
     """Whether a record ends in the CRC-32 of its other words."""
-    return zlib.crc32(record[:-1].tobytes()) == int(record[-1:].view(np.uint32)[0])
+    return zlib.crc32(record[:-1].data) == int(record[-1]) & 0xFFFF_FFFF
 
 
 def decode_tokens(
     words: Words, lengths: GroupLengths, finished: Sequence[bool]
 ) -> tuple[TokenIds, tuple[Candidate, ...]]:
     """(prompt ids, candidates) of a record of tokens."""
-    parts = np.split(words[lengths.prompt :], np.cumsum(lengths.candidates)[:-1])
-    return ~words[: lengths.prompt], tuple(
-        Candidate(ids=np.where(part < 0, ~part, part), mask=part >= 0, finished=done)
-        for part, done in zip(parts, finished, strict=True)
+    mask = words >= 0
+    ids = np.where(mask, words, ~words)
+    ends = list(accumulate(lengths.candidates, initial=lengths.prompt))
+    return ids[: lengths.prompt], tuple(
+        Candidate(ids=ids[start:stop], mask=mask[start:stop], finished=done)
+        for (start, stop), done in zip(pairwise(ends), finished, strict=True)
     )
 
 

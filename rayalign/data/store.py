@@ -229,4 +229,4 @@ def _column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index, or
 
 
 def _named(names: Sequence[str], values: Column) -> dict[str, Column]:
-    return dict(zip(names, np.split(values, len(names)), strict=True)) if names else {}
+    return dict(zip(names, values.reshape(len(names), -1), strict=True)) if names else {}

@@ -60,6 +60,10 @@ def test_plan_keeps_its_promises(step, workers, budget, row_tokens, layout):
     assert sum(batch.dummy for worker in plan for batch in worker) < workers * len(plan[0])
 
 
+def test_a_stream_without_groups_in_this_step_has_no_micro_batch():
+    assert plan_step([], num_workers=3, tokens_per_micro_batch=8, row_tokens=None, layout="packed") == ((), (), ())
+
+
 def test_a_group_above_the_budget_is_refused_by_name():
     with pytest.raises(PlanError, match=r"pairs.jsonl:12 takes 150 tokens .* = 100; raise it to at least 150"):
         plan_step(
