@@ -147,9 +147,8 @@ def _message(value: Any, place: str, name: str) -> Message:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
-        raise RowProblem(
-            name, f"{place}.content must be a text, not {'missing' if content is None else _kind(content)}"
-        )
+        found = "missing" if content is None else f"a {_kind(content)}"
+        raise RowProblem(name, f"{place}.content must be a text, but is {found}")
     return {**message, "content": content}
 
 
