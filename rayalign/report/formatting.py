@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from rayalign.report.statistics import Estimate
 
@@ -15,31 +16,41 @@ def number(value: float, unit: str = "") -> str:
     if math.isnan(value):
         return MISSING
     if unit == SHARE:
-        return f"{100 * value:.0f} %".replace("-", "−")
+        return f"{100 * value:.{1 if 0 < abs(value) < 0.1 else 0}f} %".replace("-", "−")
     size = abs(value)
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def interval(estimate: Estimate, unit: str = "") -> str:
+def signed(value: float, unit: str = "") -> str:
+    """A difference, with its sign."""
+    return ("+" if value > 0 else "") + number(value, unit)
+
+
+def interval(estimate: Estimate, unit: str = "", show: Callable[[float, str], str] = number) -> str:
     """``[low, high]``, or a dash."""
     if math.isnan(estimate.low):
         return MISSING
-    return f"[{number(estimate.low, unit).removesuffix(' %')}, {number(estimate.high, unit)}]"
+    return f"[{show(estimate.low, unit).removesuffix(' %')}, {show(estimate.high, unit)}]"
 
 
-def signed(value: float) -> str:
-    """A difference, with its sign."""
-    return ("+" if value > 0 else "") + number(value)
+def signed_interval(estimate: Estimate, unit: str = "") -> str:
+    """The interval of a difference."""
+    return interval(estimate, unit, signed)
+
+
+def single(value: float | None, unit: str = "") -> str:
+    """The number of one reply, which may be missing."""
+    return MISSING if value is None else number(value, unit)
 
 
 def count(value: float | None) -> str:
-    """A count: exact below ten thousand, then with one decimal and k, M or G."""
+    """A count: exact below ten thousand, then to about three digits with k, M or G."""
     if value is None:
         return MISSING
     for least, factor, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= least:
-            return f"{value / factor:.1f} {letter}"
+            return f"{number(value / factor)} {letter}"
     return f"{value:.0f}"
 
 

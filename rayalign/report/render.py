@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rayalign.report import figures, formatting
+from rayalign.report import drawing, figures, formatting
 from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint, write_text
 from rayalign.report.results import results_json
 from rayalign.report.statistics import INTERVAL_HEAD
@@ -22,13 +22,12 @@ FOLDER = "report"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
-    """One reply and its numbers: (label, unit, value)."""
+    """One reply and its numbers, in words such as ``oracle 0.736``."""
 
     cell: str
     step: int
     text: str
-    numbers: tuple[tuple[str, str, float | None], ...]
-    cut: bool
+    numbers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,7 @@ def render(comparison: Comparison, directory: Path) -> Path:
     drawings = figures.draw_all(comparison, summary)
     folder = directory / FOLDER
     for stem, svg in drawings.items():
-        write_text(folder / f"{stem}.svg", figures.standalone(svg))
+        write_text(folder / f"{stem}.svg", drawing.standalone(svg))
     write_text(folder / "results.json", results_json(comparison, summary))
     for name in ("report.md", "report.html"):
         write_text(folder / name, render_text(name, comparison, summary, drawings))
@@ -68,12 +67,12 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         measures=(*comparison.scorers, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
         styles=figures.styles(comparison.cells),
-        drawings={stem: Markup(figures.inline(svg)) for stem, svg in drawings.items()},
+        drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
         prompt_samples=list(_prompt_samples(comparison)),
         limits=limits(comparison, summary),
         interval_head=INTERVAL_HEAD,
         reference=REFERENCE,
-        theme=figures.THEME,
+        theme=drawing.THEME,
         style=Markup(_source(environment, "report.css")),
         script=Markup(script),
         script_digest=digest,
@@ -84,13 +83,17 @@ def limits(comparison: Comparison, summary: Summary) -> list[str]:
     """What the numbers cannot say: first what holds for every comparison of this kind, then this one's own caveats."""
     estimator = comparison.kl_estimators[0]
     bootstrap = summary.bootstrap
+    sampling = comparison.sampling
+    drawn = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    if (sampling.temperature, sampling.top_p) != (1, 1):
+        drawn += ", which is not the policy itself: the number is not its KL"
     return [
         f"Every cell is one training run with one seed. Intervals are {bootstrap.level:.0%} percentile bootstrap"
         f" intervals over prompts ({bootstrap.resamples} resamples, seed {bootstrap.seed}): samples are averaged inside"
         " a prompt, then prompts are resampled. How much another training seed would change a number is not measured"
         " here, so this report calls no cell better than another.",
-        "KL is the reverse KL(π‖π_ref) on the policy's own replies at temperature 1, estimated by"
-        f" {estimator.label}, in nats per reply; its interval, too, is over prompts.",
+        f"KL is the reverse KL(π‖π_ref) on the policy's own replies ({drawn}), estimated by {estimator.label}, in nats"
+        " per reply; its interval, too, is over prompts.",
         "Membership of the front is of point estimates: a point on it need not differ from one beside it.",
         "Scores at equal KL are interpolated linearly between two checkpoints of one run, in the order of training, at"
         " its first crossing of the level. They are point estimates, and nothing is extrapolated.",
@@ -108,7 +111,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("number", "interval", "signed", "count", "policy", "markdown", "indented"):
+    for name in ("number", "interval", "signed", "signed_interval", "count", "policy", "markdown", "indented"):
         environment.filters[name] = getattr(formatting, name)
     return environment
 
@@ -135,18 +138,22 @@ def _prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
 
 
 def _rows(comparison: Comparison, cell: str, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[SampleRow]:
-    prompt, sample = key
-    estimator = comparison.kl_estimators[0]
     for reply in point.replies:
         if (reply.prompt, reply.sample) == key:
             yield SampleRow(
                 cell=cell,
                 step=point.step,
                 text=reply.text,
-                numbers=(
-                    *((m.label, m.unit, point.scores[m.name][prompt][sample]) for m in comparison.scorers),
-                    (f"log π/π_ref, {estimator.label}", "nats", point.kl[estimator.name][prompt][sample]),
-                    ("tokens", "", point.length[prompt][sample]),
-                ),
-                cut=point.finished[prompt][sample] == 0,
+                numbers=tuple(_reply_numbers(comparison, point, key)),
             )
+
+
+def _reply_numbers(comparison: Comparison, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[str]:
+    prompt, sample = key
+    estimator = comparison.kl_estimators[0]
+    for scorer in comparison.scorers:
+        yield f"{scorer.label} {formatting.single(point.scores[scorer.name][prompt][sample], scorer.unit)}"
+    yield f"log π/π_ref ({estimator.label}) {formatting.single(point.kl[estimator.name][prompt][sample])}"
+    yield f"{formatting.count(point.length[prompt][sample])} tokens"
+    if point.finished[prompt][sample] == 0:
+        yield "cut at the limit"

@@ -7,6 +7,7 @@ training seed: a cell is one run, and runs vary more than prompts do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ def prompt_means(samples: Matrix) -> Vector:
 def estimate(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
     """Mean over the prompts that have a value, with a percentile bootstrap interval.
 
-    Equal ``n`` gives equal resamples, so that estimates of one prompt set are resampled together.
+    Equal ``n`` gives equal resamples.
     """
     values = per_prompt[~np.isnan(per_prompt)]
     n = len(values)
@@ -55,10 +56,16 @@ def estimate(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
         return Estimate(mean=np.nan, low=np.nan, high=np.nan, n=0)
     if n == 1:
         return Estimate(mean=float(values[0]), low=np.nan, high=np.nan, n=1)
-    chosen = np.random.default_rng(bootstrap.seed).integers(n, size=(bootstrap.resamples, n))
     tail = (1 - bootstrap.level) / 2
-    low, high = np.quantile(values[chosen].mean(axis=1), [tail, 1 - tail])
+    low, high = np.quantile(_resample_counts(n, bootstrap) @ values / n, [tail, 1 - tail])
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high), n=n)
+
+
+@lru_cache(maxsize=4)
+def _resample_counts(n: int, bootstrap: Bootstrap) -> Matrix:
+    """[resamples, n]: how often each of n prompts is drawn in each resample."""
+    random = np.random.default_rng(bootstrap.seed)
+    return random.multinomial(n, np.full(n, 1 / n), size=bootstrap.resamples).astype(np.float64)
 
 
 def paired_change(per_prompt: Vector, baseline: Vector, bootstrap: Bootstrap) -> Estimate:

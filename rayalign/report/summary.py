@@ -54,6 +54,10 @@ class Summary:
     def of(self, cell: str, prompt_set: str) -> tuple[PointSummary, ...]:
         return tuple(point for point in self.points if point.cell == cell and point.prompt_set == prompt_set)
 
+    def crossings(self, cell: str, prompt_set: str) -> tuple[AtKl, ...]:
+        """By ascending KL level; empty where the cell has no points."""
+        return tuple(row for row in self.at_kl if row.cell == cell and row.prompt_set == prompt_set)
+
     def last(self, prompt_set: str) -> tuple[PointSummary, ...]:
         """The last point of the reference and of every cell that has one."""
         return tuple({point.cell: point for point in self.points if point.prompt_set == prompt_set}.values())
@@ -72,7 +76,7 @@ def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Sum
             _at_kl(comparison, [start, *path], level)
             for _, path in paths
             if path
-            for level in comparison.text.kl_levels
+            for level in sorted(comparison.text.kl_levels)
         ]
     order = {name: index for index, name in enumerate([REFERENCE, *(cell.id for cell in comparison.cells)])}
     points.sort(key=lambda point: order[point.cell])

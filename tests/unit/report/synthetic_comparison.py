@@ -98,7 +98,8 @@ def comparison_input(num_prompts: int = 24, num_samples: int = 2, seed: int = 0)
         "method": "orpo",
         "status": "failed",
     }
-    failed |= {"reason": "the loss became NaN at step 61: lower optim.lr", "points": points[:1], "metrics": []}
+    early = point(rng, prompt_set="shop", step=20, kl=0.5, gain=0.05, shape=shape, who="orpo")
+    failed |= {"reason": "the loss became NaN at step 61: lower optim.lr", "points": [early], "metrics": []}
     skipped = {
         **cells[0],
         "id": "ppo",
@@ -153,6 +154,13 @@ def comparison_input(num_prompts: int = 24, num_samples: int = 2, seed: int = 0)
             "finished": "2026-01-01T10:04:10+00:00",
         },
     }
+
+
+def few_cells(num_prompts: int = 4, num_samples: int = 2) -> dict[str, Any]:
+    """The same with four cells: off-policy, on-policy, failed, skipped."""
+    given = comparison_input(num_prompts, num_samples)
+    given["cells"] = [given["cells"][index] for index in (0, 2, -2, -1)]
+    return given
 
 
 def make_comparison(**sizes: int) -> Comparison:

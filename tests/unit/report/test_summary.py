@@ -1,0 +1,82 @@
+"""Estimates of a made-up comparison, recomputed from its raw numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_comparison import comparison_input
+
+from rayalign.report.points import Comparison
+from rayalign.report.statistics import Bootstrap
+from rayalign.report.summary import Summary, summarize
+
+GIVEN = comparison_input(num_prompts=6, num_samples=3)
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return summarize(Comparison.model_validate(GIVEN), Bootstrap(resamples=50))
+
+
+def raw(cell: int, point: int) -> dict[str, Any]:
+    found: dict[str, Any] = GIVEN["cells"][cell]["points"][point]
+    return found
+
+
+def test_means_are_those_of_the_raw_numbers(summary: Summary) -> None:
+    found = summary.of("dpo-off_policy", "travel")[1]
+    given = raw(0, 4)
+    assert (found.step, found.num_samples, found.length.n) == (50, 3, 6)
+    assert found.scores["oracle"].mean == pytest.approx(np.mean(given["scores"]["oracle"]))
+    assert found.kl["k1_rb"].mean == pytest.approx(np.mean(given["kl"]["k1_rb"]))
+    assert found.length.mean == pytest.approx(np.mean(given["length"]))
+    assert found.cut.mean == pytest.approx(1 - np.mean(given["finished"]))
+    assert found.diagnostics["no_valid_opening"].mean == pytest.approx(
+        np.mean(given["diagnostics"]["no_valid_opening"])
+    )
+    change = np.mean(given["scores"]["audit2"]) - np.mean(GIVEN["reference"][1]["scores"]["audit2"])
+    assert found.changes["audit2"].mean == pytest.approx(change)
+
+
+def test_win_rate_is_over_all_pairings_with_the_reference(summary: Summary) -> None:
+    policy, reference = raw(2, 2)["scores"]["oracle"], GIVEN["reference"][0]["scores"]["oracle"]
+    wins = [(a > b) + 0.5 * (a == b) for p, r in zip(policy, reference, strict=True) for a in p for b in r]
+    assert summary.of("dpo-on_policy", "shop")[-1].win_rates["oracle"].mean == pytest.approx(np.mean(wins))
+
+
+def test_the_reference_changes_nothing_and_ties_with_itself(summary: Summary) -> None:
+    (reference,) = summary.of("reference", "shop")
+    assert reference.step == 0
+    assert reference.changes["oracle"].mean == reference.changes["oracle"].high == 0
+    assert reference.win_rates["audit2"].mean == 0.5
+    assert "oracle" in reference.on_front  # nothing has a KL below zero on average
+
+
+def test_front_is_of_one_prompt_set_and_one_scorer(summary: Summary) -> None:
+    for prompt_set in ("shop", "travel"):
+        points = [point for point in summary.points if point.prompt_set == prompt_set]
+        for scorer in ("oracle", "audit2"):
+            ordered = sorted(points, key=lambda point: (point.kl["k1"].mean, -point.scores[scorer].mean))
+            best, expected = -np.inf, set()
+            for point in ordered:
+                if point.scores[scorer].mean > best:
+                    best = point.scores[scorer].mean
+                    expected.add((point.cell, point.step))
+            assert {(point.cell, point.step) for point in points if scorer in point.on_front} == expected
+
+
+def test_every_cell_with_points_has_every_level(summary: Summary) -> None:
+    assert [row.level for row in summary.crossings("rloo-on_policy", "shop")] == [1.0, 2.0, 5.0]
+    assert summary.crossings("rloo-on_policy", "shop")[2].crossings["oracle"] is None
+    crossing = summary.crossings("dpo-off_policy", "shop")[0].crossings["oracle"]
+    assert crossing is not None and crossing.from_step == 0
+    assert summary.crossings("ppo", "shop") == ()
+
+
+def test_last_points_keep_the_order_of_the_cells(summary: Summary) -> None:
+    last = summary.last("shop")
+    assert [point.cell for point in last][:3] == ["reference", "dpo-off_policy", "dpo-hybrid"]
+    assert {point.cell: point.step for point in last}["orpo"] == 20
+    assert [point.cell for point in summary.last("travel")][-1] == "rloo-on_policy"
