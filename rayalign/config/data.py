@@ -41,7 +41,9 @@ class DataSource(Block):
     columns: dict[str, str] = {}
     """Our column → the file's column, where the names differ."""
     weight: float = Field(default=1.0, gt=0)
-    """How often the source is seen, relative to the others."""
+    """Passes over the source per epoch."""
+    name: str | None = None
+    """What tables call a set of prompts; null: after its file or function."""
     format: Format | None = None
     """Overrides ``data.format`` for this source."""
 
@@ -54,6 +56,14 @@ class DataSource(Block):
         if self.function is not None and (self.split or self.revision):
             raise ValueError("split and revision belong to a dataset; this source has a function")
         return self
+
+    @property
+    def label(self) -> str:
+        """``name``, or the file's name without its ending, or the function's."""
+        if self.name is not None:
+            return self.name
+        origin = self.path if self.path is not None else str(self.function).rpartition(":")[2]
+        return origin.rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
 Source = Annotated[DataSource, BeforeValidator(_source)]

@@ -158,7 +158,7 @@ def _model(run: RunConfig, _record: Method) -> Iterator[Violation]:
 def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
     if run.evaluate is None:
         return
-    if run.evaluate.prompts is None and not run.data.eval:
+    if not run.evaluate.prompts and not run.data.eval:
         yield Violation("evaluate.prompts", "there is nothing to evaluate on; name a file here or in data.eval")
     late = [step for step in run.evaluate.at if run.optim.steps is not None and step > run.optim.steps]
     if late:

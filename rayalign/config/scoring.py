@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayalign.config.data import Source
+from rayalign.config.data import Sources
 from rayalign.config.fields import Block, FunctionName, ModelPath, listed, named
 
 
@@ -18,6 +18,10 @@ class RuleScorerConfig(Block):
     """``module:callable``; its module is found beside the YAML."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
+    unit: str = ""
+    """Of its numbers, for the report; ``share`` is shown in per cent."""
+    description: str = ""
+    """One sentence for the report."""
 
     @property
     def label(self) -> str:
@@ -78,9 +82,11 @@ class EvaluateConfig(Block):
     """Steps; the last step is always evaluated."""
     at: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(listed)] = ()
     """These steps instead of ``every``."""
-    prompts: Source | None = None
-    """null: the prompts of data.eval."""
+    prompts: Sources = ()
+    """One prompt set per entry, the first leads the report; none: the prompts of data.eval."""
     scorers: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
+    diagnostics: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
+    """Numbers shown beside the scores: shares of replies with a fault, say. No win is counted by them."""
     judge: ScorerConfig | None = None
     """Decides win, tie or loss against the baseline."""
     sampling: SamplingConfig = SamplingConfig()
@@ -93,7 +99,7 @@ class EvaluateConfig(Block):
             raise ValueError("give every or at, not both")
         if list(self.at) != sorted(set(self.at)):
             raise ValueError("the steps of at must grow")
-        labels = [scorer.label for scorer in self.scorers]
+        labels = [scorer.label for scorer in (*self.scorers, *self.diagnostics)]
         if len(set(labels)) < len(labels):
             raise ValueError(f"two scorers have the same name in tables: {', '.join(labels)}")
         return self

@@ -11,7 +11,7 @@ import torch
 
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
-from rayalign.engine.reference import ReferenceModel, ScoringSpec
+from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.runtime.placement import Share, share
 from rayalign.runtime.session import Session
 
@@ -25,7 +25,7 @@ class ShardScorer:
         torch.set_num_threads(threads)
         self.store = TokenStore.open(Path(store))
         self.directory = Path(directory)
-        self.model = ReferenceModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = FrozenModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         first, stop = row["first"], row["stop"]

@@ -28,7 +28,7 @@ class ScoringSpec:
     logit_temperature: float = 1.0
 
 
-class ReferenceModel:
+class FrozenModel:
     """A frozen model that scores groups."""
 
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
