@@ -17,7 +17,7 @@ from rayalign.rollout.noise import sample_key, uniforms
 from rayalign.rollout.sampling import draw
 
 TOKENS_PER_BATCH = 16_384
-COMPACT_BELOW = 7 / 8
+COMPACT_BELOW = 0.9
 """Finished rows leave the batch when the share of live ones falls below this: leaving copies the whole cache once."""
 
 
@@ -153,7 +153,7 @@ def _completions(
     lengths = (tokens >= 0).sum(dim=1).tolist()
     columns = zip(lengths, tokens.tolist(), behavior.tolist(), sampler.tolist(), strict=True)
     for row, (length, ids, behavior_logp, sampler_logp) in enumerate(columns):
-        if not np.isfinite(behavior_logp[:length]).all():
+        if not np.isfinite(sampler_logp[:length]).all():
             raise FloatingPointError("the model's log-probabilities are not finite: its weights are damaged")
         yield Completion(
             prompt_index=batch[row // params.num_samples],
