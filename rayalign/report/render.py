@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rayalign.report import drawing, figures, formatting
-from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint, write_text
+from rayalign.report.points import REFERENCE, Comparison, write_text
 from rayalign.report.results import results_json
+from rayalign.report.samples import prompt_samples
 from rayalign.report.statistics import INTERVAL_HEAD
 from rayalign.report.summary import Summary, summarize
 
 FOLDER = "report"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRow:
-    """One reply and its numbers, in words such as ``oracle 0.736``."""
-
-    cell: str
-    step: int
-    text: str
-    numbers: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSamples:
-    """Replies of the reference and of every cell to one prompt, drawn with the same sampling seed."""
-
-    prompt_set: str
-    prompt: str
-    rows: tuple[SampleRow, ...]
 
 
 def render(comparison: Comparison, directory: Path) -> Path:
@@ -68,7 +48,7 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
         styles=figures.styles(comparison.cells),
         drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
-        prompt_samples=list(_prompt_samples(comparison)),
+        prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
         interval_head=INTERVAL_HEAD,
         reference=REFERENCE,
@@ -119,41 +99,3 @@ def _environment() -> Environment:
 def _source(environment: Environment, name: str) -> str:
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
-
-
-def _prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
-    for reference in comparison.reference:
-        (prompts,) = (prompts for prompts in comparison.prompt_sets if prompts.name == reference.prompt_set)
-        sources = [(REFERENCE, reference)]
-        for cell in comparison.cells:
-            points = [point for point in cell.points if point.prompt_set == prompts.name]
-            sources += [(cell.id, point) for point in points[-1:]]
-        keys = dict.fromkeys((reply.prompt, reply.sample) for _, point in sources for reply in point.replies)
-        for key in keys:
-            yield PromptSamples(
-                prompt_set=prompts.name,
-                prompt=prompts.prompts[key[0]],
-                rows=tuple(row for cell, point in sources for row in _rows(comparison, cell, point, key)),
-            )
-
-
-def _rows(comparison: Comparison, cell: str, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[SampleRow]:
-    for reply in point.replies:
-        if (reply.prompt, reply.sample) == key:
-            yield SampleRow(
-                cell=cell,
-                step=point.step,
-                text=reply.text,
-                numbers=tuple(_reply_numbers(comparison, point, key)),
-            )
-
-
-def _reply_numbers(comparison: Comparison, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[str]:
-    prompt, sample = key
-    estimator = comparison.kl_estimators[0]
-    for scorer in comparison.scorers:
-        yield f"{scorer.label} {formatting.single(point.scores[scorer.name][prompt][sample], scorer.unit)}"
-    yield f"log π/π_ref ({estimator.label}) {formatting.single(point.kl[estimator.name][prompt][sample])}"
-    yield f"{formatting.count(point.length[prompt][sample])} tokens"
-    if point.finished[prompt][sample] == 0:
-        yield "cut at the limit"

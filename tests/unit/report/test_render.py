@@ -223,4 +223,5 @@ def test_missing_values_and_single_prompts_are_shown_as_missing(tmp_path: Path) 
     ]
     assert point["scores"]["audit2"] == {"mean": None, "low": None, "high": None, "n": 0}
     assert point["scores"]["oracle"]["low"] is None
+    assert "–– n = 0" in Page(report.read_text()).text
     assert not re.search(r"\bnan\b", Page(report.read_text()).text)

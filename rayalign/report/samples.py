@@ -1,0 +1,67 @@
+"""Replies side by side: one prompt, one sampling seed, the reference first and then every cell at its last step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rayalign.report.formatting import count, single
+from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One reply and its numbers, in words such as ``oracle 0.736``."""
+
+    cell: str
+    step: int
+    text: str
+    numbers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSamples:
+    """Replies of the reference and of every cell to one prompt, drawn with the same sampling seed."""
+
+    prompt_set: str
+    prompt: str
+    rows: tuple[SampleRow, ...]
+
+
+def prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
+    """For every prompt of which a reply was kept."""
+    for reference in comparison.reference:
+        (prompts,) = (prompts for prompts in comparison.prompt_sets if prompts.name == reference.prompt_set)
+        sources = [(REFERENCE, reference)]
+        for cell in comparison.cells:
+            points = [point for point in cell.points if point.prompt_set == prompts.name]
+            sources += [(cell.id, point) for point in points[-1:]]
+        keys = dict.fromkeys((reply.prompt, reply.sample) for _, point in sources for reply in point.replies)
+        for key in keys:
+            yield PromptSamples(
+                prompt_set=prompts.name,
+                prompt=prompts.prompts[key[0]],
+                rows=tuple(row for cell, point in sources for row in _rows(comparison, cell, point, key)),
+            )
+
+
+def _rows(comparison: Comparison, cell: str, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[SampleRow]:
+    for reply in point.replies:
+        if (reply.prompt, reply.sample) == key:
+            yield SampleRow(
+                cell=cell,
+                step=point.step,
+                text=reply.text,
+                numbers=tuple(_reply_numbers(comparison, point, key)),
+            )
+
+
+def _reply_numbers(comparison: Comparison, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[str]:
+    prompt, sample = key
+    estimator = comparison.kl_estimators[0]
+    for scorer in comparison.scorers:
+        yield f"{scorer.label} {single(point.scores[scorer.name][prompt][sample], scorer.unit)}"
+    yield f"log π/π_ref ({estimator.label}) {single(point.kl[estimator.name][prompt][sample])}"
+    yield f"{count(point.length[prompt][sample])} tokens"
+    if point.finished[prompt][sample] == 0:
+        yield "cut at the limit"
