@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rayalign.config.run import RunConfig
 from rayalign.data.tokenize import TokenizeSettings
-from rayalign.engine.model import ModelSpec, model_digest, model_directory
 from rayalign.engine.frozen import ScoringSpec
+from rayalign.engine.model import ModelSpec, model_digest, model_directory
 from rayalign.manifest import file_digest
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.runtime.datasets import TokenizerSpec

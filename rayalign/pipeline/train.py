@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rayalign import __version__
 from rayalign.config.dump import dump
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
@@ -22,13 +19,12 @@ from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.job import make_job, num_workers
+from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import TrainJob, fit
-
-LIBRARIES = ("torch", "transformers", "ray", "numpy", "tokenizers", "safetensors")
 
 
 def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
@@ -40,23 +36,18 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     with connect(import_paths=[folder]) as session, Board(console) as board:
         storage = Path(run.storage_path).expanduser().resolve()
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
-        final = train_run(run, storage / run.name, stages, board=board, processes=num_workers(run, session))
+        job = make_job(run, storage / run.name, stages, processes=num_workers(run, session), label=run.name)
+        final = run_job(run, job, board)
     console.print(f"model: {final}", highlight=False)
     return final
 
 
-def train_run(
-    run: RunConfig, directory: Path, stages: Stages, *, board: Board, processes: int, label: str = ""
-) -> Path:
-    """Prepare the data of one run, train it, and return its ``final/``; what is committed already is not done again.
-
-    ``processes`` is how many training processes share the cluster at the same time, this run's included.
-    """
-    with lease(directory):
-        job = make_job(run, directory, stages, processes=processes, label=label or run.name)
+def run_job(run: RunConfig, job: TrainJob, board: Board) -> Path:
+    """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
+    with lease(job.spec.directory):
         if finished(job):
-            board.say(f"{job.run}: finished before, see {directory / 'final'}")
-            return directory / "final"
+            board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
+            return job.spec.directory / "final"
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_run_json(run, job, status="running", started=started)
         board.start(job.run, job.spec.optimizer.steps)
@@ -120,18 +111,3 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
         for store, manifest in manifests.items()
         if manifest is not None
     ]
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of libraries and the git revision of the current folder, where it has one."""
-    versions = {"rayalign": __version__, "python": sys.version.split()[0]}
-    versions |= {name: metadata.version(name) for name in LIBRARIES}
-    return {"versions": versions, "git_revision": git_revision()}
-
-
-def git_revision() -> str:
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""

@@ -1,0 +1,146 @@
+"""``rayalign compare``: every cell of a grid trained, measured on the same prompts, and reported together."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rayalign.config.compare import Cell, Comparison, load_compare, started_from
+from rayalign.config.run import RunConfig
+from rayalign.errors import UserError
+from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.display import Board
+from rayalign.pipeline.evaluate import Evaluation, Points, evaluated_checkpoints
+from rayalign.pipeline.job import evaluation_steps, make_job, num_workers
+from rayalign.pipeline.results import CellResult, comparison_record
+from rayalign.pipeline.stages import Stages
+from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
+from rayalign.report.points import save
+from rayalign.report.render import render
+from rayalign.runtime.lease import lease
+from rayalign.runtime.session import Session, connect
+
+
+def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: frozenset[str], console: Console) -> None:
+    """Train every legal cell, measure all of them, and write ``report/`` below the comparison's folder."""
+    folder = import_folder(path)
+    sys.path.insert(0, str(folder))
+    comparison = load_compare(path, overrides)
+    runs = [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
+    for run in runs:
+        refuse_unsupported(run)
+    evaluated = common_evaluation(comparison)
+    console.print(cells_table(comparison))
+    if dry_run:
+        return
+    started = datetime.datetime.now(datetime.UTC)
+    storage = Path(comparison.storage_path).expanduser().resolve()
+    directory = storage / comparison.name
+    with connect(import_paths=[folder]) as session, lease(directory), Board(console) as board:
+        artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
+        stages = Stages(artifacts=artifacts, session=session)
+        model = initial_model(comparison, directory, stages, board)
+        cells = [cell for cell in comparison.cells if cell.run is not None]
+        parallel = cells_at_once(cells, session)
+        ready = [prepare_cell(cell, model, directory, stages, parallel) for cell in cells]
+        board.say(f"{len(ready)} cells, {parallel} at a time")
+        evaluation = Evaluation.start(
+            started_from(evaluated, model) if model else evaluated,
+            stages,
+            share=ready[0].job.share,
+            actors=1,
+        )
+        reference = evaluation.points(None, directory)
+        with ThreadPoolExecutor(parallel) as pool:
+            results = list(pool.map(lambda item: run_cell(item, evaluation, board), ready))
+        evaluation.close()
+    record = comparison_record(
+        comparison,
+        evaluation,
+        reference,
+        results,
+        started=started,
+        command=["rayalign", "compare", str(path), *overrides],
+    )
+    save(record, directory)
+    console.print(f"report: {render(record, directory)}", highlight=False)
+    failed = [result.cell.id for result in results if result.failure]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(results)} cells failed, see the report: {', '.join(failed)}")
+
+
+def common_evaluation(comparison: Comparison) -> RunConfig:
+    """A run whose evaluation is every cell's; cells that are measured differently cannot be compared."""
+    runs = [cell.run for cell in comparison.cells if cell.run is not None]
+    first = runs[0]
+    if first.evaluate is None or not first.evaluate.scorers:
+        raise UserError("base.evaluate: a comparison needs prompts and at least one scorer")
+    for run in runs:
+        same = run.evaluate is not None and all(
+            getattr(run.evaluate, field) == getattr(first.evaluate, field)
+            for field in ("prompts", "scorers", "diagnostics", "sampling")
+        )
+        if not same:
+            raise UserError(f"{run.name}: evaluate differs from {first.name}'s; only `every` and `at` may")
+    return first
+
+
+def cells_table(comparison: Comparison) -> Table:
+    """The grid before anything starts: what runs, and what is skipped because of what."""
+    table = Table(title=f"{comparison.name}: {len(comparison.cells)} cells")
+    for column in ("cell", "objective", "data policy", "seed", ""):
+        table.add_column(column)
+    for cell in comparison.cells:
+        if cell.run is None:
+            table.add_row(cell.id, "", "", "", f"skipped, because {cell.skipped_reason}")
+        else:
+            run = cell.run
+            table.add_row(cell.id, run.display_name, run.data_policy.name, str(run.seed), "")
+    return table
+
+
+def initial_model(comparison: Comparison, directory: Path, stages: Stages, board: Board) -> str | None:
+    """Train ``initial`` once for all cells; its final model's folder."""
+    if comparison.initial is None:
+        return None
+    workers = num_workers(comparison.initial, stages.session)
+    job = make_job(comparison.initial, directory / "initial", stages, processes=workers, label="initial")
+    return str(run_job(comparison.initial, job, board))
+
+
+def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
+    """As many cells as there are devices for: GPUs, or CPU cores where there is none."""
+    workers = max(num_workers(cell.run, session) for cell in cells if cell.run is not None)
+    return max(1, min(len(cells), int((session.num_gpus or session.num_cpus) // workers)))
+
+
+def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages, parallel: int) -> CellResult:
+    """The cell's job; stages that several cells share are made by the first."""
+    assert cell.run is not None
+    run = started_from(cell.run, model) if model else cell.run
+    processes = parallel * num_workers(run, stages.session) + 1  # the evaluator has a share of its own
+    job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
+    return CellResult(cell=cell, run=run, job=job, points=(), failure="")
+
+
+def run_cell(ready: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
+    """Train and measure one cell; its failure does not stop the others."""
+    directory = ready.job.spec.directory
+    try:
+        run_job(ready.run, ready.job, board)
+        checkpoints = evaluated_checkpoints(directory)
+        points: list[Points] = []
+        for step in evaluation_steps(ready.run, ready.job.spec.optimizer.steps):
+            points.append(evaluation.points(checkpoints[step], directory))
+        board.say(f"{ready.cell.id}: measured at steps {', '.join(str(point[0].step) for point in points)}")
+    except UserError as error:
+        board.say(f"{ready.cell.id}: failed: {error}")
+        return replace(ready, failure=str(error))
+    return replace(ready, points=tuple(points))

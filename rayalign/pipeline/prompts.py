@@ -1,0 +1,68 @@
+"""Prompt sets: the prompts of a source, as the model reads them and as scorers do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from rayalign.config.data import DataSource
+from rayalign.config.run import RunConfig
+from rayalign.data.chat import make_chat
+from rayalign.data.formats import parse_row
+from rayalign.data.prepare import read_chunks
+from rayalign.data.records import BadRow
+from rayalign.data.schema import Example
+from rayalign.data.split import transcript
+from rayalign.data.tokenize import Tokenized, to_groups
+from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.errors import UserError
+from rayalign.judge.measure import Prompt
+from rayalign.pipeline.model import tokenizer_spec
+from rayalign.pipeline.stages import Stages, source_units
+
+
+def prompt_sets(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
+    """Every set that ``evaluate`` names, or the prompts of ``data.eval``, by label."""
+    assert run.evaluate is not None
+    if not run.evaluate.prompts:
+        examples = [example for source in run.data.eval for example in read_examples(source, run, stages)]
+        return {"eval": tokenized(examples, run)}
+    sets = {source.label: tokenized(read_examples(source, run, stages), run) for source in run.evaluate.prompts}
+    if len(sets) < len(run.evaluate.prompts):
+        raise UserError("evaluate.prompts: two sets have the same name; give each its own `name`")
+    return sets
+
+
+def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Example]:
+    """The distinct prompts of a source, in order; their completions are not read. A bad row is an error."""
+    examples: dict[str, Example] = {}
+    for unit in source_units(source, run.data, stages):
+        for row in (row for chunk in read_chunks(unit) for row in chunk):
+            found = row if isinstance(row, BadRow) else parse_row(row, format=unit.format, columns=unit.columns)
+            if isinstance(found, BadRow):
+                raise UserError(f"evaluate.prompts: {found}")
+            examples.setdefault(prompt_text(found), replace(found, candidates=(), columns={}))
+    return list(examples.values())
+
+
+def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
+    """The prompts as training writes them."""
+    spec = tokenizer_spec(run)
+    tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
+    chat = make_chat(tokenizer, template=spec.template, stop=spec.stop)
+    examples = list(examples)
+    prompts = []
+    for example, outcome in zip(examples, to_groups(examples, chat, spec.settings), strict=True):
+        if not isinstance(outcome, Tokenized):
+            raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
+        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), text=prompt_text(example)))
+    return tuple(prompts)
+
+
+def prompt_text(example: Example) -> str:
+    """What a scorer and a reader see: a text or a single message as it is, a conversation as a transcript."""
+    if isinstance(example.prompt, str):
+        return example.prompt
+    if len(example.prompt) == 1:
+        return str(example.prompt[0]["content"])
+    return transcript(example.prompt, generation_prompt=False)

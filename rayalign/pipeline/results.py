@@ -1,0 +1,171 @@
+"""What a comparison measured → the record that the report is written from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayalign.config.compare import Cell, Comparison
+from rayalign.config.dump import diff
+from rayalign.config.run import RunConfig
+from rayalign.config.scoring import ScorerConfig
+from rayalign.data.store import TokenStore
+from rayalign.engine.metrics import read_metrics
+from rayalign.pipeline.provenance import provenance
+from rayalign.report import points as report
+from rayalign.runtime.trainer import TrainJob
+
+if TYPE_CHECKING:
+    from rayalign.pipeline.evaluate import Evaluation, Points
+
+CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellResult:
+    """A cell whose stages are committed; once trained, with its points or its failure."""
+
+    cell: Cell
+    run: RunConfig
+    job: TrainJob
+    points: tuple[Points, ...]
+    failure: str
+
+
+def comparison_record(
+    comparison: Comparison,
+    evaluation: Evaluation,
+    reference: Points,
+    results: Sequence[CellResult],
+    *,
+    started: datetime.datetime,
+    command: Sequence[str],
+) -> report.Comparison:
+    """Everything that the report says, before any statistics."""
+    config, spec = evaluation.config, evaluation.spec
+    by_id = {result.cell.id: result for result in results}
+    base = results[0].run
+    cells = [
+        done_cell(by_id[cell.id], base) if cell.id in by_id else skipped_cell(cell, base) for cell in comparison.cells
+    ]
+    return report.Comparison(
+        name=comparison.name,
+        text=report.ReportText(
+            title=comparison.report.title or comparison.name,
+            opening=comparison.report.opening,
+            caveats=comparison.report.caveats,
+            kl_levels=comparison.report.kl_levels,
+            curves=comparison.report.curves,
+        ),
+        scorers=tuple(measure_of(scorer) for scorer in config.scorers),
+        diagnostics=tuple(measure_of(scorer) for scorer in config.diagnostics),
+        kl_estimators=(
+            report.Measure(
+                name="k1",
+                label="KL",
+                unit="nats per reply",
+                description="k1 estimate of KL(π‖π_ref): log π − log π_ref of the policy's own samples at temperature 1.",
+            ),
+        ),
+        prompt_sets=tuple(
+            report.PromptSet(name=name, prompts=tuple(prompt.text for prompt in prompts))
+            for name, prompts in spec.prompt_sets.items()
+        ),
+        sampling=report.Sampling(
+            seed=spec.sampling.seed,
+            temperature=spec.sampling.temperature,
+            max_new_tokens=spec.sampling.max_new_tokens,
+            top_p=spec.sampling.top_p,
+        ),
+        reference=reference,
+        cells=tuple(cells),
+        provenance=record_provenance(results, started=started, command=command),
+    )
+
+
+def measure_of(scorer: ScorerConfig) -> report.Measure:
+    return report.Measure(
+        name=scorer.label,
+        label=scorer.label.replace("_", " "),
+        unit=getattr(scorer, "unit", ""),
+        description=getattr(scorer, "description", ""),
+    )
+
+
+def done_cell(result: CellResult, base: RunConfig) -> report.Cell:
+    directory = result.job.spec.directory
+    rows = [] if result.failure else read_metrics(directory / "metrics.jsonl")
+    return report.Cell(
+        id=result.cell.id,
+        label=result.cell.label,
+        method=result.run.method.name,
+        display_name=result.run.display_name,
+        data_policy=result.run.data_policy.name,
+        seed=result.run.seed,
+        status="failed" if result.failure else "done",
+        reason=result.failure,
+        config_changes=changes(base, result.run),
+        cost=cost(result, rows),
+        points=tuple(point for points in result.points for point in points),
+        metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
+    )
+
+
+def skipped_cell(cell: Cell, base: RunConfig) -> report.Cell:
+    coordinates = cell.coordinates
+    return report.Cell(
+        id=cell.id,
+        label=cell.label,
+        method=coordinates.get("method", base.method.name),
+        display_name=coordinates.get("method", base.display_name),
+        data_policy=coordinates.get("data_policy", base.data_policy.name),
+        seed=base.seed,
+        status="skipped",
+        reason=cell.skipped_reason,
+    )
+
+
+def changes(base: RunConfig, run: RunConfig) -> tuple[report.ConfigChange, ...]:
+    return tuple(
+        report.ConfigChange(field=change.field, base=text(change.left), value=text(change.right))
+        for change in diff(base, run)
+        if change.field != "name"
+    )
+
+
+def text(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def cost(result: CellResult, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
+    """What training used: every label that a step saw, each counted once."""
+    if not rows:
+        return report.Cost()
+    main = result.job.source.streams[0]
+    stored = sum(len(TokenStore.open(store)) for store in main.stores)
+    devices = result.job.workers * (1 if result.job.share.gpus else result.job.share.threads)
+    return report.Cost(
+        tokens_trained=rows[-1]["num_tokens"],
+        labels_used=min(stored, len(rows) * main.groups_per_step),
+        device_seconds=sum(row["seconds"] for row in rows) * devices,
+    )
+
+
+def record_provenance(
+    results: Sequence[CellResult], *, started: datetime.datetime, command: Sequence[str]
+) -> report.Provenance:
+    facts = provenance()
+    return report.Provenance(
+        commands=(" ".join(command),),
+        git_revision=facts["git_revision"],
+        versions=facts["versions"],
+        config_digests={result.cell.id: result.job.spec.identity["configuration"] for result in results},
+        seeds={result.cell.id: result.run.seed for result in results},
+        machine={"system": platform.platform(), "processor": platform.machine(), "cores": str(os.cpu_count())},
+        started=started.isoformat(timespec="seconds"),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
