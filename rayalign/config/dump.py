@@ -37,7 +37,7 @@ def dump(run: RunConfig) -> dict[str, Any]:
 
 def to_yaml(run: RunConfig) -> str:
     """:func:`dump` as a YAML file that :func:`rayalign.config.load_run` reads."""
-    return yaml.safe_dump(dump(run), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(dump(run), sort_keys=False)
 
 
 def diff(left: RunConfig, right: RunConfig) -> list[Difference]:

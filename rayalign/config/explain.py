@@ -141,10 +141,10 @@ def _not_one_of(given: object, choices: Sequence[str], text: str | None) -> str:
 
 def _unknown_key(path: FieldPath, value: object, keys: Sequence[str], model: Model) -> str:
     key = str(path[-1])
-    known = foreign.advice(key, value)
+    known = foreign.advice(key, value, nested=len(path) > 1)
     if known:
         return known
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.65)
     if close:
         return f"did you mean {dotted((*path[:-1], close[0]))}?"
     elsewhere = [field for field in _fields(model, "") if field.rpartition(".")[2] == key]

@@ -173,8 +173,13 @@ METHODS: Final[dict[str, str]] = {
 """Values of their ``loss_type``, and other names of methods → ours."""
 
 
-def advice(key: str, value: object) -> str | None:
-    """What to write instead of another trainer's ``key: value``; None for a key that none of them has."""
+def advice(key: str, value: object, *, nested: bool) -> str | None:
+    """What to write instead of another trainer's ``key: value``; None for a key that none of them has.
+
+    ``nested``: the key stands in a block of ours, where axolotl's ``rl`` would be a slip for ``lr``.
+    """
+    if key == "rl" and nested:
+        return None
     if key in ("loss_type", "rl") and isinstance(value, str):
         ours = METHODS.get(value, value)
         return f"write method: {ours if ours.startswith('{') else f'{{name: {ours}}}'}"

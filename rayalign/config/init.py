@@ -100,7 +100,7 @@ def _settings(block: type[BaseModel], keys: Sequence[str], *, indent: int = 2, c
         fits = len(beside) + indent <= WIDTH
         above = [] if fits else [f"# {part}" for part in textwrap.wrap(text, WIDTH - indent - 2)]
         lines += [*above, beside if fits else line]
-    margin = ("#" if comment else "").ljust(indent + comment)
+    margin = "# ".ljust(indent + 2) if comment else " " * indent
     return "\n".join(margin + line for line in lines)
 
 

@@ -27,7 +27,7 @@ class RunConfig(Block):
     name: str = Field(default="run", pattern=NAME_PATTERN)
     seed: int = Field(default=0, ge=0)
     storage_path: str = Field(default="runs", min_length=1)
-    """A local or shared folder, s3://… or gs://…; relative: to where the run is started, not to the YAML."""
+    """A local or shared folder, s3://… or gs://…; relative: to where the run is started."""
     model: ModelConfig
     data: DataConfig
     method: MethodChoice

@@ -7,7 +7,8 @@ from rayalign.config.run import RunConfig
 
 def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
-    scorers = [] if run.evaluate is None else [*run.evaluate.scorers, run.evaluate.judge]
+    measured = run.evaluate
+    scorers = [] if measured is None else [*measured.scorers, *measured.diagnostics, measured.judge]
     found = {
         f"data_policy: {run.data_policy.name}; write off_policy": run.data_policy.name != "off_policy",
         "label.relabel: true; write false": run.label is not None and run.label.relabel,

@@ -1,0 +1,231 @@
+"""A grid becomes cells: which, called what, with what in them, and which are skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayalign.config import Comparison, ConfigError, load_compare, load_run, started_from
+from rayalign.config.grid import SECTIONS
+from rayalign.methods import METHODS, resolve
+
+BASE = """\
+base:
+  storage_path: results
+  model: {name: gpt2, dtype: float32}
+  data: {train: [pairs.jsonl]}
+  method: {name: dpo, beta: 0.3, label_smoothing: 0.1}
+  optim: {steps: 100, lr: 1.0e-5}
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str, base: str = BASE) -> Comparison:
+    path = tmp_path / "compare.yaml"
+    path.write_text(base + text)
+    return load_compare(path, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str, base: str = BASE) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides, base=base)
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_cells_are_the_product_of_the_axes(tmp_path: Path) -> None:
+    text = """\
+name: quick
+grid:
+  method: [dpo, {name: exo_pref, label_smoothing: 0.1, optim: {lr: 1.0e-4}}]
+  seed: [0, 1]
+"""
+    comparison = load(tmp_path, text)
+    assert (comparison.name, comparison.storage_path, comparison.initial) == ("quick", "results", None)
+    assert [(cell.id, cell.label, dict(cell.coordinates)) for cell in comparison.cells] == [
+        ("dpo__seed-0", "dpo, seed=0", {"method": "dpo", "seed": "seed=0"}),
+        ("dpo__seed-1", "dpo, seed=1", {"method": "dpo", "seed": "seed=1"}),
+        (
+            "exo_pref-label_smoothing-0.1__seed-0",
+            "exo_pref label_smoothing=0.1, seed=0",
+            {"method": "exo_pref label_smoothing=0.1", "seed": "seed=0"},
+        ),
+        (
+            "exo_pref-label_smoothing-0.1__seed-1",
+            "exo_pref label_smoothing=0.1, seed=1",
+            {"method": "exo_pref label_smoothing=0.1", "seed": "seed=1"},
+        ),
+    ]
+    dpo, _, _, exo = [cell.run for cell in comparison.cells]
+    assert dpo is not None and exo is not None
+    assert (dpo.name, dpo.storage_path, dpo.data.train[0].path) == (
+        "quick.dpo__seed-0",
+        "results",
+        f"{tmp_path}/pairs.jsonl",
+    )
+    assert dpo.method.config == resolve("dpo").config()
+    assert (exo.optim.lr, exo.optim.steps, exo.seed, dpo.optim.lr) == (1e-4, 100, 1, 1e-5)
+
+
+def test_a_block_that_says_its_name_replaces_and_any_other_is_merged(tmp_path: Path) -> None:
+    text = """\
+grid:
+  method:
+    - {beta: 0.5}
+    - {name: dpo, beta: 0.5}
+    - {as: other model, model: {name: other}}
+"""
+    merged, replaced, moved = [cell.run for cell in load(tmp_path, text).cells]
+    assert merged is not None and replaced is not None and moved is not None
+    assert merged.method.config.model_dump(exclude={"logit_temperature"}) == {"beta": 0.5, "label_smoothing": 0.1}
+    assert replaced.method.config.model_dump(exclude={"logit_temperature"}) == {"beta": 0.5, "label_smoothing": 0.0}
+    assert (moved.model.name, moved.model.dtype, moved.method.config) == (
+        "other",
+        "float32",
+        resolve("dpo").config(beta=0.3, label_smoothing=0.1),
+    )
+
+
+def test_axes_may_be_dotted_null_and_lists(tmp_path: Path) -> None:
+    text = """\
+grid:
+  optim.lr: [1e-6, 1.0e-5]
+  weighting: [null, {name: wpo, clamp: each}]
+  data.train: [[a.jsonl, b.jsonl], c.jsonl]
+"""
+    cells = load(tmp_path, text).cells
+    assert [cell.id for cell in cells] == [
+        f"lr-{lr}__{weighting}__train-{train}"
+        for lr in ("1e-6", "1e-05")
+        for weighting in ("no-weighting", "wpo-clamp-each")
+        for train in ("a.jsonl-b.jsonl", "c.jsonl")
+    ]
+    last = cells[-1].run
+    assert last is not None and last.weighting is not None
+    assert (last.optim.lr, last.weighting.clamp, len(last.data.train)) == (1e-5, "each", 1)
+
+
+def test_illegal_cells_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    text = "grid: {method: [dpo, sft, mpo], weighting: [null, wpo]}\n"
+    cells = {cell.id: cell for cell in load(tmp_path, text).cells}
+    assert [name for name, cell in cells.items() if cell.run is None] == [
+        "sft__wpo",
+        "mpo__no-weighting",
+        "mpo__wpo",
+    ]
+    assert cells["sft__wpo"].skipped_reason == (
+        "weighting: WPO weighs preference pairs or KTO's examples, and method 'sft' learns from neither"
+    )
+    assert cells["mpo__no-weighting"].skipped_reason.startswith("auxiliary: mpo's protection against drift")
+    assert cells["dpo__wpo"].skipped_reason == ""
+
+
+def test_mpo_without_auxiliary_data_is_called_so_whatever_its_name(tmp_path: Path) -> None:
+    text = "grid: {method: [{name: mpo, auxiliary: []}, {name: mpo, as: ours, auxiliary: []}]}\n"
+    assert [(cell.id, cell.label) for cell in load(tmp_path, text).cells] == [
+        ("mpo", "mpo (no KL)"),
+        ("ours", "ours (no KL)"),
+    ]
+
+
+def test_blocks_for_rollouts_go_only_to_cells_that_draw(tmp_path: Path) -> None:
+    shared = BASE + "  rollout: {samples: 4}\n  scorer: {name: rule, function: 'm:f'}\n  label: best_worst\n"
+    off, on, relabelled = [
+        cell.run
+        for cell in load(
+            tmp_path,
+            "grid: {data_policy: [off_policy, on_policy, {as: again, name: off_policy, label: {relabel: true}}]}\n",
+            base=shared,
+        ).cells
+    ]
+    assert off is not None and on is not None and relabelled is not None
+    assert (off.rollout, off.scorer, off.label) == (None, None, None)
+    assert on.rollout is not None and on.rollout.samples == 4 and on.scorer is not None
+    assert relabelled.rollout is None and relabelled.scorer is not None and relabelled.label is not None
+    assert refusal(tmp_path, "grid: {seed: [0]}\n", base=shared) == [
+        "compare.yaml:7: rollout: is used by no cell; remove it",
+        "compare.yaml:9: label: is used by no cell; remove it",
+        "compare.yaml:8: scorer: is used by no cell; remove it",
+    ]
+
+
+def test_an_initial_run_is_shared_by_every_cell(tmp_path: Path) -> None:
+    base = "base:\n  storage_path: results\n  model: {dtype: float32}\n  data: {train: [pairs.jsonl]}\n"
+    initial = "initial: {model: {name: ./tiny, from_scratch: true}, data: {train: sft.jsonl}, method: sft}\n"
+    comparison = load(tmp_path, initial + "name: quick\ngrid: {method: [dpo, ipo]}\n", base=base)
+    assert comparison.initial is not None
+    assert (comparison.initial.name, comparison.initial.storage_path) == ("quick.initial", "results")
+    assert (comparison.initial.model.name, comparison.initial.seed) == (f"{tmp_path}/tiny", 0)
+    run = comparison.cells[0].run
+    assert run is not None and run.model.name == "(initial)"
+    started = started_from(run, "/somewhere/final")
+    assert (started.model.name, started.model.dtype, started.method) == ("/somewhere/final", "float32", run.method)
+    named = base.replace("{dtype: float32}", "{name: gpt2}")
+    assert refusal(tmp_path, initial + "grid: {seed: [0, 1]}\n", base=named) == [
+        "compare.yaml:3: model.name: is the initial run's final model; remove it"
+    ]
+
+
+def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "dpo.yaml").write_text("model: {name: gpt2}\ndata: {train: p.jsonl}\nmethod: dpo\n")
+    text = "base: runs/dpo.yaml\ngrid: {seed: [3]}\n"
+    run = load(tmp_path, text, "base.optim.steps=7", "grid.seed=[4]", base="").cells[0].run
+    assert run is not None
+    assert (run.data.train[0].path, run.optim.steps, run.seed) == (f"{tmp_path}/runs/p.jsonl", 7, 4)
+    (tmp_path / "runs" / "dpo.yaml").write_text("model: {name: gpt2}\ndata: {trian: p.jsonl}\nmethod: dpo\n")
+    assert refusal(tmp_path, text, base="") == [
+        "runs/dpo.yaml:2: data.train: missing; say what to train on: train: [pairs.jsonl]",
+        "runs/dpo.yaml:2: data.trian: unknown key; did you mean data.train?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        (
+            "grid:\n  method:\n    - dpo\n    - {name: ipo, tua: 1}\n",
+            ["compare.yaml:10: method.tua: unknown key; did you mean method.tau?"],
+        ),
+        (
+            "grid: {method: [dpo, dpo]}\n",
+            ["compare.yaml:7: grid.method[1]: two entries are called 'dpo'; remove one, "
+             "or give it another name with as: …"],
+        ),
+        (
+            "grid: {method: [{optim: {lr: 1}}]}\n",
+            ["compare.yaml:7: grid.method[0]: has no name; give it one with as: …"],
+        ),
+        ("grid: {seed: 3}\n", ["compare.yaml:7: grid.seed: 3 is not a list"]),
+        ("grid: {seed: []}\n", ["compare.yaml:7: grid.seed: is an empty list; name at least one"]),
+        ("gird: {seed: [1]}\n", ["compare.yaml: grid: missing; say what is compared: grid: {method: [dpo, exo_pref]}",
+                                 "compare.yaml:7: gird: unknown key; did you mean grid?"]),
+        (
+            "grid: {method: [sft], weighting: [wpo]}\n",
+            ["compare.yaml: grid: no cell can be run",
+             "compare.yaml: cell sft__wpo: skipped, because weighting: WPO weighs preference pairs or KTO's examples, "
+             "and method 'sft' learns from neither"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_malformed_grid_is_refused(tmp_path: Path, text: str, messages: list[str]) -> None:
+    assert refusal(tmp_path, text) == messages
+
+
+def test_an_unknown_axis_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (message,) = refusal(tmp_path, "grid: {methods: [dpo]}\n")
+    assert message.startswith("compare.yaml:7: grid.methods: is no setting of a run; an axis is one of auxiliary, ")
+
+
+def test_run_and_comparison_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text(BASE + "grid: {seed: [0]}\n")
+    with pytest.raises(ConfigError, match=f"^{path}: is a comparison; start it with: rayalign compare {path}$"):
+        load_run(path)
+    path.write_text("model: {name: gpt2}\nmethod: dpo\n")
+    with pytest.raises(ConfigError, match=f"^{path}: is a single run; start it with: rayalign train {path}$"):
+        load_compare(path)
+
+
+def test_no_methods_parameter_is_called_like_a_section() -> None:
+    parameters = {key for name in METHODS for key in resolve(name).config.model_fields}
+    assert parameters & (SECTIONS | {"as", "name"}) == set()

@@ -1,0 +1,63 @@
+"""Every template that ``rayalign init`` writes is a configuration of this version."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rayalign.config import load_compare, load_run
+from rayalign.config.init import template
+from rayalign.errors import UserError
+from rayalign.methods import METHODS, resolve
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_methods_template_loads_with_its_defaults(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(template(name))
+    run = load_run(path)
+    assert (run.name, run.method.name, run.method.config) == (name, name, resolve(name).config())
+    assert run.data.train[0].path == f"{tmp_path}/train.jsonl"
+    assert bool(run.auxiliary) == resolve(name).requires_auxiliary
+    shown = re.findall(r"^  (\w+): ", path.read_text().split("\nmethod:\n")[1].split("\n\n")[0], flags=re.M)
+    assert sorted(shown) == sorted(["name", *resolve(name).config.model_fields])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_optional_blocks_of_a_template_load_too(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(re.sub(r"^# (?=weighting:|evaluate:)|^#(?= {3})", "", template(name), flags=re.M))
+    run = load_run(path)
+    assert run.evaluate is not None and run.evaluate.scorers[0].label == "score"
+    assert (run.weighting is not None) == ("# weighting:" in template(name))
+
+
+def test_the_comparisons_template_loads(tmp_path: Path) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text(template("compare"))
+    comparison = load_compare(path)
+    assert [cell.id for cell in comparison.cells if cell.run is None] == []
+    assert [cell.id for cell in comparison.cells][::3] == [
+        "dpo__seed-0",
+        "exo_pref__seed-0",
+        "wpo__seed-0",
+        "mpo__seed-0",
+    ]
+
+
+def test_parameters_carry_their_documentation() -> None:
+    assert "  beta: 0.1  # Scale of the implicit reward β · log(π/π_ref).\n" in template("dpo")
+    assert "\n#   which: both  # Whose weight counts.\n" in template("dpo")
+
+
+def test_lines_fit_a_screen_and_settings_stand_below_their_comment() -> None:
+    lines = template("mpo").splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[lines.index("  logit_temperature: 1.0") - 1].startswith("  # Divides the logits of policy")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(UserError, match="no method is called 'dop'"):
+        template("dop")

@@ -1,0 +1,146 @@
+"""What cannot be combined is refused with the reason, and what this release does not run is listed."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Refused
+
+from rayalign.config import load_run, unsupported
+
+OFFLINE = ["model.name=gpt2", "data.train=pairs.jsonl"]
+RULE = "{name: rule, function: 'm:f'}"
+NEVER = "data_policy={name: on_policy, refresh_every: never}"
+ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        (
+            ["method=reward_model", *ON_POLICY],
+            ["data_policy: reward_model cannot learn on_policy: there is no policy to draw from; "
+             "write data_policy: off_policy"],
+        ),
+        (
+            ["method=dpo", "rollout.samples=4", "label=best_worst", f"scorer={RULE}"],
+            ["rollout: off_policy draws no completions; remove rollout, or write data_policy: on_policy or hybrid",
+             "label: off_policy trusts the stored labels; remove label, or write label: {relabel: true}",
+             "scorer: off_policy scores nothing unless label: {relabel: true}; remove it, "
+             "or move it to evaluate.scorers"],
+        ),
+        (
+            ["method=dpo", "data_policy=on_policy"],
+            ["rollout: on_policy draws completions; say how: rollout: {engine: vllm, samples: 8}",
+             "scorer: on_policy needs a scorer, such as scorer: {name: rule, function: …}"],
+        ),
+        (
+            ["method=dpo", "data_policy=hybrid", f"scorer={RULE}", "rollout.samples=1"],
+            ["rollout.samples: dpo compares completions of one prompt; write at least 2"],
+        ),
+        (
+            ["method=dpo", "label.relabel=true"],
+            ["scorer: label: {relabel: true} needs a scorer, such as scorer: {name: rule, function: …}"],
+        ),
+        (
+            ["method=dpo", *ON_POLICY, "label.relabel=true"],
+            ["label.relabel: on_policy has no stored completions to label again; remove relabel"],
+        ),
+        (
+            ["method=exo_rw", *ON_POLICY, "label=best_worst", "rollout.top_p=0.9"],
+            ["label.name: best_worst makes pairs, and exo_rw learns from groups; write label: rewards",
+             "rollout.top_p: exo_rw needs the density of every completion, which truncated sampling does not have; "
+             "write 1.0"],
+        ),
+        (
+            ["method=dpo", *ON_POLICY, "label=rewards"],
+            ["label.name: rewards makes no pairs, which dpo learns from; write label: best_worst"],
+        ),
+        (
+            ["method={name: exo_rw, behavior: assume_reference}", *ON_POLICY],
+            ["method.behavior: assume_reference takes every candidate as the reference's, and rounds are drawn from "
+             "the trained policy; remove it, or write data_policy: {name: on_policy, refresh_every: never}"],
+        ),
+        (
+            ["method=mpo"],
+            ["auxiliary: mpo's protection against drift is auxiliary data; name it, such as "
+             "auxiliary: [{term: reference, data: [sft.jsonl]}], or write auxiliary: [] for the preference term alone "
+             "(called mpo (no KL) in every table)"],
+        ),
+        (
+            ["method=dpo", "auxiliary=[{data: a.jsonl}, {data: b.jsonl}]"],
+            ["auxiliary: two streams are called sft; give each its own name"],
+        ),
+        (
+            ["method=simpo", "model.reference=other"],
+            ["model.reference: simpo has no reference and nothing is evaluated; remove it"],
+        ),
+        (
+            ["method=dpo", "reference.place=trainer", "model.reference=other"],
+            ["reference.place: trainer scores with the adapter off, so it needs model.lora; write pool",
+             "reference.place: trainer's reference is the initial model, not model.reference; write pool, "
+             "or remove model.reference"],
+        ),
+        (
+            ["method=dpo", "model.lora.rank=8", "model.from_scratch=true"],
+            ["model.lora: an adapter on untrained weights learns nothing; remove lora or from_scratch"],
+        ),
+        (
+            ["method=dpo", "evaluate.at=[5, 20]", "optim.steps=10"],
+            ["evaluate.prompts: there is nothing to evaluate on; name a file here or in data.eval",
+             "evaluate.at: step 20 is never reached: optim.steps is 10"],
+        ),
+    ],
+)  # fmt: skip
+def test_illegal_combinations(refused: Refused, settings: list[str], messages: list[str]) -> None:
+    found = refused("{}", *OFFLINE, *settings, minimal="")
+    assert [message.removeprefix("command line: ").removeprefix("run.yaml: ") for message in found] == messages
+
+
+@pytest.mark.parametrize("method", ["wpo", "sft", "reward_model", "exo_rw"])
+def test_weights_go_only_on_unweighted_preferences(refused: Refused, method: str) -> None:
+    (message,) = refused("{}", *OFFLINE, f"method={method}", "weighting=wpo", minimal="")
+    assert message.startswith("command line: weighting: ")
+    assert f"'{method}'" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (["method=dpo"], "dpo"),
+        (["method=wpo"], "wpo"),
+        (["method=ipo", "weighting=wpo"], "ipo + wpo"),
+        (["method=kto", "weighting=wpo"], "kto + wpo"),
+        (["method=dpo", "weighting.permute=true"], "dpo + permuted wpo"),
+        (["method=dpo", "auxiliary.data=a.jsonl"], "dpo + sft"),
+        (["method=mpo", "auxiliary.data=a.jsonl"], "mpo"),
+        (["method=mpo", "auxiliary=[]"], "mpo (no KL)"),
+        (["method=mpo", "auxiliary=[]", "weighting=wpo"], "mpo (no KL) + wpo"),
+        (["method=simpo", "model.reference=other", "evaluate.prompts=p.jsonl"], "simpo"),
+        (["method=dpo", "label.relabel=true", f"scorer={RULE}"], "dpo"),
+        (["method.name=exo_rw", "method.behavior=assume_reference", *ON_POLICY, NEVER], "exo_rw"),
+    ],
+)  # fmt: skip
+def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) -> None:
+    assert load_run(None, [*OFFLINE, *settings]).display_name == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentences"),
+    [
+        ([], []),
+        (["strategy=ddp", "optim.steps=3", "model.from_scratch=true"], []),
+        (ON_POLICY, ["this release does not run data_policy: on_policy; write off_policy"]),
+        (
+            ["label.relabel=true", f"scorer={RULE}", "strategy=fsdp2", "model.lora.rank=4"],
+            ["this release does not run label.relabel: true; write false",
+             "this release does not run strategy: fsdp2; write single or ddp",
+             "this release does not run model.lora; remove it to train all weights"],
+        ),
+        (
+            ["evaluate.prompts=p.jsonl", "evaluate.judge={name: llm, model: m, base_url: u}"],
+            ["this release does not run llm scorers and judges; write rule or reward_model"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_this_release_does_not_run(settings: list[str], sentences: list[str]) -> None:
+    assert unsupported(load_run(None, [*OFFLINE, "method=dpo", *settings])) == sentences
