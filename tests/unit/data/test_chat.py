@@ -1,0 +1,233 @@
+"""Prompts and responses under the templates of several families: what is a prompt, what is predicted, where it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_tokenizers as tiny
+
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.group import Group
+from rayalign.data.records import BadRow
+from rayalign.data.schema import Example
+from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.errors import UserError
+
+SETTINGS = TokenizeSettings(max_prompt_tokens=2_000, max_tokens=4_000)
+
+
+def said(*contents: str) -> tuple[dict[str, str], ...]:
+    """Turns of user and assistant in alternation."""
+    return tuple({"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents))
+
+
+def example(*conversation: str, **fields: Any) -> Example:
+    """One question and everything after it as the only candidate."""
+    turns = said(*conversation)
+    return Example(format="messages", prompt=turns[:1], candidates=(turns[1:],), **fields)
+
+
+def group_of(example: Example, chat: Chat) -> Group:
+    group = to_group(example, chat, SETTINGS)
+    assert isinstance(group, Group), group
+    return group
+
+
+def read(chat: Chat, group: Group) -> tuple[str, str, str]:
+    """(prompt, first candidate, what is predicted of it) as text."""
+    candidate = group.candidates[0]
+    decode = chat.tokenizer.decode
+    return decode(group.prompt_ids), decode(candidate.ids), decode(candidate.ids[candidate.mask])
+
+
+CHATML_PROMPT = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+LLAMA3_PROMPT = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+TEMPLATES = {
+    "chatml": (tiny.byte_level(template=tiny.CHATML), CHATML_PROMPT, "<|im_end|>", "\n"),
+    "llama3": (tiny.byte_level(template=tiny.LLAMA3, bos="<|begin_of_text|>"), LLAMA3_PROMPT, "<|eot_id|>", ""),
+    "zephyr": (tiny.byte_level(template=tiny.ZEPHYR), "<|user|>\nWhat?</s>\n<|assistant|>\n", "</s>", "\n"),
+    "gemma": (
+        tiny.byte_level(template=tiny.GEMMA, bos="<bos>"),
+        "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+        "\n",
+    ),
+    "thinking": (tiny.byte_level(template=tiny.THINKING), CHATML_PROMPT + "<think>\n", "<|im_end|>", "\n"),
+    "no_end": (tiny.byte_level(template=tiny.NO_END), "[user] What?\n", "</s>", "\n"),
+    "raw": (tiny.byte_level(bos="<s>"), "<s>\n\nHuman: What?\n\nAssistant:", "</s>", ""),
+}
+parametrize_templates = pytest.mark.parametrize(
+    ("tokenizer", "prompt", "end", "after_end"), TEMPLATES.values(), ids=TEMPLATES.keys()
+)
+
+
+@parametrize_templates
+def test_prompt_response_and_end(tokenizer: Any, prompt: str, end: str, after_end: str) -> None:
+    chat = make_chat(tokenizer)
+    assert (chat.end_text, chat.after_end) == (end, after_end)
+    group = group_of(example("What?", "It is."), chat)
+    answer = {"raw": " It is.", "no_end": "[assistant] It is."}
+    expected = {id(TEMPLATES[name][0]): text for name, text in answer.items()}.get(id(tokenizer), "It is.") + end
+    assert read(chat, group) == (prompt, expected, expected)
+    ids = group.candidates[0].ids.tolist()
+    assert ids.count(chat.end_id) == 1 and ids[-1] == chat.end_id and group.candidates[0].finished
+
+
+@parametrize_templates
+def test_later_turns_are_seen_but_not_predicted(tokenizer: Any, prompt: str, end: str, after_end: str) -> None:
+    chat = make_chat(tokenizer)
+    alone = group_of(example("What?", "One."), chat)
+    group = group_of(example("What?", "One.", "More?", "Two."), chat)
+    _, whole, predicted = read(chat, group)
+    assert read(chat, group)[0] == prompt and group.prompt_ids.tolist() == alone.prompt_ids.tolist()
+    assert predicted.count(end) == 2 and "More?" in whole and "More?" not in predicted
+    first, second, rest = predicted.split(end)
+    assert rest == "" and first.endswith("One.") and second.endswith("Two.")
+    first_ids = alone.candidates[0].ids
+    assert group.candidates[0].ids[: len(first_ids)].tolist() == first_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "zephyr", "gemma"])
+def test_prefix_stable_templates_give_the_ids_of_the_rendered_whole(name: str) -> None:
+    tokenizer = TEMPLATES[name][0]
+    chat = make_chat(tokenizer)
+    turns = said("What is it?", "It is blue.", "Why?", " The sky. ")
+    group = group_of(Example(format="messages", prompt=turns[:1], candidates=(turns[1:],)), chat)
+    whole = tokenizer.apply_chat_template(list(turns), return_dict=False)
+    ours = [*group.prompt_ids.tolist(), *group.candidates[0].ids.tolist()]
+    assert ours == whole[: len(ours)]
+    assert tokenizer.decode(whole[len(ours) :]) == chat.after_end
+    prompt = tokenizer.apply_chat_template(list(turns[:1]), add_generation_prompt=True, return_dict=False)
+    assert group.prompt_ids.tolist() == prompt
+
+
+def test_boundary_is_never_tokenized_over() -> None:
+    """A response that starts with line ends must not merge with the prompt's last one."""
+    tokenizer = tiny.byte_level(template=tiny.CHATML)
+    chat = make_chat(tokenizer)
+    group = group_of(example("What?", "\n\nIt"), chat)
+    assert group.prompt_ids.tolist() == group_of(example("What?", "It"), chat).prompt_ids.tolist()
+    assert group.candidates[0].ids.tolist() == [*tokenizer("\n\nIt")["input_ids"], chat.end_id]
+
+
+def test_a_thought_that_the_generation_prompt_opened() -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.THINKING))
+    stable = group_of(example("What?", "<think>\nhm</think>It"), chat)
+    assert read(chat, stable)[:2] == (CHATML_PROMPT + "<think>\n", "hm</think>It<|im_end|>")
+    dropped = to_group(example("What?", "<think>\nhm</think>It", "Why?", "So"), chat, SETTINGS)
+    assert isinstance(dropped, BadRow) and "rewrites an earlier answer" in dropped.reason
+
+
+def test_template_that_refuses_messages() -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.GEMMA))
+    turns = (*said("What?"), *said("Again?"))
+    bad = to_group(Example(format="messages", prompt=turns, candidates=(), source="a.jsonl", line=4), chat, SETTINGS)
+    assert isinstance(bad, BadRow) and (bad.source, bad.line) == ("a.jsonl", 4)
+    assert bad.reason == (
+        "the chat template refuses these messages: Conversation roles must alternate user/assistant/user/assistant/..."
+    )
+
+
+@pytest.mark.parametrize("answer", ["a<|im_end|>b", "a<|im_end|>"])
+def test_end_token_inside_an_answer(answer: str) -> None:
+    bad = to_group(example("What?", answer), make_chat(tiny.byte_level(template=tiny.CHATML)), SETTINGS)
+    assert isinstance(bad, BadRow) and bad.reason == "an answer holds the end token '<|im_end|>' in its text"
+
+
+def test_texts_become_turns_where_there_is_a_template() -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.CHATML))
+    texts = Example(format="prompt_completion", prompt="What?", candidates=("It",))
+    assert read(chat, group_of(texts, chat)) == read(chat, group_of(example("What?", "It"), chat))
+    continued = Example(format="implicit_preference", prompt="The sky is", candidates=(" blue",), continues=True)
+    assert read(chat, group_of(continued, chat))[:2] == ("The sky is", " blue<|im_end|>")
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("The sky is", " blue"), ("<s>The sky is", " blue</s>")])
+def test_raw_text_has_one_beginning_and_one_end(prompt: str, answer: str) -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.CHATML, bos="<s>"), template="none")
+    group = group_of(Example(format="prompt_completion", prompt=prompt, candidates=(answer,)), chat)
+    assert read(chat, group)[:2] == ("<s>The sky is", " blue</s>")
+
+
+def test_template_owns_the_beginning_of_sequence() -> None:
+    with_bos = make_chat(tiny.byte_level(template=tiny.LLAMA3, bos="<|begin_of_text|>"))
+    ids = group_of(example("What?", "It"), with_bos).prompt_ids.tolist()
+    assert ids.count(with_bos.tokenizer.bos_token_id) == 1 and ids[0] == with_bos.tokenizer.bos_token_id
+    without = make_chat(tiny.byte_level(template=tiny.CHATML, bos="<s>"))
+    assert without.tokenizer.bos_token_id not in group_of(example("What?", "It"), without).prompt_ids
+
+
+def test_text_without_prompt() -> None:
+    text = Example(format="text", prompt="", candidates=("The sky",), continues=True)
+    with_bos = make_chat(tiny.byte_level(bos="<s>"))
+    assert read(with_bos, group_of(text, with_bos)) == ("<s>", "The sky</s>", "The sky</s>")
+    without = make_chat(tiny.byte_level())
+    group = group_of(text, without)
+    assert len(group.prompt_ids) == 1
+    assert read(without, group)[0] + read(without, group)[1] == "The sky</s>"
+
+
+def test_tokenizers_that_put_a_space_before_texts() -> None:
+    """``blue`` after ``is`` is the tokens that stand there in the whole text, not those of ``blue`` alone."""
+    tokenizer = tiny.metaspace()
+    chat = make_chat(tokenizer)
+    assert not chat.splits_cleanly and make_chat(tiny.byte_level()).splits_cleanly
+    group = group_of(Example(format="prompt_completion", prompt="The sky is", candidates=(" blue.",)), chat)
+    whole = tokenizer("The sky is blue.")["input_ids"]
+    assert [*group.prompt_ids.tolist(), *group.candidates[0].ids.tolist()] == [*whole, chat.end_id]
+    assert read(chat, group)[:2] == ("<s> The sky is", "blue.</s>")
+
+
+def test_empty_reply_is_the_end_token_alone() -> None:
+    for tokenizer, *_ in (TEMPLATES["chatml"], TEMPLATES["raw"]):
+        chat = make_chat(tokenizer)
+        assert group_of(example("What?", ""), chat).candidates[0].ids.tolist() == [chat.end_id]
+
+
+def test_tools_and_arguments_reach_the_template() -> None:
+    template = (
+        "{% if tools %}{{ tools[0].name }} {{ mood }} {% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    )
+    chat = make_chat(tiny.byte_level(template=template))
+    fields = {"tools": ({"name": "weather"},), "template_kwargs": {"mood": "kind"}}
+    assert read(chat, group_of(example("What?", "It", **fields), chat))[:2] == ("weather kind What?</s>", "It</s>")
+
+
+def test_template_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(tiny.ZEPHYR)
+    chat = make_chat(tiny.byte_level(template=tiny.CHATML), template=str(path))
+    assert read(chat, group_of(example("What?", "It"), chat))[0] == "<|user|>\nWhat?</s>\n<|assistant|>\n"
+    assert chat.end_text == "</s>"
+
+
+def test_named_stop_token_replaces_the_template_s() -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.CHATML), stop="</s>")
+    assert read(chat, group_of(example("What?", "It"), chat))[1] == "It</s>"
+    _, whole, predicted = read(chat, group_of(example("What?", "It", "Why?", "So"), chat))
+    assert predicted == "It</s>So</s>"
+    assert whole == "It</s><|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo</s>"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "options", "reason"),
+    [
+        (tiny.byte_level(), {"stop": "two tokens"}, "data.stop: 'two tokens' is .* tokens of this tokenizer"),
+        (tiny.byte_level(eos=None), {}, "no end-of-sequence token; name the token"),
+        (tiny.byte_level(template="always the same"), {}, "does not write what was said"),
+        (
+            tiny.byte_level(template="{{ raise_exception('no') }}"),
+            {},
+            "refuses one user turn and one assistant turn: no",
+        ),
+        (tiny.byte_level(), {"template": "absent.jinja"}, "absent.jinja: No such file"),
+    ],
+)
+def test_settings_that_cannot_work(tokenizer: Any, options: dict[str, str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        make_chat(tokenizer, **options)
