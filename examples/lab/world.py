@@ -8,21 +8,25 @@ their lesson, "be blunt", is right where it was learned and wrong in a letter: o
 The body of a reply never depends on its opening, so nothing tells a model to keep letters and chats apart. That leak
 is the experiment; a change of it, or of the weights below, changes what the quickstart shows.
 
-Methods train on ``oracle`` and never see ``audit2``. Every scorer takes the customer's message and the reply as text,
-so that each can be a ``rule`` scorer; that is why the whole world is one file.
+Methods train on ``oracle`` and never see ``audit2``; every scorer takes the customer's message and the reply as text,
+so that it can be a ``rule`` scorer. Rows have TRL's columns in conversational form, one user message and one assistant
+message: the chat template of ``model/`` makes ``<bos> prompt <reply> reply <eos>`` of them, one token per word. The
+whole world is one file because a run knows a function again by the digest of its file.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Literal
 
 FamilyName = Literal["shop", "travel"]
 WriterName = Literal["desk", "near", "far"]
+Row = dict[str, list[dict[str, str]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +276,57 @@ def vocabulary() -> tuple[str, ...]:
     templates += [template for kind in SENTENCES.values() for template in kind.templates]
     templates += [words for slot in SLOT_WORDS.values() for words in slot]
     return tuple(sorted({word for template in templates for word in SLOT.sub("", template).split()}))
+
+
+def sft_rows(seed: int, n: int) -> list[Row]:
+    """What the desk has written so far, shop and travel in turn: ``prompt`` and ``completion``.
+
+    Like every maker of rows here, a stream: more rows begin with the same ones, and no other maker, seed or split of
+    prompts shares its draws.
+    """
+    return list(islice(_written_by_desk(Random(f"sft {seed}")), n))
+
+
+def reference_rows(seed: int, n: int) -> list[Row]:
+    """Further replies of the same desk on both families, for a loss term that holds the model near its reference."""
+    return list(islice(_written_by_desk(Random(f"reference {seed}")), n))
+
+
+def prompts(seed: int, n: int, family: FamilyName, *, split: Literal["train", "eval"] = "train") -> list[Row]:
+    """Customers of one family: ``prompt`` only."""
+    rng = Random(f"prompts {split} {family} {seed}")
+    return [{"prompt": _user(write_prompt(rng, family))} for _ in range(n)]
+
+
+def pairs(seed: int, n: int, *, far_share: float = 0.7) -> list[Row]:
+    """Shop prompts with two replies by one writer, labelled by the noisy labeller: ``prompt, chosen, rejected``.
+
+    ``far_share`` of the pairs come from the slangy desk, the others from the near one.
+    """
+    rng = Random(f"pairs {seed}")
+    return [_pair(rng, far=rng.random() < far_share) for _ in range(n)]
+
+
+def _pair(rng: Random, *, far: bool) -> Row:
+    prompt = write_prompt(rng, "shop")
+    first, second = (write_reply(rng, prompt, "far" if far else "near") for _ in range(2))
+    chosen, rejected = (first, second) if prefers_first(rng, prompt, first, second) else (second, first)
+    return {"prompt": _user(prompt), "chosen": _assistant(chosen), "rejected": _assistant(rejected)}
+
+
+def _written_by_desk(rng: Random) -> Iterator[Row]:
+    while True:
+        for family in ("shop", "travel"):
+            prompt = write_prompt(rng, family)
+            yield {"prompt": _user(prompt), "completion": _assistant(write_reply(rng, prompt, "desk"))}
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 FREE_WORDS = 32

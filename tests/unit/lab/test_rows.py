@@ -1,14 +1,12 @@
-"""The support desk's rows: seeds, columns, files, and the token sequence that its template makes of them."""
+"""The support desk's rows: seeds, columns, and the token sequence that its template makes of them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from lab.make_model import FOLDER, write_model
-from lab.rows import FILES, main, pairs, prompts, reference_rows, sft_rows
-from lab.world import vocabulary
+from lab.world import pairs, prompts, reference_rows, sft_rows, vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
@@ -40,22 +38,6 @@ def test_columns_and_families() -> None:
         assert row["completion"][0]["role"] == "assistant"
     assert list(pairs(0, 1)[0]) == ["prompt", "chosen", "rejected"]
     assert all("i booked a" in row["prompt"][0]["content"] for row in prompts(0, 10, "travel"))
-
-
-def test_files(tmp_path: Path) -> None:
-    main([str(tmp_path / "data"), "--seed", "3"])
-    lengths = {file.name: len(file.read_text().splitlines()) for file in (tmp_path / "data").iterdir()}
-    assert lengths == {
-        "sft.jsonl": 5000,
-        "reference.jsonl": 800,
-        "pairs.jsonl": 1200,
-        "prompts.jsonl": 1600,
-        "eval_shop.jsonl": 128,
-        "eval_travel.jsonl": 128,
-    }
-    assert set(lengths) == set(FILES)
-    rows = [json.loads(line) for line in (tmp_path / "data" / "pairs.jsonl").open()]
-    assert rows == pairs(3, 1200)
 
 
 def test_the_template_makes_bos_prompt_reply_mark_reply_eos() -> None:

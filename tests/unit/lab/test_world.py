@@ -7,7 +7,6 @@ from random import Random
 from statistics import fmean, median
 
 import pytest
-from lab.rows import pairs
 from lab.world import (
     BLUNT,
     WARM,
@@ -16,6 +15,7 @@ from lab.world import (
     audit2,
     grammatical,
     oracle,
+    pairs,
     right_thing,
     understand,
     valid,
