@@ -28,7 +28,7 @@ class ModelConfig(Block):
     """Commit, tag or branch on the hub."""
     reference: ModelPath | None = None
     """The reference policy; null: the policy before the first step."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False

@@ -68,7 +68,7 @@ def comparison_record(
                 name="k1",
                 label="KL",
                 unit="nats per reply",
-                description="k1 estimate of KL(π‖π_ref): log π − log π_ref of the policy's own samples at temperature 1.",
+                description="KL(π‖π_ref) by k1: log π − log π_ref of the policy's own samples at temperature 1.",
             ),
         ),
         prompt_sets=tuple(

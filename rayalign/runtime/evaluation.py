@@ -65,7 +65,8 @@ class Evaluators:
         """Wait for an idle actor and let it measure; a scorer's own UserError is raised as such."""
         actor = self.idle.get()
         try:
-            return ray.get(actor.measure.remote(str(directory) if directory else None))
+            measured: dict[str, Measured] = ray.get(actor.measure.remote(str(directory) if directory else None))
+            return measured
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, UserError) else error
             raise cause from error

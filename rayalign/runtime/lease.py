@@ -50,7 +50,12 @@ def lease(directory: Path, *, wait: Callable[[str], None] | None = None) -> Iter
 
 
 def acquire(path: Path, token: str, wait: Callable[[str], None] | None) -> None:
-    owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    owner = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     told = False
     while True:
         try:
@@ -79,7 +84,7 @@ def take_over_or_refuse(path: Path) -> None:
     except FileNotFoundError:
         return
     if idle < EXPIRE_SECONDS and not is_dead_here(owner):
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.get("since", 0)))
+        since = owner.get("since")
         raise Held(
             f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} since {since}. "
             "Wait for it, stop it, or give this run another name."

@@ -12,9 +12,8 @@ import ray
 POLL_SECONDS = 0.5
 
 
-@ray.remote(num_cpus=0)
-class Progress:
-    """A mailbox: workers put the newest row of each run, the driver takes what is new."""
+class Mailbox:
+    """Workers put the newest row of each run, the driver takes what is new."""
 
     def __init__(self) -> None:
         self.latest: dict[str, dict[str, Any]] = {}
@@ -30,7 +29,7 @@ class Progress:
 @contextlib.contextmanager
 def watching(show: Callable[[str, Mapping[str, Any]], None]) -> Iterator[ray.actor.ActorHandle]:
     """A mailbox whose newest rows are handed to ``show(run, row)`` while the block runs."""
-    mailbox = Progress.remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     stop = threading.Event()
 
     def poll() -> None:

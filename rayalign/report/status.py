@@ -1,0 +1,45 @@
+"""How far the runs below a folder are, from the files that they keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rayalign.errors import UserError
+
+TAIL_BYTES = 1 << 16
+
+
+def table(directory: Path) -> Table:
+    """One line per run; raises UserError where there is none."""
+    found = Table(title=str(directory))
+    for column in ("run", "status", "step", "loss", "updated"):
+        found.add_column(column)
+    for run in runs(directory):
+        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        row = last_row(run / "metrics.jsonl")
+        step = f"{row.get('step', 0)}/{facts['steps']}"
+        loss = f"{row['loss']:.4f}" if "loss" in row else "–"
+        found.add_row(str(run.relative_to(directory.parent)), facts["status"], step, loss, facts["updated"])
+    if not found.row_count:
+        raise UserError(f"{directory} holds no run: name a folder below which `rayalign train` wrote a run.json")
+    return found
+
+
+def runs(directory: Path) -> Iterator[Path]:
+    """Folders at or below ``directory`` that hold a run, in the order of their names."""
+    return (path.parent for path in sorted(directory.rglob("run.json")))
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The newest whole row of a ``metrics.jsonl``; empty where there is none yet."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        *whole, _ = file.read().split(b"\n")
+    return dict(json.loads(whole[-1])) if whole else {}
