@@ -62,7 +62,7 @@ class FileFindings:
 
     def add_bad(self, row: BadRow) -> None:
         self.bad += 1
-        self.reasons[re.sub(r"\d[\d,.]*", "…", row.reason)] += 1
+        self.reasons[re.sub(r"(?<![-\w])\d[\d,.]*", "…", row.reason)] += 1
 
     def add_text(self, example: Example, seen: Seen) -> None:
         """Count what the text of one good row shows."""
