@@ -92,7 +92,8 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
     document = override(read_document(path), own)
     if "grid" not in document.data and "method" in document.data:
         raise ConfigError([Problem(str(path), "", f"is a single run; start it with: rayalign train {path}")])
-    parts = {key: _run_document(document, key, Path(path).parent, overrides) for key in runs if document.data.get(key)}
+    given = [key for key in runs if document.data.get(key) is not None]
+    parts = {key: _run_document(document, key, Path(path).parent, overrides) for key in given}
     leaked = [problem for part in (document, *parts.values()) for problem in credentials(part)]
     if leaked:
         raise ConfigError(dict.fromkeys(leaked))
@@ -183,13 +184,7 @@ def _cell(config: CompareConfig, entries: Sequence[Entry], document: Document) -
     if len(name) > MAX_NAME:
         raise ConfigError([Problem("", "grid", f"{name} is too long a name; give entries short ones, such as as: a")])
     if config.initial is not None:
-        given = document.get(("model", "name"))
-        if given is not None:
-            where = document.place(("model", "name")).where
-            raise ConfigError([Problem(where, "model.name", "is the initial run's final model; remove it")])
-        document = replace(
-            document, data=document.data | {"model": (document.get(("model",)) or {}) | {"name": INITIAL}}
-        )
+        document = _with_initial_model(document)
     coordinates = {entry.axis: entry.label for entry in entries}
     try:
         run = parse_run(replace(document, data=document.data | {"name": name}))
@@ -197,9 +192,15 @@ def _cell(config: CompareConfig, entries: Sequence[Entry], document: Document) -
         if not all(problem.illegal for problem in error.problems):
             raise
         reason = "; ".join(f"{problem.field}: {problem.message}" for problem in error.problems)
-        return Cell(
-            id=identity, label=", ".join(coordinates.values()), coordinates=coordinates, run=None, skipped_reason=reason
-        )
+        label = ", ".join(coordinates.values())
+        return Cell(id=identity, label=label, coordinates=coordinates, run=None, skipped_reason=reason)
     if run.has_no_kl_term and "method" in coordinates:
         coordinates["method"] += " (no KL)"
     return Cell(id=identity, label=", ".join(coordinates.values()), coordinates=coordinates, run=run)
+
+
+def _with_initial_model(document: Document) -> Document:
+    if document.get(("model", "name")) is not None:
+        where = document.place(("model", "name")).where
+        raise ConfigError([Problem(where, "model.name", "is the initial run's final model; remove it")])
+    return override(document, [f"model.name={INITIAL}"])

@@ -67,16 +67,21 @@ def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entr
 
 
 def apply(entry: Entry, run: Document, source: Document) -> Document:
-    """``run`` with the entry's changes; what the entry wrote keeps its place in ``source``."""
+    """``run`` with the entry's changes; what the entry wrote keeps its place in ``source``.
+
+    Raises:
+        ConfigError: the axis leads through a value of ``run`` that has no keys.
+    """
     data, places = copy.deepcopy(run.data), dict(run.places)
     for change in entry.changes:
         current = replace(run, data=data).get(change.path)
-        assign(data, [str(part) for part in change.path], _merged(current, change.value, change.path))
+        try:
+            target = assign(data, [str(part) for part in change.path], _merged(current, change.value, change.path))
+        except ValueError as error:
+            raise ConfigError([Problem(source.place(change.origin).where, entry.axis, str(error))]) from None
         depth = len(change.origin)
         places |= {
-            (*change.path, *path[depth:]): place
-            for path, place in source.places.items()
-            if path[:depth] == change.origin
+            (*target, *path[depth:]): place for path, place in source.places.items() if path[:depth] == change.origin
         }
     return replace(run, data=data, places=places)
 

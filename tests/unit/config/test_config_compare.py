@@ -195,6 +195,10 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
             "grid: {method: [{optim: {lr: 1}}]}\n",
             ["compare.yaml:7: grid.method[0]: has no name; give it one with as: …"],
         ),
+        (
+            "grid: {seed.low: [1]}\n",
+            ["compare.yaml:7: seed.low: seed is 5, which has no keys; override it as a whole"],
+        ),
         ("grid: {seed: 3}\n", ["compare.yaml:7: grid.seed: 3 is not a list"]),
         ("grid: {seed: []}\n", ["compare.yaml:7: grid.seed: is an empty list; name at least one"]),
         ("gird: {seed: [1]}\n", ["compare.yaml: grid: missing; say what is compared: grid: {method: [dpo, exo_pref]}",
@@ -208,7 +212,22 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_malformed_grid_is_refused(tmp_path: Path, text: str, messages: list[str]) -> None:
-    assert refusal(tmp_path, text) == messages
+    assert refusal(tmp_path, text, "base.seed=5") == messages
+
+
+@pytest.mark.parametrize(
+    ("base", "messages"),
+    [
+        ("base: {}\n", ["model: missing", "data: missing", "method: missing"]),
+        ("base: null\n", ["compare.yaml:1: base: nothing stands where a block of keys is expected"]),
+        ("base: 3\n", ["compare.yaml:1: base: 3 stands where a block of keys is expected"]),
+        ("base: none.yaml\n", ["none.yaml: cannot be read: No such file or directory"]),
+    ],
+)
+def test_a_base_that_is_no_run_is_refused(tmp_path: Path, base: str, messages: list[str]) -> None:
+    found = refusal(tmp_path, "grid: {optim.lr: [1]}\n", base=base)
+    assert len(found) == len(messages)
+    assert all(message in line for message, line in zip(messages, found, strict=True))
 
 
 def test_an_unknown_axis_is_refused_with_the_known_ones(tmp_path: Path) -> None:
