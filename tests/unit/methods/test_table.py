@@ -1,0 +1,89 @@
+"""Names resolve to methods, and importing the table costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import rayalign.methods
+from rayalign.errors import UserError
+from rayalign.methods import METHODS, resolve
+
+PAIRWISE = {"dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "exo_pref", "mpo", "wpo"}
+
+
+def test_table_is_sorted_and_every_entry_carries_its_name() -> None:
+    assert list(METHODS) == sorted(METHODS)
+    assert {name: resolve(name).name for name in METHODS} == {name: name for name in METHODS}
+
+
+def test_what_methods_learn_from() -> None:
+    kinds = {name: resolve(name).candidates for name in METHODS}
+    assert {name for name, kind in kinds.items() if kind == "pair"} == PAIRWISE | {"reward_model"}
+    assert {name for name, kind in kinds.items() if kind == "group"} == {"exo_rw", "dpo_rw"}
+    assert {name for name, kind in kinds.items() if kind == "one"} == {"sft", "kto"}
+
+
+def test_only_the_reward_model_is_bound_to_stored_data() -> None:
+    everywhere = {"off_policy", "on_policy", "hybrid"}
+    for name in METHODS:
+        assert resolve(name).data_policies == ({"off_policy"} if name == "reward_model" else everywhere)
+
+
+def test_reference_free_methods_ask_for_no_reference() -> None:
+    free = {name for name in METHODS if "ref_logp" not in resolve(name).needed(resolve(name).config())}
+    assert free == {"sft", "reward_model", "simpo", "orpo", "slic", "mpo"}
+    mpo = resolve("mpo")
+    assert "ref_logp" in mpo.needed(mpo.config(use_reference=True))
+
+
+def test_only_mpo_requires_auxiliary_data() -> None:
+    assert [name for name in METHODS if resolve(name).requires_auxiliary] == ["mpo"]
+
+
+def test_exo_asks_for_behavior_log_probabilities_unless_correction_is_off() -> None:
+    exo = resolve("exo_rw")
+    assert "behavior_logp" in exo.needed(exo.config())
+    assert "behavior_logp" not in exo.needed(exo.config(behavior_correction="off"))
+
+
+def test_every_exported_name_resolves_to_itself_every_time() -> None:
+    for name in rayalign.methods.__all__:
+        first = getattr(rayalign.methods, name)
+        assert getattr(rayalign.methods, name) is first
+        assert not isinstance(first, ModuleType)
+
+
+def test_importing_the_table_does_not_import_torch() -> None:
+    code = "import sys, rayalign.methods; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("simp", "simpo"), ("exo", "exo_rw"), ("dpo-rw", "dpo_rw")])
+def test_an_unknown_name_gets_the_nearest_ones(name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"no method is called '{name}'; did you mean .*{nearest}"):
+        resolve(name)
+
+
+def test_a_hopeless_name_gets_the_whole_table() -> None:
+    with pytest.raises(UserError, match="did you mean dpo or dpo_rw or exo_pref or"):
+        resolve("zzzzzz")
+
+
+def test_a_path_to_nothing_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_losses.py").write_text("METHOD = 3\n")
+    (tmp_path / "broken_losses.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="there is no module 'no_losses'"):
+        resolve("no_losses:METHOD")
+    with pytest.raises(UserError, match="half_losses has no Method called 'METHOD'"):
+        resolve("half_losses:METHOD")
+    with pytest.raises(UserError, match="half_losses has no Method called 'OTHER'"):
+        resolve("half_losses:OTHER")
+    # A mistake inside the user's module is theirs to see, with its traceback.
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        resolve("broken_losses:METHOD")
