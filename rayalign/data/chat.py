@@ -114,7 +114,7 @@ class Chat:
                 tools=list(example.tools) if example.tools else None,
                 **example.template_kwargs,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError) as error:  # templates concatenate what may be no text
             raise RowProblem("", f"the chat template refuses these messages: {error}") from error
 
 
@@ -180,10 +180,9 @@ def _end_id(tokenizer: Any, tail: str, stop: str) -> int:
 
 
 def _lead_ids(tokenizer: Any) -> tuple[int, ...]:
-    (plain,) = _encode(tokenizer, [_PROBE])
     (dressed,) = _encode(tokenizer, [_PROBE], add_special_tokens=True)
-    start = next(start for start in range(len(dressed)) if dressed[start : start + len(plain)] == plain)
-    return tuple(dressed[:start])
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and dressed[:1] == [bos] else ()
 
 
 def _splits_cleanly(tokenizer: Any) -> bool:

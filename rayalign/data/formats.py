@@ -111,7 +111,10 @@ def detect_format(row: Fields) -> str:
 def _preference(row: Fields) -> Body:
     prompt = text_or_turns(row, "prompt")
     pair = {name: text_or_turns(row, name) for name in ("chosen", "rejected")}
-    return Body(*_aligned(prompt, pair), _pair_columns(row))
+    prompt, (chosen, rejected) = _aligned(prompt, pair)
+    if not isinstance(prompt, str):
+        prompt, chosen, rejected = split_turns((*prompt, *chosen), (*prompt, *rejected))
+    return Body(prompt, (chosen, rejected), _pair_columns(row))
 
 
 def _implicit_preference(row: Fields) -> Body:

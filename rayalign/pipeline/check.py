@@ -53,6 +53,8 @@ def check(
     Returns:
         0; 1 when a file has more than ``max_bad_fraction`` bad rows; 2 when a file cannot be read at all.
     """
+    if show and not model:
+        raise UserError("--show prints tokens: name the tokenizer's model with --model")
     settings = settings or TokenizeSettings()
     chat = make_chat(_tokenizer(model)) if model else None
     seen = Seen(eval_prompts=frozenset(_prompts(eval_files)))

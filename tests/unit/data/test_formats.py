@@ -98,6 +98,12 @@ def test_formats_are_found_and_named(fields: dict[str, Any], name: str, prompt: 
     assert parse(fields, format=name) == example
 
 
+def test_turns_that_both_answers_of_a_pair_share_belong_to_the_prompt() -> None:
+    example = parse({"prompt": said("Q"), "chosen": said("Q", "A", "R", "B"), "rejected": said("Q", "A", "R", "C")[1:]})
+    assert example.prompt == tuple(said("Q", "A", "R"))
+    assert example.candidates == (tuple(answer("B")), tuple(answer("C")))
+
+
 def test_every_format_is_documented() -> None:
     import rayalign.data.formats as module
 

@@ -94,6 +94,11 @@ def test_rows_are_shown_as_tokens_in_the_colours_of_their_roles(tmp_path: Path, 
     assert printed.count(f"{bold_magenta}<|im_end|>") == 2
 
 
+def test_show_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--show prints tokens: name the tokenizer's model with --model"):
+        run(tmp_path, "rows.jsonl", show=1)
+
+
 def test_model_without_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(line())
     with pytest.raises(UserError, match="no tokenizer there"):
