@@ -40,8 +40,7 @@ class HfEngine:
         accepted = inspect.signature(model.forward).parameters
         if "past_key_values" not in accepted:
             raise UserError(
-                f"rollout.engine: {model.config.model_type} models have no key-value cache, which hf needs: "
-                "use rollout.engine: vllm"
+                f"rollout.engine: {model.config.model_type} models have no key-value cache, so hf cannot sample them"
             )
         self.model = model
         self.tokens_per_batch = tokens_per_batch
@@ -64,25 +63,19 @@ class HfEngine:
         completions: list[Completion] = []
         with torch.no_grad(), _evaluating(self.model):
             for batch in self._batches(prompts, params):
-                noise = np.stack([
-                    uniforms(sample_key(params.seed, keys[index], sample), params.max_new_tokens)
-                    for index in batch
-                    for sample in range(params.num_samples)
-                ])  # fmt: skip
-                drawn = self._sample([prompts[index] for index in batch], params, noise=torch.from_numpy(noise))
+                noise = _noise([keys[index] for index in batch], params)
+                drawn = self._sample([prompts[index] for index in batch], params, noise=noise)
                 completions += _completions(batch, params, *drawn)
         return sorted(completions, key=lambda completion: (completion.prompt_index, completion.sample_index))
 
     def _batches(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[list[int]]:
         """Prompts of similar length together, longest first, so that memory runs out at once or never."""
         batch: list[int] = []
-        longest = 0
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
             rows = (len(batch) + 1) * params.num_samples
-            longest = longest or len(prompts[index])
-            if batch and rows * (longest + params.max_new_tokens) > self.tokens_per_batch:
+            if batch and rows * (len(prompts[batch[0]]) + params.max_new_tokens) > self.tokens_per_batch:
                 yield batch
-                batch, longest = [], len(prompts[index])
+                batch = []
             batch.append(index)
         if batch:
             yield batch
@@ -137,6 +130,12 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _noise(keys: Sequence[int], params: SamplingParams) -> Tensor:
+    """Float64 uniforms [len(keys) · num_samples, max_new_tokens]."""
+    sample_keys = [sample_key(params.seed, key, sample) for key in keys for sample in range(params.num_samples)]
+    return torch.from_numpy(np.stack([uniforms(key, params.max_new_tokens) for key in sample_keys]))
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
