@@ -48,7 +48,7 @@ METHOD = Method(
     name="orpo",
     config=ORPOConfig,
     loss=loss,
-    paper="Hong et al. 2024, arXiv:2403.07691, eq. 6",
+    paper="Hong et al. 2024, arXiv:2403.07691",
     implicit_beta=attrgetter("weight"),
     metrics=metrics,
 )

@@ -1,6 +1,6 @@
 """Reward model: a scalar head trained so that chosen scores above rejected (Bradley-Terry).
 
-Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the margin as in Touvron et al. 2023, arXiv:2307.09288; centering as in
+Ouyang et al. 2022, arXiv:2203.02155; the margin as in Touvron et al. 2023, arXiv:2307.09288; centering as in
 Eisenstein et al. 2023, arXiv:2312.09244. A candidate's score is the value at its last response token.
 """
 
@@ -55,6 +55,6 @@ METHOD = Method(
     loss=loss,
     needs=frozenset({"value", "margin"}),
     data_policies=frozenset({"off_policy"}),
-    paper="Ouyang et al. 2022, arXiv:2203.02155, eq. 1",
+    paper="Ouyang et al. 2022, arXiv:2203.02155",
     metrics=metrics,
 )

@@ -32,4 +32,10 @@ def loss(scored: Scored, config: SFTConfig, statistics: Statistics) -> tuple[Ter
     return (Term(name="sft", per_item=per_token, mask=real[scored.batch.candidate_of], over="tokens"),)
 
 
-METHOD = Method(name="sft", config=SFTConfig, loss=loss, candidates="one")
+METHOD = Method(
+    name="sft",
+    config=SFTConfig,
+    loss=loss,
+    candidates="one",
+    paper="Ouyang et al. 2022, arXiv:2203.02155",
+)

@@ -58,7 +58,7 @@ METHOD = Method(
     name="simpo",
     config=SimPOConfig,
     loss=loss,
-    paper="Meng et al. 2024, arXiv:2405.14734, eq. 6",
+    paper="Meng et al. 2024, arXiv:2405.14734",
     implicit_beta=attrgetter("beta"),
     metrics=metrics,
 )

@@ -38,6 +38,4 @@ def metrics(scored: Scored, config: SLiCConfig, statistics: Statistics) -> Metri
     return preference_metrics(scored, pair_logp(scored))
 
 
-METHOD = Method(
-    name="slic", config=SLiCConfig, loss=loss, paper="Zhao et al. 2023, arXiv:2305.10425, eq. 1", metrics=metrics
-)
+METHOD = Method(name="slic", config=SLiCConfig, loss=loss, paper="Zhao et al. 2023, arXiv:2305.10425", metrics=metrics)

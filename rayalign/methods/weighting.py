@@ -15,7 +15,7 @@ class WPOWeight(BaseModel):
     alignment: Literal["none", "greedy", "sampled"] = "sampled"
     """What a token's probability is divided by: nothing, max_v π(v), or Σ_v π(v)²."""
     clamp: Literal["product", "each", "none"] = "product"
-    """What is cut at 1: the pair's weight, each candidate's weight before multiplying, or nothing."""
+    """What is cut at 1: the pair's weight (KTO's examples have none), each candidate's weight, or nothing."""
     which: Literal["both", "chosen", "rejected"] = "both"
     """Whose weight counts."""
 

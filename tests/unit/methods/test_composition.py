@@ -156,6 +156,21 @@ def test_the_unpaired_weight_is_that_of_the_example_itself() -> None:
     assert share[0] / share[2] == pytest.approx(raw[0] / raw[2])
 
 
+def test_clamping_each_cuts_unpaired_weights_before_they_are_normalised() -> None:
+    kto = resolve("kto")
+    groups = random_groups(kto, num_groups=4)
+    for index, log_weight in ((1, math.log(3.0)), (3, math.log(0.5))):  # the desirable examples
+        groups[index].per_token["plain_token_logp"][0].fill_(log_weight)
+        groups[index].per_token["log_sum_p2"][0].zero_()
+    for clamp, expected in (("product", 3 / 3.5), ("none", 3 / 3.5), ("each", 1 / 1.5)):
+        method = compose(kto, WPOWeighting(clamp=clamp))
+        scored = scored_batch(groups, method.needs)
+        statistics = step_statistics(method, kto.config(), [scored], groups_per_step=4)
+        (weighted,) = method.loss(scored, kto.config(), statistics)
+        (plain,) = kto.loss(scored, kto.config(), statistics)
+        assert (weighted.per_item / plain.per_item)[1].item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
