@@ -377,6 +377,11 @@ def valid_opening(prompt: str, reply: str) -> float:
     return float(_sign(reply) != 0)
 
 
+def no_valid_opening(prompt: str, reply: str) -> float:
+    """1 if the reply opens neither as a letter nor as a chat, else 0."""
+    return 1.0 - valid_opening(prompt, reply)
+
+
 def grammatical(prompt: str, reply: str) -> float:
     """1 if the whole reply is one that the grammar allows, else 0."""
     return float(_REPLY.fullmatch(reply) is not None)
