@@ -35,8 +35,9 @@ def exo_loss(
 ) -> Float[Tensor, " B"]:
     """KL(p‖q) = Σ_k p_k (log p_k − log q_k), where p = softmax(β_π log(π/π_ref) + c), q = softmax(target_logits + c).
 
-    c = log(π_ref/μ) corrects for candidates drawn from ``behavior_logp`` = log μ instead of the reference; it is a
-    constant, and 0 without them. With μ = π and β_π = 1 the gradient is that of REINFORCE with a group-mean baseline (not in the paper).
+    c = log(π_ref/μ), a constant, corrects for candidates drawn from μ (``behavior_logp`` = log μ) instead of the
+    reference; without it c = 0. With μ = π and β_π = 1 the gradient is that of REINFORCE with a group-mean baseline.
+    The correction is not in the paper.
     """
     correction = torch.zeros_like(ref_logp) if behavior_logp is None else (ref_logp - behavior_logp).detach()
     log_p = masked_log_softmax(beta_pi * (policy_logp - ref_logp) + correction, candidate_mask)
