@@ -1,7 +1,7 @@
 """A directory that is either whole or does not count: its manifest is the commit.
 
-Every file is written and flushed first; then ``MANIFEST.json`` with their sizes and SHA-256 digests appears in one
-rename.
+Every file is written and flushed first; then ``MANIFEST.json`` with their sizes and SHA-256 digests, and a digest of
+itself, appears in one rename.
 """
 
 from __future__ import annotations
@@ -46,13 +46,25 @@ def sync_directory(directory: Path) -> None:
 
 
 def commit(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Flush every file below ``directory`` and write its manifest: ``facts`` and the digests of the files."""
+    """Flush everything below ``directory`` and write its manifest: ``facts`` and the digests of the files."""
     files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and is_content(path)):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    write_durably(directory / MANIFEST, json.dumps({**facts, "files": files}, indent=1, sort_keys=True) + "\n")
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            sync_directory(path)
+        elif is_content(path):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    manifest = {**facts, "files": files}
+    text = json.dumps({**manifest, "manifest_sha256": manifest_digest(manifest)}, indent=1, sort_keys=True)
+    write_durably(directory / MANIFEST, text + "\n")
+    sync_directory(directory.parent)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that a manifest says, whatever its layout."""
+    said = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def is_content(path: Path) -> bool:
@@ -61,17 +73,19 @@ def is_content(path: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest, or None where nothing was committed."""
+    """The manifest, or None where nothing was committed; raises :class:`TornDirectory` where it is damaged."""
+    path = directory / MANIFEST
     try:
-        text = (directory / MANIFEST).read_text(encoding="utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
         manifest = json.loads(text)
-        assert isinstance(manifest["files"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise TornDirectory(f"{directory / MANIFEST} is not a manifest: {error}") from error
-    return dict(manifest)
+    except ValueError as error:
+        raise TornDirectory(f"{path} is not a whole manifest: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("manifest_sha256") != manifest_digest(manifest):
+        raise TornDirectory(f"{path} is not what was written")
+    return manifest
 
 
 def verify(directory: Path) -> dict[str, Any]:

@@ -1,35 +1,36 @@
 """What a checkpoint holds, how it is committed, and which one a run continues from.
 
 ``checkpoints/step_000100-a<attempt>/`` is a Hugging Face model directory (safetensors, tokenizer, generation config)
-with ``trainer/`` beside the weights: optimizer state and random state. Every stream's position is a function of the
-step, so the step is all that data need. Two attempts never write into one directory: the attempt is in its name.
+with the optimizer's state beside the weights, and is loaded as any other model is. Every stream's position, the
+learning rate and the random state are functions of the step, so the step is all that they need. Two attempts never
+write into one directory: the attempt is in its name.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.engine.model import save_pretrained
 from rayalign.manifest import TornDirectory, commit, read_manifest, verify
 
 NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
+OPTIMIZER = Path("trainer", "optimizer.pt")
 
 log = logging.getLogger(__name__)
 
 
 class IncompatibleCheckpoint(ValueError):
-    """A checkpoint belongs to another run: other data, another method, another model."""
+    """A directory belongs to another run: other data, another method, another model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,80 +39,81 @@ class Checkpoint:
     step: int
     """Optimizer steps done."""
     facts: Mapping[str, Any]
+    """What :meth:`Checkpointer.save` was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointer:
-    """Writes and finds the checkpoints of one run below ``root``.
-
-    ``identity`` says what the run is (digests of plan, stores, method, model); a checkpoint with another identity is
-    refused rather than continued.
-    """
+    """Writes and finds the checkpoints of one run below ``root``."""
 
     root: Path
     attempt: str
     keep: int
+    """Steps that retention leaves, the newest ones."""
     always_keep: tuple[int, ...]
     """Steps that retention does not remove."""
     identity: Mapping[str, Any]
+    """What the run is (its configuration, digests of data and model); a checkpoint with another one is refused."""
 
     def save(
         self,
         step: int,
+        *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         optimizer: torch.optim.Optimizer,
-        stop_ids: tuple[int, ...],
+        stop_ids: Sequence[int],
         facts: Mapping[str, Any],
     ) -> Path:
         """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this."""
         directory = self.root / f"step_{step:06d}-a{self.attempt}"
-        shutil.rmtree(directory, ignore_errors=True)
+        (directory / OPTIMIZER).parent.mkdir(parents=True)
         save_pretrained(model, tokenizer, directory, stop_ids=stop_ids)
-        trainer = directory / "trainer"
-        trainer.mkdir()
-        torch.save(optimizer.state_dict(), trainer / "optimizer.pt")
-        torch.save(torch.get_rng_state(), trainer / "rng.pt")
-        commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), **facts})
-        self.prune(directory)
+        torch.save(optimizer.state_dict(), directory / OPTIMIZER)
+        commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
+        self.prune(step)
         return directory
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; a torn one is skipped with a warning that names the damage."""
+        """The newest whole checkpoint; one that is not whole is skipped with a warning that names the damage.
+
+        Raises:
+            IncompatibleCheckpoint: it is another run's.
+        """
         for directory in self.directories():
             try:
-                facts = read_manifest(directory) and verify(directory)
+                manifest = verify(directory)
             except TornDirectory as damage:
-                log.warning("skipping checkpoint %s: %s", directory, damage)
+                log.warning("skipping a checkpoint that is not whole: %s", damage)
                 continue
-            if facts:
-                self.check_identity(directory, facts)
-                return Checkpoint(directory=directory, step=int(facts["step"]), facts=facts)
+            refuse_other_run(directory, manifest["identity"], self.identity)
+            return Checkpoint(directory=directory, step=int(manifest["step"]), facts=manifest["facts"])
         return None
 
     def directories(self) -> list[Path]:
-        """Checkpoint directories, newest step first; of one step, the one committed last."""
-        found = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)] if self.root.is_dir() else []
+        """Checkpoint directories, newest step first; of one step, the one written last."""
+        found = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
 
-    def check_identity(self, directory: Path, facts: Mapping[str, Any]) -> None:
-        theirs = facts.get("identity", {})
-        changed = sorted(key for key in self.identity if theirs.get(key) != self.identity[key])
-        if changed:
-            differences = "; ".join(f"{key}: {theirs.get(key)} there, {self.identity[key]} here" for key in changed)
-            raise IncompatibleCheckpoint(
-                f"{directory} was written by another configuration ({differences}). "
-                "Give this run another name, or remove that directory to start over."
-            )
+    def prune(self, step: int) -> None:
+        """Up to ``step``, leave the newest ``keep`` steps and ``always_keep``, once each; uncommitted remains go.
 
-    def prune(self, newest: Path) -> None:
-        """Keep the newest ``keep`` steps and ``always_keep``; what a lost attempt left uncommitted goes too."""
-        kept_steps: set[int] = set()
+        A checkpoint beyond ``step`` is damaged, or the run would have continued from it; the next of its step
+        replaces it.
+        """
+        kept: set[int] = set()
+        recent: set[int] = set()
         for directory in self.directories():
-            if is_committed(directory) and step_of(directory) in self.always_keep:
+            own = step_of(directory)
+            if own > step:
                 continue
-            if is_committed(directory) and (len(kept_steps) < self.keep or directory == newest):
-                kept_steps.add(step_of(directory))
+            if own in kept or not is_committed(directory):
+                shutil.rmtree(directory)
+            elif own in self.always_keep:
+                kept.add(own)
+            elif len(recent) < self.keep:
+                kept.add(own)
+                recent.add(own)
             else:
                 shutil.rmtree(directory)
 
@@ -129,21 +131,32 @@ def step_of(directory: Path) -> int:
     return int(match.group(1))
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, optimizer and random state; the caller's model and optimizer have the saved shapes already."""
-    load_weights(checkpoint.directory, model)
-    trainer = checkpoint.directory / "trainer"
-    optimizer.load_state_dict(torch.load(trainer / "optimizer.pt", weights_only=True, map_location="cpu"))
-    torch.set_rng_state(torch.load(trainer / "rng.pt", weights_only=True))
+def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's state, moved to where its parameters are."""
+    optimizer.load_state_dict(torch.load(checkpoint.directory / OPTIMIZER, weights_only=True, map_location="cpu"))
 
 
-def load_weights(directory: Path, model: nn.Module) -> None:
-    """Load every safetensors file of a Hugging Face directory into ``model``; tied tensors are stored once."""
-    state: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        state |= load_file(path)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    absent = [name for name in missing if name not in tied]
-    if absent or unexpected:
-        raise TornDirectory(f"{directory}: weights missing {absent[:3]}, unexpected {unexpected[:3]}")
+def refuse_other_run(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise :class:`IncompatibleCheckpoint` naming every setting in which two identities differ."""
+    changed = differences(theirs, ours)
+    if changed:
+        raise IncompatibleCheckpoint(
+            f"{directory} was written by another run: {'; '.join(changed)}. "
+            f"Give this run another name, or remove {directory.parent} to start over."
+        )
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """``key: theirs there, ours here`` for every leaf of two nested mappings that is not the same as JSON."""
+    there, here = dict(leaves(theirs)), dict(leaves(ours))
+    keys = sorted(there.keys() | here.keys())
+    pairs = [(key, there.get(key, "nothing"), here.get(key, "nothing")) for key in keys]
+    return [f"{key}: {left} there, {right} here" for key, left, right in pairs if left != right]
+
+
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, sort_keys=True)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import Checkpoint, Checkpointer, restore
+from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
 from rayalign.engine.forward import Policy
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
 from rayalign.engine.model import ModelSpec, compute_dtype, load_policy, save_pretrained
@@ -24,7 +24,7 @@ from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer, set_learning_rate
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import GroupSource, StreamWork
-from rayalign.engine.step import Runner, to_device
+from rayalign.engine.step import Runner
 from rayalign.engine.strategy import Strategy
 from rayalign.manifest import commit, read_manifest
 from rayalign.types import PADDING_GROUP
@@ -32,7 +32,13 @@ from rayalign.types import PADDING_GROUP
 log = logging.getLogger(__name__)
 
 
+LOGRATIO_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.5)}
+"""Nats per token, on average and at most, by which rounding lets two scorings of one model differ."""
+
+
 class Sink(Protocol):
+    """Where rows of metrics go."""
+
     def write(self, row: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
@@ -77,17 +83,13 @@ class Run:
     strategy: Strategy
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    layout: Layout
     runner: Runner
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
-    layout: Layout
     step: int = 0
     """Steps done."""
     num_tokens: int = 0
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
 
 
 def train(
@@ -101,67 +103,104 @@ def train(
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
     Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics.
+
+    Raises:
+        IncompatibleCheckpoint: the directory holds another run.
+        PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
+        NonFiniteStep: the loss or its gradient is NaN or infinite.
     """
     run = begin(spec, strategy)
-    source = make_source(run.layout, run.pad_id)
-    held_out = make_held_out(run.layout, run.pad_id).get(0) if make_held_out else ()
-    sinks = open_sinks(spec, run.step) if strategy.rank == 0 else []
-    while run.step < spec.optimizer.steps:
-        row = advance(run, source, held_out)
+    pad_id = int(run.tokenizer.pad_token_id or 0)
+    source = make_source(run.layout, pad_id)
+    held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
+    with contextlib.ExitStack() as stack:
+        sinks = open_sinks(spec, run.step) if strategy.rank == 0 else []
         for sink in sinks:
-            sink.write(row)
-        if strategy.rank == 0:
-            on_step(row)
-            if checkpoint_is_due(run):
-                save(run)
-    for sink in sinks:
-        sink.close()
+            stack.callback(sink.close)
+        while run.step < spec.optimizer.steps:
+            row = advance(run, source, held_out)
+            for sink in sinks:
+                sink.write(row)
+            if strategy.rank == 0:
+                on_step(row)
+                if checkpoint_is_due(run):
+                    save(run)
     if strategy.rank == 0:
         export(run)
     return spec.directory / "final"
 
 
 def begin(spec: TrainSpec, strategy: Strategy) -> Run:
-    """Load the policy and, where there is one, the newest whole checkpoint; rank 0 picks it for all."""
-    torch.manual_seed(spec.seed)
-    model, tokenizer = load_policy(spec.model, device=strategy.device)
+    """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
+    checkpointer = Checkpointer(
+        root=spec.directory / "checkpoints",
+        attempt=strategy.broadcast(secrets.token_hex(4)),
+        keep=spec.checkpoint_keep,
+        always_keep=spec.checkpoint_at,
+        identity=spec.identity,
+    )
+    found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
+    start = replace(spec.model, name=str(found.directory), revision=None, from_scratch=False) if found else spec.model
+    model, tokenizer = load_policy(start, device=strategy.device)
     layout = choose_layout(model)
     policy = Policy(model, layout=layout)
-    runner = Runner(
-        module=strategy.wrap(policy),
-        objectives={objective.stream: objective for objective in spec.objectives},
-        strategy=strategy,
-        compute_dtype=compute_dtype(spec.model, strategy.device),
-        seed=spec.seed,
-    )
-    found = strategy.broadcast(newest_checkpoint(spec) if strategy.rank == 0 else None)
     run = Run(
         spec=spec,
         strategy=strategy,
         model=model,
         tokenizer=tokenizer,
-        runner=runner,
-        optimizer=make_optimizer(policy, spec.optimizer),
-        checkpointer=checkpointer_of(spec, attempt=strategy.broadcast(secrets.token_hex(3))),
         layout=layout,
+        runner=Runner(
+            module=strategy.wrap(policy),
+            objectives={objective.stream: objective for objective in spec.objectives},
+            strategy=strategy,
+            compute_dtype=compute_dtype(spec.model, strategy.device),
+            seed=spec.seed,
+        ),
+        optimizer=make_optimizer(policy, spec.optimizer),
+        checkpointer=checkpointer,
     )
     if found is not None:
-        restore(found, model, run.optimizer)
-        run.step, run.num_tokens = found.step, int(found.facts["num_tokens"])
-        log.warning("%s continues from %s", spec.directory.name, found.directory.name)
+        load_optimizer(found, run.optimizer)
+        run.step, run.num_tokens = found.step, found.facts["num_tokens"]
+        changed = differences(found.facts["environment"], environment(strategy))
+        rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
+        log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
     return run
+
+
+def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | None:
+    """The newest whole checkpoint; a directory with another run's checkpoint or model is refused."""
+    final = spec.directory / "final"
+    exported = read_manifest(final)
+    if exported is not None:
+        refuse_other_run(final, exported["identity"], spec.identity)
+    return checkpointer.newest()
+
+
+def environment(strategy: Strategy) -> dict[str, Any]:
+    """What results depend on by rounding."""
+    return {
+        "workers": strategy.world_size,
+        "threads": torch.get_num_threads(),
+        "device": strategy.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def advance(run: Run, source: GroupSource, held_out: Sequence[StreamWork]) -> dict[str, Any]:
     """One optimizer step and its row of metrics."""
     spec, began = run.spec, time.perf_counter()
+    # Nothing here draws random numbers, but a method may: a restarted run, whatever was lost, draws the same ones.
+    torch.manual_seed((spec.seed * 1_000_003 + run.step) % 2**63)
     work = source.get(run.step)
     waited = time.perf_counter() - began
     if run.step == 0 and spec.check_initial_logratio:
         check_initial_logratio(run.runner, work)
     rate = spec.optimizer.learning_rate(run.step)
     set_learning_rate(run.optimizer, rate)
-    result = run.runner.step(run.step, work, run.optimizer, spec.optimizer.max_grad_norm)
+    result = run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=spec.optimizer.max_grad_norm)
     run.step += 1
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
@@ -179,22 +218,8 @@ def advance(run: Run, source: GroupSource, held_out: Sequence[StreamWork]) -> di
         "seconds_waiting_for_data": waited,
     }
     if held_out and run.step in spec.evaluate_at:
-        row |= {f"eval_{name}": value for name, value in run.runner.evaluate(held_out, run.step).items()}
+        row |= {f"eval_{name}": value for name, value in run.runner.evaluate(run.step, held_out).items()}
     return row
-
-
-def newest_checkpoint(spec: TrainSpec) -> Checkpoint | None:
-    return checkpointer_of(spec, attempt="").newest()
-
-
-def checkpointer_of(spec: TrainSpec, *, attempt: str) -> Checkpointer:
-    return Checkpointer(
-        root=spec.directory / "checkpoints",
-        attempt=attempt,
-        keep=spec.checkpoint_keep,
-        always_keep=spec.checkpoint_at,
-        identity=spec.identity,
-    )
 
 
 def checkpoint_is_due(run: Run) -> bool:
@@ -204,7 +229,12 @@ def checkpoint_is_due(run: Run) -> bool:
 
 def save(run: Run) -> None:
     run.checkpointer.save(
-        run.step, run.model, run.tokenizer, run.optimizer, run.spec.stop_ids, {"num_tokens": run.num_tokens}
+        run.step,
+        model=run.model,
+        tokenizer=run.tokenizer,
+        optimizer=run.optimizer,
+        stop_ids=run.spec.stop_ids,
+        facts={"num_tokens": run.num_tokens, "environment": environment(run.strategy)},
     )
 
 
@@ -212,11 +242,10 @@ def open_sinks(spec: TrainSpec, step: int) -> list[Sink]:
     """The metrics file always, trackers as configured; all continue at ``step``."""
     spec.directory.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [MetricsFile(spec.directory / "metrics.jsonl", step)]
-    for name in spec.track:
-        if name == "tensorboard":
-            sinks.append(TensorBoard(spec.directory / "tensorboard", step))
-        else:
-            sinks.append(WandB("rayalign", spec.directory.name, json.loads(json.dumps(spec.identity))))
+    if "tensorboard" in spec.track:
+        sinks.append(TensorBoard(spec.directory / "tensorboard", step))
+    if "wandb" in spec.track:
+        sinks.append(WandB(spec.directory, spec.identity))
     return sinks
 
 
@@ -232,25 +261,29 @@ def export(run: Run) -> None:
     final = run.spec.directory / "final"
     if read_manifest(final) is None:
         save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids)
-        commit(final, {"step": run.spec.optimizer.steps, "identity": dict(run.spec.identity)})
+        commit(final, {"step": run.step, "identity": dict(run.spec.identity)})
 
 
 @torch.no_grad()
 def check_initial_logratio(runner: Runner, work: Sequence[StreamWork]) -> None:
-    """At step 0 policy and reference are one model: a per-token logratio beyond rounding is an error, not a start."""
-    limit = 1e-4 if runner.compute_dtype == torch.float32 else 0.05
-    worst = mean = 0.0
+    """At step 0 policy and reference are one model: logratios beyond rounding are an error, not a start.
+
+    Raises :class:`PolicyMismatch` on every worker, or on none.
+    """
+    mean_limit, token_limit = LOGRATIO_LIMITS[runner.compute_dtype]
+    ratios = []
     for part in (part for part in work if part.stream == MAIN_STREAM):
-        ratios: list[Tensor] = []
-        for batch in (to_device(batch, runner.strategy.device) for batch in part.micro_batches):
-            with runner.autocast():
-                scored = runner.objectives[MAIN_STREAM].score(runner.module, batch)
-            ratios.append((scored.scores.token_logp - batch.per_token["ref_token_logp"]).abs())
-        every = torch.cat(ratios)
-        worst, mean = max(worst, float(every.max())), max(mean, float(every.mean()))
-    if worst > limit:
+        for batch in part.micro_batches:
+            scored = runner.score(runner.objectives[MAIN_STREAM], batch)
+            ratios.append((scored.scores.token_logp - scored.batch.per_token["ref_token_logp"]).abs().double())
+    every = torch.cat(ratios)
+    # A NaN, as of a missing reference log-prob, is above every limit.
+    seen = torch.stack([every.sum(), (~(every <= token_limit)).sum(), every.new_tensor(len(every))])
+    total, above, count = runner.strategy.all_sum(seen).tolist()
+    if above or not total / count <= mean_limit:
         raise PolicyMismatch(
-            f"before the first step |log π − log π_ref| per token is {mean:.2e} on average and {worst:.2e} at most, "
-            f"but policy and reference are the same model (limit {limit:g}). The reference log-probs were made with "
-            "another template, dtype, attention or temperature: run again with --fresh reference."
+            f"before the first step |log π − log π_ref| per token is {total / count:.2e} on average (limit "
+            f"{mean_limit:g}) and above {token_limit:g} for {above:.0f} of {count:.0f} tokens, but policy and "
+            "reference are the same model. The reference log-probs were made with another template, dtype, attention "
+            "or temperature: run again with --fresh reference."
         )

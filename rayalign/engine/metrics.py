@@ -1,8 +1,12 @@
-"""Where metrics go: one JSON object per step in ``metrics.jsonl``, and TensorBoard if asked."""
+"""Where metrics go: one JSON object per step in ``metrics.jsonl``, and trackers if asked."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,18 +16,28 @@ from rayalign.manifest import write_durably
 
 
 class MetricsFile:
-    """``metrics.jsonl`` of one run; opening it cuts back to ``step`` what a lost attempt wrote after its checkpoint."""
+    """``metrics.jsonl`` of one run; opening it cuts back to ``step`` what a lost attempt wrote after its checkpoint.
+
+    A row is on the disk when ``write`` returns, so that no checkpoint outlives the rows before it. JSON has no NaN and
+    no infinity: such a value is null.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         cut_back(path, step)
         self.file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
+        finite = {name: None if is_non_finite(value) else value for name, value in row.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
+
+
+def is_non_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -66,14 +80,16 @@ class TensorBoard:
 
 
 class WandB:
-    """The same rows in one Weights & Biases run, continued under its id after a restart."""
+    """The same rows in one Weights & Biases run, continued after a restart; its id says which directory and run."""
 
-    def __init__(self, project: str, run_id: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise MissingExtra("wandb", "tracking") from error
-        self.run = wandb.init(project=project, id=run_id, resume="allow", config=dict(config))
+        config = json.loads(json.dumps(identity))
+        run_id = hashlib.sha256(f"{directory.resolve()} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()[:16]
+        self.run = wandb.init(project="rayalign", name=directory.name, id=run_id, resume="allow", config=config)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.run.log(dict(row), step=int(row["step"]))

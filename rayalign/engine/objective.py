@@ -34,11 +34,11 @@ class Objective:
         return Scored(batch=batch, scores=scores, needs=needs)
 
     def loss(self, scored: Scored, statistics: Statistics, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the step's loss (a float64 sum over its terms), and each term's share."""
-        terms = self.method.loss(scored, self.config, statistics)
-        shares = {
-            term.name: self.weight * term.weight * masked_total(term) / denominator(term.over, counts) for term in terms
-        }
+        """This micro-batch's share of the step's loss (float64), and of each of its terms, by name."""
+        shares: dict[str, Tensor] = {}
+        for term in self.method.loss(scored, self.config, statistics):
+            share = self.weight * term.weight * masked_total(term) / denominator(term.over, counts)
+            shares[term.name] = shares[term.name] + share if term.name in shares else share
         return torch.stack(list(shares.values())).sum(), {name: share.detach() for name, share in shares.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,8 @@ class StreamWork:
     """Epochs of this stream finished when the step ends."""
     num_tokens: int
     """Tokens of the step's groups over all workers, each prompt counted once."""
+    describe: Callable[[int], str] = "position {} of the stream".format
+    """Names the group at a position of the stream in errors, such as its file and line."""
 
 
 class GroupSource(Protocol):

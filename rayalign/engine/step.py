@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from rayalign.engine.source import StreamWork
 from rayalign.engine.strategy import Strategy
 from rayalign.methods._base import Statistics
 from rayalign.types import PackedBatch, Scored
+
+NAMED_GROUPS = 8
+"""How many groups an error names before it says how many more there are."""
 
 
 class NonFiniteStep(FloatingPointError):
@@ -35,52 +40,50 @@ class Runner:
 
     module: nn.Module
     objectives: Mapping[str, Objective]
+    """By the name of their stream."""
     strategy: Strategy
     compute_dtype: torch.dtype
     seed: int
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.strategy.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32
-        )
-
     def step(
-        self, step: int, work: Sequence[StreamWork], optimizer: torch.optim.Optimizer, max_grad_norm: float
+        self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> StepResult:
         """Train on the groups of ``step``; raises :class:`NonFiniteStep` before any parameter has moved."""
         statistics = {part.stream: self.statistics(step, part) for part in work}
         optimizer.zero_grad(set_to_none=True)
         tally = Tally()
+        losses: list[Tensor] = []
         jobs = [(part, batch) for part in work for batch in part.micro_batches]
         for number, (part, batch) in enumerate(jobs):
             last = number == len(jobs) - 1
             objective = self.objectives[part.stream]
             with self.strategy.forward_context(self.module, last=last):
-                with self.autocast():
-                    scored = objective.score(self.module, to_device(batch, self.strategy.device))
+                scored = self.score(objective, batch)
                 loss, shares = objective.loss(scored, statistics[part.stream], part.counts)
+                # Every strategy averages gradients over workers; the loss is divided by the counts of all of them.
                 self.strategy.backward(self.module, loss * self.strategy.world_size, last=last)
-            tally.add_loss(objective, loss, shares)
+            losses.append(loss.detach())
+            tally.add_loss(objective, shares)
             tally.add_metrics(objective, scored, statistics[part.stream])
         loss_value, metrics = tally.reduce(self.strategy)
         grad_norm = float(self.strategy.clip(self.module, max_grad_norm))
-        if not (torch.isfinite(torch.tensor(loss_value)) and torch.isfinite(torch.tensor(grad_norm))):
-            raise NonFiniteStep(describe_non_finite(step, loss_value, grad_norm, work))
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            suspects = [job for job, loss in zip(jobs, losses, strict=True) if not loss.isfinite()]
+            raise NonFiniteStep(describe_non_finite(step, loss_value, grad_norm, suspects))
         optimizer.step()
         return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics)
 
     @torch.no_grad()
-    def evaluate(self, work: Iterable[StreamWork], step: int) -> dict[str, float]:
+    def evaluate(self, step: int, work: Iterable[StreamWork]) -> dict[str, float]:
         """Loss and metrics of the policy on held-out groups, over all of them and all workers."""
         tally = Tally()
         for part in work:
             objective = self.objectives[part.stream]
             statistics = self.statistics(step, part)
             for batch in part.micro_batches:
-                with self.autocast():
-                    scored = objective.score(self.module, to_device(batch, self.strategy.device))
-                loss, shares = objective.loss(scored, statistics, part.counts)
-                tally.add_loss(objective, loss, shares)
+                scored = self.score(objective, batch)
+                _, shares = objective.loss(scored, statistics, part.counts)
+                tally.add_loss(objective, shares)
                 tally.add_metrics(objective, scored, statistics)
         loss_value, metrics = tally.reduce(self.strategy)
         return {"loss": loss_value, **metrics}
@@ -95,72 +98,78 @@ class Runner:
             return empty
         sums: dict[str, Tensor] = {}
         for batch in part.micro_batches:
-            with self.autocast():
-                scored = objective.score(self.module, to_device(batch, self.strategy.device))
-            for name, value in prepare(scored, objective.config, empty).items():
+            for name, value in prepare(self.score(objective, batch), objective.config, empty).items():
                 sums[name] = sums.get(name, torch.zeros_like(value, dtype=torch.float64)) + value.double()
         reduced = {name: self.strategy.all_sum(value) for name, value in sorted(sums.items())}
         return Statistics(sums=reduced, groups_per_step=part.groups_per_step, seed=self.seed, step=step)
 
+    def score(self, objective: Objective, batch: PackedBatch) -> Scored:
+        """One forward of the policy in the compute dtype."""
+        device = self.strategy.device
+        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            return objective.score(self.module, to_device(batch, device))
+
 
 class Tally:
-    """Sums and counts of one step on this worker; one reduction over workers at the end."""
+    """What one step adds up on this worker; one reduction over workers at the end.
+
+    Every worker has the same names: a dummy batch counts nothing, but goes through the same methods.
+    """
 
     def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + total.detach().double().cpu()
-        self.counts[name] = self.counts.get(name, torch.zeros((), dtype=torch.float64)) + count.detach().double().cpu()
-
-    def add_loss(self, objective: Objective, loss: Tensor, shares: Mapping[str, Tensor]) -> None:
-        nothing = torch.zeros(())
-        self.add("loss", loss, nothing)
+    def add_loss(self, objective: Objective, shares: Mapping[str, Tensor]) -> None:
         for name, share in shares.items():
-            self.add(f"loss/{objective.stream}/{name}", share, nothing)
+            add(self.terms, f"loss/{objective.stream}/{name}", share)
 
     def add_metrics(self, objective: Objective, scored: Scored, statistics: Statistics) -> None:
         if objective.method.metrics is None or objective.stream != MAIN_STREAM:
             return
         with torch.no_grad():
             for name, (total, count) in objective.method.metrics(scored, objective.config, statistics).items():
-                self.add(name, total, count)
+                add(self.sums, name, total)
+                add(self.counts, name, count)
 
     def reduce(self, strategy: Strategy) -> tuple[float, dict[str, float]]:
-        """(loss, metrics): losses are sums over workers, metrics are Σ sum / Σ count."""
-        names = sorted(self.sums)
-        flat = torch.stack([*(self.sums[name] for name in names), *(self.counts[name] for name in names)])
-        flat = strategy.all_sum(flat.to(strategy.device)).cpu()
-        sums = dict(zip(names, flat[: len(names)].tolist(), strict=True))
-        counts = dict(zip(names, flat[len(names) :].tolist(), strict=True))
-        parts = [name for name in names if name.startswith("loss/")]
-        reported = {name: sums[name] for name in parts if len(parts) > 1}
-        ratios = {name: sums[name] / counts[name] for name in names if counts[name] > 0}
-        return sums["loss"], {**reported, **ratios}
+        """(loss, metrics): the loss is the sum of its terms over workers, a metric is Σ sum / Σ count."""
+        columns = [*self.terms.values(), *self.sums.values(), *self.counts.values()]
+        reduced = iter(strategy.all_sum(torch.stack([column.to(strategy.device) for column in columns])).tolist())
+        terms = {name: next(reduced) for name in self.terms}
+        sums = {name: next(reduced) for name in self.sums}
+        counts = {name: next(reduced) for name in self.counts}
+        metrics = {name: sums[name] / counts[name] for name in sums if counts[name] > 0}
+        return math.fsum(terms.values()), metrics if len(terms) == 1 else terms | metrics
+
+
+def add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Float64, and on the device where the value is: reading it would wait for the device."""
+    value = value.detach().double()
+    totals[name] = totals[name] + value if name in totals else value
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     if batch.input_ids.device == device:
         return batch
 
-    def moved(value: object) -> object:
+    def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)
-        assert isinstance(value, Mapping)
-        return {name: column.to(device, non_blocking=True) for name, column in value.items()}
+        return {name: moved(column) for name, column in value.items()}
 
     return PackedBatch(**{name: moved(getattr(batch, name)) for name in PackedBatch.__slots__})
 
 
-def describe_non_finite(step: int, loss: float, grad_norm: float, work: Sequence[StreamWork]) -> str:
-    seen = "; ".join(f"{part.stream}: groups {group_range(part.micro_batches)}" for part in work)
+def describe_non_finite(
+    step: int, loss: float, grad_norm: float, suspects: Sequence[tuple[StreamWork, PackedBatch]]
+) -> str:
+    """What happened, and which groups of this worker share a micro-batch whose loss is not finite."""
+    names = [part.describe(int(position)) for part, batch in suspects for position in batch.group_index]
+    more = f" and {len(names) - NAMED_GROUPS} more" if len(names) > NAMED_GROUPS else ""
+    seen = f"the loss is not finite on {', '.join(names[:NAMED_GROUPS])}{more}" if names else "every loss is finite"
     return (
-        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. No parameter was changed by this step. "
-        f"This worker saw {seen} (positions in the stream). Lower optim.lr, or look at these groups."
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; on this worker {seen}. "
+        "No parameter was changed by this step. Lower optim.lr, or look at these groups."
     )
-
-
-def group_range(batches: Sequence[PackedBatch]) -> str:
-    positions = sorted({int(index) for batch in batches for index in batch.group_index})
-    return f"{positions[0]}…{positions[-1]}" if positions else "none"

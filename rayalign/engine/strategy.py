@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rayalign.engine.forward import Policy
+from rayalign.errors import UserError
 
 
 class Strategy(Protocol):
     """What the step asks of a way of training. Every strategy averages gradients over ranks."""
 
-    device: torch.device
-    rank: int
-    world_size: int
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
 
     def wrap(self, policy: Policy) -> nn.Module:
         """The module whose forward and backward train ``policy``."""
@@ -58,7 +62,7 @@ class Single:
         return policy
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -83,10 +87,15 @@ class DDP:
 
     def wrap(self, policy: Policy) -> nn.Module:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(policy, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            policy,
+            device_ids=device_ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are constants, and sending them would be a collective in every forward
+        )
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(module, DistributedDataParallel)
@@ -96,8 +105,9 @@ class DDP:
         return clip_gradient(module, max_norm)
 
     def all_sum(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
@@ -110,11 +120,10 @@ def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
 
 
-STRATEGIES: dict[str, type[Single] | type[DDP]] = {"ddp": DDP, "single": Single}
-
-
 def make_strategy(name: str, device: torch.device) -> Strategy:
-    """The strategy called ``name`` for this process; one process needs no process group."""
+    """The strategy called ``name`` for this process; a process without a process group trains alone."""
     if name == "ddp" and dist.is_initialized():
         return DDP(device, dist.get_rank(), dist.get_world_size())
-    return Single(device)
+    if name in ("single", "ddp"):
+        return Single(device)
+    raise UserError(f"strategy.name: this release does not run {name!r}; write single or ddp")

@@ -47,7 +47,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         row_tokens=row_tokens(session),
     )
     identity = {
-        "configuration": digest_of(training_configuration(run)),
+        "configuration": training_configuration(run),
         "data": digest_of([[TokenStore.open(store).digest for store in stream.stores] for stream in streams]),
         "model": spec_digest(model_spec(run)),
         "package": __version__,

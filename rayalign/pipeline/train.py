@@ -14,6 +14,7 @@ from rayalign.config.dump import dump
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
+from rayalign.engine.checkpoint import differences
 from rayalign.errors import UserError
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
@@ -73,10 +74,10 @@ def finished(job: TrainJob) -> bool:
     manifest = read_manifest(job.spec.directory / "final")
     if manifest is None:
         return False
-    changed = sorted(key for key, value in job.spec.identity.items() if manifest["identity"].get(key) != value)
+    changed = differences(manifest["identity"], job.spec.identity)
     if changed:
         raise UserError(
-            f"{job.spec.directory} holds a finished run with another {' and '.join(changed)}: "
+            f"{job.spec.directory} holds a finished run of another configuration ({'; '.join(changed)}): "
             "give this run another name, or remove that folder"
         )
     return True

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from rayalign.data.group import Group
 from rayalign.data.pack import pack
-from rayalign.data.plan import MicroBatch, count_step, plan_step
+from rayalign.data.plan import MicroBatch, check_budget, count_step, plan_step
 from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
@@ -41,7 +40,11 @@ class SourceSpec:
 
 
 class OffPolicySource:
-    """The :class:`rayalign.engine.source.GroupSource` of stored groups, as one worker sees it."""
+    """The :class:`rayalign.engine.source.GroupSource` of stored groups, as one worker sees it.
+
+    Raises:
+        PlanError: a group is too large for a micro-batch; its file and line are in the message.
+    """
 
     def __init__(self, spec: SourceSpec, *, layout: Layout, pad_id: int, rank: int = 0, world_size: int = 1) -> None:
         self.spec = spec
@@ -50,7 +53,11 @@ class OffPolicySource:
         self.rank = rank
         self.world_size = world_size
         self.stores = {stream.name: open_stores(stream) for stream in spec.streams}
-        self.streams = {
+        for store in chain.from_iterable(self.stores.values()):
+            check_budget(
+                store, tokens_per_micro_batch=spec.tokens_per_micro_batch, row_tokens=spec.row_tokens, layout=layout
+            )
+        self.orders = {
             stream.name: Stream(
                 name=stream.name,
                 sizes=tuple(len(store) for store in self.stores[stream.name]),
@@ -63,48 +70,44 @@ class OffPolicySource:
 
     def get(self, step: int) -> tuple[StreamWork, ...]:
         """Work of step ``step`` (from 0), one entry per stream."""
-        return tuple(self._work(stream, self.streams[stream.name].positions(step)) for stream in self.spec.streams)
+        return tuple(self._work(stream, self.orders[stream.name].positions(step)) for stream in self.spec.streams)
 
     def _work(self, stream: StoredStream, positions: range) -> StreamWork:
-        order = self.streams[stream.name]
+        order, stores = self.orders[stream.name], self.stores[stream.name]
         rows = [order.row(position) for position in positions]
-        lengths = [self.stores[stream.name][source].lengths(row) for source, row in rows]
+        lengths = [stores[source].lengths(row) for source, row in rows]
         plan = plan_step(
             lengths,
             num_workers=self.world_size,
             tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
             row_tokens=self.spec.row_tokens,
             layout=self.layout,
-            describe=lambda slot: self._describe(stream, *rows[slot]),
         )
+
+        def packed(micro: MicroBatch) -> PackedBatch:
+            return pack(
+                [stores[source][row] for source, row in (rows[slot] for slot in micro.slots)],
+                positions=[positions[slot] for slot in micro.slots],
+                num_candidates=stream.num_candidates,
+                pad_id=self.pad_id,
+                row_tokens=self.spec.row_tokens,
+                layout=self.layout,
+                dummy=micro.dummy,
+            )
+
+        def describe(position: int) -> str:
+            source, row = order.row(position)
+            return stores[source].index.name(row)
+
         return StreamWork(
             stream=stream.name,
-            micro_batches=tuple(self._pack(stream, rows, positions, micro) for micro in plan[self.rank]),
+            micro_batches=tuple(packed(micro) for micro in plan[self.rank]),
             counts=count_step(lengths),
             groups_per_step=len(positions),
             epoch=order.epoch(positions.stop),
             num_tokens=sum(length.packed for length in lengths),
+            describe=describe,
         )
-
-    def _pack(
-        self, stream: StoredStream, rows: Sequence[tuple[int, int]], positions: range, micro: MicroBatch
-    ) -> PackedBatch:
-        return pack(
-            [self._group(stream, *rows[slot]) for slot in micro.slots],
-            positions=[positions[slot] for slot in micro.slots],
-            num_candidates=stream.num_candidates,
-            pad_id=self.pad_id,
-            row_tokens=self.spec.row_tokens,
-            layout=self.layout,
-            dummy=micro.dummy,
-        )
-
-    def _group(self, stream: StoredStream, source: int, row: int) -> Group:
-        return self.stores[stream.name][source][row]
-
-    def _describe(self, stream: StoredStream, source: int, row: int) -> str:
-        group = self._group(stream, source, row)
-        return f"{group.source}:{group.line}"
 
 
 def open_stores(stream: StoredStream) -> tuple[TokenStore, ...]:
