@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ MAIN_STREAM = "train"
 
 TOKEN_STATISTICS = frozenset({"log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value"})
 """Needs that the policy's forward answers; every other need is a column of the data."""
+
+OPTIONAL_COLUMNS = frozenset({"behavior_logp", "margin", "soft_label"})
+"""Columns [B, K] that data may lack: a method reads NaN there and takes its default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,7 @@ class Objective:
         """One forward of the policy; its gradient is the caller's to switch off."""
         needs = frozenset(self.method.needed(self.config))
         scores = policy(batch, needs=needs & TOKEN_STATISTICS, logit_temperature=self.config.logit_temperature)
-        return Scored(batch=batch, scores=scores, needs=needs)
+        return Scored(batch=with_missing_columns(batch, needs), scores=scores, needs=needs)
 
     def loss(self, scored: Scored, statistics: Statistics, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss (float64), and of each of its terms, by name."""
@@ -40,6 +43,15 @@ class Objective:
             share = self.weight * term.weight * masked_total(term) / denominator(term.over, counts)
             shares[term.name] = shares[term.name] + share if term.name in shares else share
         return torch.stack(list(shares.values())).sum(), {name: share.detach() for name, share in shares.items()}
+
+
+def with_missing_columns(batch: PackedBatch, needs: frozenset[str]) -> PackedBatch:
+    """The batch with NaN in every optional column that is needed and that no group carries."""
+    absent = (needs & OPTIONAL_COLUMNS) - batch.per_candidate.keys()
+    if not absent:
+        return batch
+    missing = torch.full(batch.candidate_mask.shape, torch.nan, device=batch.candidate_mask.device)
+    return replace(batch, per_candidate={**batch.per_candidate, **dict.fromkeys(absent, missing)})
 
 
 def masked_total(term: Term) -> Tensor:

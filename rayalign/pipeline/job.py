@@ -19,6 +19,7 @@ from rayalign.engine.loop import TrainSpec
 from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.errors import UserError
 from rayalign.methods import resolve
 from rayalign.methods._base import Method
 from rayalign.methods.composition import compose
@@ -29,6 +30,13 @@ from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
 from rayalign.runtime.trainer import TrainJob
 from rayalign.sources.off_policy import SourceSpec, StoredStream
+
+COLUMN_FIELDS = {
+    "reward": "`rewards`, one number per completion, which these rows do not have",
+    "label": "`label`, which these rows do not have",
+    "behavior_logp": "`behavior_logps`, the log-probabilities under the policy that drew each completion; without them "
+    "write method.behavior: assume_reference if the reference drew them (the report repeats it)",
+}
 
 NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "resources", "strategy")
 """Blocks that do not change which model a run ends in; a run may go on after they are changed."""
@@ -123,6 +131,8 @@ def stored_stream(
     stores = [stages.tokens(source, run, shape_of(method)) for source in sources]
     if "mismatched" in method.needs:
         stores = [stages.mismatched(store) for store in stores]
+    for source, store in zip(sources, stores, strict=True):
+        require_columns(run, method, source, TokenStore.open(store))
     columns: list[tuple[Path, ...]] = [()] * len(stores)
     if needs_reference(method, run):
         columns = [(stages.reference(store, run),) for store in stores]
@@ -134,6 +144,15 @@ def stored_stream(
         groups_per_step=groups_per_step,
         num_candidates=max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores),
     )
+
+
+def require_columns(run: RunConfig, method: Method, source: DataSource, store: TokenStore) -> None:
+    """Raises UserError where the rows lack a number that the method cannot do without."""
+    needed = {"reward", "label"} & method.needed(run.method.config)
+    if getattr(run.method.config, "behavior", "") == "recorded":
+        needed.add("behavior_logp")
+    for name in sorted(needed - store.column_names):
+        raise UserError(f"data.train: {source.label}: {method.name} needs {COLUMN_FIELDS[name]}")
 
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:

@@ -16,6 +16,7 @@ from rayalign.config.scoring import ScorerConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.metrics import read_metrics
 from rayalign.pipeline.artifacts import digest_of
+from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.provenance import provenance
 from rayalign.report import points as report
 from rayalign.runtime.trainer import TrainJob
@@ -164,9 +165,7 @@ def record_provenance(
         commands=(" ".join(command),),
         git_revision=facts["git_revision"],
         versions=facts["versions"],
-        config_digests={
-            result.cell.id: digest_of(result.job.spec.identity["configuration"]) for result in results
-        },
+        config_digests={result.cell.id: digest_of(result.job.spec.identity["configuration"]) for result in results},
         seeds={result.cell.id: result.run.seed for result in results},
         machine={"system": platform.platform(), "processor": platform.machine(), "cores": str(os.cpu_count())},
         started=started.isoformat(timespec="seconds"),
