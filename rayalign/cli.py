@@ -1,4 +1,4 @@
-"""The command line. Every command is one call into the pipeline; a user's mistake ends in a message, not a traceback."""
+"""The command line: every command is one call into the pipeline; a user's mistake ends in a message, no traceback."""
 
 from __future__ import annotations
 

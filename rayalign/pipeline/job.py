@@ -148,9 +148,9 @@ def stored_stream(
 
 def require_columns(run: RunConfig, method: Method, source: DataSource, store: TokenStore) -> None:
     """Raises UserError where the rows lack a number that the method cannot do without."""
-    needed = {"reward", "label"} & method.needed(run.method.config)
-    if getattr(run.method.config, "behavior", "") == "recorded":
-        needed.add("behavior_logp")
+    needed = COLUMN_FIELDS.keys() & method.needed(run.method.config)
+    if getattr(run.method.config, "behavior", "") == "assume_reference":
+        needed -= {"behavior_logp"}
     for name in sorted(needed - store.column_names):
         raise UserError(f"data.train: {source.label}: {method.name} needs {COLUMN_FIELDS[name]}")
 

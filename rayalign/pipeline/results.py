@@ -16,7 +16,6 @@ from rayalign.config.scoring import ScorerConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.metrics import read_metrics
 from rayalign.pipeline.artifacts import digest_of
-from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.provenance import provenance
 from rayalign.report import points as report
 from rayalign.runtime.trainer import TrainJob
