@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rayalign.config.run import RunConfig
+from rayalign.config.scoring import EvaluateConfig
 
 
 def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
-    measured = run.evaluate
-    scorers = [] if measured is None else [*measured.scorers, *measured.diagnostics, measured.judge]
     found = {
         f"data_policy: {run.data_policy.name}; write off_policy": run.data_policy.name != "off_policy",
         "label.relabel: true; write false": run.label is not None and run.label.relabel,
         f"strategy: {run.strategy.name}; write single or ddp": run.strategy.name in ("fsdp2", "deepspeed"),
+        "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         "model.lora; remove it to train all weights": run.model.lora is not None,
-        "llm scorers and judges; write rule or reward_model": any(s is not None and s.name == "llm" for s in scorers),
+        f"method: {run.method.name}, which needs a scalar head": "value" in run.method.record.needs,
     }
-    return [f"this release does not run {setting}" for setting, is_used in found.items() if is_used]
+    settings = [setting for setting, is_used in found.items() if is_used]
+    return [f"this release does not run {setting}" for setting in (*settings, *_evaluation(run.evaluate))]
+
+
+def _evaluation(evaluate: EvaluateConfig | None) -> Iterator[str]:
+    if evaluate is None:
+        return
+    for scorer in (*evaluate.scorers, *evaluate.diagnostics):
+        if scorer.name != "rule":
+            yield f"scorers called {scorer.name}; write name: rule with a function of prompt and reply"
+    if evaluate.judge is not None:
+        yield "evaluate.judge; remove it"
+    if evaluate.baseline != "reference":
+        yield f"evaluate.baseline: {evaluate.baseline}; write reference"
+    if evaluate.sampling.temperature != 1 or evaluate.sampling.top_p != 1:
+        yield "evaluate.sampling other than temperature 1 and top_p 1, at which the KL is measured; remove them"
