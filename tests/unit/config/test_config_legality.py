@@ -138,9 +138,25 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
         ),
         (
             ["evaluate.prompts=p.jsonl", "evaluate.judge={name: llm, model: m, base_url: u}"],
-            ["this release does not run llm scorers and judges; write rule or reward_model"],
+            ["this release does not run evaluate.judge; remove it"],
+        ),
+        (
+            ["evaluate.prompts=p.jsonl", "evaluate.scorers={name: llm, model: m, base_url: u}", "evaluate.baseline=other"],
+            ["this release does not run scorers called llm; write name: rule with a function of prompt and reply",
+             "this release does not run evaluate.baseline: other; write reference"],
+        ),
+        (
+            ["evaluate.prompts=p.jsonl", "evaluate.sampling.temperature=0.7", "strategy=ddp", "strategy.workers=[1, 2]"],
+            ["this release does not run elastic workers; write one number",
+             "this release does not run evaluate.sampling other than temperature 1 and top_p 1, at which the KL is "
+             "measured; remove them"],
         ),
     ],
 )  # fmt: skip
 def test_what_this_release_does_not_run(settings: list[str], sentences: list[str]) -> None:
     assert unsupported(load_run(None, [*OFFLINE, "method=dpo", *settings])) == sentences
+
+
+def test_reward_models_wait_for_their_head() -> None:
+    run = load_run(None, [*OFFLINE, "method=reward_model"])
+    assert unsupported(run) == ["this release does not run method: reward_model, which needs a scalar head"]
