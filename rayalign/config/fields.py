@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".parquet", ".arrow", ".csv", ".txt")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|[^:]+\.py):[A-Za-z_][\w.]*")
 
 
 class Block(BaseModel):
@@ -66,11 +66,12 @@ def _resolve_model(value: str, info: ValidationInfo) -> str:
     return _beside(directory, value) if _is_explicit_path(value) or (directory / value).is_dir() else value
 
 
-def check_function(value: str) -> str:
-    """``module:callable``; the module is found on the Python path or beside the YAML."""
+def check_function(value: str, info: ValidationInfo) -> str:
+    """``module:callable``, found on the Python path or beside the YAML, or ``path/to/file.py:callable``."""
     if not _FUNCTION.fullmatch(value):
         raise ValueError(f"{value!r} names no function; write module:callable, such as my_rewards:helpful")
-    return value
+    place, _, name = value.rpartition(":")
+    return f"{_resolve_path(place, info)}:{name}" if place.endswith(".py") else value
 
 
 def _resolve_template(value: str, info: ValidationInfo) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from rayalign.config.data import Source
 from rayalign.config.fields import Block, Elastic, InputPath, check_function, named
@@ -18,11 +18,11 @@ def _parse_refresh(value: object) -> object:
     raise ValueError(f"{value!r} is neither a number of steps nor never")
 
 
-def _label_name(value: str) -> str:
+def _label_name(value: str, info: ValidationInfo) -> str:
     if value in LABEL_RULES:
         return value
     if ":" in value:
-        return check_function(value)
+        return check_function(value, info)
     raise ValueError(f"{value!r} is none of {' | '.join(LABEL_RULES)} | module:function")
 
 

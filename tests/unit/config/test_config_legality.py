@@ -146,7 +146,7 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
              "this release does not run evaluate.baseline: other; write reference"],
         ),
         (
-            ["evaluate.prompts=p.jsonl", "evaluate.sampling.temperature=0.7", "strategy=ddp", "strategy.workers=[1, 2]"],
+            ["evaluate.prompts=p.jsonl", "evaluate.sampling.temperature=0.7", "strategy.name=ddp", "strategy.workers=[1, 2]"],
             ["this release does not run elastic workers; write one number",
              "this release does not run evaluate.sampling other than temperature 1 and top_p 1, at which the KL is "
              "measured; remove them"],
