@@ -28,6 +28,8 @@ from rayalign.runtime.reference import score_store
 from rayalign.runtime.session import Session
 
 SHOWN_BAD_ROWS = 5
+BYTES_PER_WRITER = 2 << 20
+"""Below this a second tokenizing process costs more to start than it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class Stages:
 
         def build(directory: Path) -> None:
             (directory / "quarantine.jsonl").unlink(missing_ok=True)
-            writers = max(1, int(self.session.num_cpus))
+            writers = num_writers(units, int(self.session.num_cpus))
             found = prepare(split_units(units), tokenizer, shape, directory, writers=writers)
             append_quarantine(directory / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
@@ -130,6 +132,14 @@ def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[U
         )
         for path in paths
     ]
+
+
+def num_writers(units: list[Unit], num_cpus: int) -> int:
+    """Tokenizing processes that are worth starting; a dataset's size is not known, so it gets one per core."""
+    paths = [Path(unit.path) for unit in units]
+    if not all(path.is_file() for path in paths):
+        return max(1, num_cpus)
+    return max(1, min(num_cpus, sum(path.stat().st_size for path in paths) // BYTES_PER_WRITER))
 
 
 def input_digest(unit: Unit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.runtime.placement import Share, share
+from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
 
 GROUPS_PER_SHARD = 256
+SHARDS_PER_SCORER = 4
+"""Below this a further scorer costs more to start than it saves."""
 
 
 class ShardScorer:
@@ -46,8 +49,8 @@ def score_store(store: Path, directory: Path, spec: ScoringSpec, *, session: Ses
         {"name": f"{first:010d}", "first": first, "stop": stop} for first, stop in bounds if f"{first:010d}" not in done
     ]
     if items:
-        each = pool_share(session, len(items))
-        actors = min(len(items), pool_size(session))
+        actors = min(math.ceil(len(items) / SHARDS_PER_SCORER), pool_size(session))
+        each = share(session, actors)
         ray.data.from_items(items, override_num_blocks=len(items)).map(
             ShardScorer,
             fn_constructor_args=(str(store), str(directory), spec, each.threads),
@@ -61,7 +64,3 @@ def score_store(store: Path, directory: Path, spec: ScoringSpec, *, session: Ses
 def pool_size(session: Session) -> int:
     """One scorer per GPU, or per CPU core."""
     return max(1, int(session.num_gpus or session.num_cpus))
-
-
-def pool_share(session: Session, num_shards: int) -> Share:
-    return share(session, min(num_shards, pool_size(session)))
