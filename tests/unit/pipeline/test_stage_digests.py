@@ -1,0 +1,73 @@
+"""The output of each stage, pinned. A digest that changes here changes what stored artifacts mean: raise that stage's
+number in ``STAGE_VERSIONS`` together with the digest, so that nobody trains on what an older version made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lab.world import pairs
+
+from rayalign.data.chat import make_chat
+from rayalign.data.prepare import Unit, prepare_chunk
+from rayalign.data.records import RawRow
+from rayalign.data.shard import write_shard
+from rayalign.data.store import TokenStore, commit_store
+from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.unpair import Mismatched
+from rayalign.engine.frozen import FrozenModel, ScoringSpec
+from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.pipeline.artifacts import STAGE_VERSIONS
+
+LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
+PAIR_TOKENS = 610
+PAIRS_DIGEST = "22e388643301d908cbf40c7245a9ce2ae5de565a828ffc9e6fbbe4282b350cc5"
+MISMATCHED_DIGEST = "3f6f72411f4e09a0444cff4e754ab1e537e6a4416501f4e38ae0c6e614bc6434"
+REFERENCE_SUMS = [-363.333, -529.203, -397.2, -482.58, -443.572, -462.938, -483.505, -381.774]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return make_store(tmp_path_factory.mktemp("tokens"), "pair")
+
+
+def make_store(directory: Path, shape: str) -> TokenStore:
+    rows = [RawRow(source="pairs.jsonl", line=line, value=row) for line, row in enumerate(pairs(0, 8), start=1)]
+    report = prepare_chunk(
+        rows,
+        make_chat(load_tokenizer(LAB_MODEL)),
+        TokenizeSettings(max_prompt_tokens=128, max_tokens=256),
+        unit=Unit(path="pairs.jsonl"),
+        shape=shape,  # type: ignore[arg-type]
+        directory=directory,
+        name="00000-000000",
+    )
+    assert report.shard is not None
+    return commit_store(directory, [report.shard], meta={})
+
+
+def test_every_stage_is_pinned() -> None:
+    assert STAGE_VERSIONS == {"rows": 1, "tokens": 1, "mismatched": 1, "reference": 1}
+
+
+def test_tokens(store: TokenStore) -> None:
+    assert (len(store), int(store.index.num_predicted.sum())) == (8, PAIR_TOKENS)
+    assert store.digest == PAIRS_DIGEST
+
+
+def test_mismatched(tmp_path: Path) -> None:
+    labelled = make_store(tmp_path / "labelled", "labelled")
+    view = Mismatched(labelled)
+    shard = write_shard(tmp_path / "mismatched", "0", [view[index] for index in range(len(view))])
+    assert commit_store(tmp_path / "mismatched", [shard], meta={}).digest == MISMATCHED_DIGEST
+
+
+def test_reference(store: TokenStore) -> None:
+    spec = ScoringSpec(
+        model=ModelSpec(name=str(LAB_MODEL), from_scratch=True, seed=0), tokens_per_micro_batch=2048, row_tokens=256
+    )
+    columns = FrozenModel(spec, torch.device("cpu")).token_logps([store[index] for index in range(len(store))])
+    sums = [float(column.sum(dtype=np.float64)) for column in columns]
+    assert sums == pytest.approx(REFERENCE_SUMS, rel=1e-5)
