@@ -67,8 +67,12 @@ def check(
     eval_files: Annotated[list[str] | None, typer.Option("--eval", help="Held-out files: look for overlap.")] = None,
     max_bad_fraction: Annotated[float, typer.Option(help="Fail when more than this share of rows is bad.")] = 0.0,
     quarantine: Annotated[Path, typer.Option(help="Where bad rows are appended.")] = Path("quarantine.jsonl"),
+    max_prompt_tokens: Annotated[int, typer.Option(help="As data.max_prompt_tokens.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="As data.max_tokens: prompt and response.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Read preference data wholly and say what is in it; exits 1 when too much of it is bad."""
+    from rayalign.data.tokenize import TokenizeSettings
     from rayalign.pipeline.check import check as run_check
 
     code = run_check(
@@ -78,6 +82,8 @@ def check(
         eval_files=eval_files or [],
         max_bad_fraction=max_bad_fraction,
         quarantine=quarantine,
+        settings=TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens),
+        as_json=as_json,
         console=Console(),
     )
     raise typer.Exit(code)
