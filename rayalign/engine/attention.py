@@ -44,10 +44,9 @@ class AttentionKind:
 CONCATENATED_ONLY = AttentionKind(reach=None)
 
 _ONE_MASK = frozenset(
-    {"gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen3_moe"}
-    | {"starcoder2"}
+    ["gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen3_moe", "starcoder2"]
 )
-_MASK_PER_LAYER_TYPE = frozenset({"gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "smollm3"})
+_MASK_PER_LAYER_TYPE = frozenset({"gemma2", "gemma3_text", "llama4_text", "olmo3", "qwen2", "qwen3", "smollm3"})
 
 
 def attention_kind(config: PretrainedConfig) -> AttentionKind:
@@ -55,12 +54,14 @@ def attention_kind(config: PretrainedConfig) -> AttentionKind:
 
     Membership says how the mask is handed over; :mod:`rayalign.engine.parity` proves it before it is relied on.
     """
-    window = getattr(config, "sliding_window", None)
+    window = Reach(window=getattr(config, "sliding_window", None))
     if config.model_type in _ONE_MASK:
-        return AttentionKind(reach=Reach(window=window))
-    if config.model_type in _MASK_PER_LAYER_TYPE:
-        reaches = {"full_attention": Reach(), "sliding_attention": Reach(window=window)}
-        return AttentionKind(reach={layer_type: reaches[layer_type] for layer_type in sorted(set(config.layer_types))})
+        return AttentionKind(reach=window)
+    chunk = Reach(chunk=getattr(config, "attention_chunk_size", None))
+    reaches = {"full_attention": Reach(), "sliding_attention": window, "chunked_attention": chunk}
+    scales_by_column = getattr(config, "attn_temperature_tuning", False)
+    if config.model_type in _MASK_PER_LAYER_TYPE and not scales_by_column and reaches.keys() >= set(config.layer_types):
+        return AttentionKind(reach={layer_type: reaches[layer_type] for layer_type in set(config.layer_types)})
     return CONCATENATED_ONLY
 
 
@@ -91,7 +92,7 @@ def additive_mask(batch: PackedBatch, reach: Reach, dtype: torch.dtype) -> Float
     device = batch.input_ids.device
     column = torch.arange(length, device=device)
     row = torch.arange(num_rows, device=device)[:, None, None]
-    visible = sees(batch, reach, row=row, q=column[:, None], kv=column[None, :])
+    visible = sees(batch, reach, row=row, q=column[:, None], kv=column[None, :})
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
 from rayalign.engine.attention import CONCATENATED_ONLY, attention_inputs, attention_kind
-from rayalign.engine.head import CHUNK_BYTES, HeadForm, token_logprobs
+from rayalign.engine.head import HeadForm, token_logprobs
 from rayalign.errors import UserError
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch, Scores
@@ -30,10 +30,10 @@ class Policy(nn.Module):
         model: float32 parameters and no dropout (see :func:`rayalign.engine.model.load_policy`).
         layout: of the batches to come, as :func:`rayalign.engine.parity.choose_layout` says. ``concatenated`` leaves
             masks to the model; a family that is not known to obey prepared masks is read that way in any case.
-        chunk_bytes: bytes of logits that exist at a time.
+        chunk_bytes: bytes of logits that exist at a time; chosen by device where None.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout = "packed", chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout = "packed", chunk_bytes: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.attention = attention_kind(model.config) if layout == "packed" else CONCATENATED_ONLY
@@ -67,12 +67,14 @@ class Policy(nn.Module):
             self.model.config._attn_implementation,
             torch.get_autocast_dtype(device) if autocast else self.model.dtype,
         )
-        output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, return_dict=True, **inputs)
+        model = self.model
+        backbone = model.model if model.base_model is model else model.base_model
+        output = backbone(input_ids=batch.input_ids, use_cache=False, return_dict=True, **inputs)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
 
-def head_form(model: PreTrainedModel, *, chunk_bytes: int = CHUNK_BYTES) -> HeadForm:
+def head_form(model: PreTrainedModel, *, chunk_bytes: int | None = None) -> HeadForm:
     """What the family does between its LM head and the softmax, by its configuration.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 8 * 2**20
-"""Bytes of logits that exist at a time: few enough to stay in a CPU's last-level cache."""
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+"""Bytes of logits that exist at a time: hundreds of tokens, so that matrix products run at full speed."""
 
 STATISTICS = ("log_sum_p2", "log_max_p", "plain_token_logp", "entropy")
 """What else one forward can say of every token, without gradient and at temperature 1; see :class:`Scores`."""
@@ -25,7 +24,8 @@ class HeadForm:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int | None = None
+    """Bytes of logits that exist at a time; by default what :data:`CHUNK_BYTES` says of the device."""
 
 
 def token_logprobs(
@@ -40,7 +40,7 @@ def token_logprobs(
     """``token_logp`` = log softmax(logits)[target], with gradient, and the named :data:`STATISTICS`, without.
 
     Matrix products run in autocast's dtype where autocast is on, softmax and reductions in float32 (float64 for float64
-    weights). The backward pass computes each chunk's logits again instead of keeping them.
+    weights). The backward pass computes the logits again, chunk by chunk; only the last chunk is kept for it.
     """
     names = tuple(name for name in STATISTICS if name in statistics)
     outputs = _ChunkedHead.apply(hidden, weight, bias, target_ids, form or HeadForm(), names)  # type: ignore[no-untyped-call]
@@ -62,18 +62,19 @@ class _ChunkedHead(torch.autograd.Function):
         token_logp = hidden.new_empty(len(target_ids), dtype=logits_of.dtype)
         log_normalizer = torch.empty_like(token_logp)
         columns = {name: torch.empty_like(token_logp) for name in statistics}
-        for rows in logits_of.chunks():
+        for rows in logits_of.chunks:
             logits = logits_of(rows)
             target = target_ids[rows, None]
             if statistics:
                 for name, column in _token_statistics(logits, target, statistics).items():
                     columns[name][rows] = column
-            logits.div_(form.temperature)
+            logits = logits_of.tempered(logits)
             token_logp[rows] = logits.gather(1, target)[:, 0]
             log_normalizer[rows] = _logsumexp_in_place(logits)
         token_logp -= log_normalizer
         ctx.save_for_backward(hidden, weight, bias, target_ids, log_normalizer)
         ctx.form, ctx.matmul_dtype = form, logits_of.matmul_dtype
+        ctx.exponentials = logits_of.buffer if any(ctx.needs_input_grad) and form.softcap is None else None
         ctx.mark_non_differentiable(*columns.values())
         return (token_logp, *columns.values())
 
@@ -82,20 +83,16 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_ids, log_normalizer = ctx.saved_tensors
         form: HeadForm = ctx.form
+        exponentials, ctx.exponentials = ctx.exponentials, None  # of the last chunk; used up here
+        logits_of = _Logits(hidden, weight, bias, form, matmul_dtype=ctx.matmul_dtype, buffer=exponentials)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        logits_of = _Logits(hidden, weight, bias, form, ctx.matmul_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=logits_of.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=logits_of.dtype) if needs_bias else None
         coefficient = (grad * (form.scale / form.temperature))[:, None]
-        for rows in logits_of.chunks():
-            logits = logits_of(rows)
-            slope = None if form.softcap is None else logits.div(form.softcap).square_().neg_().add_(1)
-            # softmax − onehot, in the logits' own memory
-            residual = logits.div_(form.temperature).sub_(log_normalizer[rows, None]).exp_()
-            residual.scatter_add_(1, target_ids[rows, None], residual.new_full((len(residual), 1), -1.0))
-            if slope is not None:
-                residual.mul_(slope)
+        for rows in reversed(logits_of.chunks):
+            residual = logits_of.residual(rows, target_ids[rows, None], log_normalizer[rows, None], exponentials)
+            exponentials = None
             low = residual.to(logits_of.matmul_dtype)
             if grad_hidden is not None:
                 torch.mul(low @ logits_of.weight, -coefficient[rows], out=grad_hidden[rows])
@@ -123,7 +120,9 @@ class _Logits:
         weight: Tensor,
         bias: Tensor | None,
         form: HeadForm,
+        *,
         matmul_dtype: torch.dtype | None = None,
+        buffer: Tensor | None = None,
     ) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.matmul_dtype = matmul_dtype or _matmul_dtype(weight)
@@ -131,13 +130,11 @@ class _Logits:
         self.weight = weight.to(self.matmul_dtype)
         self.bias = bias
         self.form = form
-        row_bytes = weight.shape[0] * self.dtype.itemsize
-        self.rows_per_chunk = max(1, min(len(hidden), form.chunk_bytes // row_bytes))
-        self.buffer = hidden.new_empty((self.rows_per_chunk, weight.shape[0]), dtype=self.dtype)
-
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), self.rows_per_chunk):
-            yield slice(start, min(start + self.rows_per_chunk, len(self.hidden)))
+        num_tokens, vocabulary = len(hidden), weight.shape[0]
+        chunk_bytes = form.chunk_bytes or CHUNK_BYTES[hidden.device.type]
+        rows = max(1, min(num_tokens, chunk_bytes // (vocabulary * self.dtype.itemsize)))
+        self.chunks = [slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)]
+        self.buffer = hidden.new_empty((rows, vocabulary), dtype=self.dtype) if buffer is None else buffer
 
     def __call__(self, rows: slice) -> Tensor:
         """Scaled and capped logits of these tokens, before the temperature; the caller may write into them."""
@@ -153,6 +150,23 @@ class _Logits:
         if self.form.softcap is not None:
             logits.div_(self.form.softcap).tanh_().mul_(self.form.softcap)
         return logits
+
+    def residual(self, rows: slice, target: Tensor, log_normalizer: Tensor, exponentials: Tensor | None) -> Tensor:
+        """softmax − onehot times the slope of the cap, from the exponentials of these logits where they were kept."""
+        slope = None
+        if exponentials is not None:
+            p = exponentials[: rows.stop - rows.start]
+            p.div_(p.sum(dim=1, keepdim=True))
+        else:
+            logits = self(rows)
+            if self.form.softcap is not None:
+                slope = 1 - (logits / self.form.softcap).square_()
+            p = self.tempered(logits).sub_(log_normalizer).exp_()
+        p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+        return p if slope is None else p.mul_(slope)
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        return logits if self.form.temperature == 1.0 else logits.div_(self.form.temperature)
 
 
 def _matmul_dtype(weight: Tensor) -> torch.dtype:

@@ -96,6 +96,7 @@ def shrunken(model: PreTrainedModel) -> PreTrainedModel:
     config.vocab_size, config.pad_token_id = _VOCABULARY, None
     for name, most in {
         "sliding_window": _WINDOW,
+        "attention_chunk_size": _WINDOW,
         "intermediate_size": _WIDTH,
         "moe_intermediate_size": _WIDTH,
         "num_hidden_layers": 2,
@@ -105,14 +106,14 @@ def shrunken(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(attention_kind(config).reach, Mapping):
         config.layer_types = sorted(set(config.layer_types))
         config.num_hidden_layers = len(config.layer_types)
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         probe = type(model)(config).float()
-    for parameter in probe.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-        parameter.data = noise * scale if parameter.ndim > 1 else parameter.data + noise * scale
+        for parameter in probe.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return probe.to(model.device).eval()
 
 

@@ -86,8 +86,18 @@ def test_families_by_configuration() -> None:
         assert kinds[per_type] == {"full_attention": Reach(), "sliding_attention": window}, per_type
     for per_type in ("qwen2", "qwen3"):
         assert kinds[per_type] == {"full_attention": Reach()}, per_type
+    assert kinds["llama4"] == {"full_attention": Reach(), "chunked_attention": Reach(chunk=WINDOW)}
     assert kinds["bloom"] is None
     assert kinds["mamba"] is None
+
+
+def test_a_known_family_with_an_unknown_layer_is_concatenated() -> None:
+    config = tiny("llama4").config
+    config.attn_temperature_tuning = True  # scales queries by their column in the row
+    assert attention_kind(config) == CONCATENATED_ONLY
+    config = tiny("qwen3").config
+    config.layer_types = ["linear_attention", "full_attention"]
+    assert attention_kind(config) == CONCATENATED_ONLY
 
 
 def test_plain_sequences_get_a_padding_mask_only() -> None:

@@ -28,7 +28,7 @@ from rayalign.types import PackedBatch
 K = 4
 GROUPS = random_groups((1, 2, 4, 2), vocabulary=VOCABULARY, prompt_tokens=(WINDOW - 1, 2 * WINDOW))
 PACKABLE = [name for name in FAMILIES if name not in {"bloom", "mamba"}]
-WINDOWED = [name for name in PACKABLE if "window" in name or name in {"gemma2", "gemma3", "olmo3", "phi3", "smollm3"}]
+WINDOWED = [name for name in PACKABLE if "window" in name or name in {"gemma2", "gemma3", "llama4", "olmo3", "phi3"}]
 
 
 def packed(

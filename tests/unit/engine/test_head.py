@@ -66,7 +66,8 @@ def test_gradcheck(form: HeadForm) -> None:
     def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return token_logprobs(hidden, weight, targets[:4] % 7, bias=bias, form=form)["token_logp"]
 
-    assert torch.autograd.gradcheck(head, leaves)
+    # a second backward pass computes what the first one found kept: equal but for rounding
+    assert torch.autograd.gradcheck(head, leaves, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, N])
