@@ -44,7 +44,8 @@ class AttentionKind:
 CONCATENATED_ONLY = AttentionKind(reach=None)
 
 _ONE_MASK = frozenset(
-    ["gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen3_moe", "starcoder2"]
+    {"gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral"}
+    | {"olmo", "olmo2", "phi", "phi3", "qwen3_moe", "starcoder2"}
 )
 _MASK_PER_LAYER_TYPE = frozenset({"gemma2", "gemma3_text", "llama4_text", "olmo3", "qwen2", "qwen3", "smollm3"})
 
@@ -92,7 +93,7 @@ def additive_mask(batch: PackedBatch, reach: Reach, dtype: torch.dtype) -> Float
     device = batch.input_ids.device
     column = torch.arange(length, device=device)
     row = torch.arange(num_rows, device=device)[:, None, None]
-    visible = sees(batch, reach, row=row, q=column[:, None], kv=column[None, :})
+    visible = sees(batch, reach, row=row, q=column[:, None], kv=column[None, :])
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
