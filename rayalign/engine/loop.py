@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -36,6 +36,7 @@ LOGRATIO_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.5)}
 """Nats per token, on average and at most, by which rounding lets two scorings of one model differ."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where rows of metrics go."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rayalign.data.plan import StepCounts
 from rayalign.types import PackedBatch
@@ -28,6 +28,7 @@ class StreamWork:
     """Names the group at a position of the stream in errors, such as its file and line."""
 
 
+@runtime_checkable
 class GroupSource(Protocol):
     """Yields the groups of any step, in any order of asking: nothing is consumed, so nothing is lost at a restart."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from rayalign.engine.forward import Policy
 from rayalign.errors import UserError
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """What the step asks of a way of training. Every strategy averages gradients over ranks."""
 

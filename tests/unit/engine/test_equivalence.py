@@ -1,0 +1,200 @@
+"""Micro-batches, layouts and workers change a run by rounding only; the same comparison notices a real change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from tiny_runs import (
+    CPU,
+    Change,
+    Scenario,
+    Trajectory,
+    join,
+    labelled,
+    make_source,
+    objective,
+    real_pairs,
+    run,
+    save_tiny,
+    store,
+    synthetic_groups,
+)
+
+from rayalign.engine.objective import MAIN_STREAM, Objective
+from rayalign.engine.source import StreamWork
+from rayalign.engine.strategy import make_strategy
+from rayalign.methods import WPOWeighting, compose, resolve
+
+WORKERS = 2
+
+
+def worker(rank: int, folder: Path, scenarios: Mapping[str, Scenario]) -> None:
+    strategy = join(rank, WORKERS, folder / "meeting-point")
+    for name, scenario in scenarios.items():
+        torch.save(run(scenario, strategy=strategy), folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    folder = tmp_path_factory.mktemp("equivalence")
+    model = save_tiny(folder / "model")
+    pairs = synthetic_groups([2] * 24)
+    stored = store(folder / "pairs", pairs, reference=model)
+    calm = save_tiny(folder / "calm", initializer_range=0.05)  # nearly uniform: random answers have weights near 1
+    weighted = store(folder / "weighted", pairs, reference=calm)
+    plain = store(folder / "plain", pairs)
+    ragged = store(folder / "ragged", synthetic_groups([2, 3, 4] * 6, seed=1), reference=model)
+    examples = store(folder / "examples", labelled(pairs), reference=model, groups_per_step=8)
+    desk = store(folder / "desk", synthetic_groups([1] * 10, seed=2), name="desk", groups_per_step=3)
+    permuted = Objective(
+        stream=MAIN_STREAM,
+        method=compose(resolve("dpo"), WPOWeighting(alignment="sampled", permute=True)),
+        config=resolve("dpo").config(),
+    )
+    likelihood = objective("sft", stream="desk", weight=0.1, reduction="sequence")
+    return {
+        "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),)),
+        # Three micro-batches of one pair for two workers: one of them computes a dummy.
+        "dummies": Scenario(
+            model=model,
+            streams=(replace(stored, groups_per_step=3),),
+            objectives=(objective("dpo"),),
+            tokens_per_micro_batch=52,
+            row_tokens=52,
+        ),
+        "mpo": Scenario(model=model, streams=(plain, desk), objectives=(objective("mpo"), likelihood)),
+        "wpo_permuted": Scenario(model=calm, streams=(weighted,), objectives=(permuted,), lr=3e-3),
+        "kto": Scenario(model=model, streams=(examples,), objectives=(objective("kto"),), tokens_per_micro_batch=100),
+        "exo_rw": Scenario(
+            model=model, streams=(ragged,), objectives=(objective("exo_rw", behavior_correction="off"),)
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(scenarios: dict[str, Scenario]) -> dict[str, Trajectory]:
+    return {name: run(scenario) for name, scenario in scenarios.items()}
+
+
+@pytest.fixture(scope="module")
+def together(scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trajectory]]:
+    """Every scenario on two workers, which all start once; a trajectory per worker."""
+    folder = tmp_path_factory.mktemp("workers")
+    multiprocessing.spawn(worker, args=(folder, scenarios), nprocs=WORKERS)
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(WORKERS)]
+        for name in scenarios
+    }
+
+
+def assert_equivalent(one: Trajectory, other: Trajectory, *, lr: float) -> None:
+    """Loss within 1e-5, gradient norm within 1e-4 of itself, final weights within a tenth of one step's movement."""
+    assert one.loss == pytest.approx(other.loss, abs=1e-5)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    for name, weight in one.weights.items():
+        assert (weight - other.weights[name]).abs().max() <= 0.1 * lr, name
+    # At step 0 policy and reference are one model: every pair is a tie, and rounding decides who wins it.
+    for mine, theirs in zip(one.metrics[1:], other.metrics[1:], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+def assert_not_equivalent(one: Trajectory, other: Trajectory, *, lr: float) -> None:
+    with pytest.raises(AssertionError):
+        assert_equivalent(one, other, lr=lr)
+
+
+NAMES = ("dpo", "dummies", "mpo", "wpo_permuted", "kto", "exo_rw")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_learn(name: str, alone: dict[str, Trajectory]) -> None:
+    """Otherwise agreement would prove nothing."""
+    loss = alone[name].loss
+    assert min(loss[-4:]) < loss[0] - 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workers(
+    name: str, scenarios: dict[str, Scenario], alone: dict[str, Trajectory], together: dict[str, list[Trajectory]]
+) -> None:
+    first, second = together[name]
+    assert_equivalent(first, alone[name], lr=scenarios[name].lr)
+    assert first.loss == second.loss and first.grad_norm == second.grad_norm and first.metrics == second.metrics
+    assert all(torch.equal(first.weights[key], second.weights[key]) for key in first.weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_budgets(name: str, scenarios: dict[str, Scenario], alone: dict[str, Trajectory]) -> None:
+    scenario = scenarios[name]
+    one_row = run(replace(scenario, tokens_per_micro_batch=4096, row_tokens=None))
+    assert_equivalent(one_row, alone[name], lr=scenario.lr)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts(name: str, scenarios: dict[str, Scenario], alone: dict[str, Trajectory]) -> None:
+    scenario = scenarios[name]
+    concatenated = run(replace(scenario, layout="concatenated", tokens_per_micro_batch=600))
+    assert_equivalent(concatenated, alone[name], lr=scenario.lr)
+
+
+def test_dummies_are_among_the_work_of_two(scenarios: dict[str, Scenario]) -> None:
+    source = make_source(scenarios["dummies"], make_strategy("single", CPU))
+    source.world_size = WORKERS
+    work = []
+    for source.rank in range(WORKERS):
+        work.append(source.get(0)[0].micro_batches)
+    assert [len(batches) for batches in work] == [2, 2]
+    assert sorted(bool(batch.candidate_mask.any()) for batches in work for batch in batches) == [False, True, True, True]
+
+
+def without_a_group(work: tuple[StreamWork, ...]) -> tuple[StreamWork, ...]:
+    work[0].micro_batches[0].candidate_mask[0] = False
+    return work
+
+
+def with_another_denominator(work: tuple[StreamWork, ...]) -> tuple[StreamWork, ...]:
+    counts = work[0].counts
+    wrong = replace(counts, pairs=counts.pairs + 1, groups=counts.groups + 1)
+    return (replace(work[0], counts=wrong), *work[1:])
+
+
+def without_the_other_streams(work: tuple[StreamWork, ...]) -> tuple[StreamWork, ...]:
+    return work[:1]
+
+
+@pytest.mark.parametrize("change", [without_a_group, with_another_denominator])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_change_is_noticed(
+    name: str, change: Change, scenarios: dict[str, Scenario], alone: dict[str, Trajectory]
+) -> None:
+    scenario = replace(scenarios[name], steps=3)
+    reference = run(scenario)
+    assert reference.loss == alone[name].loss[:3]
+    assert_not_equivalent(run(scenario, change=change), reference, lr=scenario.lr)
+
+
+def test_a_lost_stream_is_noticed(scenarios: dict[str, Scenario], alone: dict[str, Trajectory]) -> None:
+    scenario = scenarios["mpo"]
+    assert_not_equivalent(run(scenario, change=without_the_other_streams), alone["mpo"], lr=scenario.lr)
+
+
+def test_real_pairs(test_data: Path, tmp_path: Path) -> None:
+    """Pairs of 40 to 160 tokens with shared first turns, in one row, in many rows and one sequence a row."""
+    model = save_tiny(tmp_path / "model", max_position_embeddings=256)
+    pairs = real_pairs(test_data / "hh_harmless_test.jsonl.gz", 24)
+    stored = store(tmp_path / "pairs", pairs, reference=model)
+    scenario = Scenario(
+        model=model, streams=(stored,), objectives=(objective("dpo"),), tokens_per_micro_batch=4096, row_tokens=1024
+    )
+    expected = run(scenario)
+    assert expected.loss[-1] < expected.loss[0] - 0.05
+    small = replace(scenario, tokens_per_micro_batch=512, row_tokens=256)
+    for other in (small, replace(small, layout="concatenated")):
+        assert_equivalent(run(other), expected, lr=scenario.lr)
