@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ Overrides = Annotated[
 Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
 
 USER_MISTAKE = 2
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -34,6 +36,9 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(USER_MISTAKE)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on from the newest checkpoint", highlight=False)
+        os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
 
 
 def show_version(wanted: bool) -> None:

@@ -58,8 +58,7 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
             actors=1,
         )
         reference = evaluation.points(None, directory)
-        with ThreadPoolExecutor(parallel) as pool:
-            results = list(pool.map(lambda item: run_cell(item, evaluation, board), ready))
+        results = run_cells(ready, parallel, evaluation, board)
         evaluation.close()
     record = comparison_record(
         comparison,
@@ -128,6 +127,15 @@ def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages,
     processes = parallel * num_workers(run, stages.session) + 1  # the evaluator has a share of its own
     job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
     return CellResult(cell=cell, run=run, job=job, points=(), failure="")
+
+
+def run_cells(ready: Sequence[CellResult], parallel: int, evaluation: Evaluation, board: Board) -> list[CellResult]:
+    """All cells, ``parallel`` at a time, in their order."""
+    pool = ThreadPoolExecutor(parallel)
+    try:
+        return list(pool.map(lambda item: run_cell(item, evaluation, board), ready))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
 
 
 def run_cell(ready: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
