@@ -171,5 +171,5 @@ def describe_non_finite(
     seen = f"the loss is not finite on {', '.join(names[:NAMED_GROUPS])}{more}" if names else "every loss is finite"
     return (
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; on this worker {seen}. "
-        "No parameter was changed by this step. Lower optim.lr, or look at these groups."
+        "No parameter was changed by this step. Lower optim.lr, or look at the data of this step."
     )
