@@ -67,7 +67,7 @@ def comparison_record(
         kl_estimators=(
             report.Measure(
                 name="k1",
-                label="KL",
+                label="k1",
                 unit="nats per reply",
                 description="KL(π‖π_ref) by k1: log π − log π_ref of the policy's own samples at temperature 1.",
             ),
