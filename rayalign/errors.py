@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(ValueError):
-    """Something the user wrote cannot be used. The message names file, line and field, and says what to do."""
+    """Something the user wrote cannot be used. The message names file, line and field, and says what to do.
+
+    It crosses processes with its message, whatever the constructor of a subclass takes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (type(self), self.args, vars(self))
 
 
 class MissingExtra(UserError):
@@ -12,3 +20,9 @@ class MissingExtra(UserError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'rayalign[{extra}]'")
+
+
+def restored(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(state)
+    return error

@@ -1,4 +1,4 @@
-"""Preparation as Ray Data stages: units of input → chunks of rows → shards of token ids, and their log-probs.
+"""Preparation as Ray Data stages: units of input → chunks of rows → shards of token ids.
 
 Ray Data moves the work, not the truth: what a run trains on is the committed store, and rows are counted at the end.
 """
@@ -8,23 +8,25 @@ from __future__ import annotations
 import math
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray
-import ray.data
 
 from rayalign.data.chat import make_chat
 from rayalign.data.lines import ByteRange, count_lines, number_ranges, open_binary, plan_ranges
 from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk, read_chunks
-from rayalign.data.records import BadRow
+from rayalign.data.records import BadRow, Row
 from rayalign.data.tables import LINE_SUFFIXES
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.errors import UserError
+from rayalign.runtime.stage import Pool, dataset, packed, repeated, results
 
 RANGE_BYTES = 64 << 20
+CPUS = 0.5
+"""Of each preparing process, so that readers and writers fit on one core together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,62 +58,102 @@ class Preparation:
         return tuple(row for report in self.reports for row in report.bad)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive rows of one unit."""
+
+    name: str
+    """Sorts as the input is ordered."""
+    unit: Unit
+    rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What one worker made of a chunk."""
+
+    name: str
+    report: ShardReport
+    node: str
+    num_bytes: int
+
+
 class ChunkWriter:
     """One worker of the tokenization stage; loads the tokenizer once."""
 
-    def __init__(self, tokenizer: TokenizerSpec, shape: Shape, directory: str) -> None:
+    def __init__(self, tokenizer: TokenizerSpec, shape: Shape, directory: Path) -> None:
         loaded = load_tokenizer(
             model_directory(tokenizer.name, tokenizer.revision), trust_remote_code=tokenizer.trust_remote_code
         )
         self.chat = make_chat(loaded, template=tokenizer.template, stop=tokenizer.stop)
         self.settings = tokenizer.settings
         self.shape: Shape = shape
-        self.directory = Path(directory)
+        self.directory = directory
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit, rows = pickle.loads(row["chunk"])
+    def __call__(self, chunk: Chunk | UserError) -> Written:
+        if isinstance(chunk, UserError):
+            raise chunk
         report = prepare_chunk(
-            rows,
+            chunk.rows,
             self.chat,
             self.settings,
-            unit=unit,
+            unit=chunk.unit,
             shape=self.shape,
             directory=self.directory,
-            name=row["name"],
+            name=chunk.name,
         )
-        node = ray.get_runtime_context().get_node_id()
-        return {"name": row["name"], "report": pickle.dumps(report), "node": node, "bytes": len(row["chunk"])}
+        return Written(
+            name=chunk.name,
+            report=report,
+            node=ray.get_runtime_context().get_node_id(),
+            num_bytes=len(pickle.dumps(chunk.rows)),
+        )
 
 
 def prepare(
-    units: Sequence[Unit], tokenizer: TokenizerSpec, shape: Shape, directory: Path, *, writers: int
+    units: Sequence[Unit],
+    tokenizer: TokenizerSpec,
+    shape: Shape,
+    directory: Path,
+    *,
+    writers: int,
+    note: Callable[[str], None],
 ) -> Preparation:
-    """Write the shards of every unit below ``directory``, in ``writers`` actors; the caller commits them."""
-    items = [{"unit": pickle.dumps(unit), "ordinal": ordinal} for ordinal, unit in enumerate(units)]
-    rows = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .flat_map(chunk_rows)
-        .repartition(target_num_rows_per_block=1)
-        .map(
+    """Write the shards of every unit below ``directory``, in ``writers`` actors; the caller commits them.
+
+    Raises UserError where a unit cannot be read or the tokenizer cannot be used.
+    """
+
+    def write() -> list[Written]:
+        chunks = dataset(list(enumerate(units))).flat_map(read_unit, num_cpus=CPUS)
+        chunks.context.target_max_block_size = 1  # every chunk is a block of its own, which any worker may take
+        return results(
+            "tokens",
+            chunks,
             ChunkWriter,
-            fn_constructor_args=(tokenizer, shape, str(directory)),
-            compute=ray.data.ActorPoolStrategy(size=writers),
-            num_cpus=0.5,
+            tokenizer,
+            shape,
+            directory,
+            pool=Pool(actors=writers, cpus=CPUS),
+            done=lambda count: note(f"tokens: {count} shards so far"),
         )
-        .take_all()
-    )
+
+    written = repeated("tokens", write)
     bytes_by_node: Counter[str] = Counter()
-    for row in rows:
-        bytes_by_node[row["node"]] += row["bytes"]
-    ordered = sorted(rows, key=lambda row: row["name"])
-    return Preparation(reports=tuple(pickle.loads(row["report"]) for row in ordered), bytes_by_node=dict(bytes_by_node))
+    for shard in written:
+        bytes_by_node[shard.node] += shard.num_bytes
+    ordered = sorted(written, key=lambda shard: shard.name)
+    return Preparation(reports=tuple(shard.report for shard in ordered), bytes_by_node=dict(bytes_by_node))
 
 
-def chunk_rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A unit → its chunks, named so that their order is the input's."""
-    unit = pickle.loads(row["unit"])
-    for number, chunk in enumerate(read_chunks(unit)):
-        yield {"name": f"{row['ordinal']:05d}-{number:06d}", "chunk": pickle.dumps((unit, chunk))}
+def read_unit(row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """A unit → its chunks, or the error that ends them."""
+    ordinal, unit = pickle.loads(row["item"])
+    try:
+        for number, rows in enumerate(read_chunks(unit)):
+            yield packed(Chunk(name=f"{ordinal:05d}-{number:06d}", unit=unit, rows=rows))
+    except UserError as error:
+        yield packed(error)
 
 
 def split_units(units: Iterable[Unit], *, range_bytes: int = RANGE_BYTES) -> list[Unit]:
@@ -129,10 +171,5 @@ def file_ranges(path: str, range_bytes: int) -> tuple[ByteRange, ...]:
     ranges = plan_ranges(path, max(1, math.ceil(size / range_bytes)))
     if len(ranges) == 1:
         return ranges
-    items = [{"range": pickle.dumps(byte_range), "ordinal": ordinal} for ordinal, byte_range in enumerate(ranges)]
-    counted = ray.data.from_items(items, override_num_blocks=len(items)).map(count_range).take_all()
-    return number_ranges(ranges, [row["lines"] for row in sorted(counted, key=lambda row: row["ordinal"])])
-
-
-def count_range(row: dict[str, Any]) -> dict[str, Any]:
-    return {"ordinal": row["ordinal"], "lines": count_lines(pickle.loads(row["range"]))}
+    count = ray.remote(num_cpus=CPUS)(count_lines)
+    return number_ranges(ranges, ray.get([count.remote(byte_range) for byte_range in ranges]))

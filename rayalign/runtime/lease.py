@@ -1,7 +1,8 @@
-"""One writer per run directory: a lease that a living owner renews and that a dead one's successor takes over."""
+"""One writer per directory: a lease that a living owner renews and that a dead one's successor takes over."""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
@@ -10,7 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rayalign.errors import UserError
 
@@ -27,80 +30,115 @@ class Held(UserError):
 def lease(directory: Path, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold ``directory/.lease`` while the block runs.
 
-    The file is created with O_EXCL, so of two processes one gets it. Its owner touches it every few seconds; one that
-    belongs to a dead process of this machine, or that was not renewed for a minute, is taken over.
+    The file is created with O_EXCL, so of two processes one gets it, on one machine as on a shared file system. Its
+    owner touches it every few seconds; one that belongs to a dead process of this machine, or that was not renewed for
+    a minute, is taken over. An owner that was stopped for so long and wakes up is interrupted.
 
     With ``wait`` the caller queues behind a living owner and is told once for whom; without it a living owner raises
     :class:`Held` with its host, process and start.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ".lease"
-    token = uuid.uuid4().hex
-    acquire(path, token, wait)
-    stop = threading.Event()
-    renewer = threading.Thread(target=renew, args=(path, stop), daemon=True)
+    mine = Lease(directory / ".lease")
+    mine.acquire(wait)
+    renewer = threading.Thread(target=mine.renew, daemon=True)
     renewer.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if mine.lost:
+            raise Held(f"this process did not move for a minute, and now {described(mine.path)}") from None
+        raise
     finally:
-        stop.set()
+        mine.stop.set()
         renewer.join()
-        if read_owner(path).get("token") == token:
-            path.unlink(missing_ok=True)
+        mine.release()
 
 
-def acquire(path: Path, token: str, wait: Callable[[str], None] | None) -> None:
-    owner = {
-        "token": token,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    told = False
-    while True:
+@dataclass(slots=True)
+class Lease:
+    """This process's claim on one lease file."""
+
+    path: Path
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    stop: threading.Event = field(default_factory=threading.Event)
+    lost: bool = False
+
+    def acquire(self, wait: Callable[[str], None] | None) -> None:
+        """Create the file, once nobody alive has it.
+
+        A lease from elsewhere that is not old yet may be that of a machine which is gone: it is watched until it is
+        renewed, or old.
+        """
+        first = last_renewal(self.path)
+        told = False
+        while not self.create():
+            owner = read_owner(self.path)
+            if is_dead_here(owner) or age(self.path) > EXPIRE_SECONDS:
+                remove(self.path, owner)
+                continue
+            if wait is None and (is_here(owner) or last_renewal(self.path) != first):
+                raise Held(f"{described(self.path)}. Wait for it, stop it, or give this run another name.")
+            if wait is not None and not told:
+                wait(f"waiting: {described(self.path)}")
+                told = True
+            time.sleep(POLL_SECONDS)
+
+    def create(self) -> bool:
+        owner = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            try:
-                take_over_or_refuse(path)
-            except Held as held:
-                if wait is None:
-                    raise
-                if not told:
-                    wait(f"waiting: {held}")
-                    told = True
-                time.sleep(POLL_SECONDS)
-            continue
+            return False
         with os.fdopen(descriptor, "w") as file:
             json.dump(owner, file)
-        return
+        return True
+
+    def renew(self) -> None:
+        """Touch the file until told to stop; interrupt the process when the file is another's."""
+        while not self.stop.wait(RENEW_SECONDS):
+            with contextlib.suppress(OSError):  # a file system that is away for a moment does not end the lease
+                if read_owner(self.path).get("token", self.token) != self.token:
+                    self.lost = True
+                    _thread.interrupt_main()
+                    return
+                os.utime(self.path)
+
+    def release(self) -> None:
+        if read_owner(self.path).get("token") == self.token:
+            self.path.unlink(missing_ok=True)
 
 
-def take_over_or_refuse(path: Path) -> None:
-    """Remove a dead owner's lease, or raise :class:`Held`. The rename makes one of several successors the remover."""
-    owner = read_owner(path)
+def read_owner(path: Path) -> dict[str, Any]:
+    """What the owner wrote; empty where nobody, or not yet."""
     try:
-        idle = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return
-    if idle < EXPIRE_SECONDS and not is_dead_here(owner):
-        since = owner.get("since")
-        raise Held(
-            f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} since {since}. "
-            "Wait for it, stop it, or give this run another name."
-        )
-    with contextlib.suppress(FileNotFoundError):
-        grave = path.with_name(f".lease.{uuid.uuid4().hex}")
-        os.rename(path, grave)
-        grave.unlink()
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
-def is_dead_here(owner: dict[str, object]) -> bool:
-    pid = owner.get("pid")
-    if owner.get("host") != socket.gethostname() or not isinstance(pid, int):
+def described(path: Path) -> str:
+    owner = read_owner(path)
+    return (
+        f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} "
+        f"since {owner.get('since')}"
+    )
+
+
+def is_here(owner: dict[str, Any]) -> bool:
+    return bool(owner.get("host") == socket.gethostname())
+
+
+def is_dead_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that is gone."""
+    if not is_here(owner):
         return False
     try:
-        os.kill(pid, 0)
+        os.kill(int(owner["pid"]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:
@@ -108,14 +146,30 @@ def is_dead_here(owner: dict[str, object]) -> bool:
     return False
 
 
-def read_owner(path: Path) -> dict[str, object]:
+def last_renewal(path: Path) -> float:
+    """When the file was touched last; 0 where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
-        return {}
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
-def renew(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(RENEW_SECONDS):
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
+def age(path: Path) -> float:
+    """Seconds since the last renewal by the file system's own clock: those of two machines may differ."""
+    clock = path.with_name(f".clock-{uuid.uuid4().hex}")
+    clock.touch()
+    try:
+        return clock.stat().st_mtime - last_renewal(path)
+    finally:
+        clock.unlink()
+
+
+def remove(path: Path, owner: dict[str, Any]) -> None:
+    """Remove the lease of ``owner`` and no other: a further successor may have replaced it in the meantime."""
+    grave = path.with_name(f".lease-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, grave)
+        if read_owner(grave).get("token") != owner.get("token"):
+            with contextlib.suppress(FileExistsError):
+                os.link(grave, path)
+        grave.unlink()

@@ -1,12 +1,15 @@
-"""Shares of the machine: how many CPUs and threads each of several processes gets. Pure arithmetic."""
+"""Shares of the machine: how many CPUs, GPUs and threads each of several processes gets. Pure arithmetic."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayalign.errors import UserError
-from rayalign.runtime.session import Session
+from rayalign.runtime.session import Node, Session
+
+MOST_PER_CPU = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,18 +24,45 @@ class Share:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
-def share(session: Session, processes: int) -> Share:
-    """Equal shares for ``processes`` that run at the same time; everything fits, with fractional CPUs if it must.
+def share(session: Session, processes: int, *, workers: int = 1) -> Share:
+    """Equal shares for ``processes`` that run at the same time, of which runs of ``workers`` train together.
 
-    Raises UserError when the cluster has GPUs but fewer than processes.
+    Everything fits, on fractions of a CPU or a GPU if it must, except that the workers of one run never share a GPU:
+    NCCL refuses that.
+
+    Raises UserError naming what the cluster lacks.
     """
     if session.num_gpus:
-        if processes > session.num_gpus:
-            raise UserError(
-                f"{processes} processes need a GPU each, the cluster has {session.num_gpus:g}: lower strategy.workers"
-            )
-        cpus = max(1.0, math.floor(session.num_cpus / max(processes, session.num_gpus)))
-        return Share(cpus=min(cpus, session.num_cpus), gpus=1.0, threads=int(cpus))
-    cpus = session.num_cpus / processes
-    # a tenth is left for Ray's own helpers, which reserve nothing but must be schedulable
-    return Share(cpus=math.floor(cpus * 9) / 10 if cpus < 1 else math.floor(cpus), gpus=0.0, threads=max(1, int(cpus)))
+        return gpu_share([node for node in session.nodes if node.gpus], processes, workers)
+    cpus = [node.cpus for node in session.nodes]
+    sizes = [*range(int(max(cpus)), 0, -1), *(tenths / 10 for tenths in range(9, 0, -1))]
+    for size in sizes:
+        if num_fitting(cpus, size) >= processes:
+            return Share(cpus=size, gpus=0.0, threads=max(1, int(size)))
+    raise UserError(
+        f"{processes} processes at the same time are more than {MOST_PER_CPU} for each of the cluster's "
+        f"{sum(cpus):g} CPUs: lower strategy.workers, or add nodes"
+    )
+
+
+def gpu_share(nodes: Sequence[Node], processes: int, workers: int) -> Share:
+    gpus = sum(int(node.gpus) for node in nodes)
+    per_gpu = math.ceil(processes / gpus)
+    if per_gpu > 1 and workers > 1:
+        raise UserError(
+            f"{processes} processes need a GPU each, the cluster has {gpus}: lower strategy.workers, or add nodes"
+        )
+    # Rounding down keeps the shares of one GPU together at most 1.
+    fraction = 1.0 if per_gpu == 1 else math.floor(100 / per_gpu) / 100
+    cpus = min(rounded(node.cpus / (int(node.gpus) * per_gpu)) for node in nodes)
+    return Share(cpus=cpus, gpus=fraction, threads=max(1, int(cpus)))
+
+
+def num_fitting(cpus: Sequence[float], size: float) -> int:
+    """Processes of ``size`` CPUs that nodes with ``cpus`` hold; Ray counts in ten-thousandths of a CPU."""
+    return sum(round(node * 10_000) // round(size * 10_000) for node in cpus)
+
+
+def rounded(cpus: float) -> float:
+    """Whole CPUs, or tenths of one."""
+    return float(math.floor(cpus)) if cpus >= 1 else math.floor(cpus * 10) / 10

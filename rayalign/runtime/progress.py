@@ -1,49 +1,76 @@
-"""Rows of metrics on their way from a worker to the person who waits."""
+"""What the driver shows while workers train: it reads the files that they write anyway, so nothing can be lost."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import ray
-
 POLL_SECONDS = 0.5
+LOG_NAME = "train.log"
 
 
-class Mailbox:
-    """Workers put the newest row of each run, the driver takes what is new."""
+class Tail:
+    """The whole lines that appear in a growing file from now on; after a replacement, all lines of the new one."""
 
-    def __init__(self) -> None:
-        self.latest: dict[str, dict[str, Any]] = {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inode = 0
+        self.offset = 0
+        self.lines()
 
-    def put(self, run: str, row: dict[str, Any]) -> None:
-        self.latest[run] = row
-
-    def take(self) -> dict[str, dict[str, Any]]:
-        latest, self.latest = self.latest, {}
-        return latest
+    def lines(self) -> list[bytes]:
+        """Lines since the last call."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self.inode:
+                self.inode, self.offset = inode, 0
+            file.seek(self.offset)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self.offset += len(whole) + len(end)
+        return whole.split(b"\n") if end else []
 
 
 @contextlib.contextmanager
-def watching(show: Callable[[str, Mapping[str, Any]], None]) -> Iterator[ray.actor.ActorHandle]:
-    """A mailbox whose newest rows are handed to ``show(run, row)`` while the block runs."""
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+def watching(
+    directory: Path, *, row: Callable[[Mapping[str, Any]], None], note: Callable[[str], None]
+) -> Iterator[None]:
+    """While the block runs, hand the newest row of the run's metrics to ``row`` and workers' warnings to ``note``."""
+    metrics, log = Tail(directory / "metrics.jsonl"), Tail(directory / LOG_NAME)
     stop = threading.Event()
+
+    def show() -> None:
+        for line in log.lines():
+            note(line.decode())
+        newest = metrics.lines()[-1:]
+        for line in newest:
+            row(json.loads(line))
 
     def poll() -> None:
         while not stop.wait(POLL_SECONDS):
-            for run, row in ray.get(mailbox.take.remote()).items():
-                show(run, row)
+            show()
 
     poller = threading.Thread(target=poll, daemon=True)
     poller.start()
     try:
-        yield mailbox
+        yield
     finally:
         stop.set()
         poller.join()
-        for run, row in ray.get(mailbox.take.remote()).items():
-            show(run, row)
-        ray.kill(mailbox)
+        show()
+
+
+def log_to(directory: Path) -> None:
+    """Append this process's warnings to the run's log, where the driver reads them."""
+    handler = logging.FileHandler(directory / LOG_NAME, encoding="utf-8", delay=True)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("rayalign").addHandler(handler)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray.data
 import torch
 
 from rayalign.data.shard import finished_shards, write_column_shard
@@ -15,6 +14,7 @@ from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
+from rayalign.runtime.stage import Pool, dataset, repeated, results
 
 GROUPS_PER_SHARD = 256
 SHARDS_PER_SCORER = 4
@@ -24,40 +24,60 @@ SHARDS_PER_SCORER = 4
 class ShardScorer:
     """One actor of the pool: a frozen model and the store that it scores."""
 
-    def __init__(self, store: str, directory: str, spec: ScoringSpec, threads: int) -> None:
+    def __init__(self, store: Path, directory: Path, spec: ScoringSpec, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.store = TokenStore.open(Path(store))
-        self.directory = Path(directory)
+        self.store = TokenStore.open(store)
+        self.directory = directory
         self.model = FrozenModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        first, stop = row["first"], row["stop"]
-        columns = self.model.token_logps([self.store[index] for index in range(first, stop)])
-        write_column_shard(self.directory, row["name"], first=first, per_token={"ref_token_logp": columns})
-        return {"name": row["name"]}
+    def __call__(self, groups: range) -> None:
+        columns = self.model.token_logps([self.store[index] for index in groups])
+        write_column_shard(
+            self.directory, shard_name(groups), first=groups.start, per_token={"ref_token_logp": columns}
+        )
 
 
-def score_store(store: Path, directory: Path, spec: ScoringSpec, *, session: Session, facts: Mapping[str, Any]) -> None:
+def shard_name(groups: range) -> str:
+    return f"{groups.start:010d}"
+
+
+def score_store(
+    store: Path,
+    directory: Path,
+    spec: ScoringSpec,
+    *,
+    session: Session,
+    facts: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> None:
     """Commit ``ref_token_logp`` of every predicted token of ``store`` to ``directory``.
 
     Shards that an interrupted run finished are kept.
     """
     opened = TokenStore.open(store)
-    bounds = [(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in range(0, len(opened), GROUPS_PER_SHARD)]
-    done = finished_shards(directory)
-    items = [
-        {"name": f"{first:010d}", "first": first, "stop": stop} for first, stop in bounds if f"{first:010d}" not in done
-    ]
-    if items:
-        actors = min(math.ceil(len(items) / SHARDS_PER_SCORER), pool_size(session))
+    starts = range(0, len(opened), GROUPS_PER_SHARD)
+    shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
+
+    def score() -> None:
+        finished = finished_shards(directory)
+        missing = [shard for shard in shards if shard_name(shard) not in finished]
+        if not missing:
+            return
+        actors = min(math.ceil(len(missing) / SHARDS_PER_SCORER), pool_size(session))
         each = share(session, actors)
-        ray.data.from_items(items, override_num_blocks=len(items)).map(
+        results(
+            "reference",
+            dataset(missing),
             ShardScorer,
-            fn_constructor_args=(str(store), str(directory), spec, each.threads),
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=each.cpus,
-            num_gpus=each.gpus,
-        ).take_all()
+            store,
+            directory,
+            spec,
+            each.threads,
+            pool=Pool(actors=actors, cpus=each.cpus, gpus=each.gpus),
+            done=lambda count: note(f"reference: {len(finished) + count}/{len(shards)} shards"),
+        )
+
+    repeated("reference", score)
     commit_columns(directory, opened, finished_shards(directory).values(), meta=facts)
 
 

@@ -5,24 +5,41 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import UserError
+from rayalign.runtime.failures import first_line
 
-WORKER_ENVIRONMENT = {
+DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller polls every 2 s by default: a run ends that much later
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # without it a hung worker hangs the run for ever
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller polls every 2 s by default: a run ends that much later
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # without it a hung worker hangs the run for ever
 }
+"""Environment variables of this process and of the Ray that it starts, unless the user set them."""
+
+STORAGE_VARIABLE = "RAYALIGN_STORAGE"
+PROBE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine of the cluster and what Ray may use of it."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,66 +48,161 @@ class Session:
 
     started_here: bool
     """True when there was no cluster and one was started for this process; it ends with it."""
-    num_cpus: float
-    num_gpus: float
-    nodes: int
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def num_gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
 
     @property
     def device(self) -> str:
         return "cuda" if self.num_gpus else "cpu"
 
+    def storage(self, path: str) -> Path:
+        """The folder that ``storage_path`` means, seen by every node.
+
+        A relative path is below the current directory where Ray was started for this process, and below
+        ``$RAYALIGN_STORAGE`` on a running cluster, whose current directory is a copy that ends with the job.
+
+        Raises UserError where there is no such folder for all nodes, and says what to set.
+        """
+        if "://" in path:
+            raise UserError(f"storage_path: {path}: this release writes to file systems; mount it and give its folder")
+        folder = Path(path).expanduser()
+        if not folder.is_absolute():
+            folder = self._base(path) / folder
+        folder = folder.resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"storage_path: {folder} cannot be made: {error.strerror}") from error
+        refuse_private(folder, self.nodes)
+        return folder
+
+    def _base(self, path: str) -> Path:
+        if self.started_here:
+            return Path.cwd()
+        base = os.environ.get(STORAGE_VARIABLE)
+        if not base:
+            raise UserError(
+                f"storage_path: {path} is relative, and on a running cluster nothing says to what: give an absolute "
+                f"path that every node sees, or set {STORAGE_VARIABLE} to one"
+            )
+        return Path(base).expanduser()
+
 
 @contextlib.contextmanager
-def connect(*, import_paths: Sequence[Path] = (), num_cpus: int | None = None) -> Iterator[Session]:
-    """Join the running cluster (``RAY_ADDRESS``, or one on this machine), else start Ray here and stop it at the end.
+def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
+    """Join the running cluster, else start Ray for this process and stop it at the end.
 
-    ``num_cpus`` limits a cluster started here. Raises UserError when the cluster at ``RAY_ADDRESS`` does not answer.
+    A cluster is running where ``RAY_ADDRESS`` names one (a submitted job has it) or where ``ray start`` made this
+    machine part of one; ``RAY_ADDRESS=local`` starts a new one in any case. Workers find the modules in
+    ``import_paths``. The environment of this process is as before when the block ends.
+
+    Raises UserError when the cluster does not answer.
     """
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    paths = [str(path.resolve()) for path in import_paths]
-    sys.path[:0] = [path for path in paths if path not in sys.path]
-    # workers must find the user's modules before they unpickle the first of their functions
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     if ray.is_initialized():
         yield describe(started_here=False)
         return
-    started_here = not join_running_cluster()
-    if started_here:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=True,  # without it Ray cannot reclaim the placement group of a dead controller
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+    with environment(import_paths):
+        address = running_cluster()
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if address is None:
+            # Without a dashboard Ray cannot reclaim the placement group of a dead controller.
+            options |= {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        elif import_paths:
+            options |= {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise UserError(
+                f"the Ray cluster at {address} does not answer ({first_line(error)}): start it, correct RAY_ADDRESS, "
+                "or set RAY_ADDRESS=local to do without"
+            ) from error
+        try:
+            yield describe(started_here=address is None)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def environment(import_paths: Sequence[Path]) -> Iterator[None]:
+    """What the processes of Ray are to inherit from this one.
+
+    Workers must find the user's modules before they unpickle the first of their functions, hence ``PYTHONPATH``.
+    """
+    before = dict(os.environ)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if import_paths:
+        paths = [str(path.resolve()) for path in import_paths]
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [before.get("PYTHONPATH")])])
     try:
-        yield describe(started_here=started_here)
+        yield
     finally:
-        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def join_running_cluster() -> bool:
-    """Connect to a cluster that runs already; False when there is none."""
-    try:
-        ray.init(
-            address="auto",
-            runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
-    except ConnectionError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise UserError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer: {error}") from error
-        return False
-    return True
+def running_cluster() -> str | None:
+    """The cluster to join. (Ray's ``address="auto"`` would also join what another process started for itself.)"""
+    named = os.environ.get("RAY_ADDRESS")
+    if named:
+        return None if named == "local" else named
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return noted.read_text().strip() if noted.exists() else None
 
 
 def describe(*, started_here: bool) -> Session:
-    resources = ray.cluster_resources()
-    return Session(
-        started_here=started_here,
-        num_cpus=resources.get("CPU", 1.0),
-        num_gpus=resources.get("GPU", 0.0),
-        nodes=sum(node["Alive"] for node in ray.nodes()),
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Session(started_here=started_here, nodes=tuple(make_node(node) for node in alive))
+
+
+def make_node(facts: Mapping[str, Any]) -> Node:
+    resources = facts["Resources"]
+    return Node(
+        id=facts["NodeID"],
+        name=facts["NodeManagerHostname"],
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
     )
+
+
+def refuse_private(folder: Path, nodes: Sequence[Node]) -> None:
+    """Raise UserError naming the nodes that do not see what this process writes into ``folder``."""
+    if len(nodes) == 1:
+        return
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.write_text("visible")
+    try:
+        sees = ray.remote(num_cpus=0)(is_visible)
+        here = {
+            node: sees.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), max_retries=0
+            ).remote(str(probe))
+            for node in nodes
+        }
+        answered, _ = ray.wait(list(here.values()), num_returns=len(here), timeout=PROBE_SECONDS)
+        silent = [node.name for node, answer in here.items() if answer not in answered]
+        blind = [node.name for node, answer in here.items() if answer in answered and not ray.get(answer)]
+    finally:
+        probe.unlink()
+    if silent:
+        raise UserError(f"no answer within {PROBE_SECONDS:.0f} s from the node(s) {', '.join(silent)}")
+    if blind:
+        raise UserError(
+            f"storage_path: {folder} is not the same folder on every node ({', '.join(blind)} cannot see it): use a "
+            f"shared file system, such as a mounted volume, and name it in storage_path or {STORAGE_VARIABLE}"
+        )
+
+
+def is_visible(path: str) -> bool:
+    try:
+        os.listdir(Path(path).parent)  # a network file system may remember that the file was not there
+        return Path(path).exists()
+    except OSError:
+        return False

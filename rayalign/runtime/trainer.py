@@ -10,7 +10,6 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import IncompatibleCheckpoint
-from rayalign.engine.loop import MakeSource, PolicyMismatch, TrainSpec, train
-from rayalign.engine.step import NonFiniteStep
+from rayalign.engine.loop import MakeSource, TrainSpec, train
 from rayalign.engine.strategy import Strategy, make_strategy
 from rayalign.errors import UserError
-from rayalign.manifest import TornDirectory
+from rayalign.runtime.failures import PERMANENT, first_line, is_lost, root_cause
 from rayalign.runtime.placement import Share
+from rayalign.runtime.progress import log_to
 from rayalign.sources.off_policy import OffPolicySource, SourceSpec
 
 log = logging.getLogger(__name__)
 
-PERMANENT = (UserError, PolicyMismatch, NonFiniteStep, IncompatibleCheckpoint, TornDirectory)
-"""Errors that another attempt would only repeat."""
-
-Report = Callable[[Mapping[str, Any]], None]
+COLLECTIVE_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +57,15 @@ class TrainingFailed(UserError):
 def worker_main(config: dict[str, Any]) -> str:
     """One Ray Train worker: build its strategy and its view of the data, then run the engine's loop."""
     job: TrainJob = config["job"]
-    progress = config["progress"]
     torch.set_num_threads(job.share.threads)
     strategy = make_strategy(job.strategy, get_device())
-
-    def on_step(row: Mapping[str, Any]) -> None:
-        progress.put.remote(job.run, dict(row))
-
+    if strategy.rank == 0:
+        log_to(job.spec.directory)
     final = train(
         job.spec,
         source_maker(job.source, strategy),
         strategy,
         make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
-        on_step=on_step,
     )
     return str(final)
 
@@ -88,73 +79,69 @@ def source_maker(spec: SourceSpec, strategy: Strategy) -> MakeSource:
     return make
 
 
-def fit(job: TrainJob, progress: ray.actor.ActorHandle, *, max_failures: int = 0) -> Path:
+def fit(job: TrainJob, *, max_failures: int = 0) -> Path:
     """Train to the end and return the exported directory.
 
     A lost worker, node or controller is answered by another attempt, which continues from the newest whole
-    checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once as
-    :class:`TrainingFailed`.
-    ``max_failures`` lets Ray restart workers within one attempt as well.
+    checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once.
+    ``max_failures`` lets Ray restart workers within one attempt as well, whatever their failure.
+
+    Raises:
+        TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times.
     """
+    name = job.spec.directory.name
     for attempt in range(job.retries + 1):
-        ray_directory = job.spec.directory / ".ray" / secrets.token_hex(4)
-        trainer = TorchTrainer(
-            worker_main,
-            train_loop_config={"job": job, "progress": progress},
-            torch_config=TorchConfig(backend="nccl" if job.share.gpus else "gloo", timeout_s=600),
-            scaling_config=ScalingConfig(
-                num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
-            ),
-            run_config=RunConfig(
-                name=ray_directory.name,
-                storage_path=str(ray_directory.parent),
-                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
-            ),
-        )
         try:
-            result = trainer.fit()
-            return Path(str(result.return_value))
+            return fit_once(job, max_failures)
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
             blame_run(job, failure)
             if attempt == job.retries:
-                raise TrainingFailed(
-                    f"{job.spec.directory.name}: gave up after {attempt + 1} attempts: {failure}"
-                ) from failure
-            log.warning(
-                "%s: attempt %d lost (%s); trying again", job.spec.directory.name, attempt + 1, first_line(failure)
-            )
-            time.sleep(min(30, 2**attempt))
-        finally:
-            shutil.rmtree(ray_directory.parent, ignore_errors=True)
+                raise TrainingFailed(f"{name}: gave up after {attempt + 1} attempts: {failure}") from failure
+            log.warning("%s: attempt %d was lost (%s); trying again", name, attempt + 1, cluster_reason(failure))
+            time.sleep(2**attempt)
     raise AssertionError("unreachable: the loop returns or raises")
+
+
+def fit_once(job: TrainJob, max_failures: int) -> Path:
+    ray_directory = job.spec.directory / ".ray" / secrets.token_hex(4)
+    trainer = TorchTrainer(
+        worker_main,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if job.share.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
+        ),
+        run_config=RunConfig(
+            name=ray_directory.name,
+            storage_path=str(ray_directory.parent),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
+        ),
+    )
+    try:
+        return Path(str(trainer.fit().return_value))
+    finally:
+        shutil.rmtree(ray_directory.parent, ignore_errors=True)
 
 
 def blame_run(job: TrainJob, failure: BaseException) -> None:
     """Raise :class:`TrainingFailed` if any worker failed through the run itself rather than through the cluster."""
-    for rank, error in sorted(getattr(failure, "worker_failures", {}).items()):
+    for rank, error in sorted(worker_failures(failure).items()):
         cause = root_cause(error)
         if isinstance(cause, PERMANENT):
             raise TrainingFailed(f"{job.spec.directory.name}: {cause}") from cause
-        if not is_cluster_error(cause):
+        if not is_lost(error):
             raise TrainingFailed(
                 f"{job.spec.directory.name}: worker {rank} raised {type(cause).__name__}: {cause}\n{error}"
             )
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The exception that the worker's own code raised, under Ray's wrappers."""
-    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
-    return root_cause(inner) if isinstance(inner, BaseException) else error
+def cluster_reason(failure: BaseException) -> str:
+    """What happened to the cluster, in one line."""
+    lost = worker_failures(failure)
+    return "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in sorted(lost.items())) or first_line(
+        failure
+    )
 
 
-def is_cluster_error(error: BaseException) -> bool:
-    """A process, node or connection went away; a peer's death reaches the others as a broken collective."""
-    if isinstance(error, ray.exceptions.RayError | ray.train.TrainingFailedError | ConnectionError):
-        return True
-    text = str(error).lower()
-    broken = ("connection closed", "connection reset", "broken pipe", "timed out", "nccl", "gloo", "process group")
-    return isinstance(error, RuntimeError) and any(word in text for word in broken)
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def worker_failures(failure: BaseException) -> dict[int, Exception]:
+    return failure.worker_failures if isinstance(failure, ray.train.WorkerGroupError) else {}

@@ -1,0 +1,48 @@
+"""Who is to blame for a failure in another process: the person who wrote something, the code, or the cluster."""
+
+from __future__ import annotations
+
+import ray
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from rayalign.engine.checkpoint import IncompatibleCheckpoint
+from rayalign.engine.loop import PolicyMismatch
+from rayalign.engine.step import NonFiniteStep
+from rayalign.errors import UserError
+from rayalign.manifest import TornDirectory
+
+PERMANENT = (UserError, PolicyMismatch, NonFiniteStep, IncompatibleCheckpoint, TornDirectory)
+"""Errors whose message says everything, and which another attempt would only repeat."""
+
+BROKEN_COLLECTIVE = ("connection closed", "connection reset", "broken pipe", "timed out", "nccl", "gloo")
+"""How the death of one worker reads to the others (RuntimeError)."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that the remote code raised, under Ray's wrappers."""
+    if isinstance(error, UserExceptionWithTraceback):
+        return root_cause(error._base_exc)
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        return root_cause(error.cause)
+    return error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a worker's failure is that of a process, node or connection: the same attempt may succeed elsewhere.
+
+    Ray Train hands over what the code raised as UserExceptionWithTraceback; anything else is its own finding, such as
+    a worker that does not answer.
+    """
+    if not isinstance(error, UserExceptionWithTraceback):
+        return True
+    cause = root_cause(error)
+    if isinstance(cause, PERMANENT):
+        return False
+    if isinstance(cause, ray.exceptions.RayError | ConnectionError):
+        return True
+    return isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in BROKEN_COLLECTIVE)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,144 @@
+"""A stage of Ray Data: items through a pool of actors, with progress, deadlines and errors that people can read."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.util.annotations import RayDeprecationWarning
+
+from rayalign.errors import UserError
+from rayalign.runtime.failures import first_line
+
+log = logging.getLogger(__name__)
+
+STALL_SECONDS = 3600.0
+TELL_SECONDS = 5.0
+MAX_ATTEMPTS = 4
+NO_RESTARTS = {"max_restarts": 0, "max_task_retries": 0}
+"""Ray Data would start a process that runs out of memory again for ever."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The actors of a stage."""
+
+    actors: int
+    cpus: float
+    """Of each."""
+    gpus: float = 0.0
+
+
+class Worker:
+    """One actor: makes its function with the first item, and returns UserErrors, which Ray Data would turn to text."""
+
+    def __init__(self, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
+        self.make = make
+        self.arguments = arguments
+        self.function: Callable[[Any], Any] | None = None
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        try:
+            if self.function is None:
+                self.function = self.make(*self.arguments)
+            result = self.function(pickle.loads(row["item"]))
+        except UserError as error:
+            result = error
+        return {"item": pickle.dumps(result)}
+
+
+def dataset(items: Sequence[Any]) -> ray.data.Dataset:
+    """Items that are handed out one by one."""
+    quiet()
+    return ray.data.from_items([packed(item) for item in items], override_num_blocks=len(items))
+
+
+def packed(item: Any) -> dict[str, bytes]:
+    return {"item": pickle.dumps(item)}
+
+
+def results(
+    name: str,
+    items: ray.data.Dataset,
+    make: Callable[..., Callable[[Any], Any]],
+    *arguments: Any,
+    pool: Pool,
+    done: Callable[[int], None],
+) -> list[Any]:
+    """``make(*arguments)`` applied to every item by ``pool``, in any order; ``done`` is told now and then how many.
+
+    Raises:
+        UserError: one that an actor raised, or that nothing was finished for an hour.
+        ray.exceptions.RayActorError: an actor died.
+    """
+    with warnings.catch_warnings():
+        # Deprecated until Ray 2.64, and so far the only way to say how often a process may be started again.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        outcomes = items.map(
+            Worker,
+            fn_constructor_args=(make, *arguments),
+            compute=ray.data.ActorPoolStrategy(size=pool.actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            ray_remote_args_fn=lambda: NO_RESTARTS,
+        )
+    found: list[Any] = []
+    told = time.monotonic()
+    try:
+        for result in unpacked(outcomes.iter_rows()):
+            if isinstance(result, UserError):
+                raise result
+            found.append(result)
+            if time.monotonic() - told >= TELL_SECONDS:
+                done(len(found))
+                told = time.monotonic()
+    except ExecutionTimeoutError as error:
+        raise UserError(
+            f"{name}: nothing was finished for {STALL_SECONDS / 60:.0f} minutes. It waits for {pool.actors} processes "
+            f"with {pool.cpus:g} CPUs and {pool.gpus:g} GPUs each; free in the cluster: {ray.available_resources()}"
+        ) from error
+    return found
+
+
+def repeated(name: str, attempt: Callable[[], T]) -> T:
+    """The result of a stage that is tried again when one of its processes died.
+
+    Raises UserError when processes die every time, as they do when memory runs out.
+    """
+    for number in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return attempt()
+        except ray.exceptions.RayActorError as error:
+            if number == MAX_ATTEMPTS:
+                raise UserError(
+                    f"{name}: its processes died in each of {number} attempts, as they do when memory runs out: "
+                    f"{first_line(error)}"
+                ) from error
+            log.warning("%s: a process died (%s); trying again", name, first_line(error))
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def unpacked(rows: Iterable[dict[str, bytes]]) -> Iterable[Any]:
+    return (pickle.loads(row["item"]) for row in rows)
+
+
+def quiet() -> None:
+    """Ray Data's own words go to its log file only, and a stage that stands still ends."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = STALL_SECONDS
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
