@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 from collections.abc import Sequence
@@ -41,9 +42,12 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
     if dry_run:
         return
     started = datetime.datetime.now(datetime.UTC)
-    storage = Path(comparison.storage_path).expanduser().resolve()
-    directory = storage / comparison.name
-    with connect(import_paths=[folder]) as session, lease(directory), Board(console) as board:
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(connect(import_paths=[folder]))
+        storage = session.storage(comparison.storage_path)
+        directory = storage / comparison.name
+        stack.enter_context(lease(directory))
+        board = stack.enter_context(Board(console))
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
         model = initial_model(comparison, directory, stages, board)

@@ -48,11 +48,11 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
     refuse_unsupported(run)
     if run.evaluate is None:
         raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
-    directory = Path(run.storage_path).expanduser().resolve() / run.name
-    found = evaluated_checkpoints(directory)
-    if not found:
-        raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
     with connect(import_paths=[folder]) as session, Board(console) as board:
+        directory = session.storage(run.storage_path) / run.name
+        found = evaluated_checkpoints(directory)
+        if not found:
+            raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
         evaluation = Evaluation.start(run, stages, share=share(session, 1), actors=1)
         rows = {0: evaluation.points(None, directory)}

@@ -81,7 +81,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         held_out=held_out(run, method, source, stages) if run.data.eval else None,
         strategy=run.strategy.name,
         workers=num_workers(run, session),
-        share=share(session, processes),
+        share=share(session, processes, workers=num_workers(run, session)),
         run=label,
     )
 

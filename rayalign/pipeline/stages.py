@@ -72,7 +72,7 @@ class Stages:
         def build(directory: Path) -> None:
             (directory / "quarantine.jsonl").unlink(missing_ok=True)
             writers = num_writers(units, int(self.session.num_cpus))
-            found = prepare(split_units(units), tokenizer, shape, directory, writers=writers)
+            found = prepare(split_units(units), tokenizer, shape, directory, writers=writers, note=self.artifacts.note)
             append_quarantine(directory / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
             shards = [report.shard for report in found.reports if report.shard is not None]
@@ -111,7 +111,9 @@ class Stages:
         }
 
         def build(directory: Path) -> None:
-            score_store(store, directory, spec, session=self.session, facts={"inputs": inputs})
+            score_store(
+                store, directory, spec, session=self.session, facts={"inputs": inputs}, note=self.artifacts.note
+            )
 
         return self.artifacts.stage("reference", inputs, build)
 

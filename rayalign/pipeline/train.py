@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     run = load_run(path, overrides)
     refuse_unsupported(run)
     with connect(import_paths=[folder]) as session, Board(console) as board:
-        storage = Path(run.storage_path).expanduser().resolve()
+        storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
         job = make_job(run, storage / run.name, stages, processes=num_workers(run, session), label=run.name)
         final = run_job(run, job, board)
@@ -52,8 +53,8 @@ def run_job(run: RunConfig, job: TrainJob, board: Board) -> Path:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_run_json(run, job, status="running", started=started)
         board.start(job.run, job.spec.optimizer.steps)
-        with watching(board.row) as progress:
-            final = fit(job, progress)
+        with watching(job.spec.directory, row=partial(board.row, job.run), note=board.say):
+            final = fit(job)
         write_run_json(run, job, status="finished", started=started)
         return final
 

@@ -18,7 +18,7 @@ from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.prompts import prompt_sets, prompt_text, read_examples
 from rayalign.pipeline.stages import Stages
-from rayalign.runtime.session import Session
+from rayalign.runtime.session import Node, Session
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
 
@@ -35,7 +35,7 @@ def run_with(*settings: str) -> RunConfig:
 
 @pytest.fixture
 def stages(tmp_path: Path) -> Stages:
-    session = Session(started_here=True, num_cpus=1, num_gpus=0, nodes=1)
+    session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
     return Stages(artifacts=Artifacts(root=tmp_path / "artifacts"), session=session)
 
 
