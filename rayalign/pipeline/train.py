@@ -52,6 +52,7 @@ def run_job(run: RunConfig, job: TrainJob, board: Board) -> Path:
             return job.spec.directory / "final"
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_run_json(run, job, status="running", started=started)
+        collect_quarantine(job)
         board.start(job.run, job.spec.optimizer.steps)
         with watching(job.spec.directory, row=partial(board.row, job.run), note=board.say):
             final = fit(job)
@@ -102,6 +103,14 @@ def write_run_json(run: RunConfig, job: TrainJob, *, status: str, started: str) 
         **provenance(),
     }
     write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def collect_quarantine(job: TrainJob) -> None:
+    """``quarantine.jsonl``: the bad rows of every store that the run reads; no bad row, no file."""
+    stores = dict.fromkeys(store for stream in job.source.streams for store in stream.stores)
+    found = [path.read_text(encoding="utf-8") for store in stores if (path := store / "quarantine.jsonl").exists()]
+    if found:
+        write_durably(job.spec.directory / "quarantine.jsonl", "".join(found))
 
 
 def data_facts(job: TrainJob) -> list[dict[str, Any]]:
