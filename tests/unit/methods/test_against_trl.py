@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from packed_work import by_group, packed, work_of
 from random_groups import random_groups
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
@@ -27,23 +28,19 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from rayalign.data.group import Group
-from rayalign.data.pack import group_lengths, pack
-from rayalign.data.plan import count_step
 from rayalign.engine.forward import Policy
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.source import StreamWork
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Single
 from rayalign.methods import compose, resolve
 from rayalign.methods._base import Method, Statistics
 from rayalign.methods.weighting import WPOWeighting
-from rayalign.types import PackedBatch, Scored, Scores
+from rayalign.types import Scored, Scores
 
 TOKENIZER = byte_level()
 VOCABULARY = len(TOKENIZER)
-PAD = TOKENIZER.pad_token_id
 PAIRS = random_groups([2] * 8, vocabulary=VOCABULARY, seed=4)
-BETA = 0.3
+BETA = 0.6
 
 
 def model(seed: int) -> PreTrainedModel:
@@ -72,30 +69,15 @@ def ours(groups: Sequence[Group], method: Method, *, reference: bool = True, **p
         compute_dtype=torch.float32,
         seed=0,
     )
-    half = len(groups) // 2
-    work = StreamWork(
-        stream=MAIN_STREAM,
-        micro_batches=(packed(groups[:half], first=0), packed(groups[half:], first=half)),
-        counts=count_step([group_lengths(group) for group in groups]),
-        groups_per_step=len(groups),
-        epoch=0.0,
-        num_tokens=0,
-    )
     still = torch.optim.SGD(policy.parameters(), lr=0.0)
-    result: StepResult = runner.step(0, [work], optimizer=still, max_grad_norm=0.0)
+    result: StepResult = runner.step(0, [work_of(groups)], optimizer=still, max_grad_norm=0.0)
     return Outcome(loss=result.loss, gradient=gradient(policy.model), metrics=dict(result.metrics))
-
-
-def packed(groups: Sequence[Group], *, first: int) -> PackedBatch:
-    positions = range(first, first + len(groups))
-    return pack(groups, positions=positions, num_candidates=2, pad_id=PAD, row_tokens=64)
 
 
 def scored_by_reference(groups: Sequence[Group]) -> list[Group]:
     with torch.no_grad():
-        logp = Policy(model(1))(packed(groups, first=0)).token_logp.numpy()
-    ends = np.cumsum([sum(group_lengths(group).predicted) for group in groups])
-    parts = np.split(logp, ends[:-1])
+        logp = Policy(model(1))(packed(groups)).token_logp.numpy()
+    parts = by_group(logp, groups)
     return [replace(group, per_token={"ref_token_logp": part}) for group, part in zip(groups, parts, strict=True)]
 
 
@@ -375,7 +357,7 @@ def sides(group: Group) -> dict[str, tuple[list[int], list[int]]]:
 
 def scored_by_head(scorer: PreTrainedModel, margins: Sequence[float]) -> Scored:
     """Values of every response token from the scalar head, each sequence by itself."""
-    values, batch = [], packed(PAIRS, first=0)
+    values, batch = [], packed(PAIRS)
     for group in PAIRS:
         for prompt, response in sides(group).values():
             hidden = scorer.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
