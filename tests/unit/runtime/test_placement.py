@@ -1,0 +1,76 @@
+"""Shares of clusters, checked by putting the processes on the nodes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayalign.errors import UserError
+from rayalign.runtime.placement import Share, share
+from rayalign.runtime.session import Node, Session
+
+
+def cluster(*nodes: tuple[float, float]) -> Session:
+    """A session whose nodes have (CPUs, GPUs)."""
+    made = (Node(id=str(index), name="", cpus=cpus, gpus=gpus) for index, (cpus, gpus) in enumerate(nodes))
+    return Session(started_here=False, nodes=tuple(made))
+
+
+def places(session: Session, each: Share) -> int:
+    """How many processes of this share the cluster holds, in ten-thousandths as Ray counts."""
+
+    def whole(value: float) -> int:
+        return round(value * 10_000)
+
+    total = 0
+    for node in session.nodes:
+        by_cpu = whole(node.cpus) // whole(each.cpus) if each.cpus else 10**9
+        by_gpu = int(node.gpus) * (10_000 // whole(each.gpus)) if each.gpus else 10**9
+        total += min(by_cpu, by_gpu)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "expected"),
+    [
+        ([(2, 0)], 1, Share(cpus=2, gpus=0, threads=2)),
+        ([(2, 0)], 2, Share(cpus=1, gpus=0, threads=1)),
+        ([(2, 0)], 3, Share(cpus=0.6, gpus=0, threads=1)),
+        ([(1, 0)], 4, Share(cpus=0.2, gpus=0, threads=1)),
+        ([(3, 0), (3, 0)], 3, Share(cpus=1, gpus=0, threads=1)),  # two CPUs each would leave the third nowhere
+        ([(0, 0), (8, 0)], 2, Share(cpus=4, gpus=0, threads=4)),  # a head that runs nothing
+        ([(16, 8)], 8, Share(cpus=2, gpus=1, threads=2)),
+        ([(16, 8)], 2, Share(cpus=2, gpus=1, threads=2)),
+        ([(16, 1)], 2, Share(cpus=8, gpus=0.5, threads=8)),
+        ([(4, 8)], 8, Share(cpus=0.5, gpus=1, threads=1)),
+        ([(32, 0), (8, 4), (4, 4)], 8, Share(cpus=1, gpus=1, threads=1)),
+    ],
+)
+def test_shares(nodes: list[tuple[float, float]], processes: int, expected: Share) -> None:
+    assert share(cluster(*nodes), processes) == expected
+
+
+@given(
+    nodes=st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=5),
+    processes=st.integers(1, 10),
+)
+def test_all_processes_find_a_place(nodes: list[tuple[float, float]], processes: int) -> None:
+    session = cluster(*nodes)
+    assert places(session, share(session, processes)) >= processes
+
+
+def test_workers_of_one_run_do_not_share_a_gpu() -> None:
+    with pytest.raises(UserError, match="4 processes need a GPU each, the cluster has 2: lower strategy.workers"):
+        share(cluster((16, 2)), 4, workers=4)
+
+
+def test_more_processes_than_cores_can_take() -> None:
+    assert share(cluster((2, 0)), 20).cpus == 0.1
+    with pytest.raises(UserError, match="21 processes .* more than 10 for each of the cluster's 2 CPUs"):
+        share(cluster((2, 0)), 21)
+
+
+def test_resources_name_gpus_only_where_there_are_some() -> None:
+    assert Share(cpus=2, gpus=0, threads=2).resources() == {"CPU": 2}
+    assert Share(cpus=2, gpus=1, threads=2).resources() == {"CPU": 2, "GPU": 1}

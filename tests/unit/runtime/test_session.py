@@ -1,0 +1,68 @@
+"""Which Ray is joined, what its processes inherit, and where results go. No Ray is started here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rayalign.errors import UserError
+from rayalign.runtime.session import DEFAULTS, Node, Session, environment, running_cluster
+
+NODE = Node(id="a", name="a", cpus=2, gpus=0)
+HERE = Session(started_here=True, nodes=(NODE,))
+CLUSTER = Session(started_here=False, nodes=(NODE,))
+
+
+@pytest.mark.parametrize(
+    ("named", "noted", "expected"),
+    [
+        ("10.0.0.1:6379", "10.0.0.2:6379", "10.0.0.1:6379"),
+        ("auto", None, "auto"),
+        ("local", "10.0.0.2:6379", None),
+        ("", "10.0.0.2:6379\n", "10.0.0.2:6379"),
+        (None, None, None),
+    ],
+)
+def test_running_cluster(
+    named: str | None, noted: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("RAY_ADDRESS", named)
+    if noted is not None:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(noted)
+    assert running_cluster() == expected
+
+
+def test_environment_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "7")
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    before = dict(os.environ)
+    with environment([tmp_path]):
+        assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}mine"
+        assert os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "7"
+        assert os.environ.keys() >= DEFAULTS.keys()
+    assert dict(os.environ) == before
+
+
+def test_relative_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYALIGN_STORAGE", raising=False)
+    assert HERE.storage("runs") == tmp_path / "runs"
+    with pytest.raises(UserError, match="runs is relative, .* set RAYALIGN_STORAGE to one"):
+        CLUSTER.storage("runs")
+    monkeypatch.setenv("RAYALIGN_STORAGE", str(tmp_path / "shared"))
+    assert CLUSTER.storage("runs") == tmp_path / "shared" / "runs"
+    assert CLUSTER.storage(str(tmp_path / "absolute")) == tmp_path / "absolute"
+
+
+def test_storage_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/runs cannot be made: Not a directory"):
+        HERE.storage(str(tmp_path / "file" / "runs"))
+    with pytest.raises(UserError, match="s3://bucket/runs: this release writes to file systems"):
+        HERE.storage("s3://bucket/runs")

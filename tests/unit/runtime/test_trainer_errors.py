@@ -1,0 +1,156 @@
+"""Which failures end a run and which are answered by another attempt."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import ray
+import ray.train
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+
+from rayalign.config.errors import ConfigError, Problem
+from rayalign.data.records import EmptyFile
+from rayalign.engine.checkpoint import IncompatibleCheckpoint
+from rayalign.engine.loop import PolicyMismatch
+from rayalign.engine.step import NonFiniteStep
+from rayalign.errors import MissingExtra, UserError
+from rayalign.manifest import TornDirectory
+from rayalign.runtime import trainer
+from rayalign.runtime.failures import is_lost, root_cause
+from rayalign.runtime.trainer import TrainingFailed, TrainJob, fit
+
+JOB = cast(TrainJob, SimpleNamespace(spec=SimpleNamespace(directory=Path("runs/dpo-hh")), retries=2))
+
+
+def raised(error: BaseException) -> UserExceptionWithTraceback:
+    return UserExceptionWithTraceback(error, "Traceback (most recent call last): my_losses.py, line 7")
+
+
+def worker_failure(**by_rank: Exception) -> ray.train.WorkerGroupError:
+    return ray.train.WorkerGroupError("text", {int(rank[1:]): error for rank, error in by_rank.items()})
+
+
+LOST = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LOST,
+        WorkerGroupStartupTimeoutError(2),
+        raised(ConnectionResetError("peer")),
+        raised(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")),
+        raised(RuntimeError("NCCL error: unhandled system error")),
+        raised(ray.exceptions.ObjectStoreFullError("store")),
+    ],
+)
+def test_failures_of_the_cluster(error: BaseException) -> None:
+    assert is_lost(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("margin"),
+        OSError(28, "No space left on device"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        UserError("a collective timed out, says a user's method"),
+        NonFiniteStep("step 3"),
+    ],
+)
+def test_failures_of_the_run(error: BaseException) -> None:
+    assert not is_lost(raised(error))
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each attempt does: an error that it raises, or what it returns."""
+    outcomes: list[Any] = []
+
+    def once(job: TrainJob, max_failures: int) -> Path:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return Path(outcome)
+
+    monkeypatch.setattr(trainer, "fit_once", once)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return outcomes
+
+
+def test_a_lost_worker_and_a_lost_controller_are_answered(
+    attempts: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts += [worker_failure(r0=LOST), ray.exceptions.ActorDiedError(), "final"]
+    assert fit(JOB) == Path("final")
+    assert "dpo-hh: attempt 1 was lost (worker 0: A worker health check failed.); trying again" in caplog.text
+    assert "attempt 2 was lost" in caplog.text
+
+
+def test_attempts_end(attempts: list[Any]) -> None:
+    attempts += [worker_failure(r0=LOST)] * 3 + ["final"]
+    with pytest.raises(TrainingFailed, match="dpo-hh: gave up after 3 attempts: .*"):
+        fit(JOB)
+    assert attempts == ["final"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("scorer: no model there"),
+        PolicyMismatch("before the first step"),
+        NonFiniteStep("step 3: loss nan"),
+        IncompatibleCheckpoint("another run"),
+        TornDirectory("MANIFEST.json"),
+    ],
+)
+def test_a_message_stands_alone(error: Exception, attempts: list[Any]) -> None:
+    attempts += [worker_failure(r0=raised(error)), "final"]
+    with pytest.raises(TrainingFailed) as failed:
+        fit(JOB)
+    assert str(failed.value) == f"dpo-hh: {error}"
+    assert attempts == ["final"]
+
+
+def test_a_bug_is_shown_with_its_place(attempts: list[Any]) -> None:
+    attempts += [worker_failure(r1=raised(KeyError("margin"))), "final"]
+    with pytest.raises(TrainingFailed, match=r"worker 1 raised KeyError: 'margin'\n.*my_losses.py, line 7"):
+        fit(JOB)
+    assert attempts == ["final"]
+
+
+def test_the_culprit_is_found_among_broken_collectives(attempts: list[Any]) -> None:
+    broken = raised(RuntimeError("Connection closed by peer"))
+    attempts += [worker_failure(r0=broken, r1=broken, r2=raised(NonFiniteStep("step 3")), r3=LOST), "final"]
+    with pytest.raises(TrainingFailed, match="dpo-hh: step 3"):
+        fit(JOB)
+
+
+def test_root_cause_under_every_wrapper() -> None:
+    cause = ValueError("inside")
+    remote = ray.exceptions.RayTaskError("measure", "traceback", cause)
+    assert root_cause(raised(remote)) is cause
+    assert root_cause(cause) is cause
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("plain"),
+        MissingExtra("tensorboard", "tracking"),
+        EmptyFile("rows.jsonl"),
+        ConfigError([Problem("run.yaml:3", "method.beta", "must be positive")]),
+    ],
+)
+def test_messages_cross_processes(error: UserError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
