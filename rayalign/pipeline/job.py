@@ -45,6 +45,8 @@ NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "reso
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
     session = stages.session
+    workers = num_workers(run, session)
+    each = share(session, processes, workers=workers)
     method = method_of(run)
     streams = [main_stream(run, method, stages), *auxiliary_streams(run, stages)]
     steps = num_steps(run, streams[0])
@@ -80,8 +82,8 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         source=source,
         held_out=held_out(run, method, source, stages) if run.data.eval else None,
         strategy=run.strategy.name,
-        workers=num_workers(run, session),
-        share=share(session, processes, workers=num_workers(run, session)),
+        workers=workers,
+        share=each,
         run=label,
     )
 
