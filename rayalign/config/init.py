@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import textwrap
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -15,6 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from rayalign.config.data import AuxiliaryConfig, DataConfig
+from rayalign.config.load import importable
 from rayalign.config.method import resolve_method, why_not_weighted
 from rayalign.config.model import ModelConfig
 from rayalign.config.policy import OnPolicyConfig, RolloutConfig
@@ -52,7 +52,8 @@ def template(name: str) -> str:
     """
     if name == "compare":
         return _render("compare.yaml", row=ROWS["pair"])
-    record = resolve_method(name)
+    with importable(Path.cwd()):
+        record = resolve_method(name)
     return _render(
         "run.yaml",
         method=name,
@@ -111,26 +112,7 @@ def _parameters(record: Method) -> str:
 
 def _doc(block: type[BaseModel], key: str) -> str:
     """The docstring below a field, on one line, with plain quotes."""
-    documented = block.model_fields[key].description or _docstrings(block).get(key, "")
-    return " ".join(documented.replace("``", "").split())
-
-
-def _docstrings(block: type[BaseModel]) -> dict[str, str]:
-    """Strings that stand below the fields of a class and of the classes it extends."""
-    found: dict[str, str] = {}
-    for origin in reversed(block.__mro__):
-        if not issubclass(origin, BaseModel) or origin is BaseModel:
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(origin))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                found[ast.unparse(field.target)] = str(below.value.value)
-    return found
+    return " ".join((block.model_fields[key].description or "").replace("``", "").split())
 
 
 def _yaml(value: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayalign.errors import UserError
+from rayalign.imports import load_object
 
 if TYPE_CHECKING:
     from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term, margin
@@ -123,25 +124,21 @@ def resolve(name: str) -> Method:
     """The method called ``name``, or the one at ``"my_pkg.losses:METHOD"``.
 
     Raises:
-        UserError: nothing has that name; the nearest names are in the message.
+        UserError: nothing has that name (the nearest names are in the message), or it is no method.
     """
     from rayalign.methods._base import Method
 
-    module_name, separator, attribute = METHODS.get(name, name).partition(":")
-    if not separator:
+    if name not in METHODS and ":" not in name:
         near = difflib.get_close_matches(name, METHODS, n=3) or sorted(METHODS)
         raise UserError(
             f"no method is called {name!r}; did you mean {' or '.join(near)}? Your own is my_pkg.losses:METHOD"
         )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"method {name!r}: there is no module {error.name!r} on the Python path") from error
-    method = getattr(module, attribute, None)
+    if name.partition(":")[0].endswith(".py"):
+        # Workers receive a loss as the name of its module and of the function in it; a lone file has no such name.
+        raise UserError(f"{name!r}: a method is named by its module, not by its file: write my_pkg.losses:METHOD")
+    method = load_object(METHODS.get(name, name))
     if not isinstance(method, Method):
-        raise UserError(f"method {name!r}: {module_name} has no Method called {attribute!r}")
+        raise UserError(f"{name!r} is a {type(method).__name__}, not a rayalign.methods.Method")
     return method
 
 

@@ -40,7 +40,7 @@ DataPolicy = Literal["off_policy", "on_policy", "hybrid"]
 class MethodConfig(BaseModel):
     """Parameters that every method has. Subclasses add their own; defaults are the paper's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     logit_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of policy, reference and behavior alike: the temperature that the data were drawn at."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 class WPOWeight(BaseModel):
     """How a pair's weight is made from the policy's own token probabilities."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     alignment: Literal["none", "greedy", "sampled"] = "sampled"
     """What a token's probability is divided by: nothing, max_v π(v), or Σ_v π(v)²."""

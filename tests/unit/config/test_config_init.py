@@ -61,3 +61,17 @@ def test_lines_fit_a_screen_and_settings_stand_below_their_comment() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UserError, match="no method is called 'dop'"):
         template("dop")
+
+
+def test_a_method_beside_one_has_its_parameters_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "init_losses.py").write_text(
+        "from dataclasses import replace\n"
+        "from rayalign.methods import MethodConfig\n"
+        "from rayalign.methods.dpo import METHOD as DPO\n"
+        "class Config(MethodConfig):\n"
+        "    scale: float = 2.0\n"
+        '    """How steep it is."""\n'
+        "METHOD = replace(DPO, name='steep', config=Config)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "  scale: 2.0  # How steep it is.\n" in template("init_losses:METHOD")

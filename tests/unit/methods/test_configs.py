@@ -109,3 +109,9 @@ def test_configs_do_not_change() -> None:
         config = resolve(name).config()
         with pytest.raises(ValidationError, match="frozen"):
             config.logit_temperature = 2.0
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_parameter_is_finite(value: float) -> None:
+    with pytest.raises(ValidationError):
+        resolve("dpo").config(beta=value)  # type: ignore[call-arg]

@@ -69,6 +69,13 @@ def test_an_unknown_name_gets_the_nearest_ones(name: str, nearest: str) -> None:
         resolve(name)
 
 
+def test_a_method_inside_a_class_or_namespace_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "class Losses:\n    from rayalign.methods.dpo import METHOD\n"
+    (tmp_path / "nested_losses.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("nested_losses:Losses.METHOD") is resolve("dpo")
+
+
 def test_a_hopeless_name_gets_the_whole_table() -> None:
     with pytest.raises(UserError, match="did you mean dpo or dpo_rw or exo_pref or"):
         resolve("zzzzzz")
@@ -80,10 +87,12 @@ def test_a_path_to_nothing_says_what_is_missing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="there is no module 'no_losses'"):
         resolve("no_losses:METHOD")
-    with pytest.raises(UserError, match="half_losses has no Method called 'METHOD'"):
+    with pytest.raises(UserError, match="'half_losses:METHOD' is a int, not a rayalign.methods.Method"):
         resolve("half_losses:METHOD")
-    with pytest.raises(UserError, match="half_losses has no Method called 'OTHER'"):
+    with pytest.raises(UserError, match="half_losses has no 'OTHER'"):
         resolve("half_losses:OTHER")
+    with pytest.raises(UserError, match="named by its module, not by its file"):
+        resolve(f"{tmp_path}/half_losses.py:METHOD")
     # A mistake inside the user's module is theirs to see, with its traceback.
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         resolve("broken_losses:METHOD")
