@@ -18,6 +18,10 @@ from rayalign.data.split import transcript
 from rayalign.errors import UserError
 
 _PROBE = "rayalign"
+_MARK = "\ue000rayalign\ue001"
+"""Stands in nobody's text: the characters are of Unicode's private use."""
+_REFUSALS = (TemplateError, TypeError, ValueError)
+"""What templates raise, on purpose and otherwise: they concatenate what may be no text."""
 
 
 class Piece(NamedTuple):
@@ -81,7 +85,10 @@ class Chat:
             yield Piece(said, True)
             if following is not None:
                 whole = self._write((*prompt, *answer[:following]), example, generation_prompt=True)
-                yield Piece(self._between(opening, said, answer[place]["content"], whole), False)
+                if whole.startswith(opening + said):
+                    yield Piece(whole[len(opening) + len(said) :], False)
+                else:
+                    yield Piece(self._after(len(prompt) + place, (*prompt, *answer[:following]), whole, example), False)
                 opening = whole
 
     def _said(self, turns: Turns, opening: str, example: Example) -> str:
@@ -93,14 +100,18 @@ class Chat:
             raise RowProblem("", "the chat template rewrites the prompt when a tool call follows it")
         return str(turns[-1]["content"])
 
-    def _between(self, opening: str, said: str, content: str, whole: str) -> str:
-        """What stands between an answer and the next one's start, in ``whole`` that ends there."""
-        if whole.startswith(opening + said):
-            return whole[len(opening) + len(said) :]
-        _, found, rest = whole.rpartition(content)
-        if not found or not content:
+    def _after(self, place: int, turns: Turns, whole: str, example: Example) -> str:
+        """What stands after the answer ``turns[place]`` in ``whole``, where what stands before it is written anew.
+
+        The place is found by writing a mark instead of the answer: the answer's own words may stand elsewhere too.
+        """
+        marked = self._write((*turns[:place], *assistant(_MARK), *turns[place + 1 :]), example, generation_prompt=True)
+        head, _, rest = marked.partition(_MARK)
+        answer = whole[len(head) : len(whole) - len(rest)]
+        if head + answer + rest != whole or answer.strip() != turns[place]["content"].strip():
             raise RowProblem("", "the chat template rewrites an earlier answer, so the turns after it have no place")
-        return rest.partition(self.end_text)[2] if self.end_text in rest else rest
+        before, found, beyond = rest.partition(self.end_text)
+        return beyond if found and not before.strip() else rest
 
     def _write(self, turns: Turns, example: Example, *, generation_prompt: bool) -> str:
         if not self.has_template:
@@ -114,7 +125,7 @@ class Chat:
                 tools=list(example.tools) if example.tools else None,
                 **example.template_kwargs,
             )
-        except (TemplateError, TypeError) as error:  # templates concatenate what may be no text
+        except _REFUSALS as error:
             raise RowProblem("", f"the chat template refuses these messages: {error}") from error
 
 
@@ -157,7 +168,7 @@ def _turn_tail(tokenizer: Any, template: str | None) -> str:
     probe = (*user(_PROBE), *assistant(_PROBE))
     try:
         whole = _apply(tokenizer, template, probe, False)
-    except (TemplateError, TypeError) as error:
+    except _REFUSALS as error:
         raise UserError(f"the chat template refuses one user turn and one assistant turn: {error}") from error
     before, found, tail = whole.rpartition(_PROBE)
     if not found or _PROBE not in before:

@@ -115,6 +115,25 @@ def test_boundary_is_never_tokenized_over() -> None:
     assert group.candidates[0].ids.tolist() == [*tokenizer("\n\nIt")["input_ids"], chat.end_id]
 
 
+@pytest.mark.parametrize("answer", ["it", " it \n"])
+def test_words_of_an_answer_may_stand_in_the_next_question(answer: str) -> None:
+    """Templates that write earlier turns anew: where an answer ends is not where its words stand last."""
+    thinking = make_chat(tiny.byte_level(template=tiny.THINKING))
+    _, whole, predicted = read(thinking, group_of(example("What?", answer, "Why is it so?", "So"), thinking))
+    asked = "\n<|im_start|>user\nWhy is it so?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert whole == f"{answer}<|im_end|>{asked}So<|im_end|>"
+    assert predicted == f"{answer}<|im_end|>So<|im_end|>"
+    mistral = make_chat(tiny.byte_level(template=tiny.MISTRAL, bos="<s>"))
+    system = {"role": "system", "content": "Be it."}
+    turns = (system, *said("What?", answer, "Why is it so?", "So"))
+    prompt, whole, predicted = read(
+        mistral, group_of(Example(format="messages", prompt=turns[:2], candidates=(turns[2:],)), mistral)
+    )
+    assert prompt == "<s>[INST] Be it.\n\nWhat? [/INST]"
+    assert whole == f"{answer}</s>[INST] Be it.\n\nWhy is it so? [/INST]So</s>"
+    assert predicted == f"{answer}</s>So</s>"
+
+
 def test_a_thought_that_the_generation_prompt_opened() -> None:
     chat = make_chat(tiny.byte_level(template=tiny.THINKING))
     stable = group_of(example("What?", "<think>\nhm</think>It"), chat)
@@ -131,6 +150,12 @@ def test_template_that_refuses_messages() -> None:
     assert bad.reason == (
         "the chat template refuses these messages: Conversation roles must alternate user/assistant/user/assistant/..."
     )
+
+
+def test_arguments_that_the_template_cannot_take_make_a_bad_row() -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.CHATML))
+    bad = to_group(example("What?", "It", template_kwargs={"continue_final_message": True}), chat, SETTINGS)
+    assert isinstance(bad, BadRow) and "the chat template refuses these messages" in bad.reason
 
 
 @pytest.mark.parametrize("answer", ["a<|im_end|>b", "a<|im_end|>"])
