@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +32,26 @@ def load_object(name: str) -> Any:
         return reduce(getattr, attribute.split("."), module)
     except AttributeError as error:
         raise UserError(f"{name!r}: {place} has no {attribute!r}; check the spelling") from error
+
+
+def load_function(name: str, *positional: object, **keywords: object) -> Callable[..., Any]:
+    """The function at ``name``, once it is known that it can be called with such arguments.
+
+    Raises:
+        UserError: there is none, it is no function, or its parameters are others.
+    """
+    function: Callable[..., Any] = load_object(name)
+    if not callable(function):
+        raise UserError(f"{name!r} is a {type(function).__name__}, not a function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C, without a signature
+        return function
+    try:
+        signature.bind(*positional, **keywords)
+    except TypeError as error:
+        raise UserError(f"{name!r} takes {signature}: {error}") from error
+    return function
 
 
 def _load_module(place: str, name: str) -> ModuleType:

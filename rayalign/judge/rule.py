@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from rayalign.errors import UserError
-from rayalign.imports import load_object
+from rayalign.imports import load_function
 
 
 class RuleScorer:
@@ -19,15 +19,16 @@ class RuleScorer:
         arguments: keyword arguments for every call.
 
     Raises:
-        UserError: there is no such function.
+        UserError: there is no such function, or it does not take these arguments.
     """
 
     def __init__(self, *, function: str, arguments: Mapping[str, Any] | None = None) -> None:
         self.name = function
-        self.function = load_object(function)
-        if not callable(self.function):
-            raise UserError(f"scorer.function: {function!r} is a {type(self.function).__name__}, not a function")
         self.arguments = dict(arguments or {})
+        try:
+            self.function = load_function(function, "a prompt", "a reply", **self.arguments)
+        except UserError as error:
+            raise UserError(f"scorer.function: {error}") from error
 
     def score(self, prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
         """The function's numbers.

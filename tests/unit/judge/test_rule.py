@@ -102,3 +102,9 @@ def test_what_a_users_module_lacks_is_not_blamed_on_its_name(tmp_path: Path, mon
 def test_unknown_scorers() -> None:
     with pytest.raises(UserError, match="no scorer is called 'rules'; there is rule"):
         make_scorer("rules", function="math:sqrt")
+
+
+def test_a_function_with_other_parameters(rewards: Path) -> None:
+    with pytest.raises(UserError, match=r"scorer.function: .*words' takes \(prompt, reply, \*, per_word=1.0\): got an"):
+        RuleScorer(function=f"{rewards}:words", arguments={"per_wrod": 2})
+    assert RuleScorer(function="math:fmod").arguments == {}
