@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayalign.manifest import MANIFEST, file_digest
+from rayalign.errors import UserError
+from rayalign.manifest import MANIFEST, file_digest, is_content
 from rayalign.runtime.lease import lease
 
 STAGE_VERSIONS = {"rows": 1, "tokens": 1, "mismatched": 1, "reference": 1}
@@ -27,9 +28,16 @@ class Artifacts:
 
     root: Path
     fresh: frozenset[str] = frozenset()
-    """Stages that are made again whatever is there."""
+    """Stages that are made again, from nothing and once each, whatever is there."""
     note: Callable[[str], None] = print
     """Receives one line per stage: made, or found."""
+    made: set[Path] = field(default_factory=set)
+    """What this process has made."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.fresh - STAGE_VERSIONS.keys())
+        if unknown:
+            raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
         """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes it if needed.
@@ -44,18 +52,27 @@ class Artifacts:
             if self._found(name, directory):
                 return directory
             if name in self.fresh:
-                (directory / MANIFEST).unlink(missing_ok=True)
+                clear(directory)
             self.note(f"{name}: making {directory.name}")
             build(directory)
+            self.made.add(directory)
         if not (directory / MANIFEST).exists():
             raise AssertionError(f"stage {name} ended without a commit in {directory}")
         return directory
 
     def _found(self, name: str, directory: Path) -> bool:
-        found = (directory / MANIFEST).exists() and name not in self.fresh
+        found = (directory / MANIFEST).exists() and (name not in self.fresh or directory in self.made)
         if found:
             self.note(f"{name}: found {directory.name}")
         return found
+
+
+def clear(directory: Path) -> None:
+    """Remove what a stage wrote, its manifest first; the lease stays."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for path in directory.rglob("*"):
+        if path.is_file() and is_content(path):
+            path.unlink()
 
 
 def stage_key(name: str, inputs: Mapping[str, Any]) -> str:

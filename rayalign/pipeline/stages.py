@@ -19,7 +19,7 @@ from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.model import model_directory, tokenizer_digest
 from rayalign.errors import UserError
-from rayalign.imports import load_object, source_digest
+from rayalign.imports import load_function, source_digest
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts, path_digest
 from rayalign.pipeline.model import reference_spec, scoring_spec, spec_digest, template_digest, tokenizer_spec
@@ -46,9 +46,13 @@ class Stages:
         inputs = {"function": function, "source": source_digest(function), "arguments": source.arguments}
 
         def build(directory: Path) -> None:
+            make = load_function(function, **source.arguments)
             with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
-                for row in load_object(function)(**source.arguments):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                for number, row in enumerate(make(**source.arguments), start=1):
+                    try:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    except (TypeError, ValueError) as error:
+                        raise UserError(f"{function!r}: row {number} cannot be written as JSON: {error}") from error
             commit(directory, {"inputs": inputs})
 
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
@@ -121,7 +125,8 @@ class Stages:
 def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:
     """What one entry of ``data.train`` names: files, a dataset, or the rows that a function makes."""
     path = str(stages.rows(source)) if source.function is not None else str(source.path)
-    paths = sorted(glob(path)) if any(mark in path for mark in "*?[") else [path]
+    is_pattern = any(mark in path for mark in "*?[") and not Path(path).exists()
+    paths = sorted(glob(path)) if is_pattern else [path]
     if not paths:
         raise UserError(f"data: no file matches {path}")
     return [
@@ -145,11 +150,12 @@ def num_writers(units: list[Unit], num_cpus: int) -> int:
 
 
 def input_digest(unit: Unit) -> str:
-    """What identifies a unit's rows: a file's bytes; a dataset's name, split and revision."""
+    """What identifies a unit's rows: a file's bytes; a dataset's bytes or name, and its split and revision."""
     path = Path(unit.path)
-    if path.exists():
+    if path.is_file():
         return path_digest(path)
-    return f"{unit.path}@{unit.revision}#{unit.split}"
+    dataset = path_digest(path) if path.exists() else unit.path
+    return f"{dataset}@{unit.revision}#{unit.split}"
 
 
 def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
