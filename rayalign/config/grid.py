@@ -93,7 +93,8 @@ def _entry(axis: str, value: Any, origin: FieldPath) -> Entry:
         return Entry(
             axis=axis, label=label, slug=_slug(label), changes=(Change(path=path, value=value, origin=origin),)
         )
-    sections = [key for key in value if key in SECTIONS]
+    own = {"reference"} if axis == "model" else set()  # a key of the block and a section of a run: the block's
+    sections = [key for key in value if key in SECTIONS - own]
     block = {key: item for key, item in value.items() if key not in sections and key != "as"}
     label = str(value.get("as", _block_label(block)))
     changes = [Change(path=path, value=block, origin=origin)] if block else []

@@ -18,7 +18,7 @@ from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.evaluate import Evaluation, Points, evaluated_checkpoints
+from rayalign.pipeline.evaluate import Evaluation, Points, evaluated_checkpoints, refuse_broken_scorers
 from rayalign.pipeline.job import evaluation_steps, make_job, num_workers
 from rayalign.pipeline.results import CellResult, comparison_record
 from rayalign.pipeline.stages import Stages
@@ -27,6 +27,18 @@ from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.runtime.lease import lease
 from rayalign.runtime.session import Session, connect
+
+MEASURED_WITH = (
+    ("model", "name"),
+    ("model", "revision"),
+    ("model", "reference"),
+    ("model", "dtype"),
+    ("model", "from_scratch"),
+    ("data", "template"),
+    ("data", "stop"),
+    ("data", "max_prompt_tokens"),
+)
+"""Settings of a run that decide what its replies and its KL are measured on."""
 
 
 def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: frozenset[str], console: Console) -> None:
@@ -38,6 +50,8 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
     for run in runs:
         refuse_unsupported(run)
     evaluated = common_evaluation(comparison)
+    assert evaluated.evaluate is not None
+    refuse_broken_scorers(evaluated.evaluate)
     console.print(cells_table(comparison))
     if dry_run:
         return
@@ -92,6 +106,17 @@ def common_evaluation(comparison: Comparison) -> RunConfig:
         )
         if not same:
             raise UserError(f"{run.name}: evaluate differs from {first.name}'s; only `every` and `at` may")
+        for block, field in MEASURED_WITH:
+            mine, theirs = getattr(getattr(run, block), field), getattr(getattr(first, block), field)
+            if mine != theirs:
+                raise UserError(
+                    f"{run.name}: {block}.{field} is {mine}, and {first.name}'s is {theirs}: one comparison measures "
+                    "all cells with one tokenizer, on the same prompt tokens and against one reference"
+                )
+        if run.model.from_scratch and run.seed != first.seed:
+            raise UserError(
+                f"{run.name}: model.from_scratch draws another reference for every seed; train it once as `initial`"
+            )
     return first
 
 

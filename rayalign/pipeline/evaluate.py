@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from rayalign import __version__
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import EvaluateConfig, ScorerConfig
 from rayalign.engine.checkpoint import NAME, is_committed, step_of
 from rayalign.errors import UserError
-from rayalign.judge.measure import Measured, ScorerSpec, Table
+from rayalign.imports import source_digest
+from rayalign.judge.measure import Measured, ScorerSpec, Table, make_scorers
 from rayalign.manifest import MANIFEST, file_digest, write_durably
 from rayalign.pipeline.artifacts import Artifacts, digest_of
 from rayalign.pipeline.display import Board
@@ -48,6 +50,7 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
     refuse_unsupported(run)
     if run.evaluate is None:
         raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
+    refuse_broken_scorers(run.evaluate)
     with connect(import_paths=[folder]) as session, Board(console) as board:
         directory = session.storage(run.storage_path) / run.name
         found = evaluated_checkpoints(directory)
@@ -76,31 +79,9 @@ class Evaluation:
     def start(cls, run: RunConfig, stages: Stages, *, share: Share, actors: int) -> Evaluation:
         """Load the reference into ``actors`` actors."""
         assert run.evaluate is not None
-        sampling = run.evaluate.sampling
-        spec = EvaluationSpec(
-            reference=scoring_spec(run, stages.session),
-            prompt_sets=prompt_sets(run, stages),
-            sampling=SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_new_tokens=sampling.max_new_tokens,
-                num_samples=sampling.samples,
-                seed=run.seed,
-                stop_ids=stop_ids(run),
-            ),
-            scorers=tuple(scorer_spec(scorer) for scorer in (*run.evaluate.scorers, *run.evaluate.diagnostics)),
-        )
+        spec = evaluation_spec(run, stages)
         return cls(
-            spec=spec,
-            config=run.evaluate,
-            digest=digest_of(
-                [
-                    run.evaluate.model_dump(mode="json", exclude={"every", "at"}),
-                    spec_digest(spec.reference.model),
-                    run.seed,
-                ]
-            ),
-            evaluators=Evaluators(spec, share, actors),
+            spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=Evaluators(spec, share, actors)
         )
 
     def points(self, checkpoint: Path | None, directory: Path) -> Points:
@@ -138,6 +119,48 @@ class Evaluation:
 
     def close(self) -> None:
         self.evaluators.close()
+
+
+def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
+    """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
+    assert run.evaluate is not None
+    sampling = run.evaluate.sampling
+    return EvaluationSpec(
+        reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
+        prompt_sets=prompt_sets(run, stages),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+            num_samples=sampling.samples,
+            seed=run.seed,
+            stop_ids=stop_ids(run),
+        ),
+        scorers=scorer_specs(run.evaluate),
+    )
+
+
+def evaluation_digest(spec: EvaluationSpec) -> str:
+    """What a policy's numbers depend on beside the policy: prompts, scorers and their code, sampling, reference."""
+    return digest_of(
+        [
+            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
+            [[asdict(scorer), source_digest(scorer.parameters["function"])] for scorer in spec.scorers],
+            asdict(spec.sampling),
+            spec_digest(spec.reference.model),
+            spec.reference.model.dtype,
+            __version__,
+        ]
+    )
+
+
+def refuse_broken_scorers(config: EvaluateConfig) -> None:
+    """Raise UserError now for a scorer that could not be called once the models are trained."""
+    make_scorers(scorer_specs(config))
+
+
+def scorer_specs(config: EvaluateConfig) -> tuple[ScorerSpec, ...]:
+    return tuple(scorer_spec(scorer) for scorer in (*config.scorers, *config.diagnostics))
 
 
 def evaluated_checkpoints(directory: Path) -> dict[int, Path]:

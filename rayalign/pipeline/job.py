@@ -20,6 +20,7 @@ from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.errors import UserError
+from rayalign.imports import source_digest
 from rayalign.methods import resolve
 from rayalign.methods._base import Method
 from rayalign.methods.composition import compose
@@ -62,6 +63,8 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         "model": spec_digest(model_spec(run)),
         "package": __version__,
     }
+    if ":" in run.method.name:
+        identity["method_source"] = source_digest(run.method.name)
     spec = TrainSpec(
         directory=directory,
         model=model_spec(run),
@@ -199,6 +202,8 @@ def num_steps(run: RunConfig, stream: StoredStream) -> int:
 
 def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
     optim = run.optim
+    if optim.warmup_steps(steps) > steps:
+        raise UserError(f"optim.warmup of {optim.warmup:g} steps is longer than the run of {steps}")
     return OptimizerSpec(
         lr=optim.lr,
         steps=steps,
@@ -216,8 +221,11 @@ def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
     """Steps after which the policy is evaluated: ``at``, or every ``every``-th, and the last one."""
     if run.evaluate is None:
         return (steps,) if run.data.eval else ()
+    late = [step for step in run.evaluate.at if step > steps]
+    if late:
+        raise UserError(f"evaluate.at: step {late[0]} is never reached: the run has {steps}")
     if run.evaluate.at:
-        return tuple(step for step in run.evaluate.at if 0 < step <= steps)
+        return tuple(step for step in run.evaluate.at if step > 0)
     every = run.evaluate.every or steps
     return tuple(sorted({*range(every, steps + 1, every), steps}))
 

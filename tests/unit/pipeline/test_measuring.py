@@ -1,0 +1,114 @@
+"""What an evaluation depends on, and which cells may be measured together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import save_tiny
+
+from rayalign.config import load_compare, load_run
+from rayalign.errors import UserError
+from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.compare import common_evaluation
+from rayalign.pipeline.evaluate import evaluation_digest, evaluation_spec, refuse_broken_scorers
+from rayalign.pipeline.job import evaluation_steps, optimizer_spec
+from rayalign.pipeline.stages import Stages
+from rayalign.runtime.evaluation import EvaluationSpec
+from rayalign.runtime.session import Node, Session
+
+RUN = """
+model: {name: tiny}
+data: {train: [pairs.jsonl], max_prompt_tokens: 64, max_tokens: 128}
+method: {name: dpo}
+evaluate:
+  prompts: prompts.jsonl
+  scorers: [{name: rule, function: "rewards.py:length"}]
+  sampling: {samples: 1, max_new_tokens: 4}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "tiny")
+    save_tiny(tmp_path / "other")
+    pair = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "Why?"}) + "\n")
+    (tmp_path / "rewards.py").write_text("def length(prompt, reply):\n    return len(reply)\n")
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def spec_of(folder: Path, *settings: str) -> EvaluationSpec:
+    session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
+    stages = Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
+    return evaluation_spec(load_run(folder / "run.yaml", settings), stages)
+
+
+def test_kl_is_measured_at_temperature_1_whatever_the_loss_divides_by(folder: Path) -> None:
+    assert spec_of(folder, "method.logit_temperature=0.5").reference.logit_temperature == 1.0
+
+
+def test_numbers_are_kept_until_what_they_depend_on_changes(folder: Path) -> None:
+    first = evaluation_digest(spec_of(folder))
+    assert evaluation_digest(spec_of(folder, "evaluate.every=7", "optim.lr=1e-3")) == first
+    changed = {first}
+    for settings in (
+        ["data.max_prompt_tokens=3"],
+        ["evaluate.sampling.samples=2"],
+        ["seed=1"],
+        ["model.dtype=bfloat16"],
+    ):
+        changed.add(evaluation_digest(spec_of(folder, *settings)))
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "Who?"}) + "\n")
+    changed.add(evaluation_digest(spec_of(folder)))
+    (folder / "rewards.py").write_text("def length(prompt, reply):\n    return -len(reply)\n")
+    changed.add(evaluation_digest(spec_of(folder)))
+    assert len(changed) == 7
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ("{name: rule, function: 'rewards.py:lenght'}", "has no 'lenght'"),
+        ("{name: rule, function: 'absent.py:length'}", "there is no file"),
+        ("{name: rule, function: 'rewards.py:length', arguments: {scale: 2}}", "unexpected keyword argument 'scale'"),
+    ],
+)
+def test_a_scorer_that_cannot_be_called_is_refused_before_anything_is_trained(
+    folder: Path, scorer: str, message: str
+) -> None:
+    run = load_run(folder / "run.yaml", [f"evaluate.scorers=[{scorer}]"])
+    assert run.evaluate is not None
+    with pytest.raises(UserError, match=message):
+        refuse_broken_scorers(run.evaluate)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("{model.name: [./tiny, ./other]}", "model.name is .*/other, and measured.*/tiny"),
+        ("{model: [{name: ./tiny, as: a}, {name: ./tiny, reference: ./other, as: b}]}", "model.reference is"),
+        ("{data.max_prompt_tokens: [32, 64]}", "data.max_prompt_tokens is 64"),
+        ("{seed: [0, 1]}", "model.from_scratch draws another reference for every seed"),
+    ],
+)
+def test_cells_that_are_measured_otherwise_are_not_compared(folder: Path, grid: str, message: str) -> None:
+    path = folder / "compare.yaml"
+    path.write_text("name: measured\nbase: run.yaml\ngrid: {method: [dpo, ipo]}\n")
+    common_evaluation(load_compare(path))
+    scratch = ["base.model.from_scratch=true"] if "seed" in grid else []
+    with pytest.raises(UserError, match=message):
+        common_evaluation(load_compare(path, [f"grid={grid}", *scratch]))
+
+
+def test_steps_that_an_epoch_does_not_reach(folder: Path) -> None:
+    run = load_run(folder / "run.yaml", ["optim.epochs=1", "evaluate.at=[2, 5]", "optim.warmup=9"])
+    assert evaluation_steps(run, 5) == (2, 5)
+    with pytest.raises(UserError, match="evaluate.at: step 5 is never reached: the run has 4"):
+        evaluation_steps(run, 4)
+    assert optimizer_spec(run, 9).warmup_steps == 9
+    with pytest.raises(UserError, match="optim.warmup of 9 steps is longer than the run of 8"):
+        optimizer_spec(run, 8)
