@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ray
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import RayTrainError
 
 from rayalign.engine.checkpoint import IncompatibleCheckpoint
 from rayalign.engine.loop import PolicyMismatch
@@ -20,27 +20,16 @@ BROKEN_COLLECTIVE = ("connection closed", "connection reset", "broken pipe", "ti
 
 def root_cause(error: BaseException) -> BaseException:
     """The exception that the remote code raised, under Ray's wrappers."""
-    if isinstance(error, UserExceptionWithTraceback):
-        return root_cause(error._base_exc)
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         return root_cause(error.cause)
     return error
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a worker's failure is that of a process, node or connection: the same attempt may succeed elsewhere.
-
-    Ray Train hands over what the code raised as UserExceptionWithTraceback; anything else is its own finding, such as
-    a worker that does not answer.
-    """
-    if not isinstance(error, UserExceptionWithTraceback):
+    """Whether a worker's failure is that of a process, node or connection: another attempt may succeed."""
+    if isinstance(error, RayTrainError | ray.exceptions.RayError | ConnectionError):
         return True
-    cause = root_cause(error)
-    if isinstance(cause, PERMANENT):
-        return False
-    if isinstance(cause, ray.exceptions.RayError | ConnectionError):
-        return True
-    return isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in BROKEN_COLLECTIVE)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN_COLLECTIVE)
 
 
 def first_line(error: BaseException) -> str:

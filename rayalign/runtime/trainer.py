@@ -129,10 +129,10 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
         cause = root_cause(error)
         if isinstance(cause, PERMANENT):
             raise TrainingFailed(f"{job.spec.directory.name}: {cause}") from cause
-        if not is_lost(error):
+        if not is_lost(cause):
             raise TrainingFailed(
-                f"{job.spec.directory.name}: worker {rank} raised {type(cause).__name__}: {cause}\n{error}"
-            )
+                f"{job.spec.directory.name}: worker {rank} raised {type(cause).__name__}: {cause}\n{failure}"
+            ) from cause
 
 
 def cluster_reason(failure: BaseException) -> str:

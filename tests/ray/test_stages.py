@@ -1,0 +1,141 @@
+"""The stages before training on a real Ray: what survives a kill, what is shared, what becomes of bad rows."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_inputs import BAD_INPUTS, line
+from workspaces import Workspace, kill_workers, rayalign, wait_until
+
+from rayalign.config.load import load_run
+from rayalign.data.store import TokenStore
+from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.model import scoring_spec
+from rayalign.pipeline.stages import Stages
+from rayalign.runtime import reference
+from rayalign.runtime.session import Session
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def stages(workspace: Workspace, session: Session, notes: list[str]) -> Stages:
+    return Stages(artifacts=Artifacts(root=workspace.storage / "artifacts", note=notes.append), session=session)
+
+
+@pytest.fixture(scope="module")
+def store(workspace: Workspace, stages: Stages) -> Path:
+    run = load_run(workspace.run("stages"))
+    return stages.tokens(run.data.train[0], run, "pair")
+
+
+def shard_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.columns")}
+
+
+def modified(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.columns")}
+
+
+def test_reference_goes_on_after_its_process_was_killed(
+    workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "GROUPS_PER_SHARD", 4)
+    spec = scoring_spec(load_run(workspace.run("stages")), session)
+    kept: dict[str, int] = {}
+
+    def kill() -> None:
+        wait_until(lambda: len(list(tmp_path.glob("*.shard.json"))) >= 3, "3 shards")
+        kill_workers("MapWorker")
+        kept.update({path.name.replace(".shard.json", ".columns"): 0 for path in tmp_path.glob("*.shard.json")})
+        kept.update({name: time for name, time in modified(tmp_path).items() if name in kept})
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    reference.score_store(store, tmp_path, spec, session=session, facts={}, note=lambda line: None)
+    killer.join()
+    assert 3 <= len(kept) < 50
+    assert len(modified(tmp_path)) == 50
+    assert {name: time for name, time in modified(tmp_path).items() if name in kept} == kept
+    whole = TokenStore.open(store).with_columns(tmp_path)
+    assert all(np.isfinite(whole[index].per_token["ref_token_logp"]).all() for index in range(len(whole)))
+
+
+def test_only_missing_shards_are_scored(
+    workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "GROUPS_PER_SHARD", 50)
+    spec = scoring_spec(load_run(workspace.run("stages")), session)
+    reference.score_store(store, tmp_path, spec, session=session, facts={}, note=lambda line: None)
+    before, content = modified(tmp_path), shard_bytes(tmp_path)
+    (tmp_path / "MANIFEST.json").unlink()
+    (tmp_path / "0000000050.columns").write_bytes(b"torn")
+    (tmp_path / "0000000150.shard.json").unlink()
+    reference.score_store(store, tmp_path, spec, session=session, facts={}, note=lambda line: None)
+    after = modified(tmp_path)
+    assert {name for name in after if after[name] != before[name]} == {"0000000050.columns", "0000000150.columns"}
+    assert shard_bytes(tmp_path) == content
+
+
+def test_reference_is_shared_by_what_it_depends_on(
+    workspace: Workspace, store: Path, stages: Stages, notes: list[str]
+) -> None:
+    run = load_run(workspace.run("stages"))
+    first = stages.reference(store, run)
+    notes.clear()
+    other_beta = load_run(workspace.run("stages", method={"name": "ipo"}, optim={"lr": 1e-6, "steps": 3}))
+    budget = {"optim": run.optim.model_copy(update={"lr": 1e-6})}
+    assert stages.reference(store, other_beta.model_copy(update=budget)) == first
+    assert notes == [f"reference: found {first.name}"]
+    warmer = load_run(workspace.run("stages", method={"name": "dpo", "logit_temperature": 2.0}))
+    second = stages.reference(store, warmer)
+    assert second != first
+    plain, warm = (TokenStore.open(store).with_columns(columns) for columns in (first, second))
+    assert not np.allclose(plain[0].per_token["ref_token_logp"], warm[0].per_token["ref_token_logp"])
+
+
+def test_bad_rows_are_quarantined_and_the_rest_is_kept(workspace: Workspace, stages: Stages) -> None:
+    case = BAD_INPUTS["wrong_type"]
+    (workspace.folder / "dirty.jsonl").write_bytes(case.content + b"\xff\n" + line(prompt="Why?") + b"\n{")
+    data = {"train": ["dirty.jsonl"], "max_prompt_tokens": 48, "max_tokens": 96, "max_bad_fraction": 0.5}
+    run = load_run(workspace.run("dirty", data=data))
+    directory = stages.tokens(run.data.train[0], run, "pair")
+    opened = TokenStore.open(directory)
+    assert [opened[index].line for index in range(len(opened))] == [1, 3, 5]
+    bad = [json.loads(row) for row in (directory / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["field"]) for row in bad] == [(2, "chosen"), (4, ""), (6, "")]
+    assert opened.meta["preparation"]["rows"] == 6 and opened.meta["preparation"]["bad"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BAD_INPUTS["wrong_type"].content, "1 of 3 rows are bad (33.33%)"),
+        (b"", "the file is empty"),
+        (line(rejected=...), "rejected is missing"),
+    ],
+    ids=["too many bad rows", "empty", "no good row"],
+)
+def test_data_that_cannot_be_used_end_the_command(
+    content: bytes, message: str, workspace: Workspace, session: Session
+) -> None:
+    (workspace.folder / "unusable.jsonl").write_bytes(content)
+    refused = rayalign("train", workspace.run("unusable", data={"train": ["unusable.jsonl"]}))
+    assert refused.code == 2
+    assert "error: " in refused.printed and message in refused.printed
+    assert "Traceback" not in refused.printed and not workspace.directory("unusable").exists()
+
+
+def test_a_tokenizer_that_does_not_load_ends_the_command(workspace: Workspace, session: Session) -> None:
+    refused = rayalign("train", workspace.run("absent"), "data.stop=<|absent|>")
+    assert refused.code == 2
+    assert "<|absent|>" in refused.printed and "Traceback" not in refused.printed
