@@ -1,0 +1,161 @@
+"""Runs of the support desk in this process: what ``rayalign train`` does, without Ray and without artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from rayalign.config.data import DataSource
+from rayalign.config.run import RunConfig
+from rayalign.data.chat import make_chat
+from rayalign.data.formats import parse_row
+from rayalign.data.group import Group
+from rayalign.data.prepare import Shape, shaped
+from rayalign.data.records import RawRow
+from rayalign.data.rows import Layout
+from rayalign.data.schema import Example
+from rayalign.data.shard import write_column_shard, write_shard
+from rayalign.data.store import commit_columns, commit_store
+from rayalign.data.tokenize import Tokenized, to_groups
+from rayalign.engine.frozen import FrozenModel, ScoringSpec
+from rayalign.engine.loop import TrainSpec, train
+from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.objective import MAIN_STREAM
+from rayalign.engine.strategy import make_strategy
+from rayalign.imports import load_object
+from rayalign.judge.measure import Prompt
+from rayalign.pipeline.job import method_of, needs_reference, objectives, optimizer_spec, shape_of, stop_ids
+from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, tokenizer_spec
+from rayalign.pipeline.prompts import tokenized
+from rayalign.sources.off_policy import OffPolicySource, SourceSpec, StoredStream
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """Trains runs below ``folder``; runs that read the same rows share their token ids and reference log-probs."""
+
+    folder: Path
+    stores: dict[tuple[str, ...], tuple[Path, tuple[Path, ...]]] = field(default_factory=dict)
+    """What was asked for → the store and the columns laid over it."""
+
+    def train(self, run: RunConfig, name: str) -> Path:
+        """Train ``run`` in the folder ``name`` and return its ``final/``."""
+        assert run.optim.steps is not None
+        method = method_of(run)
+        scored = needs_reference(method, run)
+        streams = [
+            self.stream(
+                run,
+                run.data.train,
+                name=MAIN_STREAM,
+                shape=shape_of(method),
+                groups_per_step=run.optim.groups_per_step,
+                scored=scored,
+            )
+        ]
+        streams += [
+            self.stream(
+                run, extra.data, name=extra.name, shape="one", groups_per_step=extra.groups_per_step, scored=False
+            )
+            for extra in run.auxiliary or ()
+        ]
+        source = SourceSpec(
+            streams=tuple(streams),
+            seed=run.seed,
+            tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
+            row_tokens=CPU_ROW_TOKENS,
+        )
+        spec = TrainSpec(
+            directory=self.folder / name,
+            model=model_spec(run),
+            objectives=objectives(run, method),
+            optimizer=optimizer_spec(run, run.optim.steps),
+            seed=run.seed,
+            identity={"name": name},
+            checkpoint_every=run.optim.steps,
+            checkpoint_keep=1,
+            checkpoint_at=run.evaluate.at if run.evaluate else (),
+            stop_ids=stop_ids(run),
+            check_initial_logratio=scored,
+        )
+
+        def make_source(layout: Layout, pad_id: int) -> OffPolicySource:
+            return OffPolicySource(source, layout=layout, pad_id=pad_id)
+
+        return train(spec, make_source, make_strategy("single", CPU))
+
+    def stream(
+        self,
+        run: RunConfig,
+        sources: Sequence[DataSource],
+        *,
+        name: str,
+        shape: Shape,
+        groups_per_step: int,
+        scored: bool,
+    ) -> StoredStream:
+        """A stream over the rows of the only source, with reference log-probs if ``scored``."""
+        [source] = sources
+        asked = (source.model_dump_json(), shape, model_spec(run).name if scored else "")
+        if asked not in self.stores:
+            self.stores[asked] = self._store(run, source, shape, scored=scored)
+        store, columns = self.stores[asked]
+        return StoredStream(
+            name=name,
+            stores=(store,),
+            columns=(columns,),
+            weights=(source.weight,),
+            groups_per_step=groups_per_step,
+            num_candidates=2 if shape == "pair" else 1,
+        )
+
+    def _store(
+        self, run: RunConfig, source: DataSource, shape: Shape, *, scored: bool
+    ) -> tuple[Path, tuple[Path, ...]]:
+        groups = groups_of(run, source, shape)
+        directory = self.folder / f"store_{len(self.stores)}"
+        store = commit_store(directory, [write_shard(directory, "groups", groups)], meta={})
+        if not scored:
+            return directory, ()
+        columns = directory.with_suffix(".reference")
+        logps = FrozenModel(scoring_spec(run), CPU).token_logps(groups)
+        shard = write_column_shard(columns, "groups", first=0, per_token={"ref_token_logp": logps})
+        commit_columns(columns, store, [shard], meta={})
+        return directory, (columns,)
+
+
+def scoring_spec(run: RunConfig, model: ModelSpec | None = None) -> ScoringSpec:
+    """How ``model`` (the run's initial policy by default) scores: as training does."""
+    return ScoringSpec(
+        model=model or model_spec(run),
+        tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
+        row_tokens=CPU_ROW_TOKENS,
+        logit_temperature=run.method.config.logit_temperature,
+    )
+
+
+def groups_of(run: RunConfig, source: DataSource, shape: Shape) -> list[Group]:
+    """The rows of a maker as token ids."""
+    spec = tokenizer_spec(run)
+    chat = make_chat(load_tokenizer(Path(spec.name)), template=spec.template, stop=spec.stop)
+    outcomes = to_groups(examples_of(source), chat, spec.settings)
+    if bad := [outcome for outcome in outcomes if not isinstance(outcome, Tokenized)]:
+        raise ValueError(f"the world made a row that cannot be used: {bad[0]}")
+    return [group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shaped(outcome.group, shape)]
+
+
+def prompts_of(run: RunConfig, source: DataSource) -> tuple[Prompt, ...]:
+    """The prompts of a maker, as the model and as scorers read them."""
+    return tokenized([replace(example, candidates=(), columns={}) for example in examples_of(source)], run)
+
+
+def examples_of(source: DataSource) -> list[Example]:
+    assert source.function is not None
+    rows = load_object(source.function)(**source.arguments)
+    parsed = [parse_row(RawRow(source=source.label, line=line, value=row)) for line, row in enumerate(rows, start=1)]
+    return [row for row in parsed if isinstance(row, Example)]
