@@ -17,7 +17,7 @@ from rayalign.config.fields import Block
 from rayalign.config.grid import Entry, apply, read_axis
 from rayalign.config.legality import blocks_without_use
 from rayalign.config.load import parse_run
-from rayalign.config.run import NAME_PATTERN, RunConfig
+from rayalign.config.run import Name, RunConfig
 
 INITIAL = "(initial)"
 """``model.name`` of every cell until the ``initial`` run is trained; see :func:`started_from`."""
@@ -43,13 +43,13 @@ class CompareConfig(Block):
     """What a comparison's YAML may say. Results go to ``<storage_path of base>/<name>/``."""
 
     config_version: Literal[1] = 1
-    name: str = Field(default="comparison", pattern=NAME_PATTERN)
+    name: Name = "comparison"
     base: dict[str, Any]
     """A run, or the path of one: everything that is not under test."""
     grid: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)]
     """Axis → entries; an axis is a block or a dotted setting of a run."""
     initial: dict[str, Any] | None = None
-    """A run, or the path of one, trained once: its final model is ``model.name`` of every cell."""
+    """A run, or the path of one, trained once in the comparison's folder: ``model.name`` of every cell."""
     report: ReportConfig = ReportConfig()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from rayalign.config.fields import Block, DataPath, FunctionName, TemplatePath, listed
+from rayalign.config.fields import DATA_SUFFIXES, Block, DataPath, FunctionName, TemplatePath, listed
 
 Format = Literal[
     "auto",
@@ -21,6 +21,33 @@ Format = Literal[
     "text",
     "prompt_only",
 ]
+
+
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "completions",
+    "label",
+    "messages",
+    "text",
+    "rewards",
+    "behavior_logps",
+    "chosen_score",
+    "rejected_score",
+    "margin",
+    "soft_label",
+    "tools",
+    "chat_template_kwargs",
+)
+"""Fields of rows that a source's ``columns`` can rename."""
+
+
+def _column(name: str) -> str:
+    if name not in COLUMNS:
+        raise ValueError(f"no row has a field {name!r}; columns maps our field to the file's: {' | '.join(COLUMNS)}")
+    return name
 
 
 def _source(value: object) -> object:
@@ -38,7 +65,7 @@ class DataSource(Block):
     """Keyword arguments of ``function``."""
     split: str | None = None
     revision: str | None = None
-    columns: dict[str, str] = {}
+    columns: dict[Annotated[str, AfterValidator(_column)], str] = {}
     """Our column → the file's column, where the names differ."""
     weight: float = Field(default=1.0, gt=0)
     """Passes over the source per epoch."""
@@ -55,6 +82,8 @@ class DataSource(Block):
             raise ValueError("arguments are those of a function; this source has a path")
         if self.function is not None and (self.split or self.revision):
             raise ValueError("split and revision belong to a dataset; this source has a function")
+        if self.path is not None and self.path.endswith(DATA_SUFFIXES) and (self.split or self.revision):
+            raise ValueError("split and revision belong to a dataset; this source is a file")
         return self
 
     @property
@@ -108,9 +137,16 @@ class AuxiliaryConfig(Block):
     name: str = Field(default="sft", pattern=r"^[A-Za-z0-9_.-]+$")
     """Names the stream in metrics."""
     term: Literal["reference", "pretrain"] = "reference"
-    """reference: responses of the reference policy, given their prompts; pretrain: whole texts."""
+    """reference: responses of the reference policy, given their prompts; pretrain: whole texts, rows with `text`."""
     data: Annotated[Sources, Field(min_length=1)]
     weight: float = Field(default=0.1, gt=0)
     reduction: Literal["sequence", "token"] = "sequence"
     """Mean over sequences of the summed negative log-likelihood, or mean over tokens."""
     groups_per_step: int = Field(default=16, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_main_stream(cls, name: str) -> str:
+        if name == "train":
+            raise ValueError("train is the stream of data.train; call this one otherwise")
+        return name

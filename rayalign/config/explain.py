@@ -63,7 +63,7 @@ def _locate(model: Model, location: FieldPath, data: Any) -> tuple[FieldPath, li
     path: list[str | int] = []
     around: list[Model] = [model]
     blocks: list[Model] = [model]
-    for part in location:
+    for part in (part for part in location if part != "[key]"):
         tagged = [block for block in blocks if len(blocks) > 1 and block.model_fields["name"].default == part]
         if tagged:
             blocks = tagged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rayalign.config.method import why_not_weighted
@@ -153,6 +154,16 @@ def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
 def _model(run: RunConfig, _record: Method) -> Iterator[Violation]:
     if run.model.lora is not None and run.model.from_scratch:
         yield Violation("model.lora", "an adapter on untrained weights learns nothing; remove lora or from_scratch")
+    if run.model.revision is not None and Path(run.model.name).is_absolute():
+        yield Violation("model.revision", "is of a model on the hub, and model.name is a folder; remove it")
+
+
+def _weights(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    """Held-out rows and prompts are each measured once."""
+    prompts = run.evaluate.prompts if run.evaluate is not None else ()
+    for field, sources in (("data.eval", run.data.eval), ("evaluate.prompts", prompts)):
+        if any(source.weight != 1 for source in sources):
+            yield Violation(field, "every row is measured once; remove weight, which is for data.train")
 
 
 def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
@@ -176,5 +187,6 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _auxiliary,
     _reference,
     _model,
+    _weights,
     _evaluation,
 )

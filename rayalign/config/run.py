@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rayalign.config.data import AuxiliaryConfig, DataConfig
@@ -20,11 +20,20 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Track = Literal["tensorboard", "wandb"]
 
 
+def _free(name: str) -> str:
+    if name == "artifacts":
+        raise ValueError("artifacts is the folder of the stages that runs share; choose another name")
+    return name
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_free)]
+
+
 class RunConfig(Block):
     """One training run. Results go to ``<storage_path>/<name>/``."""
 
     config_version: Literal[1] = 1
-    name: str = Field(default="run", pattern=NAME_PATTERN)
+    name: Name = "run"
     seed: int = Field(default=0, ge=0)
     storage_path: str = Field(default="runs", min_length=1)
     """A local or shared folder, s3://… or gs://…; relative: to where the run is started."""

@@ -44,6 +44,8 @@ class OptimConfig(Block):
             raise ValueError("give steps or epochs, not both")
         if self.warmup > 1 and not self.warmup.is_integer():
             raise ValueError(f"warmup {self.warmup:g} is neither a fraction below 1 nor a whole number of steps")
+        if self.schedule == "constant" and self.min_lr_ratio > 0:
+            raise ValueError("a constant schedule ends at lr: remove min_lr_ratio, or write cosine or linear")
         if self.steps is not None and self.warmup_steps(self.steps) > self.steps:
             raise ValueError(f"warmup of {self.warmup:g} steps is longer than the run of {self.steps}")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rayalign import __version__
 from rayalign.config.data import DataSource
@@ -165,7 +165,7 @@ def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     return [
         StoredStream(
             name=auxiliary.name,
-            stores=tuple(stages.tokens(source, run, "one") for source in auxiliary.data),
+            stores=tuple(stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data),
             columns=((),) * len(auxiliary.data),
             weights=tuple(source.weight for source in auxiliary.data),
             groups_per_step=auxiliary.groups_per_step,
@@ -175,10 +175,14 @@ def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     ]
 
 
+def with_format(source: DataSource, term: Literal["reference", "pretrain"]) -> DataSource:
+    """The source in the format of its term; ``data.format`` is that of the rows under test."""
+    return source.model_copy(update={"format": source.format or ("text" if term == "pretrain" else "auto")})
+
+
 def held_out(run: RunConfig, method: Method, source: SourceSpec, stages: Stages) -> SourceSpec:
     """``data.eval`` as one step that holds every group once."""
-    sources = [entry.model_copy(update={"weight": 1.0}) for entry in run.data.eval]
-    stream = stored_stream(run, sources, method, stages, groups_per_step=1)
+    stream = stored_stream(run, run.data.eval, method, stages, groups_per_step=1)
     total = sum(len(TokenStore.open(store)) for store in stream.stores)
     return SourceSpec(
         streams=(replace(stream, groups_per_step=total),),

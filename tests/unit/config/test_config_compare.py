@@ -248,3 +248,10 @@ def test_run_and_comparison_are_told_apart(tmp_path: Path) -> None:
 def test_no_methods_parameter_is_called_like_a_section() -> None:
     parameters = {key for name in METHODS for key in resolve(name).config.model_fields}
     assert parameters & (SECTIONS | {"as", "name"}) == set()
+
+
+def test_a_comparison_is_not_called_after_the_stages_folder(tmp_path: Path) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text("name: artifacts\nbase: {model: {name: m}, data: {train: t.jsonl}}\ngrid: {method: [dpo]}\n")
+    with pytest.raises(ConfigError, match="compare.yaml:1: name: artifacts is the folder of the stages"):
+        load_compare(path)

@@ -141,12 +141,12 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             ["this release does not run evaluate.judge; remove it"],
         ),
         (
-            ["evaluate.prompts=p.jsonl", "evaluate.scorers={name: llm, model: m, base_url: u}", "evaluate.baseline=other"],
+            ["evaluate={prompts: p.jsonl, scorers: {name: llm, model: m, base_url: u}, baseline: other}"],
             ["this release does not run scorers called llm; write name: rule with a function of prompt and reply",
              "this release does not run evaluate.baseline: other; write reference"],
         ),
         (
-            ["evaluate.prompts=p.jsonl", "evaluate.sampling.temperature=0.7", "strategy.name=ddp", "strategy.workers=[1, 2]"],
+            ["evaluate={prompts: p.jsonl, sampling: {temperature: 0.7}}", "strategy={name: ddp, workers: [1, 2]}"],
             ["this release does not run elastic workers; write one number",
              "this release does not run evaluate.sampling other than temperature 1 and top_p 1, at which the KL is "
              "measured; remove them"],
@@ -160,3 +160,24 @@ def test_what_this_release_does_not_run(settings: list[str], sentences: list[str
 def test_reward_models_wait_for_their_head() -> None:
     run = load_run(None, [*OFFLINE, "method=reward_model"])
     assert unsupported(run) == ["this release does not run method: reward_model, which needs a scalar head"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["auxiliary=[{name: train, data: a.jsonl}]"], "auxiliary[0].name: train is the stream of data.train"),
+        (["optim.schedule=constant", "optim.min_lr_ratio=0.1"], "optim: a constant schedule ends at lr"),
+        (["data.eval=[{path: e.jsonl, weight: 2}]"], "data.eval: every row is measured once"),
+        (
+            ["evaluate.prompts={path: p.jsonl, weight: 2}"],
+            "evaluate.prompts: every row is measured once; remove weight",
+        ),
+        (["data.train=[{path: t.jsonl, split: test}]"], "data.train[0]: split and revision belong to a dataset"),
+        (["data.train=[{path: ./d, columns: {promt: q}}]"], "data.train[0].columns.promt: no row has a field 'promt'"),
+        (["model.name=./folder", "model.revision=main"], "model.revision: is of a model on the hub"),
+        (["name=artifacts"], "name: artifacts is the folder of the stages"),
+    ],
+)
+def test_settings_that_nothing_would_read(refused: Refused, settings: list[str], message: str) -> None:
+    (found,) = refused("method: dpo", *settings)
+    assert message in found
