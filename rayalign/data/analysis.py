@@ -14,7 +14,7 @@ import numpy as np
 
 from rayalign.data.chat import Chat
 from rayalign.data.records import BadRow
-from rayalign.data.schema import Example, Turns, is_assistant
+from rayalign.data.schema import Example, Message, Turns, is_assistant
 from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized
 
 FINDINGS: Mapping[str, str] = MappingProxyType(
@@ -128,7 +128,12 @@ class FileFindings:
 
 def plain(text: str | Turns) -> str:
     """A text, or turns as one text that tells different turns apart."""
-    return text if isinstance(text, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+    return text if isinstance(text, str) else "\n".join(map(_turn, text))
+
+
+def _turn(turn: Message) -> str:
+    calls = f" {json.dumps(turn['tool_calls'])}" if turn.get("tool_calls") else ""
+    return f"{turn['role']}: {turn['content']}{calls}"
 
 
 def prompt_key(example: Example) -> bytes:

@@ -83,7 +83,10 @@ def number_ranges(ranges: Sequence[ByteRange], counts: Sequence[int]) -> tuple[B
 
 
 def read_range(byte_range: ByteRange, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:
-    """The rows of one range. Reading the ranges of a file one after the other is reading the file."""
+    """The rows of one range. Reading the ranges of a file one after the other is reading the file.
+
+    Raises :class:`UserError` for a ``.json`` file that is one array.
+    """
     source, number = byte_range.source, byte_range.first_line
     with open_binary(source) as stream:
         chunks = _gzip_chunks(stream) if source.endswith(".gz") else _range_chunks(stream, byte_range)
@@ -91,6 +94,7 @@ def read_range(byte_range: ByteRange, *, max_line_bytes: int = MAX_LINE_BYTES) -
             for data, size, ended in _split(chunks, max_line_bytes):
                 if number == 1:
                     data = data.removeprefix(codecs.BOM_UTF8)
+                    _refuse_array(source, data)
                 if size > max_line_bytes:
                     reason = f"the line has {size:,} bytes, more than the {max_line_bytes:,} that one row may have"
                     yield BadRow(source=source, line=number, reason=reason, excerpt=excerpt_of(data))
@@ -163,6 +167,11 @@ def _parse(source: str, number: int, data: bytes, ended: bool) -> Row:
             return RawRow(source=source, line=number, value=value)
         reason = f"a line must be one JSON object, not a {type(value).__name__}"
     return BadRow(source=source, line=number, reason=reason, excerpt=excerpt_of(data))
+
+
+def _refuse_array(source: str, first_line: bytes) -> None:
+    if source.endswith((".json", ".json.gz")) and first_line.lstrip(JSON_WHITESPACE).startswith(b"["):
+        raise UserError(f"{source}: is one JSON array; write one object per line: jq -c '.[]' {source} > rows.jsonl")
 
 
 def _line_start(stream: IO[bytes], offset: int) -> int:

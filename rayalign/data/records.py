@@ -68,6 +68,10 @@ def append_quarantine(path: str | Path, rows: Iterable[BadRow]) -> None:
         )
         for row in rows
     ]
-    if lines:
+    if not lines:
+        return
+    try:
         with Path(path).open("a", encoding="utf-8") as stream:
             stream.write("\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: bad rows cannot be written there: {error.strerror}") from error

@@ -24,6 +24,8 @@ def read_rows(path: str, *, split: str = "train", revision: str | None = None) -
         return read_lines(path)
     if path.endswith(".parquet"):
         return read_parquet(path)
+    if Path(path).is_file():
+        raise UserError(f"{path}: rows are read from JSON lines (also .gz), Parquet or a dataset; convert this file")
     return read_dataset(path, split=split, revision=revision)
 
 

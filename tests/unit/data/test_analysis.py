@@ -108,3 +108,14 @@ def test_dropped_rows_are_counted() -> None:
     found = FileFindings(source="f")
     found.add_tokens(each, to_groups([each], chat, settings)[0], chat)
     assert {name: count for name, count in found.counts.items() if count} == {"long_responses": 1, "dropped": 1}
+
+
+def test_answers_that_differ_in_their_tool_calls_are_not_identical() -> None:
+    calls = [[{"function": {"name": name, "arguments": {}}}] for name in ("look", "guess")]
+    chosen, rejected = (({"role": "assistant", "content": "", "tool_calls": call},) for call in calls)
+    prompt = ({"role": "user", "content": "Why?"},)
+    found = FileFindings(source="calls.jsonl")
+    found.add_text(Example(format="preference", prompt=prompt, candidates=(chosen, rejected)), Seen())
+    assert found.counts["identical"] == 0
+    found.add_text(Example(format="preference", prompt=prompt, candidates=(chosen, chosen)), Seen())
+    assert found.counts["identical"] == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,18 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(MissingExtra, match=r"pip install 'rayalign\[hub\]'"):
         values("org/dataset")
+
+
+def test_files_of_other_kinds_say_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\n")
+    with pytest.raises(UserError, match=r"pairs.csv: rows are read from JSON lines"):
+        next(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_json_array_is_no_file_of_lines(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{"prompt": "a", "completion": "b"}], indent=indent))
+    with pytest.raises(UserError, match=r"pairs.json: is one JSON array; write one object per line: jq"):
+        list(read_rows(str(path)))

@@ -103,3 +103,14 @@ def test_model_without_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(line())
     with pytest.raises(UserError, match="no tokenizer there"):
         run(tmp_path, str(tmp_path / "rows.jsonl"), model=str(tmp_path / "absent"))
+
+
+def test_a_quarantine_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[]\n")
+    code, printed, _ = run(tmp_path, str(path))
+    assert code == 1
+    console = Console(file=io.StringIO(), width=200)
+    check([str(path)], quarantine=tmp_path / "absent" / "q.jsonl", console=console)
+    assert isinstance(console.file, io.StringIO)
+    assert "q.jsonl: bad rows cannot be written there: No such file or directory" in console.file.getvalue()
