@@ -27,7 +27,9 @@ def prompt_sets(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]
     if not run.evaluate.prompts:
         examples = [example for source in run.data.eval for example in read_examples(source, run, stages)]
         return {"eval": tokenized(examples, run)}
-    sets = {source.label: tokenized(read_examples(source, run, stages), run) for source in run.evaluate.prompts}
+    # `data.format` is that of the rows that are trained on; prompts may come otherwise.
+    sources = [source.model_copy(update={"format": source.format or "auto"}) for source in run.evaluate.prompts]
+    sets = {source.label: tokenized(read_examples(source, run, stages), run) for source in sources}
     if len(sets) < len(run.evaluate.prompts):
         raise UserError("evaluate.prompts: two sets have the same name; give each its own `name`")
     return sets

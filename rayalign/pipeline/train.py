@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
-from rayalign.errors import UserError
+from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
@@ -55,7 +56,11 @@ def run_job(run: RunConfig, job: TrainJob, board: Board) -> Path:
         collect_quarantine(job)
         board.start(job.run, job.spec.optimizer.steps)
         with watching(job.spec.directory, row=partial(board.row, job.run), note=board.say):
-            final = fit(job)
+            try:
+                final = fit(job)
+            except Exception:
+                write_run_json(run, job, status="failed", started=started)
+                raise
         write_run_json(run, job, status="finished", started=started)
         return final
 
@@ -64,6 +69,9 @@ def refuse_unsupported(run: RunConfig) -> None:
     reasons = unsupported(run)
     if reasons:
         raise UserError("; ".join(reasons))
+    for tracker in run.track:
+        if importlib.util.find_spec(tracker) is None:
+            raise MissingExtra(tracker, "tracking")
 
 
 def import_folder(path: Path | None) -> Path:

@@ -88,3 +88,9 @@ def test_a_conversation_reads_as_a_transcript(tmp_path: Path, stages: Stages) ->
     run = run_with(f"data.train={path}", f"evaluate.prompts={path}")
     [example] = read_examples(run.evaluate.prompts[0], run, stages)  # type: ignore[union-attr]
     assert prompt_text(example) == "\n\nHuman: hello\n\nAssistant: yes ?\n\nHuman: help"
+
+
+def test_prompts_need_not_come_as_the_rows_that_are_trained_on(tmp_path: Path, stages: Stages) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
+    run = run_with("data.train=t.jsonl", "data.format=preference", f"evaluate.prompts={prompts}")
+    assert [prompt.text for prompt in prompt_sets(run, stages)["prompts"]] == ["Why?"]

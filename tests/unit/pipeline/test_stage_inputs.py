@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from rayalign.config import load_run
 from rayalign.config.data import DataSource
 from rayalign.data.prepare import Unit
-from rayalign.errors import UserError
+from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.job import with_format
 from rayalign.pipeline.stages import Stages, input_digest, source_units
+from rayalign.pipeline.train import refuse_unsupported
 from rayalign.runtime.session import Node, Session
 
 
@@ -67,3 +70,17 @@ def test_fresh_makes_a_stage_from_nothing_and_once(tmp_path: Path) -> None:
 def test_fresh_names_a_stage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--fresh refrence: no stage is called so; there are rows, tokens"):
         Artifacts(root=tmp_path, fresh=frozenset({"refrence"}))
+
+
+def test_what_an_auxiliary_stream_reads_follows_from_its_term() -> None:
+    source = DataSource(path="sft.jsonl")
+    assert with_format(source, "pretrain").format == "text"
+    assert with_format(source, "reference").format == "auto"
+    assert with_format(DataSource(path="sft.jsonl", format="messages"), "pretrain").format == "messages"
+
+
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=dpo", "track=wandb"])
+    with pytest.raises(MissingExtra, match="pip install 'rayalign.tracking.'"):
+        refuse_unsupported(run)
