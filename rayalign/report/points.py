@@ -117,7 +117,7 @@ class EvaluationPoint(Record):
 
 
 class ConfigChange(Record):
-    """One field in which a cell differs from the comparison's base configuration; values as YAML writes them."""
+    """One field in which a cell's configuration differs from the first cell's; values as YAML writes them."""
 
     field: str
     base: str
