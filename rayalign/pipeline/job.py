@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rayalign import __version__
 from rayalign.config.data import DataSource
 from rayalign.config.dump import dump
@@ -33,11 +35,13 @@ from rayalign.runtime.trainer import TrainJob
 from rayalign.sources.off_policy import SourceSpec, StoredStream
 
 COLUMN_FIELDS = {
-    "reward": "`rewards`, one number per completion, which these rows do not have",
-    "label": "`label`, which these rows do not have",
-    "behavior_logp": "`behavior_logps`, the log-probabilities under the policy that drew each completion; without them "
-    "write method.behavior: assume_reference if the reference drew them (the report repeats it)",
+    "reward": "`rewards`, one number per completion",
+    "label": "`label`",
+    "behavior_logp": "`behavior_logps`, the log-probabilities of whole completions under the policy that drew them "
+    "(one that is cut at data.max_tokens has none); without them write method.behavior: assume_reference if the "
+    "reference drew them (the report repeats it)",
 }
+"""Column → the field of rows that it comes from, for messages."""
 
 NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "resources", "strategy")
 """Blocks that do not change which model a run ends in; a run may go on after they are changed."""
@@ -57,21 +61,13 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
         row_tokens=row_tokens(session),
     )
-    identity = {
-        "configuration": training_configuration(run),
-        "data": digest_of([[TokenStore.open(store).digest for store in stream.stores] for stream in streams]),
-        "model": spec_digest(model_spec(run)),
-        "package": __version__,
-    }
-    if ":" in run.method.name:
-        identity["method_source"] = source_digest(run.method.name)
     spec = TrainSpec(
         directory=directory,
         model=model_spec(run),
         objectives=objectives(run, method),
         optimizer=optimizer_spec(run, steps),
         seed=run.seed,
-        identity=identity,
+        identity=run_identity(run, streams),
         checkpoint_every=run.checkpoint.every,
         checkpoint_keep=run.checkpoint.keep,
         checkpoint_at=evaluation_steps(run, steps) if run.evaluate else (),
@@ -89,6 +85,18 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         share=each,
         run=label,
     )
+
+
+def run_identity(run: RunConfig, streams: Sequence[StoredStream]) -> dict[str, Any]:
+    """What decides which model the run ends in: another identity does not continue its checkpoints."""
+    identity = {
+        "configuration": training_configuration(run),
+        "data": digest_of([[TokenStore.open(store).digest for store in stream.stores] for stream in streams]),
+        "model": spec_digest(model_spec(run)),
+        "package": __version__,
+    }
+    own_method = {"method_source": source_digest(run.method.name)} if ":" in run.method.name else {}
+    return identity | own_method
 
 
 def method_of(run: RunConfig) -> Method:
@@ -137,7 +145,7 @@ def stored_stream(
     if "mismatched" in method.needs:
         stores = [stages.mismatched(store) for store in stores]
     for source, store in zip(sources, stores, strict=True):
-        require_columns(run, method, source, TokenStore.open(store))
+        require_columns(run, method, source.label, TokenStore.open(store))
     columns: list[tuple[Path, ...]] = [()] * len(stores)
     if needs_reference(method, run):
         columns = [(stages.reference(store, run),) for store in stores]
@@ -151,13 +159,24 @@ def stored_stream(
     )
 
 
-def require_columns(run: RunConfig, method: Method, source: DataSource, store: TokenStore) -> None:
-    """Raises UserError where the rows lack a number that the method cannot do without."""
+def require_columns(run: RunConfig, method: Method, source: str, store: TokenStore) -> None:
+    """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
     needed = COLUMN_FIELDS.keys() & method.needed(run.method.config)
     if getattr(run.method.config, "behavior", "") == "assume_reference":
         needed -= {"behavior_logp"}
-    for name in sorted(needed - store.column_names):
-        raise UserError(f"data.train: {source.label}: {method.name} needs {COLUMN_FIELDS[name]}")
+    for name in sorted(needed):
+        lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)
+        if lacking:
+            raise UserError(
+                f"{source}: {method.name} needs {COLUMN_FIELDS[name]}. {len(lacking)} of {len(store)} rows lack it, "
+                f"first {store.index.name(lacking[0])}"
+            )
+
+
+def groups_without(name: str, store: TokenStore) -> list[int]:
+    """Groups in which a candidate lacks the column ``name``; a mismatched completion has no label and needs none."""
+    told = slice(0, 1) if name == "label" else slice(None)
+    return [group for group in range(len(store)) if np.isnan(store[group].per_candidate[name][told]).any()]
 
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:

@@ -58,7 +58,7 @@ def comparison_record(
         text=report.ReportText(
             title=comparison.report.title or comparison.name,
             opening=comparison.report.opening,
-            caveats=comparison.report.caveats,
+            caveats=(*comparison.report.caveats, *assumptions(comparison)),
             kl_levels=comparison.report.kl_levels,
             curves=comparison.report.curves,
         ),
@@ -86,6 +86,15 @@ def comparison_record(
         cells=tuple(cells),
         provenance=record_provenance(results, started=started, command=command),
     )
+
+
+def assumptions(comparison: Comparison) -> list[str]:
+    """What cells take for granted about their data, as sentences for the report."""
+    return [
+        f"{cell.label}: completions without behavior log-probabilities count as drawn from the reference."
+        for cell in comparison.cells
+        if cell.run is not None and getattr(cell.run.method.config, "behavior", "") == "assume_reference"
+    ]
 
 
 def measure_of(scorer: ScorerConfig) -> report.Measure:

@@ -14,6 +14,7 @@ from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.compare import common_evaluation
 from rayalign.pipeline.evaluate import evaluation_digest, evaluation_spec, refuse_broken_scorers
 from rayalign.pipeline.job import evaluation_steps, optimizer_spec
+from rayalign.pipeline.results import assumptions
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.evaluation import EvaluationSpec
 from rayalign.runtime.session import Node, Session
@@ -112,3 +113,12 @@ def test_steps_that_an_epoch_does_not_reach(folder: Path) -> None:
     assert optimizer_spec(run, 9).warmup_steps == 9
     with pytest.raises(UserError, match="optim.warmup of 9 steps is longer than the run of 8"):
         optimizer_spec(run, 8)
+
+
+def test_the_report_repeats_what_a_cell_assumes(folder: Path) -> None:
+    path = folder / "compare.yaml"
+    path.write_text(
+        "base: run.yaml\ngrid: {method: [dpo_rw, {name: exo_rw, as: exo, behavior: assume_reference}, exo_rw]}\n"
+    )
+    sentence = "exo: completions without behavior log-probabilities count as drawn from the reference."
+    assert assumptions(load_compare(path)) == [sentence]

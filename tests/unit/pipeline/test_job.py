@@ -1,0 +1,86 @@
+"""From a configuration to a job: what a run is, and data that its method cannot do without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import save_tiny
+from tiny_tokenizers import CHATML, byte_level
+
+from rayalign.config import load_run
+from rayalign.data.chat import make_chat
+from rayalign.data.prepare import Shape, Unit, prepare_chunk, read_chunks
+from rayalign.data.shard import write_shard
+from rayalign.data.store import TokenStore, commit_store
+from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.unpair import Mismatched
+from rayalign.errors import UserError
+from rayalign.methods import resolve
+from rayalign.pipeline.job import method_of, require_columns, run_identity
+
+METHOD = """
+from dataclasses import replace
+from rayalign.methods.dpo import METHOD as DPO
+METHOD = replace(DPO, name="own")
+"""
+
+
+def test_a_run_of_ones_own_method_is_another_run_when_its_code_changes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "tiny")
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: tiny}\ndata: {train: t.jsonl}\nmethod: identity_losses:METHOD\n")
+    (tmp_path / "identity_losses.py").write_text(METHOD)
+    run = load_run(path)
+    first = run_identity(run, [])
+    assert run_identity(run, []) == first
+    (tmp_path / "identity_losses.py").write_text(METHOD + "# another line\n")
+    assert run_identity(run, []) != first
+    assert "method_source" not in run_identity(load_run(path, ["method=dpo"]), [])
+
+
+def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "group") -> TokenStore:
+    path = folder / "ranked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unit = Unit(path=str(path))
+    chat, settings = make_chat(byte_level(template=CHATML)), TokenizeSettings(max_prompt_tokens=20, max_tokens=40)
+    [chunk] = read_chunks(unit)
+    report = prepare_chunk(chunk, chat, settings, unit=unit, shape=shape, directory=folder / "store", name="0")
+    assert report.shard is not None and not report.bad
+    return commit_store(folder / "store", [report.shard], meta={})
+
+
+WHOLE: dict[str, object] = {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2], "behavior_logps": [-1, -2]}
+CUT = {**WHOLE, "completions": ["b", "c" * 99]}
+NO_REWARDS = {key: value for key, value in WHOLE.items() if key != "rewards"}
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "lacking"),
+    [
+        ("{name: dpo_rw}", [WHOLE, CUT], ""),
+        ("{name: dpo_rw}", [WHOLE, NO_REWARDS, NO_REWARDS], "`rewards`.* 2 of 3 rows lack it, first .*ranked.jsonl:2"),
+        ("{name: dpo_rw}", [NO_REWARDS], "`rewards`.* 1 of 1 rows lack it, first .*ranked.jsonl:1"),
+        ("{name: exo_rw}", [WHOLE, WHOLE], ""),
+        ("{name: exo_rw}", [WHOLE, CUT], "`behavior_logps`.* 1 of 2 rows lack it, first .*ranked.jsonl:2"),
+        ("{name: exo_rw, behavior: assume_reference}", [WHOLE, CUT], ""),
+        ("{name: exo_rw, behavior_correction: 'off'}", [WHOLE, CUT], ""),
+    ],
+)
+def test_rows_without_a_number_are_named_before_training(
+    tmp_path: Path, method: str, rows: list[dict[str, object]], lacking: str
+) -> None:
+    run = load_run(None, ["model.name=m", "data.train=t.jsonl", f"method={method}"])
+    store = ranked_store(tmp_path, rows)
+    if not lacking:
+        return require_columns(run, method_of(run), "ranked", store)
+    with pytest.raises(UserError, match=f"ranked: {run.method.name} needs {lacking}"):
+        require_columns(run, method_of(run), "ranked", store)
+
+
+def test_labels_are_of_the_examples_not_of_their_mismatched_company(tmp_path: Path) -> None:
+    run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=kto"])
+    examples = Mismatched(ranked_store(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}], shape="labelled"))
+    shard = write_shard(tmp_path / "mismatched", "0", [examples[0], examples[1]])
+    require_columns(run, resolve("kto"), "pairs", commit_store(tmp_path / "mismatched", [shard], meta={}))
