@@ -31,7 +31,6 @@ from rayalign.types import PADDING_GROUP
 
 log = logging.getLogger(__name__)
 
-
 LOGRATIO_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.5)}
 """Nats per token, on average and at most, by which rounding lets two scorings of one model differ."""
 
