@@ -100,7 +100,7 @@ def assert_same_end(directory: Path, other: Path) -> None:
         mine = directory / place if place.name == "final" else checkpoint_of(directory, STEPS)
         theirs = other / place if place.name == "final" else checkpoint_of(other, STEPS)
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
-    mine, theirs = (torch.load(checkpoint_of(run, STEPS) / OPTIMIZER) for run in (directory, other))
+    mine, theirs = (torch.load(checkpoint_of(run, STEPS) / OPTIMIZER, weights_only=True) for run in (directory, other))
     assert mine["param_groups"] == theirs["param_groups"]
     for index, state in theirs["state"].items():
         assert all(torch.equal(mine["state"][index][name], value) for name, value in state.items())
