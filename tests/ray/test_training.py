@@ -52,9 +52,9 @@ def job_of(workspace: Workspace, session: Session, name: str) -> TrainJob:
     return make_job(run, directory, stages, processes=1, label=name)
 
 
-def kill_worker_after(directory: Path, rows: int) -> None:
+def kill_after(directory: Path, rows: int, title: str) -> None:
     wait_until(lambda: num_rows(directory) >= rows, f"{rows} steps of {directory.name}")
-    kill_workers("RayTrainWorker")
+    kill_workers(title)
 
 
 def assert_equal_runs(directory: Path, other: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_killed_worker_is_answered_by_another_attempt(
 ) -> None:
     directory = workspace.directory("killed-worker")
     with started("train", workspace.run("killed-worker"), environment=address) as process:
-        kill_worker_after(directory, 6)
+        kill_after(directory, 6, "RayTrainWorker")
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert "attempt 1 was lost" in printed and "continues from step_0000" in printed
@@ -116,7 +116,7 @@ def test_a_killed_worker_is_answered_by_another_attempt(
 
 def test_a_worker_restarted_inside_fit_continues_too(undisturbed: Path, workspace: Workspace, session: Session) -> None:
     job = job_of(workspace, session, "restarted-worker")
-    killer = threading.Thread(target=kill_worker_after, args=(job.spec.directory, 6))
+    killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "RayTrainWorker"))
     killer.start()
     fit(job, max_failures=1)
     killer.join()
@@ -150,6 +150,31 @@ def test_a_loss_that_is_not_a_number_names_its_step(workspace: Workspace, sessio
     failed = rayalign("train", workspace.run("nan", method={"name": "my_methods:NAN"}))
     assert failed.code == 2
     assert "error: nan: step 1" in failed.printed and "Traceback" not in failed.printed
+
+
+def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace) -> None:
+    evaluate = {
+        "prompts": ["pairs.jsonl"],
+        "scorers": [{"name": "rule", "function": "my_methods:unsure"}],
+        "sampling": {"samples": 1, "max_new_tokens": 2},
+    }
+    failed = rayalign("evaluate", workspace.run("undisturbed", evaluate=evaluate))
+    assert failed.code == 2
+    assert "error: scorer.function: 'my_methods:unsure' returned nan for row 0" in failed.printed
+    assert "Traceback" not in failed.printed
+
+
+@pytest.mark.slow
+def test_a_killed_controller_is_answered_by_another_attempt(
+    undisturbed: Path, workspace: Workspace, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = job_of(workspace, session, "killed-controller")
+    killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "TrainController"))
+    killer.start()
+    fit(job)
+    killer.join()
+    assert "attempt 1 was lost" in caplog.text
+    assert_equal_runs(job.spec.directory, undisturbed)
 
 
 def test_two_workers_make_the_run_of_one(undisturbed: Path, workspace: Workspace, session: Session) -> None:
