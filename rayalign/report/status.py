@@ -20,11 +20,12 @@ def table(directory: Path) -> Table:
     for column in ("run", "status", "step", "loss", "updated"):
         found.add_column(column)
     for run in runs(directory):
-        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        facts = facts_of(run / "run.json")
         row = last_row(run / "metrics.jsonl")
-        step = f"{row.get('step', 0)}/{facts['steps']}"
+        step = f"{row.get('step', 0)}/{facts.get('steps', '?')}"
         loss = f"{row['loss']:.4f}" if "loss" in row else "–"
-        found.add_row(str(run.relative_to(directory.parent)), facts["status"], step, loss, facts["updated"])
+        name, status = str(run.relative_to(directory.parent)), facts.get("status", "unreadable")
+        found.add_row(name, status, step, loss, facts.get("updated", ""))
     if not found.row_count:
         raise UserError(f"{directory} holds no run: name a folder below which `rayalign train` wrote a run.json")
     return found
@@ -33,6 +34,15 @@ def table(directory: Path) -> Table:
 def runs(directory: Path) -> Iterator[Path]:
     """Folders at or below ``directory`` that hold a run, in the order of their names."""
     return (path.parent for path in sorted(directory.rglob("run.json")))
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What a ``run.json`` says; empty where it is damaged, so that one such run does not hide the others."""
+    try:
+        facts = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def last_row(path: Path) -> dict[str, Any]:
