@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from conftest import Refused
 
@@ -181,3 +183,14 @@ def test_reward_models_wait_for_their_head() -> None:
 def test_settings_that_nothing_would_read(refused: Refused, settings: list[str], message: str) -> None:
     (found,) = refused("method: dpo", *settings)
     assert message in found
+
+
+def test_a_methods_round_prepare_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "round_losses.py").write_text(
+        "from dataclasses import replace\n"
+        "from rayalign.methods.dpo import METHOD as DPO\n"
+        "METHOD = replace(DPO, name='rounds', round_prepare=print)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=round_losses:METHOD"])
+    assert unsupported(run) == ["this release does not run method: round_losses:METHOD, which prepares rounds"]
