@@ -193,8 +193,8 @@ def test_a_lost_stream_is_noticed(scenarios: dict[str, Scenario], alone: dict[st
 def test_real_pairs(test_data: Path, tmp_path: Path) -> None:
     """Pairs of 40 to 160 tokens with shared first turns, in one row, in many rows and one sequence a row."""
     model = save_tiny(tmp_path / "model", max_position_embeddings=256)
-    pairs = real_pairs(test_data / "hh_harmless_test.jsonl.gz", 24)
-    stored = store(tmp_path / "pairs", pairs, reference=model)
+    pairs = real_pairs(test_data / "hh_harmless_test.jsonl.gz", 16)
+    stored = store(tmp_path / "pairs", pairs, reference=model, groups_per_step=4)
     scenario = Scenario(
         model=model, streams=(stored,), objectives=(objective("dpo"),), tokens_per_micro_batch=4096, row_tokens=1024
     )
