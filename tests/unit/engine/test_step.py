@@ -179,7 +179,9 @@ def test_evaluate_measures_and_changes_nothing(dpo: Scenario, model: Path) -> No
     runner, _ = make_runner(dpo, SINGLE)
     measured = runner.evaluate(0, work)
     assert all(p.grad is None for p in runner.module.parameters())
-    assert all(torch.equal(p, q) for p, q in zip(runner.module.model.parameters(), plain(model).parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(runner.module.model.parameters(), plain(model).parameters(), strict=True)
+    )
     _, result = step(dpo, work)
     assert measured == pytest.approx({"loss": result.loss, **result.metrics}, abs=1e-9)
 
