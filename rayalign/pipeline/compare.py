@@ -144,9 +144,10 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
 
 
 def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
-    """As many cells as there are devices for: GPUs, or CPU cores where there is none."""
+    """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
     workers = max(num_workers(cell.run, session) for cell in cells if cell.run is not None)
-    return max(1, min(len(cells), int((session.num_gpus or session.num_cpus) // workers)))
+    devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
+    return max(1, min(len(cells), int(devices // workers)))
 
 
 def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages, parallel: int) -> CellResult:
