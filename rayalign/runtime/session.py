@@ -105,10 +105,10 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
 
     Raises UserError when the cluster does not answer.
     """
-    if ray.is_initialized():
-        yield describe(started_here=False)
-        return
     with environment(import_paths):
+        if ray.is_initialized():
+            yield describe(started_here=False)
+            return
         address = running_cluster()
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address is None:
@@ -118,7 +118,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
             options |= {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
         try:
             ray.init(**options)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"the Ray cluster at {address} does not answer ({first_line(error)}): start it, correct RAY_ADDRESS, "
                 "or set RAY_ADDRESS=local to do without"
