@@ -102,6 +102,7 @@ def test_another_configuration_under_one_name_is_refused(undisturbed: Path, work
     assert "configuration.method.beta: 0.1 there, 0.2 here" in refused.printed
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_answered_by_another_attempt(
     undisturbed: Path, workspace: Workspace, address: dict[str, str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_killed_worker_is_answered_by_another_attempt(
     assert_equal_runs(directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_worker_restarted_inside_fit_continues_too(undisturbed: Path, workspace: Workspace, session: Session) -> None:
     job = job_of(workspace, session, "restarted-worker")
     killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "RayTrainWorker"))
@@ -124,6 +126,7 @@ def test_a_worker_restarted_inside_fit_continues_too(undisturbed: Path, workspac
     assert_equal_runs(job.spec.directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_and_takes_over_from_a_dead_one(
     undisturbed: Path, workspace: Workspace, address: dict[str, str]
 ) -> None:
@@ -177,6 +180,7 @@ def test_a_killed_controller_is_answered_by_another_attempt(
     assert_equal_runs(job.spec.directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_run_of_one(undisturbed: Path, workspace: Workspace, session: Session) -> None:
     path = workspace.run("ddp", strategy={"name": "ddp", "workers": 2})
     done = rayalign("train", path)

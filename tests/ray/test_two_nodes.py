@@ -15,7 +15,7 @@ from workspaces import make_workspace
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
