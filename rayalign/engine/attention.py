@@ -1,4 +1,4 @@
-"""Who sees whom in a packed row: one rule, as an additive mask (CPU) and as a FlexAttention block mask (CUDA)."""
+"""Who sees whom in a packed row: one rule, as a FlexAttention block mask (CUDA), group by group (CPU), or dense."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
 
+from rayalign.engine.group_attention import GROUP_ATTENTION, branch_runs
 from rayalign.types import PackedBatch
 
 FLEX = "flex_attention"
@@ -126,7 +127,11 @@ def attention_inputs(
         return {"attention_mask": (batch.group_ids >= 0).long()}
 
     def mask(reach: Reach) -> Tensor | BlockMask:
-        return block_mask(batch, reach) if implementation == FLEX else additive_mask(batch, reach, dtype)
+        if implementation == FLEX:
+            return block_mask(batch, reach)
+        if implementation == GROUP_ATTENTION:
+            return branch_runs(batch, window=reach.window, chunk=reach.chunk)
+        return additive_mask(batch, reach, dtype)
 
     masks = {name: mask(r) for name, r in kind.reach.items()} if isinstance(kind.reach, Mapping) else mask(kind.reach)
     return {"attention_mask": masks, "position_ids": batch.position_ids}

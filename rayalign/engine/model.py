@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from rayalign.engine.attention import FLEX, attention_kind
+from rayalign.engine.group_attention import GROUP_ATTENTION
 from rayalign.errors import UserError
 
 TOKENIZER_FILES = (
@@ -193,4 +194,4 @@ def _attention_implementation(config: PretrainedConfig, device: torch.device) ->
         return FLEX
     if getattr(config, "attn_logit_softcapping", None):
         return "eager"  # sdpa leaves the cap out without saying so
-    return "sdpa" if attention_kind(config).reach is not None else None
+    return GROUP_ATTENTION if attention_kind(config).reach is not None else None
