@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +16,8 @@ from rayalign.data.rows import Layout, rows_needed
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 
-_BALANCING_ROUNDS = 8
+_BALANCED = 0.02
+"""Workers whose bound could be lower by this share are balanced well enough."""
 
 
 class PlanError(UserError):
@@ -88,17 +92,19 @@ def plan_step(
         if tokens > tokens_per_micro_batch:
             raise PlanError(_too_large(describe(slot), tokens, tokens_per_micro_batch))
     by_length = sorted(alone, key=lambda slot: (-alone[slot], slot))
-    parts = _fill(by_length, cost, bound=tokens_per_micro_batch)
+    tokens_of = [lengths[slot].packed if layout == "packed" else lengths[slot].concatenated for slot in by_length]
+    parts = _fill(by_length, tokens_of, cost, bound=tokens_per_micro_batch)
     per_worker = math.ceil(len(parts) / num_workers)
-    low, high = alone[by_length[0]], max(cost(part) for part in parts)
-    for _ in range(_BALANCING_ROUNDS if num_workers > 1 else 0):
+    low = max(alone[by_length[0]], math.ceil(sum(tokens_of) / (per_worker * num_workers)))
+    high = max(part.cost for part in parts)
+    while num_workers > 1 and high - low > _BALANCED * high:
         bound = (low + high) // 2
-        tighter = _fill(by_length, cost, bound=bound)
+        tighter = _fill(by_length, tokens_of, cost, bound=bound)
         if len(tighter) <= per_worker * num_workers:
-            parts, high = tighter, bound
+            parts, high = tighter, max(part.cost for part in tighter)
         else:
             low = bound + 1
-    return _deal([(cost(part), part) for part in parts], num_workers, per_worker, spare=by_length[-1])
+    return _deal(parts, num_workers, per_worker, spare=by_length[-1])
 
 
 def check_budget(store: TokenStore, *, tokens_per_micro_batch: int, row_tokens: int | None, layout: Layout) -> None:
@@ -115,35 +121,51 @@ def check_budget(store: TokenStore, *, tokens_per_micro_batch: int, row_tokens: 
         raise PlanError(_too_large(name, tokens, tokens_per_micro_batch) + others)
 
 
-def _fill(slots: Sequence[int], cost: Callable[[Sequence[int]], int], *, bound: int) -> list[Sequence[int]]:
-    """Consecutive runs of slots, each as long as a bisection finds to cost at most ``bound``."""
+class _Part(NamedTuple):
+    """Slots that one micro-batch holds."""
+
+    cost: int
+    slots: Sequence[int]
+
+
+def _fill(
+    slots: Sequence[int], tokens: Sequence[int], cost: Callable[[Sequence[int]], int], *, bound: int
+) -> list[_Part]:
+    """Consecutive runs of slots, each as long as a search finds to cost at most ``bound``.
+
+    No run costs less than its ``tokens``, and most cost little more: the search starts at the longest run whose tokens
+    fit and goes down in growing steps, then bisects.
+    """
+    ends = list(accumulate(tokens, initial=0))
     parts = []
-    while slots:
-        fits, beyond = 1, 2
-        while beyond <= len(slots) and cost(slots[:beyond]) <= bound:
-            fits, beyond = beyond, 2 * beyond
-        beyond = min(beyond, len(slots) + 1)
+    first = 0
+    while first < len(slots):
+        beyond = bisect_right(ends, ends[first] + bound)
+        fits, step = beyond - 1, 1
+        while (found := cost(slots[first:fits])) > bound:
+            beyond, step = fits, 2 * step
+            fits = max(first + 1, fits - step)
         while beyond - fits > 1:
             middle = (fits + beyond) // 2
-            if cost(slots[:middle]) <= bound:
-                fits = middle
+            if (trial := cost(slots[first:middle])) <= bound:
+                fits, found = middle, trial
             else:
                 beyond = middle
-        parts.append(slots[:fits])
-        slots = slots[fits:]
+        parts.append(_Part(found, slots[first:fits]))
+        first = fits
     return parts
 
 
 def _deal(
-    parts: Sequence[tuple[int, Sequence[int]]], num_workers: int, per_worker: int, *, spare: int
+    parts: Sequence[_Part], num_workers: int, per_worker: int, *, spare: int
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """Largest first to the least loaded worker that has room; then dummies."""
     hands: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
     load = [0] * num_workers
-    for cost, slots in sorted(parts, key=lambda part: -part[0]):
+    for part in sorted(parts, key=lambda part: -part.cost):
         worker = min((w for w in range(num_workers) if len(hands[w]) < per_worker), key=lambda w: load[w])
-        hands[worker].append(MicroBatch(slots=tuple(sorted(slots))))
-        load[worker] += cost
+        hands[worker].append(MicroBatch(slots=tuple(sorted(part.slots))))
+        load[worker] += part.cost
     dummy = MicroBatch(slots=(spare,), dummy=True)
     return tuple(tuple(hand) + (dummy,) * (per_worker - len(hand)) for hand in hands)
 
