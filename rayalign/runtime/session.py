@@ -24,6 +24,7 @@ DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller polls every 2 s by default: a run ends that much later
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run, for notices that nothing here acts on
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # without it a hung worker hangs the run for ever
 }
 """Environment variables of this process and of the Ray that it starts, unless the user set them."""

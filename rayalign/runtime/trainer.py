@@ -7,12 +7,16 @@ nothing that a later attempt needs, so every attempt gets a fresh one.
 from __future__ import annotations
 
 import logging
+import pickle
 import secrets
 import shutil
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -32,6 +36,7 @@ from rayalign.sources.off_policy import OffPolicySource, SourceSpec
 log = logging.getLogger(__name__)
 
 COLLECTIVE_SECONDS = 600
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +61,7 @@ class TrainingFailed(UserError):
 
 def worker_main(config: dict[str, Any]) -> str:
     """One Ray Train worker: build its strategy and its view of the data, then run the engine's loop."""
-    job: TrainJob = config["job"]
+    job: TrainJob = pickle.loads(config["job"])
     torch.set_num_threads(job.share.threads)
     strategy = make_strategy(job.strategy, get_device())
     if strategy.rank == 0:
@@ -106,7 +111,7 @@ def fit_once(job: TrainJob, max_failures: int) -> Path:
     ray_directory = job.spec.directory / ".ray" / secrets.token_hex(4)
     trainer = TorchTrainer(
         worker_main,
-        train_loop_config={"job": job},
+        train_loop_config={"job": pickle.dumps(job)},  # bytes: Ray's controller has no use for our modules
         torch_config=TorchConfig(backend="nccl" if job.share.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
@@ -118,9 +123,26 @@ def fit_once(job: TrainJob, max_failures: int) -> Path:
         ),
     )
     try:
-        return Path(str(trainer.fit().return_value))
+        return Path(str(in_thread(trainer.fit).return_value))
     finally:
         shutil.rmtree(ray_directory.parent, ignore_errors=True)
+
+
+def in_thread(work: Callable[[], T]) -> T:
+    """``work()`` in a thread of its own, which is left behind when this one is interrupted.
+
+    In the main thread Ray Train takes over SIGINT for good, and ends the process as if it had succeeded.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 def blame_run(job: TrainJob, failure: BaseException) -> None:

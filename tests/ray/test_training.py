@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -165,6 +166,21 @@ def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace)
     assert failed.code == 2
     assert "error: scorer.function: 'my_methods:unsure' returned nan for row 0" in failed.printed
     assert "Traceback" not in failed.printed
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_fails_and_the_next_continues(
+    undisturbed: Path, workspace: Workspace, address: dict[str, str]
+) -> None:
+    path, directory = workspace.run("interrupted"), workspace.directory("interrupted")
+    with started("train", path, environment=address) as process:
+        wait_until(lambda: num_rows(directory) >= 6, "6 steps")
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, printed
+    assert not (directory / ".lease").exists()
+    assert rayalign("train", path).code == 0
+    assert_equal_runs(directory, undisturbed)
 
 
 @pytest.mark.slow
