@@ -140,5 +140,5 @@ def quiet() -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = STALL_SECONDS
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if handler.name == "console":
             handler.setLevel(logging.CRITICAL)
