@@ -52,7 +52,7 @@ CDPO_OPTIMUM = math.log(0.9 / 0.1) / 0.5
 IPO_OPTIMUM = 1 / (2 * 0.1)
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim(text="initial model: grammatical replies", value=fluency("grammatical"), above=0.85),
+    Claim(text="initial model: grammatical replies", value=fluency("grammatical"), above=0.8),
     Claim(text="initial model: the right thing is named", value=fluency("right_thing"), above=0.97),
     Claim(text="initial model: replies that end", value=fluency("ended"), above=0.98),
     Claim(text="oracle at 50: wpo − dpo", value=ahead("wpo", "dpo", 50), above=0.0),

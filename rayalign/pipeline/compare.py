@@ -69,15 +69,11 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         parallel = cells_at_once(cells, session)
         ready = [prepare_cell(cell, model, directory, stages, parallel) for cell in cells]
         board.say(f"{len(ready)} cells, {parallel} at a time")
-        evaluation = Evaluation.start(
-            started_from(evaluated, model) if model else evaluated,
-            stages,
-            share=ready[0].job.share,
-            actors=1,
-        )
+        measured = started_from(evaluated, model) if model else evaluated
+        evaluation = Evaluation.start(measured, stages, share=ready[0].job.share, actors=1)
+        stack.callback(evaluation.close)
         reference = evaluation.points(None, directory)
         results = run_cells(ready, parallel, evaluation, board)
-        evaluation.close()
     record = comparison_record(
         comparison,
         evaluation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -57,12 +58,11 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
         if not found:
             raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
-        evaluation = Evaluation.start(run, stages, share=share(session, 1), actors=1)
-        rows = {0: evaluation.points(None, directory)}
-        for step, checkpoint in sorted(found.items()):
-            board.say(f"{run.name}: measuring step {step}")
-            rows[step] = evaluation.points(checkpoint, directory)
-        evaluation.close()
+        with closing(Evaluation.start(run, stages, share=share(session, 1), actors=1)) as evaluation:
+            rows = {0: evaluation.points(None, directory)}
+            for step, checkpoint in sorted(found.items()):
+                board.say(f"{run.name}: measuring step {step}")
+                rows[step] = evaluation.points(checkpoint, directory)
     console.print(points_table(run.evaluate, rows))
 
 

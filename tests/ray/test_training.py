@@ -166,6 +166,7 @@ def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace)
     assert failed.code == 2
     assert "error: scorer.function: 'my_methods:unsure' returned nan for row 0" in failed.printed
     assert "Traceback" not in failed.printed
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "the evaluator's CPUs")
 
 
 @pytest.mark.slow
