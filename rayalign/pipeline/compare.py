@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.evaluate import Evaluation, Points, evaluated_checkpoints, refuse_broken_scorers
+from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
 from rayalign.pipeline.job import evaluation_steps, make_job, num_workers
 from rayalign.pipeline.results import CellResult, comparison_record
 from rayalign.pipeline.stages import Stages
@@ -156,25 +156,43 @@ def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages,
 
 
 def run_cells(ready: Sequence[CellResult], parallel: int, evaluation: Evaluation, board: Board) -> list[CellResult]:
-    """All cells, ``parallel`` at a time, in their order."""
-    pool = ThreadPoolExecutor(parallel)
+    """All cells in their order: ``parallel`` train at the same time, and one is measured while the next ones train."""
+    trainers, measurer = ThreadPoolExecutor(parallel), ThreadPoolExecutor(1)
+
+    def train_then_measure(item: CellResult) -> Future[CellResult]:
+        return measurer.submit(measure_cell, train_cell(item, board), evaluation, board)
+
     try:
-        return list(pool.map(lambda item: run_cell(item, evaluation, board), ready))
+        return [measured.result() for measured in list(trainers.map(train_then_measure, ready))]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
+        for pool in (trainers, measurer):  # after Ctrl-C nobody waits for cells that still train
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_cell(ready: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
-    """Train and measure one cell; its failure does not stop the others."""
-    directory = ready.job.spec.directory
+def train_cell(ready: CellResult, board: Board) -> CellResult:
+    """Train one cell; its failure does not stop the others."""
     try:
         run_job(ready.run, ready.job, board)
-        checkpoints = evaluated_checkpoints(directory)
-        points: list[Points] = []
-        for step in evaluation_steps(ready.run, ready.job.spec.optimizer.steps):
-            points.append(evaluation.points(checkpoints[step], directory))
-        board.say(f"{ready.cell.id}: measured at steps {', '.join(str(point[0].step) for point in points)}")
     except UserError as error:
-        board.say(f"{ready.cell.id}: failed: {error}")
-        return replace(ready, failure=str(error))
-    return replace(ready, points=tuple(points))
+        return failed_cell(ready, error, board)
+    return ready
+
+
+def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
+    """Measure the checkpoints of a trained cell."""
+    if trained.failure:
+        return trained
+    directory = trained.job.spec.directory
+    checkpoints = evaluated_checkpoints(directory)
+    steps = evaluation_steps(trained.run, trained.job.spec.optimizer.steps)
+    try:
+        points = tuple(evaluation.points(checkpoints[step], directory) for step in steps)
+    except UserError as error:
+        return failed_cell(trained, error, board)
+    board.say(f"{trained.cell.id}: measured at steps {', '.join(map(str, steps))}")
+    return replace(trained, points=points)
+
+
+def failed_cell(cell: CellResult, error: UserError, board: Board) -> CellResult:
+    board.say(f"{cell.cell.id}: failed: {error}")
+    return replace(cell, failure=str(error))
