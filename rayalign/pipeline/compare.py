@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.runtime.lease import lease
 from rayalign.runtime.session import Session, connect
+from rayalign.runtime.trainer import Trainer
 
 MEASURED_WITH = (
     ("model", "name"),
@@ -69,11 +71,12 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         parallel = cells_at_once(cells, session)
         ready = [prepare_cell(cell, model, directory, stages, parallel) for cell in cells]
         board.say(f"{len(ready)} cells, {parallel} at a time")
+        trained = stack.enter_context(training(ready, parallel, board))
         measured = started_from(evaluated, model) if model else evaluated
         evaluation = Evaluation.start(measured, stages, share=ready[0].job.share, actors=1)
         stack.callback(evaluation.close)
         reference = evaluation.points(None, directory)
-        results = run_cells(ready, parallel, evaluation, board)
+        results = [measure_cell(cell.result(), evaluation, board) for cell in trained]
     record = comparison_record(
         comparison,
         evaluation,
@@ -136,7 +139,8 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
         return None
     workers = num_workers(comparison.initial, stages.session)
     job = make_job(comparison.initial, directory / "initial", stages, processes=workers, label="initial")
-    return str(run_job(comparison.initial, job, board))
+    with Trainer() as trainer:
+        return str(run_job(comparison.initial, job, trainer, board))
 
 
 def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
@@ -155,24 +159,34 @@ def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages,
     return CellResult(cell=cell, run=run, job=job, points=(), failure="")
 
 
-def run_cells(ready: Sequence[CellResult], parallel: int, evaluation: Evaluation, board: Board) -> list[CellResult]:
-    """All cells in their order: ``parallel`` train at the same time, and one is measured while the next ones train."""
-    trainers, measurer = ThreadPoolExecutor(parallel), ThreadPoolExecutor(1)
+@contextlib.contextmanager
+def training(ready: Sequence[CellResult], parallel: int, board: Board) -> Iterator[list[Future[CellResult]]]:
+    """The trained cells as they come while the block measures those before: ``parallel`` train at the same time."""
+    pool = ThreadPoolExecutor(parallel)
+    idle: Queue[Trainer] = Queue()
+    for _ in range(parallel):
+        idle.put(Trainer())
 
-    def train_then_measure(item: CellResult) -> Future[CellResult]:
-        return measurer.submit(measure_cell, train_cell(item, board), evaluation, board)
+    def train_next(item: CellResult) -> CellResult:
+        trainer = idle.get()
+        try:
+            return train_cell(item, trainer, board)
+        finally:
+            idle.put(trainer)
 
     try:
-        return [measured.result() for measured in list(trainers.map(train_then_measure, ready))]
+        yield [pool.submit(train_next, item) for item in ready]
+        pool.shutdown()
+        while not idle.empty():
+            idle.get().close()
     finally:
-        for pool in (trainers, measurer):  # after Ctrl-C nobody waits for cells that still train
-            pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
 
 
-def train_cell(ready: CellResult, board: Board) -> CellResult:
+def train_cell(ready: CellResult, trainer: Trainer, board: Board) -> CellResult:
     """Train one cell; its failure does not stop the others."""
     try:
-        run_job(ready.run, ready.job, board)
+        run_job(ready.run, ready.job, trainer, board)
     except UserError as error:
         return failed_cell(ready, error, board)
     return ready

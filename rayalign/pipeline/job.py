@@ -31,7 +31,7 @@ from rayalign.pipeline.model import model_spec, row_tokens, spec_digest
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
-from rayalign.runtime.trainer import TrainJob
+from rayalign.runtime.worker import TrainJob
 from rayalign.sources.off_policy import SourceSpec, StoredStream
 
 COLUMN_FIELDS = {

@@ -18,7 +18,7 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.provenance import provenance
 from rayalign.report import points as report
-from rayalign.runtime.trainer import TrainJob
+from rayalign.runtime.worker import TrainJob
 
 if TYPE_CHECKING:
     from rayalign.pipeline.evaluate import Evaluation, Points

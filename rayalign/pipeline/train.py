@@ -27,7 +27,8 @@ from rayalign.pipeline.stages import Stages
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
 from rayalign.runtime.session import connect
-from rayalign.runtime.trainer import TrainJob, fit
+from rayalign.runtime.trainer import Trainer
+from rayalign.runtime.worker import TrainJob
 
 
 def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
@@ -40,12 +41,13 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
         job = make_job(run, storage / run.name, stages, processes=num_workers(run, session), label=run.name)
-        final = run_job(run, job, board)
+        with Trainer() as trainer:
+            final = run_job(run, job, trainer, board)
     console.print(f"model: {final}", highlight=False)
     return final
 
 
-def run_job(run: RunConfig, job: TrainJob, board: Board) -> Path:
+def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Path:
     """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
     with lease(job.spec.directory):
         if finished(job):
@@ -57,7 +59,7 @@ def run_job(run: RunConfig, job: TrainJob, board: Board) -> Path:
         board.start(job.run, job.spec.optimizer.steps)
         with watching(job.spec.directory, row=partial(board.row, job.run), note=board.say):
             try:
-                final = fit(job)
+                final = trainer.fit(job)
             except Exception:
                 write_run_json(run, job, status="failed", started=started)
                 raise

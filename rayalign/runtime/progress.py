@@ -69,8 +69,18 @@ def watching(
         show()
 
 
-def log_to(directory: Path) -> None:
-    """Append this process's warnings to the run's log, where the driver reads them."""
+@contextlib.contextmanager
+def logging_to(directory: Path | None) -> Iterator[None]:
+    """While the block runs, append this process's warnings to the run's log, where the driver reads them."""
+    if directory is None:
+        yield
+        return
     handler = logging.FileHandler(directory / LOG_NAME, encoding="utf-8", delay=True)
     handler.setLevel(logging.WARNING)
-    logging.getLogger("rayalign").addHandler(handler)
+    logger = logging.getLogger("rayalign")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,13 +1,13 @@
 """Ray Train around the engine's loop: workers, restarts, and who is to blame for a failure.
 
 Ray never learns of checkpoints: a restarted worker group finds the newest whole one itself. Its own run directory holds
-nothing that a later attempt needs, so every attempt gets a fresh one.
+nothing that a later attempt needs, so every worker group gets a fresh one.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
-import pickle
 import secrets
 import shutil
 import threading
@@ -16,120 +16,152 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import TypeVar
 
 import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayalign.data.rows import Layout
-from rayalign.engine.loop import MakeSource, TrainSpec, train
-from rayalign.engine.strategy import Strategy, make_strategy
 from rayalign.errors import UserError
 from rayalign.runtime.failures import PERMANENT, first_line, is_lost, root_cause
 from rayalign.runtime.placement import Share
-from rayalign.runtime.progress import log_to
-from rayalign.sources.off_policy import OffPolicySource, SourceSpec
+from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 
 log = logging.getLogger(__name__)
 
 COLLECTIVE_SECONDS = 600
+CLOSE_SECONDS = 60.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainJob:
-    """One training run as its workers receive it: plain values and paths."""
-
-    spec: TrainSpec
-    source: SourceSpec
-    held_out: SourceSpec | None
-    strategy: str
-    workers: int
-    share: Share
-    run: str
-    """What progress calls this run."""
-    retries: int = 3
-    """Attempts after a lost worker, node or controller."""
 
 
 class TrainingFailed(UserError):
     """Training stopped for a reason that another attempt would repeat."""
 
 
-def worker_main(config: dict[str, Any]) -> str:
-    """One Ray Train worker: build its strategy and its view of the data, then run the engine's loop."""
-    job: TrainJob = pickle.loads(config["job"])
-    torch.set_num_threads(job.share.threads)
-    strategy = make_strategy(job.strategy, get_device())
-    if strategy.rank == 0:
-        log_to(job.spec.directory)
-    final = train(
-        job.spec,
-        source_maker(job.source, strategy),
-        strategy,
-        make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
-    )
-    return str(final)
+class Trainer:
+    """A worker group that trains one job after the other; it is started with the first and ends with the block.
 
-
-def source_maker(spec: SourceSpec, strategy: Strategy) -> MakeSource:
-    """How this worker opens its part of the stored groups, once it knows its model's layout."""
-
-    def make(layout: Layout, pad_id: int) -> OffPolicySource:
-        return OffPolicySource(spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size)
-
-    return make
-
-
-def fit(job: TrainJob, *, max_failures: int = 0) -> Path:
-    """Train to the end and return the exported directory.
-
-    A lost worker, node or controller is answered by another attempt, which continues from the newest whole
-    checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once.
-    ``max_failures`` lets Ray restart workers within one attempt as well, whatever their failure.
-
-    Raises:
-        TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times.
+    ``max_failures`` lets Ray restart workers within one attempt as well, whatever their failure. One thread at a time
+    may use a trainer.
     """
-    name = job.spec.directory.name
-    for attempt in range(job.retries + 1):
+
+    def __init__(self, *, max_failures: int = 0) -> None:
+        self.max_failures = max_failures
+        self.group: Group | None = None
+
+    def fit(self, job: TrainJob) -> Path:
+        """Train to the end and return the exported directory.
+
+        A lost worker, node or controller is answered by another attempt, which continues from the newest whole
+        checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once.
+
+        Raises:
+            TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times.
+        """
+        name = job.spec.directory.name
+        for attempt in range(job.retries + 1):
+            try:
+                return self.attempt(job)
+            except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
+                blame_run(job, failure)
+                if attempt == job.retries:
+                    raise TrainingFailed(f"{name}: gave up after {attempt + 1} attempts: {failure}") from failure
+                log.warning("%s: attempt %d was lost (%s); trying again", name, attempt + 1, cluster_reason(failure))
+                time.sleep(2**attempt)
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    def attempt(self, job: TrainJob) -> Path:
+        """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
+        if self.group is None or self.group.shape != Shape.of(job):
+            self.close()
+            self.group = Group.start(job, self.max_failures)
         try:
-            return fit_once(job, max_failures)
-        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
-            blame_run(job, failure)
-            if attempt == job.retries:
-                raise TrainingFailed(f"{name}: gave up after {attempt + 1} attempts: {failure}") from failure
-            log.warning("%s: attempt %d was lost (%s); trying again", name, attempt + 1, cluster_reason(failure))
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable: the loop returns or raises")
+            return self.group.train(job)
+        except BaseException:
+            self.group.abandon()
+            self.group = None
+            raise
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def fit_once(job: TrainJob, max_failures: int) -> Path:
-    ray_directory = job.spec.directory / ".ray" / secrets.token_hex(4)
-    trainer = TorchTrainer(
-        worker_main,
-        train_loop_config={"job": pickle.dumps(job)},  # bytes: Ray's controller has no use for our modules
-        torch_config=TorchConfig(backend="nccl" if job.share.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
-        scaling_config=ScalingConfig(
-            num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
-        ),
-        run_config=RunConfig(
-            name=ray_directory.name,
-            storage_path=str(ray_directory.parent),
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
-        ),
-    )
-    try:
-        return Path(str(in_thread(trainer.fit).return_value))
-    finally:
-        shutil.rmtree(ray_directory.parent, ignore_errors=True)
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What jobs must have in common to be trained by the same workers."""
+
+    strategy: str
+    workers: int
+    share: Share
+
+    @classmethod
+    def of(cls, job: TrainJob) -> Shape:
+        return cls(job.strategy, job.workers, job.share)
 
 
-def in_thread(work: Callable[[], T]) -> T:
-    """``work()`` in a thread of its own, which is left behind when this one is interrupted.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Running workers, their mailbox, and what becomes of them."""
+
+    shape: Shape
+    folder: Path
+    mailbox: Mailbox
+    ended: Future[ray.train.Result]
+
+    @classmethod
+    def start(cls, job: TrainJob, max_failures: int) -> Group:
+        folder = job.spec.directory / ".ray" / secrets.token_hex(4)
+        mailbox = Mailbox(folder / "mailbox")
+        mailbox.folder.mkdir(parents=True)
+        trainer = TorchTrainer(
+            worker_main,
+            train_loop_config={"mailbox": str(mailbox.folder)},
+            torch_config=TorchConfig(backend="nccl" if job.share.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            scaling_config=ScalingConfig(
+                num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
+            ),
+            run_config=RunConfig(
+                name=folder.name,
+                storage_path=str(folder),
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
+            ),
+        )
+        return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
+
+    def train(self, job: TrainJob) -> Path:
+        """Hand a job to the workers and wait for the answer; raises what ended the workers before."""
+        number = self.mailbox.post(job)
+        while (final := self.mailbox.answered(number)) is None:
+            concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
+            if self.ended.done():
+                raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")
+        return final
+
+    def close(self) -> None:
+        """End the workers, which have nothing to do, and free what they reserved."""
+        self.mailbox.close()
+        concurrent.futures.wait([self.ended], timeout=CLOSE_SECONDS)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Remove the mailbox: workers that still live end with their job."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """``work()`` in a thread of its own, which nobody waits for at the end of the process.
 
     In the main thread Ray Train takes over SIGINT for good, and ends the process as if it had succeeded.
     """
@@ -142,7 +174,7 @@ def in_thread(work: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return outcome.result()
+    return outcome
 
 
 def blame_run(job: TrainJob, failure: BaseException) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.job import make_job
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.session import Session
-from rayalign.runtime.trainer import fit
+from rayalign.runtime.trainer import Trainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -57,9 +56,9 @@ def trained(workspace: Workspace, session: Session) -> dict[str, Path]:
     for name, blocks in RUNS.items():
         run = load_run(workspace.run(name, optim=optim, **blocks))
         workspace.directory(name).mkdir(parents=True)
-        jobs[name] = make_job(run, workspace.directory(name), stages, processes=len(RUNS), label=name)
-    with ThreadPoolExecutor(len(RUNS)) as pool:
-        return dict(zip(jobs, pool.map(fit, jobs.values()), strict=True))
+        jobs[name] = make_job(run, workspace.directory(name), stages, processes=1, label=name)
+    with Trainer() as trainer:
+        return {name: trainer.fit(job) for name, job in jobs.items()}
 
 
 @pytest.mark.parametrize("name", RUNS)

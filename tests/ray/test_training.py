@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -21,7 +22,8 @@ from rayalign.pipeline.job import make_job
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.lease import lease
 from rayalign.runtime.session import Session
-from rayalign.runtime.trainer import TrainJob, fit
+from rayalign.runtime.trainer import Trainer, TrainingFailed
+from rayalign.runtime.worker import TrainJob
 
 pytestmark = pytest.mark.ray
 
@@ -45,9 +47,9 @@ def undisturbed(workspace: Workspace, address: dict[str, str]) -> Path:
     return workspace.directory("undisturbed")
 
 
-def job_of(workspace: Workspace, session: Session, name: str) -> TrainJob:
+def job_of(workspace: Workspace, session: Session, name: str, **blocks: Any) -> TrainJob:
     stages = Stages(artifacts=Artifacts(root=workspace.storage / "artifacts"), session=session)
-    run = load_run(workspace.run(name))
+    run = load_run(workspace.run(name, **blocks))
     directory = workspace.directory(name)
     directory.mkdir(parents=True)
     return make_job(run, directory, stages, processes=1, label=name)
@@ -121,7 +123,8 @@ def test_a_worker_restarted_inside_fit_continues_too(undisturbed: Path, workspac
     job = job_of(workspace, session, "restarted-worker")
     killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "RayTrainWorker"))
     killer.start()
-    fit(job, max_failures=1)
+    with Trainer(max_failures=1) as trainer:
+        trainer.fit(job)
     killer.join()
     assert "continues from step_0000" in (job.spec.directory / "train.log").read_text()
     assert_equal_runs(job.spec.directory, undisturbed)
@@ -191,7 +194,8 @@ def test_a_killed_controller_is_answered_by_another_attempt(
     job = job_of(workspace, session, "killed-controller")
     killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "TrainController"))
     killer.start()
-    fit(job)
+    with Trainer() as trainer:
+        trainer.fit(job)
     killer.join()
     assert "attempt 1 was lost" in caplog.text
     assert_equal_runs(job.spec.directory, undisturbed)
@@ -223,3 +227,19 @@ def test_a_directory_that_is_leased_is_refused(workspace: Workspace, session: Se
         refused = rayalign("train", workspace.run("leased"))
     assert refused.code == 2
     assert f"is being written by process {os.getpid()} on" in refused.printed
+
+
+def test_one_worker_group_trains_several_runs(undisturbed: Path, workspace: Workspace, session: Session) -> None:
+    """A group that has trained a run, and a new one after a run that failed, train the next as a fresh one does."""
+    with Trainer() as trainer:
+        trainer.fit(job_of(workspace, session, "first", seed=5, optim={"lr": 1e-3, "steps": 2, "groups_per_step": 8}))
+        group = trainer.group
+        trainer.fit(job_of(workspace, session, "second"))
+        assert trainer.group is group is not None
+        with pytest.raises(TrainingFailed):
+            trainer.fit(job_of(workspace, session, "broken-second", method={"name": "my_methods:NAN"}))
+        assert trainer.group is None
+        trainer.fit(job_of(workspace, session, "third"))
+    assert_equal_runs(workspace.directory("second"), undisturbed)
+    assert_equal_runs(workspace.directory("third"), undisturbed)
+    assert not list(workspace.storage.glob("*/.ray"))

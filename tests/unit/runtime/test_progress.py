@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayalign.runtime.progress import Tail, log_to, watching
+from rayalign.runtime.progress import Tail, logging_to, watching
 
 
 def append(path: Path, text: str) -> None:
@@ -53,8 +53,9 @@ def test_the_newest_row_and_every_warning_are_shown(tmp_path: Path) -> None:
 
 def test_warnings_of_the_package_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("rayalign"), "handlers", [])
-    log_to(tmp_path)
-    assert not (tmp_path / "train.log").exists()
-    logging.getLogger("rayalign.engine.loop").warning("%s continues", "dpo")
-    logging.getLogger("rayalign.engine.loop").info("not this")
+    with logging_to(tmp_path):
+        assert not (tmp_path / "train.log").exists()
+        logging.getLogger("rayalign.engine.loop").warning("%s continues", "dpo")
+        logging.getLogger("rayalign.engine.loop").info("not this")
+    logging.getLogger("rayalign.engine.loop").warning("another run")
     assert (tmp_path / "train.log").read_text() == "dpo continues\n"

@@ -22,9 +22,9 @@ from rayalign.engine.loop import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import TornDirectory
-from rayalign.runtime import trainer
 from rayalign.runtime.failures import is_lost, root_cause
-from rayalign.runtime.trainer import TrainingFailed, TrainJob, fit
+from rayalign.runtime.trainer import Trainer, TrainingFailed
+from rayalign.runtime.worker import TrainJob
 
 JOB = cast(TrainJob, SimpleNamespace(spec=SimpleNamespace(directory=Path("runs/dpo-hh")), retries=2))
 
@@ -72,13 +72,13 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each attempt does: an error that it raises, or what it returns."""
     outcomes: list[Any] = []
 
-    def once(job: TrainJob, max_failures: int) -> Path:
+    def once(self: Trainer, job: TrainJob) -> Path:
         outcome = outcomes.pop(0)
         if isinstance(outcome, BaseException):
             raise outcome
         return Path(outcome)
 
-    monkeypatch.setattr(trainer, "fit_once", once)
+    monkeypatch.setattr(Trainer, "attempt", once)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return outcomes
 
@@ -87,7 +87,7 @@ def test_a_lost_worker_and_a_lost_controller_are_answered(
     attempts: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts += [worker_failure(r0=LOST), ray.exceptions.ActorDiedError(), "final"]
-    assert fit(JOB) == Path("final")
+    assert Trainer().fit(JOB) == Path("final")
     assert "dpo-hh: attempt 1 was lost (worker 0: A worker health check failed.); trying again" in caplog.text
     assert "attempt 2 was lost" in caplog.text
 
@@ -95,7 +95,7 @@ def test_a_lost_worker_and_a_lost_controller_are_answered(
 def test_attempts_end(attempts: list[Any]) -> None:
     attempts += [worker_failure(r0=LOST)] * 3 + ["final"]
     with pytest.raises(TrainingFailed, match="dpo-hh: gave up after 3 attempts: .*"):
-        fit(JOB)
+        Trainer().fit(JOB)
     assert attempts == ["final"]
 
 
@@ -112,7 +112,7 @@ def test_attempts_end(attempts: list[Any]) -> None:
 def test_a_message_stands_alone(error: Exception, attempts: list[Any]) -> None:
     attempts += [worker_failure(r0=error), "final"]
     with pytest.raises(TrainingFailed) as failed:
-        fit(JOB)
+        Trainer().fit(JOB)
     assert str(failed.value) == f"dpo-hh: {error}"
     assert attempts == ["final"]
 
@@ -120,7 +120,7 @@ def test_a_message_stands_alone(error: Exception, attempts: list[Any]) -> None:
 def test_a_bug_is_shown_with_its_place(attempts: list[Any]) -> None:
     attempts += [worker_failure(r1=KeyError("margin")), "final"]
     with pytest.raises(TrainingFailed, match=r"worker 1 raised KeyError: 'margin'\n.*\n.*my_losses.py, line 7"):
-        fit(JOB)
+        Trainer().fit(JOB)
     assert attempts == ["final"]
 
 
@@ -128,7 +128,7 @@ def test_the_culprit_is_found_among_broken_collectives(attempts: list[Any]) -> N
     broken = RuntimeError("Connection closed by peer")
     attempts += [worker_failure(r0=broken, r1=broken, r2=NonFiniteStep("step 3"), r3=LOST), "final"]
     with pytest.raises(TrainingFailed, match="dpo-hh: step 3"):
-        fit(JOB)
+        Trainer().fit(JOB)
 
 
 def test_root_cause_under_every_wrapper() -> None:

@@ -1,0 +1,125 @@
+"""What a Ray Train worker does: take the next job out of the mailbox, run the engine's loop, answer, and wait again.
+
+Starting workers costs some twenty seconds of a core, mostly imports, so that they stay for all jobs of one shape.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.train.torch import get_device
+
+from rayalign.data.rows import Layout
+from rayalign.engine.loop import MakeSource, TrainSpec, train
+from rayalign.engine.strategy import Strategy, make_strategy
+from rayalign.runtime.placement import Share
+from rayalign.runtime.progress import logging_to
+from rayalign.sources.off_policy import OffPolicySource, SourceSpec
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """One training run as its workers receive it: plain values and paths."""
+
+    spec: TrainSpec
+    source: SourceSpec
+    held_out: SourceSpec | None
+    strategy: str
+    workers: int
+    share: Share
+    run: str
+    """What progress calls this run."""
+    retries: int = 3
+    """Attempts after a lost worker, node or controller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """A folder that driver and workers see: jobs go in, numbered, and the folder of each trained model comes out."""
+
+    folder: Path
+
+    def post(self, job: TrainJob) -> int:
+        """Leave a job for the workers; returns its number."""
+        number = sum(1 for path in self.folder.iterdir() if path.suffix == ".job")
+        self._write(f"{number:06d}.job", pickle.dumps(job))
+        return number
+
+    def answer(self, number: int, final: Path) -> None:
+        self._write(f"{number:06d}.final", str(final).encode())
+
+    def answered(self, number: int) -> Path | None:
+        """The answer to a job, once there is one."""
+        found = self._read(f"{number:06d}.final")
+        return Path(found.decode()) if found else None
+
+    def close(self) -> None:
+        """Let the workers end when they are done with their job."""
+        self._write("closed", b"")
+
+    def jobs(self) -> Iterator[tuple[int, TrainJob]]:
+        """Every job from the first unanswered one on, as they come, until the mailbox is closed or removed."""
+        number = 0
+        while self.answered(number):
+            number += 1
+        while True:
+            job = self._read(f"{number:06d}.job")
+            if job is not None:
+                yield number, pickle.loads(job)
+                number += 1
+            elif not self.folder.exists() or (self.folder / "closed").exists():
+                return
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _write(self, name: str, content: bytes) -> None:
+        partial = self.folder / f"{name}.partial"
+        partial.write_bytes(content)
+        partial.rename(self.folder / name)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            os.listdir(self.folder)  # a network file system may remember that the file was not there
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def worker_main(config: dict[str, Any]) -> None:
+    """One Ray Train worker, from its start to the closing of the mailbox."""
+    mailbox = Mailbox(Path(config["mailbox"]))
+    for number, job in mailbox.jobs():
+        torch.set_num_threads(job.share.threads)
+        strategy = make_strategy(job.strategy, get_device())
+        final = train_job(job, strategy)
+        if strategy.rank == 0:
+            mailbox.answer(number, final)
+
+
+def train_job(job: TrainJob, strategy: Strategy) -> Path:
+    """This worker's part in one run; returns the exported directory."""
+    with logging_to(job.spec.directory if strategy.rank == 0 else None):
+        return train(
+            job.spec,
+            source_maker(job.source, strategy),
+            strategy,
+            make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
+        )
+
+
+def source_maker(spec: SourceSpec, strategy: Strategy) -> MakeSource:
+    """How this worker opens its part of the stored groups, once it knows its model's layout."""
+
+    def make(layout: Layout, pad_id: int) -> OffPolicySource:
+        return OffPolicySource(spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size)
+
+    return make
