@@ -26,3 +26,8 @@ def restored(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str,
     error = kind.__new__(kind, *arguments)
     vars(error).update(state)
     return error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

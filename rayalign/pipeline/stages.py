@@ -23,7 +23,8 @@ from rayalign.imports import load_function, source_digest
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts, path_digest
 from rayalign.pipeline.model import reference_spec, scoring_spec, spec_digest, template_digest, tokenizer_spec
-from rayalign.runtime.datasets import Preparation, prepare, split_units
+from rayalign.runtime.datasets import Preparation, prepare
+from rayalign.runtime.reading import split_units
 from rayalign.runtime.reference import score_store
 from rayalign.runtime.session import Session
 

@@ -5,28 +5,22 @@ Ray Data moves the work, not the truth: what a run trains on is the committed st
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
 from rayalign.data.chat import make_chat
-from rayalign.data.lines import ByteRange, count_lines, number_ranges, open_binary, plan_ranges
-from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk, read_chunks
-from rayalign.data.records import BadRow, Row
-from rayalign.data.tables import LINE_SUFFIXES
+from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk
+from rayalign.data.records import BadRow
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
-from rayalign.runtime.stage import Pool, dataset, packed, repeated, results
-
-RANGE_BYTES = 64 << 20
-CPUS = 0.5
-"""Of each preparing process, so that readers and writers fit on one core together."""
+from rayalign.runtime.reading import CPUS, Chunk, read_unit
+from rayalign.runtime.stage import Pool, dataset, repeated, results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +50,6 @@ class Preparation:
     @property
     def bad(self) -> tuple[BadRow, ...]:
         return tuple(row for report in self.reports for row in report.bad)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Consecutive rows of one unit."""
-
-    name: str
-    """Sorts as the input is ordered."""
-    unit: Unit
-    rows: list[Row]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,32 +128,3 @@ def prepare(
         bytes_by_node[shard.node] += shard.num_bytes
     ordered = sorted(written, key=lambda shard: shard.name)
     return Preparation(reports=tuple(shard.report for shard in ordered), bytes_by_node=dict(bytes_by_node))
-
-
-def read_unit(row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
-    """A unit → its chunks, or the error that ends them."""
-    ordinal, unit = pickle.loads(row["item"])
-    try:
-        for number, rows in enumerate(read_chunks(unit)):
-            yield packed(Chunk(name=f"{ordinal:05d}-{number:06d}", unit=unit, rows=rows))
-    except UserError as error:
-        yield packed(error)
-
-
-def split_units(units: Iterable[Unit], *, range_bytes: int = RANGE_BYTES) -> list[Unit]:
-    """Large files of lines cut into ranges that different workers read, each knowing its first line's number."""
-    split: list[Unit] = []
-    for unit in units:
-        ranges = file_ranges(unit.path, range_bytes) if unit.path.endswith(LINE_SUFFIXES) else (None,)
-        split.extend(replace(unit, byte_range=byte_range) for byte_range in ranges)
-    return split
-
-
-def file_ranges(path: str, range_bytes: int) -> tuple[ByteRange, ...]:
-    with open_binary(path) as stream:
-        size = stream.seek(0, 2)
-    ranges = plan_ranges(path, max(1, math.ceil(size / range_bytes)))
-    if len(ranges) == 1:
-        return ranges
-    count = ray.remote(num_cpus=CPUS)(count_lines)
-    return number_ranges(ranges, ray.get([count.remote(byte_range) for byte_range in ranges]))

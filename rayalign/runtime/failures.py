@@ -30,8 +30,3 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, RayTrainError | ray.exceptions.RayError | ConnectionError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN_COLLECTIVE)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -14,8 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayalign.errors import UserError
-from rayalign.runtime.failures import first_line
+from rayalign.errors import UserError, first_line
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",

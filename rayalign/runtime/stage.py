@@ -15,8 +15,7 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
-from rayalign.errors import UserError
-from rayalign.runtime.failures import first_line
+from rayalign.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayalign.errors import UserError
-from rayalign.runtime.failures import PERMANENT, first_line, is_lost, root_cause
+from rayalign.errors import UserError, first_line
+from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 

@@ -1,0 +1,60 @@
+"""Reading as a Ray Data task: units of input → chunks of rows. No tensors here: such a task starts in a second."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import ray
+
+from rayalign.data.lines import ByteRange, count_lines, number_ranges, open_binary, plan_ranges
+from rayalign.data.prepare import Unit, read_chunks
+from rayalign.data.records import Row
+from rayalign.data.tables import LINE_SUFFIXES
+from rayalign.errors import UserError
+from rayalign.runtime.stage import packed
+
+RANGE_BYTES = 64 << 20
+CPUS = 0.5
+"""Of each preparing process, so that readers and writers fit on one core together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive rows of one unit."""
+
+    name: str
+    """Sorts as the input is ordered."""
+    unit: Unit
+    rows: list[Row]
+
+
+def read_unit(row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """A unit → its chunks, or the error that ends them."""
+    ordinal, unit = pickle.loads(row["item"])
+    try:
+        for number, rows in enumerate(read_chunks(unit)):
+            yield packed(Chunk(name=f"{ordinal:05d}-{number:06d}", unit=unit, rows=rows))
+    except UserError as error:
+        yield packed(error)
+
+
+def split_units(units: Iterable[Unit], *, range_bytes: int = RANGE_BYTES) -> list[Unit]:
+    """Large files of lines cut into ranges that different workers read, each knowing its first line's number."""
+    split: list[Unit] = []
+    for unit in units:
+        ranges = file_ranges(unit.path, range_bytes) if unit.path.endswith(LINE_SUFFIXES) else (None,)
+        split.extend(replace(unit, byte_range=byte_range) for byte_range in ranges)
+    return split
+
+
+def file_ranges(path: str, range_bytes: int) -> tuple[ByteRange, ...]:
+    with open_binary(path) as stream:
+        size = stream.seek(0, 2)
+    ranges = plan_ranges(path, max(1, math.ceil(size / range_bytes)))
+    if len(ranges) == 1:
+        return ranges
+    count = ray.remote(num_cpus=CPUS)(count_lines)
+    return number_ranges(ranges, ray.get([count.remote(byte_range) for byte_range in ranges]))
