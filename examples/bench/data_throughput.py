@@ -1,0 +1,118 @@
+"""Check and tokenize real pairs: this project's Ray Data stage and ``datasets.map``, side by side on two processes.
+
+    python -m examples.bench.data_throughput [--quick]
+
+Both read the same lines, apply the same functions (format, roles, template, token ids with masks) and leave the result
+on disk. Seconds include everything from the file to the committed result; the start of Ray is shown beside them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import datasets
+
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.prepare import Unit
+from rayalign.data.records import RawRow
+from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.engine.model import load_tokenizer
+from rayalign.runtime.datasets import TokenizerSpec, prepare
+from rayalign.runtime.reading import split_units
+from rayalign.runtime.session import connect
+
+from .common import arguments, machine, pairs_file, spread, table, train_tokenizer
+
+SETTINGS = TokenizeSettings(max_prompt_tokens=384, max_tokens=512)
+VOCABULARY = 8192
+PROCESSES = 2
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--copies", type=int, default=8, help="how often the file's rows are repeated")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side, taking turns")
+    options = parser.parse_args()
+    if options.quick:
+        options.copies, options.repeats = 1, 1
+    datasets.disable_progress_bars()
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="rayalign-bench-") as folder:
+        root = Path(folder)
+        source = pairs_file()
+        lines = root / "pairs.jsonl"
+        lines.write_bytes(gzip.decompress(source.read_bytes()) * options.copies)
+        rows = lines.read_bytes().count(b"\n")
+        train_tokenizer(source, VOCABULARY).save_pretrained(root / "tokenizer")
+        seconds: dict[str, list[float]] = {"rayalign, Ray Data": [], f"datasets.map(num_proc={PROCESSES})": []}
+        ours, theirs = seconds.values()
+        began = time.perf_counter()
+        with connect():
+            start = time.perf_counter() - began
+            for turn in range(options.repeats):
+                ours.append(staged(lines, root / "tokenizer", root / f"ours-{turn}", rows))
+                theirs.append(mapped(lines, root / "tokenizer", root / f"theirs-{turn}", rows))
+    print(f"{rows} rows; Ray started in {start:.1f} s")
+    print(table(("", "s", "rows/s"), [[n, spread(s), f"{rows / median(s):.0f}"] for n, s in seconds.items()]))
+    print(f"datasets.map : rayalign, seconds: {spread([b / a for a, b in zip(ours, theirs, strict=True)], 2)} ×")
+
+
+def staged(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
+    """Seconds of the stage that ``rayalign train`` runs."""
+    spec = TokenizerSpec(
+        name=str(tokenizer), revision=None, trust_remote_code=False, template="auto", stop="auto", settings=SETTINGS
+    )
+    began = time.perf_counter()
+    directory.mkdir()
+    units = split_units([Unit(path=str(lines))])
+    found = prepare(units, spec, "pair", directory, writers=PROCESSES, note=lambda line: None)
+    seconds = time.perf_counter() - began
+    assert found.rows == rows, (found.rows, rows)
+    return seconds
+
+
+def mapped(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
+    """Seconds of the same functions under ``datasets.map``, its own cache turned off."""
+    chat = make_chat(load_tokenizer(tokenizer))
+    began = time.perf_counter()
+    loaded = datasets.load_dataset(
+        "json", data_files=str(lines), split="train", cache_dir=str(directory / "cache"), keep_in_memory=False
+    )
+    done = loaded.map(
+        tokenized,
+        batched=True,
+        batch_size=512,
+        num_proc=PROCESSES,
+        fn_kwargs={"chat": chat},
+        remove_columns=loaded.column_names,
+        load_from_cache_file=False,
+    )
+    done.save_to_disk(directory / "done")
+    seconds = time.perf_counter() - began
+    assert done.num_rows == rows, (done.num_rows, rows)
+    return seconds
+
+
+def tokenized(batch: dict[str, list[Any]], *, chat: Chat) -> dict[str, list[Any]]:
+    """A batch of rows through the same functions, as columns; a bad row is a row with its reason."""
+    values = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+    raw = [RawRow(source="pairs.jsonl", line=number, value=value) for number, value in enumerate(values, start=1)]
+    columns: dict[str, list[Any]] = {"prompt_ids": [], "candidate_ids": [], "trained": [], "bad": []}
+    for outcome in rows_to_groups(raw, chat, SETTINGS):
+        good = outcome.group if isinstance(outcome, Tokenized) else None
+        candidates = good.candidates if good else ()
+        columns["prompt_ids"].append(good.prompt_ids.tolist() if good else [])
+        columns["candidate_ids"].append([candidate.ids.tolist() for candidate in candidates])
+        columns["trained"].append([candidate.mask.tolist() for candidate in candidates])
+        columns["bad"].append("" if good else json.dumps(str(outcome)))
+    return columns
+
+
+if __name__ == "__main__":
+    main()
