@@ -27,7 +27,7 @@ from rayalign.methods import resolve
 from rayalign.methods._base import Method
 from rayalign.methods.composition import compose
 from rayalign.pipeline.artifacts import digest_of
-from rayalign.pipeline.model import model_spec, row_tokens, spec_digest
+from rayalign.pipeline.model import model_spec, reference_spec, row_tokens, spec_digest
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
@@ -95,8 +95,11 @@ def run_identity(run: RunConfig, streams: Sequence[StoredStream]) -> dict[str, A
         "model": spec_digest(model_spec(run)),
         "package": __version__,
     }
-    own_method = {"method_source": source_digest(run.method.name)} if ":" in run.method.name else {}
-    return identity | own_method
+    if run.model.reference is not None:
+        identity["reference"] = spec_digest(reference_spec(run))
+    if ":" in run.method.name:
+        identity["method_source"] = source_digest(run.method.name)
+    return identity
 
 
 def method_of(run: RunConfig) -> Method:
