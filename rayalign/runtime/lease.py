@@ -20,6 +20,7 @@ from rayalign.errors import UserError
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 60.0
 POLL_SECONDS = 1.0
+GUARD_SECONDS = 0.01
 
 
 class Held(UserError):
@@ -73,8 +74,8 @@ class Lease:
         told = False
         while not self.create():
             owner = read_owner(self.path)
-            if is_dead_here(owner) or age(self.path) > EXPIRE_SECONDS:
-                remove(self.path, owner)
+            if is_abandoned(self.path, owner):
+                take_over(self.path, owner)
                 continue
             if wait is None and (is_here(owner) or last_renewal(self.path) != first):
                 raise Held(f"{described(self.path)}. Wait for it, stop it, or give this run another name.")
@@ -154,22 +155,40 @@ def last_renewal(path: Path) -> float:
         return 0.0
 
 
+def is_abandoned(path: Path, owner: dict[str, Any]) -> bool:
+    return is_dead_here(owner) or age(path) > EXPIRE_SECONDS
+
+
 def age(path: Path) -> float:
-    """Seconds since the last renewal by the file system's own clock: those of two machines may differ."""
+    """Seconds since the last renewal by the file system's own clock: those of two machines may differ.
+
+    0 where there is no file: it was released a moment ago.
+    """
     clock = path.with_name(f".clock-{uuid.uuid4().hex}")
     clock.touch()
     try:
-        return clock.stat().st_mtime - last_renewal(path)
+        return clock.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
     finally:
         clock.unlink()
 
 
-def remove(path: Path, owner: dict[str, Any]) -> None:
-    """Remove the lease of ``owner`` and no other: a further successor may have replaced it in the meantime."""
-    grave = path.with_name(f".lease-{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, grave)
-        if read_owner(grave).get("token") != owner.get("token"):
-            with contextlib.suppress(FileExistsError):
-                os.link(grave, path)
-        grave.unlink()
+def take_over(path: Path, owner: dict[str, Any]) -> None:
+    """Remove the lease that ``owner`` left behind, and no other.
+
+    Of all successors only the one that creates the guard may remove, so that what it reads then stays until it does.
+    """
+    guard = path.with_name(f".takeover-{owner.get('token')}")
+    try:
+        os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        if age(guard) > EXPIRE_SECONDS:  # whoever made it died before the removal
+            guard.unlink(missing_ok=True)
+        time.sleep(GUARD_SECONDS)
+        return
+    try:
+        if read_owner(path) == owner and is_abandoned(path, owner):
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)

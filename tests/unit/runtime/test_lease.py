@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rayalign.runtime import lease as module
-from rayalign.runtime.lease import Held, lease, remove
+from rayalign.runtime.lease import Held, lease, take_over
 
 ELSEWHERE = {"token": "theirs", "host": "another-machine", "pid": 1, "since": "2026-01-01 00:00:00"}
 
@@ -95,7 +95,8 @@ def test_waiting_tells_once_for_whom_and_then_goes_on(tmp_path: Path) -> None:
     assert len(told) == 1 and told[0].startswith(f"waiting: {tmp_path} is being written by process {os.getpid()}")
 
 
-def test_of_many_successors_one_gets_a_dead_owners_lease(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repeat", range(5))
+def test_of_many_successors_one_gets_a_dead_owners_lease(tmp_path: Path, repeat: int) -> None:
     write(tmp_path, {**ELSEWHERE, "host": socket.gethostname(), "pid": dead_process()})
     inside, most = [0], [0]
     lock = threading.Lock()
@@ -119,9 +120,19 @@ def test_of_many_successors_one_gets_a_dead_owners_lease(tmp_path: Path) -> None
 
 def test_a_successor_of_the_dead_owner_keeps_its_lease(tmp_path: Path) -> None:
     path = write(tmp_path, {**ELSEWHERE, "token": "successor"})
-    remove(path, ELSEWHERE)
+    take_over(path, ELSEWHERE)
     assert owner(path)["token"] == "successor"
     assert [file.name for file in tmp_path.iterdir()] == [".lease"]
+
+
+def test_a_guard_that_nobody_removed_does_not_stay(tmp_path: Path) -> None:
+    write(tmp_path, {**ELSEWHERE, "host": socket.gethostname(), "pid": dead_process()})
+    guard = tmp_path / f".takeover-{ELSEWHERE['token']}"
+    guard.touch()
+    os.utime(guard, (0, 0))
+    with lease(tmp_path):
+        assert owner(tmp_path / ".lease")["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
 
 
 def test_owner_renews(tmp_path: Path) -> None:
