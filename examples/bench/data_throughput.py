@@ -27,7 +27,7 @@ from rayalign.runtime.datasets import TokenizerSpec, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.session import connect
 
-from .common import arguments, machine, pairs_file, spread, table, train_tokenizer
+from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model
 
 SETTINGS = TokenizeSettings(max_prompt_tokens=384, max_tokens=512)
 VOCABULARY = 8192
@@ -49,15 +49,15 @@ def main() -> None:
         lines = root / "pairs.jsonl"
         lines.write_bytes(gzip.decompress(source.read_bytes()) * options.copies)
         rows = lines.read_bytes().count(b"\n")
-        train_tokenizer(source, VOCABULARY).save_pretrained(root / "tokenizer")
+        write_model(root / "model", train_tokenizer(source, VOCABULARY), VOCABULARY)
         seconds: dict[str, list[float]] = {"rayalign, Ray Data": [], f"datasets.map(num_proc={PROCESSES})": []}
         ours, theirs = seconds.values()
         began = time.perf_counter()
         with connect():
             start = time.perf_counter() - began
             for turn in range(options.repeats):
-                ours.append(staged(lines, root / "tokenizer", root / f"ours-{turn}", rows))
-                theirs.append(mapped(lines, root / "tokenizer", root / f"theirs-{turn}", rows))
+                ours.append(staged(lines, root / "model", root / f"ours-{turn}", rows))
+                theirs.append(mapped(lines, root / "model", root / f"theirs-{turn}", rows))
     print(f"{rows} rows; Ray started in {start:.1f} s")
     print(table(("", "s", "rows/s"), [[n, spread(s), f"{rows / median(s):.0f}"] for n, s in seconds.items()]))
     print(f"datasets.map : rayalign, seconds: {spread([b / a for a, b in zip(ours, theirs, strict=True)], 2)} ×")
