@@ -28,7 +28,8 @@ from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.strategy import make_strategy
 from rayalign.methods import resolve
 from rayalign.pipeline.model import CPU_ROW_TOKENS
-from rayalign.sources.off_policy import OffPolicySource, SourceSpec, StoredStream
+from rayalign.sources.source import StreamSource
+from rayalign.sources.streams import SourceSpec, StoredStream
 
 GROUPS_PER_SHARD = 256
 LR, BETA, MAX_GRAD_NORM = 1e-4, 0.1, 1.0
@@ -118,11 +119,11 @@ def rayalign_train(job: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rayalign-bench-") as directory:
         spec, source = training(job, Path(directory))
 
-        def make_source(layout: Layout, pad_id: int) -> OffPolicySource:
+        def make_source(layout: Layout, pad_id: int) -> StreamSource:
             memory.append(Memory())
             stamps.append(time.perf_counter())
             cpu.append(time.process_time())
-            return OffPolicySource(source, layout=layout, pad_id=pad_id)
+            return StreamSource(source, layout=layout, pad_id=pad_id)
 
         train(spec, make_source, make_strategy("single", torch.device("cpu")), on_step=on_step)
     cells = round(sum(row["step_tokens"] / (1 - row["padding_share"]) for row in rows))

@@ -30,7 +30,8 @@ from rayalign.judge.measure import Prompt
 from rayalign.pipeline.job import method_of, needs_reference, objectives, optimizer_spec, shape_of, stop_ids
 from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, tokenizer_spec
 from rayalign.pipeline.prompts import tokenized
-from rayalign.sources.off_policy import OffPolicySource, SourceSpec, StoredStream
+from rayalign.sources.source import StreamSource
+from rayalign.sources.streams import SourceSpec, StoredStream
 
 CPU = torch.device("cpu")
 
@@ -84,8 +85,8 @@ class Workshop:
             check_initial_logratio=scored,
         )
 
-        def make_source(layout: Layout, pad_id: int) -> OffPolicySource:
-            return OffPolicySource(source, layout=layout, pad_id=pad_id)
+        def make_source(layout: Layout, pad_id: int) -> StreamSource:
+            return StreamSource(source, layout=layout, pad_id=pad_id)
 
         return train(spec, make_source, make_strategy("single", CPU))
 

@@ -6,13 +6,14 @@ from rayalign.data.group import Group
 
 
 def check_group(group: Group) -> None:
-    """Raises ValueError, naming source and line, where a group is empty or a column has the wrong length."""
+    """Raises ValueError, naming source and line, where something is empty or a column has the wrong length.
+
+    A prompt alone, without candidates, is a group that can be stored.
+    """
     where = f"{group.source}:{group.line}"
     if len(group.prompt_ids) == 0:
         raise ValueError(f"{where}: the prompt has no token, so nothing predicts the first response token")
     predicted = [candidate.num_predicted for candidate in group.candidates]
-    if not predicted:
-        raise ValueError(f"{where}: the group has no candidate")
     if 0 in predicted:
         raise ValueError(f"{where}: candidate {predicted.index(0)} has no predicted token")
     for expected, columns in ((len(predicted), group.per_candidate), (sum(predicted), group.per_token)):

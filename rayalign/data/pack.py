@@ -75,6 +75,8 @@ def pack(
     """
     for group in groups:
         check_group(group)
+        if not group.candidates:
+            raise ValueError(f"{group.source}:{group.line}: the group has no candidate")
         if len(group.candidates) > num_candidates:
             where = f"{group.source}:{group.line}"
             raise ValueError(f"{where}: {len(group.candidates)} candidates in a batch of {num_candidates} per group")

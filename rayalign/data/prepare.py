@@ -77,6 +77,7 @@ def prepare_chunk(
     """Parse, tokenize and write one chunk as shard ``name``."""
     outcomes = rows_to_groups(rows, chat, settings, format=unit.format, columns=unit.columns)
     groups: list[Group] = []
+    texts: list[str] = []
     bad: list[BadRow] = []
     prompts = responses = dropped = 0
     for row, outcome in zip(rows, outcomes, strict=True):
@@ -90,9 +91,11 @@ def prepare_chunk(
             assert isinstance(outcome, Tokenized)
             prompts += outcome.truncation.prompt > 0
             responses += sum(cut > 0 for cut in outcome.truncation.responses)
-            groups.extend(shaped(outcome.group, shape))
+            made = shaped(outcome.group, shape)
+            groups.extend(made)
+            texts.extend([outcome.prompt] * len(made))
     return ShardReport(
-        shard=write_shard(directory, name, groups) if groups else None,
+        shard=write_shard(directory, name, groups, prompts=texts) if groups else None,
         rows=len(rows),
         bad=tuple(bad),
         dropped=dropped,

@@ -32,6 +32,8 @@ from rayalign.manifest import file_digest
 
 Words = NDArray[np.int32]
 _SIDECAR = ".shard.json"
+PROMPTS = ".prompts"
+"""Ending of the file with the prompts' texts, a JSON list; a store of rollouts has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +56,10 @@ class ShardInfo:
         return cls(**fields)
 
 
-def write_shard(directory: Path, name: str, groups: Sequence[Group]) -> ShardInfo:
+def write_shard(directory: Path, name: str, groups: Sequence[Group], *, prompts: Sequence[str] = ()) -> ShardInfo:
     """Store groups, in order, as the shard ``name`` of an uncommitted directory.
 
+    ``prompts`` are the prompts' texts, one per group, for readers of a store whose completions are to be scored.
     Equal groups make equal bytes. Writing a shard again replaces it. Raises ValueError for a malformed group.
     """
     for group in groups:
@@ -81,6 +84,9 @@ def write_shard(directory: Path, name: str, groups: Sequence[Group]) -> ShardInf
             _record(_column_words(_complete(group, per_candidate, per_token))) for group in groups
         ),
     }
+    if prompts:
+        texts = [prompt for prompt, _ in zip(prompts, groups, strict=True)]
+        files[f"{name}{PROMPTS}"] = json.dumps(texts, ensure_ascii=False).encode()
     facts = {"sources": sources, "per_candidate": per_candidate, "per_token": per_token}
     return _commit_shard(directory, name, files, groups=len(groups), **facts)
 

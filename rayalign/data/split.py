@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 import re
 
-from rayalign.data.schema import RowProblem, Turns, is_assistant
+from rayalign.data.schema import Example, RowProblem, Turns, is_assistant
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -67,3 +67,12 @@ def transcript(turns: Turns, *, generation_prompt: bool) -> str:
         speaker = _SPEAKERS.get(turn["role"], turn["role"].capitalize())
         lines.append(f"\n\n{speaker}: {turn['content']}" if turn["content"] else f"\n\n{speaker}:")
     return "".join(lines) + ("\n\nAssistant:" if generation_prompt else "")
+
+
+def prompt_text(example: Example) -> str:
+    """What a scorer and a reader see: a text or a single message as it is, a conversation as a transcript."""
+    if isinstance(example.prompt, str):
+        return example.prompt
+    if len(example.prompt) == 1:
+        return str(example.prompt[0]["content"])
+    return transcript(example.prompt, generation_prompt=False)

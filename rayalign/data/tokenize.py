@@ -13,6 +13,7 @@ from rayalign.data.formats import parse_row
 from rayalign.data.group import Candidate, Column, Group
 from rayalign.data.records import BadRow, Row, excerpt_of
 from rayalign.data.schema import MISSING, Example, RowProblem
+from rayalign.data.split import prompt_text
 from rayalign.errors import UserError
 
 
@@ -51,6 +52,8 @@ class Truncation:
 class Tokenized:
     group: Group
     truncation: Truncation
+    prompt: str
+    """The prompt's text as a scorer reads it, before anything was cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +160,7 @@ def _outcome(
         source=example.source,
         line=example.line,
     )
-    return Tokenized(group=group, truncation=truncation)
+    return Tokenized(group=group, truncation=truncation, prompt=prompt_text(example))
 
 
 def _answer(prompt: str, pieces: Sequence[Piece], ids: Mapping[str, list[int]], chat: Chat) -> _Answer:

@@ -16,14 +16,15 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
+from rayalign.engine.canary import canary_logps
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
 from rayalign.engine.forward import Policy
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
-from rayalign.engine.model import ModelSpec, compute_dtype, load_policy, save_pretrained
+from rayalign.engine.model import ModelSpec, compute_dtype, load_policy, save_pretrained, weights_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer, set_learning_rate
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.source import GroupSource, StreamWork
+from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork, Weights
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy import Strategy
 from rayalign.manifest import commit, read_manifest
@@ -109,28 +110,31 @@ def train(
         PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
         NonFiniteStep: the loss or its gradient is NaN or infinite.
     """
-    run = begin(spec, strategy)
+    run, resumed = begin(spec, strategy)
     pad_id = int(run.tokenizer.pad_token_id or 0)
     source = make_source(run.layout, pad_id)
+    if resumed is not None and isinstance(source, FollowsPolicy):
+        source.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
         sinks = open_sinks(spec, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
         while run.step < spec.optimizer.steps:
+            offer_weights(run, source)
             row = advance(run, source, held_out)
             for sink in sinks:
                 sink.write(row)
             if strategy.rank == 0:
                 on_step(row)
                 if checkpoint_is_due(run):
-                    save(run)
+                    save(run, source)
     if strategy.rank == 0:
         export(run)
     return spec.directory / "final"
 
 
-def begin(spec: TrainSpec, strategy: Strategy) -> Run:
+def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
     checkpointer = Checkpointer(
         root=spec.directory / "checkpoints",
@@ -166,7 +170,7 @@ def begin(spec: TrainSpec, strategy: Strategy) -> Run:
         changed = differences(found.facts["environment"], environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
-    return run
+    return run, found
 
 
 def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | None:
@@ -213,6 +217,7 @@ def advance(run: Run, source: GroupSource, held_out: Sequence[StreamWork]) -> di
         "num_tokens": run.num_tokens,
         "step_tokens": step_tokens,
         **result.metrics,
+        **{name: value for part in work for name, value in part.facts.items()},
         "padding_share": padding_share(work),
         "seconds": time.perf_counter() - began,
         "seconds_waiting_for_data": waited,
@@ -227,14 +232,34 @@ def checkpoint_is_due(run: Run) -> bool:
     return last or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
 
 
-def save(run: Run) -> None:
+def offer_weights(run: Run, source: GroupSource) -> None:
+    """Export the policy for a source that draws from it now; every worker learns which weights they are."""
+    if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
+        return
+    weights = None
+    if run.strategy.rank == 0:
+        directory = source.weights_folder(run.step, run.checkpointer.attempt)
+        save_pretrained(run.model, run.tokenizer, directory, stop_ids=run.spec.stop_ids)
+        weights = Weights(
+            step=run.step,
+            attempt=run.checkpointer.attempt,
+            digest=weights_digest(run.model),
+            directory=directory,
+            canary=canary_logps(run.model, layout=run.layout, dtype=run.runner.compute_dtype),
+        )
+        commit(directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
+    source.follow(run.strategy.broadcast(weights))
+
+
+def save(run: Run, source: GroupSource) -> None:
+    state = source.state() if isinstance(source, FollowsPolicy) else {}
     run.checkpointer.save(
         run.step,
         model=run.model,
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
         stop_ids=run.spec.stop_ids,
-        facts={"num_tokens": run.num_tokens, "environment": environment(run.strategy)},
+        facts={"num_tokens": run.num_tokens, "source": state, "environment": environment(run.strategy)},
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from rayalign.data.plan import StepCounts
 from rayalign.types import PackedBatch
@@ -26,6 +27,8 @@ class StreamWork:
     """Tokens of the step's groups over all workers, each prompt counted once."""
     describe: Callable[[int], str] = "position {} of the stream".format
     """Names the group at a position of the stream in errors, such as its file and line."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """What the source knows of these groups, for the row of metrics."""
 
 
 @runtime_checkable
@@ -34,4 +37,42 @@ class GroupSource(Protocol):
 
     def get(self, step: int) -> tuple[StreamWork, ...]:
         """Work of step ``step`` (from 0). May wait, outside any collective."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The policy as it was before a step, exported for whoever samples it."""
+
+    step: int
+    attempt: str
+    digest: str
+    """Of every bit of the weights."""
+    directory: Path
+    canary: tuple[float, ...]
+    """What the training forward says of a fixed sequence, nats: see :mod:`rayalign.engine.canary`."""
+
+
+@runtime_checkable
+class FollowsPolicy(GroupSource, Protocol):
+    """A source whose groups are drawn from the policy as it is trained. Every worker calls every method alike."""
+
+    def wants_weights(self, step: int) -> bool:
+        """Whether groups are drawn with the weights that step ``step`` begins with."""
+        ...
+
+    def weights_folder(self, step: int, attempt: str) -> Path:
+        """Where those weights belong."""
+        ...
+
+    def follow(self, weights: Weights) -> None:
+        """Draw with ``weights``, which are committed, from now on."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a restart asks for the same groups; plain JSON values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the source that had ``state``."""
         ...

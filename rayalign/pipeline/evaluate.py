@@ -32,8 +32,9 @@ from rayalign.report.formatting import SHARE, interval, number
 from rayalign.report.points import EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, prompt_means
 from rayalign.rollout.base import SamplingParams
-from rayalign.runtime.evaluation import EvaluationSpec, Evaluators
+from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
 from rayalign.runtime.placement import Share, share
+from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect
 
 SHOWN_PROMPTS = 6
@@ -73,16 +74,15 @@ class Evaluation:
     spec: EvaluationSpec
     config: EvaluateConfig
     digest: str
-    evaluators: Evaluators
+    evaluators: Pool
 
     @classmethod
     def start(cls, run: RunConfig, stages: Stages, *, share: Share, actors: int) -> Evaluation:
-        """Load the reference into ``actors`` actors."""
+        """``actors`` processes that hold the reference."""
         assert run.evaluate is not None
         spec = evaluation_spec(run, stages)
-        return cls(
-            spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=Evaluators(spec, share, actors)
-        )
+        pool = Pool("evaluation", Evaluator, spec, share=share, count=actors)
+        return cls(spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=pool)
 
     def points(self, checkpoint: Path | None, directory: Path) -> Points:
         """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``."""
@@ -93,7 +93,7 @@ class Evaluation:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["identity"] == identity:
                 return tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
-        measured = self.evaluators.measure(checkpoint)
+        measured = self.evaluators.call(checkpoint)
         points = tuple(self.point(name, step, found) for name, found in measured.items())
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = {"identity": identity, "points": [point.model_dump(mode="json") for point in points]}

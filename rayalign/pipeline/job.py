@@ -32,7 +32,7 @@ from rayalign.pipeline.stages import Stages
 from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
-from rayalign.sources.off_policy import SourceSpec, StoredStream
+from rayalign.sources.streams import SourceSpec, StoredStream
 
 COLUMN_FIELDS = {
     "reward": "`rewards`, one number per completion",

@@ -12,7 +12,7 @@ from rayalign.data.formats import parse_row
 from rayalign.data.prepare import read_chunks
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
-from rayalign.data.split import transcript
+from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
@@ -57,14 +57,5 @@ def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]
     for example, outcome in zip(examples, to_groups(examples, chat, spec.settings), strict=True):
         if not isinstance(outcome, Tokenized):
             raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
-        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), text=prompt_text(example)))
+        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), text=outcome.prompt))
     return tuple(prompts)
-
-
-def prompt_text(example: Example) -> str:
-    """What a scorer and a reader see: a text or a single message as it is, a conversation as a transcript."""
-    if isinstance(example.prompt, str):
-        return example.prompt
-    if len(example.prompt) == 1:
-        return str(example.prompt[0]["content"])
-    return transcript(example.prompt, generation_prompt=False)

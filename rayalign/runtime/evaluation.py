@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import load_tokenizer, model_directory
-from rayalign.errors import UserError
 from rayalign.judge.base import Scorer
 from rayalign.judge.measure import Measured, Prompt, ScorerSpec, make_scorers, measure
 from rayalign.rollout.base import SamplingParams
-from rayalign.runtime.failures import root_cause
-from rayalign.runtime.placement import Share
-
-START_SECONDS = 300.0
-MAX_DEATHS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +37,18 @@ class Loaded:
 
 
 class Evaluator:
-    """One process that measures policies against the reference, which it loads with the first of them."""
+    """One process that measures policies against the reference."""
 
-    def __init__(self, spec: EvaluationSpec, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
-        self.loaded: Loaded | None = None
+        self.loaded = load(spec)
 
-    def measure(self, directory: str | None) -> dict[str, Measured]:
+    def __call__(self, directory: Path | None) -> dict[str, Measured]:
         """The policy in ``directory``, or the reference itself where it is None, on every prompt set."""
-        # Loading here and not above: of an error in an actor's constructor Ray keeps the text only.
-        self.loaded = loaded = self.loaded or load(self.spec)
+        loaded = self.loaded
         policy = loaded.reference
         if directory is not None:
-            model = replace(self.spec.reference.model, name=directory, revision=None, from_scratch=False)
+            model = replace(self.spec.reference.model, name=str(directory), revision=None, from_scratch=False)
             policy = FrozenModel(replace(self.spec.reference, model=model), loaded.device)
         return {
             name: measure(
@@ -79,41 +69,3 @@ def load(spec: EvaluationSpec) -> Loaded:
         ),
         scorers=make_scorers(spec.scorers),
     )
-
-
-class Evaluators:
-    """A few :class:`Evaluator` actors and a queue for them; safe to use from several threads.
-
-    Raises UserError when the cluster has no room for them within five minutes.
-    """
-
-    def __init__(self, spec: EvaluationSpec, share: Share, count: int) -> None:
-        actor = ray.remote(Evaluator).options(
-            num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=MAX_DEATHS, max_task_retries=MAX_DEATHS
-        )
-        actors = [actor.remote(spec, share.threads) for _ in range(count)]
-        starting = [actor.__ray_ready__.remote() for actor in actors]
-        if len(ray.wait(starting, num_returns=count, timeout=START_SECONDS)[0]) < count:
-            raise UserError(
-                f"evaluation waited {START_SECONDS:.0f} s for {count} processes with {share.cpus:g} CPUs and "
-                f"{share.gpus:g} GPUs each; free in the cluster: {ray.available_resources()}"
-            )
-        self.idle: queue.Queue[ray.actor.ActorHandle] = queue.Queue()
-        for each in actors:
-            self.idle.put(each)
-
-    def measure(self, directory: Path | None) -> dict[str, Measured]:
-        """Wait for an idle actor and let it measure; a scorer's own UserError is raised as such."""
-        actor = self.idle.get()
-        try:
-            measured: dict[str, Measured] = ray.get(actor.measure.remote(str(directory) if directory else None))
-            return measured
-        except ray.exceptions.RayTaskError as error:
-            cause = root_cause(error)
-            raise (cause if isinstance(cause, UserError) else error) from error
-        finally:
-            self.idle.put(actor)
-
-    def close(self) -> None:
-        while not self.idle.empty():
-            ray.kill(self.idle.get())

@@ -27,6 +27,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayalign.errors import UserError, first_line
 from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
 from rayalign.runtime.placement import Share
+from rayalign.runtime.pool import Pool
+from rayalign.runtime.rounds import RolloutJob, make_pool
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,19 @@ class Trainer:
     def __init__(self, *, max_failures: int = 0) -> None:
         self.max_failures = max_failures
         self.group: Group | None = None
+        self.rollouts: tuple[RolloutJob, Pool] | None = None
+
+    def rollout_pool(self, job: RolloutJob) -> Pool:
+        """The actors that draw for this trainer's runs; they stay as long as the next run needs as many."""
+        if self.rollouts is None or (self.rollouts[0].share, self.rollouts[0].actors) != (job.share, job.actors):
+            self.close_rollouts()
+            self.rollouts = (job, make_pool(job))
+        return self.rollouts[1]
+
+    def close_rollouts(self) -> None:
+        if self.rollouts is not None:
+            self.rollouts[1].close()
+            self.rollouts = None
 
     def fit(self, job: TrainJob) -> Path:
         """Train to the end and return the exported directory.
@@ -96,6 +111,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self.close_rollouts()
 
 
 @dataclass(frozen=True, slots=True)

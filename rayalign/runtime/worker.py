@@ -21,7 +21,9 @@ from rayalign.engine.loop import MakeSource, TrainSpec, train
 from rayalign.engine.strategy import Strategy, make_strategy
 from rayalign.runtime.placement import Share
 from rayalign.runtime.progress import logging_to
-from rayalign.sources.off_policy import OffPolicySource, SourceSpec
+from rayalign.runtime.rounds import RolloutJob
+from rayalign.sources.source import StreamSource
+from rayalign.sources.streams import SourceSpec
 
 POLL_SECONDS = 0.1
 
@@ -38,6 +40,8 @@ class TrainJob:
     share: Share
     run: str
     """What progress calls this run."""
+    rollouts: RolloutJob | None = None
+    """How the driver draws the groups that this run trains on; None where all are stored."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
 
@@ -119,7 +123,7 @@ def train_job(job: TrainJob, strategy: Strategy) -> Path:
 def source_maker(spec: SourceSpec, strategy: Strategy) -> MakeSource:
     """How this worker opens its part of the stored groups, once it knows its model's layout."""
 
-    def make(layout: Layout, pad_id: int) -> OffPolicySource:
-        return OffPolicySource(spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size)
+    def make(layout: Layout, pad_id: int) -> StreamSource:
+        return StreamSource(spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size)
 
     return make

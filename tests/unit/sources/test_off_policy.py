@@ -15,7 +15,8 @@ from rayalign.data.plan import PlanError
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import StoreMismatch, TokenStore, commit_columns
 from rayalign.engine.source import StreamWork
-from rayalign.sources.off_policy import OffPolicySource, SourceSpec, StoredStream
+from rayalign.sources.source import StreamSource
+from rayalign.sources.streams import SourceSpec, StoredStream
 
 PAIRS = synthetic_groups([2] * 13)
 ANSWERS = synthetic_groups([1] * 5, seed=1)
@@ -30,9 +31,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> SourceSpec:
     return SourceSpec(streams=(pairs, answers), seed=7, tokens_per_micro_batch=110, row_tokens=60)
 
 
-def sources(spec: SourceSpec, num_workers: int) -> list[OffPolicySource]:
+def sources(spec: SourceSpec, num_workers: int) -> list[StreamSource]:
     return [
-        OffPolicySource(spec, layout="packed", pad_id=0, rank=rank, world_size=num_workers)
+        StreamSource(spec, layout="packed", pad_id=0, rank=rank, world_size=num_workers)
         for rank in range(num_workers)
     ]
 

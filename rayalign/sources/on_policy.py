@@ -1,0 +1,121 @@
+"""Groups drawn from the policy itself: asked for with the weights they must come from, then read like any store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rayalign.data.store import TokenStore
+from rayalign.data.stream import Stream
+from rayalign.engine.source import Weights
+from rayalign.errors import UserError
+from rayalign.manifest import MANIFEST, read_manifest
+from rayalign.sources.off_policy import Drawn
+from rayalign.sources.rounds import Request, RoundFolder
+from rayalign.sources.streams import RoundStream
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 3600.0
+POLL_SECONDS = 0.05
+TELL_SECONDS = 60.0
+
+
+class FreshGroups:
+    """An opened :class:`RoundStream`, as one worker sees it; rank 0 does the asking for all."""
+
+    def __init__(self, stream: RoundStream, seed: int, *, rank: int) -> None:
+        self.plan = stream.plan
+        self.folder = RoundFolder(stream.folder)
+        self.rank = rank
+        self.requests: dict[int, Request] = {}
+        """By round: the weights that it must be drawn with."""
+        self.opened: tuple[int, TokenStore, Mapping[str, float]] | None = None
+        sizes = tuple(len(TokenStore.open(store)) for store in stream.prompts.stores)
+        self.order = Stream(
+            name=stream.prompts.name,
+            sizes=sizes,
+            weights=stream.prompts.weights,
+            groups_per_step=stream.plan.groups_per_step,
+            seed=seed,
+        )
+
+    def draw(self, step: int) -> list[Drawn]:
+        """The groups of ``step``; waits for their round."""
+        number = self.plan.round_of(step)
+        store, _ = self._open(number)
+        first = self.plan.round_positions(number).start
+        return [Drawn(store, position - first) for position in self.plan.positions(step)]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the prompts finished when ``step`` ends."""
+        return self.order.epoch(self.plan.positions(step).stop)
+
+    def facts(self, step: int) -> Mapping[str, float]:
+        """What is known of the round of ``step``, for the row of metrics."""
+        number = self.plan.round_of(step)
+        return {"round": number, **self._open(number)[1]}
+
+    # The weights that rounds are drawn with.
+
+    def wants_weights(self, step: int) -> bool:
+        return len(self.plan.rounds_drawn_at(step)) > 0
+
+    def weights_folder(self, step: int, attempt: str) -> Path:
+        return self.folder.weights / f"step_{step:06d}-{attempt}"
+
+    def follow(self, weights: Weights) -> None:
+        """Ask for the rounds that are to be drawn with ``weights``."""
+        for number in self.plan.rounds_drawn_at(weights.step):
+            self._ask(Request(number=number, weights=weights))
+
+    def state(self) -> dict[str, Any]:
+        """The requests for rounds that are not trained on yet."""
+        return {str(number): request.to_json() for number, request in self.requests.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the run that had ``state``, and ask again: another attempt may have asked for other weights."""
+        for value in state.values():
+            self._ask(Request.from_json(value))
+
+    def _ask(self, request: Request) -> None:
+        self.requests[request.number] = request
+        if self.rank == 0:
+            self.folder.ask(request)
+
+    def _open(self, number: int) -> tuple[TokenStore, Mapping[str, float]]:
+        if self.opened is None or self.opened[0] != number:
+            directory = self.folder.round(self.requests[number])
+            wait_for(directory, self._failure)
+            manifest = read_manifest(directory)
+            assert manifest is not None
+            self.opened = (number, TokenStore.open(directory), manifest["meta"]["facts"])
+            self.requests = {later: request for later, request in self.requests.items() if later >= number}
+        return self.opened[1], self.opened[2]
+
+    def _failure(self) -> str:
+        return self.folder.failure.read_text(encoding="utf-8") if self.folder.failure.exists() else ""
+
+
+def wait_for(directory: Path, failure: Callable[[], str]) -> None:
+    """Return once ``directory`` is committed.
+
+    Raises UserError with the driver's message when it gave up, or after an hour, naming what was waited for.
+    """
+    began = told = time.monotonic()
+    while not (directory / MANIFEST).exists():
+        if message := failure():
+            raise UserError(message)
+        now = time.monotonic()
+        if now - began > WAIT_SECONDS:
+            raise UserError(
+                f"training waited {WAIT_SECONDS / 60:.0f} minutes for {directory.name}, which the rollout pool of the "
+                "driver draws: look for its messages, and give it more actors or fewer samples"
+            )
+        if now - told > TELL_SECONDS:
+            log.warning("waiting for %s since %.0f s", directory.name, now - began)
+            told = now
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,129 @@
+"""For any step, the micro-batches of this worker, whatever the data policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayalign.data.pack import pack
+from rayalign.data.plan import MicroBatch, check_budget, count_step, plan_step
+from rayalign.data.rows import Layout
+from rayalign.data.store import TokenStore
+from rayalign.engine.source import StreamWork, Weights
+from rayalign.sources.hybrid import MixedGroups
+from rayalign.sources.off_policy import Drawn, StoredGroups
+from rayalign.sources.on_policy import FreshGroups
+from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
+from rayalign.types import PackedBatch
+
+Groups = StoredGroups | FreshGroups | MixedGroups
+
+
+class StreamSource:
+    """The :class:`rayalign.engine.source.GroupSource` of a run, as one worker sees it.
+
+    Raises:
+        PlanError: a stored group is too large for a micro-batch; its file and line are in the message.
+    """
+
+    def __init__(self, spec: SourceSpec, *, layout: Layout, pad_id: int, rank: int = 0, world_size: int = 1) -> None:
+        self.spec = spec
+        self.layout: Layout = layout
+        self.pad_id = pad_id
+        self.rank = rank
+        self.world_size = world_size
+        self.groups: dict[str, Groups] = {stream.name: self._open(stream) for stream in spec.streams}
+        for store in self.stores:
+            check_budget(
+                store, tokens_per_micro_batch=spec.tokens_per_micro_batch, row_tokens=spec.row_tokens, layout=layout
+            )
+
+    def get(self, step: int) -> tuple[StreamWork, ...]:
+        """Work of step ``step`` (from 0), one entry per stream; waits for groups that are being drawn."""
+        return tuple(self._work(stream, step) for stream in self.spec.streams)
+
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """Everything that is stored already and trained on."""
+        parts = (part for groups in self.groups.values() for part in _parts(groups))
+        return tuple(store for part in parts if isinstance(part, StoredGroups) for store in part.stores)
+
+    # Following the policy: see rayalign.engine.source.FollowsPolicy.
+
+    def wants_weights(self, step: int) -> bool:
+        return any(part.wants_weights(step) for part in self._fresh)
+
+    def weights_folder(self, step: int, attempt: str) -> Path:
+        return self._fresh[0].weights_folder(step, attempt)
+
+    def follow(self, weights: Weights) -> None:
+        for part in self._fresh:
+            part.follow(weights)
+
+    def state(self) -> dict[str, Any]:
+        return self._fresh[0].state() if self._fresh else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for part in self._fresh:
+            part.restore(state)
+
+    @property
+    def _fresh(self) -> list[FreshGroups]:
+        return [part for groups in self.groups.values() for part in _parts(groups) if isinstance(part, FreshGroups)]
+
+    def _open(self, stream: AnyStream) -> Groups:
+        if isinstance(stream, StoredStream):
+            return StoredGroups(stream, self.spec.seed)
+        if isinstance(stream, RoundStream):
+            return FreshGroups(stream, self.spec.seed, rank=self.rank)
+        fresh = self._open(stream.fresh)
+        assert not isinstance(fresh, MixedGroups)
+        return MixedGroups(stream, fresh=fresh, stored=StoredGroups(stream.stored, self.spec.seed))
+
+    def _work(self, stream: AnyStream, step: int) -> StreamWork:
+        groups = self.groups[stream.name]
+        drawn = groups.draw(step)
+        lengths = [group.lengths for group in drawn]
+        first = step * len(drawn)  # every step of a stream has the same number of groups
+        plan = plan_step(
+            lengths,
+            num_workers=self.world_size,
+            tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
+            row_tokens=self.spec.row_tokens,
+            layout=self.layout,
+            describe=lambda slot: drawn[slot].name,
+        )
+        fresh = [part for part in _parts(groups) if isinstance(part, FreshGroups)]
+        return StreamWork(
+            stream=stream.name,
+            micro_batches=tuple(self._packed(micro, drawn, first, num_candidates(stream)) for micro in plan[self.rank]),
+            counts=count_step(lengths),
+            groups_per_step=len(drawn),
+            epoch=groups.epoch(step),
+            num_tokens=sum(length.packed for length in lengths),
+            describe=lambda position: drawn[position - first].name,
+            facts=fresh[0].facts(step) if fresh else {},
+        )
+
+    def _packed(self, micro: MicroBatch, drawn: Sequence[Drawn], first: int, candidates: int) -> PackedBatch:
+        return pack(
+            [drawn[slot].read() for slot in micro.slots],
+            positions=[first + slot for slot in micro.slots],
+            num_candidates=candidates,
+            pad_id=self.pad_id,
+            row_tokens=self.spec.row_tokens,
+            layout=self.layout,
+            dummy=micro.dummy,
+        )
+
+
+def num_candidates(stream: AnyStream) -> int:
+    """K of the stream's batches."""
+    if isinstance(stream, MixedStream):
+        return max(stream.fresh.num_candidates, stream.stored.num_candidates)
+    return stream.num_candidates
+
+
+def _parts(groups: Groups) -> tuple[StoredGroups | FreshGroups, ...]:
+    return (groups.fresh, groups.stored) if isinstance(groups, MixedGroups) else (groups,)
