@@ -86,6 +86,14 @@ class LabelConfig(Block):
     """How scores become chosen and rejected."""
 
     name: Annotated[str, AfterValidator(_label_name)] = "best_worst"
-    """best_worst | wpo | bradley_terry | rewards | module:function."""
+    """best_worst | wpo | bradley_terry | rewards | module:function, of the list of scores → (chosen, rejected)."""
+    scale: float = Field(default=1.0, gt=0)
+    """bradley_terry: chosen with probability σ(difference of scores / scale)."""
+    threshold: float = 5.0
+    """wpo: the chosen one scores at least this."""
+    gap: float = Field(default=1.0, ge=0)
+    """wpo: the rejected one scores at least this much less."""
+    rejected: Literal["random", "minimum"] = "random"
+    """wpo: which of those that score so much less."""
     relabel: bool = False
     """Score and label the stored completions too, with the same scorer and rule."""

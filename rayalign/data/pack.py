@@ -91,11 +91,12 @@ def pack(
     per_candidate = {
         name: _candidate_column(name, groups, num_candidates)
         for name in _names(group.per_candidate for group in groups)
-    } | {
-        total: _segment_sums(per_token[name], candidate_of, exists)
-        for name, total in SUMMED_COLUMNS.items()
-        if name in per_token
     }
+    for name, total in SUMMED_COLUMNS.items():
+        if name in per_token:
+            sums = _segment_sums(per_token[name], candidate_of, exists)
+            # A candidate whose tokens are not known one by one may still come with its total.
+            per_candidate[total] = np.where(np.isnan(sums), per_candidate.get(total, sums), sums)
     return PackedBatch(
         **_grids(pieces, shape, pad_id),
         parent_of_branch=torch.zeros(num_candidates + 1, dtype=torch.int64),

@@ -27,7 +27,7 @@ class StreamWork:
     """Tokens of the step's groups over all workers, each prompt counted once."""
     describe: Callable[[int], str] = "position {} of the stream".format
     """Names the group at a position of the stream in errors, such as its file and line."""
-    facts: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, int | float] = field(default_factory=dict)
     """What the source knows of these groups, for the row of metrics."""
 
 

@@ -20,7 +20,7 @@ from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
-from rayalign.pipeline.job import evaluation_steps, make_job, num_workers
+from rayalign.pipeline.job import evaluation_steps, make_job, num_processes, num_workers
 from rayalign.pipeline.results import CellResult, comparison_record
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
@@ -137,8 +137,8 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
     """Train ``initial`` once for all cells; its final model's folder."""
     if comparison.initial is None:
         return None
-    workers = num_workers(comparison.initial, stages.session)
-    job = make_job(comparison.initial, directory / "initial", stages, processes=workers, label="initial")
+    processes = num_processes(comparison.initial, stages.session)
+    job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
     with Trainer() as trainer:
         return str(run_job(comparison.initial, job, trainer, board))
 
@@ -154,7 +154,7 @@ def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages,
     """The cell's job; stages that several cells share are made by the first."""
     assert cell.run is not None
     run = started_from(cell.run, model) if model else cell.run
-    processes = parallel * num_workers(run, stages.session) + 1  # the evaluator has a share of its own
+    processes = parallel * num_processes(run, stages.session) + 1  # the evaluator has a share of its own
     job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
     return CellResult(cell=cell, run=run, job=job, points=(), failure="")
 
@@ -178,7 +178,7 @@ def training(ready: Sequence[CellResult], parallel: int, board: Board) -> Iterat
         yield [pool.submit(train_next, item) for item in ready]
         pool.shutdown()
         while not idle.empty():
-            idle.get().close()
+            idle.get().end()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
 

@@ -15,16 +15,14 @@ from rich.table import Table as RichTable
 from rayalign import __version__
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import EvaluateConfig, ScorerConfig
+from rayalign.config.scoring import EvaluateConfig
 from rayalign.engine.checkpoint import NAME, is_committed, step_of
 from rayalign.errors import UserError
-from rayalign.imports import source_digest
 from rayalign.judge.measure import Measured, ScorerSpec, Table, make_scorers
 from rayalign.manifest import MANIFEST, file_digest, write_durably
 from rayalign.pipeline.artifacts import Artifacts, digest_of
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.job import stop_ids
-from rayalign.pipeline.model import scoring_spec, spec_digest
+from rayalign.pipeline.model import scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
 from rayalign.pipeline.prompts import prompt_sets
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
@@ -145,7 +143,7 @@ def evaluation_digest(spec: EvaluationSpec) -> str:
     return digest_of(
         [
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
-            [[asdict(scorer), source_digest(scorer.parameters["function"])] for scorer in spec.scorers],
+            [scorer_identity(scorer) for scorer in spec.scorers],
             asdict(spec.sampling),
             spec_digest(spec.reference.model),
             spec.reference.model.dtype,
@@ -167,11 +165,6 @@ def evaluated_checkpoints(directory: Path) -> dict[int, Path]:
     """Step → committed checkpoint of a run."""
     found = sorted((directory / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
     return {step_of(path): path for path in found if NAME.fullmatch(path.name) and is_committed(path)}
-
-
-def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:
-    parameters = scorer.model_dump(exclude={"name", "unit", "description"})
-    return ScorerSpec(label=scorer.label, name=scorer.name, parameters=parameters)
 
 
 def samples(table: Table) -> tuple[tuple[float, ...], ...]:

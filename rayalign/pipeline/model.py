@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rayalign.config.run import RunConfig
+from rayalign.config.scoring import ScorerConfig
+from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec, model_digest, model_directory
+from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory
+from rayalign.imports import source_digest
+from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.runtime.datasets import TokenizerSpec
@@ -77,3 +83,22 @@ def spec_digest(spec: ModelSpec) -> str:
 def template_digest(template: str) -> str:
     """``auto`` and ``none`` are themselves, a file is its bytes."""
     return template if template in ("auto", "none") else file_digest(Path(template))
+
+
+def stop_ids(run: RunConfig) -> tuple[int, ...]:
+    """The token that training appends, rollouts stop at and generation_config names."""
+    tokenizer = load_tokenizer(
+        model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
+    )
+    return (make_chat(tokenizer, template=run.data.template, stop=run.data.stop).end_id,)
+
+
+def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:
+    """A scorer as it travels to the processes that call it."""
+    parameters = scorer.model_dump(exclude={"name", "unit", "description"})
+    return ScorerSpec(label=scorer.label, name=scorer.name, parameters=parameters)
+
+
+def scorer_identity(scorer: ScorerSpec) -> list[Any]:
+    """What decides a scorer's numbers: its parameters and its code."""
+    return [asdict(scorer), source_digest(scorer.parameters["function"])]

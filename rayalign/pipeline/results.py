@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.compare import Cell, Comparison
@@ -14,11 +15,15 @@ from rayalign.config.dump import diff
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.store import TokenStore
+from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
+from rayalign.manifest import read_manifest
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.provenance import provenance
+from rayalign.pipeline.train import stores_of
 from rayalign.report import points as report
 from rayalign.runtime.worker import TrainJob
+from rayalign.sources.streams import MixedStream, RoundStream, StoredStream
 
 if TYPE_CHECKING:
     from rayalign.pipeline.evaluate import Evaluation, Points
@@ -155,14 +160,41 @@ def cost(result: CellResult, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
     """What training used: every label that a step saw, each counted once."""
     if not rows:
         return report.Cost()
-    main = result.job.source.streams[0]
-    stored = sum(len(TokenStore.open(store)) for store in main.stores)
+    ledgers = drawn_ledgers(result.job)
     devices = result.job.workers * (1 if result.job.share.gpus else result.job.share.threads)
     return report.Cost(
         tokens_trained=rows[-1]["num_tokens"],
-        labels_used=min(stored, len(rows) * main.groups_per_step),
+        tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
+        labels_used=stored_labels(result.job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),
+        scorer_calls=sum(ledger["scorer_calls"] for ledger in ledgers),
         device_seconds=sum(row["seconds"] for row in rows) * devices,
     )
+
+
+def drawn_ledgers(job: TrainJob) -> list[Mapping[str, Any]]:
+    """What drawing and scoring cost, of every store that was made so: rounds, and what was drawn or labelled once."""
+    return [manifest["meta"]["ledger"] for store in stores_of(job) if "ledger" in (manifest := stored(store))["meta"]]
+
+
+def stored_labels(job: TrainJob, steps: int) -> int:
+    """Labels of the data that a run has seen, each counted once."""
+    main = job.source.streams[0]
+    if isinstance(main, RoundStream):
+        return 0
+    part, taken = (main, steps * main.groups_per_step) if isinstance(main, StoredStream) else mixed_share(main, steps)
+    own = [store for store in part.stores if "ledger" not in stored(store)["meta"]]
+    return min(sum(len(TokenStore.open(store)) for store in own), taken)
+
+
+def mixed_share(main: MixedStream, steps: int) -> tuple[StoredStream, int]:
+    fresh, _ = hybrid_positions(steps, groups_per_step=main.groups_per_step, fresh_fraction=main.fresh_fraction)
+    return main.stored, steps * main.groups_per_step - fresh.start
+
+
+def stored(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    return manifest
 
 
 def record_provenance(

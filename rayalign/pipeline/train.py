@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -21,14 +22,16 @@ from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.job import make_job, num_workers
+from rayalign.pipeline.job import make_job, num_processes
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
+from rayalign.runtime.rounds import serving
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
+from rayalign.sources.streams import stored_parts
 
 
 def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
@@ -40,7 +43,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     with connect(import_paths=[folder]) as session, Board(console) as board:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
-        job = make_job(run, storage / run.name, stages, processes=num_workers(run, session), label=run.name)
+        job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
         with Trainer() as trainer:
             final = run_job(run, job, trainer, board)
     console.print(f"model: {final}", highlight=False)
@@ -57,14 +60,23 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         write_run_json(run, job, status="running", started=started)
         collect_quarantine(job)
         board.start(job.run, job.spec.optimizer.steps)
-        with watching(job.spec.directory, row=partial(board.row, job.run), note=board.say):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(watching(job.spec.directory, row=partial(board.row, job.run), note=board.say))
+            if job.rollouts is not None:
+                tell = partial(told, job.run, board)
+                stack.enter_context(serving(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
             try:
                 final = trainer.fit(job)
             except Exception:
                 write_run_json(run, job, status="failed", started=started)
                 raise
+        collect_quarantine(job)
         write_run_json(run, job, status="finished", started=started)
         return final
+
+
+def told(run: str, board: Board, line: str) -> None:
+    board.say(f"{run}: {line}")
 
 
 def refuse_unsupported(run: RunConfig) -> None:
@@ -117,18 +129,25 @@ def write_run_json(run: RunConfig, job: TrainJob, *, status: str, started: str) 
 
 def collect_quarantine(job: TrainJob) -> None:
     """``quarantine.jsonl``: the bad rows of every store that the run reads; no bad row, no file."""
-    stores = dict.fromkeys(store for stream in job.source.streams for store in stream.stores)
-    found = [path.read_text(encoding="utf-8") for store in stores if (path := store / "quarantine.jsonl").exists()]
+    found = [
+        path.read_text(encoding="utf-8") for store in stores_of(job) if (path := store / "quarantine.jsonl").exists()
+    ]
     if found:
         write_durably(job.spec.directory / "quarantine.jsonl", "".join(found))
 
 
 def data_facts(job: TrainJob) -> list[dict[str, Any]]:
     """Rows, shards, nodes and bytes of each store that the run reads, as its preparation counted them."""
-    stores = dict.fromkeys(store for stream in job.source.streams for store in stream.stores)
-    manifests = {store: read_manifest(store) for store in stores}
+    manifests = {store: read_manifest(store) for store in stores_of(job)}
     return [
         {"store": str(store), "digest": manifest["digest"], **manifest["meta"].get("preparation", {})}
         for store, manifest in manifests.items()
         if manifest is not None
     ]
+
+
+def stores_of(job: TrainJob) -> list[Path]:
+    """Every committed store that a run has read: of groups, of prompts, and its rounds so far."""
+    parts = (part for stream in job.source.streams for part in stored_parts(stream))
+    rounds = sorted(job.rollouts.folder.glob("round_*")) if job.rollouts is not None else []
+    return list(dict.fromkeys([*(store for part in parts for store in part.stores), *rounds]))

@@ -121,7 +121,12 @@ def draw_round(request: Request, job: RolloutJob, folder: RoundFolder, pool: Poo
         positions = job.plan.round_positions(request.number)
         name = f"round {request.number + 1}/{job.plan.num_rounds}"
         reports = draw(
-            job.spec, positions, directory, weights=request.weights, pool=pool, done=lambda text: note(f"{name}: {text}")
+            job.spec,
+            positions,
+            directory,
+            weights=request.weights,
+            pool=pool,
+            done=lambda text: note(f"{name}: {text}"),
         )
         commit_drawn(
             directory,
@@ -172,9 +177,7 @@ def plan_chunks(spec: ChunkSpec, positions: range, directory: Path, weights: Wei
     ]
 
 
-def commit_drawn(
-    directory: Path, reports: Sequence[dict[str, Any]], *, max_bad_fraction: float, **meta: Any
-) -> Ledger:
+def commit_drawn(directory: Path, reports: Sequence[dict[str, Any]], *, max_bad_fraction: float, **meta: Any) -> Ledger:
     """Make the chunks one store, beside a list of the prompts that the scorer failed on.
 
     Raises UserError when those are too many; the first is named.

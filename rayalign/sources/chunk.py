@@ -12,25 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rayalign.data.group import Candidate, Column, Group
+from rayalign.data.group import Group
 from rayalign.data.prepare import Shape
 from rayalign.data.shard import ShardInfo, write_shard
 from rayalign.data.texts import PromptTexts
 from rayalign.data.unpair import Mismatched
-from rayalign.engine.canary import TOLERANCE, canary_error, canary_group
+from rayalign.engine.canary import TOLERANCE, canary_error
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer, model_directory
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
 from rayalign.judge.base import Scorer
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
-from rayalign.rollout.base import Completion, RolloutEngine, SamplingParams
-from rayalign.rollout.engines import make_engine
+from rayalign.rollout.base import SamplingParams
+from rayalign.rollout.engines import Sampler, make_sampler
+from rayalign.sources.answers import Answer, fresh_answer, make_group, reply_text, stored_candidates
 from rayalign.sources.label import Labelled, LabelSpec, label, label_key
 from rayalign.sources.off_policy import Drawn, StoredGroups
 from rayalign.sources.streams import StoredStream
@@ -42,8 +42,10 @@ class ChunkSpec:
 
     prompts: StoredStream
     seed: int
+    policy: ModelSpec
+    """Before the first step; later weights are of the same kind."""
     reference: ScoringSpec
-    """Also says how the policy is loaded and laid out."""
+    """Also says how the policy is laid out."""
     engine: str
     sampling: SamplingParams | None
     """None draws nothing: stored candidates are scored and labelled again."""
@@ -101,199 +103,134 @@ class ChunkMaker:
         spec, chunk = job
         self._prepare(spec)
         began = time.monotonic()
-        loaded = self._load(spec, chunk.weights)
+        self._load(spec, chunk.weights)
+        loaded = time.monotonic()
         drawn = self.prompts.at(chunk.positions)
         texts = [self.texts[id(group.store)][group.row] for group in drawn]
-        ready = time.monotonic()
-        completions = self._complete(spec, chunk, [group.read().prompt_ids.tolist() for group in drawn])
+        fresh = self._complete(spec, chunk, [group.read().prompt_ids.tolist() for group in drawn])
         generated = time.monotonic()
-        candidates = [stored_candidates(group) if spec.keep_stored else () for group in drawn]
-        candidates = [(*mine, *fresh) for mine, fresh in zip(candidates, completions, strict=True)]
+        stored = [stored_candidates(group) if spec.keep_stored else () for group in drawn]
+        candidates = [(*old, *new) for old, new in zip(stored, fresh, strict=True)]
         scores, quarantined = self._score(drawn, texts, candidates)
-        labelled = [
-            label(own, [len(c.ids) for c in answers], spec.label, shape=spec.shape, key=label_key(spec.seed, position))
-            if own is not None
-            else Labelled(kept=(0,), preferred=False)
-            for own, answers, position in zip(scores, candidates, chunk.positions, strict=True)
-        ]
-        groups = [
-            make_group(group, answers, own, found)
-            for group, answers, own, found in zip(drawn, candidates, scores, labelled, strict=True)
-        ]
-        if spec.shape == "labelled":
-            pairs = Mismatched(groups)
-            groups = [pairs[number] for number in range(len(groups))]
-        if spec.needs_reference:
-            columns = self.reference.token_logps(groups)
-            groups = [
-                replace(group, per_token={**group.per_token, "ref_token_logp": column})
-                for group, column in zip(groups, columns, strict=True)
-            ]
-        fresh = [answer for answers in completions for answer in answers]
-        rewards = [
-            score
-            for own, answers in zip(scores, completions, strict=True)
-            if own is not None
-            for score in (own[len(own) - len(answers) :] if answers else own)
-        ]
+        groups, labels = self._groups(spec, chunk, drawn, candidates, scores)
+        # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
+        counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
         return ChunkReport(
             shard=write_shard(chunk.directory, chunk.name, groups, prompts=texts),
             prompts=len(drawn),
-            completions=len(fresh),
-            tokens_generated=sum(len(answer.ids) for answer in fresh),
-            finished=sum(answer.finished for answer in fresh),
-            scorer_calls=sum(len(answers) for answers in candidates),
-            labels=sum(found.preferred for found in labelled),
-            reward_sum=float(np.sum(rewards)),
-            seconds_generating=generated - ready,
+            completions=sum(map(len, fresh)),
+            tokens_generated=sum(len(answer.ids) for answers in fresh for answer in answers),
+            finished=sum(answer.finished for answers in fresh for answer in answers),
+            scorer_calls=sum(map(len, candidates)),
+            labels=labels,
+            reward_sum=float(sum(map(sum, counted))),
+            seconds_generating=generated - loaded,
             seconds_loading=loaded - began,
             quarantined=tuple(quarantined),
         )
+
+    def _groups(
+        self,
+        spec: ChunkSpec,
+        chunk: Chunk,
+        drawn: Sequence[Drawn],
+        candidates: Sequence[Sequence[Answer]],
+        scores: Sequence[Sequence[float]],
+    ) -> tuple[list[Group], int]:
+        """The groups as the method takes them, and how many of them got a label."""
+        labelled = [
+            label(
+                own, [len(answer.ids) for answer in answers], spec.label, shape=spec.shape, key=label_key(spec.seed, at)
+            )
+            if own
+            else Labelled(kept=(0,), preferred=False)
+            for own, answers, at in zip(scores, candidates, chunk.positions, strict=True)
+        ]
+        groups: Sequence[Group] = [
+            make_group(*parts) for parts in zip(drawn, candidates, scores, labelled, strict=True)
+        ]
+        if spec.shape == "labelled":
+            groups = Mismatched(groups)
+        made = [groups[number] for number in range(len(groups))]
+        if spec.needs_reference:
+            columns = self.reference.token_logps(made)
+            made = [
+                replace(group, per_token={**group.per_token, "ref_token_logp": column})
+                for group, column in zip(made, columns, strict=True)
+            ]
+        return made, sum(found.preferred for found in labelled)
 
     def _prepare(self, spec: ChunkSpec) -> None:
         """Open what stays the same from chunk to chunk."""
         if spec == self.spec:
             return
-        model = spec.reference.model
+        model = spec.policy
         self.tokenizer = load_tokenizer(
             model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
         )
         self.prompts = StoredGroups(spec.prompts, spec.seed)
         self.texts = {id(store): PromptTexts(store) for store in self.prompts.stores}
         self.scorer: Scorer = make_scorer(spec.scorer.name, **spec.scorer.parameters)
-        self.reference = FrozenModel(spec.reference, self.device)
-        self.engine: RolloutEngine | None = None
+        if spec.needs_reference:
+            self.reference = FrozenModel(spec.reference, self.device)
+        self.sampler: Sampler | None = None
         self.loaded: str | None = None
         self.spec = spec
 
-    def _load(self, spec: ChunkSpec, weights: Weights | None) -> float:
-        """The engine with exactly the weights asked for; returns when they were ready."""
-        wanted = weights.digest if weights else "reference"
-        if spec.sampling is not None and (self.engine is None or self.loaded != wanted):
-            model = spec.reference.model
-            if weights is not None:
-                refuse_other_weights(weights)
-                model = replace(model, name=str(weights.directory), revision=None, from_scratch=False)
-            self.loaded = None  # whatever fails below, nothing is drawn with half-loaded weights
-            policy = FrozenModel(replace(spec.reference, model=model), self.device) if weights else self.reference
-            if weights is not None:
-                refuse_broken_weights(policy, weights)
-            self.engine = make_engine(spec.engine, policy, previous=self.engine, sampling=spec.sampling)
-            self.loaded = wanted
-        return time.monotonic()
+    def _load(self, spec: ChunkSpec, weights: Weights | None) -> None:
+        """Make the engine sample from exactly the weights asked for."""
+        if spec.sampling is not None:
+            wanted = weights.digest if weights else "reference"
+            self.sampler = self.sampler or make_sampler(spec.engine, spec.reference, self.device)
+            if self.loaded != wanted:
+                self.loaded = None  # whatever fails below, nothing is drawn with half-loaded weights
+                self.sampler.load(policy_spec(spec, weights))
+                if weights is not None:
+                    refuse_broken_weights(self.sampler, weights, compute_dtype(spec.policy, self.device))
+                self.loaded = wanted
 
     def _complete(self, spec: ChunkSpec, chunk: Chunk, prompts: Sequence[Sequence[int]]) -> list[list[Answer]]:
+        """Fresh candidates of every prompt."""
         answers: list[list[Answer]] = [[] for _ in prompts]
         if spec.sampling is not None:
-            assert self.engine is not None
-            for completion in self.engine.generate(prompts, spec.sampling, keys=chunk.positions):
+            assert self.sampler is not None
+            for completion in self.sampler.generate(prompts, spec.sampling, keys=chunk.positions):
                 answers[completion.prompt_index].append(fresh_answer(completion))
         return answers
 
     def _score(
         self, drawn: Sequence[Drawn], prompts: Sequence[str], candidates: Sequence[Sequence[Answer]]
-    ) -> tuple[list[list[float] | None], list[dict[str, Any]]]:
-        """Every prompt's scores, None where the scorer failed on it; such prompts are told, not fatal."""
-        replies = [[self._text(answer) for answer in answers] for answers in candidates]
+    ) -> tuple[list[list[float]], list[dict[str, Any]]]:
+        """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal."""
+        replies = [[reply_text(self.tokenizer, answer.ids) for answer in answers] for answers in candidates]
         quarantined = []
-        scores: list[list[float] | None] = []
+        scores: list[list[float]] = []
         for group, prompt, own in zip(drawn, prompts, replies, strict=True):
             try:
                 scores.append(self.scorer.score([prompt] * len(own), own))
             except Exception as error:  # the user's function may raise anything
-                scores.append(None)
+                scores.append([])
                 source, _, line = group.name.rpartition(":")
                 reason = f"the scorer failed on its candidates: {type(error).__name__}: {error}"
                 quarantined.append({"file": source, "line": int(line), "reason": reason, "prompt": prompt[:200]})
         return scores, quarantined
 
-    def _text(self, answer: Answer) -> str:
-        return reply_text(self.tokenizer, answer.ids)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A candidate with what is known of the policy that wrote it."""
-
-    ids: tuple[int, ...]
-    mask: tuple[bool, ...]
-    finished: bool
-    behavior: tuple[float, ...]
-    """Per predicted token, nats; NaN for a stored candidate whose writer is not known."""
-    behavior_total: float
-    """Of the whole candidate, where only that is known."""
-
-
-def fresh_answer(completion: Completion) -> Answer:
-    return Answer(
-        ids=completion.token_ids,
-        mask=(True,) * len(completion.token_ids),
-        finished=completion.finish_reason == "stop",
-        behavior=completion.behavior_token_logp,
-        behavior_total=float(np.sum(completion.behavior_token_logp, dtype=np.float64)),
-    )
-
-
-def stored_candidates(drawn: Drawn) -> tuple[Answer, ...]:
-    group = drawn.read()
-    totals = group.per_candidate.get("behavior_logp", np.full(len(group.candidates), np.nan, np.float32))
-    return tuple(
-        Answer(
-            ids=tuple(candidate.ids.tolist()),
-            mask=tuple(candidate.mask.tolist()),
-            finished=candidate.finished,
-            behavior=(np.nan,) * candidate.num_predicted,
-            behavior_total=float(total),
-        )
-        for candidate, total in zip(group.candidates, totals, strict=True)
-    )
-
-
-def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float] | None, found: Labelled) -> Group:
-    """The kept candidates in order, with their rewards, labels and behavior log-probabilities."""
-    kept = [answers[k] for k in found.kept]
-    rewards = [scores[k] if scores is not None else np.nan for k in found.kept]
-    name, _, line = drawn.name.rpartition(":")
-    return Group(
-        prompt_ids=drawn.read().prompt_ids,
-        candidates=tuple(
-            Candidate(ids=np.array(answer.ids, np.int32), mask=np.array(answer.mask), finished=answer.finished)
-            for answer in kept
-        ),
-        per_candidate={
-            "reward": column(rewards),
-            "label": column([found.label] * len(kept)),
-            "behavior_logp": column([answer.behavior_total for answer in kept]),
-        },
-        per_token={"behavior_token_logp": column([value for answer in kept for value in answer.behavior])},
-        source=name,
-        line=int(line),
-    )
-
-
-def column(values: Sequence[float]) -> Column:
-    return np.array(values, np.float32)
-
-
-def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """A completion as scorers and readers see it."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.strip()
-
-
-def refuse_other_weights(weights: Weights) -> None:
+def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
+    """The model to draw from; raises UserError where the folder holds other weights than those asked for."""
+    if weights is None:
+        return spec.policy
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")
+    return replace(spec.policy, name=str(weights.directory), revision=None, from_scratch=False)
 
 
-def refuse_broken_weights(policy: FrozenModel, weights: Weights) -> None:
-    """Raise UserError unless the loaded policy scores the canary as the trainer does."""
-    model = policy.policy.model
-    (found,) = policy.token_logps([canary_group(model.get_output_embeddings().weight.shape[0])])
-    error = canary_error(weights.canary, tuple(found.tolist()))
-    if not error <= TOLERANCE[policy.dtype]:
+def refuse_broken_weights(sampler: Sampler, weights: Weights, dtype: torch.dtype) -> None:
+    """Raise UserError unless the engine scores the canary as the trainer does."""
+    error = canary_error(weights.canary, sampler.canary())
+    if not error <= TOLERANCE[dtype]:
         raise UserError(
             f"the weights of step {weights.step} score a fixed sequence {error:.2g} nats per token away from the "
-            f"trainer (limit {TOLERANCE[policy.dtype]:g}): they were damaged on the way"
+            f"trainer (limit {TOLERANCE[dtype]:g}): they were damaged on the way"
         )

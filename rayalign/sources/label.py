@@ -1,4 +1,4 @@
-"""Scores of one prompt's candidates → which of them are trained on, and as what. Pure functions of numbers and a key."""
+"""Scores of one prompt's candidates → which of them are trained on, and as what. Functions of numbers and a key."""
 
 from __future__ import annotations
 

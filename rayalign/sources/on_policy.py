@@ -33,7 +33,7 @@ class FreshGroups:
         self.rank = rank
         self.requests: dict[int, Request] = {}
         """By round: the weights that it must be drawn with."""
-        self.opened: tuple[int, TokenStore, Mapping[str, float]] | None = None
+        self.opened: tuple[int, TokenStore, Mapping[str, int | float]] | None = None
         sizes = tuple(len(TokenStore.open(store)) for store in stream.prompts.stores)
         self.order = Stream(
             name=stream.prompts.name,
@@ -54,7 +54,7 @@ class FreshGroups:
         """Passes over the prompts finished when ``step`` ends."""
         return self.order.epoch(self.plan.positions(step).stop)
 
-    def facts(self, step: int) -> Mapping[str, float]:
+    def facts(self, step: int) -> Mapping[str, int | float]:
         """What is known of the round of ``step``, for the row of metrics."""
         number = self.plan.round_of(step)
         return {"round": number, **self._open(number)[1]}
@@ -86,7 +86,7 @@ class FreshGroups:
         if self.rank == 0:
             self.folder.ask(request)
 
-    def _open(self, number: int) -> tuple[TokenStore, Mapping[str, float]]:
+    def _open(self, number: int) -> tuple[TokenStore, Mapping[str, int | float]]:
         if self.opened is None or self.opened[0] != number:
             directory = self.folder.round(self.requests[number])
             wait_for(directory, self._failure)

@@ -33,8 +33,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> SourceSpec:
 
 def sources(spec: SourceSpec, num_workers: int) -> list[StreamSource]:
     return [
-        StreamSource(spec, layout="packed", pad_id=0, rank=rank, world_size=num_workers)
-        for rank in range(num_workers)
+        StreamSource(spec, layout="packed", pad_id=0, rank=rank, world_size=num_workers) for rank in range(num_workers)
     ]
 
 

@@ -1,0 +1,182 @@
+"""The data policy of a run → where its groups come from: drawn round by round, drawn once, or scored again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from rayalign.config.data import DataSource
+from rayalign.config.policy import HybridConfig, LabelConfig
+from rayalign.config.run import RunConfig
+from rayalign.data.prepare import Shape
+from rayalign.data.store import TokenStore
+from rayalign.data.stream import Stream
+from rayalign.errors import UserError
+from rayalign.imports import source_digest
+from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
+from rayalign.pipeline.stages import Stages
+from rayalign.rollout.base import SamplingParams
+from rayalign.runtime.placement import share
+from rayalign.runtime.pool import Pool
+from rayalign.runtime.rounds import commit_drawn, draw
+from rayalign.sources.chunk import ChunkMaker, ChunkSpec
+from rayalign.sources.label import LabelSpec
+from rayalign.sources.rounds import RoundPlan
+from rayalign.sources.streams import StoredStream
+
+
+def prompt_store(source: DataSource, run: RunConfig, stages: Stages) -> Path:
+    """Every row of a source as a prompt, with whatever completions it has."""
+    return stages.tokens(source, run, "prompt")
+
+
+def prompt_stream(run: RunConfig, stages: Stages, *, groups_per_step: int) -> StoredStream:
+    """The prompts that completions are drawn for: ``data_policy.prompts``, or those of ``data.train``."""
+    assert run.data_policy.name != "off_policy"
+    own = run.data_policy.prompts
+    sources = run.data.train if own is None else (own.model_copy(update={"format": own.format or "auto"}),)
+    stores = [prompt_store(source, run, stages) for source in sources]
+    return prompts_of(stores, weights=[source.weight for source in sources], groups_per_step=groups_per_step)
+
+
+def prompts_of(stores: list[Path], *, weights: list[float], groups_per_step: int) -> StoredStream:
+    return StoredStream(
+        name="prompts",
+        stores=tuple(stores),
+        columns=((),) * len(stores),
+        weights=tuple(weights),
+        groups_per_step=groups_per_step,
+        num_candidates=max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores),
+    )
+
+
+def chunk_spec(
+    run: RunConfig, prompts: StoredStream, shape: Shape, stages: Stages, *, draws: bool, needs_reference: bool
+) -> ChunkSpec:
+    """How this run's groups are made from prompts; without ``draws`` from stored completions alone."""
+    assert run.scorer is not None
+    policy = run.data_policy
+    mixes = policy.name == "hybrid" and policy.mix == "candidates"
+    return ChunkSpec(
+        prompts=prompts,
+        seed=run.seed,
+        policy=model_spec(run),
+        reference=scoring_spec(run, stages.session),
+        engine=run.rollout.engine if run.rollout is not None and draws else "none",
+        sampling=sampling(run) if draws else None,
+        keep_stored=mixes or not draws,
+        scorer=scorer_spec(run.scorer),
+        label=label_spec(run.label or LabelConfig()),
+        shape=shape,
+        needs_reference=needs_reference,
+    )
+
+
+def sampling(run: RunConfig) -> SamplingParams:
+    assert run.rollout is not None
+    return SamplingParams(
+        temperature=run.rollout.temperature,
+        top_p=run.rollout.top_p,
+        max_new_tokens=run.rollout.max_new_tokens,
+        num_samples=run.rollout.samples,
+        seed=run.seed,
+        stop_ids=stop_ids(run),
+    )
+
+
+def label_spec(config: LabelConfig) -> LabelSpec:
+    return LabelSpec(**config.model_dump(exclude={"relabel"}))
+
+
+def drawn_once(run: RunConfig, prompts: StoredStream, shape: Shape, stages: Stages) -> Path:
+    """One epoch of the prompts, completed by the policy before the first step: ``refresh_every: never``."""
+    spec = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=False)
+    return rollout_stage(spec, run, stages)
+
+
+def relabelled(store: Path, run: RunConfig, shape: Shape, stages: Stages) -> Path:
+    """Stored completions, scored and labelled like fresh ones: ``label.relabel``."""
+    prompts = prompts_of([store], weights=[1.0], groups_per_step=1)
+    lonely = [row for row, count in enumerate(TokenStore.open(store).index.num_candidates) if count < 1]
+    if lonely:
+        raise UserError(f"label.relabel: {TokenStore.open(store).index.name(lonely[0])} has no completion to label")
+    return rollout_stage(chunk_spec(run, prompts, shape, stages, draws=False, needs_reference=False), run, stages)
+
+
+def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
+    """The committed store of all groups that ``spec`` makes of one epoch of its prompts."""
+    session = stages.session
+    stores = [TokenStore.open(store) for store in spec.prompts.stores]
+    order = Stream(
+        name=spec.prompts.name,
+        sizes=tuple(map(len, stores)),
+        weights=spec.prompts.weights,
+        groups_per_step=1,
+        seed=spec.seed,
+    )
+    inputs: dict[str, Any] = {
+        "prompts": [[store.digest for store in stores], spec.prompts.weights, spec.seed],
+        "model": spec_digest(spec.policy) if spec.sampling else None,
+        "computation": [run.model.dtype, session.device, transformers.__version__] if spec.sampling else None,
+        "engine": spec.engine,
+        "sampling": asdict(spec.sampling) if spec.sampling else None,
+        "keep_stored": spec.keep_stored,
+        "scorer": scorer_identity(spec.scorer),
+        "label": label_identity(spec.label),
+        "shape": spec.shape,
+    }
+
+    def build(directory: Path) -> None:
+        actors = num_actors(run, max(1, int(session.num_gpus or session.num_cpus)))
+        with Pool("rollouts", ChunkMaker, share=share(session, actors), count=actors) as pool:
+            reports = draw(
+                spec,
+                range(order.groups_per_epoch),
+                directory,
+                weights=None,
+                pool=pool,
+                done=lambda text: stages.artifacts.note(f"rollouts: {text}"),
+            )
+        commit_drawn(directory, reports, max_bad_fraction=run.data.max_bad_fraction, inputs=inputs)
+
+    return stages.artifacts.stage("rollouts", inputs, build)
+
+
+def label_identity(spec: LabelSpec) -> Any:
+    return [asdict(spec), source_digest(spec.name) if ":" in spec.name else None]
+
+
+def num_actors(run: RunConfig, auto: int) -> int:
+    """``rollout.actors``; stored completions need no engine, but the same processes score them."""
+    if run.rollout is None or run.rollout.actors == "auto":
+        return auto
+    return run.rollout.actors if isinstance(run.rollout.actors, int) else run.rollout.actors[1]
+
+
+def round_plan(run: RunConfig, steps: int) -> RoundPlan:
+    policy = run.data_policy
+    assert policy.name != "off_policy" and isinstance(policy.refresh_every, int)
+    return RoundPlan(
+        steps=steps,
+        refresh_every=policy.refresh_every,
+        lag=policy.lag,
+        groups_per_step=run.optim.groups_per_step,
+        fresh_fraction=fresh_fraction(run),
+    )
+
+
+def kept_candidates(shape: Shape, spec: ChunkSpec) -> int:
+    """K of the groups that a chunk makes."""
+    if shape == "group":
+        drawn = spec.sampling.num_samples if spec.sampling else 0
+        return drawn + (spec.prompts.num_candidates if spec.keep_stored else 0)
+    return 1 if shape == "one" else 2
+
+
+def fresh_fraction(run: RunConfig) -> float:
+    """Of the groups of a step, those that are drawn: all, unless ``mix: groups`` says otherwise."""
+    policy = run.data_policy
+    return policy.on_fraction if isinstance(policy, HybridConfig) and policy.mix == "groups" else 1.0

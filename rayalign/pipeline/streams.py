@@ -1,0 +1,205 @@
+"""The streams that a run trains on, by its data policy, each made by the stages that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rayalign.config.data import DataSource
+from rayalign.config.run import RunConfig
+from rayalign.data.prepare import Shape
+from rayalign.data.store import TokenStore
+from rayalign.data.stream import Stream
+from rayalign.engine.objective import MAIN_STREAM
+from rayalign.errors import UserError
+from rayalign.methods._base import Method
+from rayalign.pipeline.rollouts import (
+    chunk_spec,
+    drawn_once,
+    fresh_fraction,
+    kept_candidates,
+    prompt_store,
+    prompt_stream,
+    relabelled,
+    round_plan,
+)
+from rayalign.pipeline.stages import Stages
+from rayalign.sources.chunk import ChunkSpec
+from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
+
+COLUMN_FIELDS = {
+    "reward": "`rewards`, one number per completion",
+    "label": "`label`",
+    "behavior_logp": "`behavior_logps`, the log-probabilities of whole completions under the policy that drew them "
+    "(one that is cut at data.max_tokens has none); without them write method.behavior: assume_reference if the "
+    "reference drew them (the report repeats it)",
+}
+"""Column → the field of rows that it comes from, for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Main:
+    """The stream of the method itself."""
+
+    stream: AnyStream
+    steps: int
+    """Of the run."""
+    chunks: ChunkSpec | None = None
+    """How its rounds are drawn while it trains; None where every group is stored before."""
+
+
+def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) -> Main:
+    """Stored, fresh or both; what is drawn once is drawn here, what is drawn in rounds will lie in ``folder``."""
+    policy, shape, size = run.data_policy, shape_of(method), run.optim.groups_per_step
+    if policy.name == "off_policy":
+        stored = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
+        return Main(stream=stored, steps=num_steps(run, stored))
+    prompts = prompt_stream(run, stages, groups_per_step=size)
+    both = None
+    if fresh_fraction(run) < 1:
+        both = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
+    steps = num_steps(run, both or prompts)
+    chunks = None
+    fresh: StoredStream | RoundStream
+    if policy.refresh_every == "never":
+        store = drawn_once(run, prompts, shape, stages)
+        fresh = over([store], run, method, stages, weights=[1.0], groups_per_step=size)
+    else:
+        chunks = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=needs_reference(method, run))
+        fresh = RoundStream(
+            name=MAIN_STREAM,
+            prompts=prompts,
+            plan=round_plan(run, steps),
+            folder=folder,
+            num_candidates=kept_candidates(shape, chunks),
+        )
+    if both is None:
+        return Main(stream=fresh, steps=steps, chunks=chunks)
+    mixed = MixedStream(
+        name=MAIN_STREAM, fresh=fresh, stored=both, fresh_fraction=fresh_fraction(run), groups_per_step=size
+    )
+    return Main(stream=mixed, steps=steps, chunks=chunks)
+
+
+def shape_of(method: Method) -> Shape:
+    """What the method learns from."""
+    if method.candidates == "one":
+        return "labelled" if "label" in method.needs else "one"
+    return method.candidates
+
+
+def needs_reference(method: Method, run: RunConfig) -> bool:
+    return bool(method.needed(run.method.config) & {"ref_logp", "ref_token_logp"})
+
+
+def stored_stream(
+    run: RunConfig, sources: Sequence[DataSource], method: Method, stages: Stages, *, groups_per_step: int
+) -> StoredStream:
+    """Stored groups with their columns: labels of the data or, with ``label.relabel``, of the run's own scorer."""
+    shape = shape_of(method)
+    if run.label is not None and run.label.relabel:
+        stores = [relabelled(prompt_store(source, run, stages), run, shape, stages) for source in sources]
+    else:
+        stores = [stages.tokens(source, run, shape) for source in sources]
+        if "mismatched" in method.needs:
+            stores = [stages.mismatched(store) for store in stores]
+    for source, store in zip(sources, stores, strict=True):
+        require_columns(run, method, source.label, TokenStore.open(store))
+    return over(
+        stores, run, method, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step
+    )
+
+
+def over(
+    stores: Sequence[Path],
+    run: RunConfig,
+    method: Method,
+    stages: Stages,
+    *,
+    weights: Sequence[float],
+    groups_per_step: int,
+) -> StoredStream:
+    """The main stream over ``stores``, with reference log-probs where the method needs them."""
+    columns: list[tuple[Path, ...]] = [()] * len(stores)
+    if needs_reference(method, run):
+        columns = [(stages.reference(store, run),) for store in stores]
+    return StoredStream(
+        name=MAIN_STREAM,
+        stores=tuple(stores),
+        columns=tuple(columns),
+        weights=tuple(weights),
+        groups_per_step=groups_per_step,
+        num_candidates=most_candidates(stores),
+    )
+
+
+def most_candidates(stores: Sequence[Path]) -> int:
+    return max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores)
+
+
+def require_columns(run: RunConfig, method: Method, source: str, store: TokenStore) -> None:
+    """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
+    needed = COLUMN_FIELDS.keys() & method.needed(run.method.config)
+    if getattr(run.method.config, "behavior", "") == "assume_reference":
+        needed -= {"behavior_logp"}
+    for name in sorted(needed):
+        lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)
+        if lacking:
+            raise UserError(
+                f"{source}: {method.name} needs {COLUMN_FIELDS[name]}. {len(lacking)} of {len(store)} rows lack it, "
+                f"first {store.index.name(lacking[0])}"
+            )
+
+
+def groups_without(name: str, store: TokenStore) -> list[int]:
+    """Groups in which a candidate lacks the column ``name``; a mismatched completion has no label and needs none."""
+    told = slice(0, 1) if name == "label" else slice(None)
+    return [group for group in range(len(store)) if np.isnan(store[group].per_candidate[name][told]).any()]
+
+
+def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
+    """One stream of single completions per entry of ``auxiliary``."""
+    return [
+        StoredStream(
+            name=auxiliary.name,
+            stores=tuple(stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data),
+            columns=((),) * len(auxiliary.data),
+            weights=tuple(source.weight for source in auxiliary.data),
+            groups_per_step=auxiliary.groups_per_step,
+            num_candidates=1,
+        )
+        for auxiliary in run.auxiliary or ()
+    ]
+
+
+def with_format(source: DataSource, term: Literal["reference", "pretrain"]) -> DataSource:
+    """The source in the format of its term; ``data.format`` is that of the rows under test."""
+    return source.model_copy(update={"format": source.format or ("text" if term == "pretrain" else "auto")})
+
+
+def held_out(run: RunConfig, method: Method, source: SourceSpec, stages: Stages) -> SourceSpec:
+    """``data.eval`` as one step that holds every group once."""
+    stream = stored_stream(run, run.data.eval, method, stages, groups_per_step=1)
+    total = sum(len(TokenStore.open(store)) for store in stream.stores)
+    return SourceSpec(
+        streams=(replace(stream, groups_per_step=total),),
+        seed=run.seed,
+        tokens_per_micro_batch=source.tokens_per_micro_batch,
+        row_tokens=source.row_tokens,
+    )
+
+
+def num_steps(run: RunConfig, stream: StoredStream) -> int:
+    """``optim.steps``, or as many as ``optim.epochs`` takes."""
+    if run.optim.steps is not None:
+        return run.optim.steps
+    assert run.optim.epochs is not None
+    sizes = tuple(len(TokenStore.open(store)) for store in stream.stores)
+    order = Stream(
+        name=stream.name, sizes=sizes, weights=stream.weights, groups_per_step=stream.groups_per_step, seed=run.seed
+    )
+    return order.num_steps(run.optim.epochs)

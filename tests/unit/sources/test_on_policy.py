@@ -1,0 +1,241 @@
+"""Training on rounds of the policy's own samples, without Ray: what is drawn with which weights, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_rollouts import SCORER, STOP_ID, InProcess, OnPolicyRun, chunk_spec, prompt_stream
+from tiny_runs import save_tiny
+
+from rayalign.data.store import TokenStore
+from rayalign.engine.canary import RESPONSE_TOKENS
+from rayalign.engine.frozen import FrozenModel
+from rayalign.engine.metrics import read_metrics
+from rayalign.errors import UserError
+from rayalign.judge.measure import ScorerSpec
+from rayalign.manifest import read_manifest
+from rayalign.sources.chunk import Chunk, ChunkMaker
+from rayalign.sources.label import LabelSpec
+from rayalign.sources.off_policy import StoredGroups
+from rayalign.sources.rounds import RoundPlan
+
+PLAN = RoundPlan(steps=6, refresh_every=2, lag=0, groups_per_step=4)
+ROWS = [{"prompt": f"question {n}", "chosen": f"aeiou {n}", "rejected": "xyz"} for n in range(10)]
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["synchronous", "lag 1"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path):
+    run = OnPolicyRun(tmp_path_factory.mktemp("run"), model, file, plan=replace(PLAN, lag=request.param))
+    run.train()
+    return run
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "final" / "model.safetensors")
+
+
+def asked(store: Path) -> Mapping[str, Any]:
+    manifest = read_manifest(store)
+    assert manifest is not None
+    return manifest["meta"]["request"]
+
+
+def test_rounds_come_from_the_weights_of_the_plan(undisturbed: OnPolicyRun) -> None:
+    requests = [asked(store) for store in undisturbed.rounds()]
+    assert [request["number"] for request in requests] == [0, 1, 2]
+    assert [request["step"] for request in requests] == [undisturbed.plan.weights_step(number) for number in range(3)]
+    digests = [request["digest"] for request in requests]
+    assert len(set(digests)) == (3 if undisturbed.plan.lag == 0 else 2)  # lag: rounds 0 and 1 of the initial policy
+    assert all(len(request["canary"]) == RESPONSE_TOKENS for request in requests)
+
+
+def test_a_round_holds_what_the_policy_said_and_what_the_reference_thinks_of_it(
+    undisturbed: OnPolicyRun,
+) -> None:
+    store = TokenStore.open(undisturbed.rounds()[0])
+    groups = [store[row] for row in range(len(store))]
+    assert len(groups) == PLAN.refresh_every * PLAN.groups_per_step
+    pairs = [group for group in groups if len(group.candidates) == 2]
+    assert len(pairs) > len(groups) // 2
+    for group in pairs:
+        assert group.per_candidate["reward"][0] > group.per_candidate["reward"][1]
+        # Drawn from the initial policy, which is the reference.
+        assert group.per_token["behavior_token_logp"] == pytest.approx(group.per_token["ref_token_logp"], abs=1e-5)
+    for candidate in (candidate for group in groups for candidate in group.candidates):
+        assert candidate.finished == (candidate.ids[-1] == STOP_ID)
+        assert STOP_ID not in candidate.ids[:-1]
+
+
+def test_rounds_answer_the_prompts_of_the_stream_in_its_order(undisturbed: OnPolicyRun) -> None:
+    prompts = StoredGroups(undisturbed.job.spec.prompts, undisturbed.job.spec.seed)
+    for number, path in enumerate(undisturbed.rounds()):
+        store = TokenStore.open(path)
+        wanted = prompts.at(undisturbed.plan.round_positions(number))
+        assert [store.index.name(row) for row in range(len(store))] == [drawn.name for drawn in wanted]
+        for row, drawn in enumerate(wanted):
+            assert store[row].prompt_ids.tolist() == drawn.read().prompt_ids.tolist()
+
+
+def test_metrics_name_their_round(undisturbed: OnPolicyRun) -> None:
+    rows = read_metrics(undisturbed.directory / "metrics.jsonl")
+    assert [row["round"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    ledger = read_manifest(undisturbed.rounds()[0])["meta"]["ledger"]  # type: ignore[index]
+    assert ledger["prompts"] == 8 and ledger["completions"] == ledger["scorer_calls"] == 24
+    assert rows[0]["rollout/length"] == pytest.approx(ledger["tokens_generated"] / 24)
+
+
+@pytest.mark.parametrize("last_step", [1, 3, 5])
+def test_a_killed_trainer_goes_on_with_the_same_rounds(
+    undisturbed: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int
+) -> None:
+    run = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan)
+
+    def interrupt(row: Mapping[str, Any]) -> None:
+        if row["step"] == last_step:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.train(on_step=interrupt)
+    committed = {path.name: (path / "MANIFEST.json").stat().st_mtime_ns for path in run.rounds()}
+    run.train()
+    after = {path.name: (path / "MANIFEST.json").stat().st_mtime_ns for path in run.rounds()}
+    assert committed.items() <= after.items()
+    assert sorted(after) == [path.name for path in undisturbed.rounds()]
+    mine, theirs = weights(run.directory), weights(undisturbed.directory)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_pool_draws_the_same_round_again(tmp_path: Path, undisturbed: OnPolicyRun, model: Path, file: Path):
+    """Whatever a process left of its chunk, the chunk that is made again is the same bit for bit."""
+    store = undisturbed.rounds()[0]
+    spec = undisturbed.job.spec
+    chunk = Chunk(name="0000000000", positions=range(0, 8), directory=tmp_path, weights=None)
+    report = ChunkMaker()((spec, chunk))
+    made = {path.name: path.read_bytes() for path in tmp_path.glob("0000000000.*")}
+    assert made["0000000000.tokens"] == (store / "0000000000.tokens").read_bytes()
+    assert made["0000000000.columns"] == (store / "0000000000.columns").read_bytes()
+    assert report.shard.files == {
+        name: digest for name, digest in read_manifest_files(store).items() if name in report.shard.files
+    }
+
+
+def read_manifest_files(directory: Path) -> dict[str, str]:
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    return {name: facts["sha256"] for name, facts in manifest["files"].items()}
+
+
+def test_other_weights_are_refused(tmp_path: Path, model: Path, file: Path) -> None:
+    """A folder that holds another step's weights, and weights that were damaged on the way."""
+    seen: list[Chunk] = []
+    run = OnPolicyRun(tmp_path / "run", model, file, plan=replace(PLAN, steps=4))
+
+    def keep(chunk: Chunk) -> None:
+        if chunk.weights is not None and not seen:
+            shutil.copytree(chunk.weights.directory, tmp_path / "kept")
+            seen.append(replace(chunk, weights=replace(chunk.weights, directory=tmp_path / "kept")))
+
+    run.train(InProcess(before=keep))
+    (chunk,) = seen
+    assert chunk.weights is not None
+    job = (run.job.spec, replace(chunk, directory=tmp_path / "again"))
+    assert ChunkMaker()(job).prompts == 8
+    other = replace(chunk, weights=replace(chunk.weights, digest="0" * 64))
+    with pytest.raises(UserError, match="does not hold the weights of step 0 that were asked for"):
+        ChunkMaker()((run.job.spec, other))
+    damaged = replace(
+        chunk, weights=replace(chunk.weights, canary=tuple(value - 0.1 for value in chunk.weights.canary))
+    )
+    with pytest.raises(UserError, match=r"score a fixed sequence 0\.1 nats per token away from the trainer"):
+        ChunkMaker()((run.job.spec, damaged))
+    not_a_number = replace(chunk, weights=replace(chunk.weights, canary=(float("nan"),) * RESPONSE_TOKENS))
+    with pytest.raises(UserError, match="inf nats per token"):
+        ChunkMaker()((run.job.spec, not_a_number))
+
+
+def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "poison" if n == 2 else f"question {n}"} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = prompt_stream(tmp_path, file, groups_per_step=4)
+    scorer = ScorerSpec(label="poisoned", name="rule", parameters={"function": f"{SCORER}:poisoned"})
+    spec = chunk_spec(model, prompts, scorer=scorer)
+    report = ChunkMaker()((spec, Chunk(name="0", positions=range(4), directory=tmp_path / "out", weights=None)))
+    (failure,) = report.quarantined
+    assert (Path(failure["file"]).name, failure["line"]) == ("prompts.jsonl", 3)
+    assert "ZeroDivisionError: the user's own mistake" in failure["reason"]
+    assert report.prompts == 4 and report.labels <= 3
+
+
+def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model: Path, file: Path) -> None:
+    """WPO's published mixture: the policy's own samples and a stored one, the same scorer for all."""
+    prompts = prompt_stream(tmp_path, file, groups_per_step=4)
+    spec = chunk_spec(model, prompts, keep_stored=True, label=LabelSpec(name="wpo", threshold=0.5, gap=0.1))
+    report = ChunkMaker()((spec, Chunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
+    assert report.scorer_calls == 10 * (3 + 2) and report.completions == 30
+    assert report.labels == 10  # "aeiou 3" scores 5/7, "xyz" nothing
+    from rayalign.data.store import commit_store
+
+    store = commit_store(tmp_path / "out", [report.shard], meta={})
+    for row in range(10):
+        chosen, rejected = store[row].per_candidate["reward"]
+        assert chosen >= 0.5 and rejected <= chosen - 0.1
+        known = ~np.isnan(store[row].per_candidate["behavior_logp"])
+        assert not known[0] or chosen != pytest.approx(5 / 7)  # nobody knows who wrote the stored ones
+
+
+def test_stored_candidates_can_be_labelled_again(tmp_path: Path, model: Path, file: Path) -> None:
+    prompts = prompt_stream(tmp_path, file, groups_per_step=4)
+    spec = chunk_spec(model, prompts, sampling=None, engine="none", keep_stored=True, needs_reference=False)
+    report = ChunkMaker()((spec, Chunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
+    assert (report.completions, report.scorer_calls, report.labels) == (0, 20, 10)
+    assert report.reward_sum == pytest.approx(10 * 5 / 7)
+
+
+def test_labelled_examples_carry_another_prompts_completion(tmp_path: Path, model: Path, file: Path) -> None:
+    from rayalign.data.store import commit_store
+
+    prompts = prompt_stream(tmp_path, file, groups_per_step=4)
+    spec = chunk_spec(model, prompts, shape="labelled")
+    report = ChunkMaker()((spec, Chunk(name="0", positions=range(6), directory=tmp_path / "out", weights=None)))
+    store = commit_store(tmp_path / "out", [report.shard], meta={})
+    groups = [store[row] for row in range(6)]
+    for row, group in enumerate(groups):
+        assert group.candidates[1].ids.tolist() == groups[(row + 1) % 6].candidates[0].ids.tolist()
+    reference = FrozenModel(spec.reference, torch.device("cpu"))
+    for group, logps in zip(groups, reference.token_logps(groups), strict=True):
+        assert group.per_token["ref_token_logp"].tolist() == logps.tolist()
