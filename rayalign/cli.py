@@ -108,6 +108,50 @@ def train(
 
 
 @app.command()
+def generate(
+    config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("completions.jsonl"),
+) -> None:
+    """Complete the prompts of data.train with the model: rayalign generate run.yaml rollout.samples=8 --out new.jsonl"""
+    from rayalign.pipeline.generate import generate as run_generate
+
+    path, settings = split_config(config, overrides)
+    run_generate(path, settings, out=out, draws=True, console=Console())
+
+
+@app.command()
+def score(
+    config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("scored.jsonl"),
+) -> None:
+    """Score the completions of data.train: rayalign score run.yaml scorer.function=my_rewards:helpful --out new.jsonl"""
+    from rayalign.pipeline.generate import generate as run_generate
+
+    path, settings = split_config(config, overrides)
+    run_generate(path, settings, out=out, draws=False, console=Console())
+
+
+@app.command()
+def sample(
+    models: Annotated[list[str], typer.Argument(help="Folders of checkpoints, or models on the hub.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with the prompts to complete.")] = None,
+    interactive: Annotated[bool, typer.Option("-i", help="A chat: every model answers what you type.")] = False,
+    samples: Annotated[int, typer.Option("-n", help="Completions of each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same noise for every model.")] = 0,
+) -> None:
+    """Show completions of several models side by side, at equal seeds."""
+    from rayalign.pipeline.sample import sample as run_sample
+    from rayalign.rollout.base import SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, num_samples=samples, seed=seed)
+    run_sample(models, prompts, params, interactive=interactive, console=Console())
+
+
+@app.command()
 def evaluate(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,

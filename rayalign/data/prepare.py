@@ -11,6 +11,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.records import BadRow, RawRow, Row
+from rayalign.data.schema import Turns
 from rayalign.data.shard import ShardInfo, write_shard
 from rayalign.data.tables import LINE_SUFFIXES, read_rows
 from rayalign.data.tokenize import DroppedRow, Tokenized, TokenizeSettings, rows_to_groups
@@ -77,9 +78,9 @@ def prepare_chunk(
     """Parse, tokenize and write one chunk as shard ``name``."""
     outcomes = rows_to_groups(rows, chat, settings, format=unit.format, columns=unit.columns)
     groups: list[Group] = []
-    texts: list[str] = []
+    prompts: list[str | Turns] = []
     bad: list[BadRow] = []
-    prompts = responses = dropped = 0
+    cut_prompts = cut_responses = dropped = 0
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, BadRow):
             bad.append(outcome)
@@ -89,18 +90,18 @@ def prepare_chunk(
             bad.append(BadRow(source=row.source, line=row.line, reason=problem))
         else:
             assert isinstance(outcome, Tokenized)
-            prompts += outcome.truncation.prompt > 0
-            responses += sum(cut > 0 for cut in outcome.truncation.responses)
+            cut_prompts += outcome.truncation.prompt > 0
+            cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
             made = shaped(outcome.group, shape)
             groups.extend(made)
-            texts.extend([outcome.prompt] * len(made))
+            prompts.extend([outcome.prompt] * len(made))
     return ShardReport(
-        shard=write_shard(directory, name, groups, prompts=texts) if groups else None,
+        shard=write_shard(directory, name, groups, prompts=prompts) if groups else None,
         rows=len(rows),
         bad=tuple(bad),
         dropped=dropped,
-        truncated_prompts=prompts,
-        truncated_responses=responses,
+        truncated_prompts=cut_prompts,
+        truncated_responses=cut_responses,
     )
 
 

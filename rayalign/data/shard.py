@@ -28,12 +28,13 @@ from safetensors.numpy import save
 
 from rayalign.data.check import check_group
 from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds
+from rayalign.data.schema import Turns
 from rayalign.manifest import file_digest
 
 Words = NDArray[np.int32]
 _SIDECAR = ".shard.json"
 PROMPTS = ".prompts"
-"""Ending of the file with the prompts' texts, a JSON list; a store of rollouts has none."""
+"""Ending of the file with the prompts as rows have them, texts or turns: a JSON list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +57,12 @@ class ShardInfo:
         return cls(**fields)
 
 
-def write_shard(directory: Path, name: str, groups: Sequence[Group], *, prompts: Sequence[str] = ()) -> ShardInfo:
+def write_shard(
+    directory: Path, name: str, groups: Sequence[Group], *, prompts: Sequence[str | Turns] = ()
+) -> ShardInfo:
     """Store groups, in order, as the shard ``name`` of an uncommitted directory.
 
-    ``prompts`` are the prompts' texts, one per group, for readers of a store whose completions are to be scored.
+    ``prompts`` are the prompts as rows have them, one per group, for scorers and for people.
     Equal groups make equal bytes. Writing a shard again replaces it. Raises ValueError for a malformed group.
     """
     for group in groups:

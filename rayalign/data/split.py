@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 import re
 
-from rayalign.data.schema import Example, RowProblem, Turns, is_assistant
+from rayalign.data.schema import RowProblem, Turns, is_assistant
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -69,10 +69,10 @@ def transcript(turns: Turns, *, generation_prompt: bool) -> str:
     return "".join(lines) + ("\n\nAssistant:" if generation_prompt else "")
 
 
-def prompt_text(example: Example) -> str:
+def prompt_text(prompt: str | Turns) -> str:
     """What a scorer and a reader see: a text or a single message as it is, a conversation as a transcript."""
-    if isinstance(example.prompt, str):
-        return example.prompt
-    if len(example.prompt) == 1:
-        return str(example.prompt[0]["content"])
-    return transcript(example.prompt, generation_prompt=False)
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return transcript(prompt, generation_prompt=False)

@@ -12,8 +12,7 @@ from rayalign.data.chat import Chat, Piece, Rendered
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Candidate, Column, Group
 from rayalign.data.records import BadRow, Row, excerpt_of
-from rayalign.data.schema import MISSING, Example, RowProblem
-from rayalign.data.split import prompt_text
+from rayalign.data.schema import MISSING, Example, RowProblem, Turns
 from rayalign.errors import UserError
 
 
@@ -52,8 +51,8 @@ class Truncation:
 class Tokenized:
     group: Group
     truncation: Truncation
-    prompt: str
-    """The prompt's text as a scorer reads it, before anything was cut."""
+    prompt: str | Turns
+    """As the row has it, before anything was cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +159,7 @@ def _outcome(
         source=example.source,
         line=example.line,
     )
-    return Tokenized(group=group, truncation=truncation, prompt=prompt_text(example))
+    return Tokenized(group=group, truncation=truncation, prompt=example.prompt)
 
 
 def _answer(prompt: str, pieces: Sequence[Piece], ids: Mapping[str, list[int]], chat: Chat) -> _Answer:

@@ -11,6 +11,11 @@ from rayalign.errors import UserError
 from rayalign.imports import load_function
 
 
+def no_score(prompt: str, reply: str) -> float:
+    """Prefers nothing: stands in where completions are wanted without scores."""
+    return 0.0
+
+
 class RuleScorer:
     """Calls ``function(prompt, reply, **arguments)`` for every reply.
 

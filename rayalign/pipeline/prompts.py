@@ -43,7 +43,7 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
             found = row if isinstance(row, BadRow) else parse_row(row, format=unit.format, columns=unit.columns)
             if isinstance(found, BadRow):
                 raise UserError(f"evaluate.prompts: {found}")
-            examples.setdefault(prompt_text(found), replace(found, candidates=(), columns={}))
+            examples.setdefault(prompt_text(found.prompt), replace(found, candidates=(), columns={}))
     return list(examples.values())
 
 
@@ -57,5 +57,5 @@ def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]
     for example, outcome in zip(examples, to_groups(examples, chat, spec.settings), strict=True):
         if not isinstance(outcome, Tokenized):
             raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
-        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), text=outcome.prompt))
+        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), text=prompt_text(outcome.prompt)))
     return tuple(prompts)

@@ -17,7 +17,8 @@ import torch
 from rayalign.data.group import Group
 from rayalign.data.prepare import Shape
 from rayalign.data.shard import ShardInfo, write_shard
-from rayalign.data.texts import PromptTexts
+from rayalign.data.split import prompt_text
+from rayalign.data.texts import Prompts
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.canary import TOLERANCE, canary_error
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
@@ -106,17 +107,17 @@ class ChunkMaker:
         self._load(spec, chunk.weights)
         loaded = time.monotonic()
         drawn = self.prompts.at(chunk.positions)
-        texts = [self.texts[id(group.store)][group.row] for group in drawn]
+        prompts = [self.texts[id(group.store)][group.row] for group in drawn]
         fresh = self._complete(spec, chunk, [group.read().prompt_ids.tolist() for group in drawn])
         generated = time.monotonic()
         stored = [stored_candidates(group) if spec.keep_stored else () for group in drawn]
         candidates = [(*old, *new) for old, new in zip(stored, fresh, strict=True)]
-        scores, quarantined = self._score(drawn, texts, candidates)
+        scores, quarantined = self._score(drawn, [prompt_text(prompt) for prompt in prompts], candidates)
         groups, labels = self._groups(spec, chunk, drawn, candidates, scores)
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
         counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
         return ChunkReport(
-            shard=write_shard(chunk.directory, chunk.name, groups, prompts=texts),
+            shard=write_shard(chunk.directory, chunk.name, groups, prompts=prompts),
             prompts=len(drawn),
             completions=sum(map(len, fresh)),
             tokens_generated=sum(len(answer.ids) for answers in fresh for answer in answers),
@@ -146,12 +147,10 @@ class ChunkMaker:
             else Labelled(kept=(0,), preferred=False)
             for own, answers, at in zip(scores, candidates, chunk.positions, strict=True)
         ]
-        groups: Sequence[Group] = [
-            make_group(*parts) for parts in zip(drawn, candidates, scores, labelled, strict=True)
-        ]
+        made = [make_group(*parts) for parts in zip(drawn, candidates, scores, labelled, strict=True)]
         if spec.shape == "labelled":
-            groups = Mismatched(groups)
-        made = [groups[number] for number in range(len(groups))]
+            examples = Mismatched(made)
+            made = [examples[number] for number in range(len(made))]
         if spec.needs_reference:
             columns = self.reference.token_logps(made)
             made = [
@@ -169,7 +168,7 @@ class ChunkMaker:
             model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
         )
         self.prompts = StoredGroups(spec.prompts, spec.seed)
-        self.texts = {id(store): PromptTexts(store) for store in self.prompts.stores}
+        self.texts = {id(store): Prompts(store) for store in self.prompts.stores}
         self.scorer: Scorer = make_scorer(spec.scorer.name, **spec.scorer.parameters)
         if spec.needs_reference:
             self.reference = FrozenModel(spec.reference, self.device)

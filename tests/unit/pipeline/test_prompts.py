@@ -87,7 +87,7 @@ def test_a_conversation_reads_as_a_transcript(tmp_path: Path, stages: Stages) ->
     path = write(tmp_path / "prompts.jsonl", [{"prompt": turns}])
     run = run_with(f"data.train={path}", f"evaluate.prompts={path}")
     [example] = read_examples(run.evaluate.prompts[0], run, stages)  # type: ignore[union-attr]
-    assert prompt_text(example) == "\n\nHuman: hello\n\nAssistant: yes ?\n\nHuman: help"
+    assert prompt_text(example.prompt) == "\n\nHuman: hello\n\nAssistant: yes ?\n\nHuman: help"
 
 
 def test_prompts_need_not_come_as_the_rows_that_are_trained_on(tmp_path: Path, stages: Stages) -> None:

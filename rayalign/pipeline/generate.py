@@ -1,0 +1,130 @@
+"""``rayalign generate`` and ``rayalign score``: completions and their scores as a file that any trainer can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rayalign.config.document import override, read_document
+from rayalign.config.load import empty_document, parse_run
+from rayalign.config.run import RunConfig
+from rayalign.data.store import TokenStore
+from rayalign.data.texts import Prompts
+from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.errors import UserError
+from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.display import Board
+from rayalign.pipeline.model import model_spec, spec_digest
+from rayalign.pipeline.rollouts import drawn_once, prompt_store, prompts_of, relabelled, sampling
+from rayalign.pipeline.stages import Stages
+from rayalign.pipeline.train import import_folder, refuse_unsupported
+from rayalign.runtime.session import connect
+from rayalign.sources.answers import reply_text
+
+BLOCKS = ("name", "seed", "storage_path", "model", "data", "rollout", "scorer", "optim")
+"""What these commands read of a run's YAML."""
+
+NO_SCORE = "rayalign.judge.rule:no_score"
+Row = dict[str, Any]
+
+
+def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool, console: Console) -> None:
+    """Complete the prompts of ``data.train``, or score its completions, in resumable stages; then write ``out``.
+
+    Raises:
+        UserError: the configuration is wrong, or ``out`` has another ending than .jsonl or .parquet.
+    """
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--out {out}: write a file that ends in .jsonl or .parquet")
+    folder = import_folder(path)
+    sys.path.insert(0, str(folder))
+    run = load_generation(path, overrides, draws=draws)
+    refuse_unsupported(run)
+    with connect(import_paths=[folder]) as session, Board(console) as board:
+        storage = session.storage(run.storage_path)
+        stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
+        stores = [made_store(prompt_store(source, run, stages), run, stages, draws=draws) for source in run.data.train]
+        rows = [row for store in stores for row in rows_of(store, run, draws=draws)]
+    write_rows(out, rows)
+    console.print(f"{len(rows)} rows: {out}", highlight=False)
+
+
+def load_generation(path: Path | None, overrides: list[str], *, draws: bool) -> RunConfig:
+    """A run's YAML (or none) with the blocks that matter here; the others may be there and are not read."""
+    document = override(empty_document() if path is None else read_document(path), overrides)
+    data = {key: value for key, value in document.data.items() if key in BLOCKS}
+    data |= {"method": "dpo_rw", "label": {"name": "rewards"}}
+    if draws:
+        data |= {"data_policy": {"name": "on_policy", "refresh_every": "never"}}
+        data.setdefault("rollout", {})
+        data.setdefault("scorer", {"name": "rule", "function": NO_SCORE})
+    else:
+        data.pop("rollout", None)
+        data["label"]["relabel"] = True
+    return parse_run(replace(document, data=data))
+
+
+def made_store(prompts: Path, run: RunConfig, stages: Stages, *, draws: bool) -> Path:
+    if not draws:
+        return relabelled(prompts, run, "group", stages)
+    return drawn_once(run, prompts_of([prompts], weights=[1.0], groups_per_step=1), "group", stages)
+
+
+def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
+    """One row per prompt, in the order of the source: K-way columns that ``data.train`` and TRL's tools understand."""
+    opened, prompts = TokenStore.open(store), Prompts(TokenStore.open(store))
+    tokenizer = load_tokenizer(
+        model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
+    )
+    scored = run.scorer is not None and getattr(run.scorer, "function", "") != NO_SCORE
+    made_with: Row = {}
+    if draws:
+        kept = {name: value for name, value in asdict(sampling(run)).items() if name not in ("stop_ids",)}
+        made_with = {"model": spec_digest(model_spec(run)), "sampling": kept}
+    for row in np.argsort(opened.index.line, kind="stable").tolist():
+        group = opened[row]
+        made: Row = {
+            "prompt": prompts[row],
+            "completions": [reply_text(tokenizer, candidate.ids.tolist()) for candidate in group.candidates],
+            "finished": [candidate.finished for candidate in group.candidates],
+        }
+        if scored:
+            made["rewards"] = numbers(group.per_candidate["reward"])
+        if draws:
+            totals = np.add.reduceat(
+                group.per_token["behavior_token_logp"].astype(np.float64),
+                np.cumsum([0, *(candidate.num_predicted for candidate in group.candidates[:-1])]),
+            )
+            made["behavior_logps"] = numbers(totals)
+        yield made | made_with
+
+
+def numbers(values: Any) -> list[float | None]:
+    """Plain numbers; null where there is none, as for a prompt that the scorer failed on."""
+    return [None if math.isnan(value) else float(value) for value in values]
+
+
+def write_rows(out: Path, rows: list[Row]) -> None:
+    """The whole file or none."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".jsonl":
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            import pyarrow
+            from pyarrow import parquet
+
+            parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error

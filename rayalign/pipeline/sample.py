@@ -1,0 +1,112 @@
+"""``rayalign sample``: what several models say to the same prompts, with the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.formats import parse_row
+from rayalign.data.prepare import Unit, read_chunks
+from rayalign.data.records import BadRow
+from rayalign.data.schema import Example, Turns, assistant, user
+from rayalign.data.split import prompt_text
+from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.errors import UserError
+from rayalign.rollout.base import SamplingParams
+from rayalign.rollout.hf import HfEngine
+from rayalign.sources.answers import reply_text
+
+SETTINGS = TokenizeSettings(max_prompt_tokens=4096, max_tokens=8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speaker:
+    """One model as it is asked."""
+
+    name: str
+    chat: Chat
+    engine: HfEngine
+
+    @classmethod
+    def load(cls, name: str) -> Speaker:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_policy(ModelSpec(name=name), device=device)
+        return cls(name=name, chat=make_chat(tokenizer), engine=HfEngine(model))
+
+    def answers(self, prompts: Sequence[str | Turns], params: SamplingParams) -> list[list[str]]:
+        """Texts by prompt and sample; a prompt's noise is that of its place, whoever answers."""
+        examples = [Example(format="prompt_only", prompt=prompt, candidates=()) for prompt in prompts]
+        ids = []
+        for example, outcome in zip(examples, to_groups(examples, self.chat, SETTINGS), strict=True):
+            if not isinstance(outcome, Tokenized):
+                raise UserError(f"{prompt_text(example.prompt)[:80]!r} cannot be tokenized: {outcome}")
+            ids.append(outcome.group.prompt_ids.tolist())
+        texts: list[list[str]] = [[] for _ in prompts]
+        for completion in self.engine.generate(ids, replace(params, stop_ids=(self.chat.end_id,))):
+            text = reply_text(self.chat.tokenizer, completion.token_ids)
+            texts[completion.prompt_index].append(text if completion.finish_reason == "stop" else f"{text} …")
+        return texts
+
+
+def sample(
+    models: Sequence[str], file: Path | None, params: SamplingParams, *, interactive: bool, console: Console
+) -> None:
+    """Print a table per prompt, or talk until the input ends.
+
+    Raises:
+        UserError: neither prompts nor ``-i`` is given, or a model or prompt cannot be used.
+    """
+    if (file is None) == (not interactive):
+        raise UserError("name a file of prompts with --prompts, or write -i to type them")
+    speakers = [Speaker.load(name) for name in models]
+    if interactive:
+        return converse(speakers, params, console)
+    assert file is not None
+    prompts = read_prompts(file)
+    answers = [speaker.answers(prompts, params) for speaker in speakers]
+    for place, prompt in enumerate(prompts):
+        table = Table(title=escape(prompt_text(prompt)), title_justify="left", title_style="bold", show_lines=True)
+        for speaker in speakers:
+            table.add_column(escape(speaker.name), overflow="fold")
+        for number in range(params.num_samples):
+            table.add_row(*(escape(own[place][number]) for own in answers))
+        console.print(table)
+
+
+def converse(speakers: Sequence[Speaker], params: SamplingParams, console: Console) -> None:
+    """Every model carries on its own conversation."""
+    talks: list[Turns] = [() for _ in speakers]
+    while True:
+        try:
+            said = console.input("you: ")
+        except EOFError:
+            return
+        if not said.strip():
+            continue
+        for place, speaker in enumerate(speakers):
+            talks[place] = (*talks[place], *user(said))
+            ((reply, *_),) = speaker.answers([talks[place]], replace(params, num_samples=1))
+            talks[place] = (*talks[place], *assistant(reply))
+            console.print(f"{speaker.name}: {reply}", markup=False, highlight=False)
+
+
+def read_prompts(file: Path) -> list[str | Turns]:
+    """The prompts of a file of rows; a bad row is an error."""
+    found: list[str | Turns] = []
+    unit = Unit(path=str(file))
+    for row in (row for chunk in read_chunks(unit) for row in chunk):
+        example = row if isinstance(row, BadRow) else parse_row(row, format="auto", columns={})
+        if isinstance(example, BadRow):
+            raise UserError(f"--prompts: {example}")
+        found.append(example.prompt)
+    if not found:
+        raise UserError(f"--prompts: {file} holds no prompt")
+    return found
