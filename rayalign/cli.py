@@ -113,7 +113,7 @@ def generate(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("completions.jsonl"),
 ) -> None:
-    """Complete the prompts of data.train with the model: rayalign generate run.yaml rollout.samples=8 --out new.jsonl"""
+    """Complete the prompts of data.train: rayalign generate run.yaml rollout.samples=8 --out new.jsonl"""
     from rayalign.pipeline.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
@@ -126,7 +126,7 @@ def score(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("scored.jsonl"),
 ) -> None:
-    """Score the completions of data.train: rayalign score run.yaml scorer.function=my_rewards:helpful --out new.jsonl"""
+    """Score the completions of data.train: rayalign score run.yaml scorer.function=my:helpful --out new.jsonl"""
     from rayalign.pipeline.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)

@@ -69,7 +69,8 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         model = initial_model(comparison, directory, stages, board)
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
-        ready = [prepare_cell(cell, model, directory, stages, parallel) for cell in cells]
+        processes = parallel * max(num_processes(cell.run, session) for cell in cells if cell.run is not None) + 1
+        ready = [prepare_cell(cell, model, directory, stages, processes) for cell in cells]
         board.say(f"{len(ready)} cells, {parallel} at a time")
         trained = stack.enter_context(training(ready, parallel, board))
         measured = started_from(evaluated, model) if model else evaluated
@@ -150,11 +151,13 @@ def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
     return max(1, min(len(cells), int(devices // workers)))
 
 
-def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages, parallel: int) -> CellResult:
-    """The cell's job; stages that several cells share are made by the first."""
+def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages, processes: int) -> CellResult:
+    """The cell's job; stages that several cells share are made by the first.
+
+    ``processes`` are all that run at the same time, the evaluator too: equal shares let workers stay for the next cell.
+    """
     assert cell.run is not None
     run = started_from(cell.run, model) if model else cell.run
-    processes = parallel * num_processes(run, stages.session) + 1  # the evaluator has a share of its own
     job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
     return CellResult(cell=cell, run=run, job=job, points=(), failure="")
 

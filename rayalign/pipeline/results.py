@@ -95,11 +95,21 @@ def comparison_record(
 
 def assumptions(comparison: Comparison) -> list[str]:
     """What cells take for granted about their data, as sentences for the report."""
-    return [
-        f"{cell.label}: completions without behavior log-probabilities count as drawn from the reference."
-        for cell in comparison.cells
-        if cell.run is not None and getattr(cell.run.method.config, "behavior", "") == "assume_reference"
+    runs = [(cell.label, cell.run) for cell in comparison.cells if cell.run is not None]
+    found = [
+        f"{label}: completions without behavior log-probabilities count as drawn from the reference."
+        for label, run in runs
+        if getattr(run.method.config, "behavior", "") == "assume_reference"
     ]
+    judging = [scorer.label for _, run in runs[:1] if run.evaluate for scorer in run.evaluate.scorers]
+    for name in dict.fromkeys(run.scorer.label for _, run in runs if run.scorer is not None):
+        if name in judging:
+            labels = ", ".join(label for label, run in runs if run.scorer is not None and run.scorer.label == name)
+            found.append(
+                f"{name} scored completions that {labels} trained on, and is shown here as a result as well: a gain "
+                "under it alone says little."
+            )
+    return found
 
 
 def measure_of(scorer: ScorerConfig) -> report.Measure:

@@ -7,10 +7,12 @@ def test_my_method():
 """
 
 from rayalign.testing._batches import RandomGroup, random_groups, scored_batch, without
+from rayalign.testing._engine import check_engine
 from rayalign.testing._method import check_method, step_loss, step_statistics
 
 __all__ = [
     "RandomGroup",
+    "check_engine",
     "check_method",
     "random_groups",
     "scored_batch",

@@ -18,7 +18,8 @@ from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.unpair import Mismatched
 from rayalign.errors import UserError
 from rayalign.methods import resolve
-from rayalign.pipeline.job import method_of, require_columns, run_identity
+from rayalign.pipeline.job import method_of, run_identity
+from rayalign.pipeline.streams import require_columns
 
 METHOD = """
 from dataclasses import replace

@@ -1,0 +1,118 @@
+"""The real vLLM on this machine's CPU or GPU: the contract of every engine, and what a weight refresh must not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayalign.engine.canary import canary_error, canary_logps
+from rayalign.engine.frozen import ScoringSpec
+from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.errors import UserError
+from rayalign.rollout.base import SamplingParams
+from rayalign.testing import check_engine
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm installs it into an environment of its own")
+from rayalign.rollout.vllm import VllmSampler  # noqa: E402  (only where vLLM is)
+
+pytestmark = pytest.mark.slow
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 11, 12, 13], [3], [20, 21, 22, 23] * 40]
+SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+
+
+def model_spec(directory: Path) -> ModelSpec:
+    return ModelSpec(name=str(directory), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("first"), **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def second(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same shape."""
+    directory = tmp_path_factory.mktemp("second")
+    model, tokenizer = load_policy(model_spec(first))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    save_pretrained(model, tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sampler(first: Path) -> Iterator[VllmSampler]:
+    spec = ScoringSpec(model=model_spec(first), tokens_per_micro_batch=512, row_tokens=None)
+    made = VllmSampler(spec)
+    made.load(spec.model)
+    yield made
+
+
+def next_logits_of(directory: Path):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def next_logits(ids: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].float()
+
+    return next_logits
+
+
+def test_the_contract_holds_before_and_after_a_refresh(sampler: VllmSampler, first: Path, second: Path) -> None:
+    """The prompts are the same in both, so that a prefix cache which outlived the refresh would show."""
+    sampler.load(model_spec(first))
+    check_engine(sampler, next_logits_of(first), PROMPTS, tolerance=2e-5)
+    sampler.load(model_spec(second))
+    check_engine(sampler, next_logits_of(second), PROMPTS, tolerance=2e-5)
+
+
+def test_the_canary_tells_weights_apart(sampler: VllmSampler, first: Path, second: Path) -> None:
+    said = {}
+    for directory in (first, second):
+        model, _ = load_policy(model_spec(directory))
+        said[directory] = canary_logps(model, layout="packed", dtype=torch.float32)
+    for directory in (first, second, first):
+        sampler.load(model_spec(directory))
+        assert canary_error(said[directory], sampler.canary()) < 1e-4
+    assert canary_error(said[second], sampler.canary()) > 1e-2
+
+
+def test_damaged_weights_do_not_answer(sampler: VllmSampler, first: Path, tmp_path: Path) -> None:
+    """NaN weights make vLLM answer token 0 with NaN log-probabilities and no error of its own."""
+    model, tokenizer = load_policy(model_spec(first))
+    next(model.parameters()).data.fill_(float("nan"))
+    save_pretrained(model, tokenizer, tmp_path)
+    sampler.load(model_spec(tmp_path))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sampler.generate(PROMPTS, SamplingParams(max_new_tokens=2))
+    sampler.load(model_spec(first))
+    assert sampler.generate(PROMPTS, SamplingParams(max_new_tokens=2))
+
+
+def test_a_prompt_that_does_not_fit_is_refused(sampler: VllmSampler, first: Path) -> None:
+    sampler.load(model_spec(first))
+    limit = int(sampler.llm.llm_engine.model_config.max_model_len)
+    with pytest.raises(UserError, match=f"more than the model's context of {limit}"):
+        sampler.generate([[1] * limit], SamplingParams(max_new_tokens=1))
+
+
+def test_weights_without_a_folder_are_refused(sampler: VllmSampler, first: Path) -> None:
+    with pytest.raises(UserError, match="from_scratch"):
+        sampler.load(replace(model_spec(first), from_scratch=True))
+
+
+def test_generation_config_does_not_steer(first: Path, sampler: VllmSampler) -> None:
+    """Temperature and end tokens come from the run alone."""
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    assert tokenizer.eos_token_id is not None
+    sampler.load(model_spec(first))
+    found = sampler.generate(PROMPTS, SamplingParams(max_new_tokens=40, num_samples=8))
+    assert all(len(completion.token_ids) == 40 for completion in found)
