@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rayalign.data.records import RawRow
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
 from rayalign.data.shard import write_column_shard, write_shard
-from rayalign.data.store import commit_columns, commit_store
+from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import TrainSpec, train
@@ -27,13 +27,29 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.strategy import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
-from rayalign.pipeline.job import method_of, needs_reference, objectives, optimizer_spec, shape_of, stop_ids
-from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, tokenizer_spec
+from rayalign.pipeline.job import method_of, objectives, optimizer_spec
+from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
 from rayalign.pipeline.prompts import tokenized
+from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, round_plan, sampling
+from rayalign.pipeline.rollouts import prompts_of as prompts_in
+from rayalign.pipeline.streams import needs_reference, shape_of
+from rayalign.runtime.placement import Share
+from rayalign.runtime.rounds import RolloutJob, commit_drawn, draw, serving
+from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.sources.source import StreamSource
-from rayalign.sources.streams import SourceSpec, StoredStream
+from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 
 CPU = torch.device("cpu")
+
+
+class Alone:
+    """Does in this process what a pool of actors does for ``rayalign train``."""
+
+    def __init__(self) -> None:
+        self.maker = ChunkMaker()
+
+    def map(self, items: Iterable[tuple[ChunkSpec, Chunk]]) -> Iterator[ChunkReport]:
+        return map(self.maker, items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,22 +59,15 @@ class Workshop:
     folder: Path
     stores: dict[tuple[str, ...], tuple[Path, tuple[Path, ...]]] = field(default_factory=dict)
     """What was asked for → the store and the columns laid over it."""
+    alone: Alone = field(default_factory=lambda: Alone())
 
     def train(self, run: RunConfig, name: str) -> Path:
         """Train ``run`` in the folder ``name`` and return its ``final/``."""
         assert run.optim.steps is not None
         method = method_of(run)
         scored = needs_reference(method, run)
-        streams = [
-            self.stream(
-                run,
-                run.data.train,
-                name=MAIN_STREAM,
-                shape=shape_of(method),
-                groups_per_step=run.optim.groups_per_step,
-                scored=scored,
-            )
-        ]
+        main, rollouts = self.main_stream(run, shape_of(method), name, scored=scored)
+        streams = [main]
         streams += [
             self.stream(
                 run, extra.data, name=extra.name, shape="one", groups_per_step=extra.groups_per_step, scored=False
@@ -88,7 +97,81 @@ class Workshop:
         def make_source(layout: Layout, pad_id: int) -> StreamSource:
             return StreamSource(source, layout=layout, pad_id=pad_id)
 
-        return train(spec, make_source, make_strategy("single", CPU))
+        if rollouts is None:
+            return train(spec, make_source, make_strategy("single", CPU))
+        with serving(rollouts, self.alone, print):  # type: ignore[arg-type]
+            return train(spec, make_source, make_strategy("single", CPU))
+
+    def main_stream(
+        self, run: RunConfig, shape: Shape, name: str, *, scored: bool
+    ) -> tuple[AnyStream, RolloutJob | None]:
+        """The stream of the method, and how its rounds are drawn where it has any."""
+        policy, size = run.data_policy, run.optim.groups_per_step
+        stored = self.stream(run, run.data.train, name=MAIN_STREAM, shape=shape, groups_per_step=size, scored=scored)
+        if policy.name == "off_policy":
+            return stored, None
+        chunks = self.chunk_spec(run, shape, scored=scored)
+        rollouts = None
+        fresh: StoredStream | RoundStream
+        if policy.refresh_every == "never":
+            fresh = replace(stored, stores=(self.drawn_once(chunks),), columns=((),))
+        else:
+            assert run.optim.steps is not None
+            plan, folder = round_plan(run, run.optim.steps), self.folder / name / "rounds"
+            fresh = RoundStream(
+                name=MAIN_STREAM,
+                prompts=chunks.prompts,
+                plan=plan,
+                folder=folder,
+                num_candidates=kept_candidates(shape, chunks),
+            )
+            share = Share(cpus=1, gpus=0, threads=1)
+            rollouts = RolloutJob(spec=chunks, plan=plan, folder=folder, actors=1, share=share, max_bad_fraction=0.0)
+        if fresh_fraction(run) == 1:
+            return fresh, rollouts
+        fraction = fresh_fraction(run)
+        mixed = MixedStream(name=MAIN_STREAM, fresh=fresh, stored=stored, fresh_fraction=fraction, groups_per_step=size)
+        return mixed, rollouts
+
+    def chunk_spec(self, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
+        """How the run's own samples become groups, as :func:`rayalign.pipeline.rollouts.chunk_spec` says it."""
+        assert run.scorer is not None and run.label is not None
+        policy = run.data_policy
+        prompts = self.prompt_store(run)
+        return ChunkSpec(
+            prompts=prompts_in([prompts], weights=[1.0], groups_per_step=run.optim.groups_per_step),
+            seed=run.seed,
+            policy=model_spec(run),
+            reference=scoring_spec(run),
+            engine="hf",
+            sampling=sampling(run),
+            keep_stored=policy.name == "hybrid" and policy.mix == "candidates",
+            scorer=scorer_spec(run.scorer),
+            label=label_spec(run.label),
+            shape=shape,
+            needs_reference=scored,
+        )
+
+    def prompt_store(self, run: RunConfig) -> Path:
+        [source] = run.data.train
+        asked = (source.model_dump_json(), "prompt", "")
+        if asked not in self.stores:
+            directory = self.folder / f"store_{len(self.stores)}"
+            prompts = [example.prompt for example in examples_of(source)]
+            shard = write_shard(directory, "groups", groups_of(run, source, "prompt"), prompts=prompts)
+            commit_store(directory, [shard], meta={})
+            self.stores[asked] = (directory, ())
+        return self.stores[asked][0]
+
+    def drawn_once(self, chunks: ChunkSpec) -> Path:
+        asked = (repr(chunks), "once", "")
+        if asked not in self.stores:
+            directory = self.folder / f"store_{len(self.stores)}"
+            positions = range(len(TokenStore.open(chunks.prompts.stores[0])))
+            reports = draw(chunks, positions, directory, weights=None, pool=self.alone, done=print)  # type: ignore[arg-type]
+            commit_drawn(directory, reports, max_bad_fraction=0.0)
+            self.stores[asked] = (directory, ())
+        return self.stores[asked][0]
 
     def stream(
         self,

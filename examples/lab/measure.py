@@ -27,8 +27,8 @@ from rayalign.config.run import RunConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model import ModelSpec, load_tokenizer
 from rayalign.judge.measure import Prompt, ScorerSpec, make_scorers, measure
-from rayalign.pipeline.evaluate import evaluated_checkpoints, scorer_spec
-from rayalign.pipeline.job import stop_ids
+from rayalign.pipeline.evaluate import evaluated_checkpoints
+from rayalign.pipeline.model import scorer_spec, stop_ids
 from rayalign.rollout.base import SamplingParams
 
 from .claims import claims_table

@@ -11,7 +11,6 @@ from rayalign.config.scoring import EvaluateConfig
 def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
     found = {
-        "rollout.engine: vllm; write hf": run.rollout is not None and run.rollout.engine == "vllm",
         "elastic rollout.actors; write one number": run.rollout is not None and isinstance(run.rollout.actors, tuple),
         "rollout.python; remove it": run.rollout is not None and run.rollout.python is not None,
         "rollout.placement other than auto": run.rollout is not None and run.rollout.placement != "auto",

@@ -25,6 +25,7 @@ from rayalign.pipeline.display import Board
 from rayalign.pipeline.job import make_job, num_processes
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages
+from rayalign.rollout.engines import refuse_missing
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
 from rayalign.runtime.rounds import serving
@@ -83,6 +84,8 @@ def refuse_unsupported(run: RunConfig) -> None:
     reasons = unsupported(run)
     if reasons:
         raise UserError("; ".join(reasons))
+    if run.rollout is not None:
+        refuse_missing(run.rollout.engine)
     for tracker in run.track:
         if importlib.util.find_spec(tracker) is None:
             raise MissingExtra(tracker, "tracking")

@@ -17,7 +17,7 @@ from rayalign.methods import METHODS, resolve
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
-COMMANDS = ["init", "check", "train", "evaluate", "compare", "report", "status"]
+COMMANDS = ["init", "check", "train", "generate", "score", "sample", "evaluate", "compare", "report", "status"]
 
 
 def readme_rows() -> dict[str, list[str]]:

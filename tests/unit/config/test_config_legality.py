@@ -131,11 +131,16 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
     [
         ([], []),
         (["strategy=ddp", "optim.steps=3", "model.from_scratch=true"], []),
-        (ON_POLICY, ["this release does not run data_policy: on_policy; write off_policy"]),
+        (ON_POLICY, []),
+        (["label.relabel=true", f"scorer={RULE}"], []),
         (
-            ["label.relabel=true", f"scorer={RULE}", "strategy=fsdp2", "model.lora.rank=4"],
-            ["this release does not run label.relabel: true; write false",
-             "this release does not run strategy: fsdp2; write single or ddp",
+            [*ON_POLICY, "rollout.actors=[1, 2]", "rollout.placement=separate"],
+            ["this release does not run elastic rollout.actors; write one number",
+             "this release does not run rollout.placement other than auto"],
+        ),
+        (
+            ["strategy=fsdp2", "model.lora.rank=4"],
+            ["this release does not run strategy: fsdp2; write single or ddp",
              "this release does not run model.lora; remove it to train all weights"],
         ),
         (

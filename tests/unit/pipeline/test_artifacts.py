@@ -25,7 +25,7 @@ def artifacts(root: Path, notes: list[str] | None = None, **options: frozenset[s
 
 
 def test_key_is_a_digest_of_name_version_and_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = json.dumps(["tokens", 1, INPUTS], sort_keys=True)
+    text = json.dumps(["tokens", STAGE_VERSIONS["tokens"], INPUTS], sort_keys=True)
     assert stage_key("tokens", INPUTS) == hashlib.sha256(text.encode()).hexdigest()[:16]
     assert stage_key("tokens", dict(reversed(INPUTS.items()))) == stage_key("tokens", INPUTS)
     others = {stage_key("reference", INPUTS), stage_key("tokens", {**INPUTS, "temperature": 2.0})}

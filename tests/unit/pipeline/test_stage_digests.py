@@ -19,12 +19,17 @@ from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.judge.measure import ScorerSpec
 from rayalign.pipeline.artifacts import STAGE_VERSIONS
+from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkSpec
+from rayalign.sources.label import LabelSpec
+from rayalign.sources.streams import StoredStream
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
 PAIR_TOKENS = 610
-PAIRS_DIGEST = "22e388643301d908cbf40c7245a9ce2ae5de565a828ffc9e6fbbe4282b350cc5"
+PAIRS_DIGEST = "516dd521e329d510f736c1580451737ba98e47b3deeda4c1f5b8726b0a3e6a67"
 MISMATCHED_DIGEST = "3f6f72411f4e09a0444cff4e754ab1e537e6a4416501f4e38ae0c6e614bc6434"
+ROLLOUTS_DIGEST = "4946d52b056661d2e11e01df0503836c95cbb7aba823c48cec11991f998539c8"
 REFERENCE_SUMS = [-363.333, -529.203, -397.2, -482.58, -443.572, -462.938, -483.505, -381.774]
 
 
@@ -49,7 +54,7 @@ def make_store(directory: Path, shape: str) -> TokenStore:
 
 
 def test_every_stage_is_pinned() -> None:
-    assert STAGE_VERSIONS == {"rows": 1, "tokens": 1, "mismatched": 1, "reference": 1}
+    assert STAGE_VERSIONS == {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "rollouts": 1}
 
 
 def test_tokens(store: TokenStore) -> None:
@@ -71,3 +76,33 @@ def test_reference(store: TokenStore) -> None:
     columns = FrozenModel(spec, torch.device("cpu")).token_logps([store[index] for index in range(len(store))])
     sums = [float(column.sum(dtype=np.float64)) for column in columns]
     assert sums == pytest.approx(REFERENCE_SUMS, rel=1e-5)
+
+
+def test_rollouts(tmp_path: Path) -> None:
+    """Of stored completions, scored and labelled again: what is drawn depends on rounding."""
+    prompts = make_store(tmp_path / "prompts", "prompt")
+    model = ModelSpec(name=str(LAB_MODEL), from_scratch=True, seed=0)
+    stream = StoredStream(
+        name="prompts",
+        stores=(tmp_path / "prompts",),
+        columns=((),),
+        weights=(1.0,),
+        groups_per_step=1,
+        num_candidates=2,
+    )
+    spec = ChunkSpec(
+        prompts=stream,
+        seed=0,
+        policy=model,
+        reference=ScoringSpec(model=model, tokens_per_micro_batch=2048, row_tokens=256),
+        engine="none",
+        sampling=None,
+        keep_stored=True,
+        scorer=ScorerSpec(label="oracle", name="rule", parameters={"function": "lab.world:oracle"}),
+        label=LabelSpec(name="bradley_terry", scale=0.1),
+        shape="pair",
+        needs_reference=False,
+    )
+    chunk = Chunk(name="0", positions=range(len(prompts)), directory=tmp_path / "rollouts", weights=None)
+    report = ChunkMaker()((spec, chunk))
+    assert commit_store(tmp_path / "rollouts", [report.shard], meta={}).digest == ROLLOUTS_DIGEST

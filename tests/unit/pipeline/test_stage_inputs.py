@@ -13,8 +13,8 @@ from rayalign.data.prepare import Unit
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.job import with_format
 from rayalign.pipeline.stages import Stages, input_digest, source_units
+from rayalign.pipeline.streams import with_format
 from rayalign.pipeline.train import refuse_unsupported
 from rayalign.runtime.session import Node, Session
 
