@@ -33,7 +33,7 @@ class HfSampler:
     """The embedded engine around a model that is read as training reads it."""
 
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
-        self.spec = spec
+        self.spec = replace(spec, logit_temperature=1.0)
         self.device = device
 
     def load(self, model: ModelSpec) -> None:

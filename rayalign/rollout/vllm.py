@@ -50,6 +50,8 @@ class VllmSampler:
             self.llm = start(directory, model)
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+            if self.llm.llm_engine.model_config.hf_text_config.tie_word_embeddings:
+                self.llm.apply_model(tie_head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache after a reload")
 
@@ -104,6 +106,17 @@ class VllmSampler:
             )
 
 
+def tie_head(model: torch.nn.Module) -> None:
+    """Make the head the embedding again: a reload replaces the embedding and leaves the old weights in the head."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    modules = list(model.modules())
+    embedding = next(m for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead))
+    for head in (module for module in modules if isinstance(module, ParallelLMHead)):
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)  # packs them, on a CPU
+
+
 def start(directory: str, model: ModelSpec) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -112,7 +125,10 @@ def start(directory: str, model: ModelSpec) -> Any:
     dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    # A seeded request whose prompt is read in parts makes vLLM 0.32 ask a CPU generator for what only CUDA's have.
+    parts = {} if torch.cuda.is_available() else {"enable_chunked_prefill": False}
     return LLM(
+        **parts,
         model=directory,
         dtype=dtype,
         trust_remote_code=model.trust_remote_code,

@@ -55,8 +55,8 @@ class Trainer:
         self.rollouts: tuple[RolloutJob, Pool] | None = None
 
     def rollout_pool(self, job: RolloutJob) -> Pool:
-        """The actors that draw for this trainer's runs; they stay as long as the next run needs as many."""
-        if self.rollouts is None or (self.rollouts[0].share, self.rollouts[0].actors) != (job.share, job.actors):
+        """The actors that draw for this trainer's runs; they stay while runs start from the same model."""
+        if self.rollouts is None or needs(self.rollouts[0]) != needs(job):
             self.close_rollouts()
             self.rollouts = (job, make_pool(job))
         return self.rollouts[1]
@@ -116,6 +116,11 @@ class Trainer:
         """End everything that was started."""
         self.close()
         self.close_rollouts()
+
+
+def needs(job: RolloutJob) -> tuple[object, ...]:
+    """What runs must have in common to be drawn for by the same actors: an engine takes weights of one shape only."""
+    return job.share, job.actors, job.spec.engine, job.spec.policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ class ChunkMaker:
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.spec: ChunkSpec | None = None
+        self.sampler: Sampler | None = None
+        self.loaded: str | None = None
 
     def __call__(self, job: tuple[ChunkSpec, Chunk]) -> ChunkReport:
         """Write the chunk's shard.
@@ -163,6 +165,8 @@ class ChunkMaker:
         """Open what stays the same from chunk to chunk."""
         if spec == self.spec:
             return
+        if self.spec is None or (spec.engine, spec.policy) != (self.spec.engine, self.spec.policy):
+            self.sampler, self.loaded = None, None
         model = spec.policy
         self.tokenizer = load_tokenizer(
             model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
@@ -172,21 +176,20 @@ class ChunkMaker:
         self.scorer: Scorer = make_scorer(spec.scorer.name, **spec.scorer.parameters)
         if spec.needs_reference:
             self.reference = FrozenModel(spec.reference, self.device)
-        self.sampler: Sampler | None = None
-        self.loaded: str | None = None
         self.spec = spec
 
     def _load(self, spec: ChunkSpec, weights: Weights | None) -> None:
         """Make the engine sample from exactly the weights asked for."""
-        if spec.sampling is not None:
-            wanted = weights.digest if weights else "reference"
-            self.sampler = self.sampler or make_sampler(spec.engine, spec.reference, self.device)
-            if self.loaded != wanted:
-                self.loaded = None  # whatever fails below, nothing is drawn with half-loaded weights
-                self.sampler.load(policy_spec(spec, weights))
-                if weights is not None:
-                    refuse_broken_weights(self.sampler, weights, compute_dtype(spec.policy, self.device))
-                self.loaded = wanted
+        wanted = weights.digest if weights else "initial"
+        if spec.sampling is None or self.loaded == wanted:
+            return
+        sampler = self.sampler or make_sampler(spec.engine, spec.reference, self.device)
+        # Whatever fails below, nothing is drawn by an engine that damaged weights have been in.
+        self.sampler, self.loaded = None, None
+        sampler.load(policy_spec(spec, weights))
+        if weights is not None:
+            refuse_broken_weights(sampler, weights, compute_dtype(spec.policy, self.device))
+        self.sampler, self.loaded = sampler, wanted
 
     def _complete(self, spec: ChunkSpec, chunk: Chunk, prompts: Sequence[Sequence[int]]) -> list[list[Answer]]:
         """Fresh candidates of every prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ NextLogits = Callable[[Sequence[int]], Tensor]
 
 NEW_TOKENS = 8
 SAMPLES = 4
+PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=SAMPLES)
 
 
 def check_engine(
@@ -33,14 +35,11 @@ def check_engine(
         AssertionError: naming what the engine does otherwise.
     """
     _check_greedy(engine, next_logits, prompts, tolerance)
-    _check_log_probabilities(engine, next_logits, prompts, SamplingParams(temperature=0.7, **_SIZE), tolerance)
-    _check_log_probabilities(engine, next_logits, prompts, SamplingParams(top_p=0.9, **_SIZE), tolerance)
+    _check_log_probabilities(engine, next_logits, prompts, replace(PARAMS, temperature=0.7), tolerance)
+    _check_log_probabilities(engine, next_logits, prompts, replace(PARAMS, top_p=0.9), tolerance)
     _check_ends(engine, prompts)
     _check_draws(engine, prompts)
     _check_refusals(engine)
-
-
-_SIZE = {"max_new_tokens": NEW_TOKENS, "num_samples": SAMPLES}
 
 
 def _check_greedy(
@@ -76,19 +75,19 @@ def _check_log_probabilities(
 
 
 def _check_ends(engine: RolloutEngine, prompts: Sequence[Sequence[int]]) -> None:
-    free = engine.generate(prompts, SamplingParams(**_SIZE))
+    free = engine.generate(prompts, PARAMS)
     assert all(len(found.token_ids) == NEW_TOKENS and found.finish_reason == "length" for found in free), (
         "without stop ids every completion runs to max_new_tokens"
     )
     stop = free[0].token_ids[2]
-    for before, after in zip(free, engine.generate(prompts, SamplingParams(stop_ids=(stop,), **_SIZE)), strict=True):
+    for before, after in zip(free, engine.generate(prompts, replace(PARAMS, stop_ids=(stop,))), strict=True):
         place = before.token_ids.index(stop) if stop in before.token_ids else NEW_TOKENS - 1
         assert after.token_ids == before.token_ids[: place + 1], "a completion ends with the first stop id, and with it"
         assert after.finish_reason == ("stop" if stop in before.token_ids else "length")
 
 
 def _check_draws(engine: RolloutEngine, prompts: Sequence[Sequence[int]]) -> None:
-    params = SamplingParams(**_SIZE, seed=3)
+    params = replace(PARAMS, seed=3)
     first = engine.generate(prompts, params, keys=range(10, 10 + len(prompts)))
     order = [(found.prompt_index, found.sample_index) for found in first]
     assert order == [(index, sample) for index in range(len(prompts)) for sample in range(SAMPLES)], "order of results"
