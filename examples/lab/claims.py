@@ -59,6 +59,12 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(text="oracle at 100: wpo − dpo", value=ahead("wpo", "dpo", 100), above=0.0),
     Claim(text="oracle at 50: wpo − wpo permuted", value=ahead("wpo", "wpo permuted", 50), above=0.0),
     Claim(text="oracle at 100: wpo − wpo permuted", value=ahead("wpo", "wpo permuted", 100), above=0.0),
+    Claim(text="oracle at 50: dpo on-policy − dpo", value=ahead("dpo on-policy", "dpo", 50), above=0.0),
+    Claim(text="oracle at 50: dpo once − dpo", value=ahead("dpo once", "dpo", 50), above=0.0),
+    Claim(text="oracle at 50: dpo hybrid − dpo", value=ahead("dpo hybrid", "dpo", 50), above=0.0),
+    Claim(text="oracle at 50: dpo on-policy − dpo once", value=ahead("dpo on-policy", "dpo once", 50), above=0.0),
+    Claim(text="oracle at 50: dpo on-policy − dpo hybrid", value=ahead("dpo on-policy", "dpo hybrid", 50), above=0.0),
+    Claim(text="oracle at 100: dpo on-policy − dpo", value=ahead("dpo on-policy", "dpo", 100), above=0.0),
     Claim(text="travel KL at 100: ln (dpo / mpo)", value=kl_ratio("dpo", "mpo"), above=math.log(3)),
     Claim(
         text="travel KL at 100: ln (dpo / dpo + sft term)", value=kl_ratio("dpo", "dpo + sft term"), above=math.log(2)
