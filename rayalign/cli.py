@@ -112,12 +112,13 @@ def generate(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("completions.jsonl"),
+    pairs: Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `label`, instead of all.")] = False,
 ) -> None:
     """Complete the prompts of data.train: rayalign generate run.yaml rollout.samples=8 --out new.jsonl"""
     from rayalign.pipeline.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
-    run_generate(path, settings, out=out, draws=True, console=Console())
+    run_generate(path, settings, out=out, draws=True, pairs=pairs, console=Console())
 
 
 @app.command()
@@ -125,12 +126,13 @@ def score(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("scored.jsonl"),
+    pairs: Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `label`, instead of all.")] = False,
 ) -> None:
     """Score the completions of data.train: rayalign score run.yaml scorer.function=my:helpful --out new.jsonl"""
     from rayalign.pipeline.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
-    run_generate(path, settings, out=out, draws=False, console=Console())
+    run_generate(path, settings, out=out, draws=False, pairs=pairs, console=Console())
 
 
 @app.command()

@@ -34,7 +34,7 @@ def load_object(name: str) -> Any:
         raise UserError(f"{name!r}: {place} has no {attribute!r}; check the spelling") from error
 
 
-def load_function(name: str, *positional: object, **keywords: object) -> Callable[..., Any]:
+def load_function(name: str, /, *positional: object, **keywords: object) -> Callable[..., Any]:
     """The function at ``name``, once it is known that it can be called with such arguments.
 
     Raises:

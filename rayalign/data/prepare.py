@@ -11,7 +11,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.records import BadRow, RawRow, Row
-from rayalign.data.schema import Turns
+from rayalign.data.schema import Example, Turns
 from rayalign.data.shard import ShardInfo, write_shard
 from rayalign.data.tables import LINE_SUFFIXES, read_rows
 from rayalign.data.tokenize import DroppedRow, Tokenized, TokenizeSettings, rows_to_groups
@@ -86,7 +86,7 @@ def prepare_chunk(
             bad.append(outcome)
         elif isinstance(outcome, DroppedRow):
             dropped += 1
-        elif (problem := misfit(outcome.group, shape)) and isinstance(row, RawRow):
+        elif (problem := misfit(outcome.example, shape)) and isinstance(row, RawRow):
             bad.append(BadRow(source=row.source, line=row.line, reason=problem))
         else:
             assert isinstance(outcome, Tokenized)
@@ -94,7 +94,7 @@ def prepare_chunk(
             cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
             made = shaped(outcome.group, shape)
             groups.extend(made)
-            prompts.extend([outcome.prompt] * len(made))
+            prompts.extend([outcome.example.prompt] * len(made))
     return ShardReport(
         shard=write_shard(directory, name, groups, prompts=prompts) if groups else None,
         rows=len(rows),
@@ -105,16 +105,21 @@ def prepare_chunk(
     )
 
 
-def misfit(group: Group, shape: Shape) -> str:
-    """Why a method that learns from ``shape`` cannot use the group; empty when it can."""
-    found = len(group.candidates)
+def misfit(example: Example, shape: Shape) -> str:
+    """Why a method that learns from ``shape`` cannot use the row; empty when it can."""
+    found = len(example.candidates)
+    if shape in ("pair", "labelled") and example.format == "ranked":
+        return (
+            "a row of `completions` does not say which is preferred: write label: {relabel: true} with a scorer, or "
+            "make pairs with rayalign score --pairs"
+        )
     if shape == "pair" and found != 2:
         return f"a pairwise method needs chosen and rejected, and this row has {found} completion(s)"
     if shape == "one" and found != 1:
         return f"this method needs one completion, and this row has {found}; use `columns: {{completion: chosen}}`"
     if shape == "group" and found < 2:
         return f"this method compares completions of one prompt, and this row has {found}"
-    if shape == "labelled" and found != 2 and "label" not in group.per_candidate:
+    if shape == "labelled" and found != 2 and "label" not in example.columns:
         return "this method needs `completion` with `label`, or `chosen` and `rejected`"
     return ""
 

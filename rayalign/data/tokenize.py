@@ -12,7 +12,7 @@ from rayalign.data.chat import Chat, Piece, Rendered
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Candidate, Column, Group
 from rayalign.data.records import BadRow, Row, excerpt_of
-from rayalign.data.schema import MISSING, Example, RowProblem, Turns
+from rayalign.data.schema import MISSING, Example, RowProblem
 from rayalign.errors import UserError
 
 
@@ -51,8 +51,8 @@ class Truncation:
 class Tokenized:
     group: Group
     truncation: Truncation
-    prompt: str | Turns
-    """As the row has it, before anything was cut."""
+    example: Example
+    """What was tokenized, before anything was cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ def _outcome(
         source=example.source,
         line=example.line,
     )
-    return Tokenized(group=group, truncation=truncation, prompt=example.prompt)
+    return Tokenized(group=group, truncation=truncation, example=example)
 
 
 def _answer(prompt: str, pieces: Sequence[Piece], ids: Mapping[str, list[int]], chat: Chat) -> _Answer:

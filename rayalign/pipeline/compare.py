@@ -70,11 +70,14 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
         processes = parallel * max(num_processes(cell.run, session) for cell in cells if cell.run is not None) + 1
-        ready = [prepare_cell(cell, model, directory, stages, processes) for cell in cells]
-        board.say(f"{len(ready)} cells, {parallel} at a time")
+        ready = [prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
+        jobs = [item.job for item in ready if item.job is not None]
+        if not jobs:
+            raise UserError(f"no cell can be trained; {ready[0].cell.id}: {ready[0].failure}")
+        board.say(f"{len(jobs)} cells, {parallel} at a time")
         trained = stack.enter_context(training(ready, parallel, board))
         measured = started_from(evaluated, model) if model else evaluated
-        evaluation = Evaluation.start(measured, stages, share=ready[0].job.share, actors=1)
+        evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
         reference = evaluation.points(None, directory)
         results = [measure_cell(cell.result(), evaluation, board) for cell in trained]
@@ -151,15 +154,21 @@ def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
     return max(1, min(len(cells), int(devices // workers)))
 
 
-def prepare_cell(cell: Cell, model: str | None, directory: Path, stages: Stages, processes: int) -> CellResult:
+def prepare_cell(
+    cell: Cell, model: str | None, directory: Path, stages: Stages, processes: int, board: Board
+) -> CellResult:
     """The cell's job; stages that several cells share are made by the first.
 
     ``processes`` are all that run at the same time, the evaluator too: equal shares let workers stay for the next cell.
     """
     assert cell.run is not None
     run = started_from(cell.run, model) if model else cell.run
-    job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
-    return CellResult(cell=cell, run=run, job=job, points=(), failure="")
+    unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
+    try:
+        job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
+    except UserError as error:
+        return failed_cell(unprepared, error, board)
+    return replace(unprepared, job=job)
 
 
 @contextlib.contextmanager
@@ -188,6 +197,8 @@ def training(ready: Sequence[CellResult], parallel: int, board: Board) -> Iterat
 
 def train_cell(ready: CellResult, trainer: Trainer, board: Board) -> CellResult:
     """Train one cell; its failure does not stop the others."""
+    if ready.job is None:
+        return ready
     try:
         run_job(ready.run, ready.job, trainer, board)
     except UserError as error:
@@ -197,7 +208,7 @@ def train_cell(ready: CellResult, trainer: Trainer, board: Board) -> CellResult:
 
 def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
     """Measure the checkpoints of a trained cell."""
-    if trained.failure:
+    if trained.failure or trained.job is None:
         return trained
     directory = trained.job.spec.directory
     checkpoints = evaluated_checkpoints(directory)

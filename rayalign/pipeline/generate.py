@@ -16,6 +16,7 @@ from rich.console import Console
 from rayalign.config.document import override, read_document
 from rayalign.config.load import empty_document, parse_run
 from rayalign.config.run import RunConfig
+from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import Prompts
 from rayalign.engine.model import load_tokenizer, model_directory
@@ -36,7 +37,7 @@ NO_SCORE = "rayalign.judge.rule:no_score"
 Row = dict[str, Any]
 
 
-def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool, console: Console) -> None:
+def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool, pairs: bool, console: Console) -> None:
     """Complete the prompts of ``data.train``, or score its completions, in resumable stages; then write ``out``.
 
     Raises:
@@ -46,36 +47,49 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         raise UserError(f"--out {out}: write a file that ends in .jsonl or .parquet")
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
-    run = load_generation(path, overrides, draws=draws)
+    run = load_generation(path, overrides, draws=draws, pairs=pairs)
     refuse_unsupported(run)
     with connect(import_paths=[folder]) as session, Board(console) as board:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
-        stores = [made_store(prompt_store(source, run, stages), run, stages, draws=draws) for source in run.data.train]
+        shape: Shape = "pair" if pairs else "group"
+        sources = [prompt_store(source, run, stages) for source in run.data.train]
+        stores = [made_store(source, run, stages, shape, draws=draws) for source in sources]
         rows = [row for store in stores for row in rows_of(store, run, draws=draws)]
+        if pairs:
+            rows = [pair_of(row) for row in rows if len(row["completions"]) == 2]
     write_rows(out, rows)
     console.print(f"{len(rows)} rows: {out}", highlight=False)
 
 
-def load_generation(path: Path | None, overrides: list[str], *, draws: bool) -> RunConfig:
+def load_generation(path: Path | None, overrides: list[str], *, draws: bool, pairs: bool = False) -> RunConfig:
     """A run's YAML (or none) with the blocks that matter here; the others may be there and are not read."""
     document = override(empty_document() if path is None else read_document(path), overrides)
     data = {key: value for key, value in document.data.items() if key in BLOCKS}
-    data |= {"method": "dpo_rw", "label": {"name": "rewards"}}
+    label = document.data.get("label", {}) if pairs else {"name": "rewards"}
+    data |= {"method": "dpo" if pairs else "dpo_rw", "label": {"name": label} if isinstance(label, str) else {**label}}
     if draws:
         data |= {"data_policy": {"name": "on_policy", "refresh_every": "never"}}
         data.setdefault("rollout", {})
-        data.setdefault("scorer", {"name": "rule", "function": NO_SCORE})
+        if not pairs:  # which of them is better, only a scorer can say
+            data.setdefault("scorer", {"name": "rule", "function": NO_SCORE})
     else:
         data.pop("rollout", None)
         data["label"]["relabel"] = True
     return parse_run(replace(document, data=data))
 
 
-def made_store(prompts: Path, run: RunConfig, stages: Stages, *, draws: bool) -> Path:
+def made_store(prompts: Path, run: RunConfig, stages: Stages, shape: Shape, *, draws: bool) -> Path:
     if not draws:
-        return relabelled(prompts, run, "group", stages)
-    return drawn_once(run, prompts_of([prompts], weights=[1.0], groups_per_step=1), "group", stages)
+        return relabelled(prompts, run, shape, stages)
+    return drawn_once(run, prompts_of([prompts], weights=[1.0], groups_per_step=1), shape, stages)
+
+
+def pair_of(row: Row) -> Row:
+    """A labelled pair as ``chosen`` and ``rejected``; a prompt without a preference has no such row."""
+    (chosen, rejected), (chosen_score, rejected_score) = row["completions"], row["rewards"]
+    named = {"chosen": chosen, "rejected": rejected, "chosen_score": chosen_score, "rejected_score": rejected_score}
+    return {"prompt": row["prompt"], **named, **{name: row[name] for name in ("model", "sampling") if name in row}}
 
 
 def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:

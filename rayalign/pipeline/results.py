@@ -19,6 +19,7 @@ from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
 from rayalign.manifest import read_manifest
 from rayalign.pipeline.artifacts import digest_of
+from rayalign.pipeline.job import training_configuration
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.train import stores_of
 from rayalign.report import points as report
@@ -33,11 +34,11 @@ CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """A cell whose stages are committed; once trained, with its points or its failure."""
+    """A cell on its way: its job once its stages are committed; once trained, its points or its failure."""
 
     cell: Cell
     run: RunConfig
-    job: TrainJob
+    job: TrainJob | None
     points: tuple[Points, ...]
     failure: str
 
@@ -122,8 +123,9 @@ def measure_of(scorer: ScorerConfig) -> report.Measure:
 
 
 def done_cell(result: CellResult, base: RunConfig) -> report.Cell:
-    directory = result.job.spec.directory
-    rows = [] if result.failure else read_metrics(directory / "metrics.jsonl")
+    rows = []
+    if result.job is not None and not result.failure:
+        rows = read_metrics(result.job.spec.directory / "metrics.jsonl")
     return report.Cell(
         id=result.cell.id,
         label=result.cell.label,
@@ -134,7 +136,7 @@ def done_cell(result: CellResult, base: RunConfig) -> report.Cell:
         status="failed" if result.failure else "done",
         reason=result.failure,
         config_changes=changes(base, result.run),
-        cost=cost(result, rows),
+        cost=cost(result.job, rows) if result.job is not None and rows else report.Cost(),
         points=tuple(point for points in result.points for point in points),
         metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
     )
@@ -166,16 +168,14 @@ def text(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def cost(result: CellResult, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
+def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
     """What training used: every label that a step saw, each counted once."""
-    if not rows:
-        return report.Cost()
-    ledgers = drawn_ledgers(result.job)
-    devices = result.job.workers * (1 if result.job.share.gpus else result.job.share.threads)
+    ledgers = drawn_ledgers(job)
+    devices = job.workers * (1 if job.share.gpus else job.share.threads)
     return report.Cost(
         tokens_trained=rows[-1]["num_tokens"],
         tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
-        labels_used=stored_labels(result.job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),
+        labels_used=stored_labels(job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),
         scorer_calls=sum(ledger["scorer_calls"] for ledger in ledgers),
         device_seconds=sum(row["seconds"] for row in rows) * devices,
     )
@@ -215,7 +215,7 @@ def record_provenance(
         commands=(" ".join(command),),
         git_revision=facts["git_revision"],
         versions=facts["versions"],
-        config_digests={result.cell.id: digest_of(result.job.spec.identity["configuration"]) for result in results},
+        config_digests={result.cell.id: digest_of(training_configuration(result.run)) for result in results},
         seeds={result.cell.id: result.run.seed for result in results},
         machine={"system": platform.platform(), "processor": platform.machine(), "cores": str(os.cpu_count())},
         started=started.isoformat(timespec="seconds"),

@@ -19,6 +19,7 @@ from rayalign.errors import UserError, first_line
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_worker_niceness": "0",  # by default workers give way to every other process: the training itself does
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller polls every 2 s by default: a run ends that much later
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
