@@ -2,7 +2,7 @@
 
     python -m examples.lab.measure --seeds 10 11 12 13 14 --out lab.json
 
-Everything but the seed is what the YAML says. All cells take about eight minutes of one quiet core per seed.
+Everything but the seed is what the YAML says. All cells take about six minutes of one quiet core per seed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def test_generated_and_scored_files_are_data_again(workspace: Workspace, session
     assert "making" not in again.printed
 
     pairs = workspace.folder / "new_pairs.parquet"
-    scoring = workspace.run("scored", data={**data, "train": [str(out)]}, scorer={"function": "rewards:vowels"})
+    scoring = workspace.run(
+        "scored", data={**data, "train": [str(out)]}, scorer={"name": "rule", "function": "rewards:vowels"}
+    )
     done = rayalign("score", scoring, "--pairs", "--out", str(pairs))
     assert done.code == 0, done.printed
     training = workspace.run("on-pairs", data={**data, "train": [str(pairs)]}, optim={"steps": 2, "groups_per_step": 4})
@@ -133,16 +136,11 @@ def test_generated_and_scored_files_are_data_again(workspace: Workspace, session
 
 
 def test_a_pool_that_no_node_can_hold_is_refused_at_once(session: Session) -> None:
-    pool = Pool("giants", Identity, share=Share(cpus=1000, gpus=0, threads=1), count=1)
+    pool = Pool("giants", attrgetter, "real", share=Share(cpus=1000, gpus=0, threads=1), count=1)
     with pytest.raises(UserError, match="giants needs a node with 1000 CPUs and 0 GPUs for each of its processes"):
         pool.call(1)
 
 
-class Identity:
-    def __call__(self, item: int) -> int:
-        return item
-
-
 def test_a_pool_answers_every_item_once(session: Session) -> None:
-    with Pool("identity", Identity, share=Share(cpus=0.1, gpus=0, threads=1), count=2) as pool:
+    with Pool("identity", attrgetter, "real", share=Share(cpus=0.1, gpus=0, threads=1), count=2) as pool:
         assert list(pool.map(range(20))) == list(range(20))

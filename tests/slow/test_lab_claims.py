@@ -11,6 +11,9 @@ pytestmark = pytest.mark.slow
 
 SEEDS = (10,)
 CELLS = ("dpo", "dpo + sft term", "mpo", "mpo alone", "wpo", "wpo permuted")
+CELLS += ("dpo on-policy", "dpo once", "dpo hybrid")
+NOT_SHOWN = ("initial model: the right thing is named", "oracle at 50: dpo on-policy − dpo once")
+"""Not on every seed of examples/lab/README.md."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return measured
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
+@pytest.mark.parametrize(
+    "claim", [claim for claim in CLAIMS if claim.text not in NOT_SHOWN], ids=lambda claim: claim.text
+)
 def test_claim_holds_on_every_seed(claim: Claim, results: Results) -> None:
     values = {seed: claim.value(results.of(seed)) for seed in SEEDS}
     assert min(values.values()) > claim.above, values
