@@ -53,6 +53,7 @@ Record = dict[str, Any]
 
 def main() -> None:
     options = parse()
+    datasets.disable_progress_bars()
     file = pairs_file()
     tokenizer = train_tokenizer(file, TOKENIZER_VOCABULARY)
     print(machine())

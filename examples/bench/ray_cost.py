@@ -26,8 +26,8 @@ from .common import arguments, in_fresh_process, machine, pairs_file, spread, ta
 from .offline_sides import rayalign_reference, rayalign_train, training
 from .offline_step import MAX_TOKENS, TOKENIZER_VOCABULARY, TOKENS_PER_MICRO_BATCH, tokenized_pairs
 
-WARM_UP = 3
-"""Steps at the start of a run that do not count."""
+WARM_UP = 32
+"""Steps that do not count: Ray's own processes are still starting meanwhile."""
 
 BARE, RAY = "bare process", "Ray Train"
 Record = dict[str, Any]
@@ -37,11 +37,11 @@ def main() -> None:
     if len(sys.argv) == 3 and Path(sys.argv[1]).is_file():
         return measured(Path(sys.argv[1]), Path(sys.argv[2]))
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side, taking turns")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.repeats = 8, 1
+        options.steps, options.repeats = WARM_UP + 8, 1
     print(machine())
     with tempfile.TemporaryDirectory(prefix="rayalign-bench-") as folder:
         job = write_job(Path(folder), steps=options.steps) | {"threads": options.threads}
