@@ -14,7 +14,6 @@ def unsupported(run: RunConfig) -> list[str]:
         "elastic rollout.actors; write one number": run.rollout is not None and isinstance(run.rollout.actors, tuple),
         "rollout.python; remove it": run.rollout is not None and run.rollout.python is not None,
         "rollout.placement other than auto": run.rollout is not None and run.rollout.placement != "auto",
-        f"scorer: {run.scorer and run.scorer.name}; write rule": run.scorer is not None and run.scorer.name != "rule",
         f"strategy: {run.strategy.name}; write single or ddp": run.strategy.name in ("fsdp2", "deepspeed"),
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         "model.lora; remove it to train all weights": run.model.lora is not None,
@@ -28,9 +27,6 @@ def unsupported(run: RunConfig) -> list[str]:
 def _evaluation(evaluate: EvaluateConfig | None) -> Iterator[str]:
     if evaluate is None:
         return
-    for scorer in (*evaluate.scorers, *evaluate.diagnostics):
-        if scorer.name != "rule":
-            yield f"scorers called {scorer.name}; write name: rule with a function of prompt and reply"
     if evaluate.judge is not None:
         yield "evaluate.judge; remove it"
     if evaluate.baseline != "reference":

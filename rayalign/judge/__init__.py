@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from rayalign.errors import UserError
+from rayalign.imports import load_object
 from rayalign.judge.base import Scorer
-from rayalign.judge.rule import RuleScorer
 
 __all__ = ["Scorer", "make_scorer"]
 
-_SCORERS: Mapping[str, Callable[..., Scorer]] = {"rule": RuleScorer}
+_SCORERS = {
+    "llm": "rayalign.judge.llm:LlmScorer",
+    "reward_model": "rayalign.judge.reward_model:RewardModelScorer",
+    "rule": "rayalign.judge.rule:RuleScorer",
+}
 
 
 def make_scorer(name: str, **parameters: Any) -> Scorer:
     """The scorer of a ``scorer:`` block: its name and its other keys.
 
     Raises:
-        UserError: no scorer has that name.
+        UserError: no scorer has that name, or what it names is not there.
     """
     if name not in _SCORERS:
         raise UserError(f"scorer.name: no scorer is called {name!r}; there is {', '.join(sorted(_SCORERS))}")
-    return _SCORERS[name](**parameters)
+    scorer: Scorer = load_object(_SCORERS[name])(**parameters)
+    return scorer

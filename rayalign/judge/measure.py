@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from rayalign.data.group import Candidate, Group
+from rayalign.data.schema import Turns
+from rayalign.data.split import prompt_text
 from rayalign.engine.frozen import FrozenModel
 from rayalign.judge import make_scorer
 from rayalign.judge.base import Scorer
@@ -26,7 +28,11 @@ class Prompt:
     """A prompt as the model reads it and as scorers and readers do."""
 
     ids: tuple[int, ...]
-    text: str
+    prompt: str | Turns
+
+    @property
+    def text(self) -> str:
+        return prompt_text(self.prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +82,14 @@ def measure(
         raise ValueError(f"KL is measured on the policy's own samples, at temperature 1 and untruncated, not {params}")
     completions = HfEngine(policy.policy.model).generate([prompt.ids for prompt in prompts], params)
     replies = [tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip() for completion in completions]
-    texts = [prompts[completion.prompt_index].text for completion in completions]
+    asked = [prompts[completion.prompt_index].prompt for completion in completions]
     shape = (len(prompts), params.num_samples)
 
     def table(values: Sequence[float]) -> Table:
         return np.asarray(values, dtype=np.float64).reshape(shape)
 
     return Measured(
-        scores={label: table(scorer.score(texts, replies)) for label, scorer in scorers.items()},
+        scores={label: table(scorer.score(asked, replies)) for label, scorer in scorers.items()},
         k1=log_ratios(policy, reference, prompts, completions).reshape(shape),
         length=table([len(completion.token_ids) for completion in completions]),
         finished=table([completion.finish_reason == "stop" for completion in completions]),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from rayalign.data.schema import Turns
+from rayalign.data.split import prompt_text
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 
@@ -35,14 +37,14 @@ class RuleScorer:
         except UserError as error:
             raise UserError(f"scorer.function: {error}") from error
 
-    def score(self, prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
-        """The function's numbers.
+    def score(self, prompts: Sequence[str | Turns], replies: Sequence[str]) -> list[float]:
+        """The function's numbers; it sees a conversation as a transcript.
 
         Raises:
             UserError: one of them is not a finite number; what the function itself raises is passed on.
         """
         return [
-            self._checked(self.function(prompt, reply, **self.arguments), row, reply)
+            self._checked(self.function(prompt_text(prompt), reply, **self.arguments), row, reply)
             for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
         ]
 

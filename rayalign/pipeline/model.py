@@ -100,5 +100,10 @@ def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:
 
 
 def scorer_identity(scorer: ScorerSpec) -> list[Any]:
-    """What decides a scorer's numbers: its parameters and its code."""
-    return [asdict(scorer), source_digest(scorer.parameters["function"])]
+    """What decides a scorer's numbers: its parameters, and its code or weights, where those can be known."""
+    parameters = scorer.parameters
+    if scorer.name == "rule":
+        return [asdict(scorer), source_digest(parameters["function"])]
+    if scorer.name == "reward_model":
+        return [asdict(scorer), model_digest(model_directory(parameters["model"], parameters["revision"]))]
+    return [asdict(scorer)]

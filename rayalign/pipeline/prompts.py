@@ -57,5 +57,5 @@ def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]
     for example, outcome in zip(examples, to_groups(examples, chat, spec.settings), strict=True):
         if not isinstance(outcome, Tokenized):
             raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
-        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), text=prompt_text(outcome.example.prompt)))
+        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), prompt=outcome.example.prompt))
     return tuple(prompts)

@@ -19,10 +19,12 @@ from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
 from rayalign.errors import MissingExtra, UserError
+from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.job import make_job, num_processes
+from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages
 from rayalign.rollout.engines import refuse_missing
@@ -86,6 +88,8 @@ def refuse_unsupported(run: RunConfig) -> None:
         raise UserError("; ".join(reasons))
     if run.rollout is not None:
         refuse_missing(run.rollout.engine)
+    if run.scorer is not None:
+        make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
     for tracker in run.track:
         if importlib.util.find_spec(tracker) is None:
             raise MissingExtra(tracker, "tracking")

@@ -16,6 +16,7 @@ import torch
 
 from rayalign.data.group import Group
 from rayalign.data.prepare import Shape
+from rayalign.data.schema import Turns
 from rayalign.data.shard import ShardInfo, write_shard
 from rayalign.data.split import prompt_text
 from rayalign.data.texts import Prompts
@@ -26,7 +27,7 @@ from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer, mode
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
-from rayalign.judge.base import Scorer
+from rayalign.judge.base import Scorer, ScorerUnusable
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
 from rayalign.rollout.base import SamplingParams
@@ -114,7 +115,7 @@ class ChunkMaker:
         generated = time.monotonic()
         stored = [stored_candidates(group) if spec.keep_stored else () for group in drawn]
         candidates = [(*old, *new) for old, new in zip(stored, fresh, strict=True)]
-        scores, quarantined = self._score(drawn, [prompt_text(prompt) for prompt in prompts], candidates)
+        scores, quarantined = self._score(drawn, prompts, candidates)
         groups, labels = self._groups(spec, chunk, drawn, candidates, scores)
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
         counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
@@ -201,7 +202,7 @@ class ChunkMaker:
         return answers
 
     def _score(
-        self, drawn: Sequence[Drawn], prompts: Sequence[str], candidates: Sequence[Sequence[Answer]]
+        self, drawn: Sequence[Drawn], prompts: Sequence[str | Turns], candidates: Sequence[Sequence[Answer]]
     ) -> tuple[list[list[float]], list[dict[str, Any]]]:
         """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal."""
         replies = [[reply_text(self.tokenizer, answer.ids) for answer in answers] for answers in candidates]
@@ -210,11 +211,15 @@ class ChunkMaker:
         for group, prompt, own in zip(drawn, prompts, replies, strict=True):
             try:
                 scores.append(self.scorer.score([prompt] * len(own), own))
+            except ScorerUnusable:
+                raise
             except Exception as error:  # the user's function may raise anything
                 scores.append([])
                 source, _, line = group.name.rpartition(":")
                 reason = f"the scorer failed on its candidates: {type(error).__name__}: {error}"
-                quarantined.append({"file": source, "line": int(line), "reason": reason, "prompt": prompt[:200]})
+                quarantined.append(
+                    {"file": source, "line": int(line), "reason": reason, "prompt": prompt_text(prompt)[:200]}
+                )
         return scores, quarantined
 
 

@@ -100,7 +100,7 @@ def test_what_a_users_module_lacks_is_not_blamed_on_its_name(tmp_path: Path, mon
 
 
 def test_unknown_scorers() -> None:
-    with pytest.raises(UserError, match="no scorer is called 'rules'; there is rule"):
+    with pytest.raises(UserError, match="no scorer is called 'rules'; there is llm, reward_model, rule"):
         make_scorer("rules", function="math:sqrt")
 
 

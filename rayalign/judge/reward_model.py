@@ -1,0 +1,83 @@
+"""A scorer that is a model with a scalar head, in Hugging Face's layout for sequence classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rayalign.data.schema import Turns, assistant, user
+from rayalign.data.split import transcript
+from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.errors import UserError
+from rayalign.judge.base import ScorerUnusable
+
+TOKENS_PER_BATCH = 16_384
+
+
+class RewardModelScorer:
+    """Reads prompt and reply as the model's chat template writes them, and answers with its one logit, float32.
+
+    The model is loaded with the first call; what is longer than its context is an error, not cut.
+
+    Raises:
+        UserError: there is no such model, it has more than one output, or no token to pad with.
+    """
+
+    def __init__(self, *, model: str, revision: str | None = None) -> None:
+        self.directory = model_directory(model, revision)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = None
+
+    def score(self, prompts: Sequence[str | Turns], replies: Sequence[str]) -> list[float]:
+        """See :class:`rayalign.judge.base.Scorer`."""
+        self._load()
+        ids = [self._ids(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and max(map(len, ids), default=0) > limit:
+            raise UserError(f"scorer: a prompt and reply of {max(map(len, ids))} tokens do not fit {self.directory}")
+        scores = [0.0] * len(ids)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        while order:
+            count = max(1, TOKENS_PER_BATCH // len(ids[order[0]]))
+            batch, order = order[:count], order[count:]
+            for row, value in zip(batch, self._forward([ids[row] for row in batch]), strict=True):
+                scores[row] = value
+        return scores
+
+    def _load(self) -> None:
+        if self.model is not None:
+            return
+        self.tokenizer = load_tokenizer(self.directory)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.directory, dtype=torch.float32, use_safetensors=True
+        )
+        if model.config.num_labels != 1:
+            raise ScorerUnusable(
+                f"scorer.model: {self.directory} has {model.config.num_labels} outputs; a reward model has one"
+            )
+        if self.tokenizer.pad_token_id is None:
+            raise ScorerUnusable(
+                f"scorer.model: the tokenizer in {self.directory} has no padding token; set one and save it"
+            )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = model.to(self.device).eval()
+
+    def _ids(self, prompt: str | Turns, reply: str) -> list[int]:
+        turns = (*(user(prompt) if isinstance(prompt, str) else prompt), *assistant(reply))
+        if self.tokenizer.chat_template is None:
+            text = transcript(turns, generation_prompt=False)
+            return list(self.tokenizer(text)["input_ids"])
+        rendered = self.tokenizer.apply_chat_template(list(turns), tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
+        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        return [float(value) for value in logits[:, 0].float().tolist()]

@@ -1,0 +1,61 @@
+"""A reward model as scorer: its logit for every reply, whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_tokenizers import CHATML, byte_level
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from rayalign.errors import UserError
+from rayalign.judge import make_scorer
+
+PROMPTS = ["hi", [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+                  {"role": "user", "content": "three"}], "a longer question, for a row with less padding"]  # fmt: skip
+REPLIES = ["yes", "no, never", "!"]
+
+
+def save(directory: Path, *, labels: int = 1, context: int = 256) -> Path:
+    tokenizer = byte_level(template=CHATML)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        num_labels=labels,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_scores_are_the_models_logits_one_by_one(tmp_path: Path) -> None:
+    directory = save(tmp_path)
+    scorer = make_scorer("reward_model", model=str(directory))
+    found = scorer.score(PROMPTS, REPLIES)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    tokenizer = byte_level(template=CHATML)
+    for prompt, reply, score in zip(PROMPTS, REPLIES, found, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": reply}], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert score == pytest.approx(float(model(input_ids=ids).logits[0, 0]), abs=1e-5)
+    assert len({round(score, 4) for score in found}) == 3
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no directory"):
+        make_scorer("reward_model", model=str(tmp_path / "nowhere"))
+    two = make_scorer("reward_model", model=str(save(tmp_path / "two", labels=2)))
+    with pytest.raises(UserError, match="has 2 outputs; a reward model has one"):
+        two.score(["hi"], ["yes"])
+    short = make_scorer("reward_model", model=str(save(tmp_path / "short", context=16)))
+    with pytest.raises(UserError, match="do not fit"):
+        short.score(["hi"], ["a reply that is longer than the context"])
