@@ -58,8 +58,6 @@ def chunk_spec(
 ) -> ChunkSpec:
     """How this run's groups are made from prompts; without ``draws`` from stored completions alone."""
     assert run.scorer is not None
-    policy = run.data_policy
-    mixes = policy.name == "hybrid" and policy.mix == "candidates"
     return ChunkSpec(
         prompts=prompts,
         seed=run.seed,
@@ -67,7 +65,7 @@ def chunk_spec(
         reference=scoring_spec(run, stages.session),
         engine=run.rollout.engine if run.rollout is not None and draws else "none",
         sampling=sampling(run) if draws else None,
-        keep_stored=mixes or not draws,
+        keep_stored=keeps_stored(run) or not draws,
         scorer=scorer_spec(run.scorer),
         label=label_spec(run.label or LabelConfig()),
         shape=shape,
@@ -180,3 +178,9 @@ def fresh_fraction(run: RunConfig) -> float:
     """Of the groups of a step, those that are drawn: all, unless ``mix: groups`` says otherwise."""
     policy = run.data_policy
     return policy.on_fraction if isinstance(policy, HybridConfig) and policy.mix == "groups" else 1.0
+
+
+def keeps_stored(run: RunConfig) -> bool:
+    """Whether stored candidates of a prompt are scored and labelled together with the fresh ones."""
+    policy = run.data_policy
+    return isinstance(policy, HybridConfig) and policy.mix == "candidates"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from rayalign.pipeline.rollouts import (
     chunk_spec,
     drawn_once,
     fresh_fraction,
+    keeps_stored,
     kept_candidates,
     prompt_store,
     prompt_stream,
@@ -59,6 +60,9 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
         stored = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
         return Main(stream=stored, steps=num_steps(run, stored))
     prompts = prompt_stream(run, stages, groups_per_step=size)
+    if keeps_stored(run):  # their scores will be known; who wrote them, only the data can say
+        for path in prompts.stores:
+            require_columns(run, method, "mix: candidates", TokenStore.open(path), among=("behavior_logp",))
     both = None
     if fresh_fraction(run) < 1:
         both = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
@@ -141,9 +145,11 @@ def most_candidates(stores: Sequence[Path]) -> int:
     return max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores)
 
 
-def require_columns(run: RunConfig, method: Method, source: str, store: TokenStore) -> None:
+def require_columns(
+    run: RunConfig, method: Method, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS
+) -> None:
     """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
-    needed = COLUMN_FIELDS.keys() & method.needed(run.method.config)
+    needed = {*among} & method.needed(run.method.config)
     if getattr(run.method.config, "behavior", "") == "assume_reference":
         needed -= {"behavior_logp"}
     for name in sorted(needed):

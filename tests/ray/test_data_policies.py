@@ -33,11 +33,12 @@ POLICIES: list[dict[str, Any]] = [
 ]
 NO_REWARDS = "`rewards`"
 NO_BEHAVIOR = "`behavior_logps`"
+NO_SCORER = "off_policy trusts the stored labels"
 NO_PAIRS = "needs one completion"
 REFUSED: Mapping[tuple[str, str], str] = {
-    ("exo_rw", "off"): NO_REWARDS,
-    ("dpo_rw", "off"): NO_REWARDS,
-    ("exo_rw", "groups"): NO_REWARDS,
+    ("exo_rw", "off"): NO_SCORER,
+    ("dpo_rw", "off"): NO_SCORER,
+    ("exo_rw", "groups"): NO_BEHAVIOR,
     ("dpo_rw", "groups"): NO_REWARDS,
     ("exo_rw", "candidates"): NO_BEHAVIOR,  # nobody knows who wrote the stored ones
     ("sft", "off"): NO_PAIRS,
@@ -74,7 +75,7 @@ def cells(workspace: Workspace, session: Session) -> dict[tuple[str, str], dict[
         "grid": {"method": METHODS, "data_policy": POLICIES},
     }
     path = folder / "policies.yaml"
-    path.write_text(yaml.safe_dump(comparison))
+    path.write_text(yaml.safe_dump(comparison, sort_keys=False))
     done = rayalign("compare", path)
     assert "Traceback" not in done.printed
     record = json.loads((workspace.storage / "policies" / "comparison.json").read_text())
