@@ -99,7 +99,7 @@ class Workshop:
 
         if rollouts is None:
             return train(spec, make_source, make_strategy("single", CPU))
-        with serving(rollouts, self.alone, print):  # type: ignore[arg-type]
+        with serving(rollouts, self.alone, print):
             return train(spec, make_source, make_strategy("single", CPU))
 
     def main_stream(
@@ -168,7 +168,7 @@ class Workshop:
         if asked not in self.stores:
             directory = self.folder / f"store_{len(self.stores)}"
             positions = range(len(TokenStore.open(chunks.prompts.stores[0])))
-            reports = draw(chunks, positions, directory, weights=None, pool=self.alone, done=print)  # type: ignore[arg-type]
+            reports = draw(chunks, positions, directory, weights=None, pool=self.alone, done=print)
             commit_drawn(directory, reports, max_bad_fraction=0.0)
             self.stores[asked] = (directory, ())
         return self.stores[asked][0]

@@ -92,7 +92,7 @@ class Pool:
         raise AssertionError("unreachable: the loop returns or raises")
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Answers to ``items``, in any order, as they come; the first error ends the work."""
+        """Answers to ``items``, in order; the first error ends the work."""
         with ThreadPoolExecutor(self.count) as threads:
             waiting: list[Future[Any]] = [threads.submit(self.call, item) for item in items]
             try:

@@ -10,10 +10,10 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rayalign.data.shard import finished_shards, write_whole
 from rayalign.data.store import commit_store
@@ -79,12 +79,20 @@ class Ledger:
         }
 
 
+class Workers(Protocol):
+    """Whoever makes chunks: a :class:`rayalign.runtime.pool.Pool`, or one process that does it alone."""
+
+    def map(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The :class:`ChunkReport` of every (spec, chunk), in order."""
+        ...
+
+
 def make_pool(job: RolloutJob) -> Pool:
     return Pool("rollouts", ChunkMaker, share=job.share, count=job.actors)
 
 
 @contextlib.contextmanager
-def serving(job: RolloutJob, pool: Pool, note: Callable[[str], None]) -> Iterator[None]:
+def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, draw every round that its training asks for.
 
     A failure to draw reaches the training workers, which wait for the round, as their own UserError.
@@ -113,7 +121,9 @@ def serving(job: RolloutJob, pool: Pool, note: Callable[[str], None]) -> Iterato
         server.join()
 
 
-def draw_round(request: Request, job: RolloutJob, folder: RoundFolder, pool: Pool, note: Callable[[str], None]) -> None:
+def draw_round(
+    request: Request, job: RolloutJob, folder: RoundFolder, pool: Workers, note: Callable[[str], None]
+) -> None:
     """Commit the round of a request, unless it was before, and forget the request and weights older than its own."""
     directory = folder.round(request)
     if not (directory / MANIFEST).exists():
@@ -147,7 +157,7 @@ def draw(
     directory: Path,
     *,
     weights: Weights | None,
-    pool: Pool,
+    pool: Workers,
     done: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """The reports of all chunks of ``positions``, in order; those that an interrupted run finished are kept."""
