@@ -64,6 +64,8 @@ def template(name: str) -> str:
         requires_auxiliary=record.requires_auxiliary,
         weightable=why_not_weighted(record, WeightingConfig()) is None,
         draws="off_policy" not in record.data_policies,
+        may_draw="on_policy" in record.data_policies,
+        label="rewards" if record.candidates == "group" else "best_worst",
         lr=_yaml(LEARNING_RATES.get(name, OptimConfig.model_fields["lr"].default)),
     )
 

@@ -28,10 +28,18 @@ def test_a_methods_template_loads_with_its_defaults(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_optional_blocks_of_a_template_load_too(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(re.sub(r"^# (?=weighting:|evaluate:)|^#(?= {3})", "", template(name), flags=re.M))
+    path.write_text(
+        re.sub(
+            r"^# (?=weighting:|evaluate:|data_policy:|rollout:|scorer:|label:)|^#(?= {3})",
+            "",
+            template(name),
+            flags=re.M,
+        )
+    )
     run = load_run(path)
     assert run.evaluate is not None and run.evaluate.scorers[0].label == "score"
     assert (run.weighting is not None) == ("# weighting:" in template(name))
+    assert run.data_policy.name == ("on_policy" if "on_policy" in resolve(name).data_policies else "off_policy")
 
 
 def test_the_comparisons_template_loads(tmp_path: Path) -> None:
