@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -105,13 +107,24 @@ class Lease:
             with contextlib.suppress(OSError):  # a file system that is away for a moment does not end the lease
                 if read_owner(self.path).get("token", self.token) != self.token:
                     self.lost = True
-                    _thread.interrupt_main()
+                    interrupt_main()
                     return
                 os.utime(self.path)
 
     def release(self) -> None:
         if read_owner(self.path).get("token") == self.token:
             self.path.unlink(missing_ok=True)
+
+
+def interrupt_main() -> None:
+    """Raise KeyboardInterrupt in the main thread, also in a job in the background (``nohup``, ``&``).
+
+    Such a job ignores SIGINT, and ``_thread.interrupt_main`` with it.
+    """
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+        return _thread.interrupt_main()
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
 
 
 def read_owner(path: Path) -> dict[str, Any]:

@@ -229,6 +229,7 @@ def test_a_directory_that_is_leased_is_refused(workspace: Workspace, session: Se
     assert f"is being written by process {os.getpid()} on" in refused.printed
 
 
+@pytest.mark.slow
 def test_one_worker_group_trains_several_runs(undisturbed: Path, workspace: Workspace, session: Session) -> None:
     """A group that has trained a run, and a new one after a run that failed, train the next as a fresh one does."""
     with Trainer() as trainer:

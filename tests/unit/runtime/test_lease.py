@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -150,6 +151,18 @@ def test_owner_that_lost_its_lease_is_interrupted(tmp_path: Path) -> None:
         while True:
             time.sleep(0.01)
     assert owner(tmp_path / ".lease") == ELSEWHERE
+
+
+def test_owner_in_the_background_is_interrupted_too(tmp_path: Path) -> None:
+    """A job started with nohup or & ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(Held, match="did not move for a minute"), lease(tmp_path):
+            write(tmp_path, ELSEWHERE)
+            while True:
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_users_interrupt_stays_one(tmp_path: Path) -> None:
