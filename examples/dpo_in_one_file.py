@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> list[float]:
     # Rows → token ids. A pair is a group of two candidates: the chosen answer, then the rejected one.
     settings = TokenizeSettings(max_prompt_tokens=args.max_tokens // 2, max_tokens=args.max_tokens)
     outcomes = rows_to_groups(read_rows(args), chat, settings)
-    groups = [outcome.group for outcome in outcomes if isinstance(outcome, Tokenized)]
-    groups = [group for group in groups if not misfit(group, "pair")]
+    tokenized = [outcome for outcome in outcomes if isinstance(outcome, Tokenized)]
+    groups = [outcome.group for outcome in tokenized if not misfit(outcome.example, "pair")]
     print(f"{len(groups)} pairs; {len(outcomes) - len(groups)} rows cannot be used")
 
     # The policy before the first step is the reference: its log-probs are computed once and carried with the data.

@@ -74,7 +74,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
         "wpo_permuted": Scenario(model=calm, streams=(weighted,), objectives=(permuted,), lr=3e-3),
         "kto": Scenario(model=model, streams=(examples,), objectives=(objective("kto"),), tokens_per_micro_batch=100),
         "exo_rw": Scenario(
-            model=model, streams=(ragged,), objectives=(objective("exo_rw", behavior_correction="off"),)
+            model=model, streams=(ragged,), objectives=(objective("exo_rw", behavior_correction="off"),), lr=4e-4
         ),
     }
 
