@@ -20,11 +20,11 @@ from rayalign.engine.canary import canary_logps
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
 from rayalign.engine.forward import Policy
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
-from rayalign.engine.model import ModelSpec, compute_dtype, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, load_policy, save_pretrained, weights_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer, set_learning_rate
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork, Weights
+from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy import Strategy
 from rayalign.manifest import commit, read_manifest
@@ -236,19 +236,34 @@ def offer_weights(run: Run, source: GroupSource) -> None:
     """Export the policy for a source that draws from it now; every worker learns which weights they are."""
     if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
         return
-    weights = None
-    if run.strategy.rank == 0:
-        directory = source.weights_folder(run.step, run.checkpointer.attempt)
-        save_pretrained(run.model, run.tokenizer, directory, stop_ids=run.spec.stop_ids)
-        weights = Weights(
-            step=run.step,
-            attempt=run.checkpointer.attempt,
-            digest=weights_digest(run.model),
-            directory=directory,
-            canary=canary_logps(run.model, layout=run.layout, dtype=run.runner.compute_dtype),
-        )
-        commit(directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
+    weights = export_weights(run, source) if run.strategy.rank == 0 else None
     source.follow(run.strategy.broadcast(weights))
+
+
+def export_weights(run: Run, source: FollowsPolicy) -> Weights:
+    """Send the policy, write it where it must outlive this process, and say what was sent."""
+    began = time.perf_counter()
+    state = run.model.state_dict()
+    renamed = is_renamed(run.model)
+    weights = Weights(
+        step=run.step,
+        attempt=run.checkpointer.attempt,
+        digest=weights_digest(run.model),
+        directory=source.weights_folder(run.step, run.checkpointer.attempt, written=renamed),
+        canary=canary_logps(run.model, layout=run.layout, dtype=run.runner.compute_dtype),
+        num_bytes=num_bytes(state),
+    )
+    if weights.directory is not None:
+        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids)
+        commit(weights.directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
+    if not renamed:
+        source.send(weights, state)
+    return replace(weights, seconds_sending=time.perf_counter() - began)
+
+
+def num_bytes(state: State) -> int:
+    """Of all tensors; those that are tied count once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
 
 
 def save(run: Run, source: GroupSource) -> None:

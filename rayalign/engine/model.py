@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -146,13 +148,21 @@ def tokenizer_digest(directory: Path) -> str:
     return _files_digest(_matching(directory, TOKENIZER_FILES))
 
 
+def is_renamed(model: PreTrainedModel) -> bool:
+    """Whether files name or cut the weights in another way than the loaded model does, as with experts."""
+    return bool(getattr(model, "_weight_conversions", None))
+
+
 def weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 of the parameters and buffers in memory: equal where every bit is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def entry(item: tuple[str, Tensor]) -> str:
+        name, tensor = item
+        content = hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}\n"
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return hashlib.sha256("".join(threads.map(entry, sorted(model.state_dict().items()))).encode()).hexdigest()
 
 
 def _files_digest(paths: Iterable[Path]) -> str:

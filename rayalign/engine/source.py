@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from rayalign.data.plan import StepCounts
 from rayalign.types import PackedBatch
 
@@ -40,6 +42,10 @@ class GroupSource(Protocol):
         ...
 
 
+State = Mapping[str, Tensor]
+"""All parameters and buffers of a model by name, those of every shard."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """The policy as it was before a step, exported for whoever samples it."""
@@ -48,9 +54,18 @@ class Weights:
     attempt: str
     digest: str
     """Of every bit of the weights."""
-    directory: Path
+    directory: Path | None
+    """Where they lie in Hugging Face layout; None where they were sent and not written."""
     canary: tuple[float, ...]
     """What the training forward says of a fixed sequence, nats: see :mod:`rayalign.engine.canary`."""
+    num_bytes: int
+    seconds_sending: float = 0.0
+    """The trainer's part of the refresh: digest, canary, and writing or sending."""
+
+    @property
+    def version(self) -> str:
+        """Names these weights and the attempt that made them."""
+        return f"step_{self.step:06d}-{self.attempt}-{self.digest[:12]}"
 
 
 @runtime_checkable
@@ -61,8 +76,12 @@ class FollowsPolicy(GroupSource, Protocol):
         """Whether groups are drawn with the weights that step ``step`` begins with."""
         ...
 
-    def weights_folder(self, step: int, attempt: str) -> Path:
-        """Where those weights belong."""
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+        """Where those weights are to be written; None where it is enough to send them, unless they are ``written``."""
+        ...
+
+    def send(self, weights: Weights, state: State) -> None:
+        """Hand the weights to whoever samples them; rank 0 alone calls this."""
         ...
 
     def follow(self, weights: Weights) -> None:

@@ -12,6 +12,7 @@ import torch
 from rayalign.engine.canary import canary_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec
+from rayalign.engine.source import State
 from rayalign.errors import MissingExtra
 from rayalign.rollout.base import Completion, RolloutEngine, SamplingParams
 from rayalign.rollout.hf import HfEngine
@@ -20,8 +21,11 @@ from rayalign.rollout.hf import HfEngine
 class Sampler(RolloutEngine, Protocol):
     """A rollout engine with weights that can be replaced as a whole."""
 
-    def load(self, model: ModelSpec) -> None:
-        """Sample from exactly these weights from now on; nothing computed with earlier ones is used again."""
+    def load(self, model: ModelSpec, state: State | None = None) -> None:
+        """Sample from exactly these weights from now on; nothing computed with earlier ones is used again.
+
+        ``state`` holds all weights of a model of the kind of ``model``, and is copied; None takes the model's own.
+        """
         ...
 
     def canary(self) -> tuple[float, ...]:
@@ -35,12 +39,17 @@ class HfSampler:
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
         self.spec = replace(spec, logit_temperature=1.0)
         self.device = device
+        self.policy: FrozenModel | None = None
 
-    def load(self, model: ModelSpec) -> None:
-        self.policy = FrozenModel(replace(self.spec, model=model), self.device)
-        self.engine = HfEngine(self.policy.policy.model)
+    def load(self, model: ModelSpec, state: State | None = None) -> None:
+        if self.policy is None or state is None:
+            self.policy = FrozenModel(replace(self.spec, model=model), self.device)
+            self.engine = HfEngine(self.policy.policy.model)
+        if state is not None:
+            self.policy.policy.model.load_state_dict(state)
 
     def canary(self) -> tuple[float, ...]:
+        assert self.policy is not None, "load comes first"
         vocabulary = self.policy.policy.model.get_output_embeddings().weight.shape[0]
         (found,) = self.policy.token_logps([canary_group(vocabulary)])
         return tuple(found.tolist())
@@ -48,6 +57,7 @@ class HfSampler:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
     ) -> list[Completion]:
+        assert self.policy is not None, "load comes first"
         dtype = self.policy.dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.engine.generate(prompts, params, keys=keys)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from rayalign.engine.canary import PROMPT_TOKENS, canary_group
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model import ModelSpec, model_directory
+from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.noise import sample_key
@@ -36,11 +37,12 @@ class VllmSampler:
         self.spec = spec
         self.llm: Any = None
 
-    def load(self, model: ModelSpec) -> None:
+    def load(self, model: ModelSpec, state: State | None = None) -> None:
         """Start the engine with the first weights, later replace all of them.
 
         vLLM keeps what it computed for known prefixes across a reload, so that cache is emptied with it.
         """
+        started = self.llm is not None
         directory = str(model_directory(model.name, model.revision))
         if model.from_scratch:
             raise UserError(
@@ -48,8 +50,9 @@ class VllmSampler:
             )
         if self.llm is None:
             self.llm = start(directory, model)
-        else:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+        if started or state is not None:
+            where = {"weights_path": directory} if state is None else {"weights_iterator": untied(state)}
+            self.llm.collective_rpc("reload_weights", kwargs=where)
             if self.llm.llm_engine.model_config.hf_text_config.tie_word_embeddings:
                 self.llm.apply_model(tie_head)
         if not self.llm.reset_prefix_cache():
@@ -104,6 +107,16 @@ class VllmSampler:
                 f"a prompt of {longest} tokens and rollout.max_new_tokens {params.max_new_tokens} are more than the "
                 f"model's context of {limit}: lower data.max_prompt_tokens or rollout.max_new_tokens"
             )
+
+
+def untied(state: State) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight once, under its first name: as a file of weights has them."""
+    seen = set()
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.nbytes)
+        if place not in seen:
+            seen.add(place)
+            yield name, tensor
 
 
 def tie_head(model: torch.nn.Module) -> None:

@@ -22,12 +22,15 @@ from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
+from rayalign.runtime.weights import ObjectStore
 from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
+from rayalign.sources.weights import WeightsGone
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+GONE_SECONDS = 600.0
 SAMPLES_PER_CHUNK = 128
 """A chunk is large enough to be sampled at once and small enough to be done again."""
 
@@ -57,26 +60,35 @@ class Ledger:
     quarantined: int
     reward_sum: float
     seconds_generating: float
-    """Of all actors together."""
-    seconds_loading: float
+    """Of all actors together, as the others."""
+    seconds_starting: float
+    refreshes: int
+    seconds_refreshing: float
 
     @classmethod
     def of(cls, reports: Sequence[dict[str, Any]]) -> Ledger:
         sums = {name: sum(report[name] for report in reports) for name in cls.__slots__ if name != "quarantined"}
         return cls(**sums, quarantined=sum(len(report["quarantined"]) for report in reports))
 
-    def facts(self) -> dict[str, float]:
-        """Means over the round, for the rows of metrics."""
+    def facts(self, weights: Weights | None = None) -> dict[str, float]:
+        """Means over the round, for the rows of metrics; ``weights`` are those that it was drawn with."""
         drawn = max(1, self.completions)
-        return {
+        facts = {
             "rollout/reward": self.reward_sum / max(1, self.completions or self.scorer_calls),
             "rollout/length": self.tokens_generated / drawn,
             "rollout/finished": self.finished / drawn,
             "rollout/labelled": self.labels / max(1, self.prompts),
             "rollout/tokens": self.tokens_generated,
             "rollout/seconds_generating": self.seconds_generating,
-            "rollout/seconds_loading": self.seconds_loading,
         }
+        if weights is not None and self.refreshes:
+            seconds = weights.seconds_sending + self.seconds_refreshing / self.refreshes
+            facts |= {
+                "refresh/seconds": seconds,
+                "refresh/bytes": weights.num_bytes,
+                "refresh/bytes_per_second": weights.num_bytes / seconds,
+            }
+        return facts
 
 
 class Workers(Protocol):
@@ -88,7 +100,7 @@ class Workers(Protocol):
 
 
 def make_pool(job: RolloutJob) -> Pool:
-    return Pool("rollouts", ChunkMaker, share=job.share, count=job.actors)
+    return Pool("rollouts", ChunkMaker, ObjectStore(), share=job.share, count=job.actors)
 
 
 @contextlib.contextmanager
@@ -103,10 +115,14 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
     stop = threading.Event()
 
     def serve() -> None:
+        gone: dict[str, float] = {}
         try:
             while not stop.wait(POLL_SECONDS):
                 for request in folder.requests()[:1]:
-                    draw_round(request, job, folder, pool, note)
+                    try:
+                        draw_round(request, job, folder, pool, note)
+                    except WeightsGone as error:
+                        await_another_attempt(error, gone)
         except UserError as error:
             write_whole(folder.failure, str(error).encode())
         except BaseException:
@@ -119,6 +135,20 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
     finally:
         stop.set()
         server.join()
+
+
+def await_another_attempt(error: WeightsGone, gone: dict[str, float]) -> None:
+    """The attempt that asked has died; the next one asks again, with weights of its own.
+
+    Raises UserError when it does not: ``gone`` remembers since when each version is missing.
+    """
+    since = gone.setdefault(error.weights.version, time.monotonic())
+    if time.monotonic() - since > GONE_SECONDS:
+        raise UserError(
+            f"{error}, and for {GONE_SECONDS:.0f} s no other process has asked for the round: look for what ended "
+            "the training workers"
+        )
+    time.sleep(10 * POLL_SECONDS)
 
 
 def draw_round(
@@ -142,6 +172,7 @@ def draw_round(
             directory,
             reports,
             max_bad_fraction=job.max_bad_fraction,
+            weights=request.weights,
             request=request.to_json(),
             seconds=time.monotonic() - began,
         )
@@ -187,7 +218,14 @@ def plan_chunks(spec: ChunkSpec, positions: range, directory: Path, weights: Wei
     ]
 
 
-def commit_drawn(directory: Path, reports: Sequence[dict[str, Any]], *, max_bad_fraction: float, **meta: Any) -> Ledger:
+def commit_drawn(
+    directory: Path,
+    reports: Sequence[dict[str, Any]],
+    *,
+    max_bad_fraction: float,
+    weights: Weights | None = None,
+    **meta: Any,
+) -> Ledger:
     """Make the chunks one store, beside a list of the prompts that the scorer failed on.
 
     Raises UserError when those are too many; the first is named.
@@ -204,7 +242,7 @@ def commit_drawn(directory: Path, reports: Sequence[dict[str, Any]], *, max_bad_
         )
     finished = finished_shards(directory)
     shards = [finished[report["shard"]] for report in reports]
-    commit_store(directory, shards, meta={**meta, "ledger": asdict(ledger), "facts": ledger.facts()})
+    commit_store(directory, shards, meta={**meta, "ledger": asdict(ledger), "facts": ledger.facts(weights)})
     return ledger
 
 

@@ -29,6 +29,7 @@ from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob, make_pool
+from rayalign.runtime.weights import make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,13 @@ class Trainer:
     def __init__(self, *, max_failures: int = 0) -> None:
         self.max_failures = max_failures
         self.group: Group | None = None
-        self.rollouts: tuple[RolloutJob, Pool] | None = None
+        self.rollouts: tuple[RolloutJob, Pool, ray.actor.ActorHandle] | None = None
 
     def rollout_pool(self, job: RolloutJob) -> Pool:
         """The actors that draw for this trainer's runs; they stay while runs start from the same model."""
         if self.rollouts is None or needs(self.rollouts[0]) != needs(job):
             self.close_rollouts()
-            self.rollouts = (job, make_pool(job))
+            self.rollouts = (job, make_pool(job), make_board())
         return self.rollouts[1]
 
     def close_rollouts(self) -> None:

@@ -22,6 +22,7 @@ from rayalign.engine.strategy import Strategy, make_strategy
 from rayalign.runtime.placement import Share
 from rayalign.runtime.progress import logging_to
 from rayalign.runtime.rounds import RolloutJob
+from rayalign.runtime.weights import ObjectStore
 from rayalign.sources.source import StreamSource
 from rayalign.sources.streams import SourceSpec
 
@@ -114,16 +115,23 @@ def train_job(job: TrainJob, strategy: Strategy) -> Path:
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
         return train(
             job.spec,
-            source_maker(job.source, strategy),
+            source_maker(job.source, strategy, ObjectStore(keep=job.rollouts.plan.lag + 1) if job.rollouts else None),
             strategy,
             make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
         )
 
 
-def source_maker(spec: SourceSpec, strategy: Strategy) -> MakeSource:
+def source_maker(spec: SourceSpec, strategy: Strategy, channel: ObjectStore | None = None) -> MakeSource:
     """How this worker opens its part of the stored groups, once it knows its model's layout."""
 
     def make(layout: Layout, pad_id: int) -> StreamSource:
-        return StreamSource(spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size)
+        return StreamSource(
+            spec,
+            layout=layout,
+            pad_id=pad_id,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            channel=channel,
+        )
 
     return make

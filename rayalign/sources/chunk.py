@@ -36,6 +36,7 @@ from rayalign.sources.answers import Answer, fresh_answer, make_group, reply_tex
 from rayalign.sources.label import Labelled, LabelSpec, label, label_key
 from rayalign.sources.off_policy import Drawn, StoredGroups
 from rayalign.sources.streams import StoredStream
+from rayalign.sources.weights import WeightChannel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +86,19 @@ class ChunkReport:
     reward_sum: float
     """Over fresh completions; over stored ones where nothing is drawn."""
     seconds_generating: float
-    seconds_loading: float
+    seconds_starting: float
+    """Until an engine had its first weights."""
+    refreshes: int
+    """Times that an engine's weights were replaced."""
+    seconds_refreshing: float
     quarantined: tuple[dict[str, Any], ...]
 
 
 class ChunkMaker:
     """One process of a rollout pool: keeps the models that its chunks need, and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: WeightChannel | None = None) -> None:
+        self.channel = channel
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.spec: ChunkSpec | None = None
         self.sampler: Sampler | None = None
@@ -107,7 +113,7 @@ class ChunkMaker:
         spec, chunk = job
         self._prepare(spec)
         began = time.monotonic()
-        self._load(spec, chunk.weights)
+        refreshed = self._load(spec, chunk.weights)
         loaded = time.monotonic()
         drawn = self.prompts.at(chunk.positions)
         prompts = [self.texts[id(group.store)][group.row] for group in drawn]
@@ -129,7 +135,9 @@ class ChunkMaker:
             labels=labels,
             reward_sum=float(sum(map(sum, counted))),
             seconds_generating=generated - loaded,
-            seconds_loading=loaded - began,
+            seconds_starting=0.0 if refreshed else loaded - began,
+            refreshes=int(refreshed),
+            seconds_refreshing=loaded - began if refreshed else 0.0,
             quarantined=tuple(quarantined),
         )
 
@@ -179,18 +187,21 @@ class ChunkMaker:
             self.reference = FrozenModel(spec.reference, self.device)
         self.spec = spec
 
-    def _load(self, spec: ChunkSpec, weights: Weights | None) -> None:
-        """Make the engine sample from exactly the weights asked for."""
+    def _load(self, spec: ChunkSpec, weights: Weights | None) -> bool:
+        """Make the engine sample from exactly the weights asked for; whether it had others before."""
         wanted = weights.digest if weights else "initial"
         if spec.sampling is None or self.loaded == wanted:
-            return
+            return False
+        refreshed = self.sampler is not None
         sampler = self.sampler or make_sampler(spec.engine, spec.reference, self.device)
         # Whatever fails below, nothing is drawn by an engine that damaged weights have been in.
         self.sampler, self.loaded = None, None
-        sampler.load(policy_spec(spec, weights))
+        state = self.channel.fetch(weights) if weights and self.channel else None
+        sampler.load(policy_spec(spec, weights) if state is None else spec.policy, state)
         if weights is not None:
             refuse_broken_weights(sampler, weights, compute_dtype(spec.policy, self.device))
         self.sampler, self.loaded = sampler, wanted
+        return refreshed
 
     def _complete(self, spec: ChunkSpec, chunk: Chunk, prompts: Sequence[Sequence[int]]) -> list[list[Answer]]:
         """Fresh candidates of every prompt."""
@@ -227,6 +238,7 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
     """The model to draw from; raises UserError where the folder holds other weights than those asked for."""
     if weights is None:
         return spec.policy
+    assert weights.directory is not None, "whoever neither sends weights nor writes them has none"
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")

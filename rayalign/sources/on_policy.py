@@ -10,12 +10,13 @@ from typing import Any
 
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
-from rayalign.engine.source import Weights
+from rayalign.engine.source import State, Weights
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, read_manifest
 from rayalign.sources.off_policy import Drawn
 from rayalign.sources.rounds import Request, RoundFolder
 from rayalign.sources.streams import RoundStream
+from rayalign.sources.weights import WeightChannel
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ TELL_SECONDS = 60.0
 class FreshGroups:
     """An opened :class:`RoundStream`, as one worker sees it; rank 0 does the asking for all."""
 
-    def __init__(self, stream: RoundStream, seed: int, *, rank: int) -> None:
+    def __init__(self, stream: RoundStream, seed: int, *, rank: int, channel: WeightChannel | None = None) -> None:
         self.plan = stream.plan
+        self.channel = channel
         self.folder = RoundFolder(stream.folder)
         self.rank = rank
         self.requests: dict[int, Request] = {}
@@ -64,8 +66,15 @@ class FreshGroups:
     def wants_weights(self, step: int) -> bool:
         return len(self.plan.rounds_drawn_at(step)) > 0
 
-    def weights_folder(self, step: int, attempt: str) -> Path:
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+        """A round that lags may still be wanted after a restart, which then no longer has its weights."""
+        if self.channel is not None and self.plan.lag == 0 and not written:
+            return None
         return self.folder.weights / f"step_{step:06d}-{attempt}"
+
+    def send(self, weights: Weights, state: State) -> None:
+        if self.channel is not None:
+            self.channel.send(weights, state)
 
     def follow(self, weights: Weights) -> None:
         """Ask for the rounds that are to be drawn with ``weights``."""

@@ -75,13 +75,17 @@ class Request:
     weights: Weights
 
     def to_json(self) -> dict[str, Any]:
-        return {"number": self.number, **asdict(self.weights), "directory": str(self.weights.directory)}
+        directory = self.weights.directory
+        return {"number": self.number, **asdict(self.weights), "directory": str(directory) if directory else None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Request:
-        fields = {name: value[name] for name in ("step", "attempt", "digest")}
-        weights = Weights(**fields, directory=Path(value["directory"]), canary=tuple(value["canary"]))
-        return cls(number=value["number"], weights=weights)
+        fields = {name: value[name] for name in Weights.__slots__}
+        directory = Path(value["directory"]) if value["directory"] else None
+        return cls(
+            number=value["number"],
+            weights=Weights(**{**fields, "directory": directory, "canary": tuple(value["canary"])}),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ from rayalign.data.pack import pack
 from rayalign.data.plan import MicroBatch, check_budget, count_step, plan_step
 from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
-from rayalign.engine.source import StreamWork, Weights
+from rayalign.engine.source import State, StreamWork, Weights
 from rayalign.sources.hybrid import MixedGroups
 from rayalign.sources.off_policy import Drawn, StoredGroups
 from rayalign.sources.on_policy import FreshGroups
 from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
+from rayalign.sources.weights import WeightChannel
 from rayalign.types import PackedBatch
 
 Groups = StoredGroups | FreshGroups | MixedGroups
@@ -27,8 +28,18 @@ class StreamSource:
         PlanError: a stored group is too large for a micro-batch; its file and line are in the message.
     """
 
-    def __init__(self, spec: SourceSpec, *, layout: Layout, pad_id: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        spec: SourceSpec,
+        *,
+        layout: Layout,
+        pad_id: int,
+        rank: int = 0,
+        world_size: int = 1,
+        channel: WeightChannel | None = None,
+    ) -> None:
         self.spec = spec
+        self.channel = channel
         self.layout: Layout = layout
         self.pad_id = pad_id
         self.rank = rank
@@ -54,8 +65,11 @@ class StreamSource:
     def wants_weights(self, step: int) -> bool:
         return any(part.wants_weights(step) for part in self._fresh)
 
-    def weights_folder(self, step: int, attempt: str) -> Path:
-        return self._fresh[0].weights_folder(step, attempt)
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+        return self._fresh[0].weights_folder(step, attempt, written=written)
+
+    def send(self, weights: Weights, state: State) -> None:
+        self._fresh[0].send(weights, state)
 
     def follow(self, weights: Weights) -> None:
         for part in self._fresh:
@@ -76,7 +90,7 @@ class StreamSource:
         if isinstance(stream, StoredStream):
             return StoredGroups(stream, self.spec.seed)
         if isinstance(stream, RoundStream):
-            return FreshGroups(stream, self.spec.seed, rank=self.rank)
+            return FreshGroups(stream, self.spec.seed, rank=self.rank, channel=self.channel)
         fresh = self._open(stream.fresh)
         assert not isinstance(fresh, MixedGroups)
         return MixedGroups(stream, fresh=fresh, stored=StoredGroups(stream.stored, self.spec.seed))

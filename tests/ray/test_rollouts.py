@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 from workspaces import Workspace, metrics, rayalign, weights
 
 from rayalign.data.store import TokenStore
@@ -75,6 +76,12 @@ def test_a_run_trains_on_its_own_samples(undisturbed: Path) -> None:
     assert [row["round"] for row in rows] == [0, 0, 1, 1]
     assert abs(rows[0]["loss"] - 0.693147) < 1e-5
     assert len(rounds(undisturbed)) == 2
+    assert not (undisturbed / "rounds" / "weights").exists()  # they came through the object store
+    assert rows[2]["refresh/bytes"] == sum(
+        array.nbytes for array in safetensors.numpy.load(weights(undisturbed)).values()
+    )
+    assert "refresh/bytes" not in rows[0]  # an engine that starts is not refreshed
+    assert rows[2]["refresh/bytes_per_second"] == pytest.approx(rows[2]["refresh/bytes"] / rows[2]["refresh/seconds"])
     facts = json.loads((undisturbed / "run.json").read_text())
     assert facts["status"] == "finished" and len(facts["data"]) == 3  # the prompts and two rounds
     for path in rounds(undisturbed):

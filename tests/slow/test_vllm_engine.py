@@ -92,6 +92,28 @@ def test_the_canary_tells_weights_apart(sampler: VllmSampler, first: Path, secon
     assert canary_error(said[second], sampler.canary()) > 1e-2
 
 
+def test_weights_in_memory_refresh_it_like_a_folder(sampler: VllmSampler, first: Path, second: Path) -> None:
+    sampler.load(model_spec(first))
+    model, _ = load_policy(model_spec(second))
+    sampler.load(model_spec(first), model.state_dict())
+    assert canary_error(canary_logps(model, layout="packed", dtype=torch.float32), sampler.canary()) < 1e-4
+    check_engine(sampler, next_logits_of(second), PROMPTS, tolerance=2e-5)
+
+
+def test_a_part_of_a_fused_weight_does_not_go_unnoticed(sampler: VllmSampler, first: Path, second: Path) -> None:
+    """Without v_proj vLLM says nothing and keeps what is left of query, key and value: the canary says it."""
+    sampler.load(model_spec(first))
+    model, _ = load_policy(model_spec(second))
+    part = {name: tensor for name, tensor in model.state_dict().items() if "v_proj" not in name}
+    expected = canary_logps(model, layout="packed", dtype=torch.float32)
+    try:
+        sampler.load(model_spec(first), part)
+    except Exception as error:  # refusing it is as good
+        assert "v_proj" in str(error)
+        return
+    assert canary_error(expected, sampler.canary()) > 1e-3
+
+
 def test_a_prompt_that_does_not_fit_is_refused(sampler: VllmSampler, first: Path) -> None:
     sampler.load(model_spec(first))
     limit = int(sampler.llm.llm_engine.model_config.max_model_len)

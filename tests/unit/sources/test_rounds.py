@@ -11,7 +11,14 @@ from rayalign.engine.source import Weights
 from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
 
 PLAN = RoundPlan(steps=10, refresh_every=4, lag=0, groups_per_step=6)
-WEIGHTS = Weights(step=4, attempt="a1", digest="d" * 64, directory=Path("weights/step_000004-a1"), canary=(-1.5, -2.0))
+WEIGHTS = Weights(
+    step=4,
+    attempt="a1",
+    digest="d" * 64,
+    directory=Path("weights/step_000004-a1"),
+    canary=(-1.5, -2.0),
+    num_bytes=12,
+)
 
 
 def test_a_synchronous_round_is_drawn_with_the_weights_of_its_first_step() -> None:
@@ -27,7 +34,7 @@ def test_with_a_lag_the_next_round_is_drawn_while_one_trains() -> None:
     assert [list(plan.rounds_drawn_at(step)) for step in range(10)] == [[0, 1], [], [], [], [2], [], [], [], [], []]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, 1, 2, 4])
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.3])
 def test_every_step_trains_on_its_own_fresh_groups_once(lag: int, fraction: float) -> None:
     plan = replace(PLAN, lag=lag, fresh_fraction=fraction)
@@ -45,6 +52,8 @@ def test_a_later_request_for_a_round_revokes_the_earlier_one(tmp_path: Path) -> 
     second = Request(number=1, weights=replace(WEIGHTS, attempt="a2", digest="e" * 64))
     folder.ask(first)
     assert folder.requests() == [first]
+    sent = Request(number=2, weights=replace(WEIGHTS, directory=None, seconds_sending=0.5))
+    assert Request.from_json(sent.to_json()) == sent
     folder.ask(second)
     assert folder.requests() == [second]
     assert folder.round(first) != folder.round(second)

@@ -1,0 +1,115 @@
+"""Weights from the training process to the actors that sample them, through Ray's object store.
+
+Sending copies them into shared memory once; every actor of that node reads them there, and another node pulls them
+once. They live as long as the process that sent them: what must outlive it is written to a folder as well.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from rayalign.engine.source import State, Weights
+from rayalign.errors import UserError
+from rayalign.sources.weights import WeightsGone
+
+BOARD = "weights"
+SECONDS = 600.0
+
+Flat = dict[str, tuple[NDArray[np.uint8] | str, torch.dtype | None, tuple[int, ...]]]
+"""Name → (bytes, dtype, shape), or (name of the tensor that it is tied to, None, ())."""
+
+
+class Board:
+    """An actor that knows where the newest versions are; it holds no weights itself."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, dict[str, list[ray.ObjectRef]]] = {}
+
+    def put(self, sender: str, version: str, where: list[ray.ObjectRef], keep: int) -> None:
+        """Know ``version`` from now on, and forget all but the newest ``keep`` of its sender: that frees their memory."""
+        held = self.held.setdefault(sender, {})
+        held[version] = where
+        while len(held) > keep:
+            del held[next(iter(held))]
+
+    def get(self, version: str) -> list[ray.ObjectRef] | None:
+        return next((held[version] for held in self.held.values() if version in held), None)
+
+
+def make_board() -> ray.actor.ActorHandle:
+    """The one board of this driver's job, which lives as long as somebody holds what this returns."""
+    return ray.remote(Board).options(name=BOARD, get_if_exists=True, num_cpus=0).remote()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStore:
+    """Both ends of the way: the training worker sends, rollout actors fetch; travels between processes."""
+
+    keep: int = 1
+    """Versions that may be asked for at the same time."""
+
+    def send(self, weights: Weights, state: State) -> None:
+        """Make ``state`` known as the version that ``weights`` names."""
+        sender, where = ray.get_runtime_context().get_worker_id(), [ray.put(flat(state))]
+        ray.get(ray.get_actor(BOARD).put.remote(sender, weights.version, where, self.keep), timeout=SECONDS)
+
+    def fetch(self, weights: Weights) -> State | None:
+        """Exactly these weights, as read-only views of shared memory; None where they are in their folder only.
+
+        Raises:
+            WeightsGone: the process that sent them has died, and they are in no folder.
+        """
+        try:
+            where = ray.get(ray.get_actor(BOARD).get.remote(weights.version), timeout=SECONDS)
+            found = ray.get(where[0], timeout=SECONDS) if where else None
+        except ray.exceptions.ObjectLostError:
+            found = None
+        except ray.exceptions.GetTimeoutError as error:
+            raise UserError(
+                f"a rollout actor waited {SECONDS / 60:.0f} minutes for the weights of step {weights.step} from the "
+                "object store: look at the network between the nodes, and at the disk that Ray spills to"
+            ) from error
+        if found is not None:
+            return tensors(found)
+        if weights.directory is None:
+            raise WeightsGone(weights)
+        return None
+
+
+def flat(state: State) -> Flat:
+    """The tensors as bytes that Ray copies once; those that share memory only once."""
+    seen: dict[tuple[int, int], str] = {}
+    entries: Flat = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.nbytes)
+        if place in seen and tensor.nbytes:
+            entries[name] = (seen[place], None, ())
+            continue
+        seen[place] = name
+        whole = tensor.detach().cpu().contiguous()
+        entries[name] = (whole.reshape(-1).view(torch.uint8).numpy(), whole.dtype, tuple(whole.shape))
+    return entries
+
+
+def tensors(entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What :func:`flat` was made of, without a copy."""
+    found: dict[str, torch.Tensor] = {}
+    with warnings.catch_warnings():
+        # Shared memory cannot be written to, and torch knows no such tensors: whoever gets these copies from them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, (content, dtype, shape) in entries.items():
+            if dtype is None:
+                found[name] = found[content]
+            elif content.size:
+                found[name] = torch.from_numpy(content).view(dtype).reshape(shape)
+            else:
+                found[name] = torch.empty(shape, dtype=dtype)
+    return found
