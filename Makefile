@@ -21,8 +21,9 @@ test: check ## what a change must pass: lint, types, import walls, the default t
 test-slow: $(VENV)/.installed-test ## the tests that take longer than the default run allows
 	$(PYTEST) -m "slow and not gpu"
 
-test-vllm: $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
+test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py
+	RAYALIGN_VLLM_PYTHON=$(VENV)-vllm/bin/python $(PYTEST) tests/slow/test_other_environment.py
 
 test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu

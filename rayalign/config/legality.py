@@ -76,6 +76,23 @@ def _rounds(run: RunConfig, record: Method) -> Iterator[Violation]:
         yield Violation("label.relabel", "on_policy has no stored completions to label again; remove relabel")
 
 
+def _placement(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    rollout, policy = run.rollout, run.data_policy
+    if rollout is None or policy.name == "off_policy":
+        return
+    if rollout.placement == "shared" and policy.lag:
+        yield Violation(
+            "rollout.placement", "shared lets training wait while rounds are drawn, so that lag must be 0; write lag: 0"
+        )
+    if rollout.tensor_parallel > 1:
+        if rollout.engine == "hf":
+            yield Violation("rollout.tensor_parallel", "hf samples on one device; write 1, or engine: vllm")
+        if rollout.placement == "shared":
+            yield Violation(
+                "rollout.tensor_parallel", "shared gives an actor a part of one device; write 1, or separate"
+            )
+
+
 def _label(run: RunConfig, record: Method) -> Iterator[Violation]:
     if run.label is None:
         return
@@ -180,6 +197,7 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _data_policy,
     _unused,
     _rounds,
+    _placement,
     _label,
     _truncated_sampling,
     _behavior,

@@ -37,8 +37,8 @@ class RoundsConfig(Block):
 
     refresh_every: Annotated[int | Literal["never"], BeforeValidator(_parse_refresh)] = 4
     """Steps that one round of rollouts serves; never: drawn once, from the initial policy."""
-    lag: Literal[0, 1] = 0
-    """0: synchronous; 1: the next round is drawn while this one trains."""
+    lag: int = Field(default=0, ge=0)
+    """Rounds between the weights that draw and those that train. 0: synchronous; 1: one is drawn while one trains."""
     prompts: Source | None = None
     """null: the prompts of data.train."""
 
@@ -75,9 +75,12 @@ class RolloutConfig(Block):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
-    placement: Literal["auto", "separate", "colocated"] = "auto"
-    """Own devices, or those of the training workers in turn."""
+    placement: Literal["auto", "separate", "shared"] = "auto"
+    """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few."""
     tensor_parallel: int = Field(default=1, ge=1)
+    """Devices of one actor, which hold one copy of the weights together."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Of a GPU's memory, for vllm; null: 0.9 alone, 0.4 beside a training worker."""
     python: InputPath | None = None
     """The interpreter of another environment, for an engine whose torch is not the trainer's."""
 

@@ -11,9 +11,6 @@ from rayalign.config.scoring import EvaluateConfig
 def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
     found = {
-        "elastic rollout.actors; write one number": run.rollout is not None and isinstance(run.rollout.actors, tuple),
-        "rollout.python; remove it": run.rollout is not None and run.rollout.python is not None,
-        "rollout.placement other than auto": run.rollout is not None and run.rollout.placement != "auto",
         f"strategy: {run.strategy.name}; write single or ddp": run.strategy.name in ("fsdp2", "deepspeed"),
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         "model.lora; remove it to train all weights": run.model.lora is not None,

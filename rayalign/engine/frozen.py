@@ -43,6 +43,13 @@ class FrozenModel:
     @torch.no_grad()
     def token_logps(self, groups: Sequence[Group]) -> list[Column]:
         """For every group, float32 log-probabilities (nats) of its predicted tokens, candidate after candidate."""
+        columns: list[Column] = [np.empty(0, np.float32)] * len(groups)
+        scored = [slot for slot, group in enumerate(groups) if group.candidates]
+        for slot, column in zip(scored, self._scored([groups[slot] for slot in scored]), strict=True):
+            columns[slot] = column
+        return columns
+
+    def _scored(self, groups: Sequence[Group]) -> list[Column]:
         lengths = [group_lengths(group) for group in groups]
         [micro_batches] = plan_step(
             lengths,

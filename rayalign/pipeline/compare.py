@@ -20,8 +20,9 @@ from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
-from rayalign.pipeline.job import evaluation_steps, make_job, num_processes, num_workers
+from rayalign.pipeline.job import evaluation_steps, make_job, num_processes
 from rayalign.pipeline.results import CellResult, comparison_record
+from rayalign.pipeline.rollouts import num_workers
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
 from rayalign.report.points import save

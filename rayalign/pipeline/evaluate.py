@@ -79,7 +79,7 @@ class Evaluation:
         """``actors`` processes that hold the reference."""
         assert run.evaluate is not None
         spec = evaluation_spec(run, stages)
-        pool = Pool("evaluation", Evaluator, spec, share=share, count=actors)
+        pool = Pool("evaluation", Evaluator, spec, share=share, most=actors)
         return cls(spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=pool)
 
     def points(self, checkpoint: Path | None, directory: Path) -> Points:

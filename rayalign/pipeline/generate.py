@@ -81,8 +81,9 @@ def load_generation(path: Path | None, overrides: list[str], *, draws: bool, pai
 
 def made_store(prompts: Path, run: RunConfig, stages: Stages, shape: Shape, *, draws: bool) -> Path:
     if not draws:
-        return relabelled(prompts, run, shape, stages)
-    return drawn_once(run, prompts_of([prompts], weights=[1.0], groups_per_step=1), shape, stages)
+        return relabelled(prompts, run, shape, stages, keep_unscored=True)
+    stream = prompts_of([prompts], weights=[1.0], groups_per_step=1)
+    return drawn_once(run, stream, shape, stages, keep_unscored=True)
 
 
 def pair_of(row: Row) -> Row:
@@ -113,11 +114,9 @@ def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
         if scored:
             made["rewards"] = numbers(group.per_candidate["reward"])
         if draws:
-            totals = np.add.reduceat(
-                group.per_token["behavior_token_logp"].astype(np.float64),
-                np.cumsum([0, *(candidate.num_predicted for candidate in group.candidates[:-1])]),
-            )
-            made["behavior_logps"] = numbers(totals)
+            ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])
+            parts = np.split(group.per_token["behavior_token_logp"].astype(np.float64), ends)[:-1]
+            made["behavior_logps"] = numbers([part.sum() for part in parts])
         yield made | made_with
 
 

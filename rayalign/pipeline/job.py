@@ -28,10 +28,10 @@ from rayalign.pipeline.model import (
     spec_digest,
     stop_ids,
 )
-from rayalign.pipeline.rollouts import num_actors
+from rayalign.pipeline.rollouts import actor_share, draws_rounds, num_actors, num_workers, takes_turns
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
-from rayalign.runtime.placement import Share, share
+from rayalign.runtime.placement import Share, host, share
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
@@ -77,7 +77,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         held_out=held_out(run, method, source, stages) if run.data.eval else None,
         strategy=run.strategy.name,
         workers=workers,
-        share=each,
+        share=host(each) if takes_turns(run, session) else each,
         run=label,
         rollouts=rollout_job(run, main, each) if main.chunks is not None else None,
     )
@@ -86,21 +86,29 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
 def rollout_job(run: RunConfig, main: Main, each: Share) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
     rounds = round_part(main.stream)
-    assert rounds is not None and main.chunks is not None
+    assert rounds is not None and main.chunks is not None and run.rollout is not None
+    least, most = num_actors(run, 1)
     return RolloutJob(
         spec=main.chunks,
         plan=rounds.plan,
         folder=rounds.folder,
-        actors=num_actors(run, 1),
-        share=each,
+        most=most,
+        least=least,
+        share=actor_share(each, main.chunks.options),
+        takes_turns=main.chunks.options.takes_turns,
+        python=run.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
     )
 
 
 def num_processes(run: RunConfig, session: Session) -> int:
     """Processes that are busy while a run trains: its workers, and the actors that draw for them."""
-    draws = run.data_policy.name != "off_policy" and run.data_policy.refresh_every != "never"
-    return num_workers(run, session) + (num_actors(run, 1) if draws else 0)
+    workers = num_workers(run, session)
+    if not draws_rounds(run):
+        return workers
+    assert run.rollout is not None
+    actors = max(1, num_actors(run, 1)[0]) * run.rollout.tensor_parallel
+    return max(workers, actors) if takes_turns(run, session) else workers + actors
 
 
 def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]:
@@ -176,15 +184,6 @@ def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
         return tuple(step for step in run.evaluate.at if step > 0)
     every = run.evaluate.every or steps
     return tuple(sorted({*range(every, steps + 1, every), steps}))
-
-
-def num_workers(run: RunConfig, session: Session) -> int:
-    """``strategy.workers``; auto is one per GPU, and one on CPUs."""
-    if run.strategy.name == "single":
-        return 1
-    if run.strategy.workers == "auto":
-        return max(1, int(session.num_gpus))
-    return run.strategy.workers if isinstance(run.strategy.workers, int) else run.strategy.workers[1]
 
 
 def training_configuration(run: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from rayalign.imports import source_digest
 from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
 from rayalign.pipeline.stages import Stages
 from rayalign.rollout.base import SamplingParams
-from rayalign.runtime.placement import share
+from rayalign.rollout.engines import EngineOptions
+from rayalign.runtime.placement import Share, guest, share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import commit_drawn, draw
+from rayalign.runtime.session import Session
 from rayalign.sources.chunk import ChunkMaker, ChunkSpec
 from rayalign.sources.label import LabelSpec
 from rayalign.sources.rounds import RoundPlan
@@ -54,7 +56,14 @@ def prompts_of(stores: list[Path], *, weights: list[float], groups_per_step: int
 
 
 def chunk_spec(
-    run: RunConfig, prompts: StoredStream, shape: Shape, stages: Stages, *, draws: bool, needs_reference: bool
+    run: RunConfig,
+    prompts: StoredStream,
+    shape: Shape,
+    stages: Stages,
+    *,
+    draws: bool,
+    needs_reference: bool,
+    keep_unscored: bool = False,
 ) -> ChunkSpec:
     """How this run's groups are made from prompts; without ``draws`` from stored completions alone."""
     assert run.scorer is not None
@@ -64,8 +73,10 @@ def chunk_spec(
         policy=model_spec(run),
         reference=scoring_spec(run, stages.session),
         engine=run.rollout.engine if run.rollout is not None and draws else "none",
+        options=engine_options(run, stages.session) if draws else EngineOptions(),
         sampling=sampling(run) if draws else None,
         keep_stored=keeps_stored(run) or not draws,
+        keep_unscored=keep_unscored,
         scorer=scorer_spec(run.scorer),
         label=label_spec(run.label or LabelConfig()),
         shape=shape,
@@ -85,23 +96,68 @@ def sampling(run: RunConfig) -> SamplingParams:
     )
 
 
+def engine_options(run: RunConfig, session: Session) -> EngineOptions:
+    assert run.rollout is not None
+    shared = takes_turns(run, session)
+    return EngineOptions(
+        tensor_parallel=run.rollout.tensor_parallel,
+        takes_turns=shared,
+        memory_share=run.rollout.gpu_memory_utilization or (0.4 if shared else 0.9),
+    )
+
+
+def takes_turns(run: RunConfig, session: Session) -> bool:
+    """Whether rollout actors use the devices of the training workers, which wait while rounds are drawn."""
+    if run.rollout is None or not draws_rounds(run):
+        return False
+    if run.rollout.placement == "auto":
+        needed = num_workers(run, session) + num_actors(run, 1)[0] * run.rollout.tensor_parallel
+        may_wait = run.data_policy.name != "off_policy" and run.data_policy.lag == 0
+        return 0 < session.num_gpus < needed and may_wait and run.rollout.tensor_parallel == 1
+    return run.rollout.placement == "shared"
+
+
+def draws_rounds(run: RunConfig) -> bool:
+    """Whether completions are drawn while the run trains."""
+    return run.data_policy.name != "off_policy" and run.data_policy.refresh_every != "never"
+
+
+def num_workers(run: RunConfig, session: Session) -> int:
+    """``strategy.workers``; auto is one per GPU, and one on CPUs."""
+    if run.strategy.name == "single":
+        return 1
+    if run.strategy.workers == "auto":
+        return max(1, int(session.num_gpus))
+    return run.strategy.workers if isinstance(run.strategy.workers, int) else run.strategy.workers[1]
+
+
+def actor_share(each: Share, options: EngineOptions) -> Share:
+    """What a rollout actor reserves where every process gets ``each``."""
+    if options.takes_turns:
+        return guest(each)
+    return replace(each, gpus=float(options.tensor_parallel)) if options.tensor_parallel > 1 and each.gpus else each
+
+
 def label_spec(config: LabelConfig) -> LabelSpec:
     return LabelSpec(**config.model_dump(exclude={"relabel"}))
 
 
-def drawn_once(run: RunConfig, prompts: StoredStream, shape: Shape, stages: Stages) -> Path:
+def drawn_once(
+    run: RunConfig, prompts: StoredStream, shape: Shape, stages: Stages, *, keep_unscored: bool = False
+) -> Path:
     """One epoch of the prompts, completed by the policy before the first step: ``refresh_every: never``."""
-    spec = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=False)
+    spec = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=False, keep_unscored=keep_unscored)
     return rollout_stage(spec, run, stages)
 
 
-def relabelled(store: Path, run: RunConfig, shape: Shape, stages: Stages) -> Path:
+def relabelled(store: Path, run: RunConfig, shape: Shape, stages: Stages, *, keep_unscored: bool = False) -> Path:
     """Stored completions, scored and labelled like fresh ones: ``label.relabel``."""
     prompts = prompts_of([store], weights=[1.0], groups_per_step=1)
     lonely = [row for row, count in enumerate(TokenStore.open(store).index.num_candidates) if count < 1]
     if lonely:
         raise UserError(f"label.relabel: {TokenStore.open(store).index.name(lonely[0])} has no completion to label")
-    return rollout_stage(chunk_spec(run, prompts, shape, stages, draws=False, needs_reference=False), run, stages)
+    spec = chunk_spec(run, prompts, shape, stages, draws=False, needs_reference=False, keep_unscored=keep_unscored)
+    return rollout_stage(spec, run, stages)
 
 
 def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
@@ -122,14 +178,18 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
         "engine": spec.engine,
         "sampling": asdict(spec.sampling) if spec.sampling else None,
         "keep_stored": spec.keep_stored,
+        "keep_unscored": spec.keep_unscored,
         "scorer": scorer_identity(spec.scorer),
         "label": label_identity(spec.label),
         "shape": spec.shape,
     }
 
     def build(directory: Path) -> None:
-        actors = num_actors(run, max(1, int(session.num_gpus or session.num_cpus)))
-        with Pool("rollouts", ChunkMaker, share=share(session, actors), count=actors) as pool:
+        devices = max(1, int(session.num_gpus or session.num_cpus) // spec.options.tensor_parallel)
+        least, most = num_actors(run, devices)
+        each = actor_share(share(session, max(1, least)), spec.options)
+        python = run.rollout.python if run.rollout is not None else None
+        with Pool("rollouts", ChunkMaker, share=each, most=most, least=least, python=python) as pool:
             reports = draw(
                 spec,
                 range(order.groups_per_epoch),
@@ -147,11 +207,11 @@ def label_identity(spec: LabelSpec) -> Any:
     return [asdict(spec), source_digest(spec.name) if ":" in spec.name else None]
 
 
-def num_actors(run: RunConfig, auto: int) -> int:
-    """``rollout.actors``; stored completions need no engine, but the same processes score them."""
+def num_actors(run: RunConfig, auto: int) -> tuple[int, int]:
+    """(least, most) of ``rollout.actors``; stored completions need no engine, but the same processes score them."""
     if run.rollout is None or run.rollout.actors == "auto":
-        return auto
-    return run.rollout.actors if isinstance(run.rollout.actors, int) else run.rollout.actors[1]
+        return auto, auto
+    return run.rollout.actors if isinstance(run.rollout.actors, tuple) else (run.rollout.actors, run.rollout.actors)
 
 
 def round_plan(run: RunConfig, steps: int) -> RoundPlan:

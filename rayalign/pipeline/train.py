@@ -87,7 +87,7 @@ def refuse_unsupported(run: RunConfig) -> None:
     if reasons:
         raise UserError("; ".join(reasons))
     if run.rollout is not None:
-        refuse_missing(run.rollout.engine)
+        refuse_missing(run.rollout.engine, run.rollout.python)
     if run.scorer is not None:
         make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
     for tracker in run.track:

@@ -15,6 +15,7 @@ from rayalign.engine.model import ModelSpec, model_directory
 from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams
+from rayalign.rollout.engines import ALONE, EngineOptions
 from rayalign.rollout.noise import sample_key
 
 SEED_BITS = 63
@@ -33,8 +34,10 @@ class VllmSampler:
     A completion's seed is fixed by (seed, key, sample); its tokens depend on the batch by rounding only.
     """
 
-    def __init__(self, spec: ScoringSpec) -> None:
+    def __init__(self, spec: ScoringSpec, options: EngineOptions = ALONE) -> None:
         self.spec = spec
+        self.options = options
+        self.resting = False
         self.llm: Any = None
 
     def load(self, model: ModelSpec, state: State | None = None) -> None:
@@ -49,7 +52,8 @@ class VllmSampler:
                 "rollout.engine: vllm reads weights from a folder, and model.from_scratch has none yet; write hf"
             )
         if self.llm is None:
-            self.llm = start(directory, model)
+            self.llm = start(directory, model, self.options)
+        self._wake()  # before the weights: what sleeps is restored over them
         if started or state is not None:
             where = {"weights_path": directory} if state is None else {"weights_iterator": untied(state)}
             self.llm.collective_rpc("reload_weights", kwargs=where)
@@ -57,6 +61,16 @@ class VllmSampler:
                 self.llm.apply_model(tie_head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache after a reload")
+
+    def rest(self) -> None:
+        if self.options.takes_turns and torch.cuda.is_available() and not self.resting:
+            self.llm.sleep(level=1)
+            self.resting = True
+
+    def _wake(self) -> None:
+        if self.resting:
+            self.llm.wake_up()
+            self.resting = False
 
     def canary(self) -> tuple[float, ...]:
         from vllm import SamplingParams as VllmParams
@@ -88,6 +102,7 @@ class VllmSampler:
         if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
             raise ValueError(f"prompt {empty[0]} has no tokens: there is nothing to continue")
         self._refuse_long(prompts, params)
+        self._wake()
         wanted = [(index, sample) for index in range(len(prompts)) for sample in range(params.num_samples)]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompts[index])} for index, _ in wanted],
@@ -130,7 +145,7 @@ def tie_head(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)  # packs them, on a CPU
 
 
-def start(directory: str, model: ModelSpec) -> Any:
+def start(directory: str, model: ModelSpec, options: EngineOptions) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -139,9 +154,12 @@ def start(directory: str, model: ModelSpec) -> Any:
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     # A seeded request whose prompt is read in parts makes vLLM 0.32 ask a CPU generator for what only CUDA's have.
-    parts = {} if torch.cuda.is_available() else {"enable_chunked_prefill": False}
+    special: dict[str, Any] = {"enable_chunked_prefill": False}
+    if torch.cuda.is_available():
+        special = {"gpu_memory_utilization": options.memory_share, "enable_sleep_mode": options.takes_turns}
     return LLM(
-        **parts,
+        **special,
+        tensor_parallel_size=options.tensor_parallel,
         model=directory,
         dtype=dtype,
         trust_remote_code=model.trust_remote_code,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayalign.errors import UserError
 from rayalign.runtime.session import Node, Session
@@ -22,6 +22,20 @@ class Share:
 
     def resources(self) -> dict[str, float]:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+GUEST = 0.1
+"""Of a shared GPU, what an actor reserves: a worker's part leaves room for one such, and for no second worker."""
+
+
+def host(each: Share) -> Share:
+    """The part of a training worker that shares its device with a rollout actor, in turns."""
+    return replace(each, gpus=round((1 - GUEST) * each.gpus, 4))
+
+
+def guest(each: Share) -> Share:
+    """The part of that actor: the worker's cores, which are idle then, and what is left of its GPU."""
+    return replace(each, cpus=0.0, gpus=round(GUEST * each.gpus, 4))
 
 
 def share(session: Session, processes: int, *, workers: int = 1) -> Share:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 import torch
@@ -18,8 +19,12 @@ from rayalign.runtime.placement import Share
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 300.0
+Actor: TypeAlias = ray.actor.ActorHandle
+
+START_SECONDS = 600.0
 ITEM_SECONDS = 3600.0
+IDLE_SECONDS = 60.0
+POLL_SECONDS = 0.02
 MAX_ATTEMPTS = 4
 """Of one item: what kills every process that touches it is not a lost node."""
 
@@ -39,48 +44,65 @@ class Workshop:
         return self.function(item)
 
 
-class Pool:
-    """``count`` actors around ``make(*arguments)``; safe to use from several threads.
+class ItemKilled(UserError):
+    """Every process that worked on an item died."""
 
-    An item waits for an idle actor, so that no more is under way than there are actors. Actors start with the first
-    item. Used as a context manager, or closed by hand.
+
+class Pool:
+    """Up to ``most`` actors around ``make(*arguments)``; safe to use from several threads.
+
+    An item waits for an idle actor, so that no more is under way than there are actors. Actors start with the items; a
+    cluster with room for some of them is used as far as it goes. Those above ``least`` end when they have had nothing
+    to do for a minute, so that an autoscaler can take their nodes back. Used as a context manager, or closed by hand.
     """
 
     def __init__(
-        self, name: str, make: Callable[..., Callable[[Any], Any]], *arguments: Any, share: Share, count: int
+        self,
+        name: str,
+        make: Callable[..., Callable[[Any], Any]],
+        *arguments: Any,
+        share: Share,
+        most: int,
+        least: int | None = None,
+        python: str | None = None,
     ) -> None:
         self.name = name
         self.make = make
         self.arguments = arguments
         self.share = share
-        self.count = count
-        self.idle: queue.Queue[ray.actor.ActorHandle | None] = queue.Queue()
-        for _ in range(count):
-            self.idle.put(None)
+        self.most = most
+        self.least = most if least is None else least
+        self.python = python
+        self.lock = threading.Lock()
+        self.actors: list[Actor] = []
+        self.idle: list[Actor] = []
+        self.pending: list[tuple[Actor, ray.ObjectRef]] = []
+        """Asked for, and without a place so far; each with what is there once it has one."""
+        self.waiting = 0
+        """Callers without an actor."""
+        self.last_used = time.monotonic()
 
     def call(self, item: Any) -> Any:
         """The function's answer to ``item``.
 
         Raises:
-            UserError: the function raised one; there is no room for the actors; or an item killed its actor, or took
-                an hour, every time.
+            ItemKilled: every actor that was given the item died.
+            UserError: the function raised one; there is no room for an actor; or the item took an hour.
         """
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            actor = self.idle.get()
+            actor = self._take()
             try:
-                actor = actor or self._start()
                 return ray.get(actor.work.remote(item), timeout=ITEM_SECONDS)
             except ray.exceptions.RayActorError as error:
-                actor = None
+                self._bury(actor)
                 if attempt == MAX_ATTEMPTS:
-                    raise UserError(
+                    raise ItemKilled(
                         f"{self.name}: a process died in each of {attempt} attempts at {described(item)}, as it does "
                         f"when memory runs out: {first_line(error)}"
                     ) from error
                 log.warning("%s: a process died (%s); doing its work again", self.name, first_line(error))
             except ray.exceptions.GetTimeoutError as error:
-                ray.kill(actor)
-                actor = None
+                self._bury(actor)
                 raise UserError(
                     f"{self.name}: {described(item)} was not finished within {ITEM_SECONDS / 60:.0f} minutes"
                 ) from error
@@ -88,13 +110,25 @@ class Pool:
                 cause = root_cause(error)
                 raise (cause if isinstance(cause, UserError) else error) from error
             finally:
-                self.idle.put(actor)
+                self._give_back(actor)
         raise AssertionError("unreachable: the loop returns or raises")
 
-    def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Answers to ``items``, in order; the first error ends the work."""
-        with ThreadPoolExecutor(self.count) as threads:
-            waiting: list[Future[Any]] = [threads.submit(self.call, item) for item in items]
+    def map(self, items: Iterable[Any], rescue: Callable[[Any, ItemKilled], Any] | None = None) -> Iterator[Any]:
+        """Answers to ``items``, in order; the first error ends the work.
+
+        ``rescue`` answers in the place of actors for an item that killed them all.
+        """
+
+        def answer(item: Any) -> Any:
+            try:
+                return self.call(item)
+            except ItemKilled as error:
+                if rescue is None:
+                    raise
+                return rescue(item, error)
+
+        with ThreadPoolExecutor(self.most) as threads:
+            waiting: list[Future[Any]] = [threads.submit(answer, item) for item in items]
             try:
                 for done in waiting:
                     yield done.result()
@@ -102,14 +136,31 @@ class Pool:
                 for future in waiting:
                     future.cancel()
 
+    def tell(self, item: Any) -> None:
+        """Let every actor that is alive and idle work on ``item``, which nobody needs an answer to."""
+        with self.lock:
+            told = [actor.work.remote(item) for actor in self.idle]
+        ray.wait(told, num_returns=len(told), timeout=ITEM_SECONDS) if told else None
+
     def close(self) -> None:
-        """End the actors that are idle."""
-        while not self.idle.empty():
-            actor = self.idle.get()
-            if actor is not None:
+        """End the actors."""
+        with self.lock:
+            for actor in [*self.actors, *(actor for actor, _ in self.pending)]:
                 ray.kill(actor)
-        for _ in range(self.count):
-            self.idle.put(None)
+            self.actors, self.pending, self.idle = [], [], []
+
+    def release(self) -> None:
+        """End the idle actors above ``least`` if none of them has had work for a minute."""
+        with self.lock:
+            if self.waiting or time.monotonic() - self.last_used < IDLE_SECONDS:
+                return
+            for actor, _ in self.pending:
+                ray.kill(actor)
+            self.pending = []
+            while self.idle and len(self.actors) > self.least:
+                actor = self.idle.pop()
+                self.actors.remove(actor)
+                ray.kill(actor)
 
     def __enter__(self) -> Pool:
         return self
@@ -119,20 +170,60 @@ class Pool:
     ) -> None:
         self.close()
 
-    def _start(self) -> ray.actor.ActorHandle:
-        share = self.share
-        refuse_impossible(self.name, share)
-        workshop = ray.remote(Workshop).options(
-            num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, max_task_retries=0
-        )
-        actor = workshop.remote(self.make, self.arguments, share.threads)
-        if not ray.wait([actor.__ray_ready__.remote()], timeout=START_SECONDS)[0]:
+    def _take(self) -> Actor:
+        """An idle actor; starts one while there may be more, and waits for whichever is free first."""
+        began = time.monotonic()
+        with self.lock:
+            self.waiting += 1
+        try:
+            while (actor := self._free_actor()) is None:
+                if not self.actors and time.monotonic() - began > START_SECONDS:
+                    self.close()
+                    raise UserError(
+                        f"{self.name} waited {START_SECONDS:.0f} s for a process with {self.share.cpus:g} CPUs and "
+                        f"{self.share.gpus:g} GPUs; free in the cluster: {ray.available_resources()}"
+                    )
+                time.sleep(POLL_SECONDS)
+            return actor
+        finally:
+            with self.lock:
+                self.waiting -= 1
+
+    def _free_actor(self) -> Actor | None:
+        with self.lock:
+            for pending in list(self.pending):
+                if ray.wait([pending[1]], timeout=0)[0]:
+                    self.pending.remove(pending)
+                    self.actors.append(pending[0])
+                    self.idle.append(pending[0])
+            if self.idle:
+                return self.idle.pop()
+            if len(self.pending) < self.waiting and len(self.actors) + len(self.pending) < self.most:
+                self.pending.append(self._launch())
+            return None
+
+    def _give_back(self, actor: Actor) -> None:
+        with self.lock:
+            self.last_used = time.monotonic()
+            if actor in self.actors:
+                self.idle.append(actor)
+
+    def _bury(self, actor: Actor) -> None:
+        with self.lock:
             ray.kill(actor)
-            raise UserError(
-                f"{self.name} waited {START_SECONDS:.0f} s for a process with {share.cpus:g} CPUs and {share.gpus:g} "
-                f"GPUs; free in the cluster: {ray.available_resources()}"
-            )
-        return actor
+            if actor in self.actors:
+                self.actors.remove(actor)
+
+    def _launch(self) -> tuple[Actor, ray.ObjectRef]:
+        share = self.share
+        if self.least == self.most:  # an elastic pool may be what makes the cluster grow
+            refuse_impossible(self.name, share)
+        options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus}
+        if self.python is not None:
+            options["runtime_env"] = {"py_executable": self.python}
+        workshop = ray.remote(Workshop).options(**options, max_restarts=0, max_task_retries=0)
+        actor = workshop.remote(self.make, self.arguments, share.threads)
+        return actor, actor.__ray_ready__.remote()
 
 
 def refuse_impossible(name: str, share: Share) -> None:

@@ -7,11 +7,13 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +23,9 @@ from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
 from rayalign.runtime.placement import Share
-from rayalign.runtime.pool import Pool
+from rayalign.runtime.pool import ItemKilled, Pool
 from rayalign.runtime.weights import ObjectStore
-from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
+from rayalign.sources.chunk import REST, Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
 from rayalign.sources.weights import WeightsGone
 
@@ -42,8 +44,14 @@ class RolloutJob:
     spec: ChunkSpec
     plan: RoundPlan
     folder: Path
-    actors: int
+    most: int
+    least: int
+    """Actors; those above ``least`` are there only while there is something to draw."""
     share: Share
+    takes_turns: bool
+    """The actors are on the devices of the training workers, which wait while they draw."""
+    python: str | None
+    """Interpreter of the actors, where it is not the driver's."""
     max_bad_fraction: float
 
 
@@ -94,13 +102,33 @@ class Ledger:
 class Workers(Protocol):
     """Whoever makes chunks: a :class:`rayalign.runtime.pool.Pool`, or one process that does it alone."""
 
-    def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The :class:`ChunkReport` of every (spec, chunk), in order."""
+    def call(self, item: Any) -> Any:
+        """The :class:`ChunkReport` of a (spec, chunk)."""
+        ...
+
+    def map(self, items: Iterable[Any], rescue: Callable[[Any, ItemKilled], Any] | None = None) -> Iterator[Any]:
+        """The :class:`ChunkReport` of every (spec, chunk), in order; ``rescue`` answers for one that killed all."""
+        ...
+
+    def tell(self, item: Any) -> None:
+        """Let every idle process work on ``item``."""
+        ...
+
+    def release(self) -> None:
+        """End processes that have had nothing to do for long."""
         ...
 
 
 def make_pool(job: RolloutJob) -> Pool:
-    return Pool("rollouts", ChunkMaker, ObjectStore(), share=job.share, count=job.actors)
+    return Pool(
+        "rollouts",
+        ChunkMaker,
+        ObjectStore(),
+        share=job.share,
+        most=job.most,
+        least=job.least,
+        python=job.python,
+    )
 
 
 @contextlib.contextmanager
@@ -118,6 +146,7 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
         gone: dict[str, float] = {}
         try:
             while not stop.wait(POLL_SECONDS):
+                pool.release()
                 for request in folder.requests()[:1]:
                     try:
                         draw_round(request, job, folder, pool, note)
@@ -168,6 +197,8 @@ def draw_round(
             pool=pool,
             done=lambda text: note(f"{name}: {text}"),
         )
+        if job.takes_turns:
+            pool.tell(REST)
         commit_drawn(
             directory,
             reports,
@@ -196,14 +227,40 @@ def draw(
     finished = finished_shards(directory)
     missing = [chunk for chunk in chunks if chunk.name not in finished or not report_path(chunk).exists()]
     told = time.monotonic()
-    for number, (chunk, report) in enumerate(
-        zip(missing, pool.map((spec, chunk) for chunk in missing), strict=True), start=1
-    ):
+    made = pool.map([(spec, chunk) for chunk in missing], rescue=partial(without_fatal_prompts, pool))
+    for number, (chunk, report) in enumerate(zip(missing, made, strict=True), start=1):
         write_whole(report_path(chunk), json.dumps(plain(report)).encode())
         if time.monotonic() - told > 5:
             done(f"{len(chunks) - len(missing) + number}/{len(chunks)} chunks")
             told = time.monotonic()
     return [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
+
+
+def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, Chunk], error: ItemKilled) -> ChunkReport:
+    """The chunk that killed all who worked on it, without the prompts that did so: they are found by halving it.
+
+    Raises ``error`` where no single prompt is to blame.
+    """
+    spec, chunk = item
+    log.warning("%s; looking for the prompt that does it", error)
+    with tempfile.TemporaryDirectory(dir=chunk.directory.parent) as scratch:
+
+        def fatal(positions: range) -> tuple[int, ...]:
+            probe = replace(chunk, name=f"{positions.start:010d}", positions=positions, directory=Path(scratch))
+            try:
+                pool.call((spec, probe))
+            except ItemKilled:
+                if len(positions) == 1:
+                    return tuple(positions)
+                return fatal(positions[: len(positions) // 2]) + fatal(positions[len(positions) // 2 :])
+            return ()
+
+        middle = len(chunk.positions) // 2
+        found = fatal(chunk.positions[:middle]) + fatal(chunk.positions[middle:]) if middle else (*chunk.positions,)
+    if not found:
+        raise error
+    report: ChunkReport = pool.call((spec, replace(chunk, fatal=found)))
+    return report
 
 
 def plan_chunks(spec: ChunkSpec, positions: range, directory: Path, weights: Weights | None) -> list[Chunk]:
@@ -237,7 +294,7 @@ def commit_drawn(
         write_whole(directory / "quarantine.jsonl", lines.encode())
     if len(failures) > max_bad_fraction * ledger.prompts:
         raise UserError(
-            f"the scorer failed on {len(failures)} of {ledger.prompts} prompts, more than data.max_bad_fraction "
+            f"{len(failures)} of {ledger.prompts} prompts have no scored completions, more than data.max_bad_fraction "
             f"{max_bad_fraction:g} allows; first {failures[0]['file']}:{failures[0]['line']}: {failures[0]['reason']}"
         )
     finished = finished_shards(directory)

@@ -121,7 +121,7 @@ class Trainer:
 
 def needs(job: RolloutJob) -> tuple[object, ...]:
     """What runs must have in common to be drawn for by the same actors: an engine takes weights of one shape only."""
-    return job.share, job.actors, job.spec.engine, job.spec.policy
+    return job.share, job.most, job.least, job.python, job.spec.engine, job.spec.policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class Board:
         self.held: dict[str, dict[str, list[ray.ObjectRef]]] = {}
 
     def put(self, sender: str, version: str, where: list[ray.ObjectRef], keep: int) -> None:
-        """Know ``version`` from now on, and forget all but the newest ``keep`` of its sender: that frees their memory."""
+        """Know ``version`` from now on; free what is older than the newest ``keep`` of its sender."""
         held = self.held.setdefault(sender, {})
         held[version] = where
         while len(held) > keep:

@@ -115,10 +115,15 @@ def train_job(job: TrainJob, strategy: Strategy) -> Path:
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
         return train(
             job.spec,
-            source_maker(job.source, strategy, ObjectStore(keep=job.rollouts.plan.lag + 1) if job.rollouts else None),
+            source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None),
             strategy,
             make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
         )
+
+
+def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:
+    """None leaves the folder: the processes of one engine that share its weights each read their part there."""
+    return ObjectStore(keep=rollouts.plan.lag + 1) if rollouts.spec.options.tensor_parallel == 1 else None
 
 
 def source_maker(spec: SourceSpec, strategy: Strategy, channel: ObjectStore | None = None) -> MakeSource:

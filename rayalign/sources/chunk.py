@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,12 +31,14 @@ from rayalign.judge.base import Scorer, ScorerUnusable
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.engines import Sampler, make_sampler
+from rayalign.rollout.engines import ALONE, EngineOptions, Sampler, make_sampler
 from rayalign.sources.answers import Answer, fresh_answer, make_group, reply_text, stored_candidates
 from rayalign.sources.label import Labelled, LabelSpec, label, label_key
 from rayalign.sources.off_policy import Drawn, StoredGroups
 from rayalign.sources.streams import StoredStream
 from rayalign.sources.weights import WeightChannel
+
+REST: Literal["rest"] = "rest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,13 @@ class ChunkSpec:
     reference: ScoringSpec
     """Also says how the policy is laid out."""
     engine: str
+    options: EngineOptions = ALONE
     sampling: SamplingParams | None
     """None draws nothing: stored candidates are scored and labelled again."""
     keep_stored: bool
     """Stored candidates of a prompt stand before the fresh ones."""
+    keep_unscored: bool = False
+    """Candidates that the scorer failed on are kept, without rewards, as no loss could use them."""
     scorer: ScorerSpec
     label: LabelSpec
     shape: Shape
@@ -69,6 +74,8 @@ class Chunk:
     directory: Path
     weights: Weights | None
     """None: the reference itself."""
+    fatal: tuple[int, ...] = ()
+    """Positions whose prompts killed every process that touched them: they are told, and left alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,24 +111,39 @@ class ChunkMaker:
         self.sampler: Sampler | None = None
         self.loaded: str | None = None
 
-    def __call__(self, job: tuple[ChunkSpec, Chunk]) -> ChunkReport:
-        """Write the chunk's shard.
+    def __call__(self, job: tuple[ChunkSpec, Chunk] | Literal["rest"]) -> ChunkReport | None:
+        """Write the chunk's shard; or, at :data:`REST`, leave the device's memory to others until the next chunk.
 
         Raises:
             UserError: the weights are not those that the chunk names, or the scorer cannot be made.
         """
-        spec, chunk = job
+        if job == REST:
+            if self.sampler is not None:
+                self.sampler.rest()
+            return None
+        return self._make(*job)
+
+    def _make(self, spec: ChunkSpec, chunk: Chunk) -> ChunkReport:
         self._prepare(spec)
         began = time.monotonic()
         refreshed = self._load(spec, chunk.weights)
         loaded = time.monotonic()
         drawn = self.prompts.at(chunk.positions)
         prompts = [self.texts[id(group.store)][group.row] for group in drawn]
-        fresh = self._complete(spec, chunk, [group.read().prompt_ids.tolist() for group in drawn])
+        healthy = [at not in chunk.fatal for at in chunk.positions]
+        fresh = self._complete(spec, chunk, drawn)
         generated = time.monotonic()
-        stored = [stored_candidates(group) if spec.keep_stored else () for group in drawn]
+        stored = [
+            stored_candidates(group) if spec.keep_stored and lives else ()
+            for group, lives in zip(drawn, healthy, strict=True)
+        ]
         candidates = [(*old, *new) for old, new in zip(stored, fresh, strict=True)]
-        scores, quarantined = self._score(drawn, prompts, candidates)
+        quarantined = [
+            bad_prompt(group, prompt, "every process that worked on it died")
+            for group, prompt, lives in zip(drawn, prompts, healthy, strict=True)
+            if not lives
+        ]
+        scores = self._score(drawn, prompts, candidates, quarantined)
         groups, labels = self._groups(spec, chunk, drawn, candidates, scores)
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
         counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
@@ -155,13 +177,14 @@ class ChunkMaker:
                 own, [len(answer.ids) for answer in answers], spec.label, shape=spec.shape, key=label_key(spec.seed, at)
             )
             if own
-            else Labelled(kept=(0,), preferred=False)
+            else Labelled(kept=tuple(range(len(answers))) if spec.keep_unscored else (), preferred=False)
             for own, answers, at in zip(scores, candidates, chunk.positions, strict=True)
         ]
         made = [make_group(*parts) for parts in zip(drawn, candidates, scores, labelled, strict=True)]
         if spec.shape == "labelled":
-            examples = Mismatched(made)
-            made = [examples[number] for number in range(len(made))]
+            examples = Mismatched([group for group in made if group.candidates])
+            numbered = iter(range(len(examples)))
+            made = [examples[next(numbered)] if group.candidates else group for group in made]
         if spec.needs_reference:
             columns = self.reference.token_logps(made)
             made = [
@@ -174,7 +197,7 @@ class ChunkMaker:
         """Open what stays the same from chunk to chunk."""
         if spec == self.spec:
             return
-        if self.spec is None or (spec.engine, spec.policy) != (self.spec.engine, self.spec.policy):
+        if self.spec is None or engine_of(spec) != engine_of(self.spec):
             self.sampler, self.loaded = None, None
         model = spec.policy
         self.tokenizer = load_tokenizer(
@@ -193,7 +216,7 @@ class ChunkMaker:
         if spec.sampling is None or self.loaded == wanted:
             return False
         refreshed = self.sampler is not None
-        sampler = self.sampler or make_sampler(spec.engine, spec.reference, self.device)
+        sampler = self.sampler or make_sampler(spec.engine, spec.reference, self.device, spec.options)
         # Whatever fails below, nothing is drawn by an engine that damaged weights have been in.
         self.sampler, self.loaded = None, None
         state = self.channel.fetch(weights) if weights and self.channel else None
@@ -203,35 +226,49 @@ class ChunkMaker:
         self.sampler, self.loaded = sampler, wanted
         return refreshed
 
-    def _complete(self, spec: ChunkSpec, chunk: Chunk, prompts: Sequence[Sequence[int]]) -> list[list[Answer]]:
+    def _complete(self, spec: ChunkSpec, chunk: Chunk, drawn: Sequence[Drawn]) -> list[list[Answer]]:
         """Fresh candidates of every prompt."""
-        answers: list[list[Answer]] = [[] for _ in prompts]
+        answers: list[list[Answer]] = [[] for _ in drawn]
         if spec.sampling is not None:
             assert self.sampler is not None
-            for completion in self.sampler.generate(prompts, spec.sampling, keys=chunk.positions):
-                answers[completion.prompt_index].append(fresh_answer(completion))
+            asked = [n for n, position in enumerate(chunk.positions) if position not in chunk.fatal]
+            prompts = [drawn[n].read().prompt_ids.tolist() for n in asked]
+            keys = [chunk.positions[n] for n in asked]
+            for completion in self.sampler.generate(prompts, spec.sampling, keys=keys):
+                answers[asked[completion.prompt_index]].append(fresh_answer(completion))
         return answers
 
     def _score(
-        self, drawn: Sequence[Drawn], prompts: Sequence[str | Turns], candidates: Sequence[Sequence[Answer]]
-    ) -> tuple[list[list[float]], list[dict[str, Any]]]:
+        self,
+        drawn: Sequence[Drawn],
+        prompts: Sequence[str | Turns],
+        candidates: Sequence[Sequence[Answer]],
+        quarantined: list[dict[str, Any]],
+    ) -> list[list[float]]:
         """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal."""
         replies = [[reply_text(self.tokenizer, answer.ids) for answer in answers] for answers in candidates]
-        quarantined = []
         scores: list[list[float]] = []
         for group, prompt, own in zip(drawn, prompts, replies, strict=True):
             try:
-                scores.append(self.scorer.score([prompt] * len(own), own))
+                scores.append(self.scorer.score([prompt] * len(own), own) if own else [])
             except ScorerUnusable:
                 raise
             except Exception as error:  # the user's function may raise anything
                 scores.append([])
-                source, _, line = group.name.rpartition(":")
                 reason = f"the scorer failed on its candidates: {type(error).__name__}: {error}"
-                quarantined.append(
-                    {"file": source, "line": int(line), "reason": reason, "prompt": prompt_text(prompt)[:200]}
-                )
-        return scores, quarantined
+                quarantined.append(bad_prompt(group, prompt, reason))
+        return scores
+
+
+def engine_of(spec: ChunkSpec) -> tuple[object, ...]:
+    """What specs must have in common to be sampled by one engine."""
+    return spec.engine, spec.options, spec.policy
+
+
+def bad_prompt(group: Drawn, prompt: str | Turns, reason: str) -> dict[str, Any]:
+    """A line of ``quarantine.jsonl``."""
+    source, _, line = group.name.rpartition(":")
+    return {"file": source, "line": int(line), "reason": reason, "prompt": prompt_text(prompt)[:200]}
 
 
 def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:

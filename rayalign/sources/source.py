@@ -11,6 +11,7 @@ from rayalign.data.plan import MicroBatch, check_budget, count_step, plan_step
 from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
 from rayalign.engine.source import State, StreamWork, Weights
+from rayalign.errors import UserError
 from rayalign.sources.hybrid import MixedGroups
 from rayalign.sources.off_policy import Drawn, StoredGroups
 from rayalign.sources.on_policy import FreshGroups
@@ -97,9 +98,14 @@ class StreamSource:
 
     def _work(self, stream: AnyStream, step: int) -> StreamWork:
         groups = self.groups[stream.name]
-        drawn = groups.draw(step)
+        every = groups.draw(step)
+        first = step * len(every)  # every step of a stream has the same number of groups
+        # A prompt without candidates was quarantined when they were made: it has its place and teaches nothing.
+        kept = [slot for slot, group in enumerate(every) if group.lengths.candidates]
+        drawn = [every[slot] for slot in kept]
         lengths = [group.lengths for group in drawn]
-        first = step * len(drawn)  # every step of a stream has the same number of groups
+        if not drawn:
+            raise UserError(f"step {step + 1} has no group to train on: all {len(every)} prompts were quarantined")
         plan = plan_step(
             lengths,
             num_workers=self.world_size,
@@ -111,19 +117,24 @@ class StreamSource:
         fresh = [part for part in _parts(groups) if isinstance(part, FreshGroups)]
         return StreamWork(
             stream=stream.name,
-            micro_batches=tuple(self._packed(micro, drawn, first, num_candidates(stream)) for micro in plan[self.rank]),
+            micro_batches=tuple(
+                self._packed(micro, drawn, [first + slot for slot in kept], num_candidates(stream))
+                for micro in plan[self.rank]
+            ),
             counts=count_step(lengths),
-            groups_per_step=len(drawn),
+            groups_per_step=len(every),
             epoch=groups.epoch(step),
             num_tokens=sum(length.packed for length in lengths),
-            describe=lambda position: drawn[position - first].name,
+            describe=lambda position: every[position - first].name,
             facts=fresh[0].facts(step) if fresh else {},
         )
 
-    def _packed(self, micro: MicroBatch, drawn: Sequence[Drawn], first: int, candidates: int) -> PackedBatch:
+    def _packed(
+        self, micro: MicroBatch, drawn: Sequence[Drawn], positions: Sequence[int], candidates: int
+    ) -> PackedBatch:
         return pack(
             [drawn[slot].read() for slot in micro.slots],
-            positions=[first + slot for slot in micro.slots],
+            positions=[positions[slot] for slot in micro.slots],
             num_candidates=candidates,
             pad_id=self.pad_id,
             row_tokens=self.spec.row_tokens,

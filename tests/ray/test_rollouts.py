@@ -103,6 +103,18 @@ def test_what_a_dead_actor_left_is_drawn_again_bit_for_bit(
         assert TokenStore.open(killed).digest == TokenStore.open(whole).digest
 
 
+def test_trainer_and_actor_take_turns(workspace: Workspace, session: Session, undisturbed: Path) -> None:
+    """The same run on the same cores: each has them all while the other waits."""
+    blocks = on_policy({"function": "rewards:vowels"})
+    blocks["rollout"] |= {"placement": "shared", "actors": [0, 2]}
+    done = rayalign("train", workspace.run("turns", **blocks))
+    assert done.code == 0, done.printed
+    facts = json.loads((workspace.directory("turns") / "run.json").read_text())
+    assert facts["threads_per_worker"] == max(1, int(session.num_cpus))
+    ours, theirs = metrics(workspace.directory("turns")), metrics(undisturbed)
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], abs=2e-4)
+
+
 @pytest.mark.slow
 def test_what_kills_every_actor_ends_the_run_with_a_message(workspace: Workspace, session: Session) -> None:
     scorer = {"function": "rewards:dies", "arguments": {"times": 99, "name": "always"}}
@@ -143,11 +155,25 @@ def test_generated_and_scored_files_are_data_again(workspace: Workspace, session
 
 
 def test_a_pool_that_no_node_can_hold_is_refused_at_once(session: Session) -> None:
-    pool = Pool("giants", attrgetter, "real", share=Share(cpus=1000, gpus=0, threads=1), count=1)
+    pool = Pool("giants", attrgetter, "real", share=Share(cpus=1000, gpus=0, threads=1), most=1)
     with pytest.raises(UserError, match="giants needs a node with 1000 CPUs and 0 GPUs for each of its processes"):
         pool.call(1)
 
 
 def test_a_pool_answers_every_item_once(session: Session) -> None:
-    with Pool("identity", attrgetter, "real", share=Share(cpus=0.1, gpus=0, threads=1), count=2) as pool:
+    with Pool("identity", attrgetter, "real", share=Share(cpus=0.1, gpus=0, threads=1), most=2) as pool:
         assert list(pool.map(range(20))) == list(range(20))
+
+
+def test_an_elastic_pool_uses_the_room_there_is_and_gives_it_back(session: Session, monkeypatch) -> None:
+    """Four actors of two thirds of the cluster each: one has a place, the others never get one."""
+    cpus = session.num_cpus * 2 / 3
+    with Pool("elastic", attrgetter, "real", share=Share(cpus=cpus, gpus=0, threads=1), most=4, least=0) as pool:
+        assert list(pool.map(range(20))) == list(range(20))
+        assert len(pool.actors) == 1
+        pool.release()
+        assert len(pool.actors) == 1  # it has had work just now
+        monkeypatch.setattr("rayalign.runtime.pool.IDLE_SECONDS", 0.0)
+        pool.release()
+        assert (pool.actors, pool.idle, pool.pending) == ([], [], [])
+        assert pool.call(7) == 7

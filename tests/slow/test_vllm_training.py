@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import save_tiny
@@ -55,11 +56,11 @@ def session(workspace: Workspace) -> Iterator[Session]:
             yield session
 
 
-def train(workspace: Workspace, name: str, function: str) -> Path:
+def train(workspace: Workspace, name: str, function: str, **rollout: Any) -> Path:
     path = workspace.run(
         name,
         data_policy={"name": "on_policy", "refresh_every": 2},
-        rollout={"engine": "vllm", "samples": 3, "max_new_tokens": 12},
+        rollout={"engine": "vllm", "samples": 3, "max_new_tokens": 12, **rollout},
         scorer={"name": "rule", "function": function},
         optim={"lr": 1e-3, "steps": 6, "groups_per_step": 8, "tokens_per_micro_batch": 2048},
     )
@@ -98,3 +99,13 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(workspace: W
         assert len(store) == 16
         manifest = read_manifest(path)
         assert manifest is not None and manifest["meta"]["ledger"]["prompts"] == 16
+
+
+def test_one_engine_on_two_devices(workspace: Workspace, session: Session) -> None:
+    """Each of its processes reads its part of the weights from a folder; the canary compares the whole."""
+    directory = train(workspace, "vllm-parallel", "rewards:vowels", tensor_parallel=2)
+    assert [row["round"] for row in metrics(directory)] == [0, 0, 1, 1, 2, 2]
+    first = TokenStore.open(rounds(directory)[0])
+    for row in range(len(first)):
+        group = first[row]
+        assert group.per_token["behavior_token_logp"] == pytest.approx(group.per_token["ref_token_logp"], abs=1e-4)

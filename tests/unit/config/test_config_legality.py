@@ -58,6 +58,13 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["label.name: rewards makes no pairs, which dpo learns from; write label: best_worst"],
         ),
         (
+            ["method=dpo", *ON_POLICY, "data_policy={name: on_policy, lag: 1}", "rollout.placement=shared",
+             "rollout.tensor_parallel=2", "rollout.engine=hf"],
+            ["rollout.placement: shared lets training wait while rounds are drawn, so that lag must be 0; write lag: 0",
+             "rollout.tensor_parallel: hf samples on one device; write 1, or engine: vllm",
+             "rollout.tensor_parallel: shared gives an actor a part of one device; write 1, or separate"],
+        ),
+        (
             ["method={name: exo_rw, behavior: assume_reference}", *ON_POLICY],
             ["method.behavior: assume_reference takes every candidate as the reference's, and rounds are drawn from "
              "the trained policy; remove it, or write data_policy: {name: on_policy, refresh_every: never}"],
@@ -135,8 +142,7 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
         (["label.relabel=true", f"scorer={RULE}"], []),
         (
             [*ON_POLICY, "rollout.actors=[1, 2]", "rollout.placement=separate"],
-            ["this release does not run elastic rollout.actors; write one number",
-             "this release does not run rollout.placement other than auto"],
+            [],
         ),
         (
             ["strategy=fsdp2", "model.lora.rank=4"],

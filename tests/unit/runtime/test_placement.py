@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayalign.errors import UserError
-from rayalign.runtime.placement import Share, share
+from rayalign.runtime.placement import Share, guest, host, share
 from rayalign.runtime.session import Node, Session
 
 
@@ -74,3 +74,11 @@ def test_more_processes_than_cores_can_take() -> None:
 def test_resources_name_gpus_only_where_there_are_some() -> None:
     assert Share(cpus=2, gpus=0, threads=2).resources() == {"CPU": 2}
     assert Share(cpus=2, gpus=1, threads=2).resources() == {"CPU": 2, "GPU": 1}
+
+
+def test_a_worker_and_its_guest_fill_one_device_and_two_workers_never_do() -> None:
+    each = Share(cpus=4, gpus=1, threads=4)
+    assert host(each) == Share(cpus=4, gpus=0.9, threads=4)
+    assert guest(each) == Share(cpus=0, gpus=0.1, threads=4)
+    assert guest(Share(cpus=2, gpus=0, threads=2)) == Share(cpus=0, gpus=0, threads=2)
+    assert places(cluster((8, 2)), host(each)) == 2

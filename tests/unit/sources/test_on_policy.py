@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from tiny_rollouts import SCORER, STOP_ID, InProcess, OnPolicyRun, chunk_spec, prompt_stream
 from tiny_runs import save_tiny
 
-from rayalign.data.store import TokenStore
+from rayalign.data.prepare import Shape
+from rayalign.data.store import TokenStore, commit_store
 from rayalign.engine.canary import RESPONSE_TOKENS
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
+from rayalign.runtime.pool import ItemKilled
 from rayalign.sources.chunk import Chunk, ChunkMaker
 from rayalign.sources.label import LabelSpec
 from rayalign.sources.off_policy import StoredGroups
@@ -55,7 +57,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["synchronous", "lag 1"])
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["synchronous", "lag 1", "lag 2"])
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path):
     run = OnPolicyRun(tmp_path_factory.mktemp("run"), model, file, plan=replace(PLAN, lag=request.param))
     run.train()
@@ -77,7 +79,7 @@ def test_rounds_come_from_the_weights_of_the_plan(undisturbed: OnPolicyRun) -> N
     assert [request["number"] for request in requests] == [0, 1, 2]
     assert [request["step"] for request in requests] == [undisturbed.plan.weights_step(number) for number in range(3)]
     digests = [request["digest"] for request in requests]
-    assert len(set(digests)) == (3 if undisturbed.plan.lag == 0 else 2)  # lag: rounds 0 and 1 of the initial policy
+    assert len(set(digests)) == 3 - undisturbed.plan.lag  # the first lag + 1 rounds are the initial policy's
     assert all(len(request["canary"]) == RESPONSE_TOKENS for request in requests)
 
 
@@ -199,6 +201,59 @@ def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: 
     assert (Path(failure["file"]).name, failure["line"]) == ("prompts.jsonl", 3)
     assert "ZeroDivisionError: the user's own mistake" in failure["reason"]
     assert report.prompts == 4 and report.labels <= 3
+    store = commit_store(tmp_path / "out", [report.shard], meta={})
+    # The order of the prompts is the stream's, and the poisoned one is what stays without candidates.
+    alone = [row for row in range(4) if not store[row].candidates]
+    assert [store.index.line[row] for row in alone] == [3]
+    spec = replace(spec, keep_unscored=True)
+    report = ChunkMaker()((spec, Chunk(name="0", positions=range(4), directory=tmp_path / "kept", weights=None)))
+    kept = commit_store(tmp_path / "kept", [report.shard], meta={})[alone[0]]
+    assert len(kept.candidates) == 3 and np.isnan(kept.per_candidate["reward"]).all()
+
+
+@pytest.mark.parametrize("shape", ["pair", "group", "one", "labelled"])
+def test_a_prompt_that_kills_every_process_is_found_and_left_alone(
+    tmp_path: Path, undisturbed: OnPolicyRun, model: Path, file: Path, shape: Shape
+) -> None:
+    """Positions 1 and 6 of the first round; the run goes on without them, and says which they were."""
+    method = {"pair": "dpo", "group": "exo_rw", "one": "sft", "labelled": "kto"}[shape]
+    run = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan, shape=shape, method=method, num_candidates=3)
+    run.job = replace(run.job, max_bad_fraction=0.25)
+
+    def die(chunk: Chunk) -> None:
+        if {1, 6} & set(chunk.positions) - set(chunk.fatal):
+            raise ItemKilled("rollouts: a process died")
+
+    run.train(InProcess(before=die))
+    store = TokenStore.open(run.rounds()[0])
+    assert [row for row in range(8) if not store[row].candidates] == [1, 6]
+    told = [json.loads(line) for line in (run.rounds()[0] / "quarantine.jsonl").read_text().splitlines()]
+    assert [f"{line['file']}:{line['line']}" for line in told] == [store.index.name(1), store.index.name(6)]
+    assert {line["reason"] for line in told} == {"every process that worked on it died"}
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_what_no_single_prompt_is_to_blame_for_ends_the_run(tmp_path: Path, model: Path, file: Path) -> None:
+    run = OnPolicyRun(tmp_path, model, file, plan=PLAN)
+
+    def die(chunk: Chunk) -> None:
+        if len(chunk.positions) > 4:  # as when memory runs out
+            raise ItemKilled("rollouts: a process died in each of 4 attempts")
+
+    with pytest.raises(UserError, match="a process died in each of 4 attempts"):
+        run.train(InProcess(before=die))
+
+
+def test_too_many_prompts_without_completions_end_the_run(tmp_path: Path, model: Path, file: Path) -> None:
+    run = OnPolicyRun(tmp_path, model, file, plan=PLAN)
+
+    def die(chunk: Chunk) -> None:
+        if 3 in chunk.positions and 3 not in chunk.fatal:
+            raise ItemKilled("rollouts: a process died")
+
+    with pytest.raises(UserError, match="1 of 8 prompts have no scored completions, more than data.max_bad_fraction 0"):
+        run.train(InProcess(before=die))
 
 
 def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model: Path, file: Path) -> None:
@@ -208,8 +263,6 @@ def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model
     report = ChunkMaker()((spec, Chunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
     assert report.scorer_calls == 10 * (3 + 2) and report.completions == 30
     assert report.labels == 10  # "aeiou 3" scores 5/7, "xyz" nothing
-    from rayalign.data.store import commit_store
-
     store = commit_store(tmp_path / "out", [report.shard], meta={})
     for row in range(10):
         chosen, rejected = store[row].per_candidate["reward"]
@@ -227,8 +280,6 @@ def test_stored_candidates_can_be_labelled_again(tmp_path: Path, model: Path, fi
 
 
 def test_labelled_examples_carry_another_prompts_completion(tmp_path: Path, model: Path, file: Path) -> None:
-    from rayalign.data.store import commit_store
-
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
     spec = chunk_spec(model, prompts, shape="labelled")
     report = ChunkMaker()((spec, Chunk(name="0", positions=range(6), directory=tmp_path / "out", weights=None)))
