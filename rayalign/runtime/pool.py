@@ -82,20 +82,20 @@ class Pool:
         """Callers without an actor."""
         self.last_used = time.monotonic()
 
-    def call(self, item: Any) -> Any:
-        """The function's answer to ``item``.
+    def call(self, item: Any, attempts: int = MAX_ATTEMPTS) -> Any:
+        """The function's answer to ``item``; one that dies of it is replaced, until ``attempts`` have.
 
         Raises:
             ItemKilled: every actor that was given the item died.
             UserError: the function raised one; there is no room for an actor; or the item took an hour.
         """
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             actor = self._take()
             try:
                 return ray.get(actor.work.remote(item), timeout=ITEM_SECONDS)
             except ray.exceptions.RayActorError as error:
                 self._bury(actor)
-                if attempt == MAX_ATTEMPTS:
+                if attempt == attempts:
                     raise ItemKilled(
                         f"{self.name}: a process died in each of {attempt} attempts at {described(item)}, as it does "
                         f"when memory runs out: {first_line(error)}"

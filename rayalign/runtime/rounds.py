@@ -23,7 +23,7 @@ from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
 from rayalign.runtime.placement import Share
-from rayalign.runtime.pool import ItemKilled, Pool
+from rayalign.runtime.pool import MAX_ATTEMPTS, ItemKilled, Pool
 from rayalign.runtime.weights import ObjectStore
 from rayalign.sources.chunk import REST, Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
@@ -35,6 +35,10 @@ POLL_SECONDS = 0.05
 GONE_SECONDS = 600.0
 SAMPLES_PER_CHUNK = 128
 """A chunk is large enough to be sampled at once and small enough to be done again."""
+PROBES = 2
+"""Attempts at a part of a chunk that is known to kill: one may be a node lost by chance."""
+MOST_FATAL = 4
+"""Prompts of one chunk; where more of them kill, it is not the prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,7 @@ class Ledger:
 class Workers(Protocol):
     """Whoever makes chunks: a :class:`rayalign.runtime.pool.Pool`, or one process that does it alone."""
 
-    def call(self, item: Any) -> Any:
+    def call(self, item: Any, attempts: int = MAX_ATTEMPTS) -> Any:
         """The :class:`ChunkReport` of a (spec, chunk)."""
         ...
 
@@ -239,28 +243,33 @@ def draw(
 def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, Chunk], error: ItemKilled) -> ChunkReport:
     """The chunk that killed all who worked on it, without the prompts that did so: they are found by halving it.
 
-    Raises ``error`` where no single prompt is to blame.
+    Raises ``error`` where no single prompt is to blame, or too many are.
     """
     spec, chunk = item
     log.warning("%s; looking for the prompt that does it", error)
+    found: list[int] = []
+    suspects = halves(chunk.positions)
     with tempfile.TemporaryDirectory(dir=chunk.directory.parent) as scratch:
-
-        def fatal(positions: range) -> tuple[int, ...]:
+        while suspects:
+            positions = suspects.pop(0)
             probe = replace(chunk, name=f"{positions.start:010d}", positions=positions, directory=Path(scratch))
             try:
-                pool.call((spec, probe))
+                pool.call((spec, probe), attempts=PROBES)
             except ItemKilled:
-                if len(positions) == 1:
-                    return tuple(positions)
-                return fatal(positions[: len(positions) // 2]) + fatal(positions[len(positions) // 2 :])
-            return ()
-
-        middle = len(chunk.positions) // 2
-        found = fatal(chunk.positions[:middle]) + fatal(chunk.positions[middle:]) if middle else (*chunk.positions,)
+                suspects[:0] = halves(positions)
+                found += positions if len(positions) == 1 else ()
+            if len(found) > MOST_FATAL:
+                raise error
     if not found:
         raise error
-    report: ChunkReport = pool.call((spec, replace(chunk, fatal=found)))
+    report: ChunkReport = pool.call((spec, replace(chunk, fatal=tuple(found))))
     return report
+
+
+def halves(positions: range) -> list[range]:
+    """Two parts of at least one position each; none of a single position."""
+    middle = len(positions) // 2
+    return [positions[:middle], positions[middle:]] if middle else []
 
 
 def plan_chunks(spec: ChunkSpec, positions: range, directory: Path, weights: Weights | None) -> list[Chunk]:

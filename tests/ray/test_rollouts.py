@@ -41,6 +41,12 @@ def dies(prompt, reply, *, times, name):
         (deaths / str(number)).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return vowels(prompt, reply)
+
+
+def dies_of(prompt, reply, *, prompt_of_death):
+    if prompt == prompt_of_death:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return vowels(prompt, reply)
 '''
 
 
@@ -116,11 +122,60 @@ def test_trainer_and_actor_take_turns(workspace: Workspace, session: Session, un
 
 
 @pytest.mark.slow
+def test_a_prompt_that_kills_every_actor_is_left_out_and_told(workspace: Workspace, session: Session) -> None:
+    rows = [{"prompt": f"question {n}"} for n in range(16)]
+    (workspace.folder / "sixteen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blocks = on_policy({"function": "rewards:dies_of", "arguments": {"prompt_of_death": "question 11"}})
+    blocks["optim"] |= {"steps": 2}
+    blocks["data"] = {"train": ["pairs.jsonl"], "max_prompt_tokens": 48, "max_tokens": 96, "max_bad_fraction": 0.1}
+    blocks["data_policy"]["prompts"] = "sixteen.jsonl"
+    done = rayalign("train", workspace.run("poisoned", **blocks))
+    assert done.code == 0, done.printed
+    directory = workspace.directory("poisoned")
+    (told,) = [json.loads(line) for line in (directory / "quarantine.jsonl").read_text().splitlines()]
+    assert (Path(told["file"]).name, told["line"]) == ("sixteen.jsonl", 12)
+    assert told["reason"] == "every process that worked on it died"
+    assert len(metrics(directory)) == 2
+
+
+@pytest.mark.slow
 def test_what_kills_every_actor_ends_the_run_with_a_message(workspace: Workspace, session: Session) -> None:
-    scorer = {"function": "rewards:dies", "arguments": {"times": 99, "name": "always"}}
+    scorer = {"function": "rewards:dies", "arguments": {"times": 999, "name": "always"}}
     done = rayalign("train", workspace.run("always-killed", **on_policy(scorer)))
     assert done.code == 2
     assert "a process died in each of 4 attempts" in done.printed and "Traceback" not in done.printed
+
+
+def test_the_set_that_wpo_was_published_with(workspace: Workspace, session: Session) -> None:
+    """Five of its own at T 0.7 and top-p 0.95 beside a stored one, all scored, then labelled (2406.11827, §4.1)."""
+    rows = [{"prompt": f"question {n}", "completion": "aeiou" if n % 2 else "xyz"} for n in range(24)]
+    (workspace.folder / "stored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    threshold, gap = 0.3, 0.2
+    path = workspace.run(
+        "published",
+        data={"train": ["stored.jsonl"], "max_prompt_tokens": 48, "max_tokens": 96},
+        method={"name": "wpo"},
+        data_policy={"name": "hybrid", "mix": "candidates", "refresh_every": "never"},
+        rollout={"engine": "hf", "samples": 5, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 12},
+        label={"name": "wpo", "threshold": threshold, "gap": gap},
+        scorer={"name": "rule", "function": "rewards:vowels"},
+        optim={"lr": 1e-3, "steps": 3, "groups_per_step": 8, "tokens_per_micro_batch": 2048},
+    )
+    done = rayalign("train", path)
+    assert done.code == 0, done.printed
+    (artifact,) = (workspace.storage / "artifacts").glob("rollouts-*")
+    manifest = read_manifest(artifact)
+    assert manifest is not None
+    ledger, inputs = manifest["meta"]["ledger"], manifest["meta"]["inputs"]
+    assert (ledger["prompts"], ledger["completions"], ledger["scorer_calls"]) == (24, 24 * 5, 24 * 6)
+    assert (inputs["sampling"]["temperature"], inputs["sampling"]["top_p"]) == (0.7, 0.95)
+    store = TokenStore.open(artifact)
+    pairs = [store[row] for row in range(len(store)) if len(store[row].candidates) == 2]
+    assert len(pairs) == ledger["labels"] >= 12  # every prompt whose stored completion is "aeiou" has one
+    for group in pairs:
+        chosen, rejected = group.per_candidate["reward"]
+        assert chosen >= threshold and rejected <= chosen - gap + 1e-6
+    assert len(metrics(workspace.directory("published"))) == 3
 
 
 def test_generated_and_scored_files_are_data_again(workspace: Workspace, session: Session) -> None:

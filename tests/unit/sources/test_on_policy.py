@@ -114,6 +114,8 @@ def test_metrics_name_their_round(undisturbed: OnPolicyRun) -> None:
     rows = read_metrics(undisturbed.directory / "metrics.jsonl")
     assert [row["round"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    # At the first step policy, reference and behavior policy are one: log π/π_ref is 0 up to rounding.
+    assert abs(rows[0]["rewards/chosen"]) < 0.1 * 1e-5 and abs(rows[0]["rewards/rejected"]) < 0.1 * 1e-5
     ledger = read_manifest(undisturbed.rounds()[0])["meta"]["ledger"]  # type: ignore[index]
     assert ledger["prompts"] == 8 and ledger["completions"] == ledger["scorer_calls"] == 24
     assert rows[0]["rollout/length"] == pytest.approx(ledger["tokens_generated"] / 24)
@@ -139,6 +141,31 @@ def test_a_killed_trainer_goes_on_with_the_same_rounds(
     mine, theirs = weights(run.directory), weights(undisturbed.directory)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_sample_of_a_revoked_version_is_trained_on(tmp_path: Path, model: Path, file: Path) -> None:
+    """The newer attempt starts over and goes another way: what the older one drew with its later weights is left."""
+
+    def interrupt(row: Mapping[str, Any]) -> None:
+        if row["step"] == 5:
+            raise Interrupted
+
+    older = OnPolicyRun(tmp_path / "run", model, file, plan=PLAN)
+    with pytest.raises(Interrupted):
+        older.train(on_step=interrupt)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "prompts")
+    runs = []
+    for directory in (tmp_path / "run", tmp_path / "alone"):
+        run = OnPolicyRun(directory, model, file, plan=PLAN)
+        run.scenario = replace(run.scenario, lr=3e-3)
+        run.train()
+        runs.append(run)
+    disturbed, alone = runs
+    assert len(disturbed.rounds()) == 5 and len(alone.rounds()) == 3  # the first round's weights are the same
+    assert {path.name for path in alone.rounds()} < {path.name for path in disturbed.rounds()}
+    mine, theirs = weights(disturbed.directory), weights(alone.directory)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_a_killed_pool_draws_the_same_round_again(tmp_path: Path, undisturbed: OnPolicyRun, model: Path, file: Path):
