@@ -5,6 +5,7 @@ The folder reaches the validators as ``context={"directory": Path}``; without it
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,6 +50,12 @@ def _resolve_path(value: str, info: ValidationInfo) -> str:
     return value if directory is None or _URI.match(value) else _beside(directory, value)
 
 
+def _resolve_interpreter(value: str, info: ValidationInfo) -> str:
+    """Its links stay as they are: the interpreter of a virtual environment is one, and says which environment."""
+    directory = _directory(info)
+    return value if directory is None else os.path.normpath(directory / Path(value).expanduser())
+
+
 def _resolve_data(value: str, info: ValidationInfo) -> str:
     """A file where it looks like one or exists, else the name of a dataset on the hub."""
     directory = _directory(info)
@@ -82,10 +89,12 @@ def _parse_count(value: object) -> object:
     """4 | [2, 8] | auto."""
     if value == "auto":
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     if isinstance(value, str) and value.isdigit():
-        return int(value)
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{value} is none; write at least 1, [smallest, largest] or auto")
+        return value
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(bound) is int for bound in value):
         low, high = value
         if 0 <= low <= high and high >= 1:
@@ -95,6 +104,7 @@ def _parse_count(value: object) -> object:
 
 
 InputPath = Annotated[str, AfterValidator(_resolve_path)]
+InterpreterPath = Annotated[str, AfterValidator(_resolve_interpreter)]
 DataPath = Annotated[str, AfterValidator(_resolve_data)]
 ModelPath = Annotated[str, AfterValidator(_resolve_model)]
 TemplatePath = Annotated[str, AfterValidator(_resolve_template)]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from rayalign.config.data import Source
-from rayalign.config.fields import Block, Elastic, InputPath, check_function, named
+from rayalign.config.fields import Block, Elastic, InterpreterPath, check_function, named
 
 LABEL_RULES = ("best_worst", "wpo", "bradley_terry", "rewards")
 
@@ -81,7 +81,7 @@ class RolloutConfig(Block):
     """Devices of one actor, which hold one copy of the weights together."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Of a GPU's memory, for vllm; null: 0.9 alone, 0.4 beside a training worker."""
-    python: InputPath | None = None
+    python: InterpreterPath | None = None
     """The interpreter of another environment, for an engine whose torch is not the trainer's."""
 
 

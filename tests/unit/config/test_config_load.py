@@ -197,3 +197,14 @@ def test_overriding_leaves_the_document_alone(tmp_path: Path) -> None:
     assert changed.place(("a", "b", 1)).where == f"{path}:1"
     with pytest.raises(ConfigError, match=r"command line: a\.b\.2: a\.b has the items 0 to 1"):
         override(document, ["a.b.2=5"])
+
+
+def test_an_interpreter_is_named_by_its_link(tmp_path: Path) -> None:
+    """What a virtual environment's python points to is another environment's."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to("/usr/bin/env")
+    path = tmp_path / "run.yaml"
+    path.write_text("method: dpo\nmodel: {name: m}\ndata: {train: a.jsonl}\noptim: {steps: 1}\n")
+    settings = ["data_policy=on_policy", "scorer={name: rule, function: my:fn}", "rollout.python=./bin/python"]
+    run = load_run(path, settings)
+    assert run.rollout is not None and run.rollout.python == str(tmp_path / "bin" / "python")

@@ -56,6 +56,10 @@ strategy: {name: single, workers: 4}
             "strategy.workers: 'many' is neither a number, [smallest, largest] nor auto",
         ),
         (
+            "method: dpo\nstrategy: {name: ddp, workers: 0}",
+            "strategy.workers: 0 is none; write at least 1, [smallest, largest] or auto",
+        ),
+        (
             "method: dpo\nstrategy: {name: ddp, workers: [8, 2]}",
             "strategy.workers: [8, 2] is no range: write [smallest, largest]",
         ),
