@@ -93,6 +93,7 @@ def rows_file(directory: Path, number: int) -> Path:
 
 def write_rows(directory: Path, selection: Selection) -> None:
     """One file of rows per store, before the commit of ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(selection.kept):
         np.save(rows_file(directory, number), rows.astype("<i8"))
 

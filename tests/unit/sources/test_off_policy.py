@@ -97,7 +97,6 @@ def test_facts_of_a_step_are_of_all_workers(spec: SourceSpec) -> None:
 
 def keep(folder: Path, *rows: list[int]) -> tuple[Path, ...]:
     """A committed selection of these rows of every store."""
-    folder.mkdir()
     write_rows(folder, Selection(threshold=0.0, kept=tuple(np.array(own, np.int64) for own in rows)))
     commit(folder, {})
     return tuple(rows_file(folder, number) for number in range(len(rows)))
