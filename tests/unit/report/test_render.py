@@ -193,10 +193,8 @@ def test_what_a_filter_kept_stands_in_page_text_and_results(tmp_path: Path) -> N
     sentence = "kept 694 of 2,312 pairs, threshold −1.23 nats per token"
     page = Page(report.read_text())
     assert page.text.count(sentence) == 1
-    assert (
-        f"**dpo, off** was trained on the stored data that the initial policy is likeliest to write: {sentence}."
-        in (report.with_name("report.md").read_text())
-    )
+    said = "was trained on the stored data that the initial policy is likeliest to write"
+    assert f"- **dpo, off** {said}: {sentence}.\n" in report.with_name("report.md").read_text()
     cells = json.loads(report.with_name("results.json").read_text())["cells"]
     assert [cell["filter"] for cell in cells] == [given["cells"][0]["filter"], None, None, None]
 
