@@ -46,7 +46,7 @@ COLUMN_FIELDS = {
 
 
 UNITS = {"one": "completions", "pair": "pairs", "group": "groups", "labelled": "examples"}
-"""What a filter counts, by what a method learns from."""
+"""What a filter counts, by what a method learns from; of what is labelled again, not every group becomes a pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ def filtered(stream: StoredStream, run: RunConfig, method: Method, stages: Stage
         [stages.log_probs(store, spec) for store in stream.stores],
         quantile=run.filter.policy_logp_quantile,
         own_candidates=1 if "mismatched" in method.needs else None,
-        unit=UNITS[shape_of(method)],
+        unit="groups" if run.label is not None and run.label.relabel else UNITS[shape_of(method)],
     )
     stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
     return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))

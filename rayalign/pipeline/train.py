@@ -153,7 +153,8 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
     chosen = {
         store: {"kept": len(rows), "filter": filter_facts(file.parent)}
         for part in stored_streams(job)
-        for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=False)
+        if part.kept
+        for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True)
     }
     return [
         {

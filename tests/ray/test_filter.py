@@ -11,12 +11,17 @@ import yaml
 from tiny_runs import save_tiny
 from workspaces import Finished, Workspace, rayalign
 
+from rayalign.config.compare import load_compare
 from rayalign.data.select import read_rows, rows_file, scores_of
 from rayalign.data.store import TokenStore
+from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.job import make_job
+from rayalign.pipeline.stages import Stages
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.session import Session
+from rayalign.sources.streams import StoredStream
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KEPT = {"policy_logp_quantile": 0.7}
 METHODS: list[dict[str, Any]] = [
@@ -109,8 +114,7 @@ def test_a_cell_trains_on_the_likeliest_of_both_files(
     assert len(data) == 2 and sum(store["kept"] for store in data) == kept
     assert {store["filter"]["of"] for store in data} == {of} and data[0]["filter"]["unit"] == unit
     assert [len(rows) for rows in likeliest(workspace, data, own)] == [store["kept"] for store in data]
-    # an epoch is one of the kept rows, half of every step's groups being fresh in the hybrid cell
-    assert facts["steps"] == {"hybrid": 6}.get(name, kept // 4)
+    assert facts["steps"] == kept // 4  # an epoch is one of what is kept
     found = cell(workspace, name)
     threshold = data[0]["filter"]["threshold"]
     assert found["filter"] == {**KEPT, "threshold": threshold, "kept": kept, "of": of, "unit": unit}
@@ -131,7 +135,16 @@ def test_cells_share_their_filter_and_the_log_probs_beneath_it(printed: str, wor
     assert likeliest(workspace, pairs, None) in kept
 
 
-def test_the_unfiltered_cell_and_held_out_pairs_are_whole(printed: str, workspace: Workspace) -> None:
+def test_the_unfiltered_cell_and_held_out_pairs_are_whole(
+    printed: str, workspace: Workspace, session: Session, tmp_path: Path
+) -> None:
+    (run,) = [c.run for c in load_compare(workspace.folder / "filters.yaml").cells if c.id == "dpo-filter-0.7"]
+    assert run is not None
+    stages = Stages(artifacts=Artifacts(root=workspace.storage / "artifacts"), session=session)
+    job = make_job(run, tmp_path, stages, processes=1, label="dpo")
+    (trained,), (held_out,) = job.source.streams, job.held_out.streams if job.held_out else ()
+    assert isinstance(trained, StoredStream) and len(trained.kept) == 2
+    assert isinstance(held_out, StoredStream) and (held_out.kept, held_out.groups_per_step) == ((), 10)
     assert run_json(workspace, "dpo")["steps"] == 10 and cell(workspace, "dpo")["filter"] is None
     for name in ("dpo", "dpo-filter-0.7"):
         rows = (workspace.storage / "filters" / "cells" / name / "metrics.jsonl").read_text().splitlines()
@@ -150,7 +163,7 @@ def test_the_report_says_what_was_kept(printed: str, workspace: Workspace) -> No
 
 def test_another_reference_is_no_measure_of_the_policy(printed: str, workspace: Workspace, tmp_path: Path) -> None:
     """The filter scores by the policy, the loss by its reference: two sets of log-probs, and the same pairs kept."""
-    save_tiny(tmp_path / "other", max_position_embeddings=256, hidden_size=32)
+    save_tiny(tmp_path / "other", max_position_embeddings=256, initializer_range=0.1)
     data = {"train": ["near.jsonl", "far.jsonl"], "max_prompt_tokens": 48, "max_tokens": 96}
     path = workspace.run(
         "other-reference",

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import Scenario, objective, save_tiny, store, synthetic_groups, train_alone, train_spec
+from tiny_runs import CPU, Scenario, labelled, objective, save_tiny, store, synthetic_groups, train_alone, train_spec
 from transformers import AutoModelForCausalLM
 
+from rayalign.config import load_run
 from rayalign.data.group import Group
 from rayalign.data.select import read_rows, rows_file
-from rayalign.data.store import TokenStore
+from rayalign.data.shard import write_column_shard
+from rayalign.data.store import TokenStore, commit_columns
+from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
+from rayalign.methods import resolve
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.stages import Stages, filter_facts
+from rayalign.pipeline.streams import filtered as filtered_stream
 from rayalign.report.formatting import kept
+from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.session import Node, Session
 from rayalign.sources.off_policy import drawn_rows, order_of
 from rayalign.sources.streams import StoredStream
@@ -106,6 +112,45 @@ def test_two_stores_are_held_to_one_threshold(stages: Stages, model: Path, tmp_p
     rows = [2 * row + n for n in (0, 1) for row in read_rows(rows_file(directory, n)).tolist()]
     scores = plain_scores(model, GROUPS)
     assert sorted(rows) == sorted(sorted(range(21), key=lambda row: -scores[row])[:7])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alone(Stages):
+    """Scores in this process what otherwise a pool of actors does, and remembers which model was asked."""
+
+    asked: list[ScoringSpec]
+
+    def log_probs(self, store: Path, spec: ScoringSpec) -> Path:
+        self.asked.append(spec)
+        opened, directory = TokenStore.open(store), self.artifacts.root / f"scored-{len(self.asked)}"
+        logps = FrozenModel(spec, CPU).token_logps([opened[row] for row in range(len(opened))])
+        shard = write_column_shard(directory, "0", first=0, per_token={LOG_PROBS: logps})
+        commit_columns(directory, opened, [shard], meta={})
+        return directory
+
+
+@pytest.mark.parametrize(("method", "unit", "own"), [("dpo", "pairs", 2), ("kto", "examples", 1)])
+def test_a_run_is_filtered_by_its_initial_policy_at_temperature_1(
+    model: Path, stages: Stages, tmp_path: Path, method: str, unit: str, own: int
+) -> None:
+    """Whatever the reference and the loss's temperature; of KTO's groups the mismatched completion does not count."""
+    settings = [f"model={{name: {model}, reference: {tmp_path}/other}}", "data.train=t.jsonl", "strategy=single"]
+    settings += [f"method={{name: {method}, logit_temperature: 2.0}}", "filter.policy_logp_quantile=0.7"]
+    run, notes = load_run(None, settings), list[str]()
+    groups = labelled(GROUPS) if method == "kto" else GROUPS
+    whole = store(tmp_path / "store", groups, groups_per_step=4)
+    alone = Alone(artifacts=Artifacts(root=tmp_path / "artifacts", note=notes.append), session=stages.session, asked=[])
+    ours = filtered_stream(whole, run, resolve(method), alone)
+    (spec,) = alone.asked
+    assert (spec.model.name, spec.logit_temperature) == (str(model), 1.0)
+    scores = plain_scores(model, [replace(group, candidates=group.candidates[:own]) for group in groups])
+    num_kept = -(-3 * len(groups) // 10)
+    likeliest = sorted(sorted(range(len(groups)), key=lambda row: -scores[row])[:num_kept])
+    assert [rows.tolist() for rows in drawn_rows(ours) if not isinstance(rows, range)] == [likeliest]
+    assert notes[-1].startswith(f"filter: kept {num_kept} of {len(groups)} {unit}, threshold −")
+    assert replace(ours, kept=()) == whole
+    unfiltered = run.model_copy(update={"filter": None})
+    assert filtered_stream(whole, unfiltered, resolve(method), alone) == whole and len(alone.asked) == 1
 
 
 def chosen(stages: Stages, stream: StoredStream) -> StoredStream:
