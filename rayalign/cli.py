@@ -74,6 +74,9 @@ def check(
     quarantine: Annotated[Path, typer.Option(help="Where bad rows are appended.")] = Path("quarantine.jsonl"),
     max_prompt_tokens: Annotated[int, typer.Option(help="As data.max_prompt_tokens.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="As data.max_tokens: prompt and response.")] = 1024,
+    policy_logp_quantile: Annotated[
+        float | None, typer.Option(help="Score rows with the model and say what `filter` would keep.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Read preference data wholly and say what is in it; exits 1 when too much of it is bad."""
@@ -88,6 +91,7 @@ def check(
         max_bad_fraction=max_bad_fraction,
         quarantine=quarantine,
         settings=TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens),
+        policy_logp_quantile=policy_logp_quantile,
         as_json=as_json,
         console=Console(),
     )

@@ -88,11 +88,17 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def verify(directory: Path) -> dict[str, Any]:
-    """The manifest of a whole directory; raises :class:`TornDirectory` naming what is missing or altered."""
+def committed(directory: Path) -> dict[str, Any]:
+    """The manifest; raises :class:`TornDirectory` where nothing was committed."""
     manifest = read_manifest(directory)
     if manifest is None:
         raise TornDirectory(f"{directory} was never committed (it has no {MANIFEST})")
+    return manifest
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The manifest of a whole directory; raises :class:`TornDirectory` naming what is missing or altered."""
+    manifest = committed(directory)
     for name, facts in manifest["files"].items():
         path = directory / name
         if not path.is_file():

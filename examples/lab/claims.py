@@ -59,6 +59,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(text="oracle at 100: wpo − dpo", value=ahead("wpo", "dpo", 100), above=0.0),
     Claim(text="oracle at 50: wpo − wpo permuted", value=ahead("wpo", "wpo permuted", 50), above=0.0),
     Claim(text="oracle at 100: wpo − wpo permuted", value=ahead("wpo", "wpo permuted", 100), above=0.0),
+    Claim(text="oracle at 100: (dpo + filter 0.7) − dpo", value=ahead("dpo + filter 0.7", "dpo", 100), above=0.0),
+    Claim(text="oracle at 100: wpo − (dpo + filter 0.7)", value=ahead("wpo", "dpo + filter 0.7", 100), above=0.0),
     Claim(text="oracle at 50: dpo on-policy − dpo", value=ahead("dpo on-policy", "dpo", 50), above=0.0),
     Claim(text="oracle at 50: dpo once − dpo", value=ahead("dpo once", "dpo", 50), above=0.0),
     Claim(text="oracle at 50: dpo hybrid − dpo", value=ahead("dpo hybrid", "dpo", 50), above=0.0),

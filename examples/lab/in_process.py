@@ -17,6 +17,7 @@ from rayalign.data.prepare import Shape, shaped
 from rayalign.data.records import RawRow
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
+from rayalign.data.select import rows_file, scores_of, select, write_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
@@ -27,6 +28,7 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.strategy import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
+from rayalign.manifest import commit
 from rayalign.pipeline.job import method_of, objectives, optimizer_spec
 from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
 from rayalign.pipeline.prompts import tokenized
@@ -34,6 +36,7 @@ from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_sp
 from rayalign.pipeline.rollouts import prompts_of as prompts_in
 from rayalign.pipeline.streams import needs_reference, shape_of
 from rayalign.runtime.placement import Share
+from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.rounds import RolloutJob, commit_drawn, draw, serving
 from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.sources.source import StreamSource
@@ -108,6 +111,8 @@ class Workshop:
         """The stream of the method, and how its rounds are drawn where it has any."""
         policy, size = run.data_policy, run.optim.groups_per_step
         stored = self.stream(run, run.data.train, name=MAIN_STREAM, shape=shape, groups_per_step=size, scored=scored)
+        if run.filter is not None:
+            stored = self.filtered(stored, run.filter.policy_logp_quantile, name)
         if policy.name == "off_policy":
             return stored, None
         chunks = self.chunk_spec(run, shape, scored=scored)
@@ -198,6 +203,16 @@ class Workshop:
             num_candidates=2 if shape == "pair" else 1,
         )
 
+    def filtered(self, stream: StoredStream, quantile: float, name: str) -> StoredStream:
+        """The likeliest pairs of a stream whose reference is the initial policy, at temperature 1."""
+        [store], [[columns]] = stream.stores, stream.columns
+        laid = TokenStore.open(store).with_columns(columns)
+        selection = select([scores_of(laid, column=LOG_PROBS, own_candidates=None)], quantile)
+        directory = self.folder / f"{name}.filter"
+        write_rows(directory, selection)
+        commit(directory, {"threshold": selection.threshold})
+        return replace(stream, kept=(rows_file(directory, 0),))
+
     def _store(
         self, run: RunConfig, source: DataSource, shape: Shape, *, scored: bool
     ) -> tuple[Path, tuple[Path, ...]]:
@@ -208,7 +223,7 @@ class Workshop:
             return directory, ()
         columns = directory.with_suffix(".reference")
         logps = FrozenModel(scoring_spec(run), CPU).token_logps(groups)
-        shard = write_column_shard(columns, "groups", first=0, per_token={"ref_token_logp": logps})
+        shard = write_column_shard(columns, "groups", first=0, per_token={LOG_PROBS: logps})
         commit_columns(columns, store, [shard], meta={})
         return directory, (columns,)
 

@@ -124,7 +124,7 @@ def expand(config: CompareConfig, *, base: Document, source: Document) -> list[C
         ConfigError: a cell is malformed (an illegal one is skipped instead).
     """
     axes = [read_axis(axis, values, source) for axis, values in config.grid.items()]
-    given = [block for block in ("rollout", "label", "scorer") if base.data.get(block) is not None]
+    given = [block for block in ("rollout", "label", "scorer", "filter") if base.data.get(block) is not None]
     kept: set[str] = set()
     problems: dict[Problem, None] = {}
     cells = []

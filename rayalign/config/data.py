@@ -131,6 +131,13 @@ class DataConfig(Block):
         return self
 
 
+class FilterConfig(Block):
+    """Which of the stored pairs are trained on; ``data.eval``, auxiliary data and fresh samples are not touched."""
+
+    policy_logp_quantile: float = Field(gt=0, lt=1)
+    """Keep the pairs at or above this quantile of the initial policy's mean log-probability per token."""
+
+
 class AuxiliaryConfig(Block):
     """Likelihood of further data as a regulariser: forward KL to the policy that wrote them, up to a constant."""
 

@@ -21,6 +21,7 @@ _REQUIRED = {
     "model.name": "say which model to train: a folder, or a name on the hub",
     "data": "say what to train on: data: {train: [pairs.jsonl]}",
     "data.train": "say what to train on: train: [pairs.jsonl]",
+    "filter.policy_logp_quantile": "say which pairs are kept: policy_logp_quantile: 0.7 is the likeliest 30 %",
     "method": "say how to train: method: {name: dpo}",
     "base": "say what all cells share: base: run.yaml",
     "grid": "say what is compared: grid: {method: [dpo, exo_pref]}",

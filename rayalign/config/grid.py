@@ -96,7 +96,7 @@ def _entry(axis: str, value: Any, origin: FieldPath) -> Entry:
     own = {"reference"} if axis == "model" else set()  # a key of the block and a section of a run: the block's
     sections = [key for key in value if key in SECTIONS - own]
     block = {key: item for key, item in value.items() if key not in sections and key != "as"}
-    label = str(value.get("as", _block_label(block)))
+    label = str(value.get("as", _block_label(block) + _filter_label(value if axis != "filter" else {})))
     changes = [Change(path=path, value=block, origin=origin)] if block else []
     changes += [Change(path=(key,), value=value[key], origin=(*origin, key)) for key in sections]
     return Entry(axis=axis, label=label, slug=_slug(label), changes=tuple(changes))
@@ -125,6 +125,13 @@ def _block_label(block: Mapping[str, Any]) -> str:
     """``exo_pref label_smoothing=0.1``: the name and every plain value that is given."""
     given = [f"{key}={item}" for key, item in block.items() if key != "name" and not isinstance(item, dict | list)]
     return " ".join([str(block["name"]), *given] if "name" in block else given)
+
+
+def _filter_label(entry: Mapping[str, Any]) -> str:
+    """`` + filter 0.7``, as tables call the objective: without it the filtered cell would have the whole one's name."""
+    filtering = entry.get("filter")
+    quantile = filtering.get("policy_logp_quantile") if isinstance(filtering, Mapping) else None
+    return "" if quantile is None else f" + filter {quantile}"
 
 
 def _slug(label: str) -> str:

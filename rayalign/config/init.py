@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from rayalign.config.data import AuxiliaryConfig, DataConfig
+from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
 from rayalign.config.load import importable
 from rayalign.config.method import resolve_method, why_not_weighted
 from rayalign.config.model import ModelConfig
@@ -30,6 +30,7 @@ BLOCKS = (
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
+    FilterConfig,
     ModelConfig,
     OnPolicyConfig,
     OptimConfig,

@@ -28,7 +28,11 @@ def violations(run: RunConfig) -> list[Violation]:
 
 def blocks_without_use(policy: str, *, relabels: bool) -> dict[str, str]:
     """Block → what to do about it, for blocks that a data policy has no use for."""
-    if policy != "off_policy":
+    if policy == "on_policy":
+        return {
+            "filter": "on_policy has no stored pairs to choose from; remove filter, or write data_policy: off_policy"
+        }
+    if policy == "hybrid":
         return {}
     drawing = {"rollout": "off_policy draws no completions; remove rollout, or write data_policy: on_policy or hybrid"}
     if relabels:
@@ -91,6 +95,15 @@ def _placement(run: RunConfig, _record: Method) -> Iterator[Violation]:
             yield Violation(
                 "rollout.tensor_parallel", "shared gives an actor a part of one device; write 1, or separate"
             )
+
+
+def _filter(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    if run.filter is not None and run.data_policy.name == "hybrid" and run.data_policy.mix == "candidates":
+        yield Violation(
+            "filter",
+            "mix: candidates labels stored and fresh completions of a prompt together, so no pair is stored whole to "
+            "be kept or left out; write mix: groups, or remove filter",
+        )
 
 
 def _label(run: RunConfig, record: Method) -> Iterator[Violation]:
@@ -198,6 +211,7 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _unused,
     _rounds,
     _placement,
+    _filter,
     _label,
     _truncated_sampling,
     _behavior,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from rayalign.config.data import AuxiliaryConfig, DataConfig
+from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
 from rayalign.config.fields import Block, listed, named
 from rayalign.config.legality import violations
 from rayalign.config.method import MethodChoice
@@ -39,6 +39,7 @@ class RunConfig(Block):
     """A local or shared folder, s3://… or gs://…; relative: to where the run is started."""
     model: ModelConfig
     data: DataConfig
+    filter: FilterConfig | None = None
     method: MethodChoice
     weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
     auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(listed)] = None
@@ -76,11 +77,13 @@ class RunConfig(Block):
 
     @property
     def display_name(self) -> str:
-        """What tables call the objective: ``dpo``, ``ipo + wpo``, ``dpo + sft``, ``mpo``, ``mpo (no KL)``."""
+        """What tables call the objective: ``ipo + wpo``, ``dpo + sft``, ``dpo + filter 0.7``, ``mpo (no KL)``."""
         record = self.method.record
         parts = [f"{record.name} (no KL)" if self.has_no_kl_term else record.name]
         if self.weighting is not None:
             parts.append("permuted wpo" if self.weighting.permute else "wpo")
         if not record.requires_auxiliary:
             parts.extend(stream.name for stream in self.auxiliary or ())
+        if self.filter is not None:
+            parts.append(f"filter {self.filter.policy_logp_quantile:g}")
         return " + ".join(parts)

@@ -25,7 +25,8 @@ class Stream:
         groups_per_step: positions that one step takes; a step may straddle epochs and is never short.
 
     Raises:
-        UserError: a source is empty, or its weight leaves it without a draw.
+        UserError: nothing is left to draw, or a weight leaves the rows of a source without a draw. A source that a
+            filter has emptied is passed over.
     """
 
     name: str
@@ -37,8 +38,10 @@ class Stream:
     def __post_init__(self) -> None:
         if not self.sizes:
             raise UserError(f"stream {self.name!r} has no source")
+        if not any(self.sizes):
+            raise UserError(f"stream {self.name!r} has no row")
         for source, (size, weight, draws) in enumerate(zip(self.sizes, self.weights, self.draws, strict=True)):
-            if draws < 1:
+            if size and draws < 1:
                 raise UserError(
                     f"stream {self.name!r}: source {source} has {size} rows and weight {weight}, so it is never drawn; "
                     "raise its weight or remove it"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,10 @@ from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.errors import UserError
+from rayalign.report.formatting import kept
+
+if TYPE_CHECKING:
+    from rayalign.pipeline.nearness import RowScores
 
 BATCH_ROWS = 512
 ROLE_STYLES = {
@@ -42,27 +47,32 @@ def check(
     max_bad_fraction: float = 0.0,
     quarantine: str | Path = "quarantine.jsonl",
     settings: TokenizeSettings | None = None,
+    policy_logp_quantile: float | None = None,
     as_json: bool = False,
     console: Console,
 ) -> int:
     """Print what is in ``files`` and append their bad rows to ``quarantine``.
 
     With ``model`` lengths are also counted in that model's tokens, and ``show`` rows are printed as tokens, coloured by
-    what happens to them. ``eval_files`` are read for their prompts only.
+    what happens to them. ``eval_files`` are read for their prompts only. With ``policy_logp_quantile`` the model scores
+    every row, and what ``filter`` would keep of all files together is said.
 
     Returns:
         0; 1 when a file has more than ``max_bad_fraction`` bad rows; 2 when a file cannot be read at all.
     """
     if show and not model:
         raise UserError("--show prints tokens: name the tokenizer's model with --model")
+    if policy_logp_quantile is not None and not (model and 0 < policy_logp_quantile < 1):
+        raise UserError("--policy-logp-quantile lies between 0 and 1 and scores rows: name the model with --model")
     settings = settings or TokenizeSettings()
     chat = make_chat(_tokenizer(model)) if model else None
     seen = Seen(eval_prompts=frozenset(_prompts(eval_files)))
+    scores = _row_scores(model) if model and policy_logp_quantile is not None else None
     findings, unreadable, left_to_show = [], [], show
     for file in files:
         found = FileFindings(source=file)
         try:
-            for examples in _good_batches(file, found, seen, chat, settings, quarantine):
+            for examples in _good_batches(file, found, seen, chat, settings, quarantine, scores):
                 if chat and left_to_show > 0 and not as_json:
                     for example in examples[:left_to_show]:
                         _show(example, chat, settings, console)
@@ -71,12 +81,18 @@ def check(
             unreadable.append(str(error))
         else:
             findings.append(found)
+    filtering = scores.facts(policy_logp_quantile) if scores and policy_logp_quantile else None
     if as_json:
-        report = {"files": [found.as_json() for found in findings], "unreadable": unreadable}
+        report: dict[str, object] = {"files": [found.as_json() for found in findings], "unreadable": unreadable}
+        if scores:
+            report["filter"] = filtering
         console.print_json(json.dumps(report))
     else:
         for found in findings:
             console.print(_table(found))
+        if scores:
+            said = kept(**filtering) if filtering else "no row has a completion to score"
+            console.print(f"filter {policy_logp_quantile:g} by {model}: {said}", highlight=False, soft_wrap=True)
         for message in unreadable:
             console.print(Text(message, style="red"))
     if unreadable:
@@ -89,6 +105,12 @@ def _tokenizer(model: str) -> object:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: no tokenizer there: {error}") from error
+
+
+def _row_scores(model: str) -> RowScores:
+    from rayalign.pipeline.nearness import RowScores  # loads torch, which no other check needs
+
+    return RowScores(model)
 
 
 def _prompts(files: Sequence[str]) -> Iterator[bytes]:
@@ -106,6 +128,7 @@ def _good_batches(
     chat: Chat | None,
     settings: TokenizeSettings,
     quarantine: str | Path,
+    scores: RowScores | None,
 ) -> Iterator[list[Example]]:
     """Count every row of a file into ``found`` and yield the good ones, a batch at a time."""
     rows = read_rows(file)
@@ -121,6 +144,8 @@ def _good_batches(
             outcomes = to_groups(examples, chat, settings)
             for example, outcome in zip(examples, outcomes, strict=True):
                 found.add_tokens(example, outcome, chat)
+            if scores is not None:
+                scores.add(outcomes)
             bad += [outcome for outcome in outcomes if isinstance(outcome, BadRow)]
         append_quarantine(quarantine, bad)
         yield examples

@@ -15,6 +15,7 @@ from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
+from rayalign.manifest import file_digest
 from rayalign.methods import resolve
 from rayalign.methods._base import Method
 from rayalign.methods.composition import compose
@@ -128,6 +129,9 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
         identity["reference"] = spec_digest(reference_spec(run))
     if ":" in run.method.name:
         identity["method_source"] = source_digest(run.method.name)
+    kept = [file for stream in streams for part in stored_parts(stream) for file in part.kept]
+    if kept:
+        identity["kept"] = digest_of([file_digest(file) for file in kept])
     if run.scorer is not None:
         identity["scorer"] = digest_of(scorer_identity(scorer_spec(run.scorer)))
     return identity

@@ -7,23 +7,22 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.compare import Cell, Comparison
 from rayalign.config.dump import diff
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
-from rayalign.data.store import TokenStore
 from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
-from rayalign.manifest import read_manifest
+from rayalign.manifest import committed
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.job import training_configuration
 from rayalign.pipeline.provenance import provenance
-from rayalign.pipeline.train import stores_of
+from rayalign.pipeline.train import filter_of, stores_of
 from rayalign.report import points as report
 from rayalign.runtime.worker import TrainJob
+from rayalign.sources.off_policy import drawn_rows
 from rayalign.sources.streams import MixedStream, RoundStream, StoredStream
 
 if TYPE_CHECKING:
@@ -137,6 +136,7 @@ def done_cell(result: CellResult, base: RunConfig) -> report.Cell:
         reason=result.failure,
         config_changes=changes(base, result.run),
         cost=cost(result.job, rows) if result.job is not None and rows else report.Cost(),
+        filter=filter_record(result.job),
         points=tuple(point for points in result.points for point in points),
         metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
     )
@@ -181,9 +181,15 @@ def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
     )
 
 
+def filter_record(job: TrainJob | None) -> report.Filter | None:
+    facts = filter_of(job) if job is not None else None
+    return report.Filter.model_validate(facts) if facts is not None else None
+
+
 def drawn_ledgers(job: TrainJob) -> list[Mapping[str, Any]]:
     """What drawing and scoring cost, of every store that was made so: rounds, and what was drawn or labelled once."""
-    return [manifest["meta"]["ledger"] for store in stores_of(job) if "ledger" in (manifest := stored(store))["meta"]]
+    found = [committed(store)["meta"] for store in stores_of(job)]
+    return [meta["ledger"] for meta in found if "ledger" in meta]
 
 
 def stored_labels(job: TrainJob, steps: int) -> int:
@@ -192,19 +198,13 @@ def stored_labels(job: TrainJob, steps: int) -> int:
     if isinstance(main, RoundStream):
         return 0
     part, taken = (main, steps * main.groups_per_step) if isinstance(main, StoredStream) else mixed_share(main, steps)
-    own = [store for store in part.stores if "ledger" not in stored(store)["meta"]]
-    return min(sum(len(TokenStore.open(store)) for store in own), taken)
+    sizes = zip(part.stores, drawn_rows(part), strict=True)
+    return min(sum(len(rows) for store, rows in sizes if "ledger" not in committed(store)["meta"]), taken)
 
 
 def mixed_share(main: MixedStream, steps: int) -> tuple[StoredStream, int]:
     fresh, _ = hybrid_positions(steps, groups_per_step=main.groups_per_step, fresh_fraction=main.fresh_fraction)
     return main.stored, steps * main.groups_per_step - fresh.start
-
-
-def stored(directory: Path) -> dict[str, Any]:
-    manifest = read_manifest(directory)
-    assert manifest is not None
-    return manifest
 
 
 def record_provenance(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -14,18 +15,20 @@ from rayalign.config.data import DataConfig, DataSource
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
+from rayalign.data.select import scores_of, select, write_rows
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.unpair import Mismatched
+from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model import model_directory, tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
-from rayalign.manifest import commit
+from rayalign.manifest import commit, committed
 from rayalign.pipeline.artifacts import Artifacts, path_digest
-from rayalign.pipeline.model import reference_spec, scoring_spec, spec_digest, template_digest, tokenizer_spec
+from rayalign.pipeline.model import scoring_spec, spec_digest, template_digest, tokenizer_spec
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
-from rayalign.runtime.reference import score_store
+from rayalign.runtime.reference import LOG_PROBS, score_store
 from rayalign.runtime.session import Session
 
 SHOWN_BAD_ROWS = 5
@@ -103,13 +106,16 @@ class Stages:
 
     def reference(self, store: Path, run: RunConfig) -> Path:
         """Reference log-probs of every predicted token, as a column laid over ``store``."""
+        return self.log_probs(store, scoring_spec(run, self.session))
+
+    def log_probs(self, store: Path, spec: ScoringSpec) -> Path:
+        """Log-probs of every predicted token under a frozen model, as a column laid over ``store``."""
         opened = TokenStore.open(store)
-        spec = scoring_spec(run, self.session)
         inputs = {
             "store": opened.digest,
-            "model": spec_digest(reference_spec(run)),
+            "model": spec_digest(spec.model),
             "logit_temperature": spec.logit_temperature,
-            "dtype": run.model.dtype,
+            "dtype": spec.model.dtype,
             "device": self.session.device,
             "transformers": transformers.__version__,
             "budget": [spec.tokens_per_micro_batch, spec.row_tokens],
@@ -121,6 +127,44 @@ class Stages:
             )
 
         return self.artifacts.stage("reference", inputs, build)
+
+    def filtered(
+        self,
+        stores: Sequence[Path],
+        log_probs: Sequence[Path],
+        *,
+        quantile: float,
+        own_candidates: int | None,
+        unit: str,
+    ) -> Path:
+        """The rows of ``stores`` that a filter keeps, by the ``log_probs`` laid over each; ``unit`` names rows."""
+        laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
+        inputs = {
+            "log_probs": [committed(columns)["digest"] for columns in log_probs],
+            "policy_logp_quantile": quantile,
+            "own_candidates": own_candidates,
+        }
+
+        def build(directory: Path) -> None:
+            scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
+            selection = select(scores, quantile)
+            write_rows(directory, selection)
+            found = {
+                "policy_logp_quantile": quantile,
+                "threshold": selection.threshold,
+                "kept": sum(map(len, selection.kept)),
+                "of": sum(map(len, scores)),
+                "unit": unit,
+            }
+            commit(directory, {"inputs": inputs, "filter": found})
+
+        return self.artifacts.stage("filter", inputs, build)
+
+
+def filter_facts(directory: Path) -> dict[str, Any]:
+    """What a committed filter did: its quantile and threshold, and how many of how many it kept."""
+    facts: dict[str, Any] = committed(directory)["filter"]
+    return facts
 
 
 def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:

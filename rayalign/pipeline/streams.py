@@ -12,11 +12,12 @@ import numpy as np
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import Shape
+from rayalign.data.select import rows_file
 from rayalign.data.store import TokenStore
-from rayalign.data.stream import Stream
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
 from rayalign.methods._base import Method
+from rayalign.pipeline.model import model_spec, scoring_spec
 from rayalign.pipeline.rollouts import (
     chunk_spec,
     drawn_once,
@@ -28,8 +29,10 @@ from rayalign.pipeline.rollouts import (
     relabelled,
     round_plan,
 )
-from rayalign.pipeline.stages import Stages
+from rayalign.pipeline.stages import Stages, filter_facts
+from rayalign.report.formatting import kept
 from rayalign.sources.chunk import ChunkSpec
+from rayalign.sources.off_policy import drawn_rows, order_of
 from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 
 COLUMN_FIELDS = {
@@ -40,6 +43,10 @@ COLUMN_FIELDS = {
     "reference drew them (the report repeats it)",
 }
 """Column → the field of rows that it comes from, for messages."""
+
+
+UNITS = {"one": "completions", "pair": "pairs", "group": "groups", "labelled": "examples"}
+"""What a filter counts, by what a method learns from; of what is labelled again, not every group becomes a pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +64,7 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
     """Stored, fresh or both; what is drawn once is drawn here, what is drawn in rounds will lie in ``folder``."""
     policy, shape, size = run.data_policy, shape_of(method), run.optim.groups_per_step
     if policy.name == "off_policy":
-        stored = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
+        stored = filtered(stored_stream(run, run.data.train, method, stages, groups_per_step=size), run, method, stages)
         return Main(stream=stored, steps=num_steps(run, stored))
     prompts = prompt_stream(run, stages, groups_per_step=size)
     if keeps_stored(run):  # their scores will be known; who wrote them, only the data can say
@@ -65,7 +72,7 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
             require_columns(run, method, "mix: candidates", TokenStore.open(path), among=("behavior_logp",))
     both = None
     if fresh_fraction(run) < 1:
-        both = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
+        both = filtered(stored_stream(run, run.data.train, method, stages, groups_per_step=size), run, method, stages)
     steps = num_steps(run, both or prompts)
     chunks = None
     fresh: StoredStream | RoundStream
@@ -116,6 +123,27 @@ def stored_stream(
     return over(
         stores, run, method, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step
     )
+
+
+def filtered(stream: StoredStream, run: RunConfig, method: Method, stages: Stages) -> StoredStream:
+    """The stream with those rows only that ``filter`` keeps.
+
+    All stores are held to one threshold, each row counted once whatever its source's weight. Where the reference is the
+    initial policy and scores at temperature 1, its log-probs are the ones that rows are chosen by. A mismatched
+    completion (KTO) is company for the KL estimate and no part of its row's score.
+    """
+    if run.filter is None:
+        return stream
+    spec = replace(scoring_spec(run, stages.session), model=model_spec(run), logit_temperature=1.0)
+    directory = stages.filtered(
+        stream.stores,
+        [stages.log_probs(store, spec) for store in stream.stores],
+        quantile=run.filter.policy_logp_quantile,
+        own_candidates=1 if "mismatched" in method.needs else None,
+        unit="groups" if run.label is not None and run.label.relabel else UNITS[shape_of(method)],
+    )
+    stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
+    return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 
 def over(
@@ -204,8 +232,4 @@ def num_steps(run: RunConfig, stream: StoredStream) -> int:
     if run.optim.steps is not None:
         return run.optim.steps
     assert run.optim.epochs is not None
-    sizes = tuple(len(TokenStore.open(store)) for store in stream.stores)
-    order = Stream(
-        name=stream.name, sizes=sizes, weights=stream.weights, groups_per_step=stream.groups_per_step, seed=run.seed
-    )
-    return order.num_steps(run.optim.epochs)
+    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs)

@@ -26,7 +26,7 @@ from rayalign.pipeline.display import Board
 from rayalign.pipeline.job import make_job, num_processes
 from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
-from rayalign.pipeline.stages import Stages
+from rayalign.pipeline.stages import Stages, filter_facts
 from rayalign.rollout.engines import refuse_missing
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
@@ -34,7 +34,8 @@ from rayalign.runtime.rounds import serving
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
-from rayalign.sources.streams import stored_parts
+from rayalign.sources.off_policy import drawn_rows
+from rayalign.sources.streams import StoredStream, stored_parts
 
 
 def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
@@ -144,17 +145,40 @@ def collect_quarantine(job: TrainJob) -> None:
 
 
 def data_facts(job: TrainJob) -> list[dict[str, Any]]:
-    """Rows, shards, nodes and bytes of each store that the run reads, as its preparation counted them."""
+    """Rows, shards, nodes and bytes of each store that the run reads, as its preparation counted them.
+
+    Of a store that a filter has chosen from, also what it kept of it, and what the filter did to all of them.
+    """
     manifests = {store: read_manifest(store) for store in stores_of(job)}
+    chosen = {
+        store: {"kept": len(rows), "filter": filter_facts(file.parent)}
+        for part in stored_streams(job)
+        if part.kept
+        for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True)
+    }
     return [
-        {"store": str(store), "digest": manifest["digest"], **manifest["meta"].get("preparation", {})}
+        {
+            "store": str(store),
+            "digest": manifest["digest"],
+            **manifest["meta"].get("preparation", {}),
+            **chosen.get(store, {}),
+        }
         for store, manifest in manifests.items()
         if manifest is not None
     ]
 
 
+def stored_streams(job: TrainJob) -> list[StoredStream]:
+    return [part for stream in job.source.streams for part in stored_parts(stream)]
+
+
+def filter_of(job: TrainJob) -> dict[str, Any] | None:
+    """What the run's filter did; None where it has none."""
+    files = [file for part in stored_streams(job) for file in part.kept]
+    return filter_facts(files[0].parent) if files else None
+
+
 def stores_of(job: TrainJob) -> list[Path]:
     """Every committed store that a run has read: of groups, of prompts, and its rounds so far."""
-    parts = (part for stream in job.source.streams for part in stored_parts(stream))
     rounds = sorted(job.rollouts.folder.glob("round_*")) if job.rollouts is not None else []
-    return list(dict.fromkeys([*(store for part in parts for store in part.stores), *rounds]))
+    return list(dict.fromkeys([*(store for part in stored_streams(job) for store in part.stores), *rounds]))

@@ -54,6 +54,11 @@ def count(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def kept(*, kept: int, of: int, unit: str, threshold: float, **_: float) -> str:
+    """What a filter left: ``kept 694 of 2,312 pairs, threshold −1.23 nats per token``."""
+    return f"kept {kept:,} of {of:,} {unit}, threshold {number(threshold)} nats per token"
+
+
 def policy(name: str) -> str:
     """``off_policy`` as words."""
     return name.replace("_", "-")

@@ -135,6 +135,18 @@ class Cost(Record):
     """Seconds of wall time times devices (CPU cores where there is no accelerator)."""
 
 
+class Filter(Record):
+    """What a filter left of the stored data that a cell trained on."""
+
+    policy_logp_quantile: float
+    threshold: float
+    """The lowest score that was kept: the initial policy's mean log-probability, nats per token."""
+    kept: int
+    of: int
+    unit: str
+    """What is counted: ``pairs``."""
+
+
 class Cell(Record):
     """One method under one data policy with one seed: one training run."""
 
@@ -151,6 +163,7 @@ class Cell(Record):
     """Why a cell failed or was skipped."""
     config_changes: tuple[ConfigChange, ...] = ()
     cost: Cost = Cost()
+    filter: Filter | None = None
     points: tuple[EvaluationPoint, ...] = ()
     """In ascending step per prompt set; step 0 is the reference's and stands in ``Comparison.reference``."""
     metrics: tuple[Mapping[str, float | None], ...] = ()

@@ -93,6 +93,7 @@ def _environment() -> Environment:
     )
     for name in ("number", "interval", "signed", "signed_interval", "count", "policy", "markdown", "indented"):
         environment.filters[name] = getattr(formatting, name)
+    environment.filters["kept"] = lambda filtered: formatting.kept(**filtered.model_dump())
     return environment
 
 

@@ -16,6 +16,8 @@ from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
 from rayalign.runtime.stage import Pool, dataset, repeated, results
 
+LOG_PROBS = "ref_token_logp"
+"""The column that is written, whichever model scores."""
 GROUPS_PER_SHARD = 256
 SHARDS_PER_SCORER = 4
 """Below this a further scorer costs more to start than it saves."""
@@ -32,9 +34,7 @@ class ShardScorer:
 
     def __call__(self, groups: range) -> None:
         columns = self.model.token_logps([self.store[index] for index in groups])
-        write_column_shard(
-            self.directory, shard_name(groups), first=groups.start, per_token={"ref_token_logp": columns}
-        )
+        write_column_shard(self.directory, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
 
 
 def shard_name(groups: range) -> str:
@@ -50,7 +50,7 @@ def score_store(
     facts: Mapping[str, Any],
     note: Callable[[str], None],
 ) -> None:
-    """Commit ``ref_token_logp`` of every predicted token of ``store`` to ``directory``.
+    """Commit the log-probs of every predicted token of ``store`` to ``directory``.
 
     Shards that an interrupted run finished are kept.
     """

@@ -1,10 +1,12 @@
-"""Stored groups as they are, in the order of one stream."""
+"""Stored groups as they are, all or those that a filter keeps, in the order of one stream."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayalign.data.group import Group, GroupLengths
+from rayalign.data.select import Rows, read_rows
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
 from rayalign.sources.streams import StoredStream
@@ -34,13 +36,8 @@ class StoredGroups:
 
     def __init__(self, stream: StoredStream, seed: int) -> None:
         self.stores = open_stores(stream)
-        self.order = Stream(
-            name=stream.name,
-            sizes=tuple(len(store) for store in self.stores),
-            weights=stream.weights,
-            groups_per_step=stream.groups_per_step,
-            seed=seed,
-        )
+        self.kept = kept_rows(stream, self.stores)
+        self.order = order_of(stream, self.kept, seed)
 
     def draw(self, step: int) -> list[Drawn]:
         """The groups of ``step``."""
@@ -48,11 +45,32 @@ class StoredGroups:
 
     def at(self, positions: range) -> list[Drawn]:
         rows = (self.order.row(position) for position in positions)
-        return [Drawn(self.stores[source], row) for source, row in rows]
+        return [Drawn(self.stores[source], int(self.kept[source][row])) for source, row in rows]
 
     def epoch(self, step: int) -> float:
         """Epochs finished when ``step`` ends."""
         return self.order.epoch(self.order.positions(step).stop)
+
+
+def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows | range, ...]:
+    """The rows of every store that the stream draws."""
+    return tuple(map(read_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
+
+
+def order_of(stream: StoredStream, kept: Sequence[Rows | range], seed: int) -> Stream:
+    """Which of the kept rows stands at which position."""
+    return Stream(
+        name=stream.name,
+        sizes=tuple(map(len, kept)),
+        weights=stream.weights,
+        groups_per_step=stream.groups_per_step,
+        seed=seed,
+    )
+
+
+def drawn_rows(stream: StoredStream) -> tuple[Rows | range, ...]:
+    """:func:`kept_rows` of a stream that is not open."""
+    return kept_rows(stream, [TokenStore.open(store) for store in stream.stores])
 
 
 def open_stores(stream: StoredStream) -> tuple[TokenStore, ...]:

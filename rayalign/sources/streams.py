@@ -20,6 +20,8 @@ class StoredStream:
     groups_per_step: int
     num_candidates: int
     """K of the stream's batches; groups with fewer are masked."""
+    kept: tuple[Path, ...] = ()
+    """One file of rows per store (:mod:`rayalign.data.select`), which alone are drawn; none: every row is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

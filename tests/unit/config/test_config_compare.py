@@ -104,6 +104,47 @@ grid:
     assert (last.optim.lr, last.weighting.clamp, len(last.data.train)) == (1e-5, "each", 1)
 
 
+def test_a_filter_is_an_axis_or_an_entrys_and_tells_cells_apart(tmp_path: Path) -> None:
+    text = "grid: {method: [dpo, ipo], filter: [null, {policy_logp_quantile: 0.7}]}\n"
+    cells = load(tmp_path, text).cells
+    assert [(cell.id, cell.run.display_name) for cell in cells if cell.run is not None] == [
+        ("dpo__no-filter", "dpo"),
+        ("dpo__policy_logp_quantile-0.7", "dpo + filter 0.7"),
+        ("ipo__no-filter", "ipo"),
+        ("ipo__policy_logp_quantile-0.7", "ipo + filter 0.7"),
+    ]
+    entries = """\
+grid:
+  method:
+    - dpo
+    - {name: dpo, filter: {policy_logp_quantile: 0.7}}
+    - {name: dpo, filter: {policy_logp_quantile: 0.9}}
+    - {name: dpo, filter: {policy_logp_quantile: 0.7}, as: likely}
+"""
+    cells = load(tmp_path, entries).cells
+    assert [(cell.id, cell.label, cell.run.display_name) for cell in cells if cell.run is not None] == [
+        ("dpo", "dpo", "dpo"),
+        ("dpo-filter-0.7", "dpo + filter 0.7", "dpo + filter 0.7"),
+        ("dpo-filter-0.9", "dpo + filter 0.9", "dpo + filter 0.9"),
+        ("likely", "likely", "dpo + filter 0.7"),
+    ]
+    assert [cell.run.filter for cell in cells[:1] if cell.run is not None] == [None]
+
+
+def test_a_filter_of_the_base_is_left_out_of_cells_that_only_draw(tmp_path: Path) -> None:
+    base = BASE + "  filter: {policy_logp_quantile: 0.7}\n"
+    base += "  rollout: {engine: hf, samples: 2}\n  scorer: {name: rule, function: 'm:f'}\n"
+    stored, fresh, both = load(tmp_path, "grid: {data_policy: [off_policy, on_policy, hybrid]}\n", base=base).cells
+    names = [cell.run.display_name for cell in (stored, fresh, both) if cell.run is not None]
+    assert names == ["dpo + filter 0.7", "dpo", "dpo + filter 0.7"]
+    skipped = "grid: {data_policy: [off_policy, on_policy], filter: [{policy_logp_quantile: 0.5}]}\n"
+    cells = load(tmp_path, skipped, base=base).cells
+    assert [cell.skipped_reason.partition(":")[0] for cell in cells] == ["", "filter"]
+    assert refusal(tmp_path, "grid: {data_policy: [on_policy]}\n", base=base) == [
+        "compare.yaml:7: filter: is used by no cell; remove it"
+    ]
+
+
 def test_illegal_cells_are_skipped_with_the_reason(tmp_path: Path) -> None:
     text = "grid: {method: [dpo, sft, mpo], weighting: [null, wpo]}\n"
     cells = {cell.id: cell for cell in load(tmp_path, text).cells}

@@ -42,6 +42,15 @@ def test_optional_blocks_of_a_template_load_too(tmp_path: Path, name: str) -> No
     assert run.data_policy.name == ("on_policy" if "on_policy" in resolve(name).data_policies else "off_policy")
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_filter_of_a_template_loads_where_data_may_be_stored(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.yaml"
+    text, num_blocks = re.subn(r"^# (?=filter:)", "", template(name), flags=re.M)
+    path.write_text(text)
+    filtering = load_run(path).filter
+    assert (num_blocks, filtering is not None) == (1, True) and filtering.policy_logp_quantile == 0.7
+
+
 def test_the_comparisons_template_loads(tmp_path: Path) -> None:
     path = tmp_path / "compare.yaml"
     path.write_text(template("compare"))
@@ -51,6 +60,7 @@ def test_the_comparisons_template_loads(tmp_path: Path) -> None:
         "dpo__seed-0",
         "exo_pref__seed-0",
         "wpo__seed-0",
+        "dpo-filter-0.7__seed-0",
         "mpo__seed-0",
     ]
 

@@ -40,6 +40,16 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["rollout.samples: dpo compares completions of one prompt; write at least 2"],
         ),
         (
+            ["method=dpo", *ON_POLICY, "filter.policy_logp_quantile=0.7"],
+            ["filter: on_policy has no stored pairs to choose from; remove filter, or write data_policy: off_policy"],
+        ),
+        (
+            ["method=dpo", *ON_POLICY, "data_policy={name: hybrid, mix: candidates}",
+             "filter.policy_logp_quantile=0.7"],
+            ["filter: mix: candidates labels stored and fresh completions of a prompt together, so no pair is stored "
+             "whole to be kept or left out; write mix: groups, or remove filter"],
+        ),
+        (
             ["method=dpo", "label.relabel=true"],
             ["scorer: label: {relabel: true} needs a scorer, such as scorer: {name: rule, function: …}"],
         ),
@@ -121,6 +131,12 @@ def test_weights_go_only_on_unweighted_preferences(refused: Refused, method: str
         (["method=kto", "weighting=wpo"], "kto + wpo"),
         (["method=dpo", "weighting.permute=true"], "dpo + permuted wpo"),
         (["method=dpo", "auxiliary.data=a.jsonl"], "dpo + sft"),
+        (["method=dpo", "filter.policy_logp_quantile=0.7"], "dpo + filter 0.7"),
+        (
+            ["method=dpo", *ON_POLICY, "data_policy=hybrid", "filter.policy_logp_quantile=0.95", "weighting=wpo"],
+            "dpo + wpo + filter 0.95",
+        ),
+        (["method=kto", "label.relabel=true", f"scorer={RULE}", "filter.policy_logp_quantile=0.5"], "kto + filter 0.5"),
         (["method=mpo", "auxiliary.data=a.jsonl"], "mpo"),
         (["method=mpo", "auxiliary=[]"], "mpo (no KL)"),
         (["method=mpo", "auxiliary=[]", "weighting=wpo"], "mpo (no KL) + wpo"),
@@ -178,6 +194,11 @@ def test_reward_models_wait_for_their_head() -> None:
     ("settings", "message"),
     [
         (["auxiliary=[{name: train, data: a.jsonl}]"], "auxiliary[0].name: train is the stream of data.train"),
+        (["filter.policy_logp_quantile=1"], "filter.policy_logp_quantile: 1 must be less than 1"),
+        (["filter.policy_logp_quantile=0"], "filter.policy_logp_quantile: 0 must be greater than 0"),
+        (["filter={}"], "filter.policy_logp_quantile: missing; say which pairs are kept"),
+        (["filter=0.7"], "filter: 0.7 stands where a block of keys is expected"),
+        (["filter.quantile=0.7", "filter.policy_logp_quantile=0.7"], "filter.quantile: unknown key"),
         (["optim.schedule=constant", "optim.min_lr_ratio=0.1"], "optim: a constant schedule ends at lr"),
         (["data.eval=[{path: e.jsonl, weight: 2}]"], "data.eval: every row is measured once"),
         (

@@ -117,6 +117,16 @@ def test_a_source_without_a_draw_is_refused():
         stream(sizes=(10, 4), weights=(1.0, 0.1))
     with pytest.raises(UserError, match="no source"):
         stream(sizes=(), weights=())
+    with pytest.raises(UserError, match="stream 'pairs' has no row"):
+        stream(sizes=(0, 0), weights=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("sizes", [(0, 6, 4), (6, 0, 4), (6, 4, 0), (0, 10, 0)])
+def test_a_source_that_a_filter_has_emptied_is_passed_over(sizes):
+    mixture = stream(sizes=sizes, weights=(1.0, 1.0, 1.0))
+    for epoch in range(3):
+        drawn = Counter(mixture.row(position) for position in range(10 * epoch, 10 * epoch + 10))
+        assert drawn == {(source, row): 1 for source, size in enumerate(sizes) for row in range(size)}
 
 
 def test_hybrid_takes_its_share_of_fresh_groups():

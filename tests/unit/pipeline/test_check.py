@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import tiny_tokenizers as tiny
+import torch
 from bad_inputs import BAD_INPUTS, BadInput, line
 from rich.console import Console
+from tiny_runs import save_tiny
 
-from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.chat import make_chat
+from rayalign.data.prepare import Unit, read_chunks
+from rayalign.data.select import likelihood
+from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.engine.frozen import FrozenModel, ScoringSpec
+from rayalign.engine.model import ModelSpec, load_tokenizer
 from rayalign.errors import UserError
 from rayalign.pipeline.check import check
 
@@ -114,3 +121,41 @@ def test_a_quarantine_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) 
     check([str(path)], quarantine=tmp_path / "absent" / "q.jsonl", console=console)
     assert isinstance(console.file, io.StringIO)
     assert "q.jsonl: bad rows cannot be written there: No such file or directory" in console.file.getvalue()
+
+
+def test_what_a_filter_would_keep_is_said(tmp_path: Path) -> None:
+    """Ten rows in two files; the kept share is of both together, and the threshold is that of their own scores."""
+    weights = str(save_tiny(tmp_path / "weights"))
+    files = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for number, path in enumerate(files):
+        path.write_bytes(b"\n".join(line(prompt=f"Question {number} {n}?", chosen="x" * (n + 1)) for n in range(5)))
+    options: dict[str, Any] = {"model": weights, "policy_logp_quantile": 0.7}
+    code, printed, _ = run(tmp_path, *map(str, files), **options)
+    assert code == 0 and f"filter 0.7 by {weights}: kept 3 of 10 rows, threshold −" in printed
+    _, printed, _ = run(tmp_path, *map(str, files), as_json=True, **options)
+    found = json.loads(printed)["filter"]
+    chat = make_chat(load_tokenizer(Path(weights)))
+    groups = [
+        outcome.group
+        for path in files
+        for outcome in rows_to_groups(next(read_chunks(Unit(path=str(path)))), chat, TokenizeSettings())
+        if isinstance(outcome, Tokenized)
+    ]
+    spec = ScoringSpec(model=ModelSpec(name=weights), tokens_per_micro_batch=4096, row_tokens=256)
+    columns = FrozenModel(spec, torch.device("cpu")).token_logps(groups)
+    scores = [
+        likelihood(column, [candidate.num_predicted for candidate in group.candidates])
+        for group, column in zip(groups, columns, strict=True)
+    ]
+    assert found.pop("threshold") == pytest.approx(sorted(scores)[-3], abs=1e-5)
+    assert found == {"policy_logp_quantile": 0.7, "kept": 3, "of": 10, "unit": "rows"}
+
+
+def test_a_filter_is_checked_with_a_model_and_a_quantile(tmp_path: Path, model: str) -> None:
+    for options in ({"policy_logp_quantile": 0.5}, {"policy_logp_quantile": 1.0, "model": model}):
+        with pytest.raises(UserError, match="lies between 0 and 1 and scores rows: name the model with --model"):
+            run(tmp_path, "rows.jsonl", **options)
+    bad, weights = tmp_path / "bad.jsonl", str(save_tiny(tmp_path / "weights"))
+    bad.write_bytes(b"[]")
+    _, printed, _ = run(tmp_path, str(bad), model=weights, policy_logp_quantile=0.5)
+    assert "no row has a completion to score" in printed

@@ -13,14 +13,17 @@ from lab.world import pairs
 from rayalign.data.chat import make_chat
 from rayalign.data.prepare import Unit, prepare_chunk
 from rayalign.data.records import RawRow
-from rayalign.data.shard import write_shard
-from rayalign.data.store import TokenStore, commit_store
+from rayalign.data.select import rows_file, scores_of, select, write_rows
+from rayalign.data.shard import write_column_shard, write_shard
+from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer
 from rayalign.judge.measure import ScorerSpec
+from rayalign.manifest import file_digest
 from rayalign.pipeline.artifacts import STAGE_VERSIONS
+from rayalign.runtime.reference import LOG_PROBS
 from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkSpec
 from rayalign.sources.label import LabelSpec
 from rayalign.sources.streams import StoredStream
@@ -30,6 +33,7 @@ PAIR_TOKENS = 610
 PAIRS_DIGEST = "516dd521e329d510f736c1580451737ba98e47b3deeda4c1f5b8726b0a3e6a67"
 MISMATCHED_DIGEST = "3f6f72411f4e09a0444cff4e754ab1e537e6a4416501f4e38ae0c6e614bc6434"
 ROLLOUTS_DIGEST = "4946d52b056661d2e11e01df0503836c95cbb7aba823c48cec11991f998539c8"
+KEPT_DIGEST = "016ea80753a452098e1aca0455891159cedc5fb301b3dc2c8ce0167dbf916048"
 REFERENCE_SUMS = [-363.333, -529.203, -397.2, -482.58, -443.572, -462.938, -483.505, -381.774]
 
 
@@ -54,7 +58,7 @@ def make_store(directory: Path, shape: str) -> TokenStore:
 
 
 def test_every_stage_is_pinned() -> None:
-    assert STAGE_VERSIONS == {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "rollouts": 1}
+    assert STAGE_VERSIONS == {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "filter": 1, "rollouts": 1}
 
 
 def test_tokens(store: TokenStore) -> None:
@@ -76,6 +80,20 @@ def test_reference(store: TokenStore) -> None:
     columns = FrozenModel(spec, torch.device("cpu")).token_logps([store[index] for index in range(len(store))])
     sums = [float(column.sum(dtype=np.float64)) for column in columns]
     assert sums == pytest.approx(REFERENCE_SUMS, rel=1e-5)
+
+
+def test_filter(store: TokenStore, tmp_path: Path) -> None:
+    """Of log-probs that no mean rounds: eighths, −(1 + 5 · row mod 8)/8 at every token of a row."""
+    columns = [
+        np.full(num_predicted, -(1 + 5 * row % 8) / 8, np.float32)
+        for row, num_predicted in enumerate(store.index.num_predicted.tolist())
+    ]
+    shard = write_column_shard(tmp_path / "logps", "0", first=0, per_token={LOG_PROBS: columns})
+    laid = commit_columns(tmp_path / "logps", store, [shard], meta={})
+    selection = select([scores_of(laid, column=LOG_PROBS, own_candidates=None)], 0.7)
+    assert (selection.threshold, selection.kept[0].tolist()) == (-3 / 8, [0, 2, 5])
+    write_rows(tmp_path / "filter", selection)
+    assert file_digest(rows_file(tmp_path / "filter", 0)) == KEPT_DIGEST
 
 
 def test_rollouts(tmp_path: Path) -> None:

@@ -184,6 +184,21 @@ def test_the_report_comes_back_from_the_saved_points(tmp_path: Path) -> None:
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
+def test_what_a_filter_kept_stands_in_page_text_and_results(tmp_path: Path) -> None:
+    given = few_cells()
+    given["cells"][0]["filter"] = {
+        "policy_logp_quantile": 0.7, "threshold": -1.234, "kept": 694, "of": 2312, "unit": "pairs"
+    }  # fmt: skip
+    report = render(Comparison.model_validate(given), tmp_path)
+    sentence = "kept 694 of 2,312 pairs, threshold −1.23 nats per token"
+    page = Page(report.read_text())
+    assert page.text.count(sentence) == 1
+    said = "was trained on the stored data that the initial policy is likeliest to write"
+    assert f"- **dpo, off** {said}: {sentence}.\n" in report.with_name("report.md").read_text()
+    cells = json.loads(report.with_name("results.json").read_text())["cells"]
+    assert [cell["filter"] for cell in cells] == [given["cells"][0]["filter"], None, None, None]
+
+
 def test_markdown_tables_are_rectangular(folder: Path) -> None:
     widths: dict[int, set[int]] = {}
     block = 0

@@ -12,9 +12,11 @@ import torch
 from tiny_runs import store, synthetic_groups
 
 from rayalign.data.plan import PlanError
+from rayalign.data.select import Selection, rows_file, write_rows
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import StoreMismatch, TokenStore, commit_columns
 from rayalign.engine.source import StreamWork
+from rayalign.manifest import commit
 from rayalign.sources.source import StreamSource
 from rayalign.sources.streams import SourceSpec, StoredStream
 
@@ -91,6 +93,56 @@ def test_facts_of_a_step_are_of_all_workers(spec: SourceSpec) -> None:
     assert (desk.counts.pairs, desk.counts.groups, desk.counts.sequences) == (0, 3, 3)
     tokens = [int(batch.target_ids.numel()) for batch in pairs.micro_batches]
     assert pairs.counts.tokens == sum(tokens)
+
+
+def keep(folder: Path, *rows: list[int]) -> tuple[Path, ...]:
+    """A committed selection of these rows of every store."""
+    write_rows(folder, Selection(threshold=0.0, kept=tuple(np.array(own, np.int64) for own in rows)))
+    commit(folder, {})
+    return tuple(rows_file(folder, number) for number in range(len(rows)))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_only_kept_groups_are_drawn_and_every_one_once_per_epoch(
+    spec: SourceSpec, tmp_path: Path, num_workers: int
+) -> None:
+    """Rows 1, 4, 5, 9 and 12 of 13: five groups, four a step, so that four epochs are five steps."""
+    rows = [1, 4, 5, 9, 12]
+    stream = replace(spec.streams[0], kept=keep(tmp_path / "kept", rows))
+    workers = sources(replace(spec, streams=(stream, spec.streams[1])), num_workers)
+    seen: Counter[int] = Counter()
+    for step in range(5):
+        work = [source.get(step)[0] for source in workers]
+        assert {part.epoch for part in work} == {(step + 1) * 4 / 5}
+        for part in work:
+            for batch in part.micro_batches:
+                for b, position in enumerate(batch.group_index.tolist()):
+                    if not batch.candidate_mask[b].any():
+                        continue
+                    name = part.describe(position)
+                    group = PAIRS[int(name.rpartition(":")[2]) - 1]
+                    assert batch.per_candidate["reward"][b].tolist() == group.per_candidate["reward"].tolist()
+                    seen[group.line - 1] += 1
+    assert seen == {row: 4 for row in rows}
+    auxiliary = Counter(work.describe(p) for work in [workers[0].get(0)[1]] for p in range(3))
+    assert len(auxiliary) == 3  # another stream is as it was
+
+
+def test_a_store_of_which_nothing_is_kept_is_not_drawn(spec: SourceSpec, tmp_path: Path) -> None:
+    first = store(tmp_path / "first", synthetic_groups([2] * 6))
+    second = store(tmp_path / "second", [replace(g, source="other.jsonl") for g in synthetic_groups([2] * 4, seed=2)])
+    both = replace(
+        first,
+        stores=first.stores + second.stores,
+        columns=((), ()),
+        weights=(1.0, 0.5),
+        kept=keep(tmp_path / "kept", [0, 2], []),
+        groups_per_step=2,
+    )
+    (source,) = sources(replace(spec, streams=(both,)), 1)
+    for step in range(3):
+        (part,) = source.get(step)
+        assert {part.describe(p) for p in positions(part)} == {"synthetic.jsonl:1", "synthetic.jsonl:3"}
 
 
 def test_steps_may_be_asked_in_any_order_and_again(spec: SourceSpec) -> None:

@@ -1,0 +1,110 @@
+"""Which groups of a store are trained on: those whose completions the initial policy is likeliest to write.
+
+WPO's control: does its weight help, or merely training on likely pairs? (Zhou et al. 2024, arXiv:2406.11827)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayalign.data.group import Group
+from rayalign.data.store import TokenStore
+from rayalign.errors import UserError
+from rayalign.manifest import verify
+
+Rows = NDArray[np.int64]
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What a filter keeps of several stores, all held to one threshold."""
+
+    threshold: float
+    """The lowest score that is kept, nats per token."""
+    kept: tuple[Rows, ...]
+    """Ascending rows of every store."""
+
+
+def likelihood(token_logp: Sequence[float] | NDArray[np.float32], num_predicted: Sequence[int]) -> float:
+    """Mean over completions of (Σ_t log π(y_t | x, y_<t) / |y|), nats per token.
+
+    For a pair this is half the logarithm of WPO's weight w(x, y_w) · w(x, y_l) before any clamp and with
+    ``alignment: none``, taken once, of the initial policy at temperature 1: both put pairs into one order.
+
+    Args:
+        token_logp: of the predicted tokens, completion after completion; those of later ones may follow.
+        num_predicted: |y| of each completion that counts, end token included.
+    """
+    values = np.asarray(token_logp, np.float64)
+    ends = np.cumsum(num_predicted)
+    means = [values[stop - length : stop].mean() for stop, length in zip(ends, num_predicted, strict=True)]
+    return float(np.mean(means))
+
+
+def scores_of(store: TokenStore, *, column: str, own_candidates: int | None) -> Scores:
+    """:func:`likelihood` of every group, from the log-probs in the per-token ``column``.
+
+    ``own_candidates`` is how many of a group's completions count, from the first one on; None counts all.
+
+    Raises:
+        UserError: the policy has no finite log-prob for a completion; the message names file and line.
+    """
+    scores = np.array([_score(store[row], column, own_candidates) for row in range(len(store))], np.float64)
+    broken = np.flatnonzero(~np.isfinite(scores))
+    if len(broken):
+        raise UserError(
+            f"filter: the policy's log-probability of {store.index.name(int(broken[0]))} is {scores[broken[0]]} "
+            f"({len(broken)} of {len(store)} rows are so); check model.name and model.dtype"
+        )
+    return scores
+
+
+def select(scores: Sequence[Scores], quantile: float) -> Selection:
+    """Keep the ⌈(1 − quantile) · n⌉ highest scores of all stores together, and whatever ties with the lowest of them.
+
+    Hence the result depends on the scores alone, not on the order of rows or of stores, and is never empty.
+
+    Raises:
+        ValueError: ``quantile`` is outside (0, 1), or there is no score.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile {quantile} is outside (0, 1)")
+    together = np.sort(np.concatenate(scores))
+    if not len(together):
+        raise ValueError("there is no score")
+    # exactly: 1 − 0.7 is more than 0.3 in floating point, and one pair of ten too many would be kept
+    count = math.ceil((1 - Fraction(quantile).limit_denominator(10**6)) * len(together))
+    threshold = float(together[-max(1, count)])
+    return Selection(threshold=threshold, kept=tuple(np.flatnonzero(own >= threshold) for own in scores))
+
+
+def rows_file(directory: Path, number: int) -> Path:
+    """Where the kept rows of store ``number`` lie."""
+    return directory / f"{number:04d}.npy"
+
+
+def write_rows(directory: Path, selection: Selection) -> None:
+    """One file of rows per store, before the commit of ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(selection.kept):
+        np.save(rows_file(directory, number), rows.astype("<i8"))
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows in a file of a committed selection; raises TornDirectory where the folder is not whole."""
+    verify(path.parent)
+    rows: Rows = np.load(path).astype(np.int64)
+    return rows
+
+
+def _score(group: Group, column: str, own_candidates: int | None) -> float:
+    predicted = [candidate.num_predicted for candidate in group.candidates[:own_candidates]]
+    return likelihood(group.per_token[column], predicted)

@@ -1,0 +1,46 @@
+"""Cells of the quickstart without Ray: the filtered one reads the pairs that the same rule keeps in a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lab.in_process import CPU, Workshop, groups_of, scoring_spec
+from lab.make_model import FOLDER
+from lab.measure import cell_runs, quickstart
+
+from rayalign.config.compare import started_from
+from rayalign.engine.frozen import FrozenModel
+from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.sources.off_policy import drawn_rows
+from rayalign.sources.streams import StoredStream
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The lab's model with weights, untrained."""
+    folder = tmp_path_factory.mktemp("lab") / "model"
+    save_pretrained(*load_policy(ModelSpec(name=str(FOLDER), from_scratch=True), device=CPU), folder)
+    return str(folder)
+
+
+def test_the_filtered_cell_is_dpo_on_the_likeliest_pairs(initial: str, tmp_path: Path) -> None:
+    cells = cell_runs(quickstart())
+    run, whole = (started_from(cells[name], initial) for name in ("dpo + filter 0.7", "dpo"))
+    assert run.model_copy(update={"name": whole.name, "filter": None}) == whole
+    [source] = run.data.train
+    few = source.model_copy(update={"arguments": {**source.arguments, "n": 20}})
+    data = run.data.model_copy(update={"train": (few,)})
+    run, whole = (cell.model_copy(update={"data": data}) for cell in (run, whole))
+    workshop = Workshop(folder=tmp_path)
+    streams = [workshop.main_stream(cell, "pair", cell.name, scored=True)[0] for cell in (run, whole)]
+    ours, all_of_them = [stream for stream in streams if isinstance(stream, StoredStream)]
+    assert ours.stores == all_of_them.stores and drawn_rows(all_of_them) == (range(20),)
+
+    groups = groups_of(run, few, "pair")
+    scores = []
+    for group, column in zip(groups, FrozenModel(scoring_spec(run), CPU).token_logps(groups), strict=True):
+        length = group.candidates[0].num_predicted
+        scores.append((column[:length].mean() + column[length:].mean()) / 2)
+    likeliest = sorted(range(20), key=lambda row: -scores[row])[:6]
+    assert drawn_rows(ours)[0].tolist() == sorted(likeliest)
