@@ -148,7 +148,7 @@ class _Trial:
         for _ in range(DIRECTIONS):
             leaves = self.leaves(groups)
             direction = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in leaves]
-            promised = sum(float(g @ d) for g, d in zip(gradients, direction, strict=True))
+            promised = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
             slope = _slope(value, leaves, direction)
             self.require(
                 abs(slope - promised) < TOLERANCE * max(1.0, abs(slope)),
