@@ -73,7 +73,7 @@ def template(name: str) -> str:
 
 ROWS = {
     "pair": '{"prompt": …, "chosen": …, "rejected": …}',
-    "ranking": '{"prompt": …, "chosen": …, "rejected": …} or {"prompt": …, "completions": […], "rewards": […]}',
+    "ranking": '{"prompt": …, "chosen": …, "rejected": …}; or {…, "completions": […], "rewards": […]}',
     "group": '{"prompt": …, "completions": […], "rewards": […]}',
     "one": '{"prompt": …, "completion": …}',
     "labelled": '{"prompt": …, "completion": …, "label": true}',

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.attention import FLEX, attention_kind
 from rayalign.engine.group_attention import GROUP_ATTENTION
@@ -92,9 +94,10 @@ def load_policy(
             model = kind.from_config(config, **options)
     else:
         _require_weights(directory)
-        model, found = kind.from_pretrained(
-            directory, config=config, use_safetensors=True, output_loading_info=True, **options
-        )
+        with _without_report() if spec.head is not None else contextlib.nullcontext():
+            model, found = kind.from_pretrained(
+                directory, config=config, use_safetensors=True, output_loading_info=True, **options
+            )
         missing = set(found["missing_keys"])
     tokenizer = load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
     if spec.head is not None:
@@ -197,6 +200,17 @@ def _require_weights(directory: Path) -> None:
         f"model.name: {directory} holds no weights (*.safetensors): name a trained model, or ask for random weights "
         "with model.from_scratch: true"
     )
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' warning that the head is new: it is meant to be, and anything else missing is an error."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _silence_noise(config: PretrainedConfig) -> None:

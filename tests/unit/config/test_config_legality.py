@@ -88,9 +88,9 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
         ),
         (
             ["method={name: reward_model, logit_temperature: 2}", "auxiliary.data=a.jsonl", "evaluate.prompts=p.jsonl"],
-            ["auxiliary: reward_model has no vocabulary, so further data have no likelihood; remove it",
-             "evaluate: reward_model trains no policy, so there is nothing to sample; leave only every or at, which "
+            ["evaluate: reward_model trains no policy, so there is nothing to sample; leave only every or at, which "
              "say when data.eval is measured",
+             "auxiliary: reward_model has no vocabulary, so further data have no likelihood; remove it",
              "method.logit_temperature: reward_model has no logits to divide; remove it"],
         ),
         (

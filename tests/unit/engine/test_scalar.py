@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from random_groups import random_groups
 from tiny_models import FAMILIES, VOCABULARY, tiny
-from tiny_runs import Scenario, objective, run, save_tiny, store
+from tiny_runs import Scenario, objective, run, save_tiny, store, train_alone, train_spec
 from tiny_tokenizers import CHATML, NO_END, THINKING, byte_level
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -27,8 +27,10 @@ from rayalign.data.plan import StepCounts
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.engine.checkpoint import OPTIMIZER
 from rayalign.engine.forward import Policy, ScalarModel, last_positions, root_module
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
+from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained, weights_digest
 from rayalign.engine.objective import Objective
 from rayalign.engine.parity import choose_layout
@@ -371,6 +373,51 @@ def test_it_learns_a_separable_world(tmp_path: Path) -> None:
     found = run(scenario)
     assert found.loss[-1] < 0.3 < found.loss[0]
     assert found.metrics[0]["rewards/accuracies"] < 0.9 < found.metrics[-1]["rewards/accuracies"]
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost right after the third step, that is one step after a checkpoint: nothing differs in the end."""
+    monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "cache"))
+    tokenizer = byte_level(template=CHATML, eos="<|im_end|>")
+    tokenizer.pad_token = "<|im_end|>"  # so that a row is added to the embedding, once
+    save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    stream = store(tmp_path / "pairs", separable(16), groups_per_step=4)
+    scenario = Scenario(
+        model=tmp_path / "model", streams=(stream,), objectives=(objective("reward_model", center=0.01),), steps=6
+    )
+    identity = {"method": "reward_model"}
+    whole = train_spec(tmp_path / "whole", scenario, identity=identity)
+    train_alone(whole, scenario)
+    lost = train_spec(tmp_path / "lost", scenario, identity=identity)
+
+    def interrupt(row: Any) -> None:
+        if row["step"] == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_alone(lost, scenario, on_step=interrupt)
+    seen: list[int] = []
+    train_alone(lost, scenario, on_step=lambda row: seen.append(row["step"]))
+    assert seen == [3, 4, 5, 6]
+    names = {path.name for path in (tmp_path / "whole" / "final").iterdir()}
+    assert {"model.safetensors", "config.json", "chat_template.jinja"} <= names
+    for name in names:
+        assert (tmp_path / "lost" / "final" / name).read_bytes() == (tmp_path / "whole" / "final" / name).read_bytes()
+    optimizers = [
+        torch.load(next((tmp_path / run / "checkpoints").glob("step_000006-*")) / OPTIMIZER, weights_only=True)
+        for run in ("whole", "lost")
+    ]
+    for index, state in optimizers[0]["state"].items():
+        assert all(torch.equal(optimizers[1]["state"][index][name], value) for name, value in state.items())
+    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "lost")]
+    clocks = {"seconds", "seconds_waiting_for_data"}
+    kept = [[{name: value for name, value in row.items() if name not in clocks} for row in each] for each in rows]
+    assert kept[0] == kept[1] and len(kept[0]) == 6
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "lost" / "final")
 
 
 def test_one_step_is_plain_hugging_faces(tmp_path: Path) -> None:
