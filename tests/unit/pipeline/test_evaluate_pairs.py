@@ -85,7 +85,7 @@ def test_its_numbers_are_hugging_faces(folder: Path, whose: str) -> None:
     assert sum(bucket["pairs"] for bucket in found["by_length"]) == 9
     table = rayalign("evaluate", model, "--pairs", files[0])
     assert table.code == 0 and "5 pairs in 5 rows" in table.printed and "by length" in table.printed
-    assert evaluated(model, files[0], arguments=("--max-prompt-tokens", "40", "--max-tokens", "60"))["cut_answers"] > 0
+    assert evaluated(model, files[0], arguments=("--max-prompt-tokens", "20", "--max-tokens", "30"))["cut_answers"] > 0
 
 
 def test_what_cannot_be_measured_is_named(folder: Path) -> None:
