@@ -93,3 +93,22 @@ def test_the_pool_scores_with_it_unchanged(final: Path, workspace: Workspace) ->
         replies = [reply_text(tokenizer, own.ids.tolist()) for own in group.candidates]
         expected = scorer.score([prompts[index]] * len(replies), replies)
         np.testing.assert_allclose(group.per_candidate["reward"], expected, atol=1e-5)
+
+
+def test_stored_answers_are_ordered_by_a_scorer(final: Path, workspace: Workspace) -> None:
+    (workspace.folder / "vowels.py").write_text(
+        "def vowels(prompt, reply):\n    return sum(c in 'aeiou' for c in reply)\n"
+    )
+    run = workspace.run(
+        "relabelled",
+        method="reward_model",
+        model={"name": str(final)},  # goes on from the trained head
+        data={"train": ["order.jsonl"], "max_prompt_tokens": 24, "max_tokens": 48},
+        label={"name": "rewards", "relabel": True},
+        scorer={"name": "rule", "function": "vowels:vowels"},
+        optim={**OPTIM, "steps": 2},
+    )
+    done = rayalign("train", run)
+    assert done.code == 0, done.printed
+    first, _ = metrics(workspace.directory("relabelled"))
+    assert first["rewards/accuracies"] > 0.9 and first["loss"] < 0.5
