@@ -159,10 +159,26 @@ def sample(
 
 @app.command()
 def evaluate(
-    config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
+    config: Annotated[
+        str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE; with --pairs a reward model's folder.")
+    ] = None,
     overrides: Overrides = None,
+    pairs: Annotated[list[str] | None, typer.Option(help="Held-out pairs or rankings (repeatable).")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(help="With --pairs, as data.max_prompt_tokens.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="With --pairs, as data.max_tokens.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="With --pairs, print JSON instead of tables.")] = False,
 ) -> None:
-    """Sample and score the checkpoints of a finished run against its reference."""
+    """Sample and score the checkpoints of a run against its reference, or measure a reward model on --pairs."""
+    if pairs:
+        from rayalign.data.tokenize import TokenizeSettings
+        from rayalign.pipeline.pairs import evaluate_pairs
+
+        if config is None or overrides:
+            raise UserError("evaluate --pairs takes one reward model: rayalign evaluate runs/rm/final --pairs a.jsonl")
+        budget = TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
+        return evaluate_pairs(config, pairs, budget, as_json=as_json, console=Console())
+    if as_json:
+        raise UserError("evaluate: --json goes with --pairs")
     from rayalign.pipeline.evaluate import evaluate as run_evaluate
 
     path, settings = split_config(config, overrides)

@@ -58,6 +58,7 @@ class Scores:
     """What one forward of one model says about one batch."""
 
     token_logp: Float[Tensor, " N"]
+    """NaN, as ``logp`` is, where the model has a scalar head instead of a vocabulary."""
     logp: Float[Tensor, "B K"]
     """Sum of ``token_logp`` over the candidate's response tokens; 0 where there is no candidate."""
     length: Int[Tensor, "B K"]
@@ -70,6 +71,9 @@ class Scores:
     """``token_logp`` at temperature 1, without gradient: what WPO weighs by."""
     entropy: Float[Tensor, " N"] | None = None
     value: Float[Tensor, " N"] | None = None
+    """A scalar head on the state that token n is predicted from, so before it: what a critic says of the state."""
+    score: Float[Tensor, "B K"] | None = None
+    """The same head on each candidate's last token, its end token included: what a reward model says of the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +85,13 @@ class Scored:
     needs: frozenset[str] = frozenset()
 
     def candidate(self, name: str) -> Float[Tensor, "B K"]:
-        """A per-candidate column such as ``"reward"`` or ``"ref_logp"``."""
+        """A per-candidate column such as ``"reward"`` or ``"ref_logp"``, or the forward's ``"score"``."""
         self._require(name)
-        if name not in self.batch.per_candidate:
-            raise MissingNeed(f"the data carries no per-candidate column {name!r}")
-        return self.batch.per_candidate[name]
+        if name in self.batch.per_candidate:
+            return self.batch.per_candidate[name]
+        if name == "score" and self.scores.score is not None:
+            return self.scores.score
+        raise MissingNeed(f"the data carries no per-candidate column {name!r}")
 
     def token(self, name: str) -> Float[Tensor, " N"]:
         """A per-token column such as ``"behavior_token_logp"``, or a token statistic of the forward."""

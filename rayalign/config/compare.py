@@ -22,6 +22,7 @@ from rayalign.config.run import Name, RunConfig
 INITIAL = "(initial)"
 """``model.name`` of every cell until the ``initial`` run is trained; see :func:`started_from`."""
 MAX_NAME = 128
+NOTHING_TO_SAMPLE = "{} trains no policy, and a comparison samples what it has trained; train it with rayalign train"
 
 
 class ReportConfig(Block):
@@ -162,7 +163,11 @@ def _initial(config: CompareConfig, document: Document, base: Document) -> RunCo
     defaults = {"name": f"{config.name}.initial"}
     if "storage_path" in base.data:
         defaults["storage_path"] = base.data["storage_path"]
-    return parse_run(replace(document, data=defaults | document.data))
+    run = parse_run(replace(document, data=defaults | document.data))
+    if run.method.record.trains != "policy":
+        reason = NOTHING_TO_SAMPLE.format(run.method.name)
+        raise ConfigError([Problem(document.place(("method",)).where, "initial.method", reason)])
+    return run
 
 
 def _without_unused(document: Document, base: Document) -> Document:
@@ -194,6 +199,14 @@ def _cell(config: CompareConfig, entries: Sequence[Entry], document: Document) -
         reason = "; ".join(f"{problem.field}: {problem.message}" for problem in error.problems)
         label = ", ".join(coordinates.values())
         return Cell(id=identity, label=label, coordinates=coordinates, run=None, skipped_reason=reason)
+    if run.method.record.trains != "policy":
+        return Cell(
+            id=identity,
+            label=", ".join(coordinates.values()),
+            coordinates=coordinates,
+            run=None,
+            skipped_reason=f"method: {NOTHING_TO_SAMPLE.format(run.method.name)}",
+        )
     if run.has_no_kl_term and "method" in coordinates:
         coordinates["method"] += " (no KL)"
     return Cell(id=identity, label=", ".join(coordinates.values()), coordinates=coordinates, run=run)

@@ -66,6 +66,7 @@ def template(name: str) -> str:
         weightable=why_not_weighted(record, WeightingConfig()) is None,
         draws="off_policy" not in record.data_policies,
         may_draw="on_policy" in record.data_policies,
+        has_policy=record.trains == "policy",
         label="rewards" if record.candidates == "group" else "best_worst",
         lr=_yaml(LEARNING_RATES.get(name, OptimConfig.model_fields["lr"].default)),
     )
@@ -73,6 +74,7 @@ def template(name: str) -> str:
 
 ROWS = {
     "pair": '{"prompt": …, "chosen": …, "rejected": …}',
+    "ranking": '{"prompt": …, "chosen": …, "rejected": …}; or {…, "completions": […], "rewards": […]}',
     "group": '{"prompt": …, "completions": […], "rewards": […]}',
     "one": '{"prompt": …, "completion": …}',
     "labelled": '{"prompt": …, "completion": …, "label": true}',

@@ -163,7 +163,8 @@ def _auxiliary(run: RunConfig, record: Method) -> Iterator[Violation]:
 
 
 def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
-    uses_reference = any(need.startswith("ref_") for need in record.needed(run.method.config)) or run.evaluate
+    measured = run.evaluate is not None and record.trains == "policy"
+    uses_reference = any(need.startswith("ref_") for need in record.needed(run.method.config)) or measured
     if not uses_reference and run.model.reference is not None:
         yield Violation("model.reference", f"{record.name} has no reference and nothing is evaluated; remove it")
     if not uses_reference and run.reference.place != "pool":
@@ -186,6 +187,22 @@ def _model(run: RunConfig, _record: Method) -> Iterator[Violation]:
         yield Violation("model.lora", "an adapter on untrained weights learns nothing; remove lora or from_scratch")
     if run.model.revision is not None and Path(run.model.name).is_absolute():
         yield Violation("model.revision", "is of a model on the hub, and model.name is a folder; remove it")
+
+
+def _scalar(run: RunConfig, record: Method) -> Iterator[Violation]:
+    """A scalar head has no tokens to draw, no likelihood and no logits."""
+    if record.trains == "policy":
+        return
+    if run.evaluate is not None and run.evaluate.model_dump(exclude={"every", "at"}, exclude_defaults=True):
+        yield Violation(
+            "evaluate",
+            f"{record.name} trains no policy, so there is nothing to sample; leave only every or at, which say when "
+            "data.eval is measured",
+        )
+    if run.auxiliary:
+        yield Violation("auxiliary", f"{record.name} has no vocabulary, so further data have no likelihood; remove it")
+    if run.method.config.logit_temperature != 1:
+        yield Violation("method.logit_temperature", f"{record.name} has no logits to divide; remove it")
 
 
 def _weights(run: RunConfig, _record: Method) -> Iterator[Violation]:
@@ -219,6 +236,7 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _auxiliary,
     _reference,
     _model,
+    _scalar,
     _weights,
     _evaluation,
 )

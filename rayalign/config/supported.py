@@ -10,12 +10,15 @@ from rayalign.config.scoring import EvaluateConfig
 
 def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
+    record = run.method.record
     found = {
         f"strategy: {run.strategy.name}; write single or ddp": run.strategy.name in ("fsdp2", "deepspeed"),
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         "model.lora; remove it to train all weights": run.model.lora is not None,
-        f"method: {run.method.name}, which needs a scalar head": "value" in run.method.record.needs,
-        f"method: {run.method.name}, which prepares rounds": run.method.record.round_prepare is not None,
+        f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
+            record.trains == "policy" and bool(record.needs & {"value", "score"})
+        ),
+        f"method: {run.method.name}, which prepares rounds": record.round_prepare is not None,
     }
     settings = [setting for setting, is_used in found.items() if is_used]
     return [f"this release does not run {setting}" for setting in (*settings, *_evaluation(run.evaluate))]

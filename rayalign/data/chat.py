@@ -158,6 +158,27 @@ def make_chat(tokenizer: Any, *, template: str = "auto", stop: str = "auto") -> 
     )
 
 
+def closing_template(chat: Chat) -> str | None:
+    """The chat template, but a conversation ends with the end token of its last answer; None for raw text.
+
+    Many templates write a line end after it, and one that writes no end token gets it: a text then ends where a
+    tokenized candidate does.
+    """
+    if not chat.has_template:
+        return None
+    source = chat.template or str(chat.tokenizer.get_chat_template())
+    tail = _turn_tail(chat.tokenizer, chat.template)
+    closing = tail[: len(tail) - len(chat.after_end)] or chat.end_text
+    if closing == tail:
+        return source
+    return (
+        f"{{% set conversation %}}{source.removesuffix(chr(10))}{{% endset %}}"
+        "{% if not add_generation_prompt and messages[-1].role == 'assistant' and conversation.endswith("
+        f"{tail!r}) %}}{{{{ conversation[:(conversation | length) - {len(tail)}] + {closing!r} }}}}"
+        "{% else %}{{ conversation }}{% endif %}"
+    )
+
+
 def _read_template(path: str) -> str:
     with open_binary(path) as stream:
         return stream.read().decode("utf-8")

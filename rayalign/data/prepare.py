@@ -10,6 +10,7 @@ from typing import Literal
 from rayalign.data.chat import Chat
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
+from rayalign.data.rank import ranked
 from rayalign.data.records import BadRow, RawRow, Row
 from rayalign.data.schema import Example, Turns
 from rayalign.data.shard import ShardInfo, write_shard
@@ -17,8 +18,9 @@ from rayalign.data.tables import LINE_SUFFIXES, read_rows
 from rayalign.data.tokenize import DroppedRow, Tokenized, TokenizeSettings, rows_to_groups
 from rayalign.data.unpair import unpair
 
-Shape = Literal["one", "pair", "group", "labelled", "prompt"]
-"""What a method learns from: one completion, two, any number, one with a label; or a prompt alone."""
+Shape = Literal["one", "pair", "ranking", "group", "labelled", "prompt"]
+"""What a method learns from: one completion, two, two or more in an order, any number, one with a label; or a prompt
+alone."""
 
 CHUNK_ROWS = 512
 
@@ -38,7 +40,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """What became of one chunk of rows: good + bad + dropped = rows."""
+    """What became of one chunk of rows: good + bad + dropped = rows.
+
+    Dropped are good rows that the settings leave out, and rankings in which every answer ties.
+    """
 
     shard: ShardInfo | None
     """None when no row of the chunk is good."""
@@ -92,7 +97,8 @@ def prepare_chunk(
             assert isinstance(outcome, Tokenized)
             cut_prompts += outcome.truncation.prompt > 0
             cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
-            made = shaped(outcome.group, shape)
+            made = shaped(outcome.group, shape, format=outcome.example.format)
+            dropped += not made
             groups.extend(made)
             prompts.extend([outcome.example.prompt] * len(made))
     return ShardReport(
@@ -108,6 +114,8 @@ def prepare_chunk(
 def misfit(example: Example, shape: Shape) -> str:
     """Why a method that learns from ``shape`` cannot use the row; empty when it can."""
     found = len(example.candidates)
+    if shape == "ranking" and example.format == "ranked" and "reward" not in example.columns:
+        return "a row of `completions` without `rewards` does not say which is preferred"
     if shape in ("pair", "labelled") and example.format == "ranked":
         return (
             "a row of `completions` does not say which is preferred: write label: {relabel: true} with a scorer, or "
@@ -117,15 +125,20 @@ def misfit(example: Example, shape: Shape) -> str:
         return f"a pairwise method needs chosen and rejected, and this row has {found} completion(s)"
     if shape == "one" and found != 1:
         return f"this method needs one completion, and this row has {found}; use `columns: {{completion: chosen}}`"
-    if shape == "group" and found < 2:
+    if shape in ("group", "ranking") and found < 2:
         return f"this method compares completions of one prompt, and this row has {found}"
     if shape == "labelled" and found != 2 and "label" not in example.columns:
         return "this method needs `completion` with `label`, or `chosen` and `rejected`"
     return ""
 
 
-def shaped(group: Group, shape: Shape) -> tuple[Group, ...]:
-    """The group as the method takes it: pairs become two labelled examples for a method of labelled ones."""
+def shaped(group: Group, shape: Shape, *, format: str = "preference") -> tuple[Group, ...]:
+    """The group as the method takes it: pairs become two labelled examples for a method of labelled ones.
+
+    None is left of a ranking in which nothing is preferred.
+    """
+    if shape == "ranking":
+        return ranked(group, by_reward=format == "ranked")
     if shape == "labelled" and "label" not in group.per_candidate:
         return unpair(group)
     return (group,)

@@ -1,8 +1,8 @@
-"""Log-probabilities of given groups under a frozen model, through the very forward that training uses."""
+"""What a frozen model says of given groups, through the very forward that training uses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,11 @@ from rayalign.data.group import Column, Group
 from rayalign.data.pack import group_lengths, pack
 from rayalign.data.plan import plan_step
 from rayalign.data.rows import Layout
-from rayalign.engine.forward import Policy
+from rayalign.engine.forward import root_module
 from rayalign.engine.model import ModelSpec, compute_dtype, load_policy
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.step import to_device
+from rayalign.types import Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,41 +39,52 @@ class FrozenModel:
         self.dtype = compute_dtype(spec.model, device)
         self.layout: Layout = choose_layout(model)
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        self.policy = Policy(model, layout=self.layout).requires_grad_(False)
+        self.policy = root_module(model, layout=self.layout).requires_grad_(False)
 
-    @torch.no_grad()
     def token_logps(self, groups: Sequence[Group]) -> list[Column]:
         """For every group, float32 log-probabilities (nats) of its predicted tokens, candidate after candidate."""
         columns: list[Column] = [np.empty(0, np.float32)] * len(groups)
-        scored = [slot for slot, group in enumerate(groups) if group.candidates]
-        for slot, column in zip(scored, self._scored([groups[slot] for slot in scored]), strict=True):
-            columns[slot] = column
+        for slots, scores in self._forward(groups, frozenset()):
+            ends = np.cumsum([sum(candidate.num_predicted for candidate in groups[slot].candidates) for slot in slots])
+            parts = np.split(scores.token_logp.float().cpu().numpy(), ends[:-1])
+            for slot, part in zip(slots, parts, strict=True):
+                columns[slot] = part
         return columns
 
-    def _scored(self, groups: Sequence[Group]) -> list[Column]:
-        lengths = [group_lengths(group) for group in groups]
+    def scores(self, groups: Sequence[Group]) -> list[Column]:
+        """For every group, float32 [K]: the scalar head at each candidate's last token."""
+        columns: list[Column] = [np.empty(0, np.float32)] * len(groups)
+        for slots, scores in self._forward(groups, frozenset({"score"})):
+            assert scores.score is not None
+            for slot, row in zip(slots, scores.score.float().cpu().numpy(), strict=True):
+                columns[slot] = row[: len(groups[slot].candidates)]
+        return columns
+
+    @torch.no_grad()
+    def _forward(self, groups: Sequence[Group], needs: frozenset[str]) -> Iterator[tuple[Sequence[int], Scores]]:
+        """(places of the groups, what the model says of them), micro-batch after micro-batch."""
+        kept = [slot for slot, group in enumerate(groups) if group.candidates]  # the others have nothing to score
+        lengths = [group_lengths(groups[slot]) for slot in kept]
         [micro_batches] = plan_step(
             lengths,
             num_workers=1,
             tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
             row_tokens=self.spec.row_tokens,
             layout=self.layout,
-            describe=lambda slot: f"{groups[slot].source}:{groups[slot].line}",
+            describe=lambda place: f"{groups[kept[place]].source}:{groups[kept[place]].line}",
         )
-        columns: list[Column] = [np.empty(0, np.float32)] * len(groups)
         for micro in micro_batches:
+            slots = [kept[place] for place in micro.slots]
             batch = pack(
-                [groups[slot] for slot in micro.slots],
-                positions=micro.slots,
-                num_candidates=max(len(groups[slot].candidates) for slot in micro.slots),
+                [groups[slot] for slot in slots],
+                positions=slots,
+                num_candidates=max(len(groups[slot].candidates) for slot in slots),
                 pad_id=self.pad_id,
                 row_tokens=self.spec.row_tokens,
                 layout=self.layout,
             )
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                scores = self.policy(to_device(batch, self.device), logit_temperature=self.spec.logit_temperature)
-            ends = np.cumsum([sum(lengths[slot].predicted) for slot in micro.slots])
-            parts = np.split(scores.token_logp.float().cpu().numpy(), ends[:-1])
-            for slot, part in zip(micro.slots, parts, strict=True):
-                columns[slot] = part
-        return columns
+                scores = self.policy(
+                    to_device(batch, self.device), needs=needs, logit_temperature=self.spec.logit_temperature
+                )
+            yield slots, scores

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.data.rows import Layout
 from rayalign.engine.canary import canary_logps
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
-from rayalign.engine.forward import Policy
+from rayalign.engine.forward import root_module
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
 from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, load_policy, save_pretrained, weights_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -147,7 +147,7 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
     start = replace(spec.model, name=str(found.directory), revision=None, from_scratch=False) if found else spec.model
     model, tokenizer = load_policy(start, device=strategy.device)
     layout = choose_layout(model)
-    policy = Policy(model, layout=layout)
+    policy = root_module(model, layout=layout)
     run = Run(
         spec=spec,
         strategy=strategy,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,17 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.attention import FLEX, attention_kind
 from rayalign.engine.group_attention import GROUP_ATTENTION
+from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
 from rayalign.errors import UserError
 
 TOKENIZER_FILES = (
@@ -51,6 +55,8 @@ class ModelSpec:
     from_scratch: bool = False
     """``name`` holds a configuration and a tokenizer; the weights are drawn with ``seed``."""
     seed: int = 0
+    head: ScalarHead | None = None
+    """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -65,28 +71,43 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to be trained on ``device`` (the CPU by default), and its tokenizer.
 
+    A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
+    model.
+
     Raises:
-        UserError: there is no such model, or it lacks its configuration, safetensors weights or tokenizer.
+        UserError: there is no such model, or it lacks its configuration, safetensors weights or tokenizer, or it is of
+            the other kind.
     """
     directory = model_directory(spec.name, spec.revision)
     device = device or torch.device("cpu")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
     _silence_noise(config)
+    (set_one_output if spec.head is not None else refuse_scalar)(config, directory)
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "attn_implementation": _attention_implementation(config, device),
         "trust_remote_code": spec.trust_remote_code,
     }
+    kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
     if spec.from_scratch:
+        missing = {HEAD_WEIGHT}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = kind.from_config(config, **options)
     else:
         _require_weights(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, use_safetensors=True, **options)
+        with _without_report() if spec.head is not None else contextlib.nullcontext():
+            model, found = kind.from_pretrained(
+                directory, config=config, use_safetensors=True, output_loading_info=True, **options
+            )
+        missing = set(found["missing_keys"])
+    tokenizer = load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
+    if spec.head is not None:
+        finish_head(model, missing=missing, seed=spec.seed, directory=directory)
+        prepare_export(model, tokenizer, spec.head)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).train(), load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
+    return model.to(device).train(), tokenizer
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -132,7 +153,7 @@ def save_pretrained(
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    if stop_ids:
+    if stop_ids and model.can_generate():
         generation = copy.deepcopy(model.generation_config)
         generation.eos_token_id = list(stop_ids)
         generation.save_pretrained(directory)
@@ -189,6 +210,17 @@ def _require_weights(directory: Path) -> None:
         f"model.name: {directory} holds no weights (*.safetensors): name a trained model, or ask for random weights "
         "with model.from_scratch: true"
     )
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' warning that the head is new: it is meant to be, and anything else missing is an error."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _silence_noise(config: PretrainedConfig) -> None:

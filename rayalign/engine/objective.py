@@ -14,8 +14,8 @@ from rayalign.types import PackedBatch, Scored
 MAIN_STREAM = "train"
 """The stream of the method under test; others are auxiliary."""
 
-TOKEN_STATISTICS = frozenset({"log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value"})
-"""Needs that the policy's forward answers; every other need is a column of the data."""
+FORWARD_NEEDS = frozenset({"log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value", "score"})
+"""Needs that the model's forward answers; every other need is a column of the data."""
 
 OPTIONAL_COLUMNS = frozenset({"behavior_logp", "margin", "soft_label"})
 """Columns [B, K] that data may lack: a method reads NaN there and takes its default."""
@@ -33,7 +33,7 @@ class Objective:
     def score(self, policy: nn.Module, batch: PackedBatch) -> Scored:
         """One forward of the policy; its gradient is the caller's to switch off."""
         needs = frozenset(self.method.needed(self.config))
-        scores = policy(batch, needs=needs & TOKEN_STATISTICS, logit_temperature=self.config.logit_temperature)
+        scores = policy(batch, needs=needs & FORWARD_NEEDS, logit_temperature=self.config.logit_temperature)
         return Scored(batch=with_missing_columns(batch, needs), scores=scores, needs=needs)
 
     def loss(self, scored: Scored, statistics: Statistics, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:

@@ -23,11 +23,12 @@ from rayalign.data.group import Candidate, Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
 from rayalign.engine.attention import attention_kind
-from rayalign.engine.forward import Policy
+from rayalign.engine.forward import root_module
+from rayalign.engine.scalar import is_scalar
 from rayalign.errors import UserError
 
 TOLERANCE = 1e-3
-"""Nats per token. Float32 rounding stays below 1e-5; a wrong mask is off by a nat."""
+"""Nats per token, or units of score. Float32 rounding stays below 1e-5; a wrong mask is off by about 1."""
 
 _WINDOW, _VOCABULARY, _WIDTH = 8, 48, 64
 
@@ -57,25 +58,26 @@ def choose_layout(model: PreTrainedModel) -> Layout:
             return layout
         if layout in differences:
             log.warning(
-                "%s models read %s rows wrongly: token log-probs differ by up to %.3g nats from plain sequences",
+                "%s models read %s rows wrongly: token log-probs or scores differ by up to %.3g from plain sequences",
                 model.config.model_type,
                 layout,
                 differences[layout],
             )
+    numbers, unit = ("scores", "") if is_scalar(model) else ("log-probs", " nats")
     raise UserError(
-        f"model.name: log-probs of {model.config.model_type} models differ by {differences['concatenated']:.3g} nats "
+        f"model.name: {numbers} of {model.config.model_type} models differ by {differences['concatenated']:.3g}{unit} "
         "from what transformers computes, so this family cannot be trained"
     )
 
 
 def measure(model: PreTrainedModel) -> dict[str, float]:
-    """Largest |Δ log-prob| of a token, in nats, for every layout that the family may use."""
+    """Largest |Δ log-prob| of a token, in nats, or |Δ score|, for every layout that the family may use."""
     known = attention_kind(model.config).reach is not None
     layouts: tuple[Layout, ...] = ("packed", "concatenated") if known else ("concatenated",)
     probe = shrunken(model) if known else model
     groups = _groups()
     with torch.no_grad():
-        expected = plain_token_logp(probe, groups)
+        expected = (plain_score if is_scalar(probe) else plain_token_logp)(probe, groups)
         return {layout: _difference(probe, groups, layout, expected) for layout in layouts}
 
 
@@ -88,6 +90,16 @@ def plain_token_logp(model: PreTrainedModel, groups: Sequence[Group]) -> Float[T
             logp = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(dim=-1)
             columns.append(logp.gather(1, ids[1:, None])[len(group.prompt_ids) - 1 :, 0])
     return torch.cat(columns)
+
+
+def plain_score(model: PreTrainedModel, groups: Sequence[Group]) -> Float[Tensor, " C"]:
+    """Every candidate's score by the model's own backbone and head, one sequence at a time."""
+    scores = []
+    for group in groups:
+        for candidate in group.candidates:
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, candidate.ids])).long().to(model.device)
+            scores.append(model.score(model.base_model(input_ids=ids[None]).last_hidden_state)[0, -1, 0].float())
+    return torch.stack(scores)
 
 
 def shrunken(model: PreTrainedModel) -> PreTrainedModel:
@@ -141,8 +153,10 @@ def _difference(probe: PreTrainedModel, groups: Sequence[Group], layout: Layout,
     moved: dict[str, Any] = {
         name: value.to(probe.device) for name in batch.__slots__ if isinstance(value := getattr(batch, name), Tensor)
     }
-    scores = Policy(probe, layout=layout)(replace(batch, **moved))
-    return float((scores.token_logp - expected).abs().max())
+    batch = replace(batch, **moved)
+    scores = root_module(probe, layout=layout)(batch, needs=frozenset({"score"}))
+    found = scores.score[batch.candidate_mask] if is_scalar(probe) else scores.token_logp
+    return float((found - expected).abs().max())
 
 
 def _key(model: PreTrainedModel) -> str:

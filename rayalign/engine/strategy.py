@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rayalign.engine.forward import Policy
+from rayalign.engine.forward import RootModule
 from rayalign.errors import UserError
 
 
@@ -26,7 +26,7 @@ class Strategy(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def wrap(self, policy: Policy) -> nn.Module:
+    def wrap(self, policy: RootModule) -> nn.Module:
         """The module whose forward and backward train ``policy``."""
         ...
 
@@ -59,7 +59,7 @@ class Single:
     rank: int = 0
     world_size: int = 1
 
-    def wrap(self, policy: Policy) -> nn.Module:
+    def wrap(self, policy: RootModule) -> nn.Module:
         return policy
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
@@ -86,7 +86,7 @@ class DDP:
     rank: int
     world_size: int
 
-    def wrap(self, policy: Policy) -> nn.Module:
+    def wrap(self, policy: RootModule) -> nn.Module:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(
             policy,

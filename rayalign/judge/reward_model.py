@@ -8,19 +8,25 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rayalign.data.schema import Turns, assistant, user
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.group import Group
+from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.split import transcript
+from rayalign.data.tokenize import TokenizeSettings, to_group
 from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.engine.scalar import written_as
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
 
 TOKENS_PER_BATCH = 16_384
+UNCUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
 
 
 class RewardModelScorer:
     """Reads prompt and reply as the model's chat template writes them, and answers with its one logit, float32.
 
-    The model is loaded with the first call; what is longer than its context is an error, not cut.
+    A model that ``method: reward_model`` trained reads them as it did in training, with or without a template. The
+    model is loaded with the first call; what is longer than its context is an error, not cut.
 
     Raises:
         UserError: there is no such model, it has more than one output, or no token to pad with.
@@ -30,6 +36,7 @@ class RewardModelScorer:
         self.directory = model_directory(model, revision)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = None
+        self.chat: Chat | None = None
 
     def score(self, prompts: Sequence[str | Turns], replies: Sequence[str]) -> list[float]:
         """See :class:`rayalign.judge.base.Scorer`."""
@@ -63,15 +70,26 @@ class RewardModelScorer:
                 f"scorer.model: the tokenizer in {self.directory} has no padding token; set one and save it"
             )
         model.config.pad_token_id = self.tokenizer.pad_token_id
+        head = written_as(model.config)
+        self.chat = make_chat(self.tokenizer, template=head.template, stop=head.stop) if head else None
         self.model = model.to(self.device).eval()
 
     def _ids(self, prompt: str | Turns, reply: str) -> list[int]:
+        if self.chat is not None:
+            return self._written(prompt, reply, self.chat)
         turns = (*(user(prompt) if isinstance(prompt, str) else prompt), *assistant(reply))
         if self.tokenizer.chat_template is None:
             text = transcript(turns, generation_prompt=False)
             return list(self.tokenizer(text)["input_ids"])
         rendered = self.tokenizer.apply_chat_template(list(turns), tokenize=False)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _written(self, prompt: str | Turns, reply: str, chat: Chat) -> list[int]:
+        """As training writes them: prompt and reply tokenized apart, the reply closed by its end token."""
+        found = to_group(Example(format="preference", prompt=prompt, candidates=(reply,)), chat, UNCUT)
+        if not isinstance(found, Group):
+            raise UserError(f"scorer: a reply cannot be tokenized: {found}")
+        return [*found.prompt_ids.tolist(), *found.candidates[0].ids.tolist()]
 
     @torch.no_grad()
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:

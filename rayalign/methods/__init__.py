@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rayalign.methods.orpo import orpo_loss
     from rayalign.methods.ppo import ppo_policy_loss, ppo_value_loss
     from rayalign.methods.reinforce import reinforce_loss
-    from rayalign.methods.reward_model import reward_model_loss
+    from rayalign.methods.reward_model import ranking_loss, reward_model_loss
     from rayalign.methods.robust_dpo import robust_dpo_loss
     from rayalign.methods.sft import sft_loss
     from rayalign.methods.simpo import simpo_loss
@@ -73,6 +73,7 @@ _MODULE_OF: Mapping[str, str] = {
     "orpo_loss": "orpo",
     "ppo_policy_loss": "ppo",
     "ppo_value_loss": "ppo",
+    "ranking_loss": "reward_model",
     "reinforce_loss": "reinforce",
     "reward_model_loss": "reward_model",
     "robust_dpo_loss": "robust_dpo",
@@ -107,6 +108,7 @@ __all__ = [
     "orpo_loss",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "ranking_loss",
     "reinforce_loss",
     "resolve",
     "reward_model_loss",

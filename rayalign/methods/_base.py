@@ -27,7 +27,9 @@ Need = Literal[
     "log_sum_p2",  # [N] token statistics of the forward
     "log_max_p",
     "plain_token_logp",
-    "value",  # [N] scalar head
+    "rank",  # [B, K] place in the annotators' order, 0 is best, equal places are ties
+    "value",  # [N] scalar head before every token: a critic's
+    "score",  # [B, K] scalar head at every candidate's last token: a reward model's
     "advantage",  # [N] made by round_prepare
     "return",
     "old_value",
@@ -86,7 +88,11 @@ class Method:
     loss: Loss
     """(scored, config, statistics) → terms, with gradient through ``scored.scores`` only."""
     needs: frozenset[Need] = frozenset()
-    candidates: Literal["one", "pair", "group"] = "pair"
+    candidates: Literal["one", "pair", "ranking", "group"] = "pair"
+    """``ranking``: two or more in an order, stored as a pair or as completions with rewards."""
+    trains: Literal["policy", "scalar"] = "policy"
+    """What the parameters are of: a language model, or a backbone with a scalar head, which has no log-probabilities
+    and whose forward answers the needs ``value`` and ``score``."""
     data_policies: frozenset[DataPolicy] = frozenset({"off_policy", "on_policy", "hybrid"})
     paper: str = ""
     """Where the equation stands, for the documentation and the report."""

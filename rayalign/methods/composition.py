@@ -32,7 +32,7 @@ def compose(method: Method, weighting: WPOWeighting) -> Method:
         raise UserError(f"method {method.name!r} is weighted by WPO already: remove `weighting`, or choose method dpo")
     if _is_unpaired(method):
         return _compose_unpaired(method, weighting)
-    if method.candidates != "pair" or "value" in method.needs:
+    if method.candidates != "pair" or method.trains != "policy":
         raise UserError(
             f"WPO weighs preference pairs or KTO's examples, and method {method.name!r} learns from neither"
         )

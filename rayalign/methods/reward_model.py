@@ -1,21 +1,22 @@
-"""Reward model: a scalar head trained so that chosen scores above rejected (Bradley-Terry).
+"""Reward model: a scalar head trained so that preferred answers score higher (Bradley-Terry).
 
-Ouyang et al. 2022, arXiv:2203.02155; the margin as in Touvron et al. 2023, arXiv:2307.09288; centering as in
-Eisenstein et al. 2023, arXiv:2312.09244. A candidate's score is the value at its last response token.
+Ouyang et al. 2022, arXiv:2203.02155, Eq. 1: all pairs of one prompt's ranked answers, averaged; a stored pair is the
+ranking of two. The margin as in Touvron et al. 2023, arXiv:2307.09288; centering as in Eisenstein et al. 2023,
+arXiv:2312.09244. An answer's score is the scalar head at its last token, the end token included.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rayalign.functional.logprobs import last_per_candidate
+from rayalign.functional.masked import masked_mean
 from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.methods._base import margin as chosen_minus_rejected
 from rayalign.methods._fields import NonNegative
-from rayalign.methods._pairs import MetricSums, reward_metrics
+from rayalign.methods._pairs import MetricSums, mean_over, reward_metrics
 from rayalign.types import Scored
 
 
@@ -31,29 +32,65 @@ def reward_model_loss(
     return -F.logsigmoid(chosen_minus_rejected(reward) - margin) + center * reward.sum(dim=1).square()
 
 
-def pair_score(scored: Scored) -> Float[Tensor, "B 2"]:
-    """Scores of chosen and rejected, with gradient; 0 where the pair is not real."""
-    groups, candidates = scored.batch.candidate_mask.shape
-    value, candidate_of = scored.token("value"), scored.batch.candidate_of
-    score = last_per_candidate(value, candidate_of, num_groups=groups, num_candidates=candidates)
-    return torch.where(scored.pair_mask[:, None], score[:, :2], 0)
+def ranking_loss(
+    score: Float[Tensor, "B K"],
+    rank: Float[Tensor, "B K"],
+    *,
+    margin: Float[Tensor, " B"] | float = 0.0,
+    center: float = 0.0,
+    candidate_mask: Bool[Tensor, "B K"] | None = None,
+) -> Float[Tensor, " B"]:
+    """Mean of :func:`reward_model_loss` over the pairs of each group whose ranks differ; 0 where there is none.
+
+    ``rank`` 0 is the best; NaN has no place in the order. A group's ``margin`` holds for each of its pairs.
+    """
+    above = is_above(rank, candidate_mask)
+    pairs = compared(score, above)
+    margins = torch.as_tensor(margin, dtype=score.dtype, device=score.device).reshape(-1, 1, 1).expand(above.shape)
+    losses = reward_model_loss(pairs.flatten(0, 2), margin=margins.flatten(), center=center)
+    return masked_mean(losses.view(above.shape).flatten(1), above.flatten(1), dim=1)
+
+
+def is_above(rank: Float[Tensor, "B K"], candidate_mask: Bool[Tensor, "B K"] | None = None) -> Bool[Tensor, "B K K"]:
+    """True at [b, i, j] where answer i of prompt b is preferred to answer j."""
+    above = rank[:, :, None] < rank[:, None, :]
+    if candidate_mask is not None:
+        above = above & candidate_mask[:, :, None] & candidate_mask[:, None, :]
+    return above
+
+
+def compared(score: Float[Tensor, "B K"], above: Bool[Tensor, "B K K"]) -> Float[Tensor, "B K K 2"]:
+    """The scores of answers i and j wherever i is above j, else 0."""
+    pairs = torch.stack([score[:, :, None].expand_as(above), score[:, None, :].expand_as(above)], dim=-1)
+    return torch.where(above[..., None], pairs, 0)
 
 
 def loss(scored: Scored, config: RewardModelConfig, statistics: Statistics) -> tuple[Term, ...]:
-    margin = scored.candidate("margin")[:, 0].nan_to_num(nan=0.0)
-    per_pair = reward_model_loss(pair_score(scored), margin=margin, center=config.center)
-    return (Term(name="reward_model", per_item=per_pair, mask=scored.pair_mask, over="pairs"),)
+    per_group = ranking_loss(
+        scored.candidate("score"),
+        scored.candidate("rank"),
+        margin=scored.candidate("margin")[:, 0].nan_to_num(nan=0.0),
+        center=config.center,
+        candidate_mask=scored.batch.candidate_mask,
+    )
+    return (Term(name="reward_model", per_item=per_group, mask=scored.pair_mask, over="pairs"),)
 
 
 def metrics(scored: Scored, config: RewardModelConfig, statistics: Statistics) -> MetricSums:
-    return reward_metrics(pair_score(scored), scored.pair_mask)
+    """TRL's ``rewards/*`` over all compared pairs, and the Brier score of σ(margin): the mean of (1 − σ(margin))²."""
+    above = is_above(scored.candidate("rank"), scored.batch.candidate_mask)
+    pairs = compared(scored.candidate("score"), above).flatten(0, 2)
+    doubt = torch.sigmoid(-chosen_minus_rejected(pairs))
+    return {**reward_metrics(pairs, above.flatten()), "rewards/brier": mean_over(doubt.square(), above.flatten())}
 
 
 METHOD = Method(
     name="reward_model",
     config=RewardModelConfig,
     loss=loss,
-    needs=frozenset({"value", "margin"}),
+    needs=frozenset({"score", "rank", "margin"}),
+    candidates="ranking",
+    trains="scalar",
     data_policies=frozenset({"off_policy"}),
     paper="Ouyang et al. 2022, arXiv:2203.02155",
     metrics=metrics,

@@ -48,6 +48,11 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
     sys.path.insert(0, str(folder))
     run = load_run(path, overrides)
     refuse_unsupported(run)
+    if run.method.record.trains != "policy":
+        raise UserError(
+            f"{run.method.name} trains no policy that could be sampled; measure its model on held-out pairs: "
+            f"rayalign evaluate {run.storage_path}/{run.name}/final --pairs test.jsonl"
+        )
     if run.evaluate is None:
         raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
     refuse_broken_scorers(run.evaluate)

@@ -12,6 +12,7 @@ from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory
+from rayalign.engine.scalar import ScalarHead
 from rayalign.imports import source_digest
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
@@ -24,8 +25,9 @@ CPU_ROW_TOKENS = 2048
 
 
 def model_spec(run: RunConfig) -> ModelSpec:
-    """The policy before the first step."""
+    """What is trained, before the first step: a policy, or a backbone with a scalar head."""
     model = run.model
+    scalar = run.method.record.trains == "scalar"
     return ModelSpec(
         name=model.name,
         revision=model.revision,
@@ -34,6 +36,7 @@ def model_spec(run: RunConfig) -> ModelSpec:
         gradient_checkpointing=model.gradient_checkpointing,
         from_scratch=model.from_scratch,
         seed=run.seed,
+        head=ScalarHead(template=run.data.template, stop=run.data.stop) if scalar else None,
     )
 
 

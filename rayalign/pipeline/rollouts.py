@@ -227,8 +227,8 @@ def round_plan(run: RunConfig, steps: int) -> RoundPlan:
 
 
 def kept_candidates(shape: Shape, spec: ChunkSpec) -> int:
-    """K of the groups that a chunk makes."""
-    if shape == "group":
+    """K of the groups that a chunk makes, at most."""
+    if shape in ("group", "ranking"):
         drawn = spec.sampling.num_samples if spec.sampling else 0
         return drawn + (spec.prompts.num_candidates if spec.keep_stored else 0)
     return 1 if shape == "one" else 2

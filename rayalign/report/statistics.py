@@ -68,6 +68,22 @@ def _resample_counts(n: int, bootstrap: Bootstrap) -> Matrix:
     return random.multinomial(n, np.full(n, 1 / n), size=bootstrap.resamples).astype(np.float64)
 
 
+def ratio_estimate(sums: Vector, counts: Vector, bootstrap: Bootstrap) -> Estimate:
+    """Σ sums / Σ counts over n rows that each have a sum and a count, with an interval from resampling the rows.
+
+    How often each distinct (sum, count) is drawn is all that a resample needs, so that n may be large.
+    """
+    n = len(sums)
+    mean = float(sums.sum() / counts.sum())
+    if n == 1:
+        return Estimate(mean=mean, low=np.nan, high=np.nan, n=1)
+    kinds, occurrences = np.unique(np.stack([sums, counts]), axis=1, return_counts=True)
+    drawn = np.random.default_rng(bootstrap.seed).multinomial(n, occurrences / n, size=bootstrap.resamples)
+    tail = (1 - bootstrap.level) / 2
+    low, high = np.quantile((drawn @ kinds[0]) / (drawn @ kinds[1]), [tail, 1 - tail])
+    return Estimate(mean=mean, low=float(low), high=float(high), n=n)
+
+
 def paired_change(per_prompt: Vector, baseline: Vector, bootstrap: Bootstrap) -> Estimate:
     """Mean of ``per_prompt - baseline`` over the prompts that have both; the pairs are resampled whole."""
     return estimate(per_prompt - baseline, bootstrap)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayalign.data.prepare import Shape
+from rayalign.data.rank import places
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 from rayalign.rollout.noise import sample_key, uniforms
@@ -49,6 +50,8 @@ class Labelled:
     """Indices of candidates, in order; for a pair (chosen, rejected)."""
     label: float = math.nan
     """1 desirable, 0 undesirable, for methods of single labelled examples."""
+    rank: tuple[float, ...] = ()
+    """Places of the kept candidates, for methods of rankings."""
     preferred: bool = True
     """False where the rule found no preference: a lone candidate is kept, which no pairwise loss counts."""
 
@@ -64,13 +67,15 @@ def label(scores: Sequence[float], lengths: Sequence[int], spec: LabelSpec, *, s
         return Labelled(kept=tuple(range(len(scores))))
     if shape == "one":
         return Labelled(kept=(best(scored),))
+    if shape == "ranking" and spec.name == "rewards" and min(scores) < max(scores):
+        return Labelled(kept=tuple(range(len(scores))), rank=tuple(places(scores).tolist()))
     pair = rule(spec)(scored)
     if pair is None:
         return Labelled(kept=(0,), preferred=False)
     if shape == "labelled":  # one example per prompt, so that a step has as many as it says
         side = int(scored.noise[2] < 0.5)
         return Labelled(kept=(pair[side],), label=1.0 - side)
-    return Labelled(kept=pair)
+    return Labelled(kept=pair, rank=(0.0, 1.0) if shape == "ranking" else ())
 
 
 def label_key(seed: int, position: int) -> int:

@@ -13,7 +13,7 @@ from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.methods._base import Method
 from rayalign.types import PackedBatch, Scored, Scores
 
-PER_CANDIDATE = ("ref_logp", "behavior_logp", "reward", "label", "soft_label", "margin")
+PER_CANDIDATE = ("ref_logp", "behavior_logp", "reward", "label", "soft_label", "margin", "rank")
 PER_TOKEN = ("ref_token_logp", "behavior_token_logp", "advantage", "return", "old_value")
 TOKEN_STATISTICS = ("log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value")
 
@@ -30,11 +30,15 @@ class RandomGroup:
     per_candidate: Mapping[str, tuple[float, ...]]
     per_token: Mapping[str, tuple[Tensor, ...]]
     """Columns and token statistics: [tokens] for each candidate."""
+    score: tuple[Tensor, ...]
+    """A scalar for each candidate; a leaf."""
 
 
 def random_groups(method: Method, *, num_groups: int, seed: int = 0) -> list[RandomGroup]:
     """Groups with as many candidates as the method takes: 1, 2 or 4 of one to four tokens each."""
-    num_candidates = {"one": 2 if "mismatched" in method.needs else 1, "pair": 2, "group": 4}[method.candidates]
+    num_candidates = {"one": 2 if "mismatched" in method.needs else 1, "pair": 2, "ranking": 4, "group": 4}[
+        method.candidates
+    ]
     generator = torch.Generator().manual_seed(seed)
     return [random_group(index, num_candidates, generator) for index in range(num_groups)]
 
@@ -74,7 +78,12 @@ def random_group(index: int, num_candidates: int, generator: torch.Generator) ->
         # NaN is a legal entry of these two: it means 1 and 0.
         "soft_label": column(0, 1) if index else (math.nan,) * num_candidates,
         "margin": column(0, 1) if index else (math.nan,) * num_candidates,
+        # With a tie from three candidates on.
+        "rank": tuple(
+            float(max(0, (k + index) % num_candidates - (num_candidates > 2))) for k in range(num_candidates)
+        ),
     }
+    scores = torch.rand(num_candidates, generator=generator, dtype=torch.float64)
     leaves = tuple(values.clone().requires_grad_() for values in token_logp)
     per_token["value"] = tuple(values.requires_grad_() for values in per_token["value"])
     return RandomGroup(
@@ -83,6 +92,7 @@ def random_group(index: int, num_candidates: int, generator: torch.Generator) ->
         token_logp=leaves,
         per_candidate=per_candidate,
         per_token=per_token,
+        score=tuple(score.clone().requires_grad_() for score in scores),
     )
 
 
@@ -104,6 +114,7 @@ def without(group: RandomGroup, missing: Sequence[int], fill: float) -> RandomGr
         token_logp=tokens(group.token_logp),
         per_candidate={name: column(values) for name, values in group.per_candidate.items()},
         per_token={name: tokens(columns) for name, columns in group.per_token.items()},
+        score=tokens(group.score),
     )
 
 
@@ -148,5 +159,6 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
         logp=sum_per_candidate(token_logp, candidate_of, **shape),
         length=count_per_candidate(candidate_of, **shape) * real,
         **{name: tokens(name) for name in TOKEN_STATISTICS if name in needs},
+        score=torch.stack([torch.stack(group.score) for group in groups]) if "score" in needs else None,
     )
     return Scored(batch=batch, scores=scores, needs=needs)

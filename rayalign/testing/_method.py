@@ -147,8 +147,8 @@ class _Trial:
         generator = torch.Generator().manual_seed(1)
         for _ in range(DIRECTIONS):
             leaves = self.leaves(groups)
-            direction = [torch.randn(len(leaf), generator=generator, dtype=torch.float64) for leaf in leaves]
-            promised = sum(float(g @ d) for g, d in zip(gradients, direction, strict=True))
+            direction = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in leaves]
+            promised = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
             slope = _slope(value, leaves, direction)
             self.require(
                 abs(slope - promised) < TOLERANCE * max(1.0, abs(slope)),
@@ -222,6 +222,8 @@ class _Trial:
         leaves = [values for group in groups for values in group.token_logp]
         if "value" in self.method.needed(self.config):
             leaves += [values for group in groups for values in group.per_token["value"]]
+        if "score" in self.method.needed(self.config):
+            leaves += [score for group in groups for score in group.score]
         return leaves
 
     def gradients(self, loss: Tensor, groups: Sequence[RandomGroup]) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from tiny_runs import Scenario, labelled, objective, run, save_tiny, store, synthetic_groups
 
+from rayalign.data.rank import ranked
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.methods import METHODS, WPOWeighting, compose, resolve
 
@@ -25,9 +26,8 @@ MEAN = {"loss": 5e-6, "grad_norm": 1e-5}
 """Relative above 1. A processor without AVX moves the references by up to 2e-5 and 2e-5, on average by 1e-6."""
 STEPS = 20
 
-NEEDS_A_VALUE_HEAD = {"reward_model"}
 PARAMETERS = {"exo_rw": {"behavior_correction": "off"}}
-CASES = (*sorted(METHODS.keys() - NEEDS_A_VALUE_HEAD), "ipo+wpo")
+CASES = (*sorted(METHODS), "ipo+wpo")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,10 @@ def scenario(case: str, model: Path, folder: Path) -> Scenario:
     main = objective(name, **PARAMETERS.get(name, {}))
     if weighting:
         main = Objective(stream=MAIN_STREAM, method=compose(method, WPOWeighting()), config=method.config())
-    groups = synthetic_groups({"one": [1], "pair": [2], "group": [2, 3, 4]}[method.candidates] * 24, seed=3)[:24]
+    sizes = {"one": [1], "pair": [2], "ranking": [2, 3, 4], "group": [2, 3, 4]}[method.candidates]
+    groups = synthetic_groups(sizes * 24, seed=3)[:24]
+    if method.candidates == "ranking":
+        groups = [own for group in groups for own in ranked(group, by_reward=True)]
     if "label" in method.needs:
         groups = labelled(synthetic_groups([2] * 12, seed=3))
     streams = [store(folder / "train", groups, reference=model)]

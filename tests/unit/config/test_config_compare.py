@@ -296,3 +296,19 @@ def test_a_comparison_is_not_called_after_the_stages_folder(tmp_path: Path) -> N
     path.write_text("name: artifacts\nbase: {model: {name: m}, data: {train: t.jsonl}}\ngrid: {method: [dpo]}\n")
     with pytest.raises(ConfigError, match="compare.yaml:1: name: artifacts is the folder of the stages"):
         load_compare(path)
+
+
+def test_a_reward_model_is_no_cell(tmp_path: Path) -> None:
+    """Whether or not its evaluation could be sampled: a comparison samples what it has trained."""
+    reason = "method: reward_model trains no policy, and a comparison samples what it has trained"
+    dpo, reward = load(tmp_path, "grid: {method: [dpo, reward_model]}\n").cells
+    assert dpo.run is not None and reward.run is None
+    assert reward.skipped_reason is not None and reward.skipped_reason.startswith(reason)
+    sampled = BASE + "  evaluate: {prompts: p.jsonl, scorers: [{name: rule, function: 'm:f'}]}\n"
+    reward = load(tmp_path, "grid: {method: [dpo, reward_model]}\n", base=sampled).cells[1]
+    assert reward.skipped_reason is not None and "reward_model trains no policy" in reward.skipped_reason
+    messages = refusal(tmp_path, "grid: {method: [reward_model]}\n")
+    assert "no cell can be run" in messages[0] and "reward_model trains no policy" in messages[1]
+    initial = "initial: {model: {name: gpt2}, data: {train: [pairs.jsonl]}, method: reward_model}\n"
+    (message,) = refusal(tmp_path, "grid: {method: [dpo, ipo]}\n" + initial)
+    assert "initial.method: reward_model trains no policy" in message

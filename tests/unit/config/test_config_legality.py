@@ -104,6 +104,17 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["model.lora: an adapter on untrained weights learns nothing; remove lora or from_scratch"],
         ),
         (
+            ["method={name: reward_model, logit_temperature: 2}", "auxiliary.data=a.jsonl", "evaluate.prompts=p.jsonl"],
+            ["evaluate: reward_model trains no policy, so there is nothing to sample; leave only every or at, which "
+             "say when data.eval is measured",
+             "auxiliary: reward_model has no vocabulary, so further data have no likelihood; remove it",
+             "method.logit_temperature: reward_model has no logits to divide; remove it"],
+        ),
+        (
+            ["method=reward_model", "model.reference=other", "evaluate.every=5", "data.eval=e.jsonl"],
+            ["model.reference: reward_model has no reference and nothing is evaluated; remove it"],
+        ),
+        (
             ["method=dpo", "evaluate.at=[5, 20]", "optim.steps=10"],
             ["evaluate.prompts: there is nothing to evaluate on; name a file here or in data.eval",
              "evaluate.at: step 20 is never reached: optim.steps is 10"],
@@ -142,6 +153,8 @@ def test_weights_go_only_on_unweighted_preferences(refused: Refused, method: str
         (["method=mpo", "auxiliary=[]", "weighting=wpo"], "mpo (no KL) + wpo"),
         (["method=simpo", "model.reference=other", "evaluate.prompts=p.jsonl"], "simpo"),
         (["method=dpo", "label.relabel=true", f"scorer={RULE}"], "dpo"),
+        (["method=reward_model", "label.relabel=true", f"scorer={RULE}"], "reward_model"),
+        (["method=reward_model", "label={name: rewards, relabel: true}", f"scorer={RULE}"], "reward_model"),
         (["method.name=exo_rw", "method.behavior=assume_reference", *ON_POLICY, NEVER], "exo_rw"),
     ],
 )  # fmt: skip
@@ -185,9 +198,20 @@ def test_what_this_release_does_not_run(settings: list[str], sentences: list[str
     assert unsupported(load_run(None, [*OFFLINE, "method=dpo", *settings])) == sentences
 
 
-def test_reward_models_wait_for_their_head() -> None:
-    run = load_run(None, [*OFFLINE, "method=reward_model"])
-    assert unsupported(run) == ["this release does not run method: reward_model, which needs a scalar head"]
+def test_reward_models_run_and_a_policy_with_a_head_of_its_own_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unsupported(load_run(None, [*OFFLINE, "method=reward_model", "evaluate.every=5", "data.eval=e.jsonl"])) == []
+    (tmp_path / "two_heads.py").write_text(
+        "from dataclasses import replace\n"
+        "from rayalign.methods.dpo import METHOD as DPO\n"
+        "METHOD = replace(DPO, name='two', needs=DPO.needs | {'value'})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (sentence,) = unsupported(load_run(None, [*OFFLINE, "method.name=two_heads:METHOD"]))
+    assert sentence == (
+        "this release does not run method: two, which needs a scalar head beside the policy's log-probabilities"
+    )
 
 
 @pytest.mark.parametrize(

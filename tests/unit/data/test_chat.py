@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_tokenizers as tiny
 
-from rayalign.data.chat import Chat, make_chat
+from rayalign.data.chat import Chat, closing_template, make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
@@ -256,3 +256,45 @@ def test_named_stop_token_replaces_the_template_s() -> None:
 def test_settings_that_cannot_work(tokenizer: Any, options: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         make_chat(tokenizer, **options)
+
+
+GENERATION = (
+    "{%- for message in messages %}{% if message.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}<|im_start|>user\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"
+)
+"""With Hugging Face's mark of what is generated, and a line end of its own at the end of the file."""
+
+
+@pytest.mark.parametrize(
+    "template",
+    [tiny.CHATML, tiny.LLAMA3, tiny.ZEPHYR, tiny.GEMMA, tiny.THINKING, tiny.MISTRAL, tiny.NO_END, GENERATION],
+)
+def test_a_closing_template_ends_with_the_end_token_and_means_the_same(template: str) -> None:
+    tokenizer = tiny.byte_level(template=template, bos="<bos>" if template == tiny.GEMMA else None)
+    chat = make_chat(tokenizer)
+    examples = [
+        example("What?", "It is blue."),
+        example("What?", "Blue.", "Why?", "So."),
+        Example(format="preference", prompt="What?", candidates=("Blue.", "Green")),
+    ]
+    expected = [group_of(own, chat) for own in examples]
+    plain = tokenizer.apply_chat_template(said("What?", "It is blue."), tokenize=False)
+    asked = tokenizer.apply_chat_template(said("What?"), tokenize=False, add_generation_prompt=True)
+    tokenizer.chat_template = closing_template(chat)
+    closed = tokenizer.apply_chat_template(said("What?", "It is blue."), tokenize=False)
+    assert closed == plain.removesuffix("\n").removesuffix(chat.end_text) + chat.end_text
+    assert tokenizer.apply_chat_template(said("What?"), tokenize=False, add_generation_prompt=True) == asked
+    again = make_chat(tokenizer)
+    assert (again.end_id, again.after_end, closing_template(again)) == (chat.end_id, "", tokenizer.chat_template)
+    for own, before in zip(examples, expected, strict=True):
+        after = group_of(own, again)
+        assert after.prompt_ids.tolist() == before.prompt_ids.tolist()
+        for mine, theirs in zip(after.candidates, before.candidates, strict=True):
+            assert (mine.ids.tolist(), mine.mask.tolist()) == (theirs.ids.tolist(), theirs.mask.tolist())
+
+
+def test_raw_text_has_no_closing_template() -> None:
+    assert closing_template(make_chat(tiny.byte_level())) is None
+    assert closing_template(make_chat(tiny.byte_level(template=tiny.CHATML), template="none")) is None

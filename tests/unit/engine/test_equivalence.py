@@ -27,6 +27,7 @@ from tiny_runs import (
     synthetic_groups,
 )
 
+from rayalign.data.rank import ranked
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.source import StreamWork
 from rayalign.engine.strategy import make_strategy
@@ -52,6 +53,8 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     weighted = store(folder / "weighted", pairs, reference=calm)
     plain = store(folder / "plain", pairs)
     ragged = store(folder / "ragged", synthetic_groups([2, 3, 4] * 6, seed=1), reference=model)
+    ordered = [own for group in synthetic_groups([2, 3, 4] * 6, seed=1) for own in ranked(group, by_reward=True)]
+    rankings = store(folder / "rankings", ordered)
     examples = store(folder / "examples", labelled(pairs), reference=model, groups_per_step=8)
     desk = store(folder / "desk", synthetic_groups([1] * 10, seed=2), name="desk", groups_per_step=3)
     permuted = Objective(
@@ -75,6 +78,9 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
         "kto": Scenario(model=model, streams=(examples,), objectives=(objective("kto"),), tokens_per_micro_batch=100),
         "exo_rw": Scenario(
             model=model, streams=(ragged,), objectives=(objective("exo_rw", behavior_correction="off"),), lr=4e-4
+        ),
+        "reward_model": Scenario(
+            model=calm, streams=(rankings,), objectives=(objective("reward_model", center=0.01),), lr=4e-4
         ),
     }
 
@@ -110,7 +116,7 @@ def assert_not_equivalent(one: Trajectory, other: Trajectory, *, lr: float) -> N
         assert_equivalent(one, other, lr=lr)
 
 
-NAMES = ("dpo", "dummies", "mpo", "wpo_permuted", "kto", "exo_rw")
+NAMES = ("dpo", "dummies", "mpo", "wpo_permuted", "kto", "exo_rw", "reward_model")
 
 
 @pytest.mark.parametrize("name", NAMES)

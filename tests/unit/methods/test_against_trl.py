@@ -356,17 +356,21 @@ def sides(group: Group) -> dict[str, tuple[list[int], list[int]]]:
 
 
 def scored_by_head(scorer: PreTrainedModel, margins: Sequence[float]) -> Scored:
-    """Values of every response token from the scalar head, each sequence by itself."""
-    values, batch = [], packed(PAIRS)
+    """Scores of both answers from the scalar head, each sequence by itself."""
+    scores, batch = [], packed(PAIRS)
     for group in PAIRS:
         for prompt, response in sides(group).values():
             hidden = scorer.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
-            values.append(scorer.score(hidden)[len(prompt) :, 0])
-    value = torch.cat(values)
+            scores.append(scorer.score(hidden)[-1, 0])
     column = torch.tensor([[margin, torch.nan] for margin in margins])
     nothing = torch.zeros(len(PAIRS), 2)
     return Scored(
-        batch=replace(batch, per_candidate={"margin": column}),
-        scores=Scores(token_logp=value.detach(), logp=nothing, length=nothing.long(), value=value),
-        needs=frozenset({"value", "margin"}),
+        batch=replace(batch, per_candidate={"margin": column, "rank": torch.tensor([[0.0, 1.0]] * len(PAIRS))}),
+        scores=Scores(
+            token_logp=torch.zeros(len(batch.target_ids)),
+            logp=nothing,
+            length=nothing.long(),
+            score=torch.stack(scores).view(-1, 2),
+        ),
+        needs=frozenset({"score", "margin", "rank"}),
     )

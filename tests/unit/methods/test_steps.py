@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rayalign.methods import Method, MethodConfig, Statistics, WPOWeighting, compose, resolve
+from rayalign.methods import (
+    Method,
+    MethodConfig,
+    Statistics,
+    WPOWeighting,
+    compose,
+    ranking_loss,
+    resolve,
+    reward_model_loss,
+)
 from rayalign.testing import RandomGroup, random_groups, scored_batch, step_loss, step_statistics, without
 
 
@@ -125,17 +134,41 @@ def test_group_metrics_compare_the_policy_s_favourite_with_the_best_reward() -> 
     assert logged(exo, groups) == pytest.approx({"reward": 0.6, "rewards/accuracies": 0.5})
 
 
-def test_reward_model_reads_the_last_token_and_the_margin() -> None:
+def test_reward_model_subtracts_the_margin_and_averages_over_the_pairs_of_a_ranking() -> None:
     method = resolve("reward_model")
-    (group,) = random_groups(method, num_groups=1)
-    values = (torch.tensor([5.0, 1.0], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64))
-    group = replace(
-        group,
-        token_logp=tuple(torch.zeros(n, dtype=torch.float64) for n in (2, 1)),
-        per_token={"value": values},
-        per_candidate={"margin": (0.5, math.nan)},
+    group, other = (
+        replace(
+            group,
+            score=tuple(torch.tensor(score, dtype=torch.float64) for score in (1.0, 0.25, 7.0, 0.0)),
+            per_candidate={"margin": (0.5,) + (math.nan,) * 3, "rank": rank},
+        )
+        for group, rank in zip(
+            random_groups(method, num_groups=2),
+            # The third is in no order in the first group; in the second it ties with the last one.
+            [(0.0, 1.0, math.nan, math.nan), (1.0, 0.0, 2.0, 2.0)],
+            strict=True,
+        )
     )
-    scored = scored_batch([group], method.needs)
+    scored = scored_batch([group, other], method.needs)
     (term,) = method.loss(scored, method.config(), Statistics())
-    assert term.per_item.item() == pytest.approx(math.log1p(math.exp(-(1.0 - 0.25 - 0.5))))
-    assert logged(method, [group])["rewards/margins"] == pytest.approx(0.75)
+    margins = [0.25 - 1.0, 0.25 - 7.0, 0.25 - 0.0, 1.0 - 7.0, 1.0 - 0.0]
+    losses = [math.log1p(math.exp(-(margin - 0.5))) for margin in margins]
+    assert term.per_item.tolist() == pytest.approx([math.log1p(math.exp(-(0.75 - 0.5))), sum(losses) / 5])
+    values = logged(method, [group, other])
+    assert values["rewards/margins"] == pytest.approx((0.75 + sum(margins)) / 6)
+    assert values["rewards/accuracies"] == pytest.approx(3 / 6)
+    assert values["rewards/chosen"] == pytest.approx((1.0 + 3 * 0.25 + 2 * 1.0) / 6)
+    doubts = [1 / (1 + math.exp(margin)) for margin in (0.75, *margins)]
+    assert values["rewards/brier"] == pytest.approx(sum(doubt**2 for doubt in doubts) / 6)
+
+
+def test_a_ranking_of_two_is_a_pair_and_one_without_an_order_is_nothing() -> None:
+    score = torch.tensor([[1.5, -0.5], [0.2, 0.4]], dtype=torch.float64, requires_grad=True)
+    rank = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    pair = reward_model_loss(score, margin=0.3, center=0.1)
+    assert torch.equal(ranking_loss(score, rank, margin=0.3, center=0.1), pair)
+    assert torch.equal(ranking_loss(score.flip(1), rank.flip(1), margin=0.3, center=0.1), pair)
+    nothing = ranking_loss(score, torch.zeros(2, 2), center=0.1)
+    assert nothing.tolist() == [0.0, 0.0]
+    nothing.sum().backward()
+    assert not score.grad.any()

@@ -23,9 +23,14 @@ def test_table_is_sorted_and_every_entry_carries_its_name() -> None:
 
 def test_what_methods_learn_from() -> None:
     kinds = {name: resolve(name).candidates for name in METHODS}
-    assert {name for name, kind in kinds.items() if kind == "pair"} == PAIRWISE | {"reward_model"}
+    assert {name for name, kind in kinds.items() if kind == "pair"} == PAIRWISE
+    assert {name for name, kind in kinds.items() if kind == "ranking"} == {"reward_model"}
     assert {name for name, kind in kinds.items() if kind == "group"} == {"exo_rw", "dpo_rw"}
     assert {name for name, kind in kinds.items() if kind == "one"} == {"sft", "kto"}
+
+
+def test_only_the_reward_model_trains_no_policy() -> None:
+    assert [name for name in METHODS if resolve(name).trains == "scalar"] == ["reward_model"]
 
 
 def test_only_the_reward_model_is_bound_to_stored_data() -> None:

@@ -75,3 +75,14 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
     assert pair([0, 2], name=f"{rules}:first") == ()
     with pytest.raises(UserError, match=r"returned 1 for 2 scores: it must return \(chosen, rejected\)"):
         pair([0, 2], name=f"{rules}:bad")
+
+
+def test_rankings_keep_all_by_their_rewards_or_the_pair_of_a_rule() -> None:
+    whole = label([0.5, 2.0, 0.5], EQUAL[:3], LabelSpec(name="rewards"), shape="ranking", key=7)
+    assert (whole.kept, whole.rank, whole.preferred) == ((0, 1, 2), (1.0, 0.0, 1.0), True)
+    two = label([0.5, 2.0, 0.4], EQUAL[:3], LabelSpec(name="best_worst"), shape="ranking", key=7)
+    assert (two.kept, two.rank) == ((1, 2), (0.0, 1.0))
+    for name in ("rewards", "best_worst"):
+        tied = label([1.0, 1.0], EQUAL[:2], LabelSpec(name=name), shape="ranking", key=7)
+        assert (tied.kept, tied.rank, tied.preferred) == ((0,), (), False)
+    assert label([0.5, 2.0], EQUAL[:2], LabelSpec(), shape="pair", key=7).rank == ()

@@ -1,0 +1,137 @@
+"""A backbone with a scalar head in Hugging Face's layout for sequence classification: reward models, and critics.
+
+Hugging Face reads such a model at the last token that is not padding, of a text that the chat template wrote. So that
+whoever loads an exported model reads it where it was trained, its padding token ends no answer, and its chat template
+ends a conversation with the end token of the last answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayalign.data.chat import closing_template, make_chat
+from rayalign.errors import UserError
+
+HEAD = "score"
+"""Hugging Face's name of the head."""
+HEAD_WEIGHT = f"{HEAD}.weight"
+KIND = "AutoModelForSequenceClassification"
+PADDING = "<|pad|>"
+"""Added where a tokenizer has no padding token, or pads with the token that ends an answer."""
+WRITTEN = "rayalign"
+"""Where the configuration of an exported model says how its conversations are written: see :class:`ScalarHead`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarHead:
+    """A scalar head instead of a vocabulary, and how the conversations that it reads are written."""
+
+    template: str = "auto"
+    """As ``data.template``."""
+    stop: str = "auto"
+    """As ``data.stop``."""
+
+
+def is_scalar(model: PreTrainedModel) -> bool:
+    return isinstance(getattr(model, HEAD, None), nn.Linear)
+
+
+def refuse_scalar(config: PretrainedConfig, directory: Path) -> None:
+    """Raise UserError where a language model is wanted and the folder holds a classifier, whose LM head is gone."""
+    if is_classifier(config):
+        raise UserError(
+            f"model.name: {directory} is a model for sequence classification, such as a reward model: it has no LM "
+            "head; name a causal language model"
+        )
+
+
+def set_one_output(config: PretrainedConfig, directory: Path) -> None:
+    """Make ``config`` one of a single output.
+
+    Raises:
+        UserError: transformers has no classifier of this family, or the folder holds one with several outputs.
+    """
+    known = type(config) in AutoModelForSequenceClassification._model_mapping
+    if not known and KIND not in getattr(config, "auto_map", {}):
+        raise UserError(
+            f"model.name: transformers has no {KIND} for {config.model_type} models, so they cannot be trained as "
+            "reward models"
+        )
+    if is_classifier(config) and config.num_labels != 1:
+        raise UserError(f"model.name: {directory} has {config.num_labels} outputs; a reward model has one")
+    config.num_labels = 1
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def finish_head(model: PreTrainedModel, *, missing: Collection[str], seed: int, directory: Path) -> None:
+    """Draw the head if it is among the weights that the folder lacks.
+
+    Raises:
+        UserError: the folder lacks weights of the backbone too, or the family's head is no plain linear one.
+    """
+    absent = sorted(name for name in missing if name != HEAD_WEIGHT)
+    if absent:
+        raise UserError(f"model.name: {directory} lacks weights of the backbone: {', '.join(absent[:3])}")
+    if not is_scalar(model):
+        raise UserError(
+            f"model.name: {model.config.model_type} models have no linear head on every token, so they cannot be "
+            "trained as reward models"
+        )
+    if HEAD_WEIGHT in missing:
+        init_head(model, seed)
+
+
+@torch.no_grad()
+def init_head(model: PreTrainedModel, seed: int) -> None:
+    """Normal with standard deviation 1 / √(hidden + 1), a function of ``seed`` alone.
+
+    As in Stiennon et al. 2020, arXiv:2009.01325, App. B: scores of order 1 on normalised states. A head of zeros would
+    give the backbone no gradient at first, and under Adam stay smaller than learning rate times steps.
+    """
+    weight = getattr(model, HEAD).weight
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * (weight.shape[1] + 1) ** -0.5
+    weight.copy_(drawn)
+
+
+def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: ScalarHead) -> None:
+    """Make what ``save_pretrained`` writes read alike everywhere; nothing changes the second time.
+
+    The padding token must end no answer, or Hugging Face would score the token before the end. Where one is added, the
+    embedding grows by a row of zeros.
+    """
+    chat = make_chat(tokenizer, template=head.template, stop=head.stop)
+    tokenizer.chat_template = closing_template(chat)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == chat.end_id:
+        tokenizer.add_special_tokens({"pad_token": PADDING})
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[rows:] = 0
+    text = model.config.get_text_config()
+    text.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    setattr(
+        model.config, WRITTEN, asdict(ScalarHead(template="auto" if chat.has_template else "none", stop=chat.end_text))
+    )
+
+
+def written_as(config: PretrainedConfig) -> ScalarHead | None:
+    """How the conversations of an exported model are written; None for a model that others trained."""
+    found: dict[str, Any] | None = getattr(config, WRITTEN, None)
+    return ScalarHead(**found) if found is not None else None
