@@ -259,8 +259,8 @@ class Comparison(Record):
 
     @property
     def opponent(self) -> str:
-        """What wins are counted against, in words."""
-        return self.baseline.label if self.baseline is not None else REFERENCE
+        """What wins are counted against, in a sentence."""
+        return self.baseline.label if self.baseline is not None else f"the {REFERENCE}"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -90,9 +90,9 @@ def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:
     """What a judge's win rate is, and what scorers and judges left unanswered."""
     if comparison.judge is not None:
         yield (
-            f"The win rate judged by {comparison.judge.label} compares each reply with {comparison.opponent}'s of the"
-            " same prompt and number, drawn with the same noise; the win rate under a scorer compares all pairings of a"
-            " prompt."
+            f"The win rate judged by {comparison.judge.label} compares each reply with the one of"
+            f" {comparison.opponent} to the same prompt, of the same number and drawn with the same noise; the win rate"
+            " under a scorer compares all pairings of a prompt."
         )
     totals: dict[tuple[str, str], list[AnswersSummary]] = {}
     for row in summary.answers:

@@ -37,7 +37,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from rayalign.report.points import Comparison
+from rayalign.report.points import REFERENCE, Comparison
 from rayalign.report.statistics import INTERVAL_HEAD
 from rayalign.report.summary import Summary
 
@@ -68,7 +68,7 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
             "diagnostics": [measure.model_dump() for measure in comparison.diagnostics],
             "judge": [comparison.judge.model_dump()] if comparison.judge else [],
         },
-        "baseline": comparison.opponent,
+        "baseline": comparison.baseline.label if comparison.baseline else REFERENCE,
         "prompt_sets": [
             {"name": prompts.name, "description": prompts.description, "num_prompts": len(prompts.prompts)}
             for prompts in comparison.prompt_sets
