@@ -16,17 +16,17 @@ from rich.table import Table as RichTable
 from rayalign import __version__
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import REFERENCE, EvaluateConfig, ScorerConfig
+from rayalign.config.scoring import EvaluateConfig, ScorerConfig
 from rayalign.engine.checkpoint import NAME, is_committed, step_of
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
+from rayalign.engine.model import ModelSpec
 from rayalign.errors import UserError
 from rayalign.judge.base import Asked
 from rayalign.judge.measure import Answered, Measured, ScorerSpec, Table, judge_of, make_scorers
 from rayalign.manifest import MANIFEST, file_digest, write_durably
 from rayalign.pipeline.artifacts import Artifacts, digest_of
+from rayalign.pipeline.baseline import baseline_directory, baseline_spec
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.model import (
-    reference_spec,
     scorer_identity,
     scorer_spec,
     scoring_spec,
@@ -193,39 +193,6 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
         judge=scorer_spec(run.evaluate.judge) if run.evaluate.judge is not None else None,
         baseline=baseline_spec(run),
     )
-
-
-def baseline_spec(run: RunConfig) -> ModelSpec | None:
-    """The policy that wins are counted against; None is the reference.
-
-    Raises UserError where it is no model, or reads other tokens than the reference.
-    """
-    assert run.evaluate is not None
-    directory = baseline_directory(run.evaluate)
-    if directory is None:
-        return None
-    reference = reference_spec(run)
-    own, theirs = (
-        load_tokenizer(folder, trust_remote_code=reference.trust_remote_code).get_vocab()
-        for folder in (model_directory(reference.name, reference.revision), directory)
-    )
-    if own != theirs:
-        raise UserError(
-            f"evaluate.baseline: {run.evaluate.baseline} has another tokenizer than the reference; policies are "
-            "compared on the same prompt tokens"
-        )
-    return replace(reference, name=str(directory), revision=None, from_scratch=False, seed=0)
-
-
-def baseline_directory(config: EvaluateConfig) -> Path | None:
-    """Where the baseline's model is: a folder in Hugging Face layout, a run's ``final/``, or the Hub's files."""
-    if config.baseline == REFERENCE:
-        return None
-    final = Path(config.baseline) / "final"
-    try:
-        return model_directory(str(final) if final.is_dir() else config.baseline)
-    except UserError as error:
-        raise UserError(f"evaluate.baseline: {error}") from error
 
 
 def too_many_missing(points: Points, limit: float) -> list[str]:

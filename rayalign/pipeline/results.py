@@ -19,6 +19,7 @@ from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
 from rayalign.manifest import read_manifest
 from rayalign.pipeline.artifacts import digest_of
+from rayalign.pipeline.baseline import baseline_label
 from rayalign.pipeline.job import training_configuration
 from rayalign.pipeline.model import same_source
 from rayalign.pipeline.provenance import provenance
@@ -140,11 +141,6 @@ def judge_of(judge: ScorerConfig) -> report.Measure:
         how = "As judge: the reply with the higher score wins, equal scores tie."
     own = getattr(judge, "description", "")
     return measure_of(judge).model_copy(update={"unit": "", "description": f"{own} {how}".strip()})
-
-
-def baseline_label(baseline: str) -> str:
-    """The last part of a path or of a hub's name."""
-    return baseline.rstrip("/").removesuffix("/final").rpartition("/")[2]
 
 
 def done_cell(result: CellResult, base: RunConfig) -> report.Cell:

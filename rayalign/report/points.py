@@ -23,7 +23,7 @@ from rayalign.errors import UserError
 
 FILE_NAME = "comparison.json"
 REFERENCE = "reference"
-BASELINE = "baseline"
+BASELINE = "(baseline)"
 """What the reference, and a baseline beside it, are called where a cell's id would stand."""
 
 

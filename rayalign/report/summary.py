@@ -27,7 +27,7 @@ class PointSummary:
     """The estimates of one policy at one step on one prompt set; mappings are keyed by measure name."""
 
     cell: str
-    """A cell's id, ``reference`` or ``baseline``."""
+    """A cell's id, ``reference`` or ``(baseline)``."""
     prompt_set: str
     step: int
     num_samples: int

@@ -122,13 +122,13 @@ def test_wins_against_a_cell_of_an_earlier_comparison(workspace: Workspace, endp
     assert finished.code == 0, finished.printed
     results = read(workspace, "report", "results.json")
     points = {row["cell"]: row for row in results["points"]}
-    assert results["baseline"] == "dpo" and set(points) == {"reference", "baseline", "dpo", "ipo"}
+    assert results["baseline"] == "dpo" and set(points) == {"reference", "(baseline)", "dpo", "ipo"}
     # The cell says what the baseline says: equal replies tie unasked, and samples win as often as they lose.
     assert points["dpo"]["judged"]["mean"] == points["dpo"]["win_rates"]["length"]["mean"] == 0.5
     asked = {row["cell"]: row["calls"] for row in results["answers"]}
     assert asked["dpo"] == 0 and sum(asked.values()) == len(endpoint.seen) - before > 0
-    assert points["baseline"]["scores"] == points["dpo"]["scores"]
-    assert points["baseline"]["kl"] == points["dpo"]["kl"]
+    assert points["(baseline)"]["scores"] == points["dpo"]["scores"]
+    assert points["(baseline)"]["kl"] == points["dpo"]["kl"]
 
 
 @pytest.mark.slow

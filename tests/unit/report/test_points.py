@@ -91,7 +91,7 @@ def half_a_baseline(given: dict[str, Any]) -> None:
 
 
 def a_cell_called_baseline(given: dict[str, Any]) -> None:
-    against_another(given)["cells"][0]["id"] = "baseline"
+    against_another(given)["cells"][0]["id"] = "(baseline)"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def a_cell_called_baseline(given: dict[str, Any]) -> None:
         (verdicts_without_a_judge, "reference, shop, step 0: verdicts are there exactly where"),
         (a_point_without_verdicts, "reference, travel, step 0: verdicts are there exactly where"),
         (half_a_baseline, r"baseline: one point per prompt set, in the order \['shop', 'travel'\]"),
-        (a_cell_called_baseline, "id: baseline more than once"),
+        (a_cell_called_baseline, r"id: \(baseline\) more than once"),
         (no_reference, r"one point per prompt set, in the order \['shop', 'travel'\]"),
     ],
 )

@@ -292,3 +292,10 @@ def test_a_judged_comparison_comes_back_from_its_file(tmp_path: Path) -> None:
     judged_one = Comparison.model_validate(judged(few_cells()))
     save(judged_one, tmp_path)
     assert load(tmp_path) == judged_one
+
+
+def test_a_cell_may_be_called_baseline(tmp_path: Path) -> None:
+    given = few_cells()
+    given["cells"][0] |= {"id": "baseline", "label": "baseline"}
+    page = Page(render(Comparison.model_validate(given), tmp_path).read_text())
+    assert "(baseline)" not in page.text and page.text.count("0.5by definition") == 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic_comparison import against_another, comparison_input, few_cells, judged
 
-from rayalign.report.points import Comparison
+from rayalign.report.points import BASELINE, Comparison
 from rayalign.report.statistics import Bootstrap
 from rayalign.report.summary import Summary, summarize
 
@@ -117,7 +117,7 @@ def test_wins_are_counted_against_the_baseline_and_changes_against_the_reference
     assert point.win_rates["oracle"].mean == pytest.approx(np.mean(wins))
     reference = given["reference"][0]["scores"]["oracle"]
     assert point.changes["oracle"].mean == pytest.approx(np.mean(policy) - np.mean(reference))
-    (baseline,), (start,) = found.of("baseline", "shop"), found.of("reference", "shop")
+    (baseline,), (start,) = found.of(BASELINE, "shop"), found.of("reference", "shop")
     assert baseline.win_rates["oracle"].mean == 0.5 and start.win_rates["oracle"].low < 0.5
-    assert [point.cell for point in found.last("shop")][:2] == ["reference", "baseline"]
-    assert all(row.cell != "baseline" for row in found.at_kl)
+    assert [point.cell for point in found.last("shop")][:2] == ["reference", BASELINE]
+    assert all(row.cell != BASELINE for row in found.at_kl)
