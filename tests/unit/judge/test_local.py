@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parrots import parrot
 from tiny_models import tiny
 from tiny_tokenizers import CHATML, byte_level
 
@@ -16,25 +17,6 @@ from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.asking import ATTEMPTS, Unanswered
 from rayalign.judge.base import Asked, NoVerdict, ScorerUnusable
 from rayalign.judge.local import LocalModel
-
-
-def parrot(directory: Path, *said: str) -> Path:
-    """A model that answers everything with ``said``, one token each: a token decides its successor, nothing else."""
-    tokenizer = byte_level(template=CHATML)
-    model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
-    opening = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)["input_ids"]
-    chain = [opening[-1], *tokenizer.convert_tokens_to_ids(list(said))]
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.zero_()
-        model.lm_head.weight.zero_()
-        for place, (token, following) in enumerate(zip(chain, chain[1:], strict=False)):
-            model.model.embed_tokens.weight[token, place] = 1
-            model.lm_head.weight[following, place] = 1e3
-    save_pretrained(model, tokenizer, directory)
-    return directory
 
 
 def test_answers_are_the_models_own_greedy_ones(tmp_path: Path) -> None:
