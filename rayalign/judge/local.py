@@ -59,7 +59,10 @@ class LocalModel:
         longest = self.context - self.max_new_tokens
         asked = [place for place, ids in enumerate(prompts) if len(ids) <= longest]
         answers: list[str | Unanswered] = [
-            Unanswered(f"a question of {len(ids)} tokens does not fit a context of {self.context} beside the answer")
+            Unanswered(
+                f"a question of {len(ids)} tokens and max_new_tokens {self.max_new_tokens} do not fit the model's "
+                f"context of {self.context}"
+            )
             for ids in prompts
         ]
         if not asked:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rayalign.report.formatting import count, single
 from rayalign.report.points import BASELINE, REFERENCE, Comparison, EvaluationPoint
+
+OUTCOMES: Mapping[float | None, str] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,8 @@ def _reply_numbers(comparison: Comparison, point: EvaluationPoint, key: tuple[in
     for scorer in comparison.scorers:
         yield f"{scorer.label} {single(point.scores[scorer.name][prompt][sample], scorer.unit)}"
     if comparison.judge is not None and point.verdicts is not None:
-        yield f"judged by {comparison.judge.label} {single(point.verdicts[prompt][sample])}"
+        verdict = point.verdicts[prompt][sample]
+        yield f"judged by {comparison.judge.label}: {OUTCOMES.get(verdict, single(verdict))}"
     yield f"log π/π_ref ({estimator.label}) {single(point.kl[estimator.name][prompt][sample])}"
     yield f"{count(point.length[prompt][sample])} tokens"
     if point.finished[prompt][sample] == 0:

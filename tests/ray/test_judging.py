@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from endpoints import KEY, Endpoint, serving
+from parrots import parrot
 from workspaces import Workspace, rayalign
 
 from rayalign.runtime.session import Session
@@ -142,3 +143,30 @@ def test_a_judge_that_leaves_too_much_open_fails_the_cells_and_says_so(
     assert "2 of 2 cells failed" in message
     cells = read(workspace, "comparison.json")["cells"]
     assert all(f"first: careful at {endpoint.url}" in cell["reason"] for cell in cells)
+
+
+@pytest.mark.slow
+def test_evaluate_with_a_judge_that_is_loaded_here(workspace: Workspace, session: Session, compared: Path) -> None:
+    """A judge that always says A, and wins counted against the run's own end: a half everywhere, there unasked."""
+    judge = parrot(workspace.folder / "judge", "A", "<|im_end|>", max_position_embeddings=4096)
+    evaluate = {
+        "prompts": "prompts.jsonl",
+        "scorers": [{"name": "rule", "function": "rewards.py:length"}],
+        "judge": {"name": "llm", "engine": "hf", "model": str(judge), "max_new_tokens": 4},
+        "baseline": "runs/single",
+        "sampling": {"samples": 2, "max_new_tokens": 8},
+    }
+    optim = {"lr": 3e-2, "steps": 2, "groups_per_step": 8, "tokens_per_micro_batch": 2048}
+    path = workspace.run("single", optim=optim)
+    assert rayalign("train", path).code == 0
+    finished = rayalign("evaluate", workspace.run("single", optim=optim, evaluate=evaluate))
+    assert finished.code == 0, finished.printed
+    words = " ".join(finished.printed.split())
+    assert "judge judge: 10 replies, 0 calls, 0 failures, 10 ties, 0 disagreements, 0 missing" in words
+    folder = workspace.directory("single") / "evaluation"
+    points = {path.stem: json.loads(path.read_text())["points"][0] for path in folder.glob("*.json")}
+    assert set(points) == {"baseline", "step_000000", "step_000002"}
+    assert all(point["verdicts"] == [[0.5, 0.5]] * len(PROMPTS) for point in points.values())
+    (asked,) = points["step_000000"]["answers"]
+    assert asked["disagreements"] > 0 and asked["calls"] == 2 * asked["disagreements"] and asked["missing"] == 0
+    assert points["step_000002"]["kl"] == points["baseline"]["kl"]
