@@ -65,7 +65,7 @@ def _resolve_data(value: str, info: ValidationInfo) -> str:
     return _beside(directory, value) if is_file else value
 
 
-def _resolve_model(value: str, info: ValidationInfo) -> str:
+def resolve_model(value: str, info: ValidationInfo) -> str:
     """A folder where it looks like one or exists, else the name of a model on the hub."""
     directory = _directory(info)
     if directory is None or _URI.match(value):
@@ -106,7 +106,7 @@ def _parse_count(value: object) -> object:
 InputPath = Annotated[str, AfterValidator(_resolve_path)]
 InterpreterPath = Annotated[str, AfterValidator(_resolve_interpreter)]
 DataPath = Annotated[str, AfterValidator(_resolve_data)]
-ModelPath = Annotated[str, AfterValidator(_resolve_model)]
+ModelPath = Annotated[str, AfterValidator(resolve_model)]
 TemplatePath = Annotated[str, AfterValidator(_resolve_template)]
 FunctionName = Annotated[str, AfterValidator(check_function)]
 Elastic = Annotated[int | tuple[int, int] | Literal["auto"], BeforeValidator(_parse_count)]

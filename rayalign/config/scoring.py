@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from rayalign.config.data import Sources
-from rayalign.config.fields import Block, FunctionName, ModelPath, listed, named
+from rayalign.config.fields import Block, FunctionName, ModelPath, listed, named, resolve_model
+
+API_KEY_ENV = "OPENAI_API_KEY"
+MAX_NEW_TOKENS = 512
+REFERENCE = "reference"
 
 
 class RuleScorerConfig(Block):
@@ -42,21 +46,55 @@ class RewardModelScorerConfig(Block):
         return self.model.rstrip("/").rpartition("/")[2]
 
 
+def _address(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError(f"{value!r} is no address; write https://host/v1")
+    return value
+
+
 class LlmScorerConfig(Block):
-    """A model behind an OpenAI-compatible endpoint."""
+    """A language model that is asked: behind an OpenAI-compatible endpoint, or loaded by a rollout engine.
+
+    As a scorer it rates replies, as a judge it compares two.
+    """
 
     name: Literal["llm"] = "llm"
-    model: str
-    base_url: str
-    api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; the key itself is never written here."""
+    engine: Literal["hf", "vllm"] | None = None
+    """Loads the model in the processes that score; null: it is behind base_url."""
+    base_url: Annotated[str, AfterValidator(_address)] | None = None
+    """Such as https://api.openai.com/v1; ``/chat/completions`` is asked."""
+    model: Annotated[str, Field(min_length=1)]
+    """As the endpoint calls it; with engine a folder, or a name on the hub."""
+    revision: str | None = None
+    """Of a model on the hub."""
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
+    """With engine: tokens of an answer; a longer one is none."""
+    api_key_env: str = API_KEY_ENV
+    """The environment variable that holds the endpoint's key; the key itself is never written here."""
     template: str | None = None
-    """The question put to the model, a Jinja text; null: the built-in one."""
+    """The question, a Jinja text of prompt and reply; a judge's of prompt, first and second. null: the built-in one."""
+
+    @field_validator("model")
+    @classmethod
+    def _folder_of_an_engine(cls, value: str, info: ValidationInfo) -> str:
+        return resolve_model(value, info) if info.data.get("engine") else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.engine is None) == (self.base_url is None):
+            raise ValueError("say where the model is: base_url: https://… or engine: hf | vllm")
+        if self.engine is None and self.revision is not None:
+            raise ValueError("revision is of a model that engine loads; an endpoint has its own")
+        if self.engine is None and self.max_new_tokens != MAX_NEW_TOKENS:
+            raise ValueError("max_new_tokens is of a model that engine loads; an endpoint has its own limit")
+        if self.engine is not None and self.api_key_env != API_KEY_ENV:
+            raise ValueError("api_key_env is of an endpoint; a model that engine loads needs no key")
+        return self
 
     @property
     def label(self) -> str:
         """What the scorer is called in metrics and tables."""
-        return self.model.rpartition("/")[2]
+        return self.model.rstrip("/").rpartition("/")[2]
 
 
 ScorerConfig = Annotated[
@@ -75,6 +113,10 @@ class SamplingConfig(Block):
     max_new_tokens: int = Field(default=256, ge=1)
 
 
+def _baseline(value: str, info: ValidationInfo) -> str:
+    return value if value == REFERENCE else resolve_model(value, info)
+
+
 class EvaluateConfig(Block):
     """Sample, score and compare with a baseline; with neither ``every`` nor ``at``, once after the last step."""
 
@@ -88,9 +130,11 @@ class EvaluateConfig(Block):
     diagnostics: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
     """Numbers shown beside the scores: shares of replies with a fault, say. No win is counted by them."""
     judge: ScorerConfig | None = None
-    """Decides win, tie or loss against the baseline."""
+    """Decides win, tie or loss of every sample against the baseline's with the same prompt and seed."""
+    max_missing_fraction: float = Field(default=0.05, ge=0, le=1)
+    """A scorer or judge that leaves more samples unanswered ends the evaluation; fewer are counted as missing."""
     sampling: SamplingConfig = SamplingConfig()
-    baseline: str = "reference"
+    baseline: Annotated[str, AfterValidator(_baseline)] = REFERENCE
     """What a win is counted against: the reference policy, or another run's folder or model."""
 
     @model_validator(mode="after")

@@ -27,9 +27,5 @@ def unsupported(run: RunConfig) -> list[str]:
 def _evaluation(evaluate: EvaluateConfig | None) -> Iterator[str]:
     if evaluate is None:
         return
-    if evaluate.judge is not None:
-        yield "evaluate.judge; remove it"
-    if evaluate.baseline != "reference":
-        yield f"evaluate.baseline: {evaluate.baseline}; write reference"
     if evaluate.sampling.temperature != 1 or evaluate.sampling.top_p != 1:
         yield "evaluate.sampling other than temperature 1 and top_p 1, at which the KL is measured; remove them"

@@ -1,4 +1,4 @@
-"""Candidates → numbers (:class:`~rayalign.judge.base.Scorer`)."""
+"""Candidates → numbers (:class:`~rayalign.judge.base.Scorer`) or verdicts (:class:`~rayalign.judge.base.Judge`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from rayalign.errors import UserError
 from rayalign.imports import load_object
-from rayalign.judge.base import Scorer
+from rayalign.judge.base import Judge, Scorer
 
-__all__ = ["Scorer", "make_scorer"]
+__all__ = ["Judge", "Scorer", "make_judge", "make_scorer"]
 
 _SCORERS = {
     "llm": "rayalign.judge.llm:LlmScorer",
@@ -27,3 +27,17 @@ def make_scorer(name: str, **parameters: Any) -> Scorer:
         raise UserError(f"scorer.name: no scorer is called {name!r}; there is {', '.join(sorted(_SCORERS))}")
     scorer: Scorer = load_object(_SCORERS[name])(**parameters)
     return scorer
+
+
+def make_judge(name: str, **parameters: Any) -> Judge:
+    """The judge of an ``evaluate.judge`` block: a model that compares two replies, or a scorer that scores both.
+
+    Raises:
+        UserError: no judge has that name, or what it names is not there.
+    """
+    if name == "llm":
+        judge: Judge = load_object("rayalign.judge.llm:LlmJudge")(**parameters)
+        return judge
+    scorer = make_scorer(name, **parameters)
+    scored: Judge = load_object("rayalign.judge.scored:ScorerJudge")(scorer)
+    return scored

@@ -1,25 +1,20 @@
-"""A scorer that is a language model behind an OpenAI-compatible endpoint: it is asked for a rating."""
+"""A language model as scorer, which rates replies, or as judge, which compares two: one model, two questions."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import jinja2
 
 from rayalign.data.schema import Turns
 from rayalign.data.split import prompt_text
-from rayalign.errors import UserError, first_line
-from rayalign.judge.base import ScorerUnusable
+from rayalign.judge.asking import Ask, Questionnaire
+from rayalign.judge.base import refuse_missing
+from rayalign.judge.endpoint import Endpoint
+from rayalign.judge.local import LocalModel
 
-TEMPLATE = """Rate how well the reply answers the request, from 1 (useless) to 10 (could not be better).
+RATE = """Rate how well the reply answers the request, from 1 (useless) to 10 (could not be better).
 
 Request:
 {{ prompt }}
@@ -29,94 +24,116 @@ Reply:
 
 Explain in one sentence, then write the rating alone in the last line, such as: Rating: 7"""
 
+COMPARE = """Which of two replies answers the request better? Their order and their length say nothing.
+
+Request:
+{{ prompt }}
+
+Reply A:
+{{ first }}
+
+Reply B:
+{{ second }}
+
+Explain in one sentence, then write the verdict alone in the last line: "Verdict: A", "Verdict: B", or "Verdict: tie"
+where neither is better."""
+
 RATING = re.compile(r"(?:rating\s*[:=]\s*\**\s*)?(-?\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*\Z", re.IGNORECASE)
-ATTEMPTS = 4
-CALLS_AT_ONCE = 8
-SECONDS = 120.0
+_LEAD = r"(?:(?:my |the )?(?:final )?(?:verdict|winner|answer|choice|better reply)(?: is)?\W*)?"
+VERDICT = re.compile(
+    rf"\W*{_LEAD}(?:(?:reply |response |answer )?\W*(?P<one>a|b|1|2|first|second)"
+    r"|(?P<tie>tie|draw|equal|neither|c))\W*",
+    re.IGNORECASE,
+)
 
 
-class NoVerdict(Exception):
-    """The endpoint answered nothing that can be read as a rating, however often it was asked."""
+LONGEST_VERDICT = 80
+"""Characters: a longer line is an explanation."""
 
 
 class LlmScorer:
-    """Ratings of 1 to 10; the answer's last number is the verdict.
-
-    ``calls`` and ``failures`` count what was asked and what had to be asked again.
+    """Ratings of 1 to 10; the answer's last number counts.
 
     Raises:
-        UserError: the key's environment variable is not set, or the template cannot be used.
+        UserError: the model cannot be reached (see ``make_ask``), or the template cannot be used.
     """
 
-    def __init__(
-        self, *, model: str, base_url: str, api_key_env: str = "OPENAI_API_KEY", template: str | None = None
-    ) -> None:
-        if api_key_env not in os.environ:
-            raise UserError(f"scorer.api_key_env: {api_key_env} is not set; the key comes from the environment only")
-        self.model = model
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.api_key_env = api_key_env
-        try:
-            self.template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(template or TEMPLATE)
-            self.template.render(prompt="", reply="")
-        except jinja2.TemplateError as error:
-            raise UserError(f"scorer.template: {error}; it may use {{{{ prompt }}}} and {{{{ reply }}}}") from error
-        self.calls = 0
-        self.failures = 0
+    def __init__(self, *, template: str | None = None, **where: Any) -> None:
+        ask = make_ask("scorer", **where)
+        self.questions = Questionnaire(template or RATE, field="scorer", shown=("reply",), ask=ask)
+        self.tally = self.questions.tally
 
     def score(self, prompts: Sequence[str | Turns], replies: Sequence[str]) -> list[float]:
-        """See :class:`rayalign.judge.base.Scorer`; raises NoVerdict where there is none after four attempts."""
-        questions = [
-            self.template.render(prompt=prompt_text(prompt), reply=reply)
-            for prompt, reply in zip(prompts, replies, strict=True)
+        """See :class:`rayalign.judge.base.Scorer`."""
+        rows = [{"prompt": prompt_text(prompt), "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)]
+        answers = self.questions.answers(rows, rating)
+        return refuse_missing(answers.values, answers.problem)
+
+
+class LlmJudge:
+    """Shows every pair in both orders and takes the mean, so that a liking for a place cancels.
+
+    A pair has no verdict unless both orders have one; equal texts tie unasked.
+
+    Raises:
+        UserError: the model cannot be reached (see ``make_ask``), or the template cannot be used.
+    """
+
+    def __init__(self, *, template: str | None = None, **where: Any) -> None:
+        ask = make_ask("judge", **where)
+        self.questions = Questionnaire(template or COMPARE, field="judge", shown=("first", "second"), ask=ask)
+        self.tally = self.questions.tally
+
+    def compare(self, prompts: Sequence[str | Turns], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """See :class:`rayalign.judge.base.Judge`."""
+        pairs = list(zip(map(prompt_text, prompts), first, second, strict=True))
+        different = [place for place, (_, one, other) in enumerate(pairs) if one != other]
+        rows = [
+            {"prompt": pairs[place][0], "first": pairs[place][shown], "second": pairs[place][3 - shown]}
+            for shown in (1, 2)
+            for place in different
         ]
-        with ThreadPoolExecutor(CALLS_AT_ONCE) as threads:
-            return list(threads.map(self._rating, questions))
+        answers = self.questions.answers(rows, verdict)
+        here, there = answers.values[: len(different)], answers.values[len(different) :]
+        values = [0.5] * len(pairs)
+        for place, straight, swapped in zip(different, here, there, strict=True):
+            values[place] = (straight + 1 - swapped) / 2
+        turned = sum(abs(straight - (1 - swapped)) == 1 for straight, swapped in zip(here, there, strict=True))
+        halves = sum(value == 0.5 for value in values)
+        self.tally.add(ties=halves - turned, disagreements=turned)
+        return refuse_missing(values, answers.problem)
 
-    def _rating(self, question: str) -> float:
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            self.calls += 1
-            try:
-                answer = self._ask(question, seed=attempt)
-            except UserError:
-                raise
-            except (OSError, ValueError, KeyError, IndexError) as error:
-                problem = first_line(error)
-                time.sleep(min(8.0, 0.25 * 2**attempt) if attempt + 1 < ATTEMPTS else 0.0)
-            else:
-                found = rating(answer)
-                if found is not None:
-                    return found
-                problem = f"no rating in {answer[-80:]!r}"
-            self.failures += 1
-        raise NoVerdict(f"{self.model} gave no verdict in {ATTEMPTS} attempts: {problem}")
 
-    def _ask(self, question: str, *, seed: int) -> str:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0.0 if seed == 0 else 0.7,  # the same answer again would be of no use
-            "seed": seed,
-        }
-        request = urllib.request.Request(
-            self.url,
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {os.environ[self.api_key_env]}"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                return str(json.load(response)["choices"][0]["message"]["content"])
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403, 404):
-                raise ScorerUnusable(
-                    f"scorer: {self.url} answers {error.code} {error.reason}; check the key and model"
-                ) from error
-            raise
+def make_ask(
+    field: str,
+    *,
+    model: str,
+    base_url: str | None = None,
+    engine: str | None = None,
+    revision: str | None = None,
+    max_new_tokens: int = 512,
+    api_key_env: str = "OPENAI_API_KEY",
+) -> Ask:
+    """Whoever answers: a model behind ``base_url``, or one that ``engine`` loads."""
+    if base_url is not None:
+        return Endpoint(field=field, model=model, base_url=base_url, api_key_env=api_key_env)
+    assert engine is not None
+    return LocalModel(field=field, model=model, revision=revision, engine=engine, max_new_tokens=max_new_tokens)
 
 
 def rating(answer: str) -> float | None:
     """The number that an answer ends in, if it is a rating from 1 to 10."""
     found = RATING.search(answer.strip())
-    value = float(found.group(1)) if found else 0.0
+    value = float(found.group(1)) if found else math.nan
     return value if 1 <= value <= 10 else None
+
+
+def verdict(answer: str) -> float | None:
+    """The verdict that stands alone in an answer's last line: 1 for the first reply, 0 for the second, ½ for a tie."""
+    lines = answer.strip().splitlines()
+    found = VERDICT.fullmatch(lines[-1]) if lines and len(lines[-1]) <= LONGEST_VERDICT else None
+    if found is None:
+        return None
+    if found["tie"]:
+        return 0.5
+    return 1.0 if found["one"].lower() in ("a", "1", "first") else 0.0

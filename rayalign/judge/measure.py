@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from rayalign.data.group import Candidate, Group
 from rayalign.data.schema import Turns
 from rayalign.data.split import prompt_text
 from rayalign.engine.frozen import FrozenModel
-from rayalign.judge import make_scorer
-from rayalign.judge.base import Scorer
+from rayalign.judge import make_judge, make_scorer
+from rayalign.judge.base import Asked, Judge, NoVerdict, Scorer, Tally
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.hf import HfEngine
 
@@ -37,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec:
-    """A scorer by name and parameters, so that it travels between processes."""
+    """A scorer or a judge by name and parameters, so that it travels between processes."""
 
     label: str
     name: str
@@ -45,10 +46,35 @@ class ScorerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One policy's samples, all of prompt 0, all of prompt 1, …: as token ids and as scorers and readers see them."""
+
+    completions: tuple[Completion, ...]
+    replies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What a scorer or judge said of all samples of a policy, and what that took."""
+
+    values: Table
+    asked: Asked | None
+    """None: nothing that is counted was asked, as of a function."""
+    problem: str
+    """Why the first missing value is missing."""
+
+    @property
+    def missing(self) -> int:
+        return int(np.isnan(self.values).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What one policy does on P prompts, S samples each."""
 
-    scores: Mapping[str, Table]
+    scored: Mapping[str, Answered]
+    judged: Answered | None
+    """How much better each sample is than the baseline's with the same prompt and number, 1, ½ or 0; None: no judge."""
     k1: Table
     """Σ_t log π(y_t) − log π_ref(y_t) of each sample, nats: the k1 estimate of KL(π‖π_ref)."""
     length: Table
@@ -57,9 +83,27 @@ class Measured:
     """1 where the reply ended by itself, 0 where it was cut at the limit."""
     replies: tuple[tuple[str, ...], ...]
 
+    @property
+    def scores(self) -> dict[str, Table]:
+        return {label: answered.values for label, answered in self.scored.items()}
+
 
 def make_scorers(specs: Sequence[ScorerSpec]) -> dict[str, Scorer]:
     return {spec.label: make_scorer(spec.name, **spec.parameters) for spec in specs}
+
+
+def judge_of(spec: ScorerSpec) -> Judge:
+    return make_judge(spec.name, **spec.parameters)
+
+
+def sample(policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParams, *, tokenizer: Any) -> Sampled:
+    """``params.num_samples`` replies to every prompt.
+
+    The draws depend on ``params.seed`` and the prompt's place, so that two policies answer with the same noise.
+    """
+    completions = HfEngine(policy.policy.model).generate([prompt.ids for prompt in prompts], params)
+    replies = (tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip() for completion in completions)
+    return Sampled(completions=tuple(completions), replies=tuple(replies))
 
 
 def measure(
@@ -70,18 +114,20 @@ def measure(
     scorers: Mapping[str, Scorer],
     *,
     tokenizer: Any,
+    judge: Judge | None = None,
+    opponent: Sampled | None = None,
 ) -> Measured:
     """Sample ``params.num_samples`` replies to every prompt and measure them.
 
-    The draws depend on ``params.seed`` and the prompt's place, so that two policies answer with the same noise.
+    The judge compares them with those of ``opponent``, one by one; None is the policy itself, and all verdicts tie.
 
     Raises:
         ValueError: the samples are tempered or truncated, so that they are not the policy's own and k1 would be biased.
     """
     if params.truncates or params.temperature != 1.0:
         raise ValueError(f"KL is measured on the policy's own samples, at temperature 1 and untruncated, not {params}")
-    completions = HfEngine(policy.policy.model).generate([prompt.ids for prompt in prompts], params)
-    replies = [tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip() for completion in completions]
+    drawn = sample(policy, prompts, params, tokenizer=tokenizer)
+    completions, replies = drawn.completions, drawn.replies
     asked = [prompts[completion.prompt_index].prompt for completion in completions]
     shape = (len(prompts), params.num_samples)
 
@@ -89,12 +135,41 @@ def measure(
         return np.asarray(values, dtype=np.float64).reshape(shape)
 
     return Measured(
-        scores={label: table(scorer.score(asked, replies)) for label, scorer in scorers.items()},
+        scored={
+            label: answered(scorer, partial(scorer.score, asked, replies), shape) for label, scorer in scorers.items()
+        },
+        judged=judged(judge, asked, replies, opponent.replies if opponent else None, shape) if judge else None,
         k1=log_ratios(policy, reference, prompts, completions).reshape(shape),
         length=table([len(completion.token_ids) for completion in completions]),
         finished=table([completion.finish_reason == "stop" for completion in completions]),
         replies=tuple(tuple(row) for row in np.array(replies, dtype=object).reshape(shape)),
     )
+
+
+def judged(
+    judge: Judge,
+    prompts: Sequence[str | Turns],
+    replies: Sequence[str],
+    opponents: Sequence[str] | None,
+    shape: tuple[int, int],
+) -> Answered:
+    """Verdicts on replies against their opponents in order; without opponents, what they are by definition."""
+    if opponents is None:
+        return Answered(values=np.full(shape, 0.5), asked=None, problem="")
+    return answered(judge, partial(judge.compare, prompts, replies, opponents), shape)
+
+
+def answered(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tuple[int, int]) -> Answered:
+    """What ``ask`` says, NaN where ``whom`` has no answer, and by how much it moved their count."""
+    tally: Tally | None = getattr(whom, "tally", None)
+    before = tally.asked if tally else Asked()
+    problem = ""
+    try:
+        values = ask()
+    except NoVerdict as found:
+        values, problem = found.values, str(found)
+    table = np.asarray(values, dtype=np.float64).reshape(shape)
+    return Answered(values=table, asked=tally.asked - before if tally else None, problem=problem)
 
 
 @torch.no_grad()

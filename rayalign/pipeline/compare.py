@@ -31,6 +31,8 @@ from rayalign.runtime.lease import lease
 from rayalign.runtime.session import Session, connect
 from rayalign.runtime.trainer import Trainer
 
+MEASURED_BY = ("prompts", "scorers", "diagnostics", "judge", "max_missing_fraction", "sampling", "baseline")
+"""Settings of ``evaluate`` that all cells share."""
 MEASURED_WITH = (
     ("model", "name"),
     ("model", "revision"),
@@ -80,12 +82,13 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         measured = started_from(evaluated, model) if model else evaluated
         evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
-        reference = evaluation.points(None, directory)
+        reference, baseline = evaluation.points(None, directory), evaluation.baseline(directory)
         results = [measure_cell(cell.result(), evaluation, board) for cell in trained]
     record = comparison_record(
         comparison,
         evaluation,
         reference,
+        baseline,
         results,
         started=started,
         command=["rayalign", "compare", str(path), *overrides],
@@ -105,8 +108,7 @@ def common_evaluation(comparison: Comparison) -> RunConfig:
         raise UserError("base.evaluate: a comparison needs prompts and at least one scorer")
     for run in runs:
         same = run.evaluate is not None and all(
-            getattr(run.evaluate, field) == getattr(first.evaluate, field)
-            for field in ("prompts", "scorers", "diagnostics", "sampling")
+            getattr(run.evaluate, field) == getattr(first.evaluate, field) for field in MEASURED_BY
         )
         if not same:
             raise UserError(f"{run.name}: evaluate differs from {first.name}'s; only `every` and `at` may")

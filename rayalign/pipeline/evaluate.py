@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -15,19 +16,28 @@ from rich.table import Table as RichTable
 from rayalign import __version__
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import EvaluateConfig
+from rayalign.config.scoring import EvaluateConfig, ScorerConfig
 from rayalign.engine.checkpoint import NAME, is_committed, step_of
+from rayalign.engine.model import ModelSpec
 from rayalign.errors import UserError
-from rayalign.judge.measure import Measured, ScorerSpec, Table, make_scorers
+from rayalign.judge.base import Asked
+from rayalign.judge.measure import Answered, Measured, ScorerSpec, Table, judge_of, make_scorers
 from rayalign.manifest import MANIFEST, file_digest, write_durably
 from rayalign.pipeline.artifacts import Artifacts, digest_of
+from rayalign.pipeline.baseline import baseline_directory, baseline_spec
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.model import scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
+from rayalign.pipeline.model import (
+    scorer_identity,
+    scorer_spec,
+    scoring_spec,
+    spec_digest,
+    stop_ids,
+)
 from rayalign.pipeline.prompts import prompt_sets
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
 from rayalign.report.formatting import SHARE, interval, number
-from rayalign.report.points import EvaluationPoint, Reply, Samples, as_array
+from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, prompt_means
 from rayalign.rollout.base import SamplingParams
 from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
@@ -37,7 +47,9 @@ from rayalign.runtime.session import connect
 
 SHOWN_PROMPTS = 6
 """Prompts of each set whose replies the report shows."""
+COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
 
+Role = Literal["scorer", "diagnostic", "judge"]
 Points = tuple[EvaluationPoint, ...]
 """One per prompt set."""
 
@@ -63,11 +75,16 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
             raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
         with closing(Evaluation.start(run, stages, share=share(session, 1), actors=1)) as evaluation:
-            rows = {0: evaluation.points(None, directory)}
+            baseline = evaluation.baseline(directory)
+            rows = {"0": evaluation.points(None, directory)}
+            if baseline is not None:
+                rows["baseline"] = baseline
             for step, checkpoint in sorted(found.items()):
                 board.say(f"{run.name}: measuring step {step}")
-                rows[step] = evaluation.points(checkpoint, directory)
+                rows[str(step)] = evaluation.points(checkpoint, directory)
     console.print(points_table(run.evaluate, rows))
+    for sentence in answers_told(rows):
+        console.print(sentence, markup=False, highlight=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +105,34 @@ class Evaluation:
         return cls(spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=pool)
 
     def points(self, checkpoint: Path | None, directory: Path) -> Points:
-        """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``."""
+        """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``.
+
+        Raises:
+            UserError: a scorer or the judge left too much unanswered.
+        """
         step = step_of(checkpoint) if checkpoint else 0
         identity = digest_of([self.digest, file_digest(checkpoint / MANIFEST) if checkpoint else None])
-        path = directory / "evaluation" / f"step_{step:06d}.json"
+        return self._kept(directory / "evaluation" / f"step_{step:06d}.json", identity, checkpoint, step)
+
+    def baseline(self, directory: Path) -> Points | None:
+        """The numbers of the policy that wins are counted against, where that is not the reference."""
+        if self.spec.baseline is None:
+            return None
+        identity = digest_of([self.digest, "baseline"])
+        return self._kept(directory / "evaluation" / "baseline.json", identity, self.spec.baseline, 0)
+
+    def _kept(self, path: Path, identity: str, subject: Path | ModelSpec | None, step: int) -> Points:
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["identity"] == identity:
-                return tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
-        measured = self.evaluators.call(checkpoint)
+                points = tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
+                if not too_many_missing(points, self.config.max_missing_fraction):
+                    return points
+        measured = self.evaluators.call(subject)
         points = tuple(self.point(name, step, found) for name, found in measured.items())
+        missing = too_many_missing(points, self.config.max_missing_fraction)
+        if missing:
+            raise UserError(missing[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = {"identity": identity, "points": [point.model_dump(mode="json") for point in points]}
         write_durably(path, json.dumps(stored) + "\n")
@@ -114,11 +149,31 @@ class Evaluation:
             length=samples(measured.length),
             finished=samples(measured.finished),
             diagnostics=diagnostics,
+            verdicts=samples(measured.judged.values) if measured.judged is not None else None,
+            answers=tuple(self._answers(measured)),
             replies=tuple(
                 Reply(prompt=prompt, sample=0, text=replies[0])
                 for prompt, replies in enumerate(measured.replies[:SHOWN_PROMPTS])
             ),
         )
+
+    def _answers(self, measured: Measured) -> Iterator[Answers]:
+        """Of everybody who counts what they are asked, or left something unanswered."""
+        config = self.config
+        asked: list[tuple[Role, ScorerConfig, Answered | None]] = []
+        asked += [("scorer", scorer, measured.scored[scorer.label]) for scorer in config.scorers]
+        asked += [("diagnostic", scorer, measured.scored[scorer.label]) for scorer in config.diagnostics]
+        asked += [("judge", config.judge, measured.judged)] if config.judge is not None else []
+        for role, scorer, found in asked:
+            if found is not None and (found.asked is not None or found.missing):
+                yield Answers(
+                    role=role,
+                    name=scorer.label,
+                    replies=found.values.size,
+                    missing=found.missing,
+                    problem=found.problem,
+                    **asdict(found.asked or Asked()),
+                )
 
     def close(self) -> None:
         self.evaluators.close()
@@ -140,15 +195,30 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
             stop_ids=stop_ids(run),
         ),
         scorers=scorer_specs(run.evaluate),
+        judge=scorer_spec(run.evaluate.judge) if run.evaluate.judge is not None else None,
+        baseline=baseline_spec(run),
     )
 
 
+def too_many_missing(points: Points, limit: float) -> list[str]:
+    """A sentence for every scorer and judge that left more than ``limit`` of a prompt set's replies unanswered."""
+    return [
+        f"evaluation of {point.prompt_set}: the {found.role} {found.name} gave no answer for {found.missing} of "
+        f"{found.replies} replies, more than evaluate.max_missing_fraction {limit:g} allows; first: {found.problem}"
+        for point in points
+        for found in point.answers
+        if found.missing > limit * found.replies
+    ]
+
+
 def evaluation_digest(spec: EvaluationSpec) -> str:
-    """What a policy's numbers depend on beside the policy: prompts, scorers and their code, sampling, reference."""
+    """What a policy's numbers depend on beside the policy: prompts, scorers, judge, sampling, reference, baseline."""
     return digest_of(
         [
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
             [scorer_identity(scorer) for scorer in spec.scorers],
+            scorer_identity(spec.judge) if spec.judge is not None else None,
+            spec_digest(spec.baseline) if spec.baseline is not None else None,
             asdict(spec.sampling),
             spec_digest(spec.reference.model),
             spec.reference.model.dtype,
@@ -158,8 +228,11 @@ def evaluation_digest(spec: EvaluationSpec) -> str:
 
 
 def refuse_broken_scorers(config: EvaluateConfig) -> None:
-    """Raise UserError now for a scorer that could not be called once the models are trained."""
+    """Raise UserError now for what could not be measured with once the models are trained: scorers, judge, baseline."""
+    baseline_directory(config)
     make_scorers(scorer_specs(config))
+    if config.judge is not None:
+        judge_of(scorer_spec(config.judge))
 
 
 def scorer_specs(config: EvaluateConfig) -> tuple[ScorerSpec, ...]:
@@ -176,19 +249,30 @@ def samples(table: Table) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in table.tolist())
 
 
-def points_table(config: EvaluateConfig, rows: Mapping[int, Points]) -> RichTable:
+def points_table(config: EvaluateConfig, rows: Mapping[str, Points]) -> RichTable:
     """Means with their intervals over prompts, one line per step and prompt set."""
     table = RichTable(caption="mean [95 % interval over prompts, one training run]; KL: k1, nats per reply")
     labels = [scorer.label for scorer in (*config.scorers, *config.diagnostics)]
-    for column in ("step", "prompts", *labels, "KL", "tokens", "cut at the limit"):
+    wins = [f"win rate, judged by {config.judge.label}"] if config.judge is not None else []
+    for column in ("step", "prompts", *labels, *wins, "KL", "tokens", "cut at the limit"):
         table.add_column(column)
     for step, points in rows.items():
         for point in points:
             columns = {**point.scores, **point.diagnostics}
-            values = [*(columns[label] for label in labels), point.kl["k1"], point.length]
+            judged = [point.verdicts] if point.verdicts is not None else []
+            values = [*(columns[label] for label in labels), *judged, point.kl["k1"], point.length]
             cut = number(1 - estimated(point.finished).mean, SHARE)
-            table.add_row(str(step), point.prompt_set, *(with_interval(estimated(value)) for value in values), cut)
+            table.add_row(step, point.prompt_set, *(with_interval(estimated(value)) for value in values), cut)
     return table
+
+
+def answers_told(rows: Mapping[str, Points]) -> Iterator[str]:
+    """One sentence for everybody who was asked, at every step."""
+    for step, points in rows.items():
+        for point in points:
+            for found in point.answers:
+                counts = ", ".join(f"{getattr(found, key)} {key}" for key in COUNTED)
+                yield f"step {step}, {point.prompt_set}: {found.role} {found.name}: {found.replies} replies, {counts}"
 
 
 def estimated(values: Samples) -> Estimate:

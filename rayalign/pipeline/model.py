@@ -107,6 +107,20 @@ def scorer_identity(scorer: ScorerSpec) -> list[Any]:
     parameters = scorer.parameters
     if scorer.name == "rule":
         return [asdict(scorer), source_digest(parameters["function"])]
-    if scorer.name == "reward_model":
+    if scorer.name == "reward_model" or parameters.get("engine"):
         return [asdict(scorer), model_digest(model_directory(parameters["model"], parameters["revision"]))]
     return [asdict(scorer)]
+
+
+def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:
+    """Whether two scorers or judges are one thing: the same function with the same arguments, or the same model.
+
+    How a language model is asked makes no other of it: it rates and compares by one taste.
+    """
+    return source_of(one) == source_of(other)
+
+
+def source_of(scorer: ScorerConfig) -> list[Any]:
+    spec = scorer_spec(scorer)
+    asking = ("template", "api_key_env", "max_new_tokens") if spec.name == "llm" else ()
+    return [spec.name, {key: value for key, value in spec.parameters.items() if key not in asking}]

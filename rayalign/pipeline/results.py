@@ -17,7 +17,9 @@ from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
 from rayalign.manifest import committed
 from rayalign.pipeline.artifacts import digest_of
+from rayalign.pipeline.baseline import baseline_label
 from rayalign.pipeline.job import training_configuration
+from rayalign.pipeline.model import same_source
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.train import filter_of, stores_of
 from rayalign.report import points as report
@@ -46,6 +48,7 @@ def comparison_record(
     comparison: Comparison,
     evaluation: Evaluation,
     reference: Points,
+    baseline: Points | None,
     results: Sequence[CellResult],
     *,
     started: datetime.datetime,
@@ -69,6 +72,7 @@ def comparison_record(
         ),
         scorers=tuple(measure_of(scorer) for scorer in config.scorers),
         diagnostics=tuple(measure_of(scorer) for scorer in config.diagnostics),
+        judge=judge_of(config.judge) if config.judge is not None else None,
         kl_estimators=(
             report.Measure(
                 name="k1",
@@ -88,6 +92,7 @@ def comparison_record(
             top_p=spec.sampling.top_p,
         ),
         reference=reference,
+        baseline=report.Baseline(label=baseline_label(config.baseline), points=baseline) if baseline else None,
         cells=tuple(cells),
         provenance=record_provenance(results, started=started, command=command),
     )
@@ -101,14 +106,17 @@ def assumptions(comparison: Comparison) -> list[str]:
         for label, run in runs
         if getattr(run.method.config, "behavior", "") == "assume_reference"
     ]
-    judging = [scorer.label for _, run in runs[:1] if run.evaluate for scorer in run.evaluate.scorers]
-    for name in dict.fromkeys(run.scorer.label for _, run in runs if run.scorer is not None):
-        if name in judging:
-            labels = ", ".join(label for label, run in runs if run.scorer is not None and run.scorer.label == name)
-            found.append(
-                f"{name} scored completions that {labels} trained on, and is shown here as a result as well: a gain "
-                "under it alone says little."
-            )
+    evaluate = next((run.evaluate for _, run in runs if run.evaluate), None)
+    if evaluate is not None:
+        shown: list[tuple[ScorerConfig, str]] = [(scorer, "is shown here as a result") for scorer in evaluate.scorers]
+        shown += [(evaluate.judge, "decides wins here")] if evaluate.judge is not None else []
+        for scorer, use in shown:
+            labels = [label for label, run in runs if run.scorer is not None and same_source(run.scorer, scorer)]
+            if labels:
+                found.append(
+                    f"{scorer.label} scored completions that {', '.join(labels)} trained on, and {use} as well: a gain "
+                    "under it alone says little."
+                )
     return found
 
 
@@ -119,6 +127,19 @@ def measure_of(scorer: ScorerConfig) -> report.Measure:
         unit=getattr(scorer, "unit", ""),
         description=getattr(scorer, "description", ""),
     )
+
+
+def judge_of(judge: ScorerConfig) -> report.Measure:
+    """A judge as the report explains it."""
+    if judge.name == "llm":
+        how = (
+            "As judge: sees both replies in both orders, and the mean of the two verdicts counts; one that turns with "
+            "the order counts as a half."
+        )
+    else:
+        how = "As judge: the reply with the higher score wins, equal scores tie."
+    own = getattr(judge, "description", "")
+    return measure_of(judge).model_copy(update={"unit": "", "description": f"{own} {how}".strip()})
 
 
 def done_cell(result: CellResult, base: RunConfig) -> report.Cell:

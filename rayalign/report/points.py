@@ -23,7 +23,8 @@ from rayalign.errors import UserError
 
 FILE_NAME = "comparison.json"
 REFERENCE = "reference"
-"""What the reference is called where a cell's id would stand."""
+BASELINE = "(baseline)"
+"""What the reference, and a baseline beside it, are called where a cell's id would stand."""
 
 
 def _matrix(rows: tuple[tuple[float | None, ...], ...]) -> tuple[tuple[float | None, ...], ...]:
@@ -76,6 +77,25 @@ class Reply(Record):
     text: str
 
 
+class Answers(Record):
+    """What a scorer or judge that is asked (a model, mostly) said of one point's replies, counted."""
+
+    role: Literal["scorer", "diagnostic", "judge"]
+    name: str
+    replies: int
+    """Replies of the point, each of which it should have answered for."""
+    missing: int = 0
+    """Replies without an answer; they count in no mean."""
+    problem: str = ""
+    """Why the first of them has none."""
+    calls: int = 0
+    failures: int = 0
+    """Calls that gave nothing that can be read; most were repeated with success."""
+    ties: int = 0
+    disagreements: int = 0
+    """Verdicts that turned with the order in which two replies were shown, and so count as a half."""
+
+
 class EvaluationPoint(Record):
     """One policy at one step on one prompt set: P prompts x S samples of every quantity.
 
@@ -93,6 +113,10 @@ class EvaluationPoint(Record):
     finished: Samples
     """1 where the reply ended by itself, 0 where it was cut at the limit."""
     diagnostics: Mapping[str, Samples] = {}
+    verdicts: Samples | None = None
+    """The judge's: how much better each reply is than the baseline's of the same prompt and number: 1, 1/2 or 0."""
+    answers: tuple[Answers, ...] = ()
+    """Of scorers and judges that count what they are asked, or left something unanswered."""
     replies: tuple[Reply, ...] = ()
     """The few texts that the report shows."""
 
@@ -112,6 +136,8 @@ class EvaluationPoint(Record):
         for kind in ("scores", "kl", "diagnostics"):
             for name, samples in getattr(self, kind).items():
                 yield f"{kind}.{name}", samples
+        if self.verdicts is not None:
+            yield "verdicts", self.verdicts
         yield "length", self.length
         yield "finished", self.finished
 
@@ -213,6 +239,14 @@ class Provenance(Record):
     """ISO 8601 times with an offset."""
 
 
+class Baseline(Record):
+    """Another policy than the reference that wins are counted against."""
+
+    label: str
+    points: tuple[EvaluationPoint, ...]
+    """One per prompt set."""
+
+
 class Comparison(Record):
     """Everything that a report says, before any statistics.
 
@@ -225,21 +259,37 @@ class Comparison(Record):
     scorers: tuple[Measure, ...] = Field(min_length=1)
     kl_estimators: tuple[Measure, ...] = Field(min_length=1)
     diagnostics: tuple[Measure, ...] = ()
+    judge: Measure | None = None
+    """Decides wins beside the scorers, where there is one."""
     prompt_sets: tuple[PromptSet, ...] = Field(min_length=1)
     sampling: Sampling
     reference: tuple[EvaluationPoint, ...]
     """The reference at step 0, once per prompt set."""
+    baseline: Baseline | None = None
+    """None: wins are counted against the reference."""
     cells: tuple[Cell, ...]
     provenance: Provenance = Provenance()
+
+    @property
+    def opponent(self) -> str:
+        """What wins are counted against, in a sentence."""
+        return self.baseline.label if self.baseline is not None else f"the {REFERENCE}"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for field in ("id", "label"):
-            _require_unique(f"cells: {field}", [REFERENCE, *(getattr(cell, field) for cell in self.cells)])
+            _require_unique(
+                f"cells: {field}",
+                [REFERENCE, *([BASELINE] if self.baseline else []), *(getattr(cell, field) for cell in self.cells)],
+            )
         sizes = {prompts.name: len(prompts.prompts) for prompts in self.prompt_sets}
         if [point.prompt_set for point in self.reference] != list(sizes):
             raise ValueError(f"reference: one point per prompt set, in the order {list(sizes)}")
         self._check_points("reference", self.reference, sizes)
+        if self.baseline is not None:
+            if [point.prompt_set for point in self.baseline.points] != list(sizes):
+                raise ValueError(f"baseline: one point per prompt set, in the order {list(sizes)}")
+            self._check_points("baseline", self.baseline.points, sizes)
         for cell in self.cells:
             self._check_points(f"cell {cell.id!r}", cell.points, sizes)
             for name in sizes:
@@ -255,6 +305,8 @@ class Comparison(Record):
                 raise ValueError(f"{place}: no such prompt set; there are {list(sizes)}")
             if len(point.length) != sizes[point.prompt_set]:
                 raise ValueError(f"{place}: {len(point.length)} prompts, the set has {sizes[point.prompt_set]}")
+            if (point.verdicts is None) != (self.judge is None):
+                raise ValueError(f"{place}: verdicts are there exactly where the comparison declares a judge")
             for kind, measures in (
                 ("scores", self.scorers),
                 ("kl", self.kl_estimators),

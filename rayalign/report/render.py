@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rayalign.report import drawing, figures, formatting
-from rayalign.report.points import REFERENCE, Comparison, write_text
+from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
 from rayalign.report.results import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.statistics import INTERVAL_HEAD
-from rayalign.report.summary import Summary, summarize
+from rayalign.report.summary import AnswersSummary, Summary, summarize
 
 FOLDER = "report"
 
@@ -39,19 +40,21 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
     """The text of ``report.html`` or ``report.md``."""
     environment = _environment()
     script = _source(environment, "report.js")
+    judges = (comparison.judge,) if comparison.judge else ()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(f"{name}.jinja").render(
         comparison=comparison,
         summary=summary,
         cells={cell.id: cell for cell in comparison.cells},
-        measures=(*comparison.scorers, *comparison.kl_estimators, *comparison.diagnostics),
+        measures=(*comparison.scorers, *judges, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
         styles=figures.styles(comparison.cells),
         drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
         interval_head=INTERVAL_HEAD,
-        reference=REFERENCE,
+        opponent=BASELINE if comparison.baseline else REFERENCE,
+        names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},
         theme=drawing.THEME,
         style=Markup(_source(environment, "report.css")),
         script=Markup(script),
@@ -77,9 +80,31 @@ def limits(comparison: Comparison, summary: Summary) -> list[str]:
         "Membership of the front is of point estimates: a point on it need not differ from one beside it.",
         "Scores at equal KL are interpolated linearly between two checkpoints of one run, in the order of training, at"
         " its first crossing of the level. They are point estimates, and nothing is extrapolated.",
+        *judging(comparison, summary),
         "Where every prompt agrees, as with a share of 0 %, a bootstrap interval has no width. That is not certainty.",
         *comparison.text.caveats,
     ]
+
+
+def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:
+    """What a judge's win rate is, and what scorers and judges left unanswered."""
+    if comparison.judge is not None:
+        yield (
+            f"The win rate judged by {comparison.judge.label} compares each reply with the one of"
+            f" {comparison.opponent} to the same prompt, of the same number and drawn with the same noise; the win rate"
+            " under a scorer compares all pairings of a prompt."
+        )
+    totals: dict[tuple[str, str], list[AnswersSummary]] = {}
+    for row in summary.answers:
+        totals.setdefault((row.role, row.name), []).append(row)
+    for (role, name), rows in totals.items():
+        missing, replies = (sum(getattr(row, key) for row in rows) for key in ("missing", "replies"))
+        if missing:
+            reason = next(row.problem for row in rows if row.missing)
+            yield (
+                f"The {role} {name} gave no answer for {missing} of {replies} replies; they are missing from its means,"
+                f" and need not be like the others. The first: {reason}"
+            )
 
 
 def _environment() -> Environment:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rayalign.report.formatting import count, single
-from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint
+from rayalign.report.points import BASELINE, REFERENCE, Comparison, EvaluationPoint
+
+OUTCOMES: Mapping[float | None, str] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +32,11 @@ class PromptSamples:
 
 def prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
     """For every prompt of which a reply was kept."""
-    for reference in comparison.reference:
+    for index, reference in enumerate(comparison.reference):
         (prompts,) = (prompts for prompts in comparison.prompt_sets if prompts.name == reference.prompt_set)
         sources = [(REFERENCE, reference)]
+        if comparison.baseline is not None:
+            sources.append((BASELINE, comparison.baseline.points[index]))
         for cell in comparison.cells:
             points = [point for point in cell.points if point.prompt_set == prompts.name]
             sources += [(cell.id, point) for point in points[-1:]]
@@ -61,6 +65,9 @@ def _reply_numbers(comparison: Comparison, point: EvaluationPoint, key: tuple[in
     estimator = comparison.kl_estimators[0]
     for scorer in comparison.scorers:
         yield f"{scorer.label} {single(point.scores[scorer.name][prompt][sample], scorer.unit)}"
+    if comparison.judge is not None and point.verdicts is not None:
+        verdict = point.verdicts[prompt][sample]
+        yield f"judged by {comparison.judge.label}: {OUTCOMES.get(verdict, single(verdict))}"
     yield f"log π/π_ref ({estimator.label}) {single(point.kl[estimator.name][prompt][sample])}"
     yield f"{count(point.length[prompt][sample])} tokens"
     if point.finished[prompt][sample] == 0:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rayalign.report.frontier import Crossing, FrontierPoint, pareto, score_at_kl
-from rayalign.report.points import REFERENCE, Cell, Comparison, EvaluationPoint, Samples, as_array
+from rayalign.report.points import (
+    BASELINE,
+    REFERENCE,
+    Answers,
+    Cell,
+    Comparison,
+    EvaluationPoint,
+    Samples,
+    as_array,
+)
 from rayalign.report.statistics import Bootstrap, Estimate, Vector, estimate, paired_change, prompt_means
 from rayalign.report.winrate import win_shares
+
+COUNTS = ("replies", "missing", "calls", "failures", "ties", "disagreements")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +27,7 @@ class PointSummary:
     """The estimates of one policy at one step on one prompt set; mappings are keyed by measure name."""
 
     cell: str
-    """A cell's id, or ``reference``."""
+    """A cell's id, ``reference`` or ``(baseline)``."""
     prompt_set: str
     step: int
     num_samples: int
@@ -25,6 +36,9 @@ class PointSummary:
     changes: Mapping[str, Estimate]
     """Score minus the reference's, paired by prompt."""
     win_rates: Mapping[str, Estimate]
+    """By scorer, over all pairings of a prompt's samples with the baseline's."""
+    judged: Estimate | None
+    """The judge's win rate, over samples of equal number; None: there is no judge."""
     kl: Mapping[str, Estimate]
     diagnostics: Mapping[str, Estimate]
     length: Estimate
@@ -45,11 +59,29 @@ class AtKl:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnswersSummary:
+    """What one scorer or judge was asked about one policy: sums over its steps and prompt sets."""
+
+    cell: str
+    role: str
+    name: str
+    replies: int
+    missing: int
+    problem: str
+    calls: int
+    failures: int
+    ties: int
+    disagreements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     bootstrap: Bootstrap
     points: tuple[PointSummary, ...]
-    """The reference first, then the cells in order; prompt sets in order; steps ascending."""
+    """The reference, a baseline if any, then the cells in order; prompt sets in order; steps ascending."""
     at_kl: tuple[AtKl, ...]
+    answers: tuple[AnswersSummary, ...]
+    """In the order of the points; of scorers and judges that count what they are asked."""
 
     def of(self, cell: str, prompt_set: str) -> tuple[PointSummary, ...]:
         return tuple(point for point in self.points if point.cell == cell and point.prompt_set == prompt_set)
@@ -68,32 +100,62 @@ def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Sum
     bootstrap = bootstrap or Bootstrap()
     points: list[PointSummary] = []
     at_kl: list[AtKl] = []
-    for reference in comparison.reference:
-        start = _summarize_point(REFERENCE, reference, reference, bootstrap)
-        paths = [(cell, _summarize_path(cell, reference, bootstrap)) for cell in comparison.cells]
-        points += _mark_front(comparison, [start, *(point for _, path in paths for point in path)])
+    for index, reference in enumerate(comparison.reference):
+        against = Against(
+            reference=reference,
+            baseline=comparison.baseline.points[index] if comparison.baseline else reference,
+            bootstrap=bootstrap,
+        )
+        start = _summarize_point(REFERENCE, reference, against)
+        others = [_summarize_point(BASELINE, against.baseline, against)] if comparison.baseline else []
+        paths = [_summarize_path(cell, against) for cell in comparison.cells]
+        points += _mark_front(comparison, [start, *others, *(point for path in paths for point in path)])
         at_kl += [
             _at_kl(comparison, [start, *path], level)
-            for _, path in paths
+            for path in paths
             if path
             for level in sorted(comparison.text.kl_levels)
         ]
-    order = {name: index for index, name in enumerate([REFERENCE, *(cell.id for cell in comparison.cells)])}
+    order = {name: index for index, name in enumerate([REFERENCE, BASELINE, *(cell.id for cell in comparison.cells)])}
     points.sort(key=lambda point: order[point.cell])
-    return Summary(bootstrap=bootstrap, points=tuple(points), at_kl=tuple(at_kl))
+    return Summary(bootstrap=bootstrap, points=tuple(points), at_kl=tuple(at_kl), answers=tuple(_answers(comparison)))
 
 
-def _summarize_path(cell: Cell, reference: EvaluationPoint, bootstrap: Bootstrap) -> list[PointSummary]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Against:
+    """What the points of one prompt set are held against."""
+
+    reference: EvaluationPoint
+    """Of changes."""
+    baseline: EvaluationPoint
+    """Of wins; the reference unless the comparison names another."""
+    bootstrap: Bootstrap
+
+
+def _answers(comparison: Comparison) -> Iterator[AnswersSummary]:
+    baseline = [(BASELINE, comparison.baseline.points)] if comparison.baseline else []
+    cells = [(cell.id, cell.points) for cell in comparison.cells]
+    for cell, points in ((REFERENCE, comparison.reference), *baseline, *cells):
+        found: dict[tuple[str, str], list[Answers]] = {}
+        for answers in (answers for point in points for answers in point.answers):
+            found.setdefault((answers.role, answers.name), []).append(answers)
+        for (role, name), parts in found.items():
+            sums = {key: sum(getattr(part, key) for part in parts) for key in COUNTS}
+            problem = next((part.problem for part in parts if part.problem), "")
+            yield AnswersSummary(cell=cell, role=role, name=name, problem=problem, **sums)
+
+
+def _summarize_path(cell: Cell, against: Against) -> list[PointSummary]:
     return [
-        _summarize_point(cell.id, point, reference, bootstrap)
+        _summarize_point(cell.id, point, against)
         for point in cell.points
-        if point.prompt_set == reference.prompt_set
+        if point.prompt_set == against.reference.prompt_set
     ]
 
 
-def _summarize_point(
-    cell: str, point: EvaluationPoint, reference: EvaluationPoint, bootstrap: Bootstrap
-) -> PointSummary:
+def _summarize_point(cell: str, point: EvaluationPoint, against: Against) -> PointSummary:
+    reference, baseline, bootstrap = against.reference, against.baseline, against.bootstrap
+
     def per_prompt(samples: Samples) -> Vector:
         return prompt_means(as_array(samples))
 
@@ -111,9 +173,10 @@ def _summarize_point(
             for name, samples in point.scores.items()
         },
         win_rates={
-            name: estimate(win_shares(as_array(samples), as_array(reference.scores[name])), bootstrap)
+            name: estimate(win_shares(as_array(samples), as_array(baseline.scores[name])), bootstrap)
             for name, samples in point.scores.items()
         },
+        judged=None if point.verdicts is None else estimate(per_prompt(point.verdicts), bootstrap),
         kl=means(point.kl),
         diagnostics=means(point.diagnostics),
         length=estimate(per_prompt(point.length), bootstrap),

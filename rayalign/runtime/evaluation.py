@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import load_tokenizer, model_directory
-from rayalign.judge.base import Scorer
-from rayalign.judge.measure import Measured, Prompt, ScorerSpec, make_scorers, measure
+from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
+from rayalign.judge.base import Judge, Scorer
+from rayalign.judge.measure import (
+    Measured,
+    Prompt,
+    Sampled,
+    ScorerSpec,
+    judge_of,
+    make_scorers,
+    measure,
+    sample,
+)
 from rayalign.rollout.base import SamplingParams
 
 
@@ -24,6 +33,9 @@ class EvaluationSpec:
     prompt_sets: Mapping[str, tuple[Prompt, ...]]
     sampling: SamplingParams
     scorers: tuple[ScorerSpec, ...]
+    judge: ScorerSpec | None = None
+    baseline: ModelSpec | None = None
+    """What wins are counted against; None: the reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +46,9 @@ class Loaded:
     reference: FrozenModel
     tokenizer: Any
     scorers: Mapping[str, Scorer]
+    judge: Judge | None
+    opponents: dict[str, Sampled] = field(default_factory=dict)
+    """The baseline's samples of every prompt set, drawn when the judge first needs them."""
 
 
 class Evaluator:
@@ -43,19 +58,38 @@ class Evaluator:
         self.spec = spec
         self.loaded = load(spec)
 
-    def __call__(self, directory: Path | None) -> dict[str, Measured]:
-        """The policy in ``directory``, or the reference itself where it is None, on every prompt set."""
-        loaded = self.loaded
-        policy = loaded.reference
-        if directory is not None:
-            model = replace(self.spec.reference.model, name=str(directory), revision=None, from_scratch=False)
-            policy = FrozenModel(replace(self.spec.reference, model=model), loaded.device)
+    def __call__(self, subject: Path | ModelSpec | None) -> dict[str, Measured]:
+        """The policy in a checkpoint's folder, or any other, or the reference where it is None, on every prompt set."""
+        loaded, spec = self.loaded, self.spec
+        if loaded.judge is not None and not loaded.opponents:
+            baseline = self._model(spec.baseline)
+            loaded.opponents.update(
+                {
+                    name: sample(baseline, prompts, spec.sampling, tokenizer=loaded.tokenizer)
+                    for name, prompts in spec.prompt_sets.items()
+                }
+            )
+        policy = self._model(subject)
         return {
             name: measure(
-                policy, loaded.reference, prompts, self.spec.sampling, loaded.scorers, tokenizer=loaded.tokenizer
+                policy,
+                loaded.reference,
+                prompts,
+                spec.sampling,
+                loaded.scorers,
+                tokenizer=loaded.tokenizer,
+                judge=loaded.judge,
+                opponent=None if subject == spec.baseline else loaded.opponents.get(name),
             )
-            for name, prompts in self.spec.prompt_sets.items()
+            for name, prompts in spec.prompt_sets.items()
         }
+
+    def _model(self, subject: Path | ModelSpec | None) -> FrozenModel:
+        if subject is None:
+            return self.loaded.reference
+        if isinstance(subject, Path):
+            subject = replace(self.spec.reference.model, name=str(subject), revision=None, from_scratch=False)
+        return FrozenModel(replace(self.spec.reference, model=subject), self.loaded.device)
 
 
 def load(spec: EvaluationSpec) -> Loaded:
@@ -68,4 +102,5 @@ def load(spec: EvaluationSpec) -> Loaded:
             model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
         ),
         scorers=make_scorers(spec.scorers),
+        judge=judge_of(spec.judge) if spec.judge is not None else None,
     )

@@ -4,13 +4,18 @@ from rayalign.testing import check_method
 
 def test_my_method():
     check_method(METHOD)
+
+:class:`FakeScorer` and :class:`FakeJudge` stand in for what scores and compares replies: their answers are a table.
 """
 
+from rayalign.judge.fake import FakeJudge, FakeScorer
 from rayalign.testing._batches import RandomGroup, random_groups, scored_batch, without
 from rayalign.testing._engine import check_engine
 from rayalign.testing._method import check_method, step_loss, step_statistics
 
 __all__ = [
+    "FakeJudge",
+    "FakeScorer",
     "RandomGroup",
     "check_engine",
     "check_method",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parrots import parrot
 from tiny_runs import save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +17,8 @@ from rayalign.engine.canary import RESPONSE_TOKENS, canary_error, canary_logps
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.errors import UserError
+from rayalign.judge import make_judge, make_scorer
+from rayalign.judge.base import Asked
 from rayalign.rollout.base import SamplingParams
 from rayalign.testing import check_engine
 
@@ -147,3 +150,16 @@ def test_damaged_weights_do_not_answer(sampler: VllmSampler, first: Path, tmp_pa
     with pytest.raises(FloatingPointError, match="not finite"):
         sampler.generate(PROMPTS, SamplingParams(max_new_tokens=2))
     assert canary_error((0.0,) * RESPONSE_TOKENS, sampler.canary()) == float("inf")
+
+
+def test_a_judge_and_a_scorer_that_it_loads(tmp_path: Path) -> None:
+    first, eight = (
+        parrot(tmp_path / "a", "A", "<|im_end|>", **SHAPE),
+        parrot(tmp_path / "8", "8", "<|im_end|>", **SHAPE),
+    )
+    judge = make_judge("llm", engine="vllm", model=str(first), max_new_tokens=4)
+    scorer = make_scorer("llm", engine="vllm", model=str(eight), max_new_tokens=4)
+    for _ in range(2):  # two engines in one process leave each other alone
+        assert judge.compare(["why?"] * 3, ["a", "b", "same"], ["x", "y", "same"]) == [0.5, 0.5, 0.5]
+        assert scorer.score(["why?"] * 3, ["because", "so", "no"]) == [8.0, 8.0, 8.0]
+    assert judge.tally.asked == Asked(calls=8, ties=2, disagreements=4)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Refused
+from conftest import MINIMAL, Refused
 
 from rayalign.config import load_run, unsupported
+from rayalign.config.scoring import EvaluateConfig
 
 OFFLINE = ["model.name=gpt2", "data.train=pairs.jsonl"]
 RULE = "{name: rule, function: 'm:f'}"
@@ -178,14 +179,8 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             ["this release does not run strategy: fsdp2; write single or ddp",
              "this release does not run model.lora; remove it to train all weights"],
         ),
-        (
-            ["evaluate.prompts=p.jsonl", "evaluate.judge={name: llm, model: m, base_url: u}"],
-            ["this release does not run evaluate.judge; remove it"],
-        ),
-        (
-            ["evaluate={prompts: p.jsonl, scorers: {name: llm, model: m, base_url: u}, baseline: other}"],
-            ["this release does not run evaluate.baseline: other; write reference"],
-        ),
+        (["evaluate.prompts=p.jsonl", "evaluate.judge={name: llm, model: m, base_url: 'http://u'}"], []),
+        (["evaluate={prompts: p.jsonl, scorers: {name: llm, model: m, engine: hf}, baseline: other}"], []),
         (
             ["evaluate={prompts: p.jsonl, sampling: {temperature: 0.7}}", "strategy={name: ddp, workers: [1, 2]}"],
             ["this release does not run elastic workers; write one number",
@@ -249,3 +244,39 @@ def test_a_methods_round_prepare_is_not_ignored(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(tmp_path)
     run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=round_losses:METHOD"])
     assert unsupported(run) == ["this release does not run method: round_losses:METHOD, which prepares rounds"]
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("{name: llm, model: m}", "say where the model is: base_url: https://… or engine: hf | vllm"),
+        ("{name: llm, model: m, base_url: 'http://u', engine: hf}", "say where the model is"),
+        ("{name: llm, model: m, base_url: u}", "base_url: 'u' is no address; write https://host/v1"),
+        ("{name: llm, model: m, base_url: 'http://u', revision: v1}", "revision is of a model that engine loads"),
+        ("{name: llm, model: m, base_url: 'http://u', max_new_tokens: 9}", "max_new_tokens is of a model that engine"),
+        ("{name: llm, model: m, engine: hf, api_key_env: KEY}", "api_key_env is of an endpoint"),
+        ("{name: llm, model: m, base_url: 'http://me:secret@u'}", "a URI with a password"),
+    ],
+)
+def test_a_model_that_is_asked_is_in_one_place(refused: Refused, judge: str, message: str) -> None:
+    (found,) = refused(f"method: dpo\nevaluate: {{prompts: p.jsonl, judge: {judge}}}\n")
+    assert "run.yaml:4: evaluate.judge" in found and message in found and "secret" not in found
+
+
+def test_models_of_engines_and_baselines_are_looked_for_beside_the_yaml(tmp_path: Path) -> None:
+    for name in ("reference", "judge", "runs/other"):
+        (tmp_path / name).mkdir(parents=True)
+    path = tmp_path / "run.yaml"
+
+    def evaluate(text: str) -> EvaluateConfig:
+        path.write_text(f"{MINIMAL}method: dpo\nevaluate: {{prompts: p.jsonl, {text}}}\n")
+        found = load_run(path).evaluate
+        assert found is not None
+        return found
+
+    local = evaluate("judge: {name: llm, model: judge, engine: hf}, baseline: runs/other")
+    assert local.judge is not None and local.judge.model == str(tmp_path / "judge")
+    assert local.judge.label == "judge" and local.baseline == str(tmp_path / "runs/other")
+    asked = evaluate("judge: {name: llm, model: judge, base_url: 'http://h'}")
+    assert asked.judge is not None and asked.judge.model == "judge"
+    assert asked.baseline == "reference"

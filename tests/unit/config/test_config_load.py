@@ -107,6 +107,8 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         "method: exo_rw\ndata_policy: {name: hybrid, mix: candidates}\nrollout: {actors: [0, 8]}\n"
         "scorer: {name: rule, function: 'm:f'}\nlabel: rewards\nstrategy: {name: ddp, workers: [2, 4]}\n",
         "method: kto\nevaluate: {at: [1, 2], prompts: p.jsonl, judge: {name: llm, model: m, base_url: 'http://h'}}\n",
+        "method: dpo\nevaluate: {prompts: p.jsonl, judge: {name: llm, model: ./m, engine: hf, max_new_tokens: 9}}\n",
+        "method: dpo\nevaluate: {prompts: p.jsonl, baseline: ./runs/other, max_missing_fraction: 0}\n",
     ],
 )
 def test_a_dumped_run_loads_as_the_same_run(tmp_path: Path, extra: str) -> None:

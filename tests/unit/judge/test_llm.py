@@ -1,63 +1,28 @@
-"""Ratings from an endpoint that speaks OpenAI's protocol: a real HTTP server that misbehaves as told."""
+"""Ratings from an endpoint that speaks OpenAI's protocol."""
 
 from __future__ import annotations
 
-import json
-import threading
+import math
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from endpoints import KEY, KEY_VARIABLE, Endpoint, serving
 
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
-from rayalign.judge.llm import ATTEMPTS, NoVerdict, rating
-
-KEY = "sk-not-to-be-seen"
-
-
-class Endpoint(ThreadingHTTPServer):
-    """Answers from a script: a status, or the text of the reply; then 7 for ever."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list[int | str] = []
-        self.seen: list[dict[str, object]] = []
-        self.keys: set[str | None] = set()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self) -> None:
-        self.server.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.server.keys.add(self.headers["Authorization"])
-        step = self.server.script.pop(0) if self.server.script else "Rating: 7"
-        if isinstance(step, int):
-            return self.send_error(step)
-        body = json.dumps({"choices": [{"message": {"content": step}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *ignored: object) -> None:
-        pass
+from rayalign.judge.asking import ATTEMPTS
+from rayalign.judge.base import Asked, NoVerdict
+from rayalign.judge.llm import rating
 
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    monkeypatch.setattr("rayalign.judge.llm.time.sleep", lambda seconds: None)
-    with Endpoint() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(monkeypatch) as server:
         yield server
-        server.shutdown()
 
 
 def scorer(endpoint: Endpoint, **fields: str):
-    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
-    return make_scorer("llm", model="judge", base_url=url, api_key_env="TEST_KEY", **fields)
+    return make_scorer("llm", model="judge", base_url=endpoint.url, api_key_env=KEY_VARIABLE, **fields)
 
 
 @pytest.mark.parametrize(
@@ -83,37 +48,119 @@ def test_every_reply_is_rated_with_the_key_from_the_environment(endpoint: Endpoi
     judge = scorer(endpoint)
     assert judge.score(["why?"] * 5, ["because", "so", "<b>", "7", "no"]) == [7.0] * 5
     assert endpoint.keys == {f"Bearer {KEY}"}
-    asked = str(endpoint.seen[0]["messages"])
-    assert "why?" in asked and endpoint.seen[0]["temperature"] == 0.0
-    assert (judge.calls, judge.failures) == (5, 0)
+    assert "why?" in endpoint.questions[0] and endpoint.seen[0]["temperature"] == 0.0
+    assert judge.tally.asked == Asked(calls=5)
 
 
 def test_what_fails_is_asked_again_and_counted(endpoint: Endpoint) -> None:
     endpoint.script = [500, "no idea", "Rating: 4"]
     judge = scorer(endpoint)
     assert judge.score(["why?"], ["because"]) == [4.0]
-    assert (judge.calls, judge.failures) == (3, 2)
+    assert judge.tally.asked == Asked(calls=3, failures=2)
     assert [body["seed"] for body in endpoint.seen] == [0, 1, 2]
+    assert [body["temperature"] for body in endpoint.seen] == [0.0, 0.7, 0.7]
 
 
-def test_no_verdict_is_no_number(endpoint: Endpoint) -> None:
-    endpoint.script = ["no idea"] * ATTEMPTS
-    with pytest.raises(NoVerdict, match=r"judge gave no verdict in 4 attempts: no rating in 'no idea'"):
+def test_many_at_once_are_counted_exactly(endpoint: Endpoint) -> None:
+    """Every fifth question is answered with its third attempt only: 60 · 1 + 12 · 2 calls, 24 of them failures."""
+
+    def answer(question: str) -> str:
+        number = int(question.split("#")[1].split()[0])
+        attempts = sum(f"#{number} " in earlier for earlier in endpoint.questions)
+        return "no idea" if number % 5 == 0 and attempts < 3 else f"Rating: {1 + number % 10}"
+
+    endpoint.answer = answer
+    judge = scorer(endpoint, template="{{ prompt }} #{{ reply }} ")
+    assert judge.score(["why?"] * 60, [str(number) for number in range(60)]) == [1 + n % 10 for n in range(60)]
+    assert judge.tally.asked == Asked(calls=84, failures=24)
+
+
+def test_no_verdict_is_no_number_and_the_others_are_kept(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda question: "no idea" if "second" in question else "Rating: 3"
+    judge = scorer(endpoint)
+    with pytest.raises(NoVerdict, match=r"judge at http://.*/v1/chat/completions gave no verdict in 4 ") as found:
+        judge.score(["why?"] * 3, ["first", "second", "third"])
+    assert "nothing that can be read in 'no idea'" in str(found.value)
+    assert found.value.values[::2] == (3.0, 3.0) and math.isnan(found.value.values[1])
+    assert judge.tally.asked == Asked(calls=2 + ATTEMPTS, failures=ATTEMPTS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"choices": []}, {"choices": None}, {"choices": [None]}, {"choices": [{"message": None}]},
+     {"choices": [{"finish_reason": "length", "message": {"content": "Rating: 1"}}]}],
+)  # fmt: skip
+def test_a_body_without_a_whole_answer_is_a_failed_call(endpoint: Endpoint, body: dict[str, object]) -> None:
+    endpoint.script = [body]
+    judge = scorer(endpoint)
+    assert judge.score(["why?"], ["because"]) == [7.0]
+    assert judge.tally.asked == Asked(calls=2, failures=1)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_ends_it_without_showing_it(endpoint: Endpoint, status: int) -> None:
+    endpoint.answer = lambda question: status
+    with pytest.raises(UserError, match=f"answers {status} .*; check the key and model") as caught:
         scorer(endpoint).score(["why?"], ["because"])
+    assert KEY not in str(caught.value) and "no, Bearer (key)" in str(caught.value)
 
 
-def test_a_wrong_key_ends_it_without_showing_it(endpoint: Endpoint) -> None:
-    endpoint.script = [401]
-    with pytest.raises(UserError, match="answers 401 .*; check the key and model") as caught:
+@pytest.mark.parametrize("step", [500, f"I was called with {KEY}"])
+def test_a_server_that_repeats_the_key_does_not_show_it(endpoint: Endpoint, step: int | str) -> None:
+    endpoint.answer = lambda question: step
+    with pytest.raises(NoVerdict, match=r"\(key\)") as caught:
         scorer(endpoint).score(["why?"], ["because"])
     assert KEY not in str(caught.value)
 
 
-def test_templates_and_keys_are_checked_at_once(endpoint: Endpoint) -> None:
-    with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
+def test_no_redirect_carries_the_key_elsewhere(endpoint: Endpoint) -> None:
+    endpoint.script = [302, 307]
+    judge = scorer(endpoint)
+    assert judge.score(["why?"], ["because"]) == [7.0]
+    assert judge.tally.asked == Asked(calls=3, failures=2)
+    assert not any("redirected" in body for body in endpoint.seen)
+
+
+def test_nobody_there_is_no_verdict(monkeypatch: pytest.MonkeyPatch, endpoint: Endpoint) -> None:
+    judge = make_scorer("llm", model="judge", base_url="http://127.0.0.1:9/v1", api_key_env=KEY_VARIABLE)
+    with pytest.raises(NoVerdict, match=r"judge at http://127.0.0.1:9/v1/chat/completions gave .*refused"):
+        judge.score(["why?"], ["because"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("", "is not set"), ("  ", "is not set"), ("sk-\nx", "holds characters that no key has"), ("sk-é", "no key has")],
+)
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, key: str, message: str
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(UserError, match=message) as caught:
+        make_scorer("llm", model="judge", base_url="http://127.0.0.1:9", api_key_env=KEY_VARIABLE)
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ answer }}", "'answer' is undefined; it may use {{ prompt }}, {{ reply }}"),
+        ("{{ prompt }}", "shows no {{ reply }}"),
+        ("{{ reply", "unexpected end of template"),
+        ("{{ reply }}{{ 1 // 0 }}", "division"),
+        ("{{ reply }}{% include 'other' %}", "no loader"),
+    ],
+)
+def test_templates_are_tried_at_once(endpoint: Endpoint, template: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        scorer(endpoint, template=template)
+    assert str(caught.value).startswith("scorer.template: ") and message in str(caught.value)
+
+
+def test_a_template_is_the_question(endpoint: Endpoint) -> None:
+    scorer(endpoint, template="{{ prompt }}|{{ reply }}").score([[{"role": "user", "content": "{{ a }}"}]], ["b"])
+    assert endpoint.questions == ["{{ a }}|b"]
+
+
+def test_a_key_is_needed(endpoint: Endpoint) -> None:
+    with pytest.raises(UserError, match="scorer.api_key_env: NO_SUCH_KEY is not set"):
         make_scorer("llm", model="judge", base_url="http://127.0.0.1:9", api_key_env="NO_SUCH_KEY")
-    with pytest.raises(UserError, match=r"scorer.template: 'answer' is undefined"):
-        scorer(endpoint, template="{{ answer }}")
-    judge = scorer(endpoint, template="{{ prompt }}|{{ reply }}")
-    judge.score([[{"role": "user", "content": "a"}]], ["b"])
-    assert endpoint.seen[0]["messages"] == [{"role": "user", "content": "a|b"}]

@@ -163,5 +163,33 @@ def few_cells(num_prompts: int = 4, num_samples: int = 2) -> dict[str, Any]:
     return given
 
 
+def judged(given: dict[str, Any], seed: int = 1) -> dict[str, Any]:
+    """The same with a judge, whose verdicts lack the first one of every point but the reference's."""
+    rng = np.random.default_rng(seed)
+    given["judge"] = {"name": "careful", "label": "careful", "description": "Sees both replies in both orders."}
+    for point in given["reference"]:
+        point["verdicts"] = np.full_like(point["length"], 0.5, dtype=float).tolist()
+    for point in (point for cell in given["cells"] for point in cell["points"]):
+        verdicts = rng.choice([0.0, 0.5, 1.0], size=np.shape(point["length"])).tolist()
+        verdicts[0][0] = None
+        counts = {"calls": 2 * np.size(verdicts) + 6, "failures": 8, "ties": 2, "disagreements": 1, "missing": 1}
+        reason = "careful at http://here gave no verdict in 4 attempts"
+        asked = {"role": "judge", "name": "careful", "replies": int(np.size(verdicts)), "problem": reason, **counts}
+        point |= {"verdicts": verdicts, "answers": [asked]}
+    return given
+
+
+def against_another(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with wins counted against a policy that is neither the reference nor a cell."""
+    rng = np.random.default_rng(2)
+    shape = np.shape(given["reference"][0]["length"])
+    points = [
+        point(rng, prompt_set=name, step=0, kl=3.0, gain=0.1, shape=(shape[0], shape[1]), who="last year's")
+        for name in ("shop", "travel")
+    ]
+    given["baseline"] = {"label": "last year's", "points": points}
+    return given
+
+
 def make_comparison(**sizes: int) -> Comparison:
     return Comparison.model_validate(comparison_input(**sizes))

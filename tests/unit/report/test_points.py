@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from synthetic_comparison import comparison_input, make_comparison
+from synthetic_comparison import against_another, comparison_input, judged, make_comparison
 
 from rayalign.errors import UserError
 from rayalign.report.points import Comparison, load, save
@@ -78,6 +78,22 @@ def no_reference(given: dict[str, Any]) -> None:
     given["reference"].pop()
 
 
+def verdicts_without_a_judge(given: dict[str, Any]) -> None:
+    judged(given).pop("judge")
+
+
+def a_point_without_verdicts(given: dict[str, Any]) -> None:
+    judged(given)["reference"][1].pop("verdicts")
+
+
+def half_a_baseline(given: dict[str, Any]) -> None:
+    against_another(given)["baseline"]["points"].pop()
+
+
+def a_cell_called_baseline(given: dict[str, Any]) -> None:
+    against_another(given)["cells"][0]["id"] = "(baseline)"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -91,6 +107,10 @@ def no_reference(given: dict[str, Any]) -> None:
         (same_label, "label: dpo, off more than once"),
         (no_reason, "'ppo' is skipped: say why"),
         (reply_out_of_range, r"reply \[0\]\[2\] is outside \[3, 2\]"),
+        (verdicts_without_a_judge, "reference, shop, step 0: verdicts are there exactly where"),
+        (a_point_without_verdicts, "reference, travel, step 0: verdicts are there exactly where"),
+        (half_a_baseline, r"baseline: one point per prompt set, in the order \['shop', 'travel'\]"),
+        (a_cell_called_baseline, r"id: \(baseline\) more than once"),
         (no_reference, r"one point per prompt set, in the order \['shop', 'travel'\]"),
     ],
 )

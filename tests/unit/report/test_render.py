@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_comparison import few_cells, make_comparison
+from synthetic_comparison import against_another, few_cells, judged, make_comparison
 
 from rayalign.report.points import Comparison, load, save
 from rayalign.report.render import limits, render
@@ -240,3 +240,78 @@ def test_missing_values_and_single_prompts_are_shown_as_missing(tmp_path: Path) 
     assert point["scores"]["oracle"]["low"] is None
     assert "–– n = 0" in Page(report.read_text()).text
     assert not re.search(r"\bnan\b", Page(report.read_text()).text)
+
+
+def cells_of(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_a_judge_has_a_column_a_row_of_costs_and_its_limits(tmp_path: Path) -> None:
+    report = render(Comparison.model_validate(judged(few_cells())), tmp_path)
+    text, markdown = Page(report.read_text()).text, report.with_name("report.md").read_text()
+    results = json.loads(report.with_name("results.json").read_text())
+    (point,) = [
+        p for p in results["points"] if (p["cell"], p["prompt_set"], p["step"]) == ("dpo-off_policy", "shop", 100)
+    ]
+    rate = point["judged"]
+    assert results["schema"] == "rayalign.results/2" and results["baseline"] == "reference"
+    assert [judge["name"] for judge in results["measures"]["judge"]] == ["careful"]
+    assert f"{rate['mean']:.3f}[{rate['low']:.3f}, {rate['high']:.3f}]" in text
+    assert text.count("win ratejudged by careful") == 4
+    head, _, *rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    shown = dict(zip(cells_of(head), cells_of(rows[1]), strict=True))
+    assert shown["win rate, judged by careful"].startswith(f"{rate['mean']:.3f} [{rate['low']:.3f}, ")
+    assert (
+        dict(zip(cells_of(head), cells_of(rows[0]), strict=True))["win rate, judged by careful"] == "0.5 by definition"
+    )
+
+    asked = [row for row in results["answers"] if row["cell"] == "dpo-off_policy"]
+    assert asked[0]["calls"] == 132 and asked[0]["missing"] == 6
+    assert "| dpo, off | judge careful | 48 | 132 | 48 | 12 | 6 | 6 |" in markdown
+    assert "Asked in the evaluation" in text and "judge careful" in text
+    for words in (text, markdown):
+        assert "Sees both replies in both orders." in words
+        assert "The judge careful gave no answer for 13 of 104 replies" in words
+        assert "The first: careful at http://here gave no verdict in 4 attempts" in words
+        assert "The win rate judged by careful compares each reply with the one of the reference to the same" in words
+    # Of first samples: the reference ties with itself, and of the first prompt a verdict is missing.
+    assert "judged by careful: tie" in text and "judged by careful: –" in text
+
+
+def test_without_a_judge_nothing_is_said_of_one(folder: Path, page: Page) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    assert results["answers"] == [] and results["measures"]["judge"] == []
+    assert {point["judged"] for point in results["points"]} == {None}
+    for text in (page.text, (folder / "report.md").read_text()):
+        assert "judge" not in text and "Asked in the evaluation" not in text
+
+
+def test_another_baseline_stands_in_the_tables_and_is_what_wins_are_against(tmp_path: Path) -> None:
+    report = render(Comparison.model_validate(against_another(few_cells())), tmp_path)
+    page, markdown = Page(report.read_text()), report.with_name("report.md").read_text()
+    assert "pairings with last year's that the cell wins" in page.text
+    head, _, reference, baseline, *_ = [line for line in markdown.splitlines() if line.startswith("|")]
+    names = cells_of(head)
+    assert "0.5 by definition" not in reference
+    assert cells_of(baseline)[0] == "last year's (baseline)"
+    assert cells_of(baseline)[names.index("win rate, oracle")] == "0.5 by definition"
+    assert page.text.count("0.5by definition") == 8  # two scorers, two prompt sets, two tables
+    assert json.loads(report.with_name("results.json").read_text())["baseline"] == "last year's"
+    samples = page.text[page.text.index("Samples\nThe same prompt") :]
+    assert samples.index("(reference)") < samples.index("(last year's)") < samples.index("(dpo-off_policy)")
+
+
+def test_a_judged_comparison_comes_back_from_its_file(tmp_path: Path) -> None:
+    comparison = Comparison.model_validate(against_another(few_cells()))
+    save(comparison, tmp_path)
+    assert load(tmp_path) == comparison
+    judged_one = Comparison.model_validate(judged(few_cells()))
+    save(judged_one, tmp_path)
+    assert load(tmp_path) == judged_one
+
+
+def test_a_cell_may_be_called_baseline(tmp_path: Path) -> None:
+    given = few_cells()
+    given["cells"][0] |= {"id": "baseline", "label": "baseline"}
+    page = Page(render(Comparison.model_validate(given), tmp_path).read_text())
+    assert "(baseline)" not in page.text and page.text.count("0.5by definition") == 8

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_comparison import comparison_input
+from synthetic_comparison import against_another, comparison_input, few_cells, judged
 
-from rayalign.report.points import Comparison
+from rayalign.report.points import BASELINE, Comparison
 from rayalign.report.statistics import Bootstrap
 from rayalign.report.summary import Summary, summarize
 
@@ -80,3 +80,44 @@ def test_last_points_keep_the_order_of_the_cells(summary: Summary) -> None:
     assert [point.cell for point in last][:3] == ["reference", "dpo-off_policy", "dpo-hybrid"]
     assert {point.cell: point.step for point in last}["orpo"] == 20
     assert [point.cell for point in summary.last("travel")][-1] == "rloo-on_policy"
+
+
+def test_the_judges_win_rate_is_the_mean_of_its_verdicts() -> None:
+    given = judged(few_cells(num_prompts=5, num_samples=3))
+    found = summarize(Comparison.model_validate(given), Bootstrap(resamples=50))
+    verdicts = np.array(given["cells"][0]["points"][2]["verdicts"], dtype=float)
+    point = found.of("dpo-off_policy", "shop")[-1]
+    assert point.judged is not None
+    assert point.judged.mean == pytest.approx(np.nanmean(verdicts, axis=1).mean())
+    assert point.judged.low < point.judged.mean < point.judged.high and point.judged.n == 5
+    (reference,) = found.of("reference", "shop")
+    assert reference.judged is not None and reference.judged.mean == reference.judged.low == 0.5
+    assert summarize(Comparison.model_validate(few_cells())).points[0].judged is None
+
+
+def test_what_was_asked_is_summed_over_steps_and_prompt_sets() -> None:
+    found = summarize(
+        Comparison.model_validate(judged(few_cells(num_prompts=4, num_samples=2))), Bootstrap(resamples=9)
+    )
+    rows = {row.cell: row for row in found.answers}
+    assert list(rows) == ["dpo-off_policy", "dpo-on_policy", "orpo"]
+    row = rows["dpo-off_policy"]  # two prompt sets, three steps
+    assert (row.replies, row.calls, row.failures, row.ties, row.disagreements, row.missing) == (48, 132, 48, 12, 6, 6)
+    assert rows["orpo"].calls == 22
+    assert row.problem.startswith("careful at")
+
+
+def test_wins_are_counted_against_the_baseline_and_changes_against_the_reference() -> None:
+    given = against_another(few_cells(num_prompts=5, num_samples=2))
+    found = summarize(Comparison.model_validate(given), Bootstrap(resamples=9))
+    policy = given["cells"][0]["points"][2]["scores"]["oracle"]
+    other = given["baseline"]["points"][0]["scores"]["oracle"]
+    wins = [(a > b) + 0.5 * (a == b) for p, r in zip(policy, other, strict=True) for a in p for b in r]
+    point = found.of("dpo-off_policy", "shop")[-1]
+    assert point.win_rates["oracle"].mean == pytest.approx(np.mean(wins))
+    reference = given["reference"][0]["scores"]["oracle"]
+    assert point.changes["oracle"].mean == pytest.approx(np.mean(policy) - np.mean(reference))
+    (baseline,), (start,) = found.of(BASELINE, "shop"), found.of("reference", "shop")
+    assert baseline.win_rates["oracle"].mean == 0.5 and start.win_rates["oracle"].low < 0.5
+    assert [point.cell for point in found.last("shop")][:2] == ["reference", BASELINE]
+    assert all(row.cell != BASELINE for row in found.at_kl)

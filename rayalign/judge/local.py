@@ -1,0 +1,108 @@
+"""A model that this process loads itself and asks through a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.group import Group
+from rayalign.data.schema import Example
+from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.engine.frozen import ScoringSpec
+from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
+from rayalign.errors import UserError
+from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
+from rayalign.judge.base import ScorerUnusable
+from rayalign.rollout.base import SamplingParams
+from rayalign.rollout.engines import Sampler, make_sampler, refuse_missing
+
+NOTHING_IS_CUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
+ROW_TOKENS = 2048
+
+
+class LocalModel:
+    """Answers of the model in a folder or on the hub; see :class:`rayalign.judge.asking.Ask`.
+
+    It is loaded with the first question, and asked in its own chat template. A question that does not fit its context
+    beside the answer gets none: a question without its beginning would be another.
+
+    Raises:
+        UserError: there is no such model, or its engine is not installed.
+    """
+
+    def __init__(self, *, field: str, model: str, revision: str | None, engine: str, max_new_tokens: int) -> None:
+        refuse_missing(engine)
+        self.field = field
+        self.engine = engine
+        try:
+            self.directory = model_directory(model, revision)
+        except UserError as error:
+            raise UserError(f"{field}: {error}") from error
+        self.name = f"{model} ({engine})"
+        self.max_new_tokens = max_new_tokens
+        self.sampler: Sampler | None = None
+
+    def __call__(self, questions: Sequence[str], *, attempt: int) -> list[str | Unanswered]:
+        """See :class:`rayalign.judge.asking.Ask`; the first attempt is greedy."""
+        sampler, chat = self._load()
+        params = SamplingParams(
+            temperature=RETRY_TEMPERATURE if attempt else 0.0,
+            max_new_tokens=self.max_new_tokens,
+            seed=attempt,
+            stop_ids=(chat.end_id,),
+        )
+        prompts = [self._prompt_ids(question, chat) for question in questions]
+        longest = self.context - self.max_new_tokens
+        asked = [place for place, ids in enumerate(prompts) if len(ids) <= longest]
+        answers: list[str | Unanswered] = [
+            Unanswered(
+                f"a question of {len(ids)} tokens and max_new_tokens {self.max_new_tokens} do not fit the model's "
+                f"context of {self.context}"
+            )
+            for ids in prompts
+        ]
+        if not asked:
+            return answers
+        for drawn in sampler.generate([prompts[place] for place in asked], params, keys=asked):
+            text: str = chat.tokenizer.decode(drawn.token_ids, skip_special_tokens=True)
+            cut = Unanswered(f"the answer was cut at {self.max_new_tokens} tokens, see max_new_tokens")
+            answers[asked[drawn.prompt_index]] = text.strip() if drawn.finish_reason == "stop" else cut
+        return answers
+
+    def _load(self) -> tuple[Sampler, Chat]:
+        if self.sampler is None:
+            try:
+                self.chat = make_chat(load_tokenizer(self.directory))
+                self.context = context_of(self.directory)
+                sampler = make_sampler(self.engine, spec_of(self.directory), device())
+                sampler.load(ModelSpec(name=str(self.directory)))
+            except UserError as error:
+                raise ScorerUnusable(f"{self.field}: {error}") from error
+            self.sampler = sampler
+        return self.sampler, self.chat
+
+    def _prompt_ids(self, question: str, chat: Chat) -> list[int]:
+        """The question as one turn of a user."""
+        example = Example(format="prompt_only", prompt=question, candidates=())
+        group = to_group(example, chat, NOTHING_IS_CUT)
+        if not isinstance(group, Group):
+            raise ScorerUnusable(f"{self.field}.model: {self.directory} cannot be asked: {group}")
+        return [int(token) for token in group.prompt_ids]
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def spec_of(directory: Path) -> ScoringSpec:
+    return ScoringSpec(model=ModelSpec(name=str(directory)), tokens_per_micro_batch=ROW_TOKENS, row_tokens=ROW_TOKENS)
+
+
+def context_of(directory: Path) -> int:
+    """Tokens that a model can read and write together; very many where its configuration names no limit."""
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**30)
