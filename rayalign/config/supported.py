@@ -18,7 +18,6 @@ def unsupported(run: RunConfig) -> list[str]:
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         "model.lora; remove it to train all weights": run.model.lora is not None,
         f"method: {run.method.name}, which needs a scalar head": "value" in run.method.record.needs,
-        f"method: {run.method.name}, which prepares rounds": run.method.record.round_prepare is not None,
     }
     settings = [setting for setting, is_used in found.items() if is_used]
     return [f"this release does not run {setting}" for setting in (*settings, *_evaluation(run.evaluate))]
