@@ -21,7 +21,7 @@ Metrics and how they are reduced; an item is a token, or a sequence where the ra
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,7 +47,7 @@ class RatioConfig(MethodConfig):
     """No item weighs more than this, whatever its ratio (2 is usual); its gradient stays. null: no cap."""
 
     @model_validator(mode="after")
-    def _every_bound_acts(self) -> Self:
+    def _every_bound_acts(self) -> RatioConfig:
         if self.clip is None and self.clip_high is not None:
             raise ValueError("clip: null does not clip, so clip_high is never read; give clip too, or remove clip_high")
         if self.dual_clip is not None and self.importance_cap is not None:

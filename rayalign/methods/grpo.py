@@ -17,7 +17,7 @@ nothing (``frac_reward_zero_std`` says how many). The KL term's gradient is that
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -68,7 +68,7 @@ class GRPOConfig(RatioConfig):
     """What dr_grpo divides each sequence's sum by: rollout.max_new_tokens in the paper."""
 
     @model_validator(mode="after")
-    def _constant_is_read(self) -> Self:
+    def _constant_is_read(self) -> GRPOConfig:
         if self.normalize != "dr_grpo" and self.constant_tokens != CONSTANT_TOKENS:
             raise ValueError(f"normalize: {self.normalize} has no constant length; remove constant_tokens")
         return self

@@ -42,9 +42,7 @@ def ppo_policy_loss(
     return torch.where(advantage < 0, torch.minimum(per_token, -advantage * dual_clip), per_token)
 
 
-def importance_ratio(
-    logp: Float[Tensor, " items"], behavior_logp: Float[Tensor, " items"]
-) -> Float[Tensor, " items"]:
+def importance_ratio(logp: Float[Tensor, " items"], behavior_logp: Float[Tensor, " items"]) -> Float[Tensor, " items"]:
     """ρ = π/μ, with |log ρ| bounded by :data:`MAX_LOG_RATIO`."""
     return (logp - behavior_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 

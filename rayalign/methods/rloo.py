@@ -75,9 +75,7 @@ def sequences(scored: Scored) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"],
 def per_candidate(values: Float[Tensor, " N"], scored: Scored) -> Float[Tensor, "B K"]:
     """Sum over each candidate's tokens."""
     num_groups, num_candidates = scored.batch.candidate_mask.shape
-    return sum_per_candidate(
-        values, scored.batch.candidate_of, num_groups=num_groups, num_candidates=num_candidates
-    )
+    return sum_per_candidate(values, scored.batch.candidate_of, num_groups=num_groups, num_candidates=num_candidates)
 
 
 def metrics(scored: Scored, config: RLOOConfig, statistics: Statistics) -> MetricSums:

@@ -28,7 +28,7 @@ from rayalign.pipeline.model import (
     spec_digest,
     stop_ids,
 )
-from rayalign.pipeline.rollouts import num_actors
+from rayalign.pipeline.rollouts import num_actors, preparation
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
 from rayalign.runtime.placement import Share, share
@@ -79,11 +79,11 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         workers=workers,
         share=each,
         run=label,
-        rollouts=rollout_job(run, main, each) if main.chunks is not None else None,
+        rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
     )
 
 
-def rollout_job(run: RunConfig, main: Main, each: Share) -> RolloutJob:
+def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
     rounds = round_part(main.stream)
     assert rounds is not None and main.chunks is not None
@@ -94,6 +94,7 @@ def rollout_job(run: RunConfig, main: Main, each: Share) -> RolloutJob:
         actors=num_actors(run, 1),
         share=each,
         max_bad_fraction=run.data.max_bad_fraction,
+        preparation=preparation(run, method),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -20,13 +21,15 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.model import model_directory, tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
-from rayalign.manifest import commit
+from rayalign.manifest import commit, read_manifest
 from rayalign.pipeline.artifacts import Artifacts, path_digest
 from rayalign.pipeline.model import reference_spec, scoring_spec, spec_digest, template_digest, tokenizer_spec
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.reference import score_store
 from rayalign.runtime.session import Session
+from rayalign.sources.prepared import Preparation as RoundPreparation
+from rayalign.sources.prepared import prepare_columns
 
 SHOWN_BAD_ROWS = 5
 BYTES_PER_WRITER = 2 << 20
@@ -121,6 +124,23 @@ class Stages:
             )
 
         return self.artifacts.stage("reference", inputs, build)
+
+    def prepared(self, store: Path, columns: Sequence[Path], preparation: RoundPreparation) -> Path:
+        """What a method makes of ``store``, drawn once, as one round; ``columns`` lie over it already."""
+        opened = TokenStore.open(store)
+        for path in columns:
+            opened = opened.with_columns(path)
+        over = [read_manifest(path) for path in columns]
+        inputs = {
+            "store": opened.digest,
+            "columns": [manifest["digest"] for manifest in over if manifest is not None],
+            "method": preparation.key,
+        }
+
+        def build(directory: Path) -> None:
+            prepare_columns(opened, directory, preparation)
+
+        return self.artifacts.stage("prepared", inputs, build)
 
 
 def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:

@@ -23,6 +23,8 @@ from rayalign.pipeline.rollouts import (
     fresh_fraction,
     keeps_stored,
     kept_candidates,
+    num_passes,
+    preparation,
     prompt_store,
     prompt_stream,
     relabelled,
@@ -67,11 +69,15 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
     if fresh_fraction(run) < 1:
         both = stored_stream(run, run.data.train, method, stages, groups_per_step=size)
     steps = num_steps(run, both or prompts)
+    prepared = preparation(run, method)
     chunks = None
     fresh: StoredStream | RoundStream
     if policy.refresh_every == "never":
         store = drawn_once(run, prompts, shape, stages)
         fresh = over([store], run, method, stages, weights=[1.0], groups_per_step=size)
+        if prepared is not None:
+            columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
+            fresh = replace(fresh, columns=(columns,))
     else:
         chunks = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=needs_reference(method, run))
         fresh = RoundStream(
@@ -80,6 +86,7 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
             plan=round_plan(run, steps),
             folder=folder,
             num_candidates=kept_candidates(shape, chunks),
+            prepared=prepared.key if prepared else None,
         )
     if both is None:
         return Main(stream=fresh, steps=steps, chunks=chunks)
@@ -200,7 +207,7 @@ def held_out(run: RunConfig, method: Method, source: SourceSpec, stages: Stages)
 
 
 def num_steps(run: RunConfig, stream: StoredStream) -> int:
-    """``optim.steps``, or as many as ``optim.epochs`` takes."""
+    """``optim.steps``, or as many as ``optim.epochs`` takes; every pass over a round counts."""
     if run.optim.steps is not None:
         return run.optim.steps
     assert run.optim.epochs is not None
@@ -208,4 +215,4 @@ def num_steps(run: RunConfig, stream: StoredStream) -> int:
     order = Stream(
         name=stream.name, sizes=sizes, weights=stream.weights, groups_per_step=stream.groups_per_step, seed=run.seed
     )
-    return order.num_steps(run.optim.epochs)
+    return order.num_steps(run.optim.epochs) * num_passes(run)

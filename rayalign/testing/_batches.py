@@ -163,7 +163,7 @@ def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[Rando
         return list(groups)
     made = method.round_prepare(random_round(groups, method.needed(config)), config)
     lengths = [len(values) for group in groups for values in group.token_logp]
-    parts = {name: iter(column.split(lengths)) for name, column in made.items()}
+    parts = {name: iter(torch.split_with_sizes(column, lengths)) for name, column in made.items()}
     return [
         replace(
             group,

@@ -145,7 +145,7 @@ class _Trial:
     def by_group(self, groups: Sequence[RandomGroup]) -> dict[str, list[Tensor]]:
         """What ``round_prepare`` makes, one tensor per group."""
         lengths = [sum(len(values) for values in group.token_logp) for group in groups]
-        return {name: list(column.split(lengths)) for name, column in self.prepare(groups).items()}
+        return {name: list(torch.split_with_sizes(column, lengths)) for name, column in self.prepare(groups).items()}
 
     def check_terms(self, groups: Sequence[RandomGroup]) -> None:
         scored = self.score(groups)
