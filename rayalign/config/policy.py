@@ -89,8 +89,9 @@ class LabelConfig(Block):
     """How scores become chosen and rejected."""
 
     name: Annotated[str, AfterValidator(_label_name)] = "best_worst"
-    """best_worst | wpo | bradley_terry (pairs) | best (one completion, for sft) | rewards (all of them) | module:function,
-    of the list of scores → (chosen, rejected)."""
+    """Pairs: best_worst | wpo | bradley_terry | module:function, of the list of scores → (chosen, rejected).
+
+    best keeps one completion (for sft, best-of-K sampling), rewards all of them (for methods of groups)."""
     scale: float = Field(default=1.0, gt=0)
     """bradley_terry: chosen with probability σ(difference of scores / scale)."""
     threshold: float = 5.0

@@ -246,9 +246,7 @@ def test_settings_that_nothing_would_read(refused: Refused, settings: list[str],
     assert message in found
 
 
-def test_only_on_policy_has_rounds_to_prepare(
-    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_on_policy_has_rounds(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "round_losses.py").write_text(
         "from dataclasses import replace\n"
         "from rayalign.methods.dpo import METHOD as DPO\n"
