@@ -145,6 +145,14 @@ def _prepared(run: RunConfig, record: Method) -> Iterator[Violation]:
         )
 
 
+def _held_out(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if record.round_prepare is not None and run.data.eval and run.evaluate is None:
+        yield Violation(
+            "data.eval",
+            f"{record.name} has no loss on stored rows; remove it, or write evaluate: {{…}}, which takes its prompts",
+        )
+
+
 def _weighting(run: RunConfig, record: Method) -> Iterator[Violation]:
     if run.weighting is not None:
         reason = why_not_weighted(record, run.weighting)
@@ -233,6 +241,7 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _truncated_sampling,
     _temperature,
     _prepared,
+    _held_out,
     _behavior,
     _weighting,
     _auxiliary,

@@ -66,7 +66,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         checkpoint_every=run.checkpoint.every,
         checkpoint_keep=run.checkpoint.keep,
         checkpoint_at=evaluation_steps(run, steps) if run.evaluate else (),
-        evaluate_at=evaluation_steps(run, steps) if run.data.eval else (),
+        evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
         track=run.track,
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
@@ -74,13 +74,18 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     return TrainJob(
         spec=spec,
         source=source,
-        held_out=held_out(run, method, source, stages) if run.data.eval else None,
+        held_out=held_out(run, method, source, stages) if measures_loss(run, method) else None,
         strategy=run.strategy.name,
         workers=workers,
         share=each,
         run=label,
         rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
     )
+
+
+def measures_loss(run: RunConfig, method: Method) -> bool:
+    """Whether ``data.eval`` has a loss; what is prepared of rounds, stored rows do not have."""
+    return bool(run.data.eval) and method.round_prepare is None
 
 
 def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> RolloutJob:

@@ -15,6 +15,7 @@
                     "length": ESTIMATE, "cut": ESTIMATE, "on_front": [scorer, …]}, …],
      "at_kl":     [{"cell", "prompt_set", "level",
                     "crossings": {scorer: {"score", "from_step", "to_step"} | null (not reached)}}, …],
+     "best_of_n": [{"prompt_set", "n", "kl_bound", "scores": {name: ESTIMATE, …}}, …]  (of the reference),
      "times":     {"started", "finished", "device_seconds": {cell id: seconds}},
      "provenance": {"commands", "git_revision", "versions", "config_digests", "seeds", "machine"}}
 
@@ -70,6 +71,7 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         ],
         "points": [asdict(point) for point in summary.points],
         "at_kl": [asdict(row) for row in summary.at_kl],
+        "best_of_n": [asdict(row) for row in summary.best_of_n],
         "times": times,
         "provenance": provenance,
     }

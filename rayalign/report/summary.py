@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rayalign.report.best_of_n import BestOfN, best_of_n
 from rayalign.report.frontier import Crossing, FrontierPoint, pareto, score_at_kl
 from rayalign.report.points import REFERENCE, Cell, Comparison, EvaluationPoint, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, Vector, estimate, paired_change, prompt_means
@@ -50,6 +51,8 @@ class Summary:
     points: tuple[PointSummary, ...]
     """The reference first, then the cells in order; prompt sets in order; steps ascending."""
     at_kl: tuple[AtKl, ...]
+    best_of_n: tuple[BestOfN, ...]
+    """Of the reference: prompt sets in order, n ascending."""
 
     def of(self, cell: str, prompt_set: str) -> tuple[PointSummary, ...]:
         return tuple(point for point in self.points if point.cell == cell and point.prompt_set == prompt_set)
@@ -57,6 +60,10 @@ class Summary:
     def crossings(self, cell: str, prompt_set: str) -> tuple[AtKl, ...]:
         """By ascending KL level; empty where the cell has no points."""
         return tuple(row for row in self.at_kl if row.cell == cell and row.prompt_set == prompt_set)
+
+    def best(self, prompt_set: str) -> tuple[BestOfN, ...]:
+        """The reference's best of n, by ascending n."""
+        return tuple(row for row in self.best_of_n if row.prompt_set == prompt_set)
 
     def last(self, prompt_set: str) -> tuple[PointSummary, ...]:
         """The last point of the reference and of every cell that has one."""
@@ -80,7 +87,8 @@ def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Sum
         ]
     order = {name: index for index, name in enumerate([REFERENCE, *(cell.id for cell in comparison.cells)])}
     points.sort(key=lambda point: order[point.cell])
-    return Summary(bootstrap=bootstrap, points=tuple(points), at_kl=tuple(at_kl))
+    best = tuple(row for reference in comparison.reference for row in best_of_n(reference, bootstrap))
+    return Summary(bootstrap=bootstrap, points=tuple(points), at_kl=tuple(at_kl), best_of_n=best)
 
 
 def _summarize_path(cell: Cell, reference: EvaluationPoint, bootstrap: Bootstrap) -> list[PointSummary]:

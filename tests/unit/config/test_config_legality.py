@@ -106,6 +106,10 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
              "optim.steps"],
         ),
         (
+            ["method=grpo", "data.eval=e.jsonl", *ON_POLICY],
+            ["data.eval: grpo has no loss on stored rows; remove it, or write evaluate: {…}, which takes its prompts"],
+        ),
+        (
             ["method=grpo", "weighting=wpo", *ON_POLICY],
             ["weighting: WPO weighs preference pairs or KTO's examples, and method 'grpo' learns from neither"],
         ),
@@ -176,6 +180,7 @@ def test_weights_go_only_on_unweighted_preferences(refused: Refused, method: str
         (["method=grpo", "data_policy={name: on_policy, refresh_every: 8, passes: 4}", *ON_POLICY[1:]], "grpo"),
         (["method=grpo", NEVER, *ON_POLICY[1:], "label=rewards"], "grpo"),
         (["method=sft", *ON_POLICY, "label=best"], "sft"),
+        (["method=rloo", "data.eval=e.jsonl", "evaluate.scorers=[]", *ON_POLICY], "rloo"),
         (["method.name=exo_rw", "method.behavior=assume_reference", *ON_POLICY, NEVER], "exo_rw"),
     ],
 )  # fmt: skip
