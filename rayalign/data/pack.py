@@ -56,6 +56,8 @@ def pack(
 ) -> PackedBatch:
     """Lays groups out in rows; see :func:`rayalign.data.rows.arrange` for which token stands where.
 
+    A candidate whose column ``excluded`` is 1 keeps its tokens and is masked like one that does not exist.
+
     Position ids of every candidate continue from its prompt's end, in every layout and in every row that the group is
     spread over. Only predicted tokens (mask True) are among the N tokens, which follow the order of groups and
     candidates whatever the rows. Per-token columns named in :data:`SUMMED_COLUMNS` also give per-candidate sums,
@@ -92,6 +94,7 @@ def pack(
         name: _candidate_column(name, groups, num_candidates)
         for name in _names(group.per_candidate for group in groups)
     }
+    excluded = per_candidate.pop("excluded", np.zeros(exists.shape)) == 1
     for name, total in SUMMED_COLUMNS.items():
         if name in per_token:
             sums = _segment_sums(per_token[name], candidate_of, exists)
@@ -103,7 +106,7 @@ def pack(
         predict_from=torch.from_numpy(predict_from),
         target_ids=torch.from_numpy(target_ids),
         candidate_of=torch.from_numpy(candidate_of),
-        candidate_mask=torch.from_numpy(exists & (not dummy)),
+        candidate_mask=torch.from_numpy(exists & ~excluded & (not dummy)),
         group_index=torch.tensor(list(positions), dtype=torch.int64),
         per_candidate={name: torch.from_numpy(column) for name, column in per_candidate.items()},
         per_token={name: torch.from_numpy(column) for name, column in per_token.items()},

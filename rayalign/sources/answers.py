@@ -53,10 +53,14 @@ def stored_candidates(drawn: Drawn) -> tuple[Answer, ...]:
 
 
 def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float], found: Labelled) -> Group:
-    """The kept candidates in order, with their rewards, labels and behavior log-probabilities."""
+    """The kept candidates in order, with their rewards, labels and behavior log-probabilities.
+
+    Where the scorer failed there are no ``scores``: the candidates are stored, and excluded from training.
+    """
     kept = [answers[k] for k in found.kept]
     rewards = [scores[k] if scores else np.nan for k in found.kept]
     name, _, line = drawn.name.rpartition(":")
+    failed = {} if scores else {"excluded": column([1.0] * len(kept))}
     return Group(
         prompt_ids=drawn.read().prompt_ids,
         candidates=tuple(
@@ -67,6 +71,7 @@ def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float],
             "reward": column(rewards),
             "label": column([found.label] * len(kept)),
             "behavior_logp": column([answer.behavior_total for answer in kept]),
+            **failed,
         },
         per_token={"behavior_token_logp": column([value for answer in kept for value in answer.behavior])},
         source=name,
