@@ -108,6 +108,15 @@ def test_dummy_keeps_shapes_and_masks_every_candidate(two_groups):
     assert torch.equal(dummy.predict_from, real.predict_from)
 
 
+def test_an_excluded_candidate_keeps_its_tokens_and_is_masked():
+    failed = group([1], candidate([2, 3]), per_candidate={"reward": [np.nan], "excluded": [1.0]})
+    scored = group([4], candidate([5]), candidate([6]), per_candidate={"reward": [0.5, 1.5]})
+    batch = pack([failed, scored], positions=[0, 1], num_candidates=2, pad_id=0, row_tokens=None)
+    assert batch.candidate_mask.tolist() == [[False, False], [True, True]]
+    assert batch.target_ids.tolist() == [2, 3, 5, 6]
+    assert list(batch.per_candidate) == ["reward"]
+
+
 def test_sums_are_made_in_float64():
     # In float32 the 1,000 small terms vanish one by one behind 2^24.
     column = [2.0**24] + [0.5] * 1000
