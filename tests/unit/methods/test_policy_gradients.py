@@ -213,6 +213,24 @@ def test_v27_rloo_of_tokens_and_grpo_differ_in_what_they_average() -> None:
         assert loss.item() == pytest.approx(vector["expected"][f"loss_{name}"], rel=1e-9)
 
 
+def test_v26_reinforce_pp_sums_the_same_token_rewards_as_ppo() -> None:
+    """The vector's rewards of every token, summed to the end of each row; the second row is a token shorter."""
+    vector = VECTORS["V26"]
+    mask, lengths, (logp, ref) = ragged(vector, "logp", "ref_logp")
+    reward = double([vector["inputs"]["score"]])
+    groups = Groups([lengths], logp, behavior_token_logp=logp, ref_token_logp=ref, reward=reward)
+    to_go = double(vector["expected"]["rewards"]).flip(1).cumsum(1).flip(1)[mask]
+    near(groups.prepare("reinforce_pp", kl_coef=vector["params"]["kl_coef"]), whiten(to_go).tolist())
+
+
+def test_v33_sft() -> None:
+    rows = [double(values) for values in VECTORS["V33"]["inputs"]["token_logps"]]
+    groups = Groups([[len(row)] for row in rows], torch.cat(rows))
+    expected = VECTORS["V33"]["expected"]
+    assert groups.loss("sft").item() == pytest.approx(expected["loss_token_mean"], rel=1e-9)
+    assert groups.loss("sft", reduction="sequence").item() == pytest.approx(expected["loss_seq_sum"], rel=1e-9)
+
+
 def test_v31_grpo() -> None:
     vector = VECTORS["V31"]
     mask, lengths, (new, old, ref) = ragged(vector, "new_logp", "old_logp", "ref_logp")

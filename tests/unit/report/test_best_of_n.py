@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def test_it_is_unbiased() -> None:
     mean = float(expected_best(reward[draws], 2) @ probability[draws].prod(axis=1))
     best = best_of_n_distribution(torch.from_numpy(probability), torch.from_numpy(reward), n=2)
     assert mean == pytest.approx(float(best @ torch.from_numpy(reward)), rel=1e-12)
+
+
+def test_v34() -> None:
+    """All 4^4 samples of the vector's distribution, each with its probability."""
+    vectors = json.loads((Path(__file__).parents[2] / "fixtures" / "vectors.json").read_text())["vectors"]
+    vector = next(vector for vector in vectors if vector["id"] == "V34")
+    probability, reward = np.array(vector["inputs"]["pi"]), np.array(vector["inputs"]["reward"])
+    draws = np.array(list(itertools.product(range(4), repeat=4)))
+    mean = float(expected_best(reward[draws], vector["params"]["n"]) @ probability[draws].prod(axis=1))
+    assert mean == pytest.approx(vector["expected"]["expected_reward_bon"], rel=1e-9)
+    assert kl_bound(4) == pytest.approx(vector["expected"]["kl_bound"], rel=1e-9)
 
 
 def test_sizes_are_powers_of_two_up_to_the_samples() -> None:
