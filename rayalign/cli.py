@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
+Pairs = Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `label`, instead of all.")]
+Best = Annotated[bool, typer.Option("--best", help="The completion with the highest score, to fine-tune on.")]
 Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
 
 USER_MISTAKE = 2
@@ -116,13 +118,14 @@ def generate(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("completions.jsonl"),
-    pairs: Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `label`, instead of all.")] = False,
+    pairs: Pairs = False,
+    best: Best = False,
 ) -> None:
     """Complete the prompts of data.train: rayalign generate run.yaml rollout.samples=8 --out new.jsonl"""
     from rayalign.pipeline.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
-    run_generate(path, settings, out=out, draws=True, pairs=pairs, console=Console())
+    run_generate(path, settings, out=out, draws=True, kind=kind_of(pairs, best), console=Console())
 
 
 @app.command()
@@ -130,13 +133,14 @@ def score(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("scored.jsonl"),
-    pairs: Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `label`, instead of all.")] = False,
+    pairs: Pairs = False,
+    best: Best = False,
 ) -> None:
     """Score the completions of data.train: rayalign score run.yaml scorer.function=my:helpful --out new.jsonl"""
     from rayalign.pipeline.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
-    run_generate(path, settings, out=out, draws=False, pairs=pairs, console=Console())
+    run_generate(path, settings, out=out, draws=False, kind=kind_of(pairs, best), console=Console())
 
 
 @app.command()
@@ -213,6 +217,13 @@ def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparis
     from rayalign.report.status import table
 
     Console().print(table(directory))
+
+
+def kind_of(pairs: bool, best: bool) -> Literal["all", "pairs", "best"]:
+    """What ``generate`` and ``score`` write of a prompt's completions."""
+    if pairs and best:
+        raise UserError("--pairs and --best: a file has one of the two; run the command twice, stages are shared")
+    return "pairs" if pairs else "best" if best else "all"
 
 
 def split_config(config: str | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:

@@ -104,9 +104,7 @@ class Scored:
         return statistic
 
     def _require(self, name: str) -> None:
-        if name not in self.needs:
-            declared = ", ".join(sorted(self.needs)) or "nothing"
-            raise MissingNeed(f"{name!r} is used but not declared: the method's `needs` declares {declared}")
+        require_declared(name, self.needs)
 
     @property
     def pair_mask(self) -> Bool[Tensor, " B"]:
@@ -117,3 +115,40 @@ class Scored:
     def group_mask(self) -> Bool[Tensor, " B"]:
         """True where the group has at least one real candidate (dummy groups have none)."""
         return self.batch.candidate_mask.any(dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """All groups of one round, as ``round_prepare`` sees them: their columns, before the trainer reads a token.
+
+    N counts the tokens of the whole round. Floating columns are float64, since sums run over all of them.
+    """
+
+    candidate_of: Int[Tensor, " N"]
+    """b * K + k; ascending."""
+    candidate_mask: Bool[Tensor, "B K"]
+    per_candidate: Mapping[str, Float[Tensor, "B K"]]
+    """reward …; NaN where the scorer failed on the prompt, and where there is no candidate."""
+    per_token: Mapping[str, Float[Tensor, " N"]]
+    needs: frozenset[str] = frozenset()
+
+    def candidate(self, name: str) -> Float[Tensor, "B K"]:
+        """A per-candidate column such as ``"reward"``."""
+        require_declared(name, self.needs)
+        if name not in self.per_candidate:
+            raise MissingNeed(f"the round carries no per-candidate column {name!r}")
+        return self.per_candidate[name]
+
+    def token(self, name: str) -> Float[Tensor, " N"]:
+        """A per-token column such as ``"behavior_token_logp"``."""
+        require_declared(name, self.needs)
+        if name not in self.per_token:
+            raise MissingNeed(f"the round carries no per-token column {name!r}")
+        return self.per_token[name]
+
+
+def require_declared(name: str, needs: frozenset[str]) -> None:
+    """Raise :class:`MissingNeed` for a name that the method's record does not declare."""
+    if name not in needs:
+        declared = ", ".join(sorted(needs)) or "nothing"
+        raise MissingNeed(f"{name!r} is used but not declared: the method's `needs` declares {declared}")

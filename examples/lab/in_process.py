@@ -32,7 +32,7 @@ from rayalign.manifest import commit
 from rayalign.pipeline.job import method_of, objectives, optimizer_spec
 from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
 from rayalign.pipeline.prompts import tokenized
-from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, round_plan, sampling
+from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
 from rayalign.pipeline.rollouts import prompts_of as prompts_in
 from rayalign.pipeline.streams import needs_reference, shape_of
 from rayalign.runtime.placement import Share
@@ -123,15 +123,24 @@ class Workshop:
         else:
             assert run.optim.steps is not None
             plan, folder = round_plan(run, run.optim.steps), self.folder / name / "rounds"
+            prepared = preparation(run, method_of(run))
             fresh = RoundStream(
                 name=MAIN_STREAM,
                 prompts=chunks.prompts,
                 plan=plan,
                 folder=folder,
                 num_candidates=kept_candidates(shape, chunks),
+                prepared=prepared.key if prepared else None,
             )
-            share = Share(cpus=1, gpus=0, threads=1)
-            rollouts = RolloutJob(spec=chunks, plan=plan, folder=folder, actors=1, share=share, max_bad_fraction=0.0)
+            rollouts = RolloutJob(
+                spec=chunks,
+                plan=plan,
+                folder=folder,
+                actors=1,
+                share=Share(cpus=1, gpus=0, threads=1),
+                max_bad_fraction=0.0,
+                preparation=prepared,
+            )
         if fresh_fraction(run) == 1:
             return fresh, rollouts
         fraction = fresh_fraction(run)

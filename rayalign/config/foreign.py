@@ -168,7 +168,10 @@ METHODS: Final[dict[str, str]] = {
     "rm": "reward_model",
     "reward": "reward_model",
     "max_po": "mpo (Maximum Preference Optimization, 2312.16430)",
-    "reinforce++": "reinforce",
+    "reinforce++": "reinforce_pp",
+    "reinforce": "reinforce_pp (whitened over the round) or rloo (leave-one-out)",
+    "dr_grpo": "{name: grpo, normalize: dr_grpo}",
+    "dapo": "{name: grpo, normalize: dapo, clip_high: 0.28, kl_coef: 0}",
 }
 """Values of their ``loss_type``, and other names of methods → ours."""
 

@@ -67,7 +67,7 @@ def template(name: str) -> str:
         draws="off_policy" not in record.data_policies,
         may_draw="on_policy" in record.data_policies,
         has_policy=record.trains == "policy",
-        label="rewards" if record.candidates == "group" else "best_worst",
+        label=_label(record),
         lr=_yaml(LEARNING_RATES.get(name, OptimConfig.model_fields["lr"].default)),
     )
 
@@ -86,6 +86,13 @@ def _row(record: Method) -> str:
     if "off_policy" not in record.data_policies:
         return ROWS["prompt"]
     return ROWS["labelled" if "label" in record.needs else record.candidates]
+
+
+def _label(record: Method) -> str:
+    """The rule that makes what the method learns from."""
+    if record.candidates == "one":
+        return "best_worst" if "label" in record.needs else "best"
+    return "rewards" if record.candidates == "group" else "best_worst"
 
 
 def _render(file: str, **values: Any) -> str:

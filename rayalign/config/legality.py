@@ -55,7 +55,7 @@ def _data_policy(run: RunConfig, record: Method) -> Iterator[Violation]:
     if policy in record.data_policies:
         return
     if "behavior_token_logp" in record.needed(run.method.config):
-        why = "its ratio needs the log-probabilities of the policy that drew each completion"
+        why = "its ratio needs each token's log-probability under the policy that drew it, which stored rows lack"
     else:
         why = "there is no policy to draw from"
     allowed = " or ".join(sorted(record.data_policies))
@@ -72,7 +72,7 @@ def _rounds(run: RunConfig, record: Method) -> Iterator[Violation]:
         return
     if run.rollout is None:
         yield Violation("rollout", f"{policy.name} draws completions; say how: rollout: {{engine: vllm, samples: 8}}")
-    elif run.rollout.samples < 2 and record.candidates != "one":
+    elif run.rollout.samples < fewest_samples(record):
         yield Violation("rollout.samples", f"{record.name} compares completions of one prompt; write at least 2")
     if run.scorer is None:
         yield Violation("scorer", f"{policy.name} needs a scorer, such as scorer: {{name: rule, function: …}}")
@@ -106,17 +106,45 @@ def _filter(run: RunConfig, _record: Method) -> Iterator[Violation]:
         )
 
 
+def fewest_samples(record: Method) -> int:
+    """How many completions of a prompt the method needs at least."""
+    if record.candidates == "group":
+        return record.smallest_group
+    return 1 if record.candidates == "one" else 2
+
+
+def _passes(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    policy = run.data_policy
+    if policy.name != "on_policy" or policy.passes == 1:
+        return
+    if policy.refresh_every == "never":
+        yield Violation(
+            "data_policy.passes",
+            "what is drawn once is trained on again in every epoch; write optim.epochs or more optim.steps",
+        )
+    elif policy.refresh_every % policy.passes:
+        yield Violation(
+            "data_policy.refresh_every",
+            f"counts the steps of all {policy.passes} passes over a round; {policy.refresh_every} is no multiple of "
+            f"{policy.passes}",
+        )
+
+
 def _label(run: RunConfig, record: Method) -> Iterator[Violation]:
     if run.label is None:
         return
-    if record.candidates == "group" and run.label.name in ("best_worst", "wpo", "bradley_terry"):
-        yield Violation(
-            "label.name", f"{run.label.name} makes pairs, and {record.name} learns from groups; write label: rewards"
-        )
-    if record.candidates == "pair" and run.label.name == "rewards":
-        yield Violation(
-            "label.name", f"rewards makes no pairs, which {record.name} learns from; write label: best_worst"
-        )
+    name = run.label.name
+    makes = {"rewards": "rewards keeps every completion", "best": "best keeps one completion"}
+    what = makes.get(name, f"{name} makes pairs")
+    if record.candidates == "group" and name != "rewards":
+        yield Violation("label.name", f"{what}, and {record.name} learns from groups; write label: rewards")
+    elif record.candidates == "one" and "label" not in record.needs:
+        if name != "best":
+            yield Violation(
+                "label.name", f"{what}, and {record.name} learns from one completion of a prompt; write label: best"
+            )
+    elif record.candidates != "group" and name in makes:
+        yield Violation("label.name", f"{what}, and {record.name} learns from preferences; write label: best_worst")
 
 
 def _truncated_sampling(run: RunConfig, record: Method) -> Iterator[Violation]:
@@ -124,6 +152,34 @@ def _truncated_sampling(run: RunConfig, record: Method) -> Iterator[Violation]:
         yield Violation(
             "rollout.top_p",
             f"{record.name} needs the density of every completion, which truncated sampling does not have; write 1.0",
+        )
+
+
+def _temperature(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if run.rollout is None or "behavior_token_logp" not in record.needed(run.method.config):
+        return
+    drawn, trained = run.rollout.temperature, run.method.config.logit_temperature
+    if drawn != trained:
+        yield Violation(
+            "method.logit_temperature",
+            f"{trained:g} is not the temperature that completions are drawn at, {drawn:g}: the ratio of {record.name} "
+            f"would compare two temperatures; write {drawn:g}",
+        )
+
+
+def _prepared(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if record.round_prepare is not None and run.data_policy.name in record.data_policies - {"on_policy"}:
+        yield Violation(
+            "data_policy",
+            f"{record.name} prepares whole rounds, which only on_policy has; write data_policy: on_policy",
+        )
+
+
+def _held_out(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if record.round_prepare is not None and run.data.eval and run.evaluate is None:
+        yield Violation(
+            "data.eval",
+            f"{record.name} has no loss on stored rows; remove it, or write evaluate: {{…}}, which takes its prompts",
         )
 
 
@@ -229,8 +285,12 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _rounds,
     _placement,
     _filter,
+    _passes,
     _label,
     _truncated_sampling,
+    _temperature,
+    _prepared,
+    _held_out,
     _behavior,
     _weighting,
     _auxiliary,

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from rayalign.config.data import Source
 from rayalign.config.fields import Block, Elastic, InterpreterPath, check_function, named
 
-LABEL_RULES = ("best_worst", "wpo", "bradley_terry", "rewards")
+PAIR_RULES = ("best_worst", "wpo", "bradley_terry")
+LABEL_RULES = (*PAIR_RULES, "best", "rewards")
 
 
 def _parse_refresh(value: object) -> object:
@@ -47,6 +48,8 @@ class OnPolicyConfig(RoundsConfig):
     """Every candidate is drawn from the policy."""
 
     name: Literal["on_policy"] = "on_policy"
+    passes: int = Field(default=1, ge=1)
+    """Times that a round is trained on, before the next one is drawn; refresh_every counts the steps of all passes."""
 
 
 class HybridConfig(RoundsConfig):
@@ -89,7 +92,9 @@ class LabelConfig(Block):
     """How scores become chosen and rejected."""
 
     name: Annotated[str, AfterValidator(_label_name)] = "best_worst"
-    """best_worst | wpo | bradley_terry | rewards | module:function, of the list of scores → (chosen, rejected)."""
+    """Pairs: best_worst | wpo | bradley_terry | module:function, of the list of scores → (chosen, rejected).
+
+    best keeps one completion (for sft, best-of-K sampling), rewards all of them (for methods of groups)."""
     scale: float = Field(default=1.0, gt=0)
     """bradley_terry: chosen with probability σ(difference of scores / scale)."""
     threshold: float = 5.0

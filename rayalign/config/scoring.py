@@ -108,7 +108,7 @@ class SamplingConfig(Block):
     temperature: float = Field(default=1.0, gt=0)
     """The KL estimate is of the policy at temperature 1."""
     samples: int = Field(default=4, ge=1)
-    """Completions of one prompt."""
+    """Completions of one prompt; a comparison also shows the best of up to as many of the reference's."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
 

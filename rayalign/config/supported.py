@@ -18,7 +18,6 @@ def unsupported(run: RunConfig) -> list[str]:
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
             record.trains == "policy" and bool(record.needs & {"value", "score"})
         ),
-        f"method: {run.method.name}, which prepares rounds": record.round_prepare is not None,
     }
     settings = [setting for setting, is_used in found.items() if is_used]
     return [f"this release does not run {setting}" for setting in (*settings, *_evaluation(run.evaluate))]

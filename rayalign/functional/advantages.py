@@ -97,11 +97,13 @@ def whiten(
     variance: Literal["unbiased", "population"] = "unbiased",
     mask: Bool[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
-    """Shift and scale to mean 0 and variance 1 over all tokens of the round; 0 where masked.
+    """Shift and scale to mean 0 and variance 1 over all tokens of the round; 0 where masked, or where all are equal.
 
     ``unbiased`` divides by sqrt(s²_{n−1} + 1e-8), ``population`` by sqrt(max(s²_n, 1e-8)): the two forms in use.
     """
     mask = _or_all(mask, values)
+    if not mask.any() or values[mask].min() == values[mask].max():
+        return torch.zeros_like(values)
     centered = torch.where(mask, values - masked_mean(values, mask), 0)
     squares, count = masked_sum(centered.square(), mask), mask.sum()
     if variance == "unbiased":

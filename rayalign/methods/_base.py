@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from rayalign.types import Scored
+from rayalign.types import Round, Scored
 
 Need = Literal[
     "ref_logp",  # [B, K] Σ log π_ref over response tokens
@@ -35,6 +35,8 @@ Need = Literal[
     "old_value",
     "mismatched",  # candidate 1 of every group is another prompt's completion (KTO's KL estimate)
 ]
+PREPARED: frozenset[Need] = frozenset({"advantage", "return"})
+"""Needs that no data carry: ``round_prepare`` makes them."""
 Over = Literal["pairs", "groups", "sequences", "tokens", "constant"]
 DataPolicy = Literal["off_policy", "on_policy", "hybrid"]
 
@@ -75,6 +77,7 @@ class Statistics:
 
 
 Loss = Callable[[Scored, Any, Statistics], tuple[Term, ...]]
+RoundPrepare = Callable[[Round, Any], dict[str, Tensor]]
 StepPrepare = Callable[[Scored, Any, Statistics], dict[str, Tensor]]
 Metrics = Callable[[Scored, Any, Statistics], dict[str, tuple[Tensor, Tensor]]]
 
@@ -104,8 +107,14 @@ class Method:
     """Needs that depend on the parameters, such as MPO's optional reference."""
     implicit_beta: Callable[[Any], float] | None = None
     """β of the implicit reward β · log(π/π_ref) (or β · log π without reference) behind ``rewards/*`` metrics."""
-    round_prepare: Callable[..., Any] | None = None
-    """Once per round, no gradient: advantages, GAE, whitening; columns stored with the round."""
+    smallest_group: int = 2
+    """Fewest candidates of one prompt that a method of groups can learn from."""
+    round_prepare: RoundPrepare | None = None
+    """(round, config) → new per-token columns [N], such as ``advantage``: once per committed round, no gradient.
+
+    What it returns is stored beside the round, so that every worker and every restart reads the same numbers. It sees
+    the columns in ``needs`` but its own.
+    """
     step_prepare: StepPrepare | None = None
     """Per step, no gradient, one call per micro-batch: sums that the engine adds up over all of them."""
     metrics: Metrics | None = None

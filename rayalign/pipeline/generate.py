@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -35,9 +35,13 @@ BLOCKS = ("name", "seed", "storage_path", "model", "data", "rollout", "scorer", 
 
 NO_SCORE = "rayalign.judge.rule:no_score"
 Row = dict[str, Any]
+Kind = Literal["all", "pairs", "best"]
+"""Every completion of a prompt, chosen and rejected, or the one with the highest score."""
+SHAPES: dict[Kind, tuple[Shape, str]] = {"all": ("group", "dpo_rw"), "pairs": ("pair", "dpo"), "best": ("one", "sft")}
+"""What is kept of a prompt's completions, and a method that learns from it."""
 
 
-def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool, pairs: bool, console: Console) -> None:
+def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool, kind: Kind, console: Console) -> None:
     """Complete the prompts of ``data.train``, or score its completions, in resumable stages; then write ``out``.
 
     Raises:
@@ -47,31 +51,33 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         raise UserError(f"--out {out}: write a file that ends in .jsonl or .parquet")
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
-    run = load_generation(path, overrides, draws=draws, pairs=pairs)
+    run = load_generation(path, overrides, draws=draws, kind=kind)
     refuse_unsupported(run)
     with connect(import_paths=[folder]) as session, Board(console) as board:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
-        shape: Shape = "pair" if pairs else "group"
+        shape, _ = SHAPES[kind]
         sources = [prompt_store(source, run, stages) for source in run.data.train]
         stores = [made_store(source, run, stages, shape, draws=draws) for source in sources]
         rows = [row for store in stores for row in rows_of(store, run, draws=draws)]
-        if pairs:
-            rows = [pair_of(row) for row in rows if len(row["completions"]) == 2]
+    if kind == "pairs":
+        rows = [pair_of(row) for row in rows if len(row["completions"]) == 2]
+    if kind == "best":
+        rows = [best_of(row) for row in rows if row["rewards"] != [None]]
     write_rows(out, rows)
     console.print(f"{len(rows)} rows: {out}", highlight=False)
 
 
-def load_generation(path: Path | None, overrides: list[str], *, draws: bool, pairs: bool = False) -> RunConfig:
+def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kind: Kind = "all") -> RunConfig:
     """A run's YAML (or none) with the blocks that matter here; the others may be there and are not read."""
     document = override(empty_document() if path is None else read_document(path), overrides)
     data = {key: value for key, value in document.data.items() if key in BLOCKS}
-    label = document.data.get("label", {}) if pairs else {"name": "rewards"}
-    data |= {"method": "dpo" if pairs else "dpo_rw", "label": {"name": label} if isinstance(label, str) else {**label}}
+    label = document.data.get("label", {}) if kind == "pairs" else {"name": "best" if kind == "best" else "rewards"}
+    data |= {"method": SHAPES[kind][1], "label": {"name": label} if isinstance(label, str) else {**label}}
     if draws:
         data |= {"data_policy": {"name": "on_policy", "refresh_every": "never"}}
         data.setdefault("rollout", {})
-        if not pairs:  # which of them is better, only a scorer can say
+        if kind == "all":  # which of them is better, only a scorer can say
             data.setdefault("scorer", {"name": "rule", "function": NO_SCORE})
     else:
         data.pop("rollout", None)
@@ -90,6 +96,13 @@ def pair_of(row: Row) -> Row:
     """A labelled pair as ``chosen`` and ``rejected``; a prompt without a preference has no such row."""
     (chosen, rejected), (chosen_score, rejected_score) = row["completions"], row["rewards"]
     named = {"chosen": chosen, "rejected": rejected, "chosen_score": chosen_score, "rejected_score": rejected_score}
+    return {"prompt": row["prompt"], **named, **{name: row[name] for name in ("model", "sampling") if name in row}}
+
+
+def best_of(row: Row) -> Row:
+    """The best completion as a row to fine-tune on; a prompt that the scorer failed on has no such row."""
+    [completion], [score] = row["completions"], row["rewards"]
+    named = {"completion": completion, "completion_score": score}
     return {"prompt": row["prompt"], **named, **{name: row[name] for name in ("model", "sampling") if name in row}}
 
 

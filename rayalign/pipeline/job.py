@@ -29,7 +29,14 @@ from rayalign.pipeline.model import (
     spec_digest,
     stop_ids,
 )
-from rayalign.pipeline.rollouts import actor_share, draws_rounds, num_actors, num_workers, takes_turns
+from rayalign.pipeline.rollouts import (
+    actor_share,
+    draws_rounds,
+    num_actors,
+    num_workers,
+    preparation,
+    takes_turns,
+)
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
 from rayalign.runtime.placement import Share, host, share
@@ -67,7 +74,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         checkpoint_every=run.checkpoint.every,
         checkpoint_keep=run.checkpoint.keep,
         checkpoint_at=evaluation_steps(run, steps) if run.evaluate else (),
-        evaluate_at=evaluation_steps(run, steps) if run.data.eval else (),
+        evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
         track=run.track,
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
@@ -75,16 +82,21 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     return TrainJob(
         spec=spec,
         source=source,
-        held_out=held_out(run, method, source, stages) if run.data.eval else None,
+        held_out=held_out(run, method, source, stages) if measures_loss(run, method) else None,
         strategy=run.strategy.name,
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
-        rollouts=rollout_job(run, main, each) if main.chunks is not None else None,
+        rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
     )
 
 
-def rollout_job(run: RunConfig, main: Main, each: Share) -> RolloutJob:
+def measures_loss(run: RunConfig, method: Method) -> bool:
+    """Whether ``data.eval`` has a loss; what is prepared of rounds, stored rows do not have."""
+    return bool(run.data.eval) and method.round_prepare is None
+
+
+def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
     rounds = round_part(main.stream)
     assert rounds is not None and main.chunks is not None and run.rollout is not None
@@ -99,6 +111,7 @@ def rollout_job(run: RunConfig, main: Main, each: Share) -> RolloutJob:
         takes_turns=main.chunks.options.takes_turns,
         python=run.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
+        preparation=preparation(run, method),
     )
 
 

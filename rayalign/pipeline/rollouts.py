@@ -16,6 +16,8 @@ from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
+from rayalign.methods._base import Method
+from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
 from rayalign.pipeline.stages import Stages
 from rayalign.rollout.base import SamplingParams
@@ -26,6 +28,7 @@ from rayalign.runtime.rounds import commit_drawn, draw
 from rayalign.runtime.session import Session
 from rayalign.sources.chunk import ChunkMaker, ChunkSpec
 from rayalign.sources.label import LabelSpec
+from rayalign.sources.prepared import Preparation
 from rayalign.sources.rounds import RoundPlan
 from rayalign.sources.streams import StoredStream
 
@@ -223,7 +226,13 @@ def round_plan(run: RunConfig, steps: int) -> RoundPlan:
         lag=policy.lag,
         groups_per_step=run.optim.groups_per_step,
         fresh_fraction=fresh_fraction(run),
+        passes=num_passes(run),
     )
+
+
+def num_passes(run: RunConfig) -> int:
+    """Times that a round is trained on."""
+    return run.data_policy.passes if run.data_policy.name == "on_policy" else 1
 
 
 def kept_candidates(shape: Shape, spec: ChunkSpec) -> int:
@@ -238,6 +247,15 @@ def fresh_fraction(run: RunConfig) -> float:
     """Of the groups of a step, those that are drawn: all, unless ``mix: groups`` says otherwise."""
     policy = run.data_policy
     return policy.on_fraction if isinstance(policy, HybridConfig) and policy.mix == "groups" else 1.0
+
+
+def preparation(run: RunConfig, method: Method) -> Preparation | None:
+    """What the method makes of every round; None where it makes nothing."""
+    if method.round_prepare is None:
+        return None
+    source = source_digest(run.method.name) if ":" in run.method.name else None
+    key = digest_of([method.name, run.method.config.model_dump(mode="json"), source])[:12]
+    return Preparation(method=method, config=run.method.config, key=key)
 
 
 def keeps_stored(run: RunConfig) -> bool:

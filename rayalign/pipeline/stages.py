@@ -30,6 +30,8 @@ from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.reference import LOG_PROBS, score_store
 from rayalign.runtime.session import Session
+from rayalign.sources.prepared import Preparation as RoundPreparation
+from rayalign.sources.prepared import prepare_columns
 
 SHOWN_BAD_ROWS = 5
 BYTES_PER_WRITER = 2 << 20
@@ -159,6 +161,22 @@ class Stages:
             commit(directory, {"inputs": inputs, "filter": found})
 
         return self.artifacts.stage("filter", inputs, build)
+
+    def prepared(self, store: Path, columns: Sequence[Path], preparation: RoundPreparation) -> Path:
+        """What a method makes of ``store``, drawn once, as one round; ``columns`` lie over it already."""
+        opened = TokenStore.open(store)
+        for path in columns:
+            opened = opened.with_columns(path)
+        inputs = {
+            "store": opened.digest,
+            "columns": [committed(path)["digest"] for path in columns],
+            "method": preparation.key,
+        }
+
+        def build(directory: Path) -> None:
+            prepare_columns(opened, directory, preparation)
+
+        return self.artifacts.stage("prepared", inputs, build)
 
 
 def filter_facts(directory: Path) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from rayalign.pipeline.rollouts import (
     fresh_fraction,
     keeps_stored,
     kept_candidates,
+    num_passes,
+    preparation,
     prompt_store,
     prompt_stream,
     relabelled,
@@ -74,11 +76,15 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
     if fresh_fraction(run) < 1:
         both = filtered(stored_stream(run, run.data.train, method, stages, groups_per_step=size), run, method, stages)
     steps = num_steps(run, both or prompts)
+    prepared = preparation(run, method)
     chunks = None
     fresh: StoredStream | RoundStream
     if policy.refresh_every == "never":
         store = drawn_once(run, prompts, shape, stages)
         fresh = over([store], run, method, stages, weights=[1.0], groups_per_step=size)
+        if prepared is not None:
+            columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
+            fresh = replace(fresh, columns=(columns,))
     else:
         chunks = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=needs_reference(method, run))
         fresh = RoundStream(
@@ -87,6 +93,7 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
             plan=round_plan(run, steps),
             folder=folder,
             num_candidates=kept_candidates(shape, chunks),
+            prepared=prepared.key if prepared else None,
         )
     if both is None:
         return Main(stream=fresh, steps=steps, chunks=chunks)
@@ -228,8 +235,8 @@ def held_out(run: RunConfig, method: Method, source: SourceSpec, stages: Stages)
 
 
 def num_steps(run: RunConfig, stream: StoredStream) -> int:
-    """``optim.steps``, or as many as ``optim.epochs`` takes."""
+    """``optim.steps``, or as many as ``optim.epochs`` takes; every pass over a round counts."""
     if run.optim.steps is not None:
         return run.optim.steps
     assert run.optim.epochs is not None
-    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs)
+    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs) * num_passes(run)

@@ -83,6 +83,15 @@ class Series:
     y: Sequence[float | Estimate]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yardstick:
+    """A line that belongs to no cell, grey with crosses."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
 def draw(
     stem: str,
     series: Sequence[Series],
@@ -90,15 +99,20 @@ def draw(
     x_label: str,
     y_label: str,
     start: tuple[float, float] | None = None,
+    yardstick: Yardstick | None = None,
     log_from: float | None = None,
 ) -> str:
     """One line per series, from ``start`` where there is one; a logarithmic x axis where it passes ``log_from``."""
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": stem}):
-        legend_rows = -(-len(series) // LEGEND_COLUMNS)
+        legend_rows = -(-(len(series) + (yardstick is not None)) // LEGEND_COLUMNS)
         figure = Figure(figsize=(WIDTH, PLOT_HEIGHT + LEGEND_ROW * legend_rows), layout="constrained")
         axes = figure.add_subplot()
         for line in series:
             _draw_series(axes, line, start)
+        if yardstick is not None:
+            axes.plot(
+                yardstick.x, yardstick.y, color=MUTED, linestyle="-", linewidth=0.8, marker="+", label=yardstick.label
+            )
         if start is not None:
             axes.plot(*start, marker="o", markersize=7, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
             axes.annotate(REFERENCE, start, textcoords="offset points", xytext=(7, -11), color=INK)
@@ -110,7 +124,7 @@ def draw(
             x_label += " (logarithmic above 1)"
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if series:
+        if series or yardstick is not None:
             figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=8, handlelength=2.6)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from rayalign.report.drawing import PALETTE, Series, Style, draw
+from rayalign.report.drawing import PALETTE, Series, Style, Yardstick, draw
 from rayalign.report.points import REFERENCE, Cell, Comparison, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
@@ -74,8 +74,17 @@ def _frontier(comparison: Comparison, summary: Summary, reference: PointSummary,
         x_label=f"KL(π‖π_ref), {estimator.label}, nats per reply",
         y_label=f"{scorer.label}, mean over prompts",
         start=(reference.kl[estimator.name].mean, reference.scores[scorer.name].mean),
+        yardstick=_best_of_n(summary, comparison.prompt_sets[0].name, scorer),
         log_from=LOG_FROM_KL,
     )
+
+
+def _best_of_n(summary: Summary, prompt_set: str, scorer: Measure) -> Yardstick | None:
+    rows = summary.best(prompt_set)
+    if not rows:
+        return None
+    scores = [row.scores[scorer.name].mean for row in rows]
+    return Yardstick(label="reference, best of n", x=[row.kl_bound for row in rows], y=scores)
 
 
 def _evaluated(comparison: Comparison, summary: Summary, x: Coordinate, y: Coordinate) -> list[Series]:

@@ -21,6 +21,7 @@
                     "crossings": {scorer: {"score", "from_step", "to_step"} | null (not reached)}}, …],
      "answers":   [{"cell", "role" ("scorer", "diagnostic" or "judge"), "name", "replies", "missing", "problem" (why the
                     first is missing), "calls", "failures", "ties", "disagreements"}, …],
+     "best_of_n": [{"prompt_set", "n", "kl_bound", "scores": {name: ESTIMATE, …}}, …]  (of the reference),
      "times":     {"started", "finished", "device_seconds": {cell id: seconds}},
      "provenance": {"commands", "git_revision", "versions", "config_digests", "seeds", "machine"}}
 
@@ -82,6 +83,7 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         "points": [asdict(point) for point in summary.points],
         "at_kl": [asdict(row) for row in summary.at_kl],
         "answers": [asdict(row) for row in summary.answers],
+        "best_of_n": [asdict(row) for row in summary.best_of_n],
         "times": times,
         "provenance": provenance,
     }

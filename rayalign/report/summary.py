@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rayalign.report.best_of_n import BestOfN, best_of_n
 from rayalign.report.frontier import Crossing, FrontierPoint, pareto, score_at_kl
 from rayalign.report.points import (
     BASELINE,
@@ -82,6 +83,8 @@ class Summary:
     at_kl: tuple[AtKl, ...]
     answers: tuple[AnswersSummary, ...]
     """In the order of the points; of scorers and judges that count what they are asked."""
+    best_of_n: tuple[BestOfN, ...]
+    """Of the reference: prompt sets in order, n ascending."""
 
     def of(self, cell: str, prompt_set: str) -> tuple[PointSummary, ...]:
         return tuple(point for point in self.points if point.cell == cell and point.prompt_set == prompt_set)
@@ -89,6 +92,10 @@ class Summary:
     def crossings(self, cell: str, prompt_set: str) -> tuple[AtKl, ...]:
         """By ascending KL level; empty where the cell has no points."""
         return tuple(row for row in self.at_kl if row.cell == cell and row.prompt_set == prompt_set)
+
+    def best(self, prompt_set: str) -> tuple[BestOfN, ...]:
+        """The reference's best of n, by ascending n."""
+        return tuple(row for row in self.best_of_n if row.prompt_set == prompt_set)
 
     def last(self, prompt_set: str) -> tuple[PointSummary, ...]:
         """The last point of the reference and of every cell that has one."""
@@ -118,7 +125,14 @@ def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Sum
         ]
     order = {name: index for index, name in enumerate([REFERENCE, BASELINE, *(cell.id for cell in comparison.cells)])}
     points.sort(key=lambda point: order[point.cell])
-    return Summary(bootstrap=bootstrap, points=tuple(points), at_kl=tuple(at_kl), answers=tuple(_answers(comparison)))
+    best = tuple(row for reference in comparison.reference for row in best_of_n(reference, bootstrap))
+    return Summary(
+        bootstrap=bootstrap,
+        points=tuple(points),
+        at_kl=tuple(at_kl),
+        answers=tuple(_answers(comparison)),
+        best_of_n=best,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

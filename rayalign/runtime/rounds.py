@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayalign.data.shard import finished_shards, write_whole
-from rayalign.data.store import commit_store
+from rayalign.data.store import TokenStore, commit_store
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
@@ -26,6 +26,7 @@ from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import MAX_ATTEMPTS, ItemKilled, Pool
 from rayalign.runtime.weights import ObjectStore
 from rayalign.sources.chunk import REST, Chunk, ChunkMaker, ChunkReport, ChunkSpec
+from rayalign.sources.prepared import Preparation, prepare_columns
 from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
 from rayalign.sources.weights import WeightsGone
 
@@ -57,6 +58,8 @@ class RolloutJob:
     python: str | None
     """Interpreter of the actors, where it is not the driver's."""
     max_bad_fraction: float
+    preparation: Preparation | None = None
+    """What the method makes of every round, once and for all workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +214,10 @@ def draw_round(
             request=request.to_json(),
             seconds=time.monotonic() - began,
         )
+    if job.preparation is not None:
+        columns = folder.prepared(request, job.preparation.key)
+        if not (columns / MANIFEST).exists():
+            prepare_columns(TokenStore.open(directory), columns, job.preparation)
     for weights in folder.weights.glob("step_*"):
         if int(weights.name[5:].partition("-")[0]) < request.weights.step:
             shutil.rmtree(weights, ignore_errors=True)

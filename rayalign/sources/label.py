@@ -59,6 +59,9 @@ class Labelled:
 def label(scores: Sequence[float], lengths: Sequence[int], spec: LabelSpec, *, shape: Shape, key: int) -> Labelled:
     """What a method of ``shape`` learns from K scored candidates; ``key`` fixes whatever is drawn.
 
+    Groups keep every candidate (``rewards``), single completions the best one (``best``: best-of-K sampling); only
+    pairs and labelled examples ask the rule.
+
     Raises:
         UserError: the user's own rule answers neither None nor two different candidates.
     """
@@ -85,7 +88,7 @@ def label_key(seed: int, position: int) -> int:
 
 def rule(spec: LabelSpec) -> Callable[[Scored], Pair | None]:
     """The rule called ``spec.name``; ``module:function`` is the user's own, of the list of scores."""
-    if spec.name in ("best_worst", "rewards"):
+    if spec.name == "best_worst":
         return best_worst
     if spec.name == "wpo":
         return lambda scored: wpo(scored, threshold=spec.threshold, gap=spec.gap, rejected=spec.rejected)

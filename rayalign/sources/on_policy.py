@@ -31,6 +31,7 @@ class FreshGroups:
     def __init__(self, stream: RoundStream, seed: int, *, rank: int, channel: WeightChannel | None = None) -> None:
         self.plan = stream.plan
         self.channel = channel
+        self.prepared = stream.prepared
         self.folder = RoundFolder(stream.folder)
         self.rank = rank
         self.requests: dict[int, Request] = {}
@@ -101,7 +102,12 @@ class FreshGroups:
             wait_for(directory, self._failure)
             manifest = read_manifest(directory)
             assert manifest is not None
-            self.opened = (number, TokenStore.open(directory), manifest["meta"]["facts"])
+            store = TokenStore.open(directory)
+            if self.prepared is not None:
+                columns = self.folder.prepared(self.requests[number], self.prepared)
+                wait_for(columns, self._failure)
+                store = store.with_columns(columns)
+            self.opened = (number, store, manifest["meta"]["facts"])
             self.requests = {later: request for later, request in self.requests.items() if later >= number}
         return self.opened[1], self.opened[2]
 

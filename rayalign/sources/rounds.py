@@ -29,14 +29,23 @@ class RoundPlan:
     groups_per_step: int
     """Fresh and stored together."""
     fresh_fraction: float = 1.0
+    passes: int = 1
+    """Times that a round's groups are trained on, pass after pass, where all groups are fresh."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.refresh_every, self.groups_per_step) < 1 or self.lag < 0:
-            raise ValueError(f"a plan needs steps, refresh_every and groups_per_step of at least 1: {self}")
+        if min(self.steps, self.refresh_every, self.groups_per_step, self.passes) < 1 or self.lag < 0:
+            raise ValueError(f"a plan needs steps, refresh_every, groups_per_step and passes of at least 1: {self}")
+        if self.refresh_every % self.passes or (self.passes > 1 and self.fresh_fraction < 1):
+            raise ValueError(f"the steps of a round are whole passes over groups that are all fresh: {self}")
 
     @property
     def num_rounds(self) -> int:
         return math.ceil(self.steps / self.refresh_every)
+
+    @property
+    def pass_steps(self) -> int:
+        """Steps of one pass over a round."""
+        return self.refresh_every // self.passes
 
     def round_of(self, step: int) -> int:
         return step // self.refresh_every
@@ -56,14 +65,16 @@ class RoundPlan:
     def positions(self, step: int) -> range:
         """Positions, in the stream of fresh groups, that step ``step`` trains on."""
         if self.fresh_fraction == 1:
-            return range(step * self.groups_per_step, (step + 1) * self.groups_per_step)
+            number, inside = divmod(step, self.refresh_every)
+            slot = number * self.pass_steps + inside % self.pass_steps
+            return range(slot * self.groups_per_step, (slot + 1) * self.groups_per_step)
         fresh, _ = hybrid_positions(step, groups_per_step=self.groups_per_step, fresh_fraction=self.fresh_fraction)
         return fresh
 
     def round_positions(self, number: int) -> range:
         """Positions of all fresh groups of a round; the last round is as long as its steps."""
         first = number * self.refresh_every
-        last = min(first + self.refresh_every, self.steps) - 1
+        last = min(first + self.pass_steps, self.steps) - 1
         return range(self.positions(first).start, self.positions(last).stop)
 
 
@@ -106,6 +117,10 @@ class RoundFolder:
     def round(self, request: Request) -> Path:
         """The round's token store; other weights make another one, so that none is ever taken for another's."""
         return self.root / f"round_{request.number:06d}-{request.weights.digest[:12]}"
+
+    def prepared(self, request: Request, key: str) -> Path:
+        """The columns that a method made of a round."""
+        return self.root / "prepared" / f"{self.round(request).name}-{key}"
 
     def ask(self, request: Request) -> None:
         """Leave a request; a later one for the same round revokes it."""

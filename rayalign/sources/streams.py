@@ -35,6 +35,8 @@ class RoundStream:
     folder: Path
     """Holds the rounds, the weights that they are drawn with, and what was asked for."""
     num_candidates: int
+    prepared: str | None = None
+    """Key of the columns that the method makes of every round; None where it makes none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ def test_my_method():
 """
 
 from rayalign.judge.fake import FakeJudge, FakeScorer
-from rayalign.testing._batches import RandomGroup, random_groups, scored_batch, without
+from rayalign.testing._batches import RandomGroup, prepared_groups, random_groups, random_round, scored_batch, without
 from rayalign.testing._engine import check_engine
 from rayalign.testing._method import check_method, step_loss, step_statistics
 
@@ -19,7 +19,9 @@ __all__ = [
     "RandomGroup",
     "check_engine",
     "check_method",
+    "prepared_groups",
     "random_groups",
+    "random_round",
     "scored_batch",
     "step_loss",
     "step_statistics",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
-from rayalign.methods._base import Method
-from rayalign.types import PackedBatch, Scored, Scores
+from rayalign.methods._base import PREPARED, Method, MethodConfig
+from rayalign.types import PackedBatch, Round, Scored, Scores
 
 PER_CANDIDATE = ("ref_logp", "behavior_logp", "reward", "label", "soft_label", "margin", "rank")
 PER_TOKEN = ("ref_token_logp", "behavior_token_logp", "advantage", "return", "old_value")
@@ -121,13 +121,7 @@ def without(group: RandomGroup, missing: Sequence[int], fill: float) -> RandomGr
 def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored:
     """The groups as one micro-batch; it carries only the columns and statistics in ``needs``."""
     num_groups, num_candidates = len(groups), len(groups[0].real)
-    candidate_of = torch.cat(
-        [
-            torch.full((len(values),), b * num_candidates + k)
-            for b, group in enumerate(groups)
-            for k, values in enumerate(group.token_logp)
-        ]
-    )
+    candidate_of = owners(groups)
     shape = {"num_groups": num_groups, "num_candidates": num_candidates}
 
     def tokens(name: str) -> Tensor:
@@ -147,11 +141,7 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
         candidate_of=candidate_of,
         candidate_mask=real,
         group_index=torch.tensor([group.index for group in groups]),
-        per_candidate={
-            name: torch.tensor([group.per_candidate[name] for group in groups], dtype=torch.float64)
-            for name in PER_CANDIDATE
-            if name in needs
-        },
+        per_candidate=candidate_columns(groups, needs),
         per_token={name: tokens(name) for name in PER_TOKEN if name in needs},
     )
     scores = Scores(
@@ -162,3 +152,57 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
         score=torch.stack([torch.stack(group.score) for group in groups]) if "score" in needs else None,
     )
     return Scored(batch=batch, scores=scores, needs=needs)
+
+
+def random_round(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Round:
+    """The groups as a whole round, with the columns in ``needs`` that a round has before it is prepared."""
+    return Round(
+        candidate_of=owners(groups),
+        candidate_mask=torch.tensor([group.real for group in groups]),
+        per_candidate=candidate_columns(groups, needs),
+        per_token={
+            name: torch.cat([values for group in groups for values in group.per_token[name]])
+            for name in PER_TOKEN
+            if name in needs - PREPARED
+        },
+        needs=needs,
+    )
+
+
+def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[RandomGroup]) -> list[RandomGroup]:
+    """The groups with the columns that ``round_prepare`` makes of them; as they are where it makes none."""
+    if method.round_prepare is None:
+        return list(groups)
+    made = method.round_prepare(random_round(groups, method.needed(config)), config)
+    lengths = [len(values) for group in groups for values in group.token_logp]
+    parts = {name: iter(torch.split_with_sizes(column, lengths)) for name, column in made.items()}
+    return [
+        replace(
+            group,
+            per_token={
+                **group.per_token,
+                **{name: tuple(next(part) for _ in group.token_logp) for name, part in parts.items()},
+            },
+        )
+        for group in groups
+    ]
+
+
+def owners(groups: Sequence[RandomGroup]) -> Tensor:
+    """``candidate_of`` [N]."""
+    num_candidates = len(groups[0].real)
+    return torch.cat(
+        [
+            torch.full((len(values),), b * num_candidates + k)
+            for b, group in enumerate(groups)
+            for k, values in enumerate(group.token_logp)
+        ]
+    )
+
+
+def candidate_columns(groups: Sequence[RandomGroup], needs: frozenset[str]) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor([group.per_candidate[name] for group in groups], dtype=torch.float64)
+        for name in PER_CANDIDATE
+        if name in needs
+    }

@@ -10,8 +10,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Over, Statistics, Term
-from rayalign.testing._batches import RandomGroup, random_groups, scored_batch, without
+from rayalign.methods._base import PREPARED, Method, MethodConfig, Over, Statistics, Term
+from rayalign.testing._batches import RandomGroup, random_groups, random_round, scored_batch, without
 from rayalign.types import MissingNeed, Scored
 
 STEP = 3
@@ -27,7 +27,9 @@ def check_method(method: Method, config: MethodConfig | None = None, *, finite_d
     The terms have a declared scale and shape; gradients are those of the value (say ``finite_differences=False`` for a
     loss that detaches on purpose inside; what comes from columns, statistics or ``step_prepare`` is constant anyway);
     the order of groups and their division into micro-batches do not matter; masked values, NaN included, reach neither
-    loss nor gradient; and ``needs`` is what the method reads, no more and no less.
+    loss nor gradient; and ``needs`` is what the method reads, no more and no less. ``round_prepare``, where there is
+    one, makes the columns that the loss needs, one finite number per token without gradient, from the numbers of the
+    round alone: whatever the order of its groups and whatever stands where there is no candidate.
 
     Raises:
         AssertionError: with a sentence that names what does not hold.
@@ -35,6 +37,7 @@ def check_method(method: Method, config: MethodConfig | None = None, *, finite_d
     trial = _Trial(method=method, config=config if config is not None else method.config())
     groups = random_groups(method, num_groups=4)
     trial.check_needs(groups)
+    trial.check_round(groups)
     trial.check_terms(groups)
     if finite_differences:
         trial.check_gradient(groups)
@@ -102,6 +105,47 @@ class _Trial:
         self.method.loss(scored, self.config, statistics)
         if self.method.metrics is not None:
             self.method.metrics(scored, self.config, statistics)
+        if self.method.round_prepare is not None:
+            self.method.round_prepare(random_round(groups, needs), self.config)
+
+    def check_round(self, groups: Sequence[RandomGroup]) -> None:
+        wanted = self.method.needed(self.config) & PREPARED
+        if self.method.round_prepare is None:
+            self.require(not wanted, f"needs {sorted(wanted)}, which a round_prepare must make")
+            return
+        made = self.prepare(groups)
+        self.require(
+            made.keys() == wanted, f"prepares the columns {sorted(made)}, and its needs declare {sorted(wanted)}"
+        )
+        for name, column in made.items():
+            label = f"round_prepare's {name!r}"
+            shape = (sum(len(values) for group in groups for values in group.token_logp),)
+            self.require(column.shape == shape, f"{label} must have one number per token, {shape}: {column.shape}")
+            self.require(not column.requires_grad, f"{label} carries a gradient")
+            self.require(bool(torch.isfinite(column).all()), f"{label} is not finite")
+            self.require(bool(torch.equal(column, self.prepare(groups)[name])), f"{label} differs when made again")
+            turned = self.by_group(groups[::-1])[name][::-1]
+            self.require(
+                bool(torch.allclose(torch.cat(turned), column, rtol=1e-9, atol=1e-12)),
+                f"{label} depends on the order of groups",
+            )
+        last = len(groups[0].real) - 1
+        masked = [[groups[0], without(groups[1], [last], fill), *groups[2:]] for fill in (-0.5, math.nan)]
+        whole = random_round(masked[0], self.method.needed(self.config))
+        real = whole.candidate_mask.flatten()[whole.candidate_of]
+        finite, with_nan = (self.prepare(part) for part in masked)
+        for name in made:
+            same = torch.equal(finite[name][real], with_nan[name][real])
+            self.require(same, f"round_prepare's {name!r} lets a masked value through")
+
+    def prepare(self, groups: Sequence[RandomGroup]) -> dict[str, Tensor]:
+        assert self.method.round_prepare is not None
+        return self.method.round_prepare(random_round(groups, self.method.needed(self.config)), self.config)
+
+    def by_group(self, groups: Sequence[RandomGroup]) -> dict[str, list[Tensor]]:
+        """What ``round_prepare`` makes, one tensor per group."""
+        lengths = [sum(len(values) for values in group.token_logp) for group in groups]
+        return {name: list(torch.split_with_sizes(column, lengths)) for name, column in self.prepare(groups).items()}
 
     def check_terms(self, groups: Sequence[RandomGroup]) -> None:
         scored = self.score(groups)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_runs import Scenario, labelled, objective, run, save_tiny, store, synthetic_groups
+from tiny_runs import Scenario, drawn, labelled, objective, run, save_tiny, store, synthetic_groups
 
 from rayalign.data.rank import ranked
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -48,6 +48,8 @@ def scenario(case: str, model: Path, folder: Path) -> Scenario:
     if "label" in method.needs:
         groups = labelled(synthetic_groups([2] * 12, seed=3))
     streams = [store(folder / "train", groups, reference=model)]
+    if method.round_prepare is not None:
+        streams = [drawn(streams[0], main)]
     objectives = [main]
     if method.requires_auxiliary:
         answers = synthetic_groups([1] * 12, seed=5)

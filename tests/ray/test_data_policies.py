@@ -22,7 +22,8 @@ METHODS: list[dict[str, Any]] = [
     {"name": "mpo", "auxiliary": TERM},
     {"name": "exo_rw", "label": {"name": "rewards"}, "as": "exo_rw"},
     {"name": "dpo_rw", "label": {"name": "rewards"}, "as": "dpo_rw"},
-    {"name": "sft", "as": "sft"},
+    {"name": "sft", "as": "sft", "label": {"name": "best"}},
+    *({"name": name, "as": name} for name in ("rloo", "reinforce_pp", "grpo")),
 ]
 POLICIES: list[dict[str, Any]] = [
     {"name": "off_policy", "as": "off"},
@@ -35,14 +36,20 @@ NO_REWARDS = "`rewards`"
 NO_BEHAVIOR = "`behavior_logps`"
 NO_SCORER = "off_policy trusts the stored labels"
 NO_PAIRS = "needs one completion"
+NO_TOKENS = "which stored rows lack"
 REFUSED: Mapping[tuple[str, str], str] = {
     ("exo_rw", "off"): NO_SCORER,
     ("dpo_rw", "off"): NO_SCORER,
     ("exo_rw", "groups"): NO_BEHAVIOR,
     ("dpo_rw", "groups"): NO_REWARDS,
     ("exo_rw", "candidates"): NO_BEHAVIOR,  # nobody knows who wrote the stored ones
-    ("sft", "off"): NO_PAIRS,
+    ("sft", "off"): NO_SCORER,
     ("sft", "groups"): NO_PAIRS,
+    **{
+        (method, policy): NO_TOKENS
+        for method in ("rloo", "reinforce_pp", "grpo")
+        for policy in ("off", "groups", "candidates")
+    },
 }
 
 

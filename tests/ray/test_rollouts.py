@@ -197,6 +197,18 @@ def test_generated_and_scored_files_are_data_again(workspace: Workspace, session
     again = rayalign("generate", path, "--out", str(out))
     assert "making" not in again.printed
 
+    best = workspace.folder / "best.jsonl"
+    done = rayalign("generate", path, "--best", "--out", str(best))
+    assert done.code == 0, done.printed
+    kept = [json.loads(line) for line in best.read_text().splitlines()]
+    assert [row["completion_score"] for row in kept] == [max(row["rewards"]) for row in rows]
+    for row, whole in zip(kept, rows, strict=True):
+        assert row["prompt"] == whole["prompt"] and row["completion"] in whole["completions"]
+    tuning = workspace.run("on-best", data={**data, "train": [str(best)]}, method="sft", optim={"steps": 2})
+    assert rayalign("train", tuning).code == 0
+    both = rayalign("generate", path, "--best", "--pairs", "--out", str(best))
+    assert both.code == 2 and "--pairs and --best: a file has one of the two" in both.printed
+
     pairs = workspace.folder / "new_pairs.parquet"
     scoring = workspace.run(
         "scored", data={**data, "train": [str(out)]}, scorer={"name": "rule", "function": "rewards:vowels"}

@@ -66,7 +66,63 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
         ),
         (
             ["method=dpo", *ON_POLICY, "label=rewards"],
-            ["label.name: rewards makes no pairs, which dpo learns from; write label: best_worst"],
+            ["label.name: rewards keeps every completion, and dpo learns from preferences; write label: best_worst"],
+        ),
+        (
+            ["method=kto", *ON_POLICY, "label=best"],
+            ["label.name: best keeps one completion, and kto learns from preferences; write label: best_worst"],
+        ),
+        (
+            ["method=sft", *ON_POLICY, "label=best_worst"],
+            ["label.name: best_worst makes pairs, and sft learns from one completion of a prompt; write label: best"],
+        ),
+        (
+            ["method=sft", *ON_POLICY, "label='rules:mine'"],
+            ["label.name: rules:mine makes pairs, and sft learns from one completion of a prompt; write label: best"],
+        ),
+        (
+            ["method=exo_rw", *ON_POLICY, "label='rules:mine'"],
+            ["label.name: rules:mine makes pairs, and exo_rw learns from groups; write label: rewards"],
+        ),
+        (
+            ["method=rloo"],
+            ["data_policy: rloo cannot learn off_policy: its ratio needs each token's log-probability under the policy "
+             "that drew it, which stored rows lack; write data_policy: on_policy"],
+        ),
+        (
+            ["method=grpo", "data_policy={name: hybrid, mix: candidates}", "rollout.samples=4", f"scorer={RULE}"],
+            ["data_policy: grpo cannot learn hybrid: its ratio needs each token's log-probability under the policy "
+             "that drew it, which stored rows lack; write data_policy: on_policy"],
+        ),
+        (
+            ["method=grpo", "data_policy=on_policy", "rollout.samples=1"],
+            ["scorer: on_policy needs a scorer, such as scorer: {name: rule, function: …}",
+             "rollout.samples: grpo compares completions of one prompt; write at least 2"],
+        ),
+        (
+            ["method=rloo", *ON_POLICY, "label=best_worst", "rollout.top_p=0.9", "rollout.temperature=0.7"],
+            ["method.logit_temperature: 1 is not the temperature that completions are drawn at, 0.7: the ratio of "
+             "rloo would compare two temperatures; write 0.7",
+             "label.name: best_worst makes pairs, and rloo learns from groups; write label: rewards",
+             "rollout.top_p: rloo needs the density of every completion, which truncated sampling does not have; "
+             "write 1.0"],
+        ),
+        (
+            ["method=rloo", "data_policy={name: on_policy, refresh_every: 6, passes: 4}", *ON_POLICY[1:]],
+            ["data_policy.refresh_every: counts the steps of all 4 passes over a round; 6 is no multiple of 4"],
+        ),
+        (
+            ["method=rloo", "data_policy={name: on_policy, refresh_every: never, passes: 2}", *ON_POLICY[1:]],
+            ["data_policy.passes: what is drawn once is trained on again in every epoch; write optim.epochs or more "
+             "optim.steps"],
+        ),
+        (
+            ["method=grpo", "data.eval=e.jsonl", *ON_POLICY],
+            ["data.eval: grpo has no loss on stored rows; remove it, or write evaluate: {…}, which takes its prompts"],
+        ),
+        (
+            ["method=grpo", "weighting=wpo", *ON_POLICY],
+            ["weighting: WPO weighs preference pairs or KTO's examples, and method 'grpo' learns from neither"],
         ),
         (
             ["method=dpo", *ON_POLICY, "data_policy={name: on_policy, lag: 1}", "rollout.placement=shared",
@@ -156,6 +212,12 @@ def test_weights_go_only_on_unweighted_preferences(refused: Refused, method: str
         (["method=dpo", "label.relabel=true", f"scorer={RULE}"], "dpo"),
         (["method=reward_model", "label.relabel=true", f"scorer={RULE}"], "reward_model"),
         (["method=reward_model", "label={name: rewards, relabel: true}", f"scorer={RULE}"], "reward_model"),
+        (["method={name: rloo, logit_temperature: 0.7}", *ON_POLICY, "rollout.temperature=0.7"], "rloo"),
+        (["method=reinforce_pp", "data_policy=on_policy", "rollout.samples=1", f"scorer={RULE}"], "reinforce_pp"),
+        (["method=grpo", "data_policy={name: on_policy, refresh_every: 8, passes: 4}", *ON_POLICY[1:]], "grpo"),
+        (["method=grpo", NEVER, *ON_POLICY[1:], "label=rewards"], "grpo"),
+        (["method=sft", *ON_POLICY, "label=best"], "sft"),
+        (["method=rloo", "data.eval=e.jsonl", "evaluate.scorers=[]", *ON_POLICY], "rloo"),
         (["method.name=exo_rw", "method.behavior=assume_reference", *ON_POLICY, NEVER], "exo_rw"),
     ],
 )  # fmt: skip
@@ -235,15 +297,19 @@ def test_settings_that_nothing_would_read(refused: Refused, settings: list[str],
     assert message in found
 
 
-def test_a_methods_round_prepare_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_on_policy_has_rounds(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "round_losses.py").write_text(
         "from dataclasses import replace\n"
         "from rayalign.methods.dpo import METHOD as DPO\n"
         "METHOD = replace(DPO, name='rounds', round_prepare=print)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=round_losses:METHOD"])
-    assert unsupported(run) == ["this release does not run method: round_losses:METHOD, which prepares rounds"]
+    (message,) = refused("method: {name: 'round_losses:METHOD'}")
+    assert message.endswith(
+        "data_policy: rounds prepares whole rounds, which only on_policy has; write data_policy: on_policy"
+    )
+    run = load_run(None, [*OFFLINE, "method.name=round_losses:METHOD", *ON_POLICY])
+    assert unsupported(run) == []
 
 
 @pytest.mark.parametrize(

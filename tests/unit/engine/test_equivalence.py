@@ -16,6 +16,7 @@ from tiny_runs import (
     Change,
     Scenario,
     Trajectory,
+    drawn,
     join,
     labelled,
     make_source,
@@ -62,6 +63,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
         method=compose(resolve("dpo"), WPOWeighting(alignment="sampled", permute=True)),
         config=resolve("dpo").config(),
     )
+    grpo = objective("grpo")
     likelihood = objective("sft", stream="desk", weight=0.1, reduction="sequence")
     return {
         "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),)),
@@ -82,6 +84,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
         "reward_model": Scenario(
             model=calm, streams=(rankings,), objectives=(objective("reward_model", center=0.01),), lr=4e-4
         ),
+        "grpo": Scenario(model=model, streams=(drawn(ragged, grpo),), objectives=(grpo,), lr=4e-4),
     }
 
 
@@ -116,7 +119,7 @@ def assert_not_equivalent(one: Trajectory, other: Trajectory, *, lr: float) -> N
         assert_equivalent(one, other, lr=lr)
 
 
-NAMES = ("dpo", "dummies", "mpo", "wpo_permuted", "kto", "exo_rw", "reward_model")
+NAMES = ("dpo", "dummies", "mpo", "wpo_permuted", "kto", "exo_rw", "reward_model", "grpo")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,7 +175,7 @@ def without_a_group(work: tuple[StreamWork, ...]) -> tuple[StreamWork, ...]:
 
 def with_another_denominator(work: tuple[StreamWork, ...]) -> tuple[StreamWork, ...]:
     counts = work[0].counts
-    wrong = replace(counts, pairs=counts.pairs + 1, groups=counts.groups + 1)
+    wrong = replace(counts, pairs=counts.pairs + 1, groups=counts.groups + 1, sequences=counts.sequences + 1)
     return (replace(work[0], counts=wrong), *work[1:])
 
 

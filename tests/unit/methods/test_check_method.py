@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rayalign.methods import METHODS, Method, MethodConfig, Statistics, Term, WPOWeighting, compose, dpo_loss, resolve
 from rayalign.testing import check_method
-from rayalign.types import Scored
+from rayalign.types import Round, Scored
 
 VARIANTS = {
     "dpo": [{"label_smoothing": 0.2}],
@@ -23,6 +23,13 @@ VARIANTS = {
     "reward_model": [{"center": 0.1}],
     "sft": [{"reduction": "sequence"}],
     "simpo": [{"label_smoothing": 0.1, "gamma": 1.0}],
+    "grpo": [
+        {"normalize": "dr_grpo", "constant_tokens": 4},
+        {"normalize": "dapo", "clip_high": 0.28, "kl_coef": 0},
+        {"dual_clip": 3.0},
+    ],
+    "reinforce_pp": [{"gamma": 0.9}, {"kl_coef": 0}, {"clip": None}],
+    "rloo": [{"ratio": "token"}, {"kl_coef": 0}, {"ratio": "token", "dual_clip": 3.0}],
     "wpo": [{"alignment": "none", "clamp": "each"}, {"alignment": "greedy", "clamp": "none", "which": "rejected"}],
 }
 
@@ -135,6 +142,77 @@ def test_a_sound_method_passes() -> None:
 def test_each_mistake_is_named(loss: object, sentence: str) -> None:
     with pytest.raises(AssertionError, match=sentence):
         check_method(method_of(loss))
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "grpo"])
+def test_a_capped_ratio_is_a_weight_and_so_detached_on_purpose(name: str) -> None:
+    method = resolve(name)
+    check_method(method, method.config(clip=None, importance_cap=2.0), finite_differences=False)
+
+
+def on_round(scored: Scored, config: MethodConfig, statistics: Statistics) -> tuple[Term, ...]:
+    real = scored.batch.candidate_mask.flatten()[scored.batch.candidate_of]
+    losses = -torch.where(real, scored.token("advantage"), 0) * torch.where(real, scored.scores.token_logp, 0)
+    return (Term(name="term", per_item=losses, mask=real, over="tokens"),)
+
+
+def spread(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    known = torch.where(prepared.candidate_mask, prepared.candidate("reward"), 0)
+    return {"advantage": known.flatten()[prepared.candidate_of]}
+
+
+def forgets_the_mask(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    reward = prepared.candidate("reward")
+    return {"advantage": (reward - reward.mean()).flatten()[prepared.candidate_of]}
+
+
+def counts_its_place(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    return {"advantage": spread(prepared, config)["advantage"] * prepared.candidate_of}
+
+
+def makes_one_number_a_candidate(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    return {"advantage": prepared.candidate("reward").flatten()}
+
+
+def makes_another_column(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    return {"return": spread(prepared, config)["advantage"]}
+
+
+def reads_an_undeclared_column(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    prepared.token("ref_token_logp")
+    return spread(prepared, config)
+
+
+def rolls_dice(prepared: Round, config: MethodConfig) -> dict[str, torch.Tensor]:
+    made = spread(prepared, config)["advantage"]
+    return {"advantage": made + torch.rand_like(made)}
+
+
+ON_ROUND = {"candidates": "group", "needs": frozenset({"reward", "advantage"})}
+
+
+def test_a_sound_method_on_rounds_passes() -> None:
+    check_method(method_of(on_round, round_prepare=spread, **ON_ROUND))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (None, r"needs \['advantage'\], which a round_prepare must make"),
+        (forgets_the_mask, "round_prepare's 'advantage' lets a masked value through"),
+        (counts_its_place, "round_prepare's 'advantage' depends on the order of groups"),
+        (makes_one_number_a_candidate, "must have one number per token"),
+        (makes_another_column, r"prepares the columns \['return'\], and its needs declare \['advantage'\]"),
+        (reads_an_undeclared_column, "'ref_token_logp' is used but not declared"),
+        (rolls_dice, "round_prepare's 'advantage' differs when made again"),
+    ],
+)
+def test_each_mistake_in_a_round_is_named(prepare: object, sentence: str) -> None:
+    method = method_of(on_round, round_prepare=prepare, **ON_ROUND)
+    if prepare is None:
+        method = replace(method, needs=method.needs - {"reward"})
+    with pytest.raises(AssertionError, match=sentence):
+        check_method(method)
 
 
 def test_a_need_that_is_never_read_is_named() -> None:

@@ -14,6 +14,7 @@ from rayalign.errors import UserError
 from rayalign.methods import METHODS, resolve
 
 PAIRWISE = {"dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "exo_pref", "mpo", "wpo"}
+ON_ROUNDS = {"rloo", "reinforce_pp", "grpo"}
 
 
 def test_table_is_sorted_and_every_entry_carries_its_name() -> None:
@@ -25,7 +26,7 @@ def test_what_methods_learn_from() -> None:
     kinds = {name: resolve(name).candidates for name in METHODS}
     assert {name for name, kind in kinds.items() if kind == "pair"} == PAIRWISE
     assert {name for name, kind in kinds.items() if kind == "ranking"} == {"reward_model"}
-    assert {name for name, kind in kinds.items() if kind == "group"} == {"exo_rw", "dpo_rw"}
+    assert {name for name, kind in kinds.items() if kind == "group"} == {"exo_rw", "dpo_rw"} | ON_ROUNDS
     assert {name for name, kind in kinds.items() if kind == "one"} == {"sft", "kto"}
 
 
@@ -33,14 +34,24 @@ def test_only_the_reward_model_trains_no_policy() -> None:
     assert [name for name in METHODS if resolve(name).trains == "scalar"] == ["reward_model"]
 
 
-def test_only_the_reward_model_is_bound_to_stored_data() -> None:
-    everywhere = {"off_policy", "on_policy", "hybrid"}
+def test_only_reward_models_are_bound_to_stored_data_and_policy_gradients_to_fresh_ones() -> None:
+    bound = {"reward_model": {"off_policy"}, **dict.fromkeys(ON_ROUNDS, {"on_policy"})}
     for name in METHODS:
-        assert resolve(name).data_policies == ({"off_policy"} if name == "reward_model" else everywhere)
+        assert resolve(name).data_policies == bound.get(name, {"off_policy", "on_policy", "hybrid"})
+
+
+def test_only_whitening_over_the_round_allows_one_sample_of_a_prompt() -> None:
+    assert {name for name in METHODS if resolve(name).smallest_group == 1} == {"reinforce_pp"}
+
+
+def test_policy_gradients_need_the_reference_only_with_a_kl_coefficient() -> None:
+    for method in map(resolve, ON_ROUNDS):
+        assert "ref_token_logp" in method.needed(method.config())
+        assert "ref_token_logp" not in method.needed(method.config(kl_coef=0))
 
 
 def test_reference_free_methods_ask_for_no_reference() -> None:
-    free = {name for name in METHODS if "ref_logp" not in resolve(name).needed(resolve(name).config())}
+    free = {name for name in METHODS if "ref_logp" not in resolve(name).needed(resolve(name).config())} - ON_ROUNDS
     assert free == {"sft", "reward_model", "simpo", "orpo", "slic", "mpo"}
     mpo = resolve("mpo")
     assert "ref_logp" in mpo.needed(mpo.config(use_reference=True))

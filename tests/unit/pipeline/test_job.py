@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from random_groups import random_groups
 from tiny_runs import save_tiny
 from tiny_tokenizers import CHATML, byte_level
 
@@ -19,13 +20,42 @@ from rayalign.data.unpair import Mismatched
 from rayalign.errors import UserError
 from rayalign.methods import resolve
 from rayalign.pipeline.job import method_of, run_identity
-from rayalign.pipeline.streams import require_columns
+from rayalign.pipeline.rollouts import preparation, prompts_of, round_plan
+from rayalign.pipeline.streams import num_steps, require_columns
 
 METHOD = """
 from dataclasses import replace
 from rayalign.methods.dpo import METHOD as DPO
 METHOD = replace(DPO, name="own")
 """
+
+
+ON_POLICY = ["model.name=m", "data.train=t.jsonl", "rollout.samples=4", "scorer={name: rule, function: 'm:f'}"]
+
+
+def test_rounds_have_the_passes_and_the_preparation_of_the_configuration() -> None:
+    def of(method: str, policy: str) -> tuple[int, str | None]:
+        run = load_run(None, [*ON_POLICY, f"method={method}", f"data_policy={policy}"])
+        prepared = preparation(run, method_of(run))
+        return round_plan(run, 8).passes, prepared.key if prepared else None
+
+    twice = "{name: on_policy, refresh_every: 4, passes: 2}"
+    assert of("dpo", twice) == (2, None)
+    passes, key = of("rloo", "on_policy")
+    assert passes == 1 and key is not None
+    assert of("rloo", twice) == (2, key)
+    assert of("{name: rloo, kl_coef: 0.1}", twice)[1] != key  # other advantages
+    assert of("grpo", twice)[1] != key
+
+
+def test_an_epoch_of_prompts_takes_as_many_steps_as_there_are_passes(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    shard = write_shard(path, "0", random_groups([1] * 12, vocabulary=20))
+    commit_store(path, [shard], meta={})
+    stream = prompts_of([path], weights=[1.0], groups_per_step=4)
+    for policy, steps in (("on_policy", 6), ("{name: on_policy, refresh_every: 3, passes: 3}", 18)):
+        settings = [f"data_policy={policy}", "optim.epochs=2", "optim.groups_per_step=4", "method=rloo"]
+        assert num_steps(load_run(None, [*ON_POLICY, *settings]), stream) == steps
 
 
 def test_a_run_of_ones_own_method_is_another_run_when_its_code_changes(tmp_path: Path) -> None:

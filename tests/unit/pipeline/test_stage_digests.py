@@ -3,6 +3,7 @@ number in ``STAGE_VERSIONS`` together with the digest, so that nobody trains on 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from lab.world import pairs
 
 from rayalign.data.chat import make_chat
+from rayalign.data.group import Group
 from rayalign.data.prepare import Unit, prepare_chunk
 from rayalign.data.records import RawRow
 from rayalign.data.select import rows_file, scores_of, select, write_rows
@@ -22,10 +24,12 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
+from rayalign.methods import resolve
 from rayalign.pipeline.artifacts import STAGE_VERSIONS
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkSpec
 from rayalign.sources.label import LabelSpec
+from rayalign.sources.prepared import Preparation, prepare_columns
 from rayalign.sources.streams import StoredStream
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
@@ -34,6 +38,7 @@ PAIRS_DIGEST = "516dd521e329d510f736c1580451737ba98e47b3deeda4c1f5b8726b0a3e6a67
 MISMATCHED_DIGEST = "3f6f72411f4e09a0444cff4e754ab1e537e6a4416501f4e38ae0c6e614bc6434"
 ROLLOUTS_DIGEST = "4946d52b056661d2e11e01df0503836c95cbb7aba823c48cec11991f998539c8"
 KEPT_DIGEST = "016ea80753a452098e1aca0455891159cedc5fb301b3dc2c8ce0167dbf916048"
+FIRST_ADVANTAGES = [-1.612147, 0.1041002, 1.8203475]
 REFERENCE_SUMS = [-363.333, -529.203, -397.2, -482.58, -443.572, -462.938, -483.505, -381.774]
 
 
@@ -58,7 +63,15 @@ def make_store(directory: Path, shape: str) -> TokenStore:
 
 
 def test_every_stage_is_pinned() -> None:
-    assert STAGE_VERSIONS == {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "filter": 1, "rollouts": 1}
+    assert STAGE_VERSIONS == {
+        "rows": 1,
+        "tokens": 2,
+        "mismatched": 1,
+        "reference": 1,
+        "filter": 1,
+        "rollouts": 2,
+        "prepared": 1,
+    }
 
 
 def test_tokens(store: TokenStore) -> None:
@@ -94,6 +107,30 @@ def test_filter(store: TokenStore, tmp_path: Path) -> None:
     assert (selection.threshold, selection.kept[0].tolist()) == (-3 / 8, [0, 2, 5])
     write_rows(tmp_path / "filter", selection)
     assert file_digest(rows_file(tmp_path / "filter", 0)) == KEPT_DIGEST
+
+
+def test_prepared(tmp_path: Path) -> None:
+    """REINFORCE++'s advantages of groups of two; no model, so that nothing depends on rounding but one division."""
+    groups = [
+        replace(
+            group,
+            per_candidate={"reward": np.array([index % 3, 1], np.float32)},
+            per_token={"behavior_token_logp": np.full(sum(c.num_predicted for c in group.candidates), -1, np.float32)},
+        )
+        for index, group in enumerate(make_groups(tmp_path / "pairs"))
+    ]
+    drawn = commit_store(tmp_path / "drawn", [write_shard(tmp_path / "drawn", "0", groups)], meta={})
+    method = resolve("reinforce_pp")
+    preparation = Preparation(method=method, config=method.config(kl_coef=0), key="")
+    made = prepare_columns(drawn, tmp_path / "prepared", preparation)
+    advantages = np.concatenate([made[row].per_token["advantage"] for row in range(len(made))])
+    assert (len(advantages), float(advantages.mean())) == (PAIR_TOKENS, pytest.approx(0, abs=1e-6))
+    assert [float(made[row].per_token["advantage"][0]) for row in range(3)] == pytest.approx(FIRST_ADVANTAGES, rel=1e-5)
+
+
+def make_groups(directory: Path) -> list[Group]:
+    store = make_store(directory, "pair")
+    return [store[row] for row in range(len(store))]
 
 
 def test_rollouts(tmp_path: Path) -> None:

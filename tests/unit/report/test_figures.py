@@ -54,6 +54,12 @@ def test_the_frontier_names_cells_axes_and_reference(drawings: dict[str, str]) -
     assert "KL(π‖π_ref), k1, nats per reply (logarithmic above 1)" in found
 
 
+def test_the_frontier_has_the_references_best_of_n_where_it_was_sampled_twice() -> None:
+    assert "reference, best of n" in texts(drawn(Comparison.model_validate(few_cells()))["frontier-oracle"])
+    once = drawn(Comparison.model_validate(few_cells(num_samples=1)))["frontier-oracle"]
+    assert "reference, best of n" not in texts(once)
+
+
 def test_a_small_kl_keeps_a_linear_axis() -> None:
     given = few_cells()
     found = texts(drawn(Comparison.model_validate(given))["frontier-oracle"])

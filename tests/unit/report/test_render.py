@@ -118,10 +118,10 @@ def test_the_opening_stands_before_every_number(page: Page) -> None:
 
 def test_every_table_of_estimates_carries_the_head(folder: Path, page: Page) -> None:
     html = (folder / "report.html").read_text()
-    assert html.count(f"[{HEAD}]</th>") == 4  # at a glance and every checkpoint, for two prompt sets
+    assert html.count(f"[{HEAD}]</th>") == 6  # at a glance, best of n and every checkpoint, for two prompt sets
     assert HEAD in (folder / "report.md").read_text()
     assert "calls no cell better than another" in page.text
-    assert not re.search(r"\b(significant|best|winner|outperforms)\b", page.text)
+    assert not re.search(r"\b(significant|best(?! of n)|winner|outperforms)\b", page.text)
 
 
 def test_numbers_of_a_row_are_those_of_results_json(folder: Path, page: Page) -> None:
@@ -148,7 +148,7 @@ def test_undone_cells_and_levels_not_reached_are_shown(page: Page) -> None:
 def test_tables_can_be_sorted(folder: Path) -> None:
     html = (folder / "report.html").read_text()
     tables = re.findall(r'<table class="sortable">.*?</table>', html, flags=re.DOTALL)
-    assert len(tables) == 6
+    assert len(tables) == 8
     for table in tables:
         head, body = table.split("</thead>")
         columns = re.findall(r'<th scope="col"( class="num")? aria-sort="none"><button type="button">', head)
@@ -207,7 +207,7 @@ def test_markdown_tables_are_rectangular(folder: Path) -> None:
             widths.setdefault(block, set()).add(line.count("|"))
         else:
             block += 1
-    assert len(widths) == 5
+    assert len(widths) == 6
     assert all(len(found) == 1 for found in widths.values())
 
 

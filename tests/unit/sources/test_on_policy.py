@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_rollouts import SCORER, STOP_ID, InProcess, OnPolicyRun, chunk_spec, prompt_stream
-from tiny_runs import save_tiny
+from tiny_runs import objective, save_tiny
 
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore, commit_store
@@ -243,9 +243,8 @@ def test_a_prompt_that_kills_every_process_is_found_and_left_alone(
     tmp_path: Path, undisturbed: OnPolicyRun, model: Path, file: Path, shape: Shape
 ) -> None:
     """Positions 1 and 6 of the first round; the run goes on without them, and says which they were."""
-    method = {"pair": "dpo", "group": "exo_rw", "one": "sft", "labelled": "kto"}[shape]
-    run = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan, shape=shape, method=method, num_candidates=3)
-    run.job = replace(run.job, max_bad_fraction=0.25)
+    method = objective({"pair": "dpo", "group": "rloo", "one": "sft", "labelled": "kto"}[shape])
+    run = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan, shape=shape, method=method, max_bad_fraction=0.25)
 
     def die(chunk: Chunk) -> None:
         if {1, 6} & set(chunk.positions) - set(chunk.fatal):
@@ -281,6 +280,27 @@ def test_too_many_prompts_without_completions_end_the_run(tmp_path: Path, model:
 
     with pytest.raises(UserError, match="1 of 8 prompts have no scored completions, more than data.max_bad_fraction 0"):
         run.train(InProcess(before=die))
+
+
+@pytest.mark.parametrize("name", ["sft", "exo_rw", "dpo", "rloo"])
+def test_what_was_never_scored_is_no_part_of_any_loss(tmp_path: Path, model: Path, name: str) -> None:
+    """Two runs whose one unscored prompt differs have the same loss and gradient."""
+    rows_of = []
+    for word in ("poison", "strong poison of another kind"):
+        folder = tmp_path / word
+        folder.mkdir()
+        file = folder / "prompts.jsonl"
+        rows = [{"prompt": word if n == 2 else f"question {n}"} for n in range(4)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scorer = ScorerSpec(label="poisoned", name="rule", parameters={"function": f"{SCORER}:poisoned"})
+        plan = RoundPlan(steps=1, refresh_every=1, lag=0, groups_per_step=4)
+        method = objective(name, **({"reduction": "sequence"} if name == "sft" else {}))
+        run = OnPolicyRun(folder, model, file, plan=plan, method=method, scorer=scorer, max_bad_fraction=0.5)
+        run.train()
+        rows_of += read_metrics(folder / "metrics.jsonl")
+    for key in ("loss", "grad_norm"):
+        assert rows_of[0][key] == pytest.approx(rows_of[1][key], rel=1e-4, abs=1e-5)
+    assert rows_of[0]["grad_norm"] > 0.01
 
 
 def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model: Path, file: Path) -> None:

@@ -46,6 +46,23 @@ def test_every_step_trains_on_its_own_fresh_groups_once(lag: int, fraction: floa
         assert asked == [plan.weights_step(number)]
 
 
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_every_pass_goes_over_the_same_groups_in_the_same_steps(passes: int) -> None:
+    plan = replace(PLAN, passes=passes)
+    width = 4 // passes  # steps of one pass
+    for number, steps in enumerate((range(0, 4), range(4, 8), range(8, 10))):
+        drawn = plan.round_positions(number)
+        assert drawn.start == number * width * 6 and len(drawn) == min(width, len(steps)) * 6
+        starts = [drawn.start + 6 * (n % width) for n in range(len(steps))]
+        assert [plan.positions(step) for step in steps] == [range(start, start + 6) for start in starts]
+
+
+@pytest.mark.parametrize("change", [{"passes": 3}, {"passes": 0}, {"passes": 2, "fresh_fraction": 0.5}])
+def test_passes_are_whole(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="passes"):
+        replace(PLAN, **change)
+
+
 def test_a_later_request_for_a_round_revokes_the_earlier_one(tmp_path: Path) -> None:
     folder = RoundFolder(tmp_path)
     first = Request(number=1, weights=WEIGHTS)

@@ -1,0 +1,220 @@
+"""Mean gradients on samples against the policy gradient by enumeration, on a policy of a few completions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from token_groups import Groups
+from torch import Tensor
+
+from rayalign.methods import Statistics, resolve
+
+VOCABULARY, LONGEST, PARAMETERS = 3, 3, 7
+END = 0
+STRENGTH = 0.3
+"""Of the KL, β."""
+SAMPLES = 24_576
+"""Completions in one estimate; fixed before anything was measured."""
+REPEATS = 5
+
+
+def completions() -> list[tuple[int, ...]]:
+    """Every completion: up to three tokens, ended by the end token or cut at the limit."""
+    found = []
+    for length in range(1, LONGEST + 1):
+        for tokens in itertools.product(range(VOCABULARY), repeat=length):
+            if END not in tokens[:-1] and (tokens[-1] == END or length == LONGEST):
+                found.append(tokens)
+    return found
+
+
+class World:
+    """A linear-softmax policy over next tokens, its reference, and a reward for every completion."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(11)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.completions = completions()
+        prefixes = sorted({tokens[:t] for tokens in self.completions for t in range(len(tokens))})
+        place = {prefix: number for number, prefix in enumerate(prefixes)}
+        self.features = normal(len(prefixes), VOCABULARY, PARAMETERS)
+        self.theta = (0.5 * normal(PARAMETERS)).requires_grad_()
+        self.reference = self.table(0.5 * normal(PARAMETERS)).detach()
+        self.reward = normal(len(self.completions))
+        self.lengths = torch.tensor([len(tokens) for tokens in self.completions])
+        self.prefix = [torch.tensor([place[tokens[:t]] for t in range(len(tokens))]) for tokens in self.completions]
+        self.token = [torch.tensor(tokens) for tokens in self.completions]
+
+    def table(self, theta: Tensor) -> Tensor:
+        return torch.log_softmax(self.features @ theta, dim=-1)
+
+    def token_logp(self, table: Tensor, drawn: Sequence[int]) -> Tensor:
+        """log-probability of every token of the drawn completions, one after the other."""
+        prefix = torch.cat([self.prefix[number] for number in drawn])
+        return table[prefix, torch.cat([self.token[number] for number in drawn])]
+
+    def logp(self, table: Tensor) -> Tensor:
+        every = range(len(self.completions))
+        return torch.stack([part.sum() for part in self.token_logp(table, every).split(self.lengths.tolist())])
+
+    def gradient(self, strength: float) -> Tensor:
+        """∇ of E[R] − strength · KL(π‖π_ref), by enumeration."""
+        logp = self.logp(self.table(self.theta))
+        value = (logp.exp() * (self.reward - strength * (logp - self.logp(self.reference)))).sum()
+        return torch.autograd.grad(value, self.theta)[0]
+
+    def draw(self, table: Tensor, count: int, seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.multinomial(self.logp(table).detach().exp(), count, replacement=True, generator=generator).tolist()
+
+    def groups(self, drawn: Sequence[int], num_candidates: int, behavior: Tensor) -> Groups:
+        """The drawn completions in groups, scored."""
+        lengths = [len(self.completions[number]) for number in drawn]
+        rows = [lengths[at : at + num_candidates] for at in range(0, len(lengths), num_candidates)]
+        return Groups(
+            rows,
+            self.token_logp(self.table(self.theta), drawn),
+            behavior_token_logp=self.token_logp(behavior, drawn).detach(),
+            ref_token_logp=self.token_logp(self.reference, drawn),
+            reward=self.reward[list(drawn)].view(-1, num_candidates),
+        )
+
+
+WORLD = World()
+
+
+def test_the_world_is_whole() -> None:
+    """Eleven completions: one of a token, two of two, eight... no probability is left over."""
+    assert len(WORLD.completions) == 1 + 2 + 2 * 2 * 3
+    assert WORLD.logp(WORLD.table(WORLD.theta)).exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+def estimates(name: str, num_candidates: int, **parameters: Any) -> list[Tensor]:
+    """Gradients of the method's loss on fresh samples of the policy, one per repeat."""
+    table = WORLD.table(WORLD.theta)
+    found = []
+    for repeat in range(REPEATS):
+        groups = WORLD.groups(WORLD.draw(table, SAMPLES, seed=repeat), num_candidates, behavior=table)
+        groups.prepare(name, **parameters)
+        found.append(torch.autograd.grad(groups.loss(name, **parameters), WORLD.theta)[0])
+        table = WORLD.table(WORLD.theta)
+    return found
+
+
+def cosine(gradients: Sequence[Tensor], exact: Tensor) -> tuple[float, float]:
+    """Mean over repeats and its standard error."""
+    found = torch.stack([torch.cosine_similarity(gradient, exact, dim=0) for gradient in gradients])
+    return float(found.mean()), float(found.std() / math.sqrt(len(found)))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_candidates", "parameters", "strength"),
+    [
+        ("rloo", 2, {"kl_coef": STRENGTH}, STRENGTH),
+        ("rloo", 4, {"kl_coef": STRENGTH, "ratio": "token"}, STRENGTH),
+        ("rloo", 4, {"kl_coef": STRENGTH, "clip": None, "importance_cap": 2.0}, STRENGTH),
+        ("reinforce_pp", 1, {"kl_coef": STRENGTH}, STRENGTH),
+        ("grpo", 4, {"normalize": "dr_grpo", "kl_coef": 0}, 0.0),
+    ],
+)
+def test_the_mean_gradient_is_the_policy_gradient(
+    name: str, num_candidates: int, parameters: dict[str, Any], strength: float
+) -> None:
+    mean, error = cosine(estimates(name, num_candidates, **parameters), -WORLD.gradient(strength))
+    assert mean - 2 * error > 0.99
+
+
+def test_leave_one_out_has_the_size_of_the_gradient_too() -> None:
+    """RLOO is unbiased; Dr. GRPO's own reward in its baseline shrinks it by (K − 1)/K, and its constant divides."""
+    exact = WORLD.gradient(0.0)
+    rloo = torch.stack(estimates("rloo", 2, kl_coef=0)).mean(dim=0)
+    assert float(-(rloo @ exact) / (exact @ exact)) == pytest.approx(1.0, abs=0.03)
+    dr_grpo = torch.stack(estimates("grpo", 2, normalize="dr_grpo", kl_coef=0, constant_tokens=3)).mean(dim=0)
+    assert float(-(dr_grpo @ exact) / (exact @ exact)) == pytest.approx(0.5 / 3, abs=0.01)
+
+
+def test_over_all_pairs_of_completions_rloo_is_the_policy_gradient_exactly() -> None:
+    """Not a sample: every pair, weighted by its probability."""
+    table = WORLD.table(WORLD.theta)
+    probability = WORLD.logp(table).exp().detach()
+    pairs = list(itertools.product(range(len(WORLD.completions)), repeat=2))
+    groups = WORLD.groups([number for pair in pairs for number in pair], 2, behavior=table)
+    method = resolve("rloo")
+    config = method.config(kl_coef=STRENGTH)
+    groups.prepare("rloo", kl_coef=STRENGTH)
+    (term,) = method.loss(groups.scored("rloo", config), config, Statistics())
+    weight = torch.tensor([float(probability[a] * probability[b]) for a, b in pairs], dtype=torch.float64)
+    expected_loss = (term.per_item.view(-1, 2).mean(dim=1) * weight).sum()
+    slope = torch.autograd.grad(expected_loss, WORLD.theta)[0]
+    torch.testing.assert_close(slope, -WORLD.gradient(STRENGTH), rtol=1e-9, atol=1e-12)
+
+
+def test_grpo_kl_in_the_loss_pulls_along_the_forward_kl_of_every_token() -> None:
+    """Without rewards, the mean gradient of k3 is that of Σ_t KL(π_ref‖π) at the prefixes that the policy visits."""
+    table = WORLD.table(WORLD.theta)
+    visits = torch.zeros(len(WORLD.features), dtype=torch.float64)
+    probability = WORLD.logp(table).exp().detach()
+    for number, prefix in enumerate(WORLD.prefix):
+        visits.index_add_(0, prefix, probability[number].expand(len(prefix)))
+    per_prefix = (WORLD.reference.exp() * (WORLD.reference - table)).sum(dim=1)
+    exact = torch.autograd.grad((visits * per_prefix).sum(), WORLD.theta)[0]
+    table = WORLD.table(WORLD.theta)
+    found = []
+    for repeat in range(REPEATS):
+        groups = WORLD.groups(WORLD.draw(table, SAMPLES, seed=repeat), 4, behavior=table)
+        groups.per_candidate["reward"] = torch.ones_like(groups.per_candidate["reward"])
+        parameters = {"normalize": "dr_grpo", "constant_tokens": 1, "kl_coef": STRENGTH}
+        assert groups.prepare("grpo", **parameters).eq(0).all()
+        found.append(torch.autograd.grad(groups.loss("grpo", **parameters), WORLD.theta)[0] / STRENGTH)
+        table = WORLD.table(WORLD.theta)
+    mean, error = cosine(found, exact)
+    assert mean - 2 * error > 0.99
+    assert float(torch.stack(found).mean(dim=0).norm() / exact.norm()) == pytest.approx(1.0, abs=0.03)
+
+
+def exo_cosine(num_candidates: int, *, on_policy: bool) -> tuple[float, float]:
+    table = WORLD.table(WORLD.theta)
+    behavior = table if on_policy else WORLD.reference
+    found = []
+    for repeat in range(REPEATS):
+        drawn = WORLD.draw(behavior, SAMPLES, seed=repeat)
+        groups = WORLD.groups(drawn, num_candidates, behavior=behavior)
+        loss = groups.loss("exo_rw", beta_pi=1.0, beta_r=STRENGTH)
+        found.append(torch.autograd.grad(loss, WORLD.theta)[0])
+        table = WORLD.table(WORLD.theta)
+        behavior = table if on_policy else WORLD.reference
+    return cosine(found, -WORLD.gradient(STRENGTH))
+
+
+def test_exo_on_the_references_samples_turns_to_the_policy_gradient_as_candidates_grow() -> None:
+    found = [exo_cosine(size, on_policy=False)[0] for size in (2, 8, 64, 512)]
+    assert found == sorted(found)
+    mean, error = exo_cosine(512, on_policy=False)
+    assert mean - 2 * error > 0.99
+
+
+@pytest.mark.parametrize("num_candidates", [2, 8, 64])
+def test_exo_corrected_for_its_own_samples_is_the_policy_gradient_at_any_size(num_candidates: int) -> None:
+    mean, error = exo_cosine(num_candidates, on_policy=True)
+    assert mean - 2 * error > 0.99
+
+
+def test_the_ratio_makes_a_second_pass_unbiased() -> None:
+    """Without a clip, samples of an older policy give the gradient at the newer one."""
+    with torch.no_grad():
+        older = WORLD.table(WORLD.theta + 0.3)
+    found = []
+    for repeat in range(REPEATS):
+        groups = WORLD.groups(WORLD.draw(older, SAMPLES, seed=repeat), 4, behavior=older)
+        groups.prepare("rloo", kl_coef=0)
+        found.append(torch.autograd.grad(groups.loss("rloo", kl_coef=0, clip=None), WORLD.theta)[0])
+    mean, error = cosine(found, -WORLD.gradient(0.0))
+    assert mean - 2 * error > 0.99
