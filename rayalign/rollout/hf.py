@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams
+from rayalign.rollout.cache import make_cache
 from rayalign.rollout.noise import sample_key, uniforms
 from rayalign.rollout.sampling import draw
 
@@ -88,7 +89,7 @@ class HfEngine:
         noise = noise.to(device)
         stop = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
         ids, attention = _left_padded(prompts, device)
-        cache = DynamicCache(config=self.model.config)
+        cache = make_cache(self.model.config)
         logits = self._step(ids, attention, cache).repeat_interleave(params.num_samples, dim=0)
         cache.batch_repeat_interleave(params.num_samples)
         attention = attention.repeat_interleave(params.num_samples, dim=0)
