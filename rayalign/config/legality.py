@@ -143,7 +143,7 @@ def _label(run: RunConfig, record: Method) -> Iterator[Violation]:
             yield Violation(
                 "label.name", f"{what}, and {record.name} learns from one completion of a prompt; write label: best"
             )
-    elif record.candidates != "group" and name in makes:
+    elif record.candidates != "group" and name in makes and (record.candidates, name) != ("ranking", "rewards"):
         yield Violation("label.name", f"{what}, and {record.name} learns from preferences; write label: best_worst")
 
 
