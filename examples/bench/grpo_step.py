@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from examples.lab.in_process import Alone
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
@@ -39,7 +40,6 @@ from rayalign.sources.rounds import RoundPlan
 from rayalign.sources.source import StreamSource
 from rayalign.sources.streams import RoundStream, SourceSpec
 
-from ..lab.in_process import Alone
 from .common import arguments, in_fresh_process, machine, spread, table
 from .offline_step import TOKENS_PER_MICRO_BATCH
 from .rollouts import write_job
