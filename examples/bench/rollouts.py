@@ -26,9 +26,9 @@ from rayalign.judge.measure import ScorerSpec
 from rayalign.pipeline.model import CPU_ROW_TOKENS
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
+from rayalign.runtime.drawing import draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.rounds import draw
 from rayalign.runtime.session import connect
 from rayalign.sources.chunk import ChunkMaker, ChunkSpec
 from rayalign.sources.label import LabelSpec

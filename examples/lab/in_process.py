@@ -35,9 +35,10 @@ from rayalign.pipeline.prompts import tokenized
 from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
 from rayalign.pipeline.rollouts import prompts_of as prompts_in
 from rayalign.pipeline.streams import needs_reference, shape_of
+from rayalign.runtime.drawing import commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.reference import LOG_PROBS
-from rayalign.runtime.rounds import RolloutJob, commit_drawn, draw, serving
+from rayalign.runtime.rounds import RolloutJob, serving
 from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.sources.source import StreamSource
 from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream

@@ -22,9 +22,9 @@ from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, sc
 from rayalign.pipeline.stages import Stages
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import EngineOptions
+from rayalign.runtime.drawing import commit_drawn, draw
 from rayalign.runtime.placement import Share, guest, share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.rounds import commit_drawn, draw
 from rayalign.runtime.session import Session
 from rayalign.sources.chunk import ChunkMaker, ChunkSpec
 from rayalign.sources.label import LabelSpec
