@@ -117,10 +117,12 @@ def train(
         while run.step < spec.optimizer.steps:
             offer_weights(run, source)
             number, _ = source.place(run.step)
+            clocks: Mapping[str, float] = {}
             if number != opened:
-                open_round(run, critic, source)
+                clocks = open_round(run, critic, source)
                 opened = number
             row = skip(run, critic) if is_skipped(critic, source.place(run.step)) else step(run, critic, source)
+            row |= {name: seconds + row.get(name, 0.0) for name, seconds in clocks.items()}
             for sink in sinks:
                 sink.write(row)
             if strategy.rank == 0:
@@ -177,15 +179,27 @@ def main_objective(run: Run) -> Objective:
     return run.runner.objectives[MAIN_STREAM]
 
 
-def open_round(run: Run, critic: Critic, source: TakesValues) -> None:
-    """Value the round that this step begins, or find the values of one that was begun before a restart."""
+def open_round(run: Run, critic: Critic, source: TakesValues) -> dict[str, float]:
+    """Value the round that this step begins, or find the values of one that was begun before a restart.
+
+    Returns what it adds to the clocks of the step's row.
+    """
+    began = waited = time.perf_counter()
     begins = run.step == 0 or source.place(run.step)[0] != source.place(run.step - 1)[0]
     if begins:
         critic.version = f"step_{run.step:06d}-{run.checkpointer.attempt}"
-        values = round_values(critic, source.whole_round(run.step))
+        work = source.whole_round(run.step)
+        waited = time.perf_counter()
+        values = round_values(critic, work)
         if run.strategy.rank == 0:
             source.commit_values(run.step, critic.version, values)
     source.use_values(run.step, critic.version)
+    done = time.perf_counter()
+    return {
+        "seconds": done - began,
+        "seconds_waiting_for_data": waited - began,
+        "seconds_valuing": done - waited,
+    }
 
 
 @torch.no_grad()
@@ -206,7 +220,7 @@ def round_values(critic: Critic, work: RoundWork) -> Tensor:
 
 
 def step(run: Run, critic: Critic, source: TakesValues) -> dict[str, Any]:
-    """One step of both models, its row of metrics, and whether it was the last pass over its round."""
+    """One step of both models and its row of metrics; notes in which pass over a round the limit is exceeded."""
     objective, place = main_objective(run), source.place(run.step)
     row = advance(run, source, (), update=partial(update, critic=critic))
     limit = objective.method.round_limit(objective.config) if objective.method.round_limit is not None else None
