@@ -20,7 +20,7 @@ from rayalign.config.model import ModelConfig
 from rayalign.config.policy import OnPolicyConfig, RolloutConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig
-from rayalign.config.training import CheckpointConfig, OptimConfig, StrategyConfig, WeightingConfig
+from rayalign.config.training import CheckpointConfig, CriticConfig, OptimConfig, StrategyConfig, WeightingConfig
 
 if TYPE_CHECKING:
     from rayalign.methods._base import Method
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BLOCKS = (
     AuxiliaryConfig,
     CheckpointConfig,
+    CriticConfig,
     DataConfig,
     EvaluateConfig,
     FilterConfig,
@@ -66,6 +67,7 @@ def template(name: str) -> str:
         weightable=why_not_weighted(record, WeightingConfig()) is None,
         draws="off_policy" not in record.data_policies,
         may_draw="on_policy" in record.data_policies,
+        has_critic=record.critic is not None,
         has_policy=record.trains == "policy",
         label=_label(record),
         lr=_yaml(LEARNING_RATES.get(name, OptimConfig.model_fields["lr"].default)),

@@ -175,6 +175,30 @@ def _prepared(run: RunConfig, record: Method) -> Iterator[Violation]:
         )
 
 
+def _critic(run: RunConfig, record: Method) -> Iterator[Violation]:
+    """A critic is trained on rounds, by workers that hold it; a limit that never acts is told."""
+    policy = run.data_policy
+    if record.critic is None:
+        if run.critic is not None:
+            yield Violation("critic", f"{record.name} trains no critic; remove it")
+        return
+    if policy.name != "on_policy":
+        return
+    if policy.refresh_every == "never":
+        yield Violation(
+            "data_policy.refresh_every",
+            f"{record.name}'s critic values every round anew, and what is drawn once is no round; write a number of "
+            "steps",
+        )
+    limit = record.round_limit(run.method.config) if record.round_limit is not None else None
+    if limit is not None and policy.passes == 1:
+        yield Violation(
+            "data_policy.passes",
+            f"{record.name} skips further passes over a round once {limit[0]} is above {limit[1]:g}, and there is one "
+            "pass only; write passes: 4, or remove the limit",
+        )
+
+
 def _held_out(run: RunConfig, record: Method) -> Iterator[Violation]:
     if record.round_prepare is not None and run.data.eval and run.evaluate is None:
         yield Violation(
@@ -290,6 +314,7 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _truncated_sampling,
     _temperature,
     _prepared,
+    _critic,
     _held_out,
     _behavior,
     _weighting,

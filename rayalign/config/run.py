@@ -14,7 +14,14 @@ from rayalign.config.method import MethodChoice
 from rayalign.config.model import ModelConfig
 from rayalign.config.policy import DataPolicyConfig, LabelConfig, OffPolicyConfig, RolloutConfig
 from rayalign.config.scoring import EvaluateConfig, ScorerConfig
-from rayalign.config.training import CheckpointConfig, OptimConfig, ReferenceConfig, StrategyConfig, WeightingConfig
+from rayalign.config.training import (
+    CheckpointConfig,
+    CriticConfig,
+    OptimConfig,
+    ReferenceConfig,
+    StrategyConfig,
+    WeightingConfig,
+)
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Track = Literal["tensorboard", "wandb"]
@@ -48,6 +55,7 @@ class RunConfig(Block):
     rollout: RolloutConfig | None = None
     label: Annotated[LabelConfig | None, BeforeValidator(named)] = None
     scorer: ScorerConfig | None = None
+    critic: CriticConfig | None = None
     optim: OptimConfig = OptimConfig()
     strategy: Annotated[StrategyConfig, BeforeValidator(named)] = StrategyConfig()
     evaluate: EvaluateConfig | None = None

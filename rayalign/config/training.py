@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayalign.config.fields import Block, Elastic
+from rayalign.config.fields import Block, Elastic, ModelPath
 from rayalign.methods.weighting import WPOWeighting
 
 
@@ -86,6 +86,15 @@ class ReferenceConfig(Block):
 
     place: Literal["pool", "trainer"] = "pool"
     """pool: ahead of training, in actors; trainer: in the training process with the adapter off (LoRA only)."""
+
+
+class CriticConfig(Block):
+    """The second model of a method with a critic (ppo): it says, before every token, what the completion will earn."""
+
+    model: ModelPath | None = None
+    """A reward model or a language model with the policy's tokenizer; null: the policy before the first step."""
+    lr: float = Field(default=9.0e-6, gt=0)
+    """Of the critic's own optimizer, which is optim's in all else (OpenRLHF: nine times the policy's)."""
 
 
 class WeightingConfig(WPOWeighting):

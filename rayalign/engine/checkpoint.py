@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,18 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         stop_ids: Sequence[int],
         facts: Mapping[str, Any],
+        beside: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this."""
+        """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this.
+
+        ``beside`` writes what else the state is, into folders of its own below the checkpoint's.
+        """
         directory = self.root / f"step_{step:06d}-a{self.attempt}"
         (directory / OPTIMIZER).parent.mkdir(parents=True)
         save_pretrained(model, tokenizer, directory, stop_ids=stop_ids)
         torch.save(optimizer.state_dict(), directory / OPTIMIZER)
+        if beside is not None:
+            beside(directory)
         commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
         self.prune(step)
         return directory

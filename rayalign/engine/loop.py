@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +26,7 @@ from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer, set_learning_rate
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
-from rayalign.engine.step import Runner
+from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy
 from rayalign.manifest import commit, read_manifest
 from rayalign.types import PADDING_GROUP
@@ -42,6 +43,14 @@ class Sink(Protocol):
 
     def write(self, row: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticSpec:
+    """The second model of a method that has a critic: what it starts from, and how it is optimized."""
+
+    model: ModelSpec
+    optimizer: OptimizerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +73,8 @@ class TrainSpec:
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
     track: tuple[str, ...] = ()
+    critic: CriticSpec | None = None
+    """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
 
@@ -193,8 +204,19 @@ def environment(strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def advance(run: Run, source: GroupSource, held_out: Sequence[StreamWork]) -> dict[str, Any]:
-    """One optimizer step and its row of metrics."""
+def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
+    """One optimizer step of the policy."""
+    return run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=run.spec.optimizer.max_grad_norm)
+
+
+def advance(
+    run: Run,
+    source: GroupSource,
+    held_out: Sequence[StreamWork],
+    *,
+    update: Callable[[Run, Sequence[StreamWork]], StepResult] = update,
+) -> dict[str, Any]:
+    """One step of ``update`` and its row of metrics."""
     spec, began = run.spec, time.perf_counter()
     # Nothing here draws random numbers, but a method may: a restarted run, whatever was lost, draws the same ones.
     torch.manual_seed((spec.seed * 1_000_003 + run.step) % 2**63)
@@ -204,7 +226,7 @@ def advance(run: Run, source: GroupSource, held_out: Sequence[StreamWork]) -> di
         check_initial_logratio(run.runner, work)
     rate = spec.optimizer.learning_rate(run.step)
     set_learning_rate(run.optimizer, rate)
-    result = run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=spec.optimizer.max_grad_norm)
+    result = update(run, work)
     run.step += 1
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
@@ -266,7 +288,14 @@ def num_bytes(state: State) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
 
 
-def save(run: Run, source: GroupSource) -> None:
+def save(
+    run: Run,
+    source: GroupSource,
+    *,
+    beside: Callable[[Path], None] | None = None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Commit a checkpoint; ``beside`` and ``facts`` are what the state of another loop has beyond the policy's."""
     state = source.state() if isinstance(source, FollowsPolicy) else {}
     run.checkpointer.save(
         run.step,
@@ -274,7 +303,8 @@ def save(run: Run, source: GroupSource) -> None:
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
         stop_ids=run.spec.stop_ids,
-        facts={"num_tokens": run.num_tokens, "source": state, "environment": environment(run.strategy)},
+        facts={"num_tokens": run.num_tokens, "source": state, "environment": environment(run.strategy), **facts},
+        beside=beside,
     )
 
 

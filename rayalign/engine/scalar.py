@@ -124,6 +124,8 @@ def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             model.get_input_embeddings().weight[rows:] = 0
+    # Else the padding token's gradient is dropped, and which token that is changes between this load and the next.
+    model.get_input_embeddings().padding_idx = None
     text = model.config.get_text_config()
     text.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     setattr(

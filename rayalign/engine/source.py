@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Int
 from torch import Tensor
 
 from rayalign.data.plan import StepCounts
@@ -94,4 +95,37 @@ class FollowsPolicy(GroupSource, Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the source that had ``state``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundWork:
+    """All groups of a round, and this worker's part of them."""
+
+    micro_batches: tuple[PackedBatch, ...]
+    """Every worker has the same number, dummies included; ``group_index`` is a group's place in the round."""
+    first_token: Int[Tensor, " G"]
+    """Where each group's tokens begin among the round's N, group after group."""
+    num_tokens: int
+    """N."""
+
+
+@runtime_checkable
+class TakesValues(FollowsPolicy, Protocol):
+    """A source whose rounds are prepared with a critic's values, by the workers that train the critic."""
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(round, pass over it) of ``step``."""
+        ...
+
+    def whole_round(self, step: int) -> RoundWork:
+        """The round of ``step``, all of it; waits until it is drawn."""
+        ...
+
+    def commit_values(self, step: int, version: str, values: Tensor) -> None:
+        """Prepare the round of ``step`` with the critic's ``values`` [N] and commit the columns; rank 0 alone."""
+        ...
+
+    def use_values(self, step: int, version: str) -> None:
+        """Train on the round of ``step`` with the columns that were committed as ``version``."""
         ...

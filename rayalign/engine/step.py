@@ -49,6 +49,14 @@ class Runner:
         self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> StepResult:
         """Train on the groups of ``step``; raises :class:`NonFiniteStep` before any parameter has moved."""
+        result = self.gradient(step, work, optimizer=optimizer, max_grad_norm=max_grad_norm)
+        optimizer.step()
+        return result
+
+    def gradient(
+        self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> StepResult:
+        """The clipped gradient of ``step``, for the optimizer to use; raises :class:`NonFiniteStep`."""
         statistics = {part.stream: self.statistics(step, part) for part in work}
         optimizer.zero_grad(set_to_none=True)
         tally = Tally()
@@ -70,7 +78,6 @@ class Runner:
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             suspects = [job for job, loss in zip(jobs, losses, strict=True) if not loss.isfinite()]
             raise NonFiniteStep(describe_non_finite(step, loss_value, grad_norm, suspects))
-        optimizer.step()
         return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from rayalign.imports import load_object
 
 if TYPE_CHECKING:
     from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term, margin
+    from rayalign.methods._clipped import ppo_policy_loss
     from rayalign.methods.composition import compose
     from rayalign.methods.dpo import dpo_loss
     from rayalign.methods.dpo_rw import dpo_rw_loss
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rayalign.methods.kto import kto_loss
     from rayalign.methods.mpo import mpo_loss
     from rayalign.methods.orpo import orpo_loss
-    from rayalign.methods.ppo import ppo_policy_loss, ppo_value_loss
+    from rayalign.methods.ppo import ppo_value_loss
     from rayalign.methods.reinforce import reinforce_loss
     from rayalign.methods.reward_model import ranking_loss, reward_model_loss
     from rayalign.methods.robust_dpo import robust_dpo_loss
@@ -43,6 +44,7 @@ METHODS: Mapping[str, str] = {
     "kto": "rayalign.methods.kto:METHOD",
     "mpo": "rayalign.methods.mpo:METHOD",
     "orpo": "rayalign.methods.orpo:METHOD",
+    "ppo": "rayalign.methods.ppo:METHOD",
     "reinforce_pp": "rayalign.methods.reinforce_pp:METHOD",
     "reward_model": "rayalign.methods.reward_model:METHOD",
     "rloo": "rayalign.methods.rloo:METHOD",
@@ -74,7 +76,7 @@ _MODULE_OF: Mapping[str, str] = {
     "margin": "_base",
     "mpo_loss": "mpo",
     "orpo_loss": "orpo",
-    "ppo_policy_loss": "ppo",
+    "ppo_policy_loss": "_clipped",
     "ppo_value_loss": "ppo",
     "ranking_loss": "reward_model",
     "reinforce_loss": "reinforce",

@@ -32,7 +32,7 @@ Need = Literal[
     "score",  # [B, K] scalar head at every candidate's last token: a reward model's
     "advantage",  # [N] made by round_prepare
     "return",
-    "old_value",
+    "old_value",  # [N] the critic's values when the round was opened
     "mismatched",  # candidate 1 of every group is another prompt's completion (KTO's KL estimate)
 ]
 PREPARED: frozenset[Need] = frozenset({"advantage", "return"})
@@ -113,16 +113,33 @@ class Method:
     """(round, config) → new per-token columns [N], such as ``advantage``: once per committed round, no gradient.
 
     What it returns is stored beside the round, so that every worker and every restart reads the same numbers. It sees
-    the columns in ``needs`` but its own.
+    the columns in ``needs`` but its own, and those that the ``critic`` needs.
     """
+    critic: Method | None = None
+    """What trains a second model, one with a scalar head, on the same groups and with the same parameters.
+
+    Its values of a whole round, taken before the first step on it, are the column ``old_value`` of the round.
+    """
+    round_limit: Callable[[Any], tuple[str, float] | None] | None = None
+    """config → a metric and the value above which the remaining passes over a round are skipped; with a critic."""
     step_prepare: StepPrepare | None = None
     """Per step, no gradient, one call per micro-batch: sums that the engine adds up over all of them."""
     metrics: Metrics | None = None
     """Further metrics as name → (sum, count), added up over the step and divided."""
 
+    def __post_init__(self) -> None:
+        if self.critic is not None and (self.critic.trains != "scalar" or self.round_prepare is None):
+            raise ValueError(f"{self.name}: a critic trains a scalar head, on what round_prepare makes of its values")
+        if self.critic is None and self.round_limit is not None:
+            raise ValueError(f"{self.name}: round_limit is read where a critic is trained, and there is none")
+
     def needed(self, config: MethodConfig) -> frozenset[Need]:
         """Everything the loss will look at under ``config``."""
         return self.needs | (self.extra_needs(config) if self.extra_needs else frozenset())
+
+    def needed_of_round(self, config: MethodConfig) -> frozenset[Need]:
+        """Everything that ``round_prepare`` may look at or make: the critic reads the same columns."""
+        return self.needed(config) | (self.critic.needed(config) - {"value"} if self.critic else frozenset())
 
 
 def margin(values: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:

@@ -28,11 +28,12 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from rayalign.functional.advantages import kl_shaped_reward
 from rayalign.functional.kl import k1, k3
 from rayalign.methods._base import MethodConfig
+from rayalign.methods._clipped import importance_ratio, ppo_policy_loss
 from rayalign.methods._fields import Positive
 from rayalign.methods._pairs import MetricSums, mean_over
-from rayalign.methods.ppo import importance_ratio, ppo_policy_loss
 from rayalign.types import Round, Scored
 
 
@@ -76,7 +77,7 @@ def ratio_loss(
     advantage: Float[Tensor, " items"],
     config: RatioConfig,
 ) -> Float[Tensor, " items"]:
-    """:func:`rayalign.methods.ppo.ppo_policy_loss` with the bounds of ``config``."""
+    """:func:`rayalign.methods._clipped.ppo_policy_loss` with the bounds of ``config``."""
     return ppo_policy_loss(
         logp,
         behavior_logp,
@@ -104,6 +105,14 @@ def policy_tokens(scored: Scored) -> tuple[Float[Tensor, " N"], Float[Tensor, " 
 def scored_candidates(prepared: Round) -> Bool[Tensor, "B K"]:
     """True on candidates that have a reward: all real ones, but those of a prompt that the scorer failed on."""
     return prepared.candidate_mask & ~prepared.candidate("reward").isnan()
+
+
+def shaped_reward(prepared: Round, kl_coef: float) -> Float[Tensor, " N"]:
+    """−kl_coef · (log μ − log π_ref) at every token, plus the reward at the last one; 0 for a missing reward."""
+    score = torch.where(scored_candidates(prepared), prepared.candidate("reward"), 0).flatten()
+    behavior_logp = prepared.token("behavior_token_logp")
+    ref_logp = prepared.token("ref_token_logp") if kl_coef > 0 else behavior_logp
+    return kl_shaped_reward(score, behavior_logp, ref_logp, prepared.candidate_of, kl_coef=kl_coef)
 
 
 def policy_metrics(scored: Scored, config: RatioConfig) -> MetricSums:

@@ -28,6 +28,7 @@ from rayalign.functional.advantages import grpo_advantage
 from rayalign.functional.kl import k3
 from rayalign.functional.logprobs import sum_per_candidate
 from rayalign.methods._base import Method, Need, Statistics, Term
+from rayalign.methods._clipped import ppo_policy_loss
 from rayalign.methods._fields import NonNegative, Positive
 from rayalign.methods._pairs import MetricSums
 from rayalign.methods._ratio import (
@@ -38,7 +39,6 @@ from rayalign.methods._ratio import (
     real_tokens,
     scored_candidates,
 )
-from rayalign.methods.ppo import ppo_policy_loss
 from rayalign.types import Round, Scored
 
 CONSTANT_TOKENS = 256.0

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rayalign.functional.advantages import gae, kl_shaped_reward, whiten
+from rayalign.functional.advantages import gae, whiten
 from rayalign.methods._base import Method, Need, Statistics, Term
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums
@@ -28,6 +28,7 @@ from rayalign.methods._ratio import (
     ratio_loss,
     real_tokens,
     scored_candidates,
+    shaped_reward,
 )
 from rayalign.types import Round, Scored
 
@@ -42,10 +43,7 @@ class ReinforcePPConfig(RatioConfig):
 def advantages(prepared: Round, config: ReinforcePPConfig) -> dict[str, Tensor]:
     """A_t; 0 on candidates without a reward, which count in no mean."""
     known = scored_candidates(prepared)
-    score = torch.where(known, prepared.candidate("reward"), 0).flatten()
-    behavior_logp = prepared.token("behavior_token_logp")
-    ref_logp = prepared.token("ref_token_logp") if config.kl_coef > 0 else behavior_logp
-    reward = kl_shaped_reward(score, behavior_logp, ref_logp, prepared.candidate_of, kl_coef=config.kl_coef)
+    reward = shaped_reward(prepared, config.kl_coef)
     # Without values and with λ = 1, GAE is the discounted sum of what follows.
     to_go = gae(reward, torch.zeros_like(reward), prepared.candidate_of, gamma=config.gamma, gae_lambda=1.0)
     return {"advantage": whiten(to_go, mask=known.flatten()[prepared.candidate_of])}

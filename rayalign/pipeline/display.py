@@ -72,7 +72,8 @@ class RunClock:
         elapsed = max(1e-9, now - began)
         left = (self.steps - row["step"]) * elapsed / max(1, row["step"] - step)
         speed = (row["num_tokens"] - tokens) / elapsed
-        return f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s  {clock_text(left)} left"
+        loss = f"loss {row['loss']:.4f}" if "loss" in row else "skipped"
+        return f"{loss}  {speed:,.0f} tokens/s  {clock_text(left)} left"
 
     def line_is_due(self, row: Mapping[str, Any]) -> bool:
         due = time.monotonic() - self.last_line >= LINE_EVERY_SECONDS or row["step"] == self.steps

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayalign import __version__
 from rayalign.config.dump import dump
 from rayalign.config.run import RunConfig
+from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
-from rayalign.engine.loop import TrainSpec
+from rayalign.engine.loop import CriticSpec, TrainSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.errors import UserError
@@ -21,6 +23,7 @@ from rayalign.methods._base import Method
 from rayalign.methods.composition import compose
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import (
+    critic_model,
     model_spec,
     reference_spec,
     row_tokens,
@@ -69,6 +72,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         model=model_spec(run),
         objectives=objectives(run, method),
         optimizer=optimizer_spec(run, steps),
+        critic=critic_spec(run, steps) if method.critic is not None else None,
         seed=run.seed,
         identity=run_identity(run, streams),
         checkpoint_every=run.checkpoint.every,
@@ -111,7 +115,7 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
         takes_turns=main.chunks.options.takes_turns,
         python=run.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
-        preparation=preparation(run, method),
+        preparation=preparation(run, method) if method.critic is None else None,
     )
 
 
@@ -142,6 +146,8 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
         identity["reference"] = spec_digest(reference_spec(run))
     if ":" in run.method.name:
         identity["method_source"] = source_digest(run.method.name)
+    if run.method.record.critic is not None:
+        identity["critic"] = spec_digest(critic_model(run))
     kept = [file for stream in streams for part in stored_parts(stream) for file in part.kept]
     if kept:
         identity["kept"] = digest_of([file_digest(file) for file in kept])
@@ -188,6 +194,12 @@ def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
     )
+
+
+def critic_spec(run: RunConfig, steps: int) -> CriticSpec:
+    """The second model: another one, or the policy before the first step, with a scalar head and a rate of its own."""
+    critic = run.critic or CriticConfig()
+    return CriticSpec(model=critic_model(run), optimizer=replace(optimizer_spec(run, steps), lr=critic.lr))
 
 
 def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:

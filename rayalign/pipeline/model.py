@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import TokenizeSettings
+from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory
 from rayalign.engine.scalar import ScalarHead
+from rayalign.errors import UserError
 from rayalign.imports import source_digest
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
@@ -45,6 +47,42 @@ def reference_spec(run: RunConfig) -> ModelSpec:
     if run.model.reference is None:
         return model_spec(run)
     return ModelSpec(name=run.model.reference, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+
+
+def critic_model(run: RunConfig) -> ModelSpec:
+    """What a method's critic starts from, with a scalar head where it has none.
+
+    Raises:
+        UserError: ``critic.model`` reads other token ids than the policy.
+    """
+    head = ScalarHead(template=run.data.template, stop=run.data.stop)
+    own = run.critic.model if run.critic is not None else None
+    if own is None:
+        return replace(model_spec(run), head=head)
+    refuse_other_vocabulary(run, own)
+    return ModelSpec(
+        name=own,
+        dtype=run.model.dtype,
+        trust_remote_code=run.model.trust_remote_code,
+        gradient_checkpointing=run.model.gradient_checkpointing,
+        seed=run.seed,
+        head=head,
+    )
+
+
+def refuse_other_vocabulary(run: RunConfig, critic: str) -> None:
+    """Raise UserError where a token of the policy has another id in the critic's tokenizer, or none."""
+    model, trusts = run.model, run.model.trust_remote_code
+    policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
+    with of_the_critic():
+        known = load_tokenizer(model_directory(critic), trust_remote_code=trusts).get_vocab()
+    other = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
+    if other:
+        id, token = other[0]
+        raise UserError(
+            f"critic.model: {critic} reads other tokens than the policy: {len(other)} of {len(policy)} differ, first "
+            f"{token!r}, which is {id} for the policy; name a model with the policy's tokenizer, or remove critic.model"
+        )
 
 
 def scoring_spec(run: RunConfig, session: Session) -> ScoringSpec:

@@ -93,7 +93,8 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
             plan=round_plan(run, steps),
             folder=folder,
             num_candidates=kept_candidates(shape, chunks),
-            prepared=prepared.key if prepared else None,
+            prepared=prepared.key if prepared and method.critic is None else None,
+            preparation=prepared if method.critic is not None else None,
         )
     if both is None:
         return Main(stream=fresh, steps=steps, chunks=chunks)

@@ -17,6 +17,7 @@ import torch
 from ray.train.torch import get_device
 
 from rayalign.data.rows import Layout
+from rayalign.engine import actor_critic
 from rayalign.engine.loop import MakeSource, TrainSpec, train
 from rayalign.engine.strategy import Strategy, make_strategy
 from rayalign.runtime.placement import Share
@@ -112,10 +113,13 @@ def worker_main(config: dict[str, Any]) -> None:
 
 def train_job(job: TrainJob, strategy: Strategy) -> Path:
     """This worker's part in one run; returns the exported directory."""
+    make_source = source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None)
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
+        if job.spec.critic is not None:
+            return actor_critic.train(job.spec, make_source, strategy)
         return train(
             job.spec,
-            source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None),
+            make_source,
             strategy,
             make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
         )

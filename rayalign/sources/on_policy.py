@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
 from rayalign.engine.source import State, Weights
 from rayalign.errors import UserError
-from rayalign.manifest import MANIFEST, read_manifest
+from rayalign.manifest import MANIFEST, committed, read_manifest
 from rayalign.sources.off_policy import Drawn
+from rayalign.sources.prepared import prepare_columns
 from rayalign.sources.rounds import Request, RoundFolder
 from rayalign.sources.streams import RoundStream
 from rayalign.sources.weights import WeightChannel
@@ -32,6 +35,8 @@ class FreshGroups:
         self.plan = stream.plan
         self.channel = channel
         self.prepared = stream.prepared
+        self.preparation = stream.preparation
+        self.num_candidates = stream.num_candidates
         self.folder = RoundFolder(stream.folder)
         self.rank = rank
         self.requests: dict[int, Request] = {}
@@ -90,6 +95,30 @@ class FreshGroups:
         """Go on as the run that had ``state``, and ask again: another attempt may have asked for other weights."""
         for value in state.values():
             self._ask(Request.from_json(value))
+
+    # What a critic says of rounds.
+
+    def round_store(self, step: int) -> TokenStore:
+        """The round of ``step`` as it was drawn, or with its columns; waits for it."""
+        return self._open(self.plan.round_of(step))[0]
+
+    def commit_values(self, step: int, version: str, values: Tensor) -> None:
+        """Make the columns of the round of ``step`` with the critic's values of its tokens [N]."""
+        assert self.preparation is not None
+        prepare_columns(self.round_store(step), self._columns(step, version), self.preparation, old_value=values)
+
+    def use_values(self, step: int, version: str) -> None:
+        """Lay the columns over the round of ``step``; waits for them."""
+        number = self.plan.round_of(step)
+        directory = self._columns(step, version)
+        wait_for(directory, self._failure)
+        store, facts = self._open(number)
+        self.opened = (number, store.with_columns(directory), {**facts, **committed(directory)["meta"]["facts"]})
+
+    def _columns(self, step: int, version: str) -> Path:
+        assert self.preparation is not None
+        request = self.requests[self.plan.round_of(step)]
+        return self.folder.prepared(request, f"{self.preparation.key}-{version}")
 
     def _ask(self, request: Request) -> None:
         self.requests[request.number] = request

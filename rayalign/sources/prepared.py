@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +25,54 @@ class Preparation:
     """Names what is made: other parameters or another source of the method make other columns."""
 
 
-def prepare_columns(store: TokenStore, directory: Path, preparation: Preparation) -> TokenStore:
+def prepare_columns(
+    store: TokenStore, directory: Path, preparation: Preparation, *, old_value: Tensor | None = None
+) -> TokenStore:
     """Commit the columns that the method makes of all groups of ``store``, as one round, and lay them over it.
 
-    Equal stores make equal bytes, so that columns whose writer died are simply made again.
+    Equal stores make equal bytes, so that columns whose writer died are simply made again. ``old_value`` [N] is what a
+    critic says of the round; it is committed with them.
 
     Raises:
         ValueError: the method made a column of another length, or one that its needs do not declare.
     """
     method, config = preparation.method, preparation.config
-    needs = method.needed(config)
+    needs = method.needed_of_round(config)
     lengths = store.index.num_predicted.tolist()
     assert method.round_prepare is not None
+    prepared = read_round(store, needs)
+    if old_value is not None:
+        prepared = replace(prepared, per_token={**prepared.per_token, "old_value": old_value.double()})
     with torch.no_grad():
-        made = method.round_prepare(read_round(store, needs), config)
+        made = method.round_prepare(prepared, config)
     for name, column in made.items():
         if name not in needs & PREPARED or column.shape != (sum(lengths),):
             raise ValueError(
                 f"method {method.name!r} prepared a column {name!r} of shape {tuple(column.shape)}; its needs declare "
                 f"{sorted(needs & PREPARED)}, one number for each of {sum(lengths)} tokens"
             )
+    if old_value is not None:
+        made = {**made, "old_value": old_value}
     per_token = {
         name: [part.numpy() for part in torch.split_with_sizes(column.float(), lengths)]
         for name, column in made.items()
     }
     shard = write_column_shard(directory, "prepared", first=0, per_token=per_token)
-    meta = {"method": method.name, "parameters": config.model_dump(mode="json")}
+    facts = critic_facts(made["old_value"], made["return"]) if old_value is not None and "return" in made else {}
+    meta = {"method": method.name, "parameters": config.model_dump(mode="json"), "facts": facts}
     return commit_columns(directory, store, [shard], meta=meta)
+
+
+def critic_facts(value: Tensor, returns: Tensor) -> dict[str, float]:
+    """How much of the returns' variance over the round the critic's values explain: 1 is all, below 0 worse than none.
+
+    Nothing where the returns are all equal.
+    """
+    told = ~returns.isnan()
+    value, returns = value[told].double(), returns[told].double()
+    if len(returns) < 2 or returns.min() == returns.max():
+        return {}
+    return {"critic/explained_variance": 1 - float((returns - value).var() / returns.var())}
 
 
 def read_round(store: TokenStore, needs: frozenset[str]) -> Round:

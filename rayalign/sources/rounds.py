@@ -50,6 +50,10 @@ class RoundPlan:
     def round_of(self, step: int) -> int:
         return step // self.refresh_every
 
+    def pass_of(self, step: int) -> int:
+        """Which pass over its round ``step`` belongs to, from 0."""
+        return step % self.refresh_every // self.pass_steps
+
     def weights_step(self, number: int) -> int:
         """The step before which round ``number``'s weights are taken: (r − lag)·k, or 0 where that is negative."""
         return max(0, (number - self.lag) * self.refresh_every)

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rayalign.data.pack import pack
 from rayalign.data.plan import MicroBatch, check_budget, count_step, plan_step
 from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
-from rayalign.engine.source import State, StreamWork, Weights
+from rayalign.engine.source import RoundWork, State, StreamWork, Weights
 from rayalign.errors import UserError
 from rayalign.sources.hybrid import MixedGroups
 from rayalign.sources.off_policy import Drawn, StoredGroups
@@ -83,6 +86,33 @@ class StreamSource:
         for part in self._fresh:
             part.restore(state)
 
+    # A critic's values of rounds: see rayalign.engine.source.TakesValues.
+
+    def place(self, step: int) -> tuple[int, int]:
+        plan = self._fresh[0].plan
+        return plan.round_of(step), plan.pass_of(step)
+
+    def whole_round(self, step: int) -> RoundWork:
+        store = self._fresh[0].round_store(step)
+        lengths = [store.lengths(row) for row in range(len(store))]
+        rows = [row for row, length in enumerate(lengths) if length.candidates]
+        drawn = [Drawn(store, row) for row in rows]
+        plan = self._plan(drawn)
+        tokens = torch.from_numpy(store.index.num_predicted)
+        return RoundWork(
+            micro_batches=tuple(
+                self._packed(micro, drawn, rows, self._fresh[0].num_candidates) for micro in plan[self.rank]
+            ),
+            first_token=tokens.cumsum(0) - tokens,
+            num_tokens=int(tokens.sum()),
+        )
+
+    def commit_values(self, step: int, version: str, values: Tensor) -> None:
+        self._fresh[0].commit_values(step, version, values)
+
+    def use_values(self, step: int, version: str) -> None:
+        self._fresh[0].use_values(step, version)
+
     @property
     def _fresh(self) -> list[FreshGroups]:
         return [part for groups in self.groups.values() for part in _parts(groups) if isinstance(part, FreshGroups)]
@@ -106,14 +136,7 @@ class StreamSource:
         lengths = [group.lengths for group in drawn]
         if not drawn:
             raise UserError(f"step {step + 1} has no group to train on: all {len(every)} prompts were quarantined")
-        plan = plan_step(
-            lengths,
-            num_workers=self.world_size,
-            tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
-            row_tokens=self.spec.row_tokens,
-            layout=self.layout,
-            describe=lambda slot: drawn[slot].name,
-        )
+        plan = self._plan(drawn)
         fresh = [part for part in _parts(groups) if isinstance(part, FreshGroups)]
         return StreamWork(
             stream=stream.name,
@@ -127,6 +150,17 @@ class StreamSource:
             num_tokens=sum(length.packed for length in lengths),
             describe=lambda position: every[position - first].name,
             facts=fresh[0].facts(step) if fresh else {},
+        )
+
+    def _plan(self, drawn: Sequence[Drawn]) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The micro-batches of every worker."""
+        return plan_step(
+            [group.lengths for group in drawn],
+            num_workers=self.world_size,
+            tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
+            row_tokens=self.spec.row_tokens,
+            layout=self.layout,
+            describe=lambda slot: drawn[slot].name,
         )
 
     def _packed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayalign.sources.prepared import Preparation
 from rayalign.sources.rounds import RoundPlan
 
 
@@ -36,7 +37,9 @@ class RoundStream:
     """Holds the rounds, the weights that they are drawn with, and what was asked for."""
     num_candidates: int
     prepared: str | None = None
-    """Key of the columns that the method makes of every round; None where it makes none."""
+    """Key of the columns that the driver makes of every round; None where it makes none."""
+    preparation: Preparation | None = None
+    """What the training workers make of every round, with the values of the critic that they hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,7 +173,7 @@ def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[Rando
     """The groups with the columns that ``round_prepare`` makes of them; as they are where it makes none."""
     if method.round_prepare is None:
         return list(groups)
-    made = method.round_prepare(random_round(groups, method.needed(config)), config)
+    made = method.round_prepare(random_round(groups, method.needed_of_round(config)), config)
     lengths = [len(values) for group in groups for values in group.token_logp]
     parts = {name: iter(torch.split_with_sizes(column, lengths)) for name, column in made.items()}
     return [

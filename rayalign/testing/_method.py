@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayalign.methods._base import PREPARED, Method, MethodConfig, Over, Statistics, Term
 from rayalign.testing._batches import RandomGroup, random_groups, random_round, scored_batch, without
-from rayalign.types import MissingNeed, Scored
+from rayalign.types import MissingNeed, Round, Scored
 
 STEP = 3
 DIRECTIONS = 2
@@ -29,13 +29,21 @@ def check_method(method: Method, config: MethodConfig | None = None, *, finite_d
     the order of groups and their division into micro-batches do not matter; masked values, NaN included, reach neither
     loss nor gradient; and ``needs`` is what the method reads, no more and no less. ``round_prepare``, where there is
     one, makes the columns that the loss needs, one finite number per token without gradient, from the numbers of the
-    round alone: whatever the order of its groups and whatever stands where there is no candidate.
+    round alone: whatever the order of its groups and whatever stands where there is no candidate. A ``critic`` is
+    checked alike.
 
     Raises:
         AssertionError: with a sentence that names what does not hold.
     """
-    trial = _Trial(method=method, config=config if config is not None else method.config())
-    groups = random_groups(method, num_groups=4)
+    config = config if config is not None else method.config()
+    trials = [_Trial(method=method, config=config)]
+    if method.critic is not None:
+        trials.append(_Trial(method=method.critic, config=config, prepared_by=method))
+    for trial in trials:
+        _check(trial, random_groups(method, num_groups=4), finite_differences=finite_differences)
+
+
+def _check(trial: _Trial, groups: Sequence[RandomGroup], *, finite_differences: bool) -> None:
     trial.check_needs(groups)
     trial.check_round(groups)
     trial.check_terms(groups)
@@ -82,6 +90,8 @@ def step_loss(method: Method, config: MethodConfig, micro_batches: Sequence[Scor
 class _Trial:
     method: Method
     config: MethodConfig
+    prepared_by: Method | None = None
+    """The method whose critic this one is: it makes the round's columns."""
 
     def check_needs(self, groups: Sequence[RandomGroup]) -> None:
         needs = self.method.needed(self.config)
@@ -106,10 +116,17 @@ class _Trial:
         if self.method.metrics is not None:
             self.method.metrics(scored, self.config, statistics)
         if self.method.round_prepare is not None:
-            self.method.round_prepare(random_round(groups, needs), self.config)
+            self.method.round_prepare(self.round(groups, needs), self.config)
+
+    def round(self, groups: Sequence[RandomGroup], needs: frozenset[str]) -> Round:
+        """The groups before they are prepared, with what the method itself ``needs`` and what its critic does."""
+        critic = self.method.needed_of_round(self.config) - self.method.needed(self.config)
+        return random_round(groups, needs | critic)
 
     def check_round(self, groups: Sequence[RandomGroup]) -> None:
-        wanted = self.method.needed(self.config) & PREPARED
+        if self.prepared_by is not None:
+            return
+        wanted = self.method.needed_of_round(self.config) & PREPARED
         if self.method.round_prepare is None:
             self.require(not wanted, f"needs {sorted(wanted)}, which a round_prepare must make")
             return
@@ -131,7 +148,7 @@ class _Trial:
             )
         last = len(groups[0].real) - 1
         masked = [[groups[0], without(groups[1], [last], fill), *groups[2:]] for fill in (-0.5, math.nan)]
-        whole = random_round(masked[0], self.method.needed(self.config))
+        whole = self.round(masked[0], self.method.needed(self.config))
         real = whole.candidate_mask.flatten()[whole.candidate_of]
         finite, with_nan = (self.prepare(part) for part in masked)
         for name in made:
@@ -140,7 +157,7 @@ class _Trial:
 
     def prepare(self, groups: Sequence[RandomGroup]) -> dict[str, Tensor]:
         assert self.method.round_prepare is not None
-        return self.method.round_prepare(random_round(groups, self.method.needed(self.config)), self.config)
+        return self.method.round_prepare(self.round(groups, self.method.needed(self.config)), self.config)
 
     def by_group(self, groups: Sequence[RandomGroup]) -> dict[str, list[Tensor]]:
         """What ``round_prepare`` makes, one tensor per group."""

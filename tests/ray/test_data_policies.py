@@ -23,7 +23,7 @@ METHODS: list[dict[str, Any]] = [
     {"name": "exo_rw", "label": {"name": "rewards"}, "as": "exo_rw"},
     {"name": "dpo_rw", "label": {"name": "rewards"}, "as": "dpo_rw"},
     {"name": "sft", "as": "sft", "label": {"name": "best"}},
-    *({"name": name, "as": name} for name in ("rloo", "reinforce_pp", "grpo")),
+    *({"name": name, "as": name} for name in ("rloo", "reinforce_pp", "grpo", "ppo")),
 ]
 POLICIES: list[dict[str, Any]] = [
     {"name": "off_policy", "as": "off"},
@@ -47,9 +47,10 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("sft", "groups"): NO_PAIRS,
     **{
         (method, policy): NO_TOKENS
-        for method in ("rloo", "reinforce_pp", "grpo")
+        for method in ("rloo", "reinforce_pp", "grpo", "ppo")
         for policy in ("off", "groups", "candidates")
     },
+    ("ppo", "once"): "values every round anew",
 }
 
 

@@ -117,6 +117,31 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
              "optim.steps"],
         ),
         (
+            ["method=rloo", *ON_POLICY, "critic.lr=1e-5"],
+            ["critic: rloo trains no critic; remove it"],
+        ),
+        (
+            ["method=ppo", "data_policy={name: on_policy, refresh_every: never}", *ON_POLICY[1:]],
+            ["data_policy.refresh_every: ppo's critic values every round anew, and what is drawn once is no round; "
+             "write a number of steps"],
+        ),
+        (
+            ["method={name: ppo, target_kl: 0.02}", *ON_POLICY],
+            ["data_policy.passes: ppo skips further passes over a round once kl/behavior_k3 is above 0.02, and there "
+             "is one pass only; write passes: 4, or remove the limit"],
+        ),
+        (
+            ["method=ppo", "critic.lr=1e-5"],
+            ["data_policy: ppo cannot learn off_policy: its ratio needs each token's log-probability under the policy "
+             "that drew it, which stored rows lack; write data_policy: on_policy"],
+        ),
+        (
+            ["method=ppo", "data_policy=on_policy", "rollout.samples=1", "rollout.top_p=0.9"],
+            ["scorer: on_policy needs a scorer, such as scorer: {name: rule, function: …}",
+             "rollout.top_p: ppo needs the density of every completion, which truncated sampling does not have; "
+             "write 1.0"],
+        ),
+        (
             ["method=grpo", "data.eval=e.jsonl", *ON_POLICY],
             ["data.eval: grpo has no loss on stored rows; remove it, or write evaluate: {…}, which takes its prompts"],
         ),
@@ -215,6 +240,12 @@ def test_weights_go_only_on_unweighted_preferences(refused: Refused, method: str
         (["method={name: rloo, logit_temperature: 0.7}", *ON_POLICY, "rollout.temperature=0.7"], "rloo"),
         (["method=reinforce_pp", "data_policy=on_policy", "rollout.samples=1", f"scorer={RULE}"], "reinforce_pp"),
         (["method=grpo", "data_policy={name: on_policy, refresh_every: 8, passes: 4}", *ON_POLICY[1:]], "grpo"),
+        (["method=ppo", "data_policy=on_policy", "rollout.samples=1", f"scorer={RULE}", "critic.model=rm"], "ppo"),
+        (
+            ["method={name: ppo, target_kl: 0.02}", "data_policy={name: on_policy, refresh_every: 8, passes: 4}",
+             *ON_POLICY[1:], "critic.lr=1e-5", "auxiliary.data=a.jsonl"],
+            "ppo + sft",
+        ),
         (["method=grpo", NEVER, *ON_POLICY[1:], "label=rewards"], "grpo"),
         (["method=sft", *ON_POLICY, "label=best"], "sft"),
         (["method=rloo", "data.eval=e.jsonl", "evaluate.scorers=[]", *ON_POLICY], "rloo"),

@@ -28,6 +28,7 @@ VARIANTS = {
         {"normalize": "dapo", "clip_high": 0.28, "kl_coef": 0},
         {"dual_clip": 3.0},
     ],
+    "ppo": [{"gamma": 0.9, "lam": 0.5}, {"kl_coef": 0, "whiten": False}, {"value_clip": None, "dual_clip": 3.0}],
     "reinforce_pp": [{"gamma": 0.9}, {"kl_coef": 0}, {"clip": None}],
     "rloo": [{"ratio": "token"}, {"kl_coef": 0}, {"ratio": "token", "dual_clip": 3.0}],
     "wpo": [{"alignment": "none", "clamp": "each"}, {"alignment": "greedy", "clamp": "none", "which": "rejected"}],
@@ -144,7 +145,7 @@ def test_each_mistake_is_named(loss: object, sentence: str) -> None:
         check_method(method_of(loss))
 
 
-@pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "grpo"])
+@pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "grpo", "ppo"])
 def test_a_capped_ratio_is_a_weight_and_so_detached_on_purpose(name: str) -> None:
     method = resolve(name)
     check_method(method, method.config(clip=None, importance_cap=2.0), finite_differences=False)

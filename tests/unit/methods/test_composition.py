@@ -207,7 +207,7 @@ def test_a_term_that_is_not_over_pairs_is_refused(pairs: list[RandomGroup]) -> N
 
 
 def test_every_other_method_can_be_weighted() -> None:
-    refused = {"wpo", "sft", "reward_model", "exo_rw", "dpo_rw", "rloo", "reinforce_pp", "grpo"}
+    refused = {"wpo", "sft", "reward_model", "exo_rw", "dpo_rw", "rloo", "reinforce_pp", "grpo", "ppo"}
     for name in set(METHODS) - refused:
         assert compose(resolve(name), WPOWeighting()).name == f"{name}+wpo"
 

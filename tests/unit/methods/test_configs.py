@@ -16,14 +16,20 @@ OPTIONS = [
     (name, option)
     for name in METHODS
     for option in resolve(name).config.model_fields
-    if option not in MethodConfig.model_fields
+    if option not in MethodConfig.model_fields and (name, option) != ("ppo", "target_kl")  # no part of a loss
 ]
 READ_ONLY_WITH = {("grpo", "constant_tokens"): {"normalize": "dr_grpo"}}
 """Options that are refused elsewhere."""
 
 
 def loss_of(method: Method, config: MethodConfig, groups: list[RandomGroup]) -> float:
+    """Of the method, and of its critic where it has one."""
     groups = prepared_groups(method, config, groups)
+    parts = [method] if method.critic is None else [method, method.critic]
+    return sum(loss_on(part, config, groups) for part in parts)
+
+
+def loss_on(method: Method, config: MethodConfig, groups: list[RandomGroup]) -> float:
     batch = [scored_batch(groups, method.needed(config))]
     statistics = step_statistics(method, config, batch, groups_per_step=len(groups))
     return step_loss(method, config, batch, statistics).item()
@@ -86,6 +92,10 @@ RATIO = {"clip": 0.2, "clip_high": None, "dual_clip": None, "importance_cap": No
         ("ipo", {"tau": 0.1, "normalize": "sum"}),
         ("rloo", {**RATIO, "kl_coef": 0.05, "ratio": "sequence"}),
         ("reinforce_pp", {**RATIO, "kl_coef": 0.01, "gamma": 1.0}),
+        (
+            "ppo",
+            {**RATIO, "value_clip": 0.2, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "whiten": True, "target_kl": None},
+        ),
         ("grpo", {**RATIO, "kl_coef": 0.04, "normalize": "grpo", "constant_tokens": 256.0}),
     ],
 )
@@ -115,6 +125,11 @@ def test_defaults(name: str, expected: dict[str, object]) -> None:
         ("grpo", {"clip_high": 0.28, "importance_cap": 1.2}, r"below the clip's 1 \+ 0.28"),
         ("grpo", {"normalize": "dapo", "constant_tokens": 64}, "dapo has no constant length"),
         ("reinforce_pp", {"gamma": 1.5}, "less than or equal to 1"),
+        ("ppo", {"lam": 1.5}, "less than or equal to 1"),
+        ("ppo", {"gamma": 0.0}, "greater than 0"),
+        ("ppo", {"value_clip": 0.0}, "greater than 0"),
+        ("ppo", {"target_kl": 0.0}, "greater than 0"),
+        ("ppo", {"vf_coef": 0.1}, "Extra inputs are not permitted"),
         ("grpo", {"importance_cap": 0.5}, "greater than or equal to 1"),
         ("grpo", {"dual_clip": 1.0}, "greater than 1"),
     ],

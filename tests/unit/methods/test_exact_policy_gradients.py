@@ -75,6 +75,21 @@ class World:
         generator = torch.Generator().manual_seed(seed)
         return torch.multinomial(self.logp(table).detach().exp(), count, replacement=True, generator=generator).tolist()
 
+    def value(self, table: Tensor, strength: float) -> Tensor:
+        """V of every prefix: the expected reward to go, KL to the reference included, by enumeration."""
+        shaped = [
+            torch.cat([torch.zeros(len(tokens) - 1, dtype=torch.float64), self.reward[number][None]])
+            - strength * (table - self.reference)[self.prefix[number], self.token[number]]
+            for number, tokens in enumerate(self.completions)
+        ]
+        probability = self.logp(table).exp()
+        earned, visits = torch.zeros(2, len(self.features), dtype=torch.float64)
+        for number, prefix in enumerate(self.prefix):
+            to_go = shaped[number].flip(0).cumsum(0).flip(0)
+            earned.index_add_(0, prefix, probability[number] * to_go)
+            visits.index_add_(0, prefix, probability[number].expand(len(prefix)))
+        return earned / visits
+
     def groups(self, drawn: Sequence[int], num_candidates: int, behavior: Tensor) -> Groups:
         """The drawn completions in groups, scored."""
         lengths = [len(self.completions[number]) for number in drawn]
@@ -155,6 +170,81 @@ def test_over_all_pairs_of_completions_rloo_is_the_policy_gradient_exactly() -> 
     expected_loss = (term.per_item.view(-1, 2).mean(dim=1) * weight).sum()
     slope = torch.autograd.grad(expected_loss, WORLD.theta)[0]
     torch.testing.assert_close(slope, -WORLD.gradient(STRENGTH), rtol=1e-9, atol=1e-12)
+
+
+def ppo_groups(drawn: Sequence[int], behavior: Tensor, values: Tensor) -> Groups:
+    groups = WORLD.groups(drawn, 1, behavior=behavior)
+    groups.per_token["old_value"] = values[torch.cat([WORLD.prefix[number] for number in drawn])]
+    return groups
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_ppo_with_an_exact_critic_is_the_policy_gradient_whatever_lambda(lam: float) -> None:
+    """Over all completions, weighted by their probability: one step of the exact critic is as good as the whole rest.
+
+    The loss is a mean over tokens and the policy gradient a sum, so that the expected length divides.
+    """
+    table = WORLD.table(WORLD.theta)
+    probability = WORLD.logp(table).exp().detach()
+    every = list(range(len(WORLD.completions)))
+    groups = ppo_groups(every, table.detach(), WORLD.value(table.detach(), STRENGTH))
+    groups.prepare("ppo", kl_coef=STRENGTH, lam=lam, whiten=False)
+    config = resolve("ppo").config(kl_coef=STRENGTH)
+    (term,) = resolve("ppo").loss(groups.scored("ppo", config), config, Statistics())
+    expected_loss = (term.per_item * probability[groups.candidate_of]).sum()
+    slope = torch.autograd.grad(expected_loss, WORLD.theta)[0]
+    torch.testing.assert_close(slope, -WORLD.gradient(STRENGTH), rtol=1e-9, atol=1e-12)
+
+
+def test_an_exact_critic_has_returns_that_it_already_says() -> None:
+    """At λ = 0 the mean return over what follows a prefix is its value: the critic's gradient is 0."""
+    table = WORLD.table(WORLD.theta).detach()
+    every = list(range(len(WORLD.completions)))
+    value = WORLD.value(table, STRENGTH)
+    groups = ppo_groups(every, table, value)
+    groups.prepare("ppo", kl_coef=STRENGTH, lam=0, whiten=False)
+    said = value.clone().requires_grad_()
+    config = resolve("ppo").config()
+    critic = resolve("ppo").critic
+    assert critic is not None
+    per_token = said[torch.cat(WORLD.prefix)]
+    (term,) = critic.loss(groups.scored("ppo", config, per_token), config, Statistics())
+    weight = WORLD.logp(table).exp()[groups.candidate_of]
+    slope = torch.autograd.grad((term.per_item * weight).sum(), said)[0]
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("critic", "parameters"),
+    [("exact", {}), ("exact", {"whiten": False, "lam": 0.0}), ("none", {"lam": 1.0}), ("wrong", {"lam": 1.0})],
+)
+def test_ppo_on_samples_is_the_policy_gradient(critic: str, parameters: dict[str, Any]) -> None:
+    """With an exact critic at any λ; with none, or a wrong one, at λ = 1, where values are a baseline and no more."""
+    table = WORLD.table(WORLD.theta)
+    exact = WORLD.value(table.detach(), STRENGTH)
+    wrong = 0.3 * torch.randn(len(exact), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    values = {"exact": exact, "none": torch.zeros_like(exact), "wrong": wrong}[critic]
+    found = []
+    for repeat in range(REPEATS):
+        groups = ppo_groups(WORLD.draw(table, SAMPLES, seed=repeat), table.detach(), values)
+        groups.prepare("ppo", kl_coef=STRENGTH, **parameters)
+        found.append(torch.autograd.grad(groups.loss("ppo", kl_coef=STRENGTH), WORLD.theta)[0])
+        table = WORLD.table(WORLD.theta)
+    mean, error = cosine(found, -WORLD.gradient(STRENGTH))
+    assert mean - 2 * error > 0.99
+
+
+def test_ppo_with_a_wrong_critic_and_small_lambda_is_another_gradient() -> None:
+    """So that the test above could fail."""
+    table = WORLD.table(WORLD.theta)
+    probability = WORLD.logp(table).exp().detach()
+    wrong = torch.randn(len(WORLD.features), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    groups = ppo_groups(range(len(WORLD.completions)), table.detach(), wrong)
+    groups.prepare("ppo", kl_coef=STRENGTH, lam=0, whiten=False)
+    config = resolve("ppo").config(kl_coef=STRENGTH)
+    (term,) = resolve("ppo").loss(groups.scored("ppo", config), config, Statistics())
+    slope = torch.autograd.grad((term.per_item * probability[groups.candidate_of]).sum(), WORLD.theta)[0]
+    assert torch.cosine_similarity(slope, -WORLD.gradient(STRENGTH), dim=0) < 0.95
 
 
 def test_grpo_kl_in_the_loss_pulls_along_the_forward_kl_of_every_token() -> None:

@@ -14,7 +14,7 @@ from rayalign.errors import UserError
 from rayalign.methods import METHODS, resolve
 
 PAIRWISE = {"dpo", "robust_dpo", "ipo", "hinge", "slic", "simpo", "orpo", "exo_pref", "mpo", "wpo"}
-ON_ROUNDS = {"rloo", "reinforce_pp", "grpo"}
+ON_ROUNDS = {"rloo", "reinforce_pp", "grpo", "ppo"}
 
 
 def test_table_is_sorted_and_every_entry_carries_its_name() -> None:
@@ -40,8 +40,12 @@ def test_only_reward_models_are_bound_to_stored_data_and_policy_gradients_to_fre
         assert resolve(name).data_policies == bound.get(name, {"off_policy", "on_policy", "hybrid"})
 
 
-def test_only_whitening_over_the_round_allows_one_sample_of_a_prompt() -> None:
-    assert {name for name in METHODS if resolve(name).smallest_group == 1} == {"reinforce_pp"}
+def test_only_baselines_beyond_the_group_allow_one_sample_of_a_prompt() -> None:
+    assert {name for name in METHODS if resolve(name).smallest_group == 1} == {"reinforce_pp", "ppo"}
+
+
+def test_only_ppo_has_a_critic() -> None:
+    assert {name for name in METHODS if resolve(name).critic is not None} == {"ppo"}
 
 
 def test_policy_gradients_need_the_reference_only_with_a_kl_coefficient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.unpair import Mismatched
+from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.methods import resolve
-from rayalign.pipeline.job import method_of, run_identity
+from rayalign.pipeline.job import critic_spec, method_of, optimizer_spec, run_identity
+from rayalign.pipeline.model import model_spec
 from rayalign.pipeline.rollouts import preparation, prompts_of, round_plan
 from rayalign.pipeline.streams import num_steps, require_columns
 
@@ -115,3 +118,42 @@ def test_labels_are_of_the_examples_not_of_their_mismatched_company(tmp_path: Pa
     examples = Mismatched(ranked_store(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}], shape="labelled"))
     shard = write_shard(tmp_path / "mismatched", "0", [examples[0], examples[1]])
     require_columns(run, resolve("kto"), "pairs", commit_store(tmp_path / "mismatched", [shard], meta={}))
+
+
+SCORER = Path(__file__).parents[2] / "fixtures" / "scorers.py"
+PPO = [
+    *("data.train=t.jsonl", f"scorer={{name: rule, function: '{SCORER}:vowels'}}", "rollout.samples=1", "method=ppo"),
+    *("data_policy=on_policy", "optim={lr: 1e-6, steps: 10, warmup: 2}"),
+]
+
+
+def test_a_critic_starts_from_the_policy_or_from_its_own_folder_and_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    policy, other = (save_tiny(tmp_path / name) for name in ("policy", "other"))
+    null = load_run(None, [*PPO, f"model.name={policy}", "model.from_scratch=true", "seed=5"])
+    spec = critic_spec(null, 10)
+    assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.from_scratch
+    assert spec.optimizer == replace(optimizer_spec(null, 10), lr=9e-6)
+    run = load_run(None, [*PPO, f"model.name={policy}", f"critic={{model: {other}, lr: 1e-4}}", "data.stop=<|end|>"])
+    spec = critic_spec(run, 10)
+    assert spec.model.name == str(other) and spec.model.head == ScalarHead(stop="<|end|>")
+    assert spec.optimizer == replace(optimizer_spec(run, 10), lr=1e-4)
+    # Other weights of the critic are another run.
+    before = run_identity(run, [])
+    assert run_identity(run, []) == before
+    without = load_run(None, [*PPO, f"model.name={policy}", "method=reinforce_pp"])
+    assert "critic" not in run_identity(without, [])
+    save_tiny(other, initializer_range=0.1)
+    assert run_identity(run, [])["critic"] != before["critic"]
+
+
+def test_a_critic_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
+    policy, other = (save_tiny(tmp_path / name) for name in ("policy", "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    first, second = sorted(ids, key=ids.__getitem__)[40:42]
+    ids[first], ids[second] = ids[second], ids[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"critic\.model: .*other reads other tokens than the policy: 2 of \d+ differ"):
+        critic_spec(load_run(None, [*PPO, f"model.name={policy}", f"critic.model={other}"]), 10)
+    with pytest.raises(UserError, match=r"critic\.model: there is no directory .*nowhere"):
+        critic_spec(load_run(None, [*PPO, f"model.name={policy}", f"critic.model={tmp_path / 'nowhere'}"]), 10)

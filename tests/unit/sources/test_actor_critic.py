@@ -1,0 +1,402 @@
+"""PPO on rounds, without Ray: what its critic says of them and when, both models after a kill, and skipped passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
+from tiny_rollouts import InProcess, OnPolicyRun
+from tiny_runs import join, objective, save_tiny, store, synthetic_groups, train_with_critic
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rayalign.data.store import TokenStore
+from rayalign.engine.checkpoint import OPTIMIZER, step_of
+from rayalign.engine.loop import CriticSpec
+from rayalign.engine.metrics import read_metrics
+from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.scalar import ScalarHead
+from rayalign.engine.step import NonFiniteStep
+from rayalign.manifest import read_manifest, verify
+from rayalign.runtime.rounds import serving
+from rayalign.sources.prepared import Preparation, prepare_columns
+from rayalign.sources.rounds import RoundPlan
+
+PLAN = RoundPlan(steps=8, refresh_every=4, lag=0, groups_per_step=4, passes=2)
+"""Two rounds of eight prompts, each trained on twice."""
+ROWS = [{"prompt": f"question {n}"} for n in range(10)]
+KL_COEF, GAMMA, LAM = 0.1, 0.9, 0.8
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def ppo(directory: Path, model: Path, file: Path, *, plan: RoundPlan = PLAN, **parameters: Any) -> OnPolicyRun:
+    method = objective("ppo", **{"kl_coef": KL_COEF, "gamma": GAMMA, "lam": LAM, **parameters})
+    return OnPolicyRun(directory, model, file, plan=plan, method=method, checkpoint_at=(4,))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -> OnPolicyRun:
+    run = ppo(tmp_path_factory.mktemp("run"), model, file)
+    run.train(InProcess())
+    return run
+
+
+def rows(run: OnPolicyRun) -> list[dict[str, Any]]:
+    found = read_metrics(run.directory / "metrics.jsonl")
+    clocks = ("seconds", "rollout/seconds", "refresh/")
+    return [{name: value for name, value in row.items() if not name.startswith(clocks)} for row in found]
+
+
+def checkpoint(run: OnPolicyRun, step: int) -> Path:
+    (found,) = (path for path in (run.directory / "checkpoints").iterdir() if step_of(path) == step)
+    return found
+
+
+def columns(run: OnPolicyRun, path: Path) -> list[Path]:
+    return sorted((run.directory / "rounds" / "prepared").glob(f"{path.name}-*"))
+
+
+def opened(run: OnPolicyRun, number: int) -> TokenStore:
+    """A round with what its critic says of it and the method makes of that."""
+    path = run.rounds()[number]
+    [overlay] = columns(run, path)
+    return TokenStore.open(path).with_columns(overlay)
+
+
+@torch.no_grad()
+def values_of(critic: PreTrainedModel, group: Any) -> list[np.ndarray]:
+    """Per candidate: the head on the state before each token, one plain sequence at a time."""
+    found = []
+    for candidate in group.candidates:
+        ids = torch.from_numpy(np.concatenate([group.prompt_ids, candidate.ids])).long()
+        said = critic.score(critic.base_model(input_ids=ids[None]).last_hidden_state)[0, :, 0]
+        found.append(said[len(group.prompt_ids) - 1 : -1].double().numpy())
+    return found
+
+
+def gae_by_loops(reward: np.ndarray, value: np.ndarray) -> np.ndarray:
+    advantage, after, following = np.zeros(len(reward)), 0.0, 0.0
+    for t in reversed(range(len(reward))):
+        advantage[t] = reward[t] + GAMMA * following - value[t] + GAMMA * LAM * after
+        after, following = advantage[t], value[t]
+    return advantage
+
+
+def first_critic(model: Path) -> PreTrainedModel:
+    return load_policy(ModelSpec(name=str(model), head=ScalarHead()))[0].eval()
+
+
+def test_a_round_is_valued_by_the_critic_that_opens_it_and_prepared_with_that(
+    trained: OnPolicyRun, model: Path
+) -> None:
+    """The second round by the critic of the checkpoint at its first step, as transformers reads it."""
+    later = AutoModelForSequenceClassification.from_pretrained(checkpoint(trained, 4) / "critic").eval()
+    for number, critic in enumerate([first_critic(model), later]):
+        store = opened(trained, number)
+        raw: list[np.ndarray] = []
+        for group in (store[row] for row in range(len(store))):
+            values = values_of(critic, group)
+            assert group.per_token["old_value"] == pytest.approx(np.concatenate(values), abs=1e-5)
+            ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])[:-1]
+            kl = group.per_token["behavior_token_logp"].astype(float) - group.per_token["ref_token_logp"]
+            for k, part in enumerate(np.split(-KL_COEF * kl, ends)):
+                part[-1] += group.per_candidate["reward"][k]
+                raw.append(gae_by_loops(part, values[k]))
+                assert np.split(group.per_token["return"], ends)[k] == pytest.approx(raw[-1] + values[k], abs=1e-5)
+        whole = np.concatenate(raw)
+        white = (whole - whole.mean()) / np.sqrt(whole.var(ddof=1) + 1e-8)
+        found = np.concatenate([store[row].per_token["advantage"] for row in range(len(store))])
+        assert found == pytest.approx(white, abs=1e-4)
+
+
+def test_the_critic_has_moved_between_two_rounds_and_predicts_better(trained: OnPolicyRun, model: Path) -> None:
+    before = load_file(checkpoint(trained, 4) / "critic" / "model.safetensors")
+    start = first_critic(model).state_dict()
+    assert all(not torch.equal(before[name], start[name]) for name in before if name.endswith("weight"))
+    found = rows(trained)
+    assert found[0]["critic/loss"] > 0 and found[0]["critic/grad_norm"] > 0
+    # The same groups in both passes over the first round.
+    assert found[2]["critic/squared_error"] < found[0]["critic/squared_error"]
+    assert found[3]["critic/squared_error"] < found[1]["critic/squared_error"]
+
+
+def test_rows_say_what_both_models_did(trained: OnPolicyRun) -> None:
+    found = rows(trained)
+    assert [row["round"] for row in found] == [0] * 4 + [1] * 4
+    assert [row["critic/learning_rate"] for row in found] == pytest.approx([3 * row["learning_rate"] for row in found])
+    assert "skipped_steps" not in found[0]
+    store = opened(trained, 0)
+    value, returns = (
+        np.concatenate([store[row].per_token[name] for row in range(len(store))]).astype(float)
+        for name in ("old_value", "return")
+    )
+    explained = 1 - (returns - value).var() / returns.var()
+    assert [row["critic/explained_variance"] for row in found[:4]] == pytest.approx([explained] * 4, abs=1e-5)
+    moved = [row["kl/behavior_k3"] for row in found]
+    assert max(moved[0], moved[4]) < 1e-6 < min(moved[1:4] + moved[5:])
+
+
+def test_policy_and_critic_are_exported_apart(trained: OnPolicyRun) -> None:
+    final = trained.directory / "final_critic"
+    verify(final)
+    critic, said = AutoModelForSequenceClassification.from_pretrained(final, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and critic.config.num_labels == 1
+    last = checkpoint(trained, 8)
+    assert (last / "critic" / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+    assert (last / "model.safetensors").read_bytes() == (trained.directory / "final" / "model.safetensors").read_bytes()
+    assert "lm_head.weight" in load_file(trained.directory / "final" / "model.safetensors")
+
+
+def same_end(one: OnPolicyRun, other: OnPolicyRun) -> None:
+    """Both models and both optimizers, every bit, and every row."""
+    for place in ("final", "final_critic"):
+        mine, theirs = (load_file(each.directory / place / "model.safetensors") for each in (one, other))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    for folder in (Path(), Path("critic")):
+        mine, theirs = (
+            torch.load(checkpoint(each, PLAN.steps) / folder / OPTIMIZER, weights_only=True) for each in (one, other)
+        )
+        assert mine["param_groups"] == theirs["param_groups"]
+        for index, state in theirs["state"].items():
+            assert all(torch.equal(mine["state"][index][name], value) for name, value in state.items())
+    assert rows(one) == rows(other)
+    assert [row["step"] for row in rows(one)] == list(range(1, PLAN.steps + 1))
+
+
+def interrupt_after(step: int) -> Any:
+    def on_step(row: Mapping[str, Any]) -> None:
+        if row["step"] == step:
+            raise Interrupted
+
+    return on_step
+
+
+@pytest.mark.parametrize("last_step", [1, 3, 4, 5])
+def test_a_killed_trainer_ends_in_the_same_two_models(
+    trained: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int
+) -> None:
+    """Before the first checkpoint, inside the first round, right before the second, at its opening and inside it."""
+    run = ppo(tmp_path, model, file)
+    with pytest.raises(Interrupted):
+        run.train(on_step=interrupt_after(last_step))
+    committed = {path: (path / "MANIFEST.json").stat().st_mtime_ns for path in run.rounds()}
+    run.train()
+    assert all((path / "MANIFEST.json").stat().st_mtime_ns == at for path, at in committed.items())
+    same_end(run, trained)
+    # Inside a round its values are read again; from before a round on it is valued by the new attempt.
+    assert len(columns(run, run.rounds()[0])) == (2 if last_step == 1 else 1)
+    assert len(columns(run, run.rounds()[1])) == (2 if last_step == 5 else 1)
+
+
+def worker(rank: int, folder: Path, run: OnPolicyRun) -> None:
+    strategy = join(rank, 2, folder / "meeting-point")
+    train_with_critic(run.spec(), run.scenario, strategy)
+    dist.destroy_process_group()
+
+
+def test_two_workers_are_one(trained: OnPolicyRun, tmp_path: Path, model: Path, file: Path) -> None:
+    run = ppo(tmp_path / "run", model, file)
+    with serving(run.job, InProcess(), run.notes.append):
+        multiprocessing.spawn(worker, args=(tmp_path, run), nprocs=2)
+    for number in range(2):
+        mine, theirs = (opened(each, number) for each in (run, trained))
+        for name in ("old_value", "advantage", "return"):
+            left, right = (np.concatenate([each[row].per_token[name] for row in range(8)]) for each in (mine, theirs))
+            assert left == pytest.approx(right, abs=2e-4)
+    for mine, theirs in zip(rows(run), rows(trained), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in ("loss", "critic/loss", "critic/value", "critic/return", "kl/behavior_k3"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
+        assert mine["critic/grad_norm"] == pytest.approx(theirs["critic/grad_norm"], rel=1e-3)
+    for place in ("final", "final_critic"):
+        one, two = (load_file(each.directory / place / "model.safetensors") for each in (run, trained))
+        assert max(float((one[name] - two[name]).abs().max()) for name in two) <= 3e-4  # a third of the rate
+
+
+def test_a_micro_batch_of_each_group_says_the_same_of_a_round(
+    trained: OnPolicyRun, tmp_path: Path, model: Path, file: Path
+) -> None:
+    run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=1))
+    run.scenario = replace(run.scenario, tokens_per_micro_batch=128, row_tokens=64, layout="concatenated")
+    run.train()
+    mine, theirs = opened(run, 0), opened(trained, 0)
+    for row in range(len(mine)):
+        assert mine[row].per_token["old_value"] == pytest.approx(theirs[row].per_token["old_value"], abs=1e-5)
+
+
+# Skipped passes.
+
+THRICE = RoundPlan(steps=12, refresh_every=6, lag=0, groups_per_step=4, passes=3)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -> OnPolicyRun:
+    """A limit that lies above what the second step of a round moves the policy to, and below the third."""
+    free = ppo(tmp_path_factory.mktemp("free"), model, file, plan=THRICE)
+    free.train()
+    moved = [row["kl/behavior_k3"] for row in rows(free)]
+    assert moved[1] < moved[2] / 2
+    run = ppo(tmp_path_factory.mktemp("stopped"), model, file, plan=THRICE, target_kl=(moved[1] + moved[2]) / 2)
+    run.train()
+    assert [row["loss"] for row in rows(run)[:4]] == [row["loss"] for row in rows(free)[:4]]
+    return run
+
+
+def test_passes_after_the_one_that_moved_too_far_are_skipped_and_counted(stopped: OnPolicyRun) -> None:
+    """The third step of the first round, of its second pass, is too far: that pass is finished, the third left out."""
+    found = rows(stopped)
+    limit = stopped.scenario.objectives[0].config.model_dump()["target_kl"]
+    expected, skipped = [], 0
+    for number in range(2):
+        over: int | None = None
+        for inside in range(6):
+            row = found[6 * number + inside]
+            if over is not None and inside // 2 > over:
+                skipped += 1
+                assert row == {
+                    "step": 6 * number + inside + 1,
+                    "num_tokens": found[6 * number + inside - 1]["num_tokens"],
+                    "step_tokens": 0,
+                    "skipped_steps": skipped,
+                }
+            else:
+                assert row["skipped_steps"] == skipped
+                if over is None and row["kl/behavior_k3"] > limit:
+                    over = inside // 2
+        expected.append(over)
+    assert expected[0] == 1 and skipped >= 2
+    assert found[-1]["skipped_steps"] == skipped
+
+
+def test_a_skipped_step_moves_neither_model(stopped: OnPolicyRun, tmp_path: Path, model: Path, file: Path) -> None:
+    run = ppo(
+        tmp_path,
+        model,
+        file,
+        plan=THRICE,
+        target_kl=stopped.scenario.objectives[0].config.model_dump()["target_kl"],
+    )
+    with pytest.raises(Interrupted):
+        run.train(on_step=interrupt_after(7))
+    for folder in (Path(), Path("critic")):
+        before, after = (load_file(checkpoint(run, step) / folder / "model.safetensors") for step in (4, 6))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("last_step", [5, 7])
+def test_a_stop_survives_a_kill(stopped: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int) -> None:
+    """Killed among skipped steps, and in the next round."""
+    limit = stopped.scenario.objectives[0].config.model_dump()["target_kl"]
+    run = ppo(tmp_path, model, file, plan=THRICE, target_kl=limit)
+    with pytest.raises(Interrupted):
+        run.train(on_step=interrupt_after(last_step))
+    run.train()
+    assert rows(run) == rows(stopped)
+    for place in ("final", "final_critic"):
+        mine, theirs = (load_file(each.directory / place / "model.safetensors") for each in (run, stopped))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+# What a critic starts from, and beside what it trains.
+
+
+def test_a_critic_starts_from_a_reward_models_folder(tmp_path: Path, model: Path, file: Path) -> None:
+    reward_model, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead(), seed=5))
+    with torch.no_grad():
+        reward_model.score.weight.mul_(0.5)
+    save_pretrained(reward_model, tokenizer, tmp_path / "rm")
+    run = ppo(tmp_path / "run", model, file, plan=replace(PLAN, steps=1))
+    spec = run.spec()
+    critic = CriticSpec(model=ModelSpec(name=str(tmp_path / "rm"), head=ScalarHead()), optimizer=spec.optimizer)
+    with serving(run.job, InProcess(), run.notes.append):
+        train_with_critic(replace(spec, critic=critic), run.scenario)
+    store = opened(run, 0)
+    for group in (store[row] for row in range(len(store))):
+        assert group.per_token["old_value"] == pytest.approx(
+            np.concatenate(values_of(reward_model.eval(), group)), abs=1e-5
+        )
+
+
+def test_further_data_train_the_policy_and_not_the_critic(tmp_path: Path, model: Path, file: Path) -> None:
+    """PPO with a likelihood of other data beside it (Ouyang et al. 2022 call it PPO-ptx)."""
+    ends = []
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        run = ppo(folder, model, file, plan=replace(PLAN, steps=2))
+        desk = store(folder / "desk", synthetic_groups([1] * 6, seed=1), name="desk", groups_per_step=2)
+        likelihood = objective("sft", stream="desk", weight=weight)
+        run.scenario = replace(
+            run.scenario,
+            streams=(*run.scenario.streams, desk),
+            objectives=(*run.scenario.objectives, likelihood),
+            max_grad_norm=0.0,
+        )
+        run.train()
+        ends.append([load_file(folder / place / "model.safetensors") for place in ("final", "final_critic")])
+        assert "loss/desk/sft" in rows(run)[0]
+    (policy, critic), (other_policy, other_critic) = ends
+    assert all(torch.equal(critic[name], other_critic[name]) for name in critic)
+    assert not torch.equal(policy["lm_head.weight"], other_policy["lm_head.weight"])
+
+
+def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: Path, model: Path, file: Path) -> None:
+    run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
+    spec = run.spec(checkpoint_every=1)
+    broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
+    with torch.no_grad():
+        broken.score.weight.fill_(float("inf"))
+    save_pretrained(broken, tokenizer, tmp_path / "broken")
+    critic = CriticSpec(
+        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optimizer=OptimizerSpec(lr=1e-3, steps=2)
+    )
+    with pytest.raises(NonFiniteStep, match="step 1: loss"), serving(run.job, InProcess(), run.notes.append):
+        train_with_critic(replace(spec, critic=critic), run.scenario)
+    assert rows(run) == [] and not (tmp_path / "checkpoints").exists()
+
+
+def test_columns_name_the_values_that_they_were_made_with(tmp_path: Path, trained: OnPolicyRun) -> None:
+    """Other values, other columns; the values themselves lie beside them, bit for bit."""
+    path = trained.rounds()[0]
+    drawn = TokenStore.open(path)
+    main = trained.scenario.objectives[0]
+    preparation = Preparation(method=main.method, config=main.config, key="")
+    [overlay] = columns(trained, path)
+    said = [drawn.with_columns(overlay)[row].per_token for row in range(len(drawn))]
+    values = torch.from_numpy(np.concatenate([group["old_value"] for group in said]))
+    again = prepare_columns(drawn, tmp_path / "again", preparation, old_value=values)
+    assert (tmp_path / "again" / "prepared.columns").read_bytes() == (overlay / "prepared.columns").read_bytes()
+    assert len(again) == len(drawn)
+    prepare_columns(drawn, tmp_path / "other", preparation, old_value=values + 0.5)
+    other, mine = (read_manifest(tmp_path / name) for name in ("other", "again"))
+    assert other is not None and mine is not None and other["digest"] != mine["digest"]
