@@ -98,13 +98,17 @@ def chosen(results: Results, method: str) -> Trial:
 
 
 def trial_runs(cells: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
-    """Label → run: the YAML's cell of that method, but for what is searched."""
+    """Label → run: the YAML's cell of that method, but for what is searched; measured at the end alone."""
     runs = {}
     for trial in TRIALS:
         run = cells[trial.method]
-        method = MethodChoice.parse({**run.method.dump(), "kl_coef": trial.kl_coef})
+        assert run.evaluate is not None
         runs[trial.label] = run.model_copy(
-            update={"method": method, "optim": run.optim.model_copy(update={"lr": trial.lr})}
+            update={
+                "method": MethodChoice.parse({**run.method.dump(), "kl_coef": trial.kl_coef}),
+                "optim": run.optim.model_copy(update={"lr": trial.lr}),
+                "evaluate": run.evaluate.model_copy(update={"at": (STEP,)}),
+            }
         )
     return runs
 

@@ -38,7 +38,8 @@ def test_a_trial_changes_what_it_names() -> None:
     for trial, run in zip(TRIALS, trial_runs(CELLS).values(), strict=True):
         assert (run.method.name, run.optim.lr, run.method.config.kl_coef) == (trial.method, trial.lr, trial.kl_coef)
         cell = CELLS[trial.method]
-        assert run.model_copy(update={"method": cell.method, "optim": cell.optim}) == cell
+        assert run.evaluate.at == (STEP,)
+        assert run.model_copy(update={name: getattr(cell, name) for name in ("method", "optim", "evaluate")}) == cell
 
 
 def test_the_yaml_has_settings_that_were_searched() -> None:
