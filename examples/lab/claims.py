@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from .results import Results
+from .results import NotMeasured, Results
 
 Verdict = Literal["holds", "not shown", "contradicted"]
 
@@ -117,7 +117,10 @@ def claims_table(results: Results) -> str:
         "|---" * (len(seeds) + 4) + "|",
     ]
     for claim in CLAIMS:
-        values = [claim.value(results.of(seed)) for seed in seeds]
+        try:
+            values = [claim.value(results.of(seed)) for seed in seeds]
+        except NotMeasured:
+            continue
         low, high = interval(values)
         numbers = " | ".join(f"{value:.3f}" for value in values)
         summary = f"{fmean(values):.3f} [{low:.3f}, {high:.3f}]"

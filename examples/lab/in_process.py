@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from rayalign.config.data import DataSource
+from rayalign.config.policy import LabelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
@@ -52,8 +54,19 @@ class Alone:
     def __init__(self) -> None:
         self.maker = ChunkMaker()
 
-    def map(self, items: Iterable[tuple[ChunkSpec, Chunk]]) -> Iterator[ChunkReport]:
-        return map(self.maker, items)
+    def call(self, item: tuple[ChunkSpec, Chunk], attempts: int = 1) -> ChunkReport:
+        report = self.maker(item)
+        assert report is not None
+        return report
+
+    def map(self, items: Iterable[tuple[ChunkSpec, Chunk]], rescue: object = None) -> Iterator[ChunkReport]:
+        return map(self.call, items)
+
+    def tell(self, item: Literal["rest"]) -> None:
+        self.maker(item)
+
+    def release(self) -> None:
+        """There is no other process to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +150,11 @@ class Workshop:
                 spec=chunks,
                 plan=plan,
                 folder=folder,
-                actors=1,
+                most=1,
+                least=1,
                 share=Share(cpus=1, gpus=0, threads=1),
+                takes_turns=False,
+                python=None,
                 max_bad_fraction=0.0,
                 preparation=prepared,
             )
@@ -150,7 +166,7 @@ class Workshop:
 
     def chunk_spec(self, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
         """How the run's own samples become groups, as :func:`rayalign.pipeline.rollouts.chunk_spec` says it."""
-        assert run.scorer is not None and run.label is not None
+        assert run.scorer is not None
         policy = run.data_policy
         prompts = self.prompt_store(run)
         return ChunkSpec(
@@ -162,7 +178,7 @@ class Workshop:
             sampling=sampling(run),
             keep_stored=policy.name == "hybrid" and policy.mix == "candidates",
             scorer=scorer_spec(run.scorer),
-            label=label_spec(run.label),
+            label=label_spec(run.label or LabelConfig()),
             shape=shape,
             needs_reference=scored,
         )

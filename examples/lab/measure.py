@@ -1,8 +1,9 @@
-"""Measure the cells of ``quickstart.yaml`` on several seeds, without starting Ray, and print one table.
+"""Measure the cells of a comparison of this world on several seeds, without starting Ray, and print tables.
 
     python -m examples.lab.measure --seeds 10 11 12 13 14 --out lab.json
 
-Everything but the seed is what the YAML says. All cells take about six minutes of one quiet core per seed.
+Everything but the seed is what the YAML says. All cells of ``quickstart.yaml`` take about six minutes of one quiet core
+per seed. With ``--cells`` only these are trained, and the fixed pairs are not.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .in_process import CPU, Workshop, prompts_of, scoring_spec
 from .results import Margin, Point, Results, margins_table, points_table
 
 EXAMPLES = Path(__file__).parents[1]
+QUICKSTART = EXAMPLES / "quickstart.yaml"
 REFERENCE = "reference"
 FLUENCY = ("grammatical", "right_thing")
 
@@ -51,10 +53,14 @@ FIXED_METHODS: Mapping[str, Mapping[str, object]] = {
 
 
 def quickstart() -> Comparison:
-    """The comparison of the YAML; the modules beside it can be imported from here on."""
+    return comparison_of(QUICKSTART)
+
+
+def comparison_of(path: Path) -> Comparison:
+    """The comparison of a YAML in ``examples/``; the modules beside it can be imported from here on."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
-    return load_compare(EXAMPLES / "quickstart.yaml")
+    return load_compare(path)
 
 
 def cell_runs(comparison: Comparison) -> dict[str, RunConfig]:
@@ -62,7 +68,9 @@ def cell_runs(comparison: Comparison) -> dict[str, RunConfig]:
     return {cell.label.removesuffix(" (no KL)"): cell.run for cell in comparison.cells if cell.run is not None}
 
 
-def measure_seed(seed: int, initial: RunConfig, cells: Mapping[str, RunConfig], folder: Path) -> Results:
+def measure_seed(
+    seed: int, initial: RunConfig, cells: Mapping[str, RunConfig], folder: Path, *, fixed_pairs: bool = True
+) -> Results:
     """Train the initial model and every cell in the world of ``seed``, and measure all of them."""
     began = time.perf_counter()
     workshop = Workshop(folder=folder)
@@ -78,7 +86,7 @@ def measure_seed(seed: int, initial: RunConfig, cells: Mapping[str, RunConfig], 
         for step in run.evaluate.at:
             points += measuring.points(name, step, checkpoints[step])
         print(f"seed {seed}, {time.perf_counter() - began:.0f} s: {name}", flush=True)
-    return Results(points=tuple(points), margins=fixed_pair_margins(first, workshop))
+    return Results(points=tuple(points), margins=fixed_pair_margins(first, workshop) if fixed_pairs else ())
 
 
 def with_seed(run: RunConfig, seed: int) -> RunConfig:
@@ -158,25 +166,31 @@ def fixed_pair_margins(run: RunConfig, workshop: Workshop) -> tuple[Margin, ...]
 
 
 def main() -> None:
-    comparison = quickstart()
-    known = cell_runs(comparison)
+    known = cell_runs(quickstart())
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
     parser.add_argument("--cells", nargs="+", choices=known, default=list(known), metavar="CELL", help=", ".join(known))
     parser.add_argument("--out", type=Path, default=Path("lab.json"), help="every number as JSON")
     options = parser.parse_args()
+    cells = {name: known[name] for name in options.cells}
+    results = measure_seeds(options.seeds, quickstart(), cells, options.out, fixed_pairs=len(cells) == len(known))
+    tables = [points_table(results), margins_table(results) if results.margins else "", claims_table(results)]
+    print(*filter(None, tables), sep="\n\n")
+
+
+def measure_seeds(
+    seeds: Iterable[int], comparison: Comparison, cells: Mapping[str, RunConfig], out: Path, *, fixed_pairs: bool
+) -> Results:
+    """Measure every seed on one thread, each in a folder of its own; ``out`` holds those that are finished."""
     assert comparison.initial is not None
     torch.set_num_threads(1)
     disable_progress_bar()
     results = Results()
-    for seed in options.seeds:
+    for seed in seeds:
         with tempfile.TemporaryDirectory(prefix="rayalign-lab-") as folder:
-            cells = {name: known[name] for name in options.cells}
-            results += measure_seed(seed, comparison.initial, cells, Path(folder))
-        options.out.write_text(json.dumps(asdict(results), indent=1) + "\n")
-    print(points_table(results), margins_table(results), sep="\n\n")
-    if len(options.cells) == len(known):
-        print(claims_table(results), sep="\n\n")
+            results += measure_seed(seed, comparison.initial, cells, Path(folder), fixed_pairs=fixed_pairs)
+        out.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    return results
 
 
 if __name__ == "__main__":

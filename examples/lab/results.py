@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class NotMeasured(LookupError):
+    """There is not exactly one such number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +64,18 @@ class Results:
         )
 
     def point(self, cell: str, step: int, family: str) -> Point:
-        """The only such point; raises ValueError where there is not exactly one."""
-        [found] = [p for p in self.points if (p.cell, p.step, p.family) == (cell, step, family)]
-        return found
+        """The only such point; raises NotMeasured where there is not exactly one."""
+        return only([p for p in self.points if (p.cell, p.step, p.family) == (cell, step, family)])
 
     def margin(self, method: str, step: int) -> float:
-        """The only such margin; raises ValueError where there is not exactly one."""
-        [found] = [m.nats for m in self.margins if (m.method, m.step) == (method, step)]
-        return found
+        """The only such margin; raises NotMeasured where there is not exactly one."""
+        return only([m.nats for m in self.margins if (m.method, m.step) == (method, step)])
+
+
+def only(found: Sequence[T]) -> T:
+    if len(found) != 1:
+        raise NotMeasured(f"measured {len(found)} times, not once")
+    return found[0]
 
 
 def points_table(results: Results) -> str:

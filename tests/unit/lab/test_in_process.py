@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from lab.in_process import CPU, Workshop, groups_of, scoring_spec
 from lab.make_model import FOLDER
-from lab.measure import cell_runs, quickstart
+from lab.measure import cell_runs, comparison_of, quickstart
+from lab.rl import REINFORCEMENT
 
 from rayalign.config.compare import started_from
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.manifest import read_manifest
 from rayalign.sources.off_policy import drawn_rows
 from rayalign.sources.streams import StoredStream
 
@@ -44,3 +47,22 @@ def test_the_filtered_cell_is_dpo_on_the_likeliest_pairs(initial: str, tmp_path:
         scores.append((column[:length].mean() + column[length:].mean()) / 2)
     likeliest = sorted(range(20), key=lambda row: -scores[row])[:6]
     assert drawn_rows(ours)[0].tolist() == sorted(likeliest)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_reinforcement_learning_draws_its_rounds_in_this_process(initial: str, tmp_path: Path, lag: int) -> None:
+    run = started_from(cell_runs(comparison_of(REINFORCEMENT))["rloo"], initial)
+    [source] = run.data.train
+    few = source.model_copy(update={"arguments": {**source.arguments, "n": 8}})
+    update = {
+        "data": run.data.model_copy(update={"train": (few,)}),
+        "optim": run.optim.model_copy(update={"steps": 4, "groups_per_step": 2, "warmup": 0.0}),
+        "rollout": run.rollout.model_copy(update={"max_new_tokens": 6}),
+        "data_policy": run.data_policy.model_copy(update={"lag": lag}),
+        "evaluate": None,
+    }
+    Workshop(folder=tmp_path).train(run.model_copy(update=update), "rloo")
+    rounds = [read_manifest(folder)["meta"]["request"] for folder in (tmp_path / "rloo" / "rounds").glob("round_*")]
+    assert sorted((drawn["number"], drawn["step"]) for drawn in rounds) == [(0, 0), (1, 2 - 2 * lag)]
+    rows = [json.loads(row) for row in (tmp_path / "rloo" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(0 <= row["reward"] <= 1 for row in rows)

@@ -9,99 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from policy_world import World
 from token_groups import Groups
 from torch import Tensor
 
 from rayalign.methods import Statistics, resolve
 
-VOCABULARY, LONGEST, PARAMETERS = 3, 3, 7
-END = 0
 STRENGTH = 0.3
 """Of the KL, β."""
 SAMPLES = 24_576
 """Completions in one estimate; fixed before anything was measured."""
 REPEATS = 5
-
-
-def completions() -> list[tuple[int, ...]]:
-    """Every completion: up to three tokens, ended by the end token or cut at the limit."""
-    found = []
-    for length in range(1, LONGEST + 1):
-        for tokens in itertools.product(range(VOCABULARY), repeat=length):
-            if END not in tokens[:-1] and (tokens[-1] == END or length == LONGEST):
-                found.append(tokens)
-    return found
-
-
-class World:
-    """A linear-softmax policy over next tokens, its reference, and a reward for every completion."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(11)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.completions = completions()
-        prefixes = sorted({tokens[:t] for tokens in self.completions for t in range(len(tokens))})
-        place = {prefix: number for number, prefix in enumerate(prefixes)}
-        self.features = normal(len(prefixes), VOCABULARY, PARAMETERS)
-        self.theta = (0.5 * normal(PARAMETERS)).requires_grad_()
-        self.reference = self.table(0.5 * normal(PARAMETERS)).detach()
-        self.reward = normal(len(self.completions))
-        self.lengths = torch.tensor([len(tokens) for tokens in self.completions])
-        self.prefix = [torch.tensor([place[tokens[:t]] for t in range(len(tokens))]) for tokens in self.completions]
-        self.token = [torch.tensor(tokens) for tokens in self.completions]
-
-    def table(self, theta: Tensor) -> Tensor:
-        return torch.log_softmax(self.features @ theta, dim=-1)
-
-    def token_logp(self, table: Tensor, drawn: Sequence[int]) -> Tensor:
-        """log-probability of every token of the drawn completions, one after the other."""
-        prefix = torch.cat([self.prefix[number] for number in drawn])
-        return table[prefix, torch.cat([self.token[number] for number in drawn])]
-
-    def logp(self, table: Tensor) -> Tensor:
-        every = range(len(self.completions))
-        return torch.stack([part.sum() for part in self.token_logp(table, every).split(self.lengths.tolist())])
-
-    def gradient(self, strength: float) -> Tensor:
-        """∇ of E[R] − strength · KL(π‖π_ref), by enumeration."""
-        logp = self.logp(self.table(self.theta))
-        value = (logp.exp() * (self.reward - strength * (logp - self.logp(self.reference)))).sum()
-        return torch.autograd.grad(value, self.theta)[0]
-
-    def draw(self, table: Tensor, count: int, seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.multinomial(self.logp(table).detach().exp(), count, replacement=True, generator=generator).tolist()
-
-    def value(self, table: Tensor, strength: float) -> Tensor:
-        """V of every prefix: the expected reward to go, KL to the reference included, by enumeration."""
-        shaped = [
-            torch.cat([torch.zeros(len(tokens) - 1, dtype=torch.float64), self.reward[number][None]])
-            - strength * (table - self.reference)[self.prefix[number], self.token[number]]
-            for number, tokens in enumerate(self.completions)
-        ]
-        probability = self.logp(table).exp()
-        earned, visits = torch.zeros(2, len(self.features), dtype=torch.float64)
-        for number, prefix in enumerate(self.prefix):
-            to_go = shaped[number].flip(0).cumsum(0).flip(0)
-            earned.index_add_(0, prefix, probability[number] * to_go)
-            visits.index_add_(0, prefix, probability[number].expand(len(prefix)))
-        return earned / visits
-
-    def groups(self, drawn: Sequence[int], num_candidates: int, behavior: Tensor) -> Groups:
-        """The drawn completions in groups, scored."""
-        lengths = [len(self.completions[number]) for number in drawn]
-        rows = [lengths[at : at + num_candidates] for at in range(0, len(lengths), num_candidates)]
-        return Groups(
-            rows,
-            self.token_logp(self.table(self.theta), drawn),
-            behavior_token_logp=self.token_logp(behavior, drawn).detach(),
-            ref_token_logp=self.token_logp(self.reference, drawn),
-            reward=self.reward[list(drawn)].view(-1, num_candidates),
-        )
-
 
 WORLD = World()
 
