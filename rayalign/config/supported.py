@@ -12,7 +12,7 @@ def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
     record = run.method.record
     found = {
-        f"strategy: {run.strategy.name}; write single or ddp": run.strategy.name in ("fsdp2", "deepspeed"),
+        f"strategy: {run.strategy.name}; write single, ddp or fsdp2": run.strategy.name == "deepspeed",
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         "model.lora; remove it to train all weights": run.model.lora is not None,
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (

@@ -20,9 +20,10 @@ from rayalign.engine.canary import canary_logps
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
 from rayalign.engine.forward import root_module
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
-from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer, set_learning_rate
+from rayalign.engine.optimizer import OptimizerSpec, set_learning_rate
+from rayalign.engine.optimizer_state import is_sharded, save_part
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
 from rayalign.engine.step import Runner
@@ -127,10 +128,9 @@ def train(
                 sink.write(row)
             if strategy.rank == 0:
                 on_step(row)
-                if checkpoint_is_due(run):
-                    save(run, source)
-    if strategy.rank == 0:
-        export(run)
+            if checkpoint_is_due(run):
+                save(run, source)
+    export(run)
     return spec.directory / "final"
 
 
@@ -145,9 +145,10 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
     )
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
     start = replace(spec.model, name=str(found.directory), revision=None, from_scratch=False) if found else spec.model
-    model, tokenizer = load_policy(start, device=strategy.device)
-    layout = choose_layout(model)
-    policy = root_module(model, layout=layout)
+    model, tokenizer = strategy.load(start)
+    layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
+    computes = compute_dtype(spec.model, strategy.device)
+    module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)
     run = Run(
         spec=spec,
         strategy=strategy,
@@ -155,13 +156,13 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
         tokenizer=tokenizer,
         layout=layout,
         runner=Runner(
-            module=strategy.wrap(policy),
+            module=module,
             objectives={objective.stream: objective for objective in spec.objectives},
             strategy=strategy,
-            compute_dtype=compute_dtype(spec.model, strategy.device),
+            compute_dtype=computes,
             seed=spec.seed,
         ),
-        optimizer=make_optimizer(policy, spec.optimizer),
+        optimizer=optimizer,
         checkpointer=checkpointer,
     )
     if found is not None:
@@ -185,6 +186,7 @@ def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | No
 def environment(strategy: Strategy) -> dict[str, Any]:
     """What results depend on by rounding."""
     return {
+        "strategy": strategy.spec.name,
         "workers": strategy.world_size,
         "threads": torch.get_num_threads(),
         "device": strategy.device.type,
@@ -236,25 +238,32 @@ def offer_weights(run: Run, source: GroupSource) -> None:
     """Export the policy for a source that draws from it now; every worker learns which weights they are."""
     if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
         return
-    weights = export_weights(run, source) if run.strategy.rank == 0 else None
+    began = time.perf_counter()
+    state = run.strategy.full_state(run.model)
+    canary = canary_logps(
+        run.model,
+        layout=run.layout,
+        dtype=run.runner.compute_dtype,
+        policy=run.runner.module,
+        device=run.strategy.device,
+    )
+    weights = export_weights(run, source, state, canary, began) if run.strategy.rank == 0 else None
     source.follow(run.strategy.broadcast(weights))
 
 
-def export_weights(run: Run, source: FollowsPolicy) -> Weights:
+def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[float, ...], began: float) -> Weights:
     """Send the policy, write it where it must outlive this process, and say what was sent."""
-    began = time.perf_counter()
-    state = run.model.state_dict()
     renamed = is_renamed(run.model)
     weights = Weights(
         step=run.step,
         attempt=run.checkpointer.attempt,
-        digest=weights_digest(run.model),
+        digest=state_digest(state),
         directory=source.weights_folder(run.step, run.checkpointer.attempt, written=renamed),
-        canary=canary_logps(run.model, layout=run.layout, dtype=run.runner.compute_dtype),
+        canary=canary,
         num_bytes=num_bytes(state),
     )
     if weights.directory is not None:
-        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids)
+        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids, state=state)
         commit(weights.directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
     if not renamed:
         source.send(weights, state)
@@ -267,14 +276,24 @@ def num_bytes(state: State) -> int:
 
 
 def save(run: Run, source: GroupSource) -> None:
-    state = source.state() if isinstance(source, FollowsPolicy) else {}
+    """Commit a checkpoint: every rank writes what it alone holds, rank 0 the rest."""
+    strategy, sharded = run.strategy, is_sharded(run.optimizer)
+    state = strategy.full_state(run.model)
+    if sharded:
+        directory = run.checkpointer.directory(run.step)
+        save_part(run.optimizer, directory, rank=strategy.rank, world_size=strategy.world_size)
+        strategy.all_sum(torch.zeros(1, device=strategy.device))  # all parts are there
+    if strategy.rank != 0:
+        return
+    position = source.state() if isinstance(source, FollowsPolicy) else {}
     run.checkpointer.save(
         run.step,
         model=run.model,
         tokenizer=run.tokenizer,
-        optimizer=run.optimizer,
+        optimizer=None if sharded else run.optimizer,
         stop_ids=run.spec.stop_ids,
-        facts={"num_tokens": run.num_tokens, "source": state, "environment": environment(run.strategy)},
+        facts={"num_tokens": run.num_tokens, "source": position, "environment": environment(strategy)},
+        state=state,
     )
 
 
@@ -299,8 +318,11 @@ def padding_share(work: Sequence[StreamWork]) -> float:
 def export(run: Run) -> None:
     """Write ``final/`` once; an export that was committed before is left alone."""
     final = run.spec.directory / "final"
-    if read_manifest(final) is None:
-        save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids)
+    if run.strategy.broadcast(read_manifest(final) is not None):
+        return
+    state = run.strategy.full_state(run.model)
+    if run.strategy.rank == 0:
+        save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
         commit(final, {"step": run.step, "identity": dict(run.spec.identity)})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +67,12 @@ def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
 
 
 def load_policy(
-    spec: ModelSpec, *, device: torch.device | None = None
+    spec: ModelSpec, *, device: torch.device | None = None, place: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to be trained on ``device`` (the CPU by default), and its tokenizer.
+
+    Its weights are in ``place`` (``device`` by default); on the meta device it is a skeleton, and no file of weights is
+    read.
 
     A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
     model.
@@ -80,6 +83,7 @@ def load_policy(
     """
     directory = model_directory(spec.name, spec.revision)
     device = device or torch.device("cpu")
+    place = place or device
     config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
     _silence_noise(config)
     (set_one_output if spec.head is not None else refuse_scalar)(config, directory)
@@ -89,7 +93,11 @@ def load_policy(
         "trust_remote_code": spec.trust_remote_code,
     }
     kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
-    if spec.from_scratch:
+    if place.type == "meta":
+        missing = {HEAD_WEIGHT}
+        with place:
+            model = kind.from_config(config, **options)
+    elif spec.from_scratch:
         missing = {HEAD_WEIGHT}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
@@ -107,7 +115,7 @@ def load_policy(
         prepare_export(model, tokenizer, spec.head)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).train(), tokenizer
+    return model.to(place).train(), tokenizer
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -145,13 +153,19 @@ def model_directory(name: str, revision: str | None = None) -> Path:
 
 
 def save_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, stop_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    stop_ids: Sequence[int] = (),
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a directory that ``from_pretrained`` loads with no conversion.
 
-    ``stop_ids`` are the tokens that end a response; generation_config.json names them.
+    ``stop_ids`` are the tokens that end a response; generation_config.json names them. ``state`` is what to write as
+    the model's weights where the model itself holds only a part of them.
     """
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
     tokenizer.save_pretrained(directory)
     if stop_ids and model.can_generate():
         generation = copy.deepcopy(model.generation_config)
@@ -176,6 +190,11 @@ def is_renamed(model: PreTrainedModel) -> bool:
 
 def weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 of the parameters and buffers in memory: equal where every bit is."""
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """The same of a model's whole state, wherever it was gathered from."""
 
     def entry(item: tuple[str, Tensor]) -> str:
         name, tensor = item
@@ -183,7 +202,7 @@ def weights_digest(model: PreTrainedModel) -> str:
         return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}\n"
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return hashlib.sha256("".join(threads.map(entry, sorted(model.state_dict().items()))).encode()).hexdigest()
+        return hashlib.sha256("".join(threads.map(entry, sorted(state.items()))).encode()).hexdigest()
 
 
 def _files_digest(paths: Iterable[Path]) -> str:

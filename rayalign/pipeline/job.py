@@ -9,10 +9,12 @@ from typing import Any
 from rayalign import __version__
 from rayalign.config.dump import dump
 from rayalign.config.run import RunConfig
+from rayalign.config.training import StrategyConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.loop import TrainSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.strategy import StrategySpec
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
 from rayalign.manifest import file_digest
@@ -76,7 +78,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         spec=spec,
         source=source,
         held_out=held_out(run, method, source, stages) if run.data.eval else None,
-        strategy=run.strategy.name,
+        strategy=strategy_spec(run.strategy),
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
@@ -174,6 +176,15 @@ def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
+    )
+
+
+def strategy_spec(strategy: StrategyConfig) -> StrategySpec:
+    return StrategySpec(
+        name=strategy.name,
+        reshard_after_forward=strategy.reshard_after_forward,
+        sync_every_micro_batch=strategy.sync_every_micro_batch,
+        cpu_offload=strategy.cpu_offload,
     )
 
 
