@@ -14,7 +14,9 @@ def unsupported(run: RunConfig) -> list[str]:
     found = {
         f"strategy: {run.strategy.name}; write single, ddp or fsdp2": run.strategy.name == "deepspeed",
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
-        "model.lora; remove it to train all weights": run.model.lora is not None,
+        f"model.lora with {record.name}; remove it to train all weights": (
+            run.model.lora is not None and record.trains == "scalar"
+        ),
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
             record.trains == "policy" and bool(record.needs & {"value", "score"})
         ),

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from rayalign.data.rows import Layout
 from rayalign.engine.canary import canary_logps
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
 from rayalign.engine.forward import root_module
+from rayalign.engine.lora import ADAPTER, merged, write_adapter
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
 from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -65,6 +67,8 @@ class TrainSpec:
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
     track: tuple[str, ...] = ()
+    reference_in_place: bool = False
+    """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
 
@@ -144,7 +148,7 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
         identity=spec.identity,
     )
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
-    start = replace(spec.model, name=str(found.directory), revision=None, from_scratch=False) if found else spec.model
+    start = resumed_model(spec.model, found.directory) if found else spec.model
     model, tokenizer = strategy.load(start)
     layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
     computes = compute_dtype(spec.model, strategy.device)
@@ -161,6 +165,7 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
             strategy=strategy,
             compute_dtype=computes,
             seed=spec.seed,
+            reference_in_place=spec.reference_in_place,
         ),
         optimizer=optimizer,
         checkpointer=checkpointer,
@@ -172,6 +177,13 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
     return run, found
+
+
+def resumed_model(model: ModelSpec, checkpoint: Path) -> ModelSpec:
+    """What a run loads to go on: an adapter onto the model that it began with, or the whole policy."""
+    if model.lora is not None:
+        return replace(model, adapter=checkpoint / ADAPTER)
+    return replace(model, name=str(checkpoint), revision=None, from_scratch=False)
 
 
 def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | None:
@@ -239,7 +251,7 @@ def offer_weights(run: Run, source: GroupSource) -> None:
     if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
         return
     began = time.perf_counter()
-    state = run.strategy.full_state(run.model)
+    state, _ = exportable(run)
     canary = canary_logps(
         run.model,
         layout=run.layout,
@@ -270,6 +282,18 @@ def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[
     return replace(weights, seconds_sending=time.perf_counter() - began)
 
 
+def exportable(run: Run) -> tuple[State, Callable[[Path], None]]:
+    """The policy's whole state on rank 0, any adapter merged, and what writes that adapter into a model's folder.
+
+    All ranks call this alike.
+    """
+    state, spec = run.strategy.full_state(run.model), run.spec.model
+    if spec.lora is None or run.strategy.rank != 0:
+        return state, lambda directory: None
+    write = partial(write_adapter, spec.lora, run.model, state, base=spec.name)
+    return merged(run.model, state), lambda directory: write(directory / ADAPTER)
+
+
 def num_bytes(state: State) -> int:
     """Of all tensors; those that are tied count once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
@@ -278,13 +302,14 @@ def num_bytes(state: State) -> int:
 def save(run: Run, source: GroupSource) -> None:
     """Commit a checkpoint: every rank writes what it alone holds, rank 0 the rest."""
     strategy, sharded = run.strategy, is_sharded(run.optimizer)
-    state = strategy.full_state(run.model)
+    directory = run.checkpointer.directory(run.step)
+    state, adapter = exportable(run)
     if sharded:
-        directory = run.checkpointer.directory(run.step)
         save_part(run.optimizer, directory, rank=strategy.rank, world_size=strategy.world_size)
         strategy.all_sum(torch.zeros(1, device=strategy.device))  # all parts are there
     if strategy.rank != 0:
         return
+    adapter(directory)
     position = source.state() if isinstance(source, FollowsPolicy) else {}
     run.checkpointer.save(
         run.step,
@@ -320,8 +345,9 @@ def export(run: Run) -> None:
     final = run.spec.directory / "final"
     if run.strategy.broadcast(read_manifest(final) is not None):
         return
-    state = run.strategy.full_state(run.model)
+    state, adapter = exportable(run)
     if run.strategy.rank == 0:
+        adapter(final)
         save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
         commit(final, {"step": run.step, "identity": dict(run.spec.identity)})
 

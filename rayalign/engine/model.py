@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.attention import FLEX, attention_kind
 from rayalign.engine.group_attention import GROUP_ATTENTION
+from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
 from rayalign.errors import UserError
 
@@ -57,6 +58,10 @@ class ModelSpec:
     seed: int = 0
     head: ScalarHead | None = None
     """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
+    lora: LoraSpec | None = None
+    """An adapter, drawn with ``seed``, that is trained instead of the weights."""
+    adapter: Path | None = None
+    """Where a trained adapter lies, to go on from."""
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -113,6 +118,8 @@ def load_policy(
     if spec.head is not None:
         finish_head(model, missing=missing, seed=spec.seed, directory=directory)
         prepare_export(model, tokenizer, spec.head)
+    if spec.lora is not None:
+        add_adapter(model, spec.lora, seed=spec.seed, trained=spec.adapter)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(place).train(), tokenizer

@@ -30,6 +30,7 @@ from rayalign.pipeline.model import (
     scorer_spec,
     spec_digest,
     stop_ids,
+    trained_spec,
 )
 from rayalign.pipeline.rollouts import actor_share, draws_rounds, num_actors, num_workers, takes_turns
 from rayalign.pipeline.stages import Stages
@@ -61,7 +62,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     )
     spec = TrainSpec(
         directory=directory,
-        model=model_spec(run),
+        model=trained_spec(run),
         objectives=objectives(run, method),
         optimizer=optimizer_spec(run, steps),
         seed=run.seed,
@@ -72,6 +73,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         evaluate_at=evaluation_steps(run, steps) if run.data.eval else (),
         stop_ids=stop_ids(run),
         track=run.track,
+        reference_in_place=run.reference.place == "trainer",
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
     )
     return TrainJob(

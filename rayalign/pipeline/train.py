@@ -18,6 +18,7 @@ from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
+from rayalign.engine.lora import refuse_missing_peft
 from rayalign.errors import MissingExtra, UserError
 from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
@@ -87,6 +88,8 @@ def refuse_unsupported(run: RunConfig) -> None:
     reasons = unsupported(run)
     if reasons:
         raise UserError("; ".join(reasons))
+    if run.model.lora is not None:
+        refuse_missing_peft()
     if run.rollout is not None:
         refuse_missing(run.rollout.engine, run.rollout.python)
     if run.scorer is not None:

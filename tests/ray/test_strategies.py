@@ -1,4 +1,4 @@
-"""Two workers of every strategy from the command line: the same model as one process, and after a kill the same bits."""
+"""Two workers of every strategy from the command line: the model of one process, and after a kill the same bits."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 
 from rayalign.engine.loop import TrainSpec
+from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_digest
 from rayalign.engine.scalar import ScalarHead
@@ -33,7 +34,7 @@ from rayalign.manifest import verify
 SINGLE = make_strategy("single", CPU)
 DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
 TEAMS = {"ddp": DDP, "fsdp2": FSDP2}
-METHODS = ("dpo", "exo_rw", "wpo", "mpo")
+METHODS = ("dpo", "exo_rw", "wpo", "mpo", "lora")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,18 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
     likelihood = objective("sft", stream="desk", weight=0.1, reduction="sequence")
     exo = objective("exo_rw", behavior_correction="off")
     small = {"tokens_per_micro_batch": 40, "row_tokens": 40}
+    bare = replace(stored, columns=((),))
     return {
         "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),), **small),
+        "lora": Scenario(
+            model=model,
+            streams=(bare,),
+            objectives=(objective("dpo"),),
+            lr=5e-3,
+            lora=LoraSpec(rank=3, alpha=6.0),
+            reference_in_place=True,
+            **small,
+        ),
         "exo_rw": Scenario(
             model=model, streams=(ragged,), objectives=(exo,), lr=4e-4, tokens_per_micro_batch=58, row_tokens=58
         ),
@@ -94,6 +105,7 @@ def test_unequal_shares(team: str, name: str, scenarios: dict[str, Scenario], sh
 
 STEPS = 6
 LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "experts": "qwen3_moe", "windowed": "gemma3"}
+ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
 CHANGES = [
     ("fsdp2", "fsdp2"),
     ("fsdp2", "ddp"),
@@ -124,6 +136,19 @@ def resumed(folder: Path) -> Scenario:
     return Scenario(model=model, streams=(pairs, desk), objectives=(objective("mpo"), likelihood), steps=2 * STEPS)
 
 
+@pytest.fixture(scope="module")
+def adapting(resumed: Scenario) -> Scenario:
+    """DPO of an adapter, beside a reference in place."""
+    bare = replace(resumed.streams[0], columns=((),))
+    return replace(
+        resumed,
+        streams=(bare,),
+        objectives=(objective("dpo"),),
+        lora=LoraSpec(rank=2, alpha=4.0, dropout=0.1),
+        reference_in_place=True,
+    )
+
+
 def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> TrainSpec:
     spec = train_spec(directory, scenario)
     constant = replace(spec.optimizer, steps=steps, schedule="constant", warmup_steps=0)
@@ -131,7 +156,9 @@ def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> Trai
 
 
 @pytest.fixture(scope="module")
-def pair(folder: Path, models: dict[str, ModelSpec], scenarios: dict[str, Scenario], resumed: Scenario):
+def pair(
+    folder: Path, models: dict[str, ModelSpec], scenarios: dict[str, Scenario], resumed: Scenario, adapting: Scenario
+):
     """What two workers did."""
     low = replace(scenarios["dpo"], dtype="bfloat16")
     tasks = {f"load {name}": Task(FSDP2, loaded_state, (spec,)) for name, spec in models.items()}
@@ -147,6 +174,11 @@ def pair(folder: Path, models: dict[str, ModelSpec], scenarios: dict[str, Scenar
             tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, resumed), resumed))
     for name in TEAMS:
         tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
+    for before, after in ADAPTED:
+        directory = folder / f"lora-{before}-{after}"
+        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
+        tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
+    tasks["whole lora"] = Task(FSDP2, whole_run, (spec_of(folder / "whole-lora", adapting), adapting))
     (folder / "two").mkdir()
     found = results_of(folder / "two", 2, tasks)
     for before, _ in [change for change in CHANGES if change[1] == "single"]:
@@ -186,13 +218,21 @@ def test_steps_computed_in_bfloat16_stay_close(scenarios: dict[str, Scenario], p
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_a_run_goes_on_under_another_strategy(before: str, after: str, folder: Path, resumed: Scenario, pair) -> None:
+def test_a_run_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
     """Up to rounding as under one strategy, and exactly so where the strategy stays."""
-    directory, whole = folder / f"{before}-{after}", folder / "whole-fsdp2"
+    assert_same_run(folder / f"{before}-{after}", folder / "whole-fsdp2", exactly=before == after)
+
+
+@pytest.mark.parametrize(("before", "after"), ADAPTED)
+def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
+    assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora", exactly=before == after)
+
+
+def assert_same_run(directory: Path, whole: Path, *, exactly: bool) -> None:
     ended, expected = (weights_at(run, 2 * STEPS) for run in (directory, whole))
     rows, expected_rows = (read_metrics(run / "metrics.jsonl") for run in (directory, whole))
     assert [row["step"] for row in rows] == list(range(1, 2 * STEPS + 1))
-    if before == after:
+    if exactly:
         assert all(torch.equal(ended[name], weight) for name, weight in expected.items())
         assert [row["loss"] for row in rows] == [row["loss"] for row in expected_rows]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected_rows], abs=1e-5)
