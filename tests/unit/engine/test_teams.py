@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from teams import Task, loaded_state, results_of, run_in_shares, token_logps, whole_run
+from teams import Task, drawn_run, loaded_state, results_of, run_in_shares, token_logps, whole_run
 from test_equivalence import assert_equivalent
 from tiny_runs import (
     CPU,
@@ -105,6 +106,7 @@ def test_unequal_shares(team: str, name: str, scenarios: dict[str, Scenario], sh
 
 STEPS = 6
 LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "experts": "qwen3_moe", "windowed": "gemma3"}
+DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
 ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
 CHANGES = [
     ("fsdp2", "fsdp2"),
@@ -149,6 +151,13 @@ def adapting(resumed: Scenario) -> Scenario:
     )
 
 
+def prompts(folder: Path) -> Path:
+    path = folder / "prompts.jsonl"
+    rows = [{"prompt": f"question {n}", "chosen": f"aeiou {n}", "rejected": "xyz"} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> TrainSpec:
     spec = train_spec(directory, scenario)
     constant = replace(spec.optimizer, steps=steps, schedule="constant", warmup_steps=0)
@@ -179,6 +188,8 @@ def pair(
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
     tasks["whole lora"] = Task(FSDP2, whole_run, (spec_of(folder / "whole-lora", adapting), adapting))
+    for name, lora in DRAWN.items():
+        tasks[name] = Task(FSDP2, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
     (folder / "two").mkdir()
     found = results_of(folder / "two", 2, tasks)
     for before, _ in [change for change in CHANGES if change[1] == "single"]:
@@ -254,3 +265,14 @@ def test_a_checkpoint_of_shards_is_a_model_and_whole(folder: Path, pair) -> None
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert weights_digest(model) == weights_digest(AutoModelForCausalLM.from_pretrained(folder / "whole-fsdp2/final"))
     assert model.generation_config.eos_token_id == [4]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_rounds_are_drawn_with_gathered_weights(name: str, folder: Path, resumed: Scenario, pair) -> None:
+    """The actor takes the weights only if it scores the canary as the wrapped policy does."""
+    alone = folder / f"{name} alone"
+    drawn_run(SINGLE, alone, resumed.model, prompts(folder), DRAWN[name])
+    mine, theirs = (read_metrics(run / "metrics.jsonl") for run in (folder / name, alone))
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
+    assert [row["rollout/reward"] for row in mine] == [row["rollout/reward"] for row in theirs]
+    assert mine[2]["rollout/reward"] != mine[1]["rollout/reward"]
