@@ -12,10 +12,12 @@ def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
     record = run.method.record
     found = {
-        f"strategy: {run.strategy.name}; write single, ddp or fsdp2": run.strategy.name == "deepspeed",
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
         f"model.lora with {record.name}; remove it to train all weights": (
             run.model.lora is not None and record.trains == "scalar"
+        ),
+        "model.lora with strategy: deepspeed; write single, ddp or fsdp2": (
+            run.model.lora is not None and run.strategy.name == "deepspeed"
         ),
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
             record.trains == "policy" and bool(record.needs & {"value", "score"})

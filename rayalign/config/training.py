@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayalign.config.fields import Block, Elastic
+from rayalign.config.fields import Block, Elastic, InputPath
 from rayalign.methods.weighting import WPOWeighting
 
 
@@ -56,6 +56,8 @@ class OptimConfig(Block):
 
 
 OPTIONS = {
+    "zero_stage": ("deepspeed",),
+    "config": ("deepspeed",),
     "cpu_offload": ("fsdp2", "deepspeed"),
     "reshard_after_forward": ("fsdp2",),
     "sync_every_micro_batch": ("fsdp2",),
@@ -75,6 +77,11 @@ class StrategyConfig(Block):
     """fsdp2: free a block's parameters after its forward; false gathers them once instead of twice."""
     sync_every_micro_batch: bool = False
     """fsdp2: gradients stay sharded between micro-batches, instead of being averaged once per step; slower."""
+
+    zero_stage: Literal[2, 3] | None = None
+    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; null: what config says, else 2."""
+    config: InputPath | None = None
+    """deepspeed: a JSON file of its settings; where it contradicts this file, every conflict is named."""
 
     @model_validator(mode="after")
     def _enough_workers(self) -> Self:

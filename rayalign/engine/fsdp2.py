@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.engine.forward import RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer_state import load_state, save_part
 from rayalign.engine.source import State
 from rayalign.engine.strategy import StrategySpec, clip_gradient, from_rank_0, sum_over_ranks
 
@@ -95,6 +97,13 @@ class FSDP2:
                 gathered[key] = self._gathered(sharded.get(name, tensor))
             state[name] = gathered[key]
         return state
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        save_part(optimizer, directory, rank=self.rank, world_size=self.world_size)
+        return True
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         whole = tensor.detach()

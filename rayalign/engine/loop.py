@@ -18,14 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.canary import canary_logps
-from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
+from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
 from rayalign.engine.forward import root_module
 from rayalign.engine.lora import ADAPTER, merged, write_adapter
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
 from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, set_learning_rate
-from rayalign.engine.optimizer_state import is_sharded, save_part
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
 from rayalign.engine.step import Runner
@@ -171,7 +170,7 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
         checkpointer=checkpointer,
     )
     if found is not None:
-        load_optimizer(found, run.optimizer)
+        strategy.load_optimizer(run.optimizer, found.directory)
         run.step, run.num_tokens = found.step, found.facts["num_tokens"]
         changed = differences(found.facts["environment"], environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
@@ -301,11 +300,10 @@ def num_bytes(state: State) -> int:
 
 def save(run: Run, source: GroupSource) -> None:
     """Commit a checkpoint: every rank writes what it alone holds, rank 0 the rest."""
-    strategy, sharded = run.strategy, is_sharded(run.optimizer)
-    directory = run.checkpointer.directory(run.step)
+    strategy, directory = run.strategy, run.checkpointer.directory(run.step)
     state, adapter = exportable(run)
+    sharded = strategy.save_optimizer(run.optimizer, directory)
     if sharded:
-        save_part(run.optimizer, directory, rank=strategy.rank, world_size=strategy.world_size)
         strategy.all_sum(torch.zeros(1, device=strategy.device))  # all parts are there
     if strategy.rank != 0:
         return

@@ -17,16 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rayalign.errors import UserError
+
 FOLDER = Path("trainer")
 WHOLE = FOLDER / "optimizer.pt"
 PARTS = "optimizer-*-of-*.safetensors"
 
 Rows = Callable[[int, str, slice], Tensor]
 """(number of the parameter, name such as ``exp_avg``, rows) → those rows, or the scalar."""
-
-
-def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in parameters_of(optimizer))
 
 
 def save_part(optimizer: torch.optim.Optimizer, directory: Path, *, rank: int, world_size: int) -> None:
@@ -43,11 +41,21 @@ def save_part(optimizer: torch.optim.Optimizer, directory: Path, *, rank: int, w
 
 @torch.no_grad()
 def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Load what was saved in ``directory``, each parameter's part to where the parameter is."""
+    """Load what was saved in ``directory``, each parameter's part to where the parameter is.
+
+    Raises:
+        UserError: DeepSpeed saved it.
+    """
     with contextlib.ExitStack() as stack:
         parts = sorted((directory / FOLDER).glob(PARTS))
         if parts:
             names, rows = open_parts(parts, stack)
+        elif not (directory / WHOLE).exists():
+            raise UserError(
+                f"{directory} holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads, with the "
+                "workers and the stage that wrote it. Continue with those, or start a new run from that folder's "
+                "weights: model.name"
+            )
         else:
             names, rows = open_whole(directory / WHOLE)
         state = {

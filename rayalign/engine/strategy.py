@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.engine.forward import RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer_state import load_state
 from rayalign.engine.source import State
-from rayalign.errors import UserError
 
 Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
@@ -32,8 +33,8 @@ class StrategySpec:
     """fsdp2: average gradients after each micro-batch; they stay sharded, at the price of more communication."""
     cpu_offload: bool = False
     """fsdp2, deepspeed: parameters and optimizer state wait in the host's memory."""
-    zero_stage: Literal[2, 3] = 2
-    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too."""
+    zero_stage: Literal[2, 3] | None = None
+    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; None: what ``config`` says, else 2."""
     config: str | None = None
     """deepspeed: the text of the user's own JSON."""
 
@@ -89,6 +90,18 @@ class Strategy(Protocol):
         """``model``'s whole state by name on rank 0, tied tensors as one; nothing that counts on the others."""
         ...
 
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        """Write into a checkpoint what this rank alone holds; False where rank 0 holds all and nothing is written."""
+        ...
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        """Load the optimizer's state from a checkpoint.
+
+        Raises:
+            UserError: it was written in parts that this strategy or this number of workers cannot read.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Single:
@@ -125,6 +138,12 @@ class Single:
     def full_state(self, model: PreTrainedModel) -> State:
         state: State = model.state_dict()
         return state
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        return False
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +190,12 @@ class DDP:
         state: State = model.state_dict()
         return state
 
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        return False
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
+
 
 def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
@@ -201,4 +226,6 @@ def make_strategy(spec: StrategySpec | Name, device: torch.device) -> Strategy:
         from rayalign.engine.fsdp2 import FSDP2
 
         return FSDP2(device, dist.get_rank(), dist.get_world_size(), spec)
-    raise UserError(f"strategy.name: this release does not run {spec.name!r}; write single, ddp or fsdp2")
+    from rayalign.engine.deepspeed import DeepSpeed
+
+    return DeepSpeed(device, dist.get_rank(), dist.get_world_size(), spec)

@@ -9,12 +9,12 @@ from typing import Any
 from rayalign import __version__
 from rayalign.config.dump import dump
 from rayalign.config.run import RunConfig
-from rayalign.config.training import StrategyConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.loop import TrainSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.strategy import StrategySpec
+from rayalign.engine.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
 from rayalign.manifest import file_digest
@@ -80,7 +80,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         spec=spec,
         source=source,
         held_out=held_out(run, method, source, stages) if run.data.eval else None,
-        strategy=strategy_spec(run.strategy),
+        strategy=strategy_spec(run),
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
@@ -181,13 +181,24 @@ def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
     )
 
 
-def strategy_spec(strategy: StrategyConfig) -> StrategySpec:
-    return StrategySpec(
+def strategy_spec(run: RunConfig) -> StrategySpec:
+    """Raises UserError where a DeepSpeed file cannot be read or contradicts the YAML."""
+    strategy = run.strategy
+    try:
+        config = Path(strategy.config).read_text(encoding="utf-8") if strategy.config else None
+    except OSError as error:
+        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error.strerror}") from error
+    spec = StrategySpec(
         name=strategy.name,
         reshard_after_forward=strategy.reshard_after_forward,
         sync_every_micro_batch=strategy.sync_every_micro_batch,
         cpu_offload=strategy.cpu_offload,
+        zero_stage=strategy.zero_stage,
+        config=config,
     )
+    if strategy.name == "deepspeed":
+        zero_config(spec, optimizer_spec(run, steps=run.optim.steps or 1), bfloat16=False)
+    return spec
 
 
 def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:

@@ -163,6 +163,7 @@ class Group:
                 name=folder.name,
                 storage_path=str(folder),
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
+                worker_runtime_env=environment(job),
             ),
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
@@ -185,6 +186,13 @@ class Group:
     def abandon(self) -> None:
         """Remove the mailbox: workers that still live end with their job."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+
+def environment(job: TrainJob) -> dict[str, dict[str, str]] | None:
+    """DeepSpeed asks the environment which device it has, once, when it is first imported."""
+    if job.strategy.name != "deepspeed":
+        return None
+    return {"env_vars": {"DS_ACCELERATOR": "cuda" if job.share.gpus else "cpu"}}
 
 
 def backend(job: TrainJob) -> str:

@@ -94,6 +94,8 @@ STRATEGIES = {
     "ddp": StrategySpec(name="ddp"),
     "fsdp2": StrategySpec(name="fsdp2"),
     "fsdp2_kept": StrategySpec(name="fsdp2", reshard_after_forward=False, sync_every_micro_batch=True),
+    "zero2": StrategySpec(name="deepspeed", zero_stage=2),
+    "zero3": StrategySpec(name="deepspeed", zero_stage=3),
 }
 
 
