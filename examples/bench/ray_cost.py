@@ -17,6 +17,7 @@ from typing import Any
 
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
+from rayalign.engine.strategy import StrategySpec
 from rayalign.runtime.placement import Share
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
@@ -90,7 +91,13 @@ def under_ray(job: Record) -> Record:
             share = Share(cpus=session.num_cpus, gpus=0.0, threads=job["threads"])
             trainer.fit(
                 TrainJob(
-                    spec=spec, source=source, held_out=None, strategy="single", workers=1, share=share, run="ray_cost"
+                    spec=spec,
+                    source=source,
+                    held_out=None,
+                    strategy=StrategySpec(),
+                    workers=1,
+                    share=share,
+                    run="ray_cost",
                 )
             )
             ended = metrics.stat().st_mtime

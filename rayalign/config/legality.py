@@ -255,6 +255,10 @@ def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
                 "reference.place",
                 "trainer scores with the adapter off, so it needs model.lora; write pool",
             )
+        if record.round_prepare is not None:
+            yield Violation(
+                "reference.place", f"{record.name} prepares whole rounds, which hold the reference's part; write pool"
+            )
         if run.model.reference is not None:
             yield Violation(
                 "reference.place",

@@ -12,9 +12,19 @@ def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
     record = run.method.record
     found = {
-        f"strategy: {run.strategy.name}; write single or ddp": run.strategy.name in ("fsdp2", "deepspeed"),
         "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
-        "model.lora; remove it to train all weights": run.model.lora is not None,
+        f"model.lora with {record.name}; remove it to train all weights": (
+            run.model.lora is not None and record.trains == "scalar"
+        ),
+        "model.lora with strategy: deepspeed; write single, ddp or fsdp2": (
+            run.model.lora is not None and run.strategy.name == "deepspeed"
+        ),
+        f"method: {record.name} with strategy: {run.strategy.name}; write single or ddp": (
+            record.critic is not None and run.strategy.name in ("fsdp2", "deepspeed")
+        ),
+        f"model.lora with method: {record.name}, which trains two models; remove it": (
+            record.critic is not None and run.model.lora is not None
+        ),
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
             record.trains == "policy" and bool(record.needs & {"value", "score"})
         ),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayalign.config.fields import Block, Elastic, ModelPath
+from rayalign.config.fields import Block, Elastic, InputPath, ModelPath
 from rayalign.methods.weighting import WPOWeighting
 
 
@@ -55,12 +55,33 @@ class OptimConfig(Block):
         return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
 
 
+OPTIONS = {
+    "zero_stage": ("deepspeed",),
+    "config": ("deepspeed",),
+    "cpu_offload": ("fsdp2", "deepspeed"),
+    "reshard_after_forward": ("fsdp2",),
+    "sync_every_micro_batch": ("fsdp2",),
+}
+"""Options of ``strategy`` that only some strategies have."""
+
+
 class StrategyConfig(Block):
     """How the policy is spread over workers."""
 
     name: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
     workers: Elastic = "auto"
     """A number, [smallest, largest] (elastic), or auto: one per GPU, on CPUs one."""
+    cpu_offload: bool = False
+    """fsdp2, deepspeed: parameters and optimizer state wait in the host's memory; slower."""
+    reshard_after_forward: bool = True
+    """fsdp2: free a block's parameters after its forward; false gathers them once instead of twice."""
+    sync_every_micro_batch: bool = False
+    """fsdp2: gradients stay sharded between micro-batches, instead of being averaged once per step; slower."""
+
+    zero_stage: Literal[2, 3] | None = None
+    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; null: what config says, else 2."""
+    config: InputPath | None = None
+    """deepspeed: a JSON file of its settings; where it contradicts this file, every conflict is named."""
 
     @model_validator(mode="after")
     def _enough_workers(self) -> Self:
@@ -69,6 +90,13 @@ class StrategyConfig(Block):
             raise ValueError("workers must be at least 1")
         if self.name == "single" and self.workers not in ("auto", 1):
             raise ValueError(f"single trains in one process; for workers: {self.workers} write name: ddp or fsdp2")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_this_strategy(self) -> Self:
+        for option, strategies in OPTIONS.items():
+            if self.name not in strategies and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} is an option of {' and '.join(strategies)}; remove it, or change name")
         return self
 
 

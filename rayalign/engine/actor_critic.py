@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import OPTIMIZER, Checkpoint, load_optimizer
+from rayalign.engine.checkpoint import Checkpoint
 from rayalign.engine.forward import root_module
 from rayalign.engine.loop import (
     CriticSpec,
@@ -42,7 +42,8 @@ from rayalign.engine.loop import (
 )
 from rayalign.engine.model import load_policy, save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import make_optimizer, set_learning_rate
+from rayalign.engine.optimizer import set_learning_rate
+from rayalign.engine.optimizer_state import WHOLE
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
 from rayalign.engine.step import Runner, StepResult
@@ -87,9 +88,9 @@ class Critic:
     def write(self, directory: Path) -> None:
         """Weights, tokenizer and optimizer, below a checkpoint that is not committed yet."""
         folder = directory / CRITIC
-        (folder / OPTIMIZER).parent.mkdir(parents=True)
+        (folder / WHOLE).parent.mkdir(parents=True)
         save_pretrained(self.model, self.tokenizer, folder)
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        torch.save(self.optimizer.state_dict(), folder / WHOLE)
 
 
 def train(
@@ -127,11 +128,11 @@ def train(
                 sink.write(row)
             if strategy.rank == 0:
                 on_step(row)
-                if checkpoint_is_due(run):
-                    save(run, source, beside=critic.write, facts={CRITIC: critic.state()})
+            if checkpoint_is_due(run):
+                save(run, source, beside=critic.write, facts={CRITIC: critic.state()})
     if strategy.rank == 0:
         export_critic(run, critic)
-        export(run)
+    export(run)
     return spec.directory / "final"
 
 
@@ -145,18 +146,20 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     with of_the_critic():
         model, tokenizer = load_policy(start, device=run.strategy.device)
     run.layout = common_layout(run.layout, choose_layout(model))
-    module = root_module(model, layout=run.layout)
+    module, optimizer = run.strategy.wrap(
+        root_module(model, layout=run.layout), spec.optimizer, compute_dtype=run.runner.compute_dtype
+    )
     objective = Objective(stream=MAIN_STREAM, method=method.critic, config=config)
     critic = Critic(
         spec=spec,
         model=model,
         tokenizer=tokenizer,
         objective=objective,
-        runner=replace(run.runner, module=run.strategy.wrap(module), objectives={MAIN_STREAM: objective}),
-        optimizer=make_optimizer(module, spec.optimizer),
+        runner=replace(run.runner, module=module, objectives={MAIN_STREAM: objective}),
+        optimizer=optimizer,
     )
     if resumed is not None and place is not None:
-        load_optimizer(replace(resumed, directory=place), critic.optimizer)
+        run.strategy.load_optimizer(critic.optimizer, place)
         critic.restore(resumed.facts[CRITIC])
     return critic
 

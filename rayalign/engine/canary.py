@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rayalign.data.group import Candidate, Group
@@ -25,12 +26,23 @@ def canary_group(vocabulary: int) -> Group:
 
 
 @torch.no_grad()
-def canary_logps(model: PreTrainedModel, *, layout: Layout, dtype: torch.dtype) -> tuple[float, ...]:
-    """Log-probabilities of the canary's response under the training forward, nats."""
-    group = canary_group(model.get_output_embeddings().weight.shape[0])
+def canary_logps(
+    model: PreTrainedModel,
+    *,
+    layout: Layout,
+    dtype: torch.dtype,
+    policy: nn.Module | None = None,
+    device: torch.device | None = None,
+) -> tuple[float, ...]:
+    """Log-probabilities of the canary's response under the training forward, nats.
+
+    ``policy`` is the wrapped module that a strategy trains ``model`` by, on ``device``; all ranks call this alike.
+    """
+    device = device or model.device
+    group = canary_group(model.get_output_embeddings().out_features)
     batch = pack([group], positions=[0], num_candidates=1, pad_id=0, row_tokens=None, layout=layout)
-    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        scores = Policy(model, layout=layout)(to_device(batch, model.device))
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        scores = (policy or Policy(model, layout=layout))(to_device(batch, device))
     return tuple(scores.token_logp.float().tolist())
 
 

@@ -21,10 +21,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.engine.model import save_pretrained
+from rayalign.engine.optimizer_state import WHOLE as OPTIMIZER
+from rayalign.engine.optimizer_state import load_state
+from rayalign.engine.source import State
 from rayalign.manifest import TornDirectory, commit, read_manifest, verify
 
 NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
-OPTIMIZER = Path("trainer", "optimizer.pt")
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +63,32 @@ class Checkpointer:
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         stop_ids: Sequence[int],
         facts: Mapping[str, Any],
+        state: State | None = None,
         beside: Callable[[Path], None] | None = None,
     ) -> Path:
         """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this.
 
-        ``beside`` writes what else the state is, into folders of its own below the checkpoint's.
+        Without ``optimizer`` its state lies in :meth:`directory` already, each rank's part; ``state`` is what
+        :func:`rayalign.engine.model.save_pretrained` takes; ``beside`` writes what else the state is, into folders of
+        its own below the checkpoint's.
         """
-        directory = self.root / f"step_{step:06d}-a{self.attempt}"
-        (directory / OPTIMIZER).parent.mkdir(parents=True)
-        save_pretrained(model, tokenizer, directory, stop_ids=stop_ids)
-        torch.save(optimizer.state_dict(), directory / OPTIMIZER)
+        directory = self.directory(step)
+        (directory / OPTIMIZER).parent.mkdir(parents=True, exist_ok=optimizer is None)
+        save_pretrained(model, tokenizer, directory, stop_ids=stop_ids, state=state)
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), directory / OPTIMIZER)
         if beside is not None:
             beside(directory)
         commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
         self.prune(step)
         return directory
+
+    def directory(self, step: int) -> Path:
+        """Where this attempt writes the checkpoint of ``step``."""
+        return self.root / f"step_{step:06d}-a{self.attempt}"
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; one that is not whole is skipped with a warning that names the damage.
@@ -138,8 +148,8 @@ def step_of(directory: Path) -> int:
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state, moved to where its parameters are."""
-    optimizer.load_state_dict(torch.load(checkpoint.directory / OPTIMIZER, weights_only=True, map_location="cpu"))
+    """Load the optimizer's state, moved to where its parameters are, whichever strategy saved it."""
+    load_state(optimizer, checkpoint.directory)
 
 
 def refuse_other_run(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

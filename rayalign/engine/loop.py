@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -18,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.canary import canary_logps
-from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, load_optimizer, refuse_other_run
+from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
 from rayalign.engine.forward import root_module
+from rayalign.engine.lora import ADAPTER, merged, write_adapter
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
-from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer, set_learning_rate
+from rayalign.engine.optimizer import OptimizerSpec, set_learning_rate
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
 from rayalign.engine.step import Runner, StepResult
@@ -75,6 +77,8 @@ class TrainSpec:
     track: tuple[str, ...] = ()
     critic: CriticSpec | None = None
     """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""
+    reference_in_place: bool = False
+    """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
 
@@ -138,10 +142,9 @@ def train(
                 sink.write(row)
             if strategy.rank == 0:
                 on_step(row)
-                if checkpoint_is_due(run):
-                    save(run, source)
-    if strategy.rank == 0:
-        export(run)
+            if checkpoint_is_due(run):
+                save(run, source)
+    export(run)
     return spec.directory / "final"
 
 
@@ -155,10 +158,11 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
         identity=spec.identity,
     )
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
-    start = replace(spec.model, name=str(found.directory), revision=None, from_scratch=False) if found else spec.model
-    model, tokenizer = load_policy(start, device=strategy.device)
-    layout = choose_layout(model)
-    policy = root_module(model, layout=layout)
+    start = resumed_model(spec.model, found.directory) if found else spec.model
+    model, tokenizer = strategy.load(start)
+    layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
+    computes = compute_dtype(spec.model, strategy.device)
+    module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)
     run = Run(
         spec=spec,
         strategy=strategy,
@@ -166,22 +170,30 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
         tokenizer=tokenizer,
         layout=layout,
         runner=Runner(
-            module=strategy.wrap(policy),
+            module=module,
             objectives={objective.stream: objective for objective in spec.objectives},
             strategy=strategy,
-            compute_dtype=compute_dtype(spec.model, strategy.device),
+            compute_dtype=computes,
             seed=spec.seed,
+            reference_in_place=spec.reference_in_place,
         ),
-        optimizer=make_optimizer(policy, spec.optimizer),
+        optimizer=optimizer,
         checkpointer=checkpointer,
     )
     if found is not None:
-        load_optimizer(found, run.optimizer)
+        strategy.load_optimizer(run.optimizer, found.directory)
         run.step, run.num_tokens = found.step, found.facts["num_tokens"]
         changed = differences(found.facts["environment"], environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
     return run, found
+
+
+def resumed_model(model: ModelSpec, checkpoint: Path) -> ModelSpec:
+    """What a run loads to go on: an adapter onto the model that it began with, or the whole policy."""
+    if model.lora is not None:
+        return replace(model, adapter=checkpoint / ADAPTER)
+    return replace(model, name=str(checkpoint), revision=None, from_scratch=False)
 
 
 def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | None:
@@ -196,6 +208,7 @@ def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | No
 def environment(strategy: Strategy) -> dict[str, Any]:
     """What results depend on by rounding."""
     return {
+        "strategy": strategy.spec.name,
         "workers": strategy.world_size,
         "threads": torch.get_num_threads(),
         "device": strategy.device.type,
@@ -258,29 +271,48 @@ def offer_weights(run: Run, source: GroupSource) -> None:
     """Export the policy for a source that draws from it now; every worker learns which weights they are."""
     if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
         return
-    weights = export_weights(run, source) if run.strategy.rank == 0 else None
+    began = time.perf_counter()
+    state, _ = exportable(run)
+    canary = canary_logps(
+        run.model,
+        layout=run.layout,
+        dtype=run.runner.compute_dtype,
+        policy=run.runner.module,
+        device=run.strategy.device,
+    )
+    weights = export_weights(run, source, state, canary, began) if run.strategy.rank == 0 else None
     source.follow(run.strategy.broadcast(weights))
 
 
-def export_weights(run: Run, source: FollowsPolicy) -> Weights:
+def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[float, ...], began: float) -> Weights:
     """Send the policy, write it where it must outlive this process, and say what was sent."""
-    began = time.perf_counter()
-    state = run.model.state_dict()
     renamed = is_renamed(run.model)
     weights = Weights(
         step=run.step,
         attempt=run.checkpointer.attempt,
-        digest=weights_digest(run.model),
+        digest=state_digest(state),
         directory=source.weights_folder(run.step, run.checkpointer.attempt, written=renamed),
-        canary=canary_logps(run.model, layout=run.layout, dtype=run.runner.compute_dtype),
+        canary=canary,
         num_bytes=num_bytes(state),
     )
     if weights.directory is not None:
-        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids)
+        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids, state=state)
         commit(weights.directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
     if not renamed:
         source.send(weights, state)
     return replace(weights, seconds_sending=time.perf_counter() - began)
+
+
+def exportable(run: Run) -> tuple[State, Callable[[Path], None]]:
+    """The policy's whole state on rank 0, any adapter merged, and what writes that adapter into a model's folder.
+
+    All ranks call this alike.
+    """
+    state, spec = run.strategy.full_state(run.model), run.spec.model
+    if spec.lora is None or run.strategy.rank != 0:
+        return state, lambda directory: None
+    write = partial(write_adapter, spec.lora, run.model, state, base=spec.name)
+    return merged(run.model, state), lambda directory: write(directory / ADAPTER)
 
 
 def num_bytes(state: State) -> int:
@@ -295,15 +327,27 @@ def save(
     beside: Callable[[Path], None] | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Commit a checkpoint; ``beside`` and ``facts`` are what the state of another loop has beyond the policy's."""
-    state = source.state() if isinstance(source, FollowsPolicy) else {}
+    """Commit a checkpoint: every rank writes what it alone holds, rank 0 the rest.
+
+    ``beside`` and ``facts`` are what the state of another loop has beyond the policy's.
+    """
+    strategy, directory = run.strategy, run.checkpointer.directory(run.step)
+    state, adapter = exportable(run)
+    sharded = strategy.save_optimizer(run.optimizer, directory)
+    if sharded:
+        strategy.all_sum(torch.zeros(1, device=strategy.device))  # all parts are there
+    if strategy.rank != 0:
+        return
+    adapter(directory)
+    position = source.state() if isinstance(source, FollowsPolicy) else {}
     run.checkpointer.save(
         run.step,
         model=run.model,
         tokenizer=run.tokenizer,
-        optimizer=run.optimizer,
+        optimizer=None if sharded else run.optimizer,
         stop_ids=run.spec.stop_ids,
-        facts={"num_tokens": run.num_tokens, "source": state, "environment": environment(run.strategy), **facts},
+        facts={"num_tokens": run.num_tokens, "source": position, "environment": environment(strategy), **facts},
+        state=state,
         beside=beside,
     )
 
@@ -329,8 +373,12 @@ def padding_share(work: Sequence[StreamWork]) -> float:
 def export(run: Run) -> None:
     """Write ``final/`` once; an export that was committed before is left alone."""
     final = run.spec.directory / "final"
-    if read_manifest(final) is None:
-        save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids)
+    if run.strategy.broadcast(read_manifest(final) is not None):
+        return
+    state, adapter = exportable(run)
+    if run.strategy.rank == 0:
+        adapter(final)
+        save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
         commit(final, {"step": run.step, "identity": dict(run.spec.identity)})
 
 

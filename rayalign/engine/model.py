@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.attention import FLEX, attention_kind
 from rayalign.engine.group_attention import GROUP_ATTENTION
+from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
 from rayalign.errors import UserError
 
@@ -57,6 +58,10 @@ class ModelSpec:
     seed: int = 0
     head: ScalarHead | None = None
     """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
+    lora: LoraSpec | None = None
+    """An adapter, drawn with ``seed``, that is trained instead of the weights."""
+    adapter: Path | None = None
+    """Where a trained adapter lies, to go on from."""
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -67,9 +72,12 @@ def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
 
 
 def load_policy(
-    spec: ModelSpec, *, device: torch.device | None = None
+    spec: ModelSpec, *, device: torch.device | None = None, place: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to be trained on ``device`` (the CPU by default), and its tokenizer.
+
+    Its weights are in ``place`` (``device`` by default); on the meta device it is a skeleton, and no file of weights is
+    read.
 
     A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
     model.
@@ -80,6 +88,7 @@ def load_policy(
     """
     directory = model_directory(spec.name, spec.revision)
     device = device or torch.device("cpu")
+    place = place or device
     config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
     _silence_noise(config)
     (set_one_output if spec.head is not None else refuse_scalar)(config, directory)
@@ -89,7 +98,11 @@ def load_policy(
         "trust_remote_code": spec.trust_remote_code,
     }
     kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
-    if spec.from_scratch:
+    if place.type == "meta":
+        missing = {HEAD_WEIGHT}
+        with place:
+            model = kind.from_config(config, **options)
+    elif spec.from_scratch:
         missing = {HEAD_WEIGHT}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
@@ -105,9 +118,11 @@ def load_policy(
     if spec.head is not None:
         finish_head(model, missing=missing, seed=spec.seed, directory=directory)
         prepare_export(model, tokenizer, spec.head)
+    if spec.lora is not None:
+        add_adapter(model, spec.lora, seed=spec.seed, trained=spec.adapter)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).train(), tokenizer
+    return model.to(place).train(), tokenizer
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -145,13 +160,19 @@ def model_directory(name: str, revision: str | None = None) -> Path:
 
 
 def save_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, stop_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    stop_ids: Sequence[int] = (),
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a directory that ``from_pretrained`` loads with no conversion.
 
-    ``stop_ids`` are the tokens that end a response; generation_config.json names them.
+    ``stop_ids`` are the tokens that end a response; generation_config.json names them. ``state`` is what to write as
+    the model's weights where the model itself holds only a part of them.
     """
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
     tokenizer.save_pretrained(directory)
     if stop_ids and model.can_generate():
         generation = copy.deepcopy(model.generation_config)
@@ -176,6 +197,11 @@ def is_renamed(model: PreTrainedModel) -> bool:
 
 def weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 of the parameters and buffers in memory: equal where every bit is."""
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """The same of a model's whole state, wherever it was gathered from."""
 
     def entry(item: tuple[str, Tensor]) -> str:
         name, tensor = item
@@ -183,7 +209,7 @@ def weights_digest(model: PreTrainedModel) -> str:
         return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}\n"
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return hashlib.sha256("".join(threads.map(entry, sorted(model.state_dict().items()))).encode()).hexdigest()
+        return hashlib.sha256("".join(threads.map(entry, sorted(state.items()))).encode()).hexdigest()
 
 
 def _files_digest(paths: Iterable[Path]) -> str:

@@ -17,6 +17,8 @@ MAIN_STREAM = "train"
 FORWARD_NEEDS = frozenset({"log_sum_p2", "log_max_p", "plain_token_logp", "entropy", "value", "score"})
 """Needs that the model's forward answers; every other need is a column of the data."""
 
+REFERENCE_NEEDS = frozenset({"ref_logp", "ref_token_logp"})
+
 OPTIONAL_COLUMNS = frozenset({"behavior_logp", "margin", "soft_label"})
 """Columns [B, K] that data may lack: a method reads NaN there and takes its default."""
 

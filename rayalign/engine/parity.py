@@ -35,23 +35,24 @@ _WINDOW, _VOCABULARY, _WIDTH = 8, 48, 64
 log = logging.getLogger(__name__)
 
 
-def choose_layout(model: PreTrainedModel) -> Layout:
+def choose_layout(model: PreTrainedModel, *, device: torch.device | None = None) -> Layout:
     """The layout that ``model``'s family is proven to read right: ``packed`` where possible, else ``concatenated``.
 
     The proof is a float32 forward against transformers' own forward of each sequence alone, on a random model of the
     same configuration with fewer layers (one of each type), a small vocabulary and a window shorter than the sequences.
-    A family outside the table of attention families is tried as it is, on plain sequences. The result is kept in
+    A family outside the table of attention families is tried as it is, on plain sequences. ``device`` is where the
+    family will compute, if the model's weights wait elsewhere. The result is kept in
     ``$RAYALIGN_CACHE`` (default ``~/.cache/rayalign``), one file per configuration, attention implementation and
     transformers version.
 
     Raises:
         UserError: not even plain sequences give the log-probabilities that transformers gives.
     """
-    path = _cache_directory() / "parity" / f"{_key(model)}.json"
+    path = _cache_directory() / "parity" / f"{_key(model, device or model.device)}.json"
     if path.is_file():
         differences = json.loads(path.read_text(encoding="utf-8"))
     else:
-        differences = measure(model)
+        differences = measure(model, device=device)
         _write(path, differences)
     for layout in ("packed", "concatenated"):
         if differences.get(layout, float("inf")) <= TOLERANCE:
@@ -70,11 +71,11 @@ def choose_layout(model: PreTrainedModel) -> Layout:
     )
 
 
-def measure(model: PreTrainedModel) -> dict[str, float]:
+def measure(model: PreTrainedModel, *, device: torch.device | None = None) -> dict[str, float]:
     """Largest |Δ log-prob| of a token, in nats, or |Δ score|, for every layout that the family may use."""
     known = attention_kind(model.config).reach is not None
     layouts: tuple[Layout, ...] = ("packed", "concatenated") if known else ("concatenated",)
-    probe = shrunken(model) if known else model
+    probe = shrunken(model, device) if known else model
     groups = _groups()
     with torch.no_grad():
         expected = (plain_score if is_scalar(probe) else plain_token_logp)(probe, groups)
@@ -102,7 +103,7 @@ def plain_score(model: PreTrainedModel, groups: Sequence[Group]) -> Float[Tensor
     return torch.stack(scores)
 
 
-def shrunken(model: PreTrainedModel) -> PreTrainedModel:
+def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
     """A small random model of the same class: weights large enough that every mistake shows."""
     config = copy.deepcopy(model.config)
     config.vocab_size, config.pad_token_id = _VOCABULARY, None
@@ -126,7 +127,7 @@ def shrunken(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return probe.to(model.device).eval()
+    return probe.to(device or model.device).eval()
 
 
 def _groups() -> list[Group]:
@@ -159,12 +160,12 @@ def _difference(probe: PreTrainedModel, groups: Sequence[Group], layout: Layout,
     return float((found - expected).abs().max())
 
 
-def _key(model: PreTrainedModel) -> str:
+def _key(model: PreTrainedModel, device: torch.device) -> str:
     volatile = {"_name_or_path", "transformers_version", "dtype", "architectures"}
     config: PretrainedConfig = model.config
     facts = {name: value for name, value in config.to_dict().items() if name not in volatile}
     text = json.dumps(facts, sort_keys=True, default=str)
-    context = f"{transformers.__version__} {type(model).__name__} {config._attn_implementation} {model.device.type}"
+    context = f"{transformers.__version__} {type(model).__name__} {config._attn_implementation} {device.type}"
     return hashlib.sha256(f"{context}\n{text}".encode()).hexdigest()[:32]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayalign.engine.objective import MAIN_STREAM, Objective
+from rayalign.engine.lora import adapter_off, with_reference
+from rayalign.engine.objective import MAIN_STREAM, REFERENCE_NEEDS, Objective
 from rayalign.engine.source import StreamWork
 from rayalign.engine.strategy import Strategy
 from rayalign.methods._base import Statistics
@@ -44,6 +45,8 @@ class Runner:
     strategy: Strategy
     compute_dtype: torch.dtype
     seed: int
+    reference_in_place: bool = False
+    """The reference is the policy with its adapter off, and scores each batch here."""
 
     def step(
         self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -114,7 +117,12 @@ class Runner:
         """One forward of the policy in the compute dtype."""
         device = self.strategy.device
         with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            return objective.score(self.module, to_device(batch, device))
+            batch = to_device(batch, device)
+            if self.reference_in_place and objective.method.needed(objective.config) & REFERENCE_NEEDS:
+                with torch.no_grad(), adapter_off(self.module):
+                    scores = self.module(batch, logit_temperature=objective.config.logit_temperature)
+                batch = with_reference(batch, scores.token_logp)
+            return objective.score(self.module, batch)
 
 
 class Tally:

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.engine.forward import RootModule
-from rayalign.errors import UserError
+from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer_state import load_state
+from rayalign.engine.source import State
+
+Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategySpec:
+    """Which strategy, and what it may be told; plain values, so that they travel between processes."""
+
+    name: Name = "single"
+    reshard_after_forward: bool = True
+    """fsdp2: free a block's gathered parameters after its forward, and gather them again for its backward."""
+    sync_every_micro_batch: bool = False
+    """fsdp2: average gradients after each micro-batch; they stay sharded, at the price of more communication."""
+    cpu_offload: bool = False
+    """fsdp2, deepspeed: parameters and optimizer state wait in the host's memory."""
+    zero_stage: Literal[2, 3] | None = None
+    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; None: what ``config`` says, else 2."""
+    config: str | None = None
+    """deepspeed: the text of the user's own JSON."""
 
 
 @runtime_checkable
 class Strategy(Protocol):
-    """What the step asks of a way of training. Every strategy averages gradients over ranks."""
+    """What the loop asks of a way of training. Every strategy averages gradients over ranks.
 
+    ``wrap``, ``clip``, ``all_sum``, ``broadcast``, ``full_state`` and every forward may be collectives: all ranks call
+    them alike.
+    """
+
+    @property
+    def spec(self) -> StrategySpec: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -26,8 +56,14 @@ class Strategy(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def wrap(self, policy: RootModule) -> nn.Module:
-        """The module whose forward and backward train ``policy``."""
+    def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model as :meth:`wrap` wants it; only rank 0 is sure to hold its weights."""
+        ...
+
+    def wrap(
+        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module whose forward and backward train ``policy``, which holds rank 0's weights now, and its AdamW."""
         ...
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
@@ -50,6 +86,22 @@ class Strategy(Protocol):
         """Rank 0's picklable ``value`` on every rank."""
         ...
 
+    def full_state(self, model: PreTrainedModel) -> State:
+        """``model``'s whole state by name on rank 0, tied tensors as one; nothing that counts on the others."""
+        ...
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        """Write into a checkpoint what this rank alone holds; False where rank 0 holds all and nothing is written."""
+        ...
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        """Load the optimizer's state from a checkpoint.
+
+        Raises:
+            UserError: it was written in parts that this strategy or this number of workers cannot read.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Single:
@@ -58,9 +110,15 @@ class Single:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    spec: StrategySpec = StrategySpec()
 
-    def wrap(self, policy: RootModule) -> nn.Module:
-        return policy
+    def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_policy(spec, device=self.device)
+
+    def wrap(
+        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return policy, make_optimizer(policy, optimizer)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
@@ -77,6 +135,16 @@ class Single:
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def full_state(self, model: PreTrainedModel) -> State:
+        state: State = model.state_dict()
+        return state
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        return False
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
+
 
 @dataclass(frozen=True, slots=True)
 class DDP:
@@ -85,15 +153,22 @@ class DDP:
     device: torch.device
     rank: int
     world_size: int
+    spec: StrategySpec = StrategySpec(name="ddp")
 
-    def wrap(self, policy: RootModule) -> nn.Module:
+    def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_policy(spec, device=self.device)
+
+    def wrap(
+        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
+        module = DistributedDataParallel(
             policy,
             device_ids=device_ids,
             gradient_as_bucket_view=True,
             broadcast_buffers=False,  # they are constants, and sending them would be a collective in every forward
         )
+        return module, make_optimizer(policy, optimizer)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
@@ -106,14 +181,20 @@ class DDP:
         return clip_gradient(module, max_norm)
 
     def all_sum(self, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_ranks(values)
 
     def broadcast(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
+        return from_rank_0(value, self.device)
+
+    def full_state(self, model: PreTrainedModel) -> State:
+        state: State = model.state_dict()
+        return state
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+        return False
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
 
 
 def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
@@ -121,10 +202,30 @@ def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
 
 
-def make_strategy(name: str, device: torch.device) -> Strategy:
-    """The strategy called ``name`` for this process; a process without a process group trains alone."""
-    if name == "ddp" and dist.is_initialized():
-        return DDP(device, dist.get_rank(), dist.get_world_size())
-    if name in ("single", "ddp"):
+def sum_over_ranks(values: Tensor) -> Tensor:
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def from_rank_0(value: Any, device: torch.device) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device if device.type == "cuda" else None)
+    return box[0]
+
+
+def make_strategy(spec: StrategySpec | Name, device: torch.device) -> Strategy:
+    """The strategy for this process; one without a process group trains alone, whatever it would be in a group."""
+    if isinstance(spec, str):
+        spec = StrategySpec(name=spec)
+    if spec.name == "single" or not dist.is_initialized():
         return Single(device)
-    raise UserError(f"strategy.name: this release does not run {name!r}; write single or ddp")
+    if spec.name == "ddp":
+        return DDP(device, dist.get_rank(), dist.get_world_size(), spec)
+    if spec.name == "fsdp2":
+        from rayalign.engine.fsdp2 import FSDP2
+
+        return FSDP2(device, dist.get_rank(), dist.get_world_size(), spec)
+    from rayalign.engine.deepspeed import DeepSpeed
+
+    return DeepSpeed(device, dist.get_rank(), dist.get_world_size(), spec)

@@ -15,6 +15,8 @@ from rayalign.data.store import TokenStore
 from rayalign.engine.loop import CriticSpec, TrainSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.strategy import StrategySpec
+from rayalign.engine.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
 from rayalign.manifest import file_digest
@@ -31,6 +33,7 @@ from rayalign.pipeline.model import (
     scorer_spec,
     spec_digest,
     stop_ids,
+    trained_spec,
 )
 from rayalign.pipeline.rollouts import (
     actor_share,
@@ -69,7 +72,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     )
     spec = TrainSpec(
         directory=directory,
-        model=model_spec(run),
+        model=trained_spec(run),
         objectives=objectives(run, method),
         optimizer=optimizer_spec(run, steps),
         critic=critic_spec(run, steps) if method.critic is not None else None,
@@ -81,13 +84,14 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
         track=run.track,
+        reference_in_place=run.reference.place == "trainer",
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
     )
     return TrainJob(
         spec=spec,
         source=source,
         held_out=held_out(run, method, source, stages) if measures_loss(run, method) else None,
-        strategy=run.strategy.name,
+        strategy=strategy_spec(run),
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
@@ -200,6 +204,26 @@ def critic_spec(run: RunConfig, steps: int) -> CriticSpec:
     """The second model: another one, or the policy before the first step, with a scalar head and a rate of its own."""
     critic = run.critic or CriticConfig()
     return CriticSpec(model=critic_model(run), optimizer=replace(optimizer_spec(run, steps), lr=critic.lr))
+
+
+def strategy_spec(run: RunConfig) -> StrategySpec:
+    """Raises UserError where a DeepSpeed file cannot be read or contradicts the YAML."""
+    strategy = run.strategy
+    try:
+        config = Path(strategy.config).read_text(encoding="utf-8") if strategy.config else None
+    except OSError as error:
+        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error.strerror}") from error
+    spec = StrategySpec(
+        name=strategy.name,
+        reshard_after_forward=strategy.reshard_after_forward,
+        sync_every_micro_batch=strategy.sync_every_micro_batch,
+        cpu_offload=strategy.cpu_offload,
+        zero_stage=strategy.zero_stage,
+        config=config,
+    )
+    if strategy.name == "deepspeed":
+        zero_config(spec, optimizer_spec(run, steps=run.optim.steps or 1), bfloat16=False)
+    return spec
 
 
 def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:

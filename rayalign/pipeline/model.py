@@ -12,6 +12,7 @@ from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
+from rayalign.engine.lora import LoraSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
@@ -40,6 +41,17 @@ def model_spec(run: RunConfig) -> ModelSpec:
         seed=run.seed,
         head=ScalarHead(template=run.data.template, stop=run.data.stop) if scalar else None,
     )
+
+
+def trained_spec(run: RunConfig) -> ModelSpec:
+    """The same with the adapter that is trained in its place, where there is one."""
+    lora = run.model.lora
+    if lora is None:
+        return model_spec(run)
+    adapter = LoraSpec(
+        rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=tuple(lora.target_modules)
+    )
+    return replace(model_spec(run), lora=adapter)
 
 
 def reference_spec(run: RunConfig) -> ModelSpec:

@@ -112,7 +112,8 @@ def shape_of(method: Method) -> Shape:
 
 
 def needs_reference(method: Method, run: RunConfig) -> bool:
-    return bool(method.needed(run.method.config) & {"ref_logp", "ref_token_logp"})
+    """Whether groups come with the reference's log-probs; else the training process asks its own adapter's base."""
+    return run.reference.place == "pool" and bool(method.needed(run.method.config) & {"ref_logp", "ref_token_logp"})
 
 
 def stored_stream(

@@ -18,12 +18,14 @@ from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
+from rayalign.engine.deepspeed import refuse_missing_deepspeed
+from rayalign.engine.lora import refuse_missing_peft
 from rayalign.errors import MissingExtra, UserError
 from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.job import make_job, num_processes
+from rayalign.pipeline.job import make_job, num_processes, strategy_spec
 from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages, filter_facts
@@ -87,6 +89,11 @@ def refuse_unsupported(run: RunConfig) -> None:
     reasons = unsupported(run)
     if reasons:
         raise UserError("; ".join(reasons))
+    if run.model.lora is not None:
+        refuse_missing_peft()
+    if run.strategy.name == "deepspeed":
+        refuse_missing_deepspeed()
+        strategy_spec(run)
     if run.rollout is not None:
         refuse_missing(run.rollout.engine, run.rollout.python)
     if run.scorer is not None:

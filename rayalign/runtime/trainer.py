@@ -24,6 +24,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from rayalign.engine.strategy import StrategySpec
 from rayalign.errors import UserError, first_line
 from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
 from rayalign.runtime.placement import Share
@@ -128,7 +129,7 @@ def needs(job: RolloutJob) -> tuple[object, ...]:
 class Shape:
     """What jobs must have in common to be trained by the same workers."""
 
-    strategy: str
+    strategy: StrategySpec
     workers: int
     share: Share
 
@@ -154,7 +155,7 @@ class Group:
         trainer = TorchTrainer(
             worker_main,
             train_loop_config={"mailbox": str(mailbox.folder)},
-            torch_config=TorchConfig(backend="nccl" if job.share.gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            torch_config=TorchConfig(backend=backend(job), timeout_s=COLLECTIVE_SECONDS),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
             ),
@@ -162,6 +163,7 @@ class Group:
                 name=folder.name,
                 storage_path=str(folder),
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
+                worker_runtime_env=environment(job),
             ),
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
@@ -184,6 +186,20 @@ class Group:
     def abandon(self) -> None:
         """Remove the mailbox: workers that still live end with their job."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+
+def environment(job: TrainJob) -> dict[str, dict[str, str]] | None:
+    """DeepSpeed asks the environment which device it has, once, when it is first imported."""
+    if job.strategy.name != "deepspeed":
+        return None
+    return {"env_vars": {"DS_ACCELERATOR": "cuda" if job.share.gpus else "cpu"}}
+
+
+def backend(job: TrainJob) -> str:
+    """What carries collectives; tensors that wait in the host's memory need one of their own."""
+    if not job.share.gpus:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if job.strategy.cpu_offload else "nccl"
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:

@@ -19,7 +19,7 @@ from ray.train.torch import get_device
 from rayalign.data.rows import Layout
 from rayalign.engine import actor_critic
 from rayalign.engine.loop import MakeSource, TrainSpec, train
-from rayalign.engine.strategy import Strategy, make_strategy
+from rayalign.engine.strategy import Strategy, StrategySpec, make_strategy
 from rayalign.runtime.placement import Share
 from rayalign.runtime.progress import logging_to
 from rayalign.runtime.rounds import RolloutJob
@@ -37,7 +37,7 @@ class TrainJob:
     spec: TrainSpec
     source: SourceSpec
     held_out: SourceSpec | None
-    strategy: str
+    strategy: StrategySpec
     workers: int
     share: Share
     run: str

@@ -261,6 +261,9 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
     [
         ([], []),
         (["strategy=ddp", "optim.steps=3", "model.from_scratch=true"], []),
+        (["strategy={name: deepspeed, workers: 2, zero_stage: 3, cpu_offload: true, config: ds.json}"], []),
+        (["model.lora.rank=4", "reference.place=trainer"], []),
+        (["strategy={name: fsdp2, workers: 2, cpu_offload: true, sync_every_micro_batch: true}"], []),
         (ON_POLICY, []),
         (["label.relabel=true", f"scorer={RULE}"], []),
         (
@@ -268,9 +271,8 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             [],
         ),
         (
-            ["strategy=fsdp2", "model.lora.rank=4"],
-            ["this release does not run strategy: fsdp2; write single or ddp",
-             "this release does not run model.lora; remove it to train all weights"],
+            ["strategy=deepspeed", "model.lora.rank=4"],
+            ["this release does not run model.lora with strategy: deepspeed; write single, ddp or fsdp2"],
         ),
         (["evaluate.prompts=p.jsonl", "evaluate.judge={name: llm, model: m, base_url: 'http://u'}"], []),
         (["evaluate={prompts: p.jsonl, scorers: {name: llm, model: m, engine: hf}, baseline: other}"], []),

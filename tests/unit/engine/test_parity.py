@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny
 from transformers import PreTrainedModel
 
@@ -75,9 +76,9 @@ def test_a_family_that_changes_its_logits_is_refused() -> None:
 def test_the_proof_is_kept_per_configuration(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def counted(model: PreTrainedModel) -> dict[str, float]:
+    def counted(model: PreTrainedModel, **place: torch.device | None) -> dict[str, float]:
         measured.append(model.config.model_type)
-        return measure(model)
+        return measure(model, **place)
 
     monkeypatch.setattr(parity, "measure", counted)
     for name in ("llama", "llama", "olmo2", "llama"):

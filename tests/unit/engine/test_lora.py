@@ -1,0 +1,220 @@
+"""Adapters: the model that they start from, what is trained, and what becomes of them in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packed_work import packed
+from peft import PeftModel
+from random_groups import random_groups
+from safetensors.torch import load_file
+from test_loop import Interrupted, checkpoint_of, interrupt_after, rows
+from tiny_runs import (
+    Scenario,
+    objective,
+    prepared,
+    run,
+    save_tiny,
+    store,
+    synthetic_groups,
+    train_alone,
+    train_spec,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rayalign.engine.forward import Policy
+from rayalign.engine.lora import ADAPTER, LoraSpec, adapted, adapter_off, merged
+from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.strategy import make_strategy
+from rayalign.errors import UserError
+
+SINGLE = make_strategy("single", torch.device("cpu"))
+LORA = LoraSpec(rank=3, alpha=5.0)
+GROUPS = random_groups([2, 2, 2], vocabulary=300, seed=0)
+STEPS = 6
+FAMILIES = ("llama_tied", "gpt2", "qwen3_moe", "gemma3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_tiny(folder / name, name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def scenario(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    folder, model = tmp_path_factory.mktemp("scenario"), models["llama_tied"]
+    pairs = store(folder / "pairs", synthetic_groups([2] * 12), reference=model)
+    return Scenario(model=model, streams=(pairs,), objectives=(objective("dpo"),), lr=1e-2, steps=STEPS, lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def whole(scenario: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    train_alone(train_spec(directory, scenario, check_initial_logratio=True), scenario)
+    return directory
+
+
+@torch.no_grad()
+def logps(model: PreTrainedModel) -> Tensor:
+    return Policy(model)(packed(GROUPS)).token_logp
+
+
+def trained(path: Path, lora: LoraSpec = LORA) -> PreTrainedModel:
+    """A model with an adapter that does something."""
+    model, _ = load_policy(ModelSpec(name=str(path), lora=lora))
+    torch.manual_seed(0)
+    for layer in adapted(model).values():
+        layer.lora_B["default"].weight.data.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_adapter_changes_nothing(family: str, models: dict[str, Path]) -> None:
+    base, _ = load_policy(ModelSpec(name=str(models[family])))
+    model, _ = load_policy(ModelSpec(name=str(models[family]), lora=LORA))
+    assert torch.equal(logps(model), logps(base))
+    assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert not any("lm_head" in name for name in adapted(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_weights_compute_the_same_under_the_names_of_the_base(family: str, models: dict[str, Path]) -> None:
+    base, _ = load_policy(ModelSpec(name=str(models[family])))
+    model = trained(models[family])
+    expected = logps(model)
+    assert (expected - logps(base)).abs().max() > 0.05
+    state = merged(model, model.state_dict())
+    assert list(state) == list(base.state_dict())
+    base.load_state_dict(state)
+    assert torch.allclose(logps(base), expected, atol=2e-5)
+
+
+def test_the_merge_by_hand(models: dict[str, Path]) -> None:
+    model = trained(models["llama_tied"], LoraSpec(rank=2, alpha=6.0, target_modules=("q_proj",)))
+    layer = model.model.layers[0].self_attn.q_proj
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    state = merged(model, model.state_dict())
+    assert A.shape[0] == 2 and len(adapted(model)) == 2
+    assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + 3.0 * (B @ A))
+    assert state["model.embed_tokens.weight"].data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@torch.no_grad()
+def test_off_is_the_model_before_the_adapter(models: dict[str, Path]) -> None:
+    base, _ = load_policy(ModelSpec(name=str(models["gpt2"])))
+    model = trained(models["gpt2"])
+    before = logps(model)
+    with adapter_off(model):
+        assert torch.equal(logps(model), logps(base))
+    assert torch.equal(logps(model), before) and not torch.equal(before, logps(base))
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("target", ["q_porj", "lm_head", "embed_tokens", "proj"])
+def test_layers_that_cannot_be_adapted_are_named(target: str, models: dict[str, Path]) -> None:
+    lora = replace(LORA, target_modules=("q_proj", target))
+    with pytest.raises(UserError, match=f"model.lora.target_modules: {target}: .* blocks, which are down_proj, "):
+        load_policy(ModelSpec(name=str(models["llama_tied"]), lora=lora))
+
+
+def test_only_the_adapter_is_trained(scenario: Scenario) -> None:
+    _, policy, optimizer = prepared(scenario, SINGLE)
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for name, parameter in policy.named_parameters() if ".lora_" in name}
+    trajectory = run(scenario)
+    base, _ = load_policy(ModelSpec(name=str(scenario.model)))
+    for name, weight in base.state_dict().items():
+        held = trajectory.weights.get(name)
+        held = trajectory.weights[name.replace(".weight", ".base_layer.weight")] if held is None else held
+        assert torch.equal(held, weight)
+    assert min(trajectory.loss) < trajectory.loss[0] - 0.02
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "exo_pref", "wpo"])
+def test_a_reference_in_place_is_the_one_in_the_data(method: str, scenario: Scenario, tmp_path: Path) -> None:
+    """Every loss and weight to the bit: the same forward made the stored log-probs."""
+    if method == "kto":
+        from tiny_runs import labelled
+
+        pairs = labelled(synthetic_groups([2] * 12))
+        stored = store(tmp_path / "stored", pairs, reference=scenario.model)
+        bare = store(tmp_path / "bare", pairs)
+    else:
+        stored = scenario.streams[0]
+        bare = replace(stored, columns=((),))
+    first = replace(scenario, streams=(stored,), objectives=(objective(method),))
+    second = replace(first, streams=(bare,), reference_in_place=True)
+    one, other = run(first), run(second)
+    assert other.loss == pytest.approx(one.loss, abs=1e-6) and other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    assert all((one.weights[name] - other.weights[name]).abs().max() < 1e-4 for name in one.weights)
+    assert one.loss[0] != one.loss[-1]
+
+
+def test_dropout_is_of_gradients_only(scenario: Scenario) -> None:
+    dropped = replace(scenario, lora=replace(LORA, dropout=0.5))
+    runner, policy, optimizer = prepared(dropped, SINGLE)
+    for layer in adapted(policy.model).values():
+        layer.lora_B["default"].weight.data.normal_(std=0.3)
+    assert torch.equal(logps(policy.model), logps(policy.model))
+    torch.manual_seed(0)
+    one, other = (policy(packed(GROUPS)).token_logp for _ in range(2))
+    assert not torch.equal(one, other)
+
+
+# Files
+
+
+def test_final_is_the_merged_model_and_its_adapter(scenario: Scenario, whole: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(whole / "final")
+    base = AutoModelForCausalLM.from_pretrained(scenario.model)
+    names = set(load_file(scenario.model / "model.safetensors"))
+    assert set(load_file(whole / "final" / "model.safetensors")) == names
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        expected, before = model(ids).logits, base(ids).logits
+        adapted_model = PeftModel.from_pretrained(base, whole / "final" / ADAPTER)
+        assert torch.allclose(adapted_model(ids).logits, expected, atol=2e-5)
+    assert (expected - before).abs().max() > 1e-2
+    assert adapted_model.peft_config["default"].r == 3
+    assert model.generation_config.eos_token_id == [4]
+
+
+def test_an_adapter_of_transposed_layers_loads_in_peft(models: dict[str, Path], tmp_path: Path) -> None:
+    pairs = store(tmp_path / "pairs", synthetic_groups([2] * 12), reference=models["gpt2"])
+    scenario = Scenario(
+        model=models["gpt2"], streams=(pairs,), objectives=(objective("dpo"),), lr=1e-2, steps=2, lora=LORA
+    )
+    final = train_alone(train_spec(tmp_path / "run", scenario), scenario)
+    base = AutoModelForCausalLM.from_pretrained(models["gpt2"])
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(final)(ids).logits
+        assert torch.allclose(PeftModel.from_pretrained(base, final / ADAPTER)(ids).logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resume_is_exact(dropout: float, scenario: Scenario, tmp_path: Path) -> None:
+    dropped = replace(scenario, lora=replace(LORA, dropout=dropout))
+    straight, interrupted = (train_spec(tmp_path / name, dropped) for name in ("straight", "interrupted"))
+    train_alone(straight, dropped)
+    with pytest.raises(Interrupted):
+        train_alone(interrupted, dropped, on_step=interrupt_after(3))
+    train_alone(interrupted, dropped)
+    assert rows(interrupted.directory) == rows(straight.directory)
+    for file in (Path("model.safetensors"), Path(ADAPTER, "adapter_model.safetensors")):
+        mine, theirs = ((spec.directory / "final" / file).read_bytes() for spec in (interrupted, straight))
+        assert mine == theirs
+    assert (checkpoint_of(straight.directory, STEPS) / ADAPTER / "adapter_config.json").exists()

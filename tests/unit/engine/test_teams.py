@@ -1,0 +1,301 @@
+"""Workers that share parameters, or have unequal shares of the work, do what one process does."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from teams import Task, drawn_run, loaded_state, refused_run, results_of, run_in_shares, token_logps, whole_run
+from test_equivalence import assert_equivalent
+from tiny_runs import (
+    CPU,
+    Scenario,
+    Trajectory,
+    objective,
+    save_tiny,
+    store,
+    synthetic_groups,
+    train_alone,
+    train_spec,
+)
+from transformers import AutoModelForCausalLM
+
+from rayalign.engine.loop import TrainSpec
+from rayalign.engine.lora import LoraSpec
+from rayalign.engine.metrics import read_metrics
+from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_digest
+from rayalign.engine.scalar import ScalarHead
+from rayalign.engine.strategy import StrategySpec, make_strategy
+from rayalign.manifest import verify
+
+SINGLE = make_strategy("single", CPU)
+DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
+ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2, 3))
+TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
+METHODS = ("dpo", "exo_rw", "wpo", "mpo", "lora")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("teams")
+
+
+# Three, one and no micro-batch
+
+
+@pytest.fixture(scope="module")
+def scenarios(folder: Path) -> dict[str, Scenario]:
+    """Four micro-batches a step, or fewer; three workers divide no dimension of the model evenly."""
+    model = save_tiny(folder / "model", "llama_tied")
+    calm = save_tiny(folder / "calm", "llama_tied", initializer_range=0.05)
+    pairs = synthetic_groups([2] * 24)
+    four = synthetic_groups([4] * 16, seed=1)
+    plain = store(folder / "plain", pairs, groups_per_step=4)
+    stored = store(folder / "pairs", pairs, reference=model, groups_per_step=4)
+    weighted = store(folder / "weighted", pairs, reference=calm, groups_per_step=4)
+    ragged = store(folder / "four", four, reference=model, groups_per_step=4)
+    desk = store(folder / "desk", synthetic_groups([1] * 10, seed=2), name="desk", groups_per_step=3)
+    likelihood = objective("sft", stream="desk", weight=0.1, reduction="sequence")
+    exo = objective("exo_rw", behavior_correction="off")
+    small = {"tokens_per_micro_batch": 40, "row_tokens": 40}
+    bare = replace(stored, columns=((),))
+    return {
+        "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),), **small),
+        "lora": Scenario(
+            model=model,
+            streams=(bare,),
+            objectives=(objective("dpo"),),
+            lr=5e-3,
+            lora=LoraSpec(rank=3, alpha=6.0),
+            reference_in_place=True,
+            **small,
+        ),
+        "exo_rw": Scenario(
+            model=model, streams=(ragged,), objectives=(exo,), lr=4e-4, tokens_per_micro_batch=58, row_tokens=58
+        ),
+        "wpo": Scenario(model=calm, streams=(weighted,), objectives=(objective("wpo"),), lr=3e-3, **small),
+        "mpo": Scenario(model=model, streams=(plain, desk), objectives=(objective("mpo"), likelihood), **small),
+    }
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path, scenarios: dict[str, Scenario]) -> dict[str, list[tuple[Trajectory, list[int]]]]:
+    tasks = {
+        f"{team}-{name}": Task(spec, run_in_shares, (scenario,))
+        for team, spec in TEAMS.items()
+        for name, scenario in scenarios.items()
+        if scenario.lora is None or spec.name != "deepspeed"
+    }
+    return results_of(folder, 3, tasks)
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("name", METHODS)
+def test_unequal_shares(team: str, name: str, scenarios: dict[str, Scenario], shared) -> None:
+    if name == "lora" and TEAMS[team].name == "deepspeed":
+        return  # refused: see the legality of configurations
+    alone, _ = run_in_shares(SINGLE, scenarios[name])
+    found = shared[f"{team}-{name}"]
+    assert (3, 1, 0) in zip(*(held for _, held in found), strict=True)
+    assert_equivalent(found[0][0], alone, lr=scenarios[name].lr)
+    assert min(alone.loss[-4:]) < alone.loss[0] - 0.02
+
+
+# Loading, precision, resuming: two workers
+
+
+STEPS = 6
+LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "experts": "qwen3_moe", "windowed": "gemma3"}
+REFUSED = {
+    ("zero2", "ddp"): "holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads",
+    ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
+    ("fsdp2", "zero2"): r"optimizer-00001-of-00002\.safetensors.*, which deepspeed with 2 workers cannot read",
+}
+DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
+ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
+CHANGES = [
+    ("fsdp2", "fsdp2"),
+    ("fsdp2", "ddp"),
+    ("fsdp2", "single"),
+    ("ddp", "fsdp2"),
+    ("single", "fsdp2"),
+    ("zero2", "zero2"),
+    ("zero3", "zero3"),
+]
+"""A run of six steps goes on under another strategy for six more."""
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, ModelSpec]:
+    files = {name: ModelSpec(name=str(save_tiny(folder / name, family))) for name, family in LOADED.items()}
+    llama = save_tiny(folder / "llama")
+    return files | {
+        "scratch": ModelSpec(name=str(llama), from_scratch=True, seed=5),
+        "reward model": ModelSpec(name=str(llama), head=ScalarHead(), seed=3),
+    }
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path) -> Scenario:
+    """MPO with its auxiliary stream on tied weights."""
+    model = save_tiny(folder / "resumed", "llama_tied")
+    pairs = store(folder / "resumed-pairs", synthetic_groups([2] * 10), reference=model, groups_per_step=4)
+    desk = store(folder / "resumed-desk", synthetic_groups([1] * 7, seed=1), name="desk", groups_per_step=2)
+    likelihood = objective("sft", stream="desk", weight=0.1)
+    return Scenario(model=model, streams=(pairs, desk), objectives=(objective("mpo"), likelihood), steps=2 * STEPS)
+
+
+@pytest.fixture(scope="module")
+def adapting(resumed: Scenario) -> Scenario:
+    """DPO of an adapter, beside a reference in place."""
+    bare = replace(resumed.streams[0], columns=((),))
+    return replace(
+        resumed,
+        streams=(bare,),
+        objectives=(objective("dpo"),),
+        lora=LoraSpec(rank=2, alpha=4.0, dropout=0.1),
+        reference_in_place=True,
+    )
+
+
+def prompts(folder: Path) -> Path:
+    path = folder / "prompts.jsonl"
+    rows = [{"prompt": f"question {n}", "chosen": f"aeiou {n}", "rejected": "xyz"} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> TrainSpec:
+    spec = train_spec(directory, scenario)
+    constant = replace(spec.optimizer, steps=steps, schedule="constant", warmup_steps=0)
+    return replace(spec, optimizer=constant, checkpoint_every=4)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    folder: Path, models: dict[str, ModelSpec], scenarios: dict[str, Scenario], resumed: Scenario, adapting: Scenario
+):
+    """What two workers did."""
+    low = replace(scenarios["dpo"], dtype="bfloat16")
+    tasks = {f"load {name}": Task(FSDP2, loaded_state, (spec,)) for name, spec in models.items()}
+    tasks |= {"bfloat16": Task(FSDP2, token_logps, (low,)), "float32": Task(FSDP2, token_logps, (scenarios["dpo"],))}
+    tasks |= {"low run": Task(FSDP2, run_in_shares, (replace(low, steps=5),))}
+    for before, after in CHANGES:
+        directory = folder / f"{before}-{after}"
+        if before == "single":
+            train_alone(spec_of(directory, resumed, STEPS), resumed)
+        else:
+            tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, resumed, STEPS), resumed))
+        if after != "single":
+            tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, resumed), resumed))
+    for before, after in REFUSED:
+        directory = folder / f"{before}-{after}"
+        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, resumed, STEPS), resumed))
+        tasks[f"{directory.name} 2"] = Task(TEAMS[after], refused_run, (spec_of(directory, resumed), resumed))
+    for name in TEAMS:
+        tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
+    for before, after in ADAPTED:
+        directory = folder / f"lora-{before}-{after}"
+        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
+        tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
+    tasks["whole lora"] = Task(FSDP2, whole_run, (spec_of(folder / "whole-lora", adapting), adapting))
+    for name, lora in DRAWN.items():
+        tasks[name] = Task(FSDP2, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
+    (folder / "two").mkdir()
+    found = results_of(folder / "two", 2, tasks)
+    for before, _ in [change for change in CHANGES if change[1] == "single"]:
+        train_alone(spec_of(folder / f"{before}-single", resumed), resumed)
+    return found
+
+
+@pytest.mark.parametrize("name", [*LOADED, "scratch", "reward model"])
+def test_loaded_in_shards_and_gathered_again(name: str, models: dict[str, ModelSpec], pair) -> None:
+    model, _ = load_policy(models[name])
+    state, elsewhere = pair[f"load {name}"]
+    assert list(state) == list(model.state_dict())
+    assert state_digest(state) == weights_digest(model)
+    assert all(tensor.numel() == 0 for tensor in elsewhere.values())
+
+
+def test_a_skeleton_holds_no_weights(models: dict[str, ModelSpec]) -> None:
+    for spec in models.values():
+        model, _ = load_policy(spec, place=torch.device("meta"))
+        whole, _ = load_policy(spec)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forward_gives_the_very_bits_of_single(dtype: str, scenarios: dict[str, Scenario], pair) -> None:
+    expected = token_logps(SINGLE, replace(scenarios["dpo"], dtype=dtype))
+    assert all(torch.equal(found, expected) for found in pair[dtype])
+
+
+def test_steps_computed_in_bfloat16_stay_close(scenarios: dict[str, Scenario], pair) -> None:
+    alone, _ = run_in_shares(SINGLE, replace(scenarios["dpo"], dtype="bfloat16", steps=5))
+    found, _ = pair["low run"][0]
+    assert found.loss[0] == pytest.approx(alone.loss[0], abs=1e-9)
+    assert found.grad_norm == pytest.approx(alone.grad_norm, rel=2e-2)
+    assert found.loss == pytest.approx(alone.loss, abs=5e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_run_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
+    """Up to rounding as under one strategy, and exactly so where the strategy stays."""
+    whole = after if before == after else "fsdp2"
+    assert_same_run(folder / f"{before}-{after}", folder / f"whole-{whole}", exactly=before == after)
+    assert_same_run(folder / f"{before}-{after}", folder / "whole-ddp", exactly=False)
+
+
+@pytest.mark.parametrize(("before", "after"), REFUSED)
+def test_what_cannot_be_read_is_refused_with_the_reason(before: str, after: str, pair) -> None:
+    assert all(re.search(REFUSED[before, after], message) for message in pair[f"{before}-{after} 2"])
+
+
+@pytest.mark.parametrize(("before", "after"), ADAPTED)
+def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
+    assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora", exactly=before == after)
+
+
+def assert_same_run(directory: Path, whole: Path, *, exactly: bool) -> None:
+    ended, expected = (weights_at(run, 2 * STEPS) for run in (directory, whole))
+    rows, expected_rows = (read_metrics(run / "metrics.jsonl") for run in (directory, whole))
+    assert [row["step"] for row in rows] == list(range(1, 2 * STEPS + 1))
+    if exactly:
+        assert all(torch.equal(ended[name], weight) for name, weight in expected.items())
+        assert [row["loss"] for row in rows] == [row["loss"] for row in expected_rows]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected_rows], abs=1e-5)
+    assert max(float((ended[name] - expected[name]).abs().max()) for name in expected) <= 1e-4
+
+
+def weights_at(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    [checkpoint] = (directory / "checkpoints").glob(f"step_{step:06d}-*")
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_a_checkpoint_of_shards_is_a_model_and_whole(folder: Path, pair) -> None:
+    [checkpoint] = (folder / "whole-fsdp2" / "checkpoints").glob("step_000012-*")
+    manifest = verify(checkpoint)
+    assert {name for name in manifest["files"] if name.startswith("trainer/")} == {
+        "trainer/optimizer-00001-of-00002.safetensors",
+        "trainer/optimizer-00002-of-00002.safetensors",
+    }
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert weights_digest(model) == weights_digest(AutoModelForCausalLM.from_pretrained(folder / "whole-fsdp2/final"))
+    assert model.generation_config.eos_token_id == [4]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_rounds_are_drawn_with_gathered_weights(name: str, folder: Path, resumed: Scenario, pair) -> None:
+    """The actor takes the weights only if it scores the canary as the wrapped policy does."""
+    alone = folder / f"{name} alone"
+    drawn_run(SINGLE, alone, resumed.model, prompts(folder), DRAWN[name])
+    mine, theirs = (read_metrics(run / "metrics.jsonl") for run in (folder / name, alone))
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
+    assert [row["rollout/reward"] for row in mine] == [row["rollout/reward"] for row in theirs]
+    assert mine[2]["rollout/reward"] != mine[1]["rollout/reward"]
