@@ -66,9 +66,9 @@ def judge_ports(listeners: Sequence[Listener]) -> list[Finding]:
         (None, "warning", "owner not readable", f"if it is Ray: {FIX}"),
     )
     for asks, state, remark, fix in groups:
-        of_kind = sorted({str(listener) for listener in listeners if listener.asks is asks})
-        if of_kind:
-            findings.append(Finding(name="ports", state=state, found=f"{', '.join(of_kind)}: {remark}", fix=fix))
+        found = [listener for listener in listeners if listener.asks is asks]
+        if found:
+            findings.append(Finding(name="ports", state=state, found=f"{summed_up(found)}: {remark}", fix=fix))
     if not findings:
         with_token = len([listener for listener in listeners if listener.asks])
         found = (
@@ -76,6 +76,14 @@ def judge_ports(listeners: Sequence[Listener]) -> list[Finding]:
         )
         findings.append(Finding(name="ports", state="ok", found=found))
     return findings
+
+
+def summed_up(listeners: Sequence[Listener]) -> str:
+    """``GCS at [::]:6379, worker at 10.0.0.5:40001 and 3 more``: one of each kind, in the order of their names."""
+    kinds: dict[str, list[str]] = {}
+    for listener in sorted(listeners, key=lambda listener: (listener.what, listener.port)):
+        kinds.setdefault(listener.what, []).append(str(listener))
+    return ", ".join(first + (f" and {len(more)} more" if more else "") for first, *more in kinds.values())
 
 
 def ray_listeners(proc: Path) -> Iterator[Listener]:

@@ -123,6 +123,12 @@ def test_without_proc(tmp_path: Path) -> None:
     assert finding.state == "note" and "not measured" in finding.found
 
 
+def test_many_ports_are_summed_up() -> None:
+    seen = [Listener(what="worker", address="::", port=port, asks=False) for port in (9, 7, 8)]
+    (finding,) = judge_ports([*seen, Listener(what="GCS", address="10.0.0.5", port=6379, asks=False)])
+    assert finding.found == "GCS at 10.0.0.5:6379, worker at [::]:7 and 2 more: without a token"
+
+
 def test_both_states_are_said() -> None:
     seen = [Listener(what="GCS", address="::", port=1, asks=asks) for asks in (True, False, None)]
     assert [finding.state for finding in judge_ports(seen)] == ["broken", "warning"]
