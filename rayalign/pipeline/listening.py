@@ -66,9 +66,9 @@ def judge_ports(listeners: Sequence[Listener]) -> list[Finding]:
         (None, "warning", "owner not readable", f"if it is Ray: {FIX}"),
     )
     for asks, state, remark, fix in groups:
-        found = [listener for listener in listeners if listener.asks is asks]
-        if found:
-            findings.append(Finding(name="ports", state=state, found=f"{summed_up(found)}: {remark}", fix=fix))
+        alike = [listener for listener in listeners if listener.asks is asks]
+        if alike:
+            findings.append(Finding(name="ports", state=state, found=f"{summed_up(alike)}: {remark}", fix=fix))
     if not findings:
         with_token = len([listener for listener in listeners if listener.asks])
         found = (

@@ -13,7 +13,7 @@ from workspaces import Finished, Workspace, rayalign
 
 from rayalign.runtime.session import Session
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PLANTED = {
     "HF_TOKEN": "hf_plantedInTheEnvironment",
