@@ -17,6 +17,9 @@ import pytest
 import yaml
 from kuberay_rules import operator_errors, schema_errors, strict_schema
 
+from rayalign.runtime.placement import share
+from rayalign.runtime.session import Node, Session
+
 REPOSITORY = Path(__file__).parents[3]
 FOLDER = REPOSITORY / "cluster" / "kuberay"
 CRDS = {"RayJob": "ray.io_rayjobs.yaml.gz", "RayCluster": "ray.io_rayclusters.yaml.gz"}
@@ -148,6 +151,22 @@ def test_the_groups() -> None:
     assert tolerated[0] & spot == set() and tolerated[1] >= spot
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
     assert manifest("RayJob")["spec"]["shutdownAfterJobFinishes"] is True
+
+
+def test_an_actor_fits_a_rollout_pod() -> None:
+    """It reserves what a trainer's process does: a GPU, and its node's CPUs per GPU."""
+    spec = cluster_spec("RayCluster")
+    trainer, rollout = (
+        Node(id=name, name=name, cpus=float(limits["cpu"]), gpus=float(limits["nvidia.com/gpu"]))
+        for name, limits in (
+            (group["groupName"], group["template"]["spec"]["containers"][0]["resources"]["limits"])
+            for group in spec["workerGroupSpecs"]
+        )
+    )
+    head = Node(id="head", name="head", cpus=0, gpus=0)
+    each = share(Session(started_here=False, nodes=(head, trainer, trainer)), 2, workers=2)
+    assert (each.cpus, each.gpus) == (trainer.cpus, 1.0)
+    assert rollout.cpus >= each.cpus and rollout.gpus >= each.gpus
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)

@@ -63,6 +63,13 @@ def test_the_trainers_are_fixed_and_the_rollouts_are_spot(name: str) -> None:
     assert spot == {"head": False, "trainer": False, "rollout": True}
 
 
+@pytest.mark.parametrize(("name", "machine"), [("aws.yaml", "InstanceType"), ("gcp.yaml", "machineType")])
+def test_an_actor_fits_a_rollout_machine(name: str, machine: str) -> None:
+    kinds = launcher(name)["available_node_types"]  # an actor reserves what a trainer's process does
+    assert kinds["rollout"]["node_config"][machine] == kinds["trainer"]["node_config"][machine]
+    assert kinds["rollout"]["resources"] == kinds["trainer"]["resources"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ray_is_not_open_to_the_world(name: str) -> None:
     document = launcher(name)
