@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayalign.errors import UserError
-from rayalign.runtime.session import Node, connect, running_cluster
+from rayalign.errors import UserError, first_line
+from rayalign.runtime.session import Node, Session, connect, running_cluster
 
 ANSWER_SECONDS = 60.0
 CONNECT_SECONDS = 3.0
@@ -49,21 +50,28 @@ def address_to_join() -> str | None:
 def examine(storage_path: str) -> Cluster:
     """Join the running cluster, or start Ray here, and look at its nodes.
 
-    Raises UserError where it cannot be joined.
+    Raises UserError where it cannot be joined, or where a node is lost meanwhile.
     """
-    with connect() as session:
-        storage, problem = "", ""
-        try:
-            storage = str(session.storage(storage_path))
-        except UserError as error:
-            problem = str(error)
-        return Cluster(
-            started_here=session.started_here,
-            nodes=session.nodes,
-            storage=storage,
-            storage_error=problem,
-            offsets=clock_offsets(others(session.nodes)),
-        )
+    try:
+        with connect() as session:
+            return look(session, storage_path)
+    except RayError as error:  # without the token, for example
+        raise UserError(first_line(error)) from error
+
+
+def look(session: Session, storage_path: str) -> Cluster:
+    storage, problem = "", ""
+    try:
+        storage = str(session.storage(storage_path))
+    except UserError as error:
+        problem = str(error)
+    return Cluster(
+        started_here=session.started_here,
+        nodes=session.nodes,
+        storage=storage,
+        storage_error=problem,
+        offsets=clock_offsets(others(session.nodes)),
+    )
 
 
 def others(nodes: Sequence[Node]) -> list[Node]:

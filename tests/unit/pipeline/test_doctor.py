@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -229,6 +230,18 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_name["clocks"]["found"].startswith("not measured")
     assert {"python", "torch", "ray", "packages", "devices", "disk", "/dev/shm", "ulimits", "ports"} <= set(by_name)
     assert all(finding["fix"] for finding in said["findings"] if finding["state"] in ("warning", "broken"))
+
+
+def test_a_token_that_is_missing_is_said(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        environment |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "rayalign", "doctor", "--json", "--storage-path", str(tmp_path)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    found = {finding["name"]: finding for finding in json.loads(run.stdout)["findings"]}["cluster"]
+    assert run.returncode == 1 and found["state"] == "broken"
+    assert "token" in found["found"] and "RAY_AUTH_MODE=token" in found["fix"]
 
 
 def test_the_exit_code(tmp_path: Path) -> None:
