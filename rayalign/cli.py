@@ -219,6 +219,18 @@ def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparis
     Console().print(table(directory))
 
 
+@app.command()
+def doctor(
+    storage_path: Annotated[str, typer.Option(help="As storage_path of a run.")] = "runs",
+    start_ray: Annotated[bool, typer.Option("--start-ray", help="Where no cluster runs, see that Ray starts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say whether runs will work here, and how to mend what will not; exits 1 when something is broken."""
+    from rayalign.pipeline.doctor import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(storage_path, start_ray=start_ray, as_json_text=as_json, console=Console()))
+
+
 def kind_of(pairs: bool, best: bool) -> Literal["all", "pairs", "best"]:
     """What ``generate`` and ``score`` write of a prompt's completions."""
     if pairs and best:

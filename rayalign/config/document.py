@@ -13,7 +13,13 @@ import yaml
 from rayalign.config.errors import ConfigError, FieldPath, Problem, dotted
 
 COMMAND_LINE = "command line"
-_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@")
+_CREDENTIALS = re.compile(
+    r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@"
+    r"|https?://[^/@\s]+@"
+    r"|[a-z][a-z0-9+.-]*://\S*[?&](?:access_token|token|api_key|key|password|sig|signature|x-(?:amz|goog)-signature)=",
+    re.IGNORECASE,
+)
+"""A password, a token as the user's name, or a signed address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +207,7 @@ def assign(data: dict[str, Any], keys: Sequence[str], value: Any) -> FieldPath:
 
 
 def credentials(document: Document) -> list[Problem]:
-    """A problem for every URI that carries a user and a password."""
+    """A problem for every URI that opens what it names: by a password, a token or a signature. It is not repeated."""
     return [
         Problem(document.place(path).where, dotted(path), "a URI with a password; give credentials by the environment")
         for path, value in leaves(document.data)

@@ -31,7 +31,7 @@ def dump(run: RunConfig) -> dict[str, Any]:
 
     Without secrets ``RunConfig.model_validate(dump(run)) == run``.
     """
-    redacted: dict[str, Any] = _redact(run.model_dump(mode="json", exclude_none=True))
+    redacted: dict[str, Any] = redact(run.model_dump(mode="json", exclude_none=True))
     return redacted
 
 
@@ -50,10 +50,24 @@ def diff(left: RunConfig, right: RunConfig) -> list[Difference]:
     ]
 
 
-def _redact(value: Any) -> Any:
+def redact(value: Any) -> Any:
+    """``value`` with every text redacted that stands under a key such as ``api_key`` or ``hf_token``."""
     if isinstance(value, dict):
         return {
-            key: REDACTED if _SECRET.search(key) and isinstance(item, str) else _redact(item)
+            key: REDACTED if _SECRET.search(key) and isinstance(item, str) else redact(item)
             for key, item in value.items()
         }
-    return [_redact(item) for item in value] if isinstance(value, list) else value
+    return [redact(item) for item in value] if isinstance(value, list) else value
+
+
+def redacted_setting(text: str) -> str:
+    """A setting of the command line, ``optim.lr=1e-6``, as it may be recorded."""
+    key, equals, value = text.partition("=")
+    if equals and _SECRET.search(key.rpartition(".")[2]):
+        return f"{key}={REDACTED}"
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return text
+    shown = redact(given)
+    return text if shown == given else f"{key}={yaml.safe_dump(shown, default_flow_style=True).strip()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -10,6 +11,7 @@ from rayalign.config.data import Sources
 from rayalign.config.fields import Block, FunctionName, ModelPath, listed, named, resolve_model
 
 API_KEY_ENV = "OPENAI_API_KEY"
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*", re.IGNORECASE)
 MAX_NEW_TOKENS = 512
 REFERENCE = "reference"
 
@@ -52,6 +54,12 @@ def _address(value: str) -> str:
     return value
 
 
+def _variable(value: str) -> str:
+    if not _VARIABLE.fullmatch(value):  # perhaps the key itself: it is not repeated
+        raise ValueError("not the name of an environment variable; give the variable that holds the key, not the key")
+    return value
+
+
 class LlmScorerConfig(Block):
     """A language model that is asked: behind an OpenAI-compatible endpoint, or loaded by a rollout engine.
 
@@ -69,7 +77,7 @@ class LlmScorerConfig(Block):
     """Of a model on the hub."""
     max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
     """With engine: tokens of an answer; a longer one is none."""
-    api_key_env: str = API_KEY_ENV
+    api_key_env: Annotated[str, AfterValidator(_variable)] = API_KEY_ENV
     """The environment variable that holds the endpoint's key; the key itself is never written here."""
     template: str | None = None
     """The question, a Jinja text of prompt and reply; a judge's of prompt, first and second. null: the built-in one."""

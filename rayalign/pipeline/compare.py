@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayalign.config.compare import Cell, Comparison, load_compare, started_from
+from rayalign.config.dump import redacted_setting
 from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
@@ -91,7 +92,7 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         baseline,
         results,
         started=started,
-        command=["rayalign", "compare", str(path), *overrides],
+        command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
     )
     save(record, directory)
     console.print(f"report: {render(record, directory)}", highlight=False)

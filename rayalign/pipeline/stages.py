@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 
 from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.dump import redact
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
@@ -59,7 +60,7 @@ class Stages:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     except (TypeError, ValueError) as error:
                         raise UserError(f"{function!r}: row {number} cannot be written as JSON: {error}") from error
-            commit(directory, {"inputs": inputs})
+            commit(directory, {"inputs": redact(inputs)})
 
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
 

@@ -27,12 +27,15 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
     return set(names)
 
 
-@pytest.mark.parametrize("name", ["rayalign", "rayalign.cli", "rayalign.config", "rayalign.methods", "rayalign.report"])
+@pytest.mark.parametrize(
+    "name",
+    ["rayalign", "rayalign.cli", "rayalign.config", "rayalign.methods", "rayalign.report", "rayalign.pipeline.doctor"],
+)
 def test_import_is_light(name: str) -> None:
     assert loaded_by(f"import {name}") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["status", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["status", "--help"], ["doctor", "--help"]])
 def test_help_is_light(arguments: list[str]) -> None:
     assert loaded_by("from rayalign.cli import main\nmain()", *arguments) == set()
 

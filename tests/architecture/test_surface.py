@@ -17,7 +17,19 @@ from rayalign.methods import METHODS, resolve
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
-COMMANDS = ["init", "check", "train", "generate", "score", "sample", "evaluate", "compare", "report", "status"]
+COMMANDS = [
+    "init",
+    "check",
+    "train",
+    "generate",
+    "score",
+    "sample",
+    "evaluate",
+    "compare",
+    "report",
+    "status",
+    "doctor",
+]
 
 
 def readme_rows() -> dict[str, list[str]]:

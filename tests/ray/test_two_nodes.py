@@ -59,3 +59,11 @@ def test_storage_that_a_node_does_not_see_is_refused(facts: dict[str, Any]) -> N
 
 def test_relative_storage_needs_a_base_on_a_cluster(facts: dict[str, Any]) -> None:
     assert facts["relative"].startswith("storage_path: runs is relative")
+
+
+def test_doctor_sees_both_nodes_their_storage_and_their_clocks(facts: dict[str, Any]) -> None:
+    found = facts["doctor"]
+    assert [node["cpus"] for node in found["nodes"]] == [1.0, 1.0] and not found["started_here"]
+    assert found["storage"] and found["storage_error"] == ""
+    ((offset, uncertainty),) = found["offsets"].values()
+    assert abs(offset) <= uncertainty + 0.1  # two processes of one machine, which has one clock

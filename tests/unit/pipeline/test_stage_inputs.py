@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ from rayalign.runtime.session import Node, Session
 def stages_of(folder: Path) -> Stages:
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
     return Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
+
+
+def test_the_manifest_of_made_rows_has_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "maker.py").write_text("def rows(api_key, n):\n    yield {'prompt': 'a'}\n")
+    source = DataSource(function=f"{tmp_path}/maker.py:rows", arguments={"api_key": "sk-planted", "n": 3})
+    made = stages_of(tmp_path).rows(source)
+    assert json.loads((made.parent / "MANIFEST.json").read_text())["inputs"]["arguments"] == {
+        "api_key": "(redacted)",
+        "n": 3,
+    }
+    assert not [path for path in made.parent.rglob("*") if path.is_file() and "sk-planted" in path.read_text()]
 
 
 def test_splits_of_a_dataset_folder_are_different_rows(tmp_path: Path) -> None:
