@@ -31,6 +31,23 @@ if TYPE_CHECKING:
     from rayalign.pipeline.evaluate import Evaluation, Points
 
 CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data"})
+KL_ESTIMATORS = (
+    report.Measure(
+        name="kl_rb",
+        label="kl_rb",
+        unit="nats per reply",
+        description=(
+            "KL(π‖π_ref), Rao–Blackwellised: along the policy's own samples at temperature 1, the exact KL of the"
+            " next-token distributions over the whole vocabulary, summed over the tokens of a reply."
+        ),
+    ),
+    report.Measure(
+        name="k1",
+        label="k1",
+        unit="nats per reply",
+        description="The same by k1, of greater variance: log π − log π_ref of the policy's own samples.",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +90,7 @@ def comparison_record(
         scorers=tuple(measure_of(scorer) for scorer in config.scorers),
         diagnostics=tuple(measure_of(scorer) for scorer in config.diagnostics),
         judge=judge_of(config.judge) if config.judge is not None else None,
-        kl_estimators=(
-            report.Measure(
-                name="k1",
-                label="k1",
-                unit="nats per reply",
-                description="KL(π‖π_ref) by k1: log π − log π_ref of the policy's own samples at temperature 1.",
-            ),
-        ),
+        kl_estimators=KL_ESTIMATORS,
         prompt_sets=tuple(
             report.PromptSet(name=name, prompts=tuple(prompt.text for prompt in prompts))
             for name, prompts in spec.prompt_sets.items()
