@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rayalign.data.group import Column, Group
+from rayalign.data.rows import Layout
 from rayalign.engine.forward import Policy
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.head import token_divergence
@@ -36,7 +37,7 @@ def divergences(policy: FrozenModel, reference: FrozenModel, groups: Sequence[Gr
         raise ValueError("a KL is between two language models; one of these has a scalar head")
     nothing = Divergence(log_ratio=np.empty(0, np.float32), kl=np.empty(0, np.float32))
     found = [nothing] * len(groups)
-    layout = "packed" if policy.layout == reference.layout == "packed" else "concatenated"
+    layout: Layout = "packed" if policy.layout == reference.layout == "packed" else "concatenated"
     for slots, batch in policy.micro_batches(groups, layout):
         with policy.autocast():
             own = policy.policy.head_input(batch)

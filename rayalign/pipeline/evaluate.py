@@ -214,7 +214,7 @@ def too_many_missing(points: Points, limit: float) -> list[str]:
 
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
-    """What a policy's numbers depend on beside it: prompts, scorers, judge, sampling, reference, baseline, estimators."""
+    """What a policy's numbers depend on beside it: prompts, scorers, judge, sampling, reference, baseline, and how."""
     return digest_of(
         [
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
