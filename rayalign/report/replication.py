@@ -114,7 +114,11 @@ def _standard_error(replicates: Vector, parts: Sequence[Replicated]) -> float:
 
 
 def difference(a: Replicated, b: Replicated, bootstrap: Bootstrap) -> Difference:
-    """a − b, paired by prompt; the two share no seeds. Both need two seeds at least."""
+    """a − b, paired by prompt. Both need two seeds at least.
+
+    Seeds are not paired: those of two configurations have a number in common and little else. What they do share, such
+    as an order of the data, makes the interval wider than it need be.
+    """
     parts = (a, b)
     error = _standard_error(a.replicates - b.replicates, parts)
     mean = a.mean - b.mean
