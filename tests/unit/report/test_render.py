@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from synthetic_comparison import against_another, few_cells, judged, make_comparison
 
+from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison, load, save
 from rayalign.report.render import limits, render
 from rayalign.report.results import results_json
-from rayalign.report.summary import summarize
 
 HEAD = "interval over prompts, one training run"
 

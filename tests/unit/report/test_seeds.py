@@ -12,12 +12,13 @@ import pytest
 from pydantic import ValidationError
 from synthetic_comparison import few_cells, seeded
 
+from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison
 from rayalign.report.render import render
 from rayalign.report.replication import two_level
 from rayalign.report.split import half_of, in_half
 from rayalign.report.statistics import Bootstrap
-from rayalign.report.summary import Summary, summarize
+from rayalign.report.summary import Summary
 
 GIVEN = seeded(few_cells(num_prompts=12))
 QUICK = Bootstrap(resamples=100)
