@@ -38,7 +38,8 @@ KL_ESTIMATORS = (
         unit="nats per reply",
         description=(
             "KL(π‖π_ref), Rao–Blackwellised: along the policy's own samples at temperature 1, the exact KL of the"
-            " next-token distributions over the whole vocabulary, summed over the tokens of a reply."
+            " next-token distributions over the whole vocabulary, summed over the tokens of a reply. Missing where the"
+            " vocabularies of the two models differ in size."
         ),
     ),
     report.Measure(

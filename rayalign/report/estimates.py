@@ -185,12 +185,13 @@ def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Seq
 def _chosen(
     prompts: PromptSet, rows: Sequence[Row], scorers: Sequence[str], estimator: str, bootstrap: Bootstrap
 ) -> Iterator[Chosen]:
-    """Of entries with several checkpoints, where both halves have prompts."""
+    """Of entries with several checkpoints that as many seeds reached, where both halves have prompts."""
     select, report = (in_half(prompts.prompts, half) for half in ("select", "report"))
     if not select.any() or not report.any():
         return
     for entry in dict.fromkeys(row.id for row in rows):
-        path = [row for row in rows if row.id == entry]
+        whole = max(len(row.runs) for row in rows if row.id == entry)
+        path = [row for row in rows if row.id == entry and len(row.runs) == whole]
         means = [_mean_of(row.matrix(("scores", scorers[0]))[:, select]) for row in path]
         if len(path) < 2 or all(math.isnan(mean) for mean in means):
             continue

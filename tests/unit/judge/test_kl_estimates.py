@@ -27,7 +27,7 @@ def sharp(directory: Path, seed: int, vocabulary: int | None = None) -> Path:
     """A random model whose distributions are far from uniform."""
     tokenizer = byte_level(template=CHATML)
     model = tiny("llama", seed=seed, vocab_size=vocabulary or len(tokenizer), tie_word_embeddings=False)
-    model.get_output_embeddings().weight.data.mul_(12)
+    model.get_output_embeddings().weight.data.mul_(2)
     save_pretrained(model, tokenizer, directory)
     return directory
 
