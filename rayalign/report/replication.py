@@ -126,7 +126,7 @@ def difference(a: Replicated, b: Replicated, bootstrap: Bootstrap) -> Difference
     total = sum(part.seeds for part in parts)
     least = min(len(part.values) for part in parts) - 1
     df = max(float(least), total**2 / spread) if spread > 0 else float(least)
-    p = two_sided_p(mean / error, df) if error > 0 else float(mean == 0)
+    p = two_sided_p(mean / error, df) if error > 0 else 1.0  # nothing varies, so nothing says how much it could
     half = quantile((1 + bootstrap.level) / 2, df) * error
     return Difference(mean=mean, low=mean - half, high=mean + half, standard_error=error, degrees_of_freedom=df, p=p)
 
@@ -145,7 +145,9 @@ def detectable(found: Difference, family: int) -> float:
     """The smallest true difference that this design would have called a difference with probability 0.8.
 
     (t_{1 − α/2m} + t_{0.8}) · standard error, with the difference's own degrees of freedom, α = 0.05 and m = ``family``
-    comparisons: the first, strictest step of Holm's procedure.
+    comparisons: the first, strictest step of Holm's procedure. NaN where nothing varies.
     """
+    if found.standard_error == 0:
+        return math.nan
     df = found.degrees_of_freedom
     return (quantile(1 - ALPHA / (2 * family), df) + quantile(POWER, df)) * found.standard_error

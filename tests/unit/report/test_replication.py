@@ -133,6 +133,17 @@ def test_t_with_one_degree_of_freedom_is_cauchys() -> None:
     assert two_sided_p(1e4, 2) == pytest.approx(1e-8, rel=1e-3)
 
 
+def test_where_nothing_varies_nothing_is_told_apart() -> None:
+    """Two seeds that agree on every prompt have no spread to judge a difference by: no certainty comes of that."""
+    a, b = (
+        Contender(entry=name, scorer="s", step=1, replicated=replicated(np.full((2, 5), value), QUICK))
+        for name, value in (("a", 0.0), ("b", 1.0))
+    )
+    (row,) = differences([a, b], QUICK)
+    assert (row.found.mean, row.adjusted_p, row.better) == (-1.0, 1.0, "")
+    assert math.isnan(row.detectable)
+
+
 def test_holm_by_hand() -> None:
     """0.01 · 4, then max(0.04, 0.02 · 3), max(0.06, 0.03 · 2), max(0.06, 0.5)."""
     assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
