@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
 from rayalign.engine.attention import CONCATENATED_ONLY, AttentionKind, attention_inputs, attention_kind
-from rayalign.engine.head import HeadForm, token_logprobs
+from rayalign.engine.head import HeadForm, HeadInput, token_logprobs
 from rayalign.engine.scalar import is_scalar
 from rayalign.errors import UserError
 from rayalign.functional.logprobs import at_least_float32, count_per_candidate, sum_per_candidate
@@ -44,20 +44,25 @@ class Policy(nn.Module):
         self, batch: PackedBatch, *, needs: frozenset[str] = frozenset(), logit_temperature: float = 1.0
     ) -> Scores:
         """Log-probabilities of the response tokens, with gradient; ``needs`` names the token statistics wanted."""
-        hidden = hidden_states(self.model, self.attention, batch)
-        head = self.model.get_output_embeddings()
+        given = self.head_input(batch, logit_temperature=logit_temperature)
         columns = token_logprobs(
-            hidden.flatten(0, 1).index_select(0, batch.predict_from),
-            head.weight,
-            batch.target_ids,
-            bias=head.bias,
-            form=replace(self.head_form, temperature=logit_temperature),
-            statistics=needs,
+            given.hidden, given.weight, batch.target_ids, bias=given.bias, form=given.form, statistics=needs
         )
         B, K = batch.candidate_mask.shape
         logp = sum_per_candidate(columns["token_logp"], batch.candidate_of, num_groups=B, num_candidates=K)
         length = count_per_candidate(batch.candidate_of, num_groups=B, num_candidates=K)
         return Scores(**columns, logp=logp.clone(), length=length)  # a clone: FSDP2 warns of outputs that are views
+
+    def head_input(self, batch: PackedBatch, *, logit_temperature: float = 1.0) -> HeadInput:
+        """What the distribution of every response token is computed from."""
+        hidden = hidden_states(self.model, self.attention, batch)
+        head = self.model.get_output_embeddings()
+        return HeadInput(
+            hidden=hidden.flatten(0, 1).index_select(0, batch.predict_from),
+            weight=head.weight,
+            bias=head.bias,
+            form=replace(self.head_form, temperature=logit_temperature),
+        )
 
 
 class ScalarModel(nn.Module):

@@ -16,7 +16,7 @@ from rayalign.engine.forward import root_module
 from rayalign.engine.model import ModelSpec, compute_dtype, load_policy
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.step import to_device
-from rayalign.types import Scores
+from rayalign.types import PackedBatch, Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,16 @@ class FrozenModel:
     @torch.no_grad()
     def _forward(self, groups: Sequence[Group], needs: frozenset[str]) -> Iterator[tuple[Sequence[int], Scores]]:
         """(places of the groups, what the model says of them), micro-batch after micro-batch."""
+        for slots, batch in self.micro_batches(groups, self.layout):
+            with self.autocast():
+                scores = self.policy(batch, needs=needs, logit_temperature=self.spec.logit_temperature)
+            yield slots, scores
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def micro_batches(self, groups: Sequence[Group], layout: Layout) -> Iterator[tuple[Sequence[int], PackedBatch]]:
+        """(places of the groups, they packed on the device); groups without candidates are in none."""
         kept = [slot for slot, group in enumerate(groups) if group.candidates]  # the others have nothing to score
         lengths = [group_lengths(groups[slot]) for slot in kept]
         [micro_batches] = plan_step(
@@ -70,7 +80,7 @@ class FrozenModel:
             num_workers=1,
             tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
             row_tokens=self.spec.row_tokens,
-            layout=self.layout,
+            layout=layout,
             describe=lambda place: f"{groups[kept[place]].source}:{groups[kept[place]].line}",
         )
         for micro in micro_batches:
@@ -81,10 +91,6 @@ class FrozenModel:
                 num_candidates=max(len(groups[slot].candidates) for slot in slots),
                 pad_id=self.pad_id,
                 row_tokens=self.spec.row_tokens,
-                layout=self.layout,
+                layout=layout,
             )
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                scores = self.policy(
-                    to_device(batch, self.device), needs=needs, logit_temperature=self.spec.logit_temperature
-                )
-            yield slots, scores
+            yield slots, to_device(batch, self.device)

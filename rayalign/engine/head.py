@@ -28,6 +28,16 @@ class HeadForm:
     """Bytes of logits that exist at a time; by default what :data:`CHUNK_BYTES` says of the device."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadInput:
+    """From what one model's next-token distributions at N positions are computed."""
+
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None
+    form: HeadForm
+
+
 def token_logprobs(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
@@ -45,6 +55,37 @@ def token_logprobs(
     names = tuple(name for name in STATISTICS if name in statistics)
     outputs = _ChunkedHead.apply(hidden, weight, bias, target_ids, form or HeadForm(), names)  # type: ignore[no-untyped-call]
     return dict(zip(("token_logp", *names), outputs, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDivergence:
+    """Two models at the same N positions, nats, float32 or wider."""
+
+    logp: Float[Tensor, " N"]
+    """Of the target under the policy."""
+    ref_logp: Float[Tensor, " N"]
+    kl: Float[Tensor, " N"]
+    """Σ_v π(v) (log π(v) − log π_ref(v)) over the whole vocabulary; NaN where the two vocabularies differ in size."""
+
+
+@torch.no_grad()
+def token_divergence(policy: HeadInput, reference: HeadInput, target_ids: Int[Tensor, " N"]) -> TokenDivergence:
+    """The exact KL(π‖π_ref) of every token's distribution, without gradient, chunk by chunk over the tokens.
+
+    Of logits there are never more than one chunk of each model; softmax and sums are at least float32.
+    """
+    ours, theirs = (_Logits(given.hidden, given.weight, given.bias, given.form) for given in (policy, reference))
+    dtype = torch.promote_types(ours.dtype, theirs.dtype)
+    logp, ref_logp, kl = (policy.hidden.new_empty(len(target_ids), dtype=dtype) for _ in range(3))
+    same_vocabulary = len(policy.weight) == len(reference.weight)
+    chunks = max(ours.chunks, theirs.chunks, key=len)  # the shorter ones fit both buffers
+    for rows in chunks:
+        own = torch.log_softmax(ours.tempered(ours(rows)).to(dtype), dim=1)
+        other = torch.log_softmax(theirs.tempered(theirs(rows)).to(dtype), dim=1)
+        logp[rows] = own.gather(1, target_ids[rows, None])[:, 0]
+        ref_logp[rows] = other.gather(1, target_ids[rows, None])[:, 0]
+        kl[rows] = (own.exp() * (own - other)).sum(dim=1) if same_vocabulary else torch.nan
+    return TokenDivergence(logp=logp, ref_logp=ref_logp, kl=kl)
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rayalign.data.group import Candidate, Group
 from rayalign.data.schema import Turns
 from rayalign.data.split import prompt_text
+from rayalign.engine.divergence import divergences
 from rayalign.engine.frozen import FrozenModel
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.base import Asked, Judge, NoVerdict, Scorer, Tally
@@ -77,6 +77,9 @@ class Measured:
     """How much better each sample is than the baseline's with the same prompt and number, 1, ½ or 0; None: no judge."""
     k1: Table
     """Σ_t log π(y_t) − log π_ref(y_t) of each sample, nats: the k1 estimate of KL(π‖π_ref)."""
+    kl_rb: Table
+    """Σ_t KL(π(·|y_<t)‖π_ref(·|y_<t)) of each sample, nats, each term exact over the vocabulary: the Rao–Blackwellised
+    estimate of the same, of smaller variance (Amini et al., 2504.10637). NaN where vocabularies differ."""
     length: Table
     """Tokens of each reply, its end token included."""
     finished: Table
@@ -122,7 +125,7 @@ def measure(
     The judge compares them with those of ``opponent``, one by one; None is the policy itself, and all verdicts tie.
 
     Raises:
-        ValueError: the samples are tempered or truncated, so that they are not the policy's own and k1 would be biased.
+        ValueError: the samples are tempered or truncated, so that they are not the policy's own and KL would be biased.
     """
     if params.truncates or params.temperature != 1.0:
         raise ValueError(f"KL is measured on the policy's own samples, at temperature 1 and untruncated, not {params}")
@@ -134,12 +137,14 @@ def measure(
     def table(values: Sequence[float]) -> Table:
         return np.asarray(values, dtype=np.float64).reshape(shape)
 
+    kl_rb, k1 = kl_estimates(policy, reference, prompts, completions)
     return Measured(
         scored={
             label: answered(scorer, partial(scorer.score, asked, replies), shape) for label, scorer in scorers.items()
         },
         judged=judged(judge, asked, replies, opponent.replies if opponent else None, shape) if judge else None,
-        k1=log_ratios(policy, reference, prompts, completions).reshape(shape),
+        k1=k1.reshape(shape),
+        kl_rb=kl_rb.reshape(shape),
         length=table([len(completion.token_ids) for completion in completions]),
         finished=table([completion.finish_reason == "stop" for completion in completions]),
         replies=tuple(tuple(row) for row in np.array(replies, dtype=object).reshape(shape)),
@@ -172,20 +177,23 @@ def answered(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tu
     return Answered(values=table, asked=tally.asked - before if tally else None, problem=problem)
 
 
-@torch.no_grad()
-def log_ratios(
+def kl_estimates(
     policy: FrozenModel, reference: FrozenModel, prompts: Sequence[Prompt], completions: Sequence[Completion]
-) -> Table:
-    """log π(y) − log π_ref(y) of every completion, both through the training forward, nats."""
+) -> tuple[Table, Table]:
+    """(kl_rb, k1) of every completion, drawn from ``policy`` at temperature 1: nats, summed over its tokens in float64.
+
+    Both models go through the training forward.
+    """
     by_prompt: dict[int, list[Completion]] = {}
     for completion in completions:
         by_prompt.setdefault(completion.prompt_index, []).append(completion)
     groups = [sampled_group(prompts[index], drawn) for index, drawn in by_prompt.items()]
-    ratios = []
-    for group, own, theirs in zip(groups, policy.token_logps(groups), reference.token_logps(groups), strict=True):
-        ends = np.cumsum([len(candidate.ids) for candidate in group.candidates])
-        ratios += [part.sum(dtype=np.float64) for part in np.split(own - theirs, ends[:-1])]
-    return np.array(ratios)
+    kl_rb, k1 = [], []
+    for group, found in zip(groups, divergences(policy, reference, groups), strict=True):
+        ends = np.cumsum([len(candidate.ids) for candidate in group.candidates])[:-1]
+        kl_rb += [part.sum(dtype=np.float64) for part in np.split(found.kl, ends)]
+        k1 += [part.sum(dtype=np.float64) for part in np.split(found.log_ratio, ends)]
+    return np.array(kl_rb), np.array(k1)
 
 
 def sampled_group(prompt: Prompt, completions: Sequence[Completion]) -> Group:

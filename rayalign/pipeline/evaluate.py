@@ -47,6 +47,8 @@ from rayalign.runtime.session import connect
 
 SHOWN_PROMPTS = 6
 """Prompts of each set whose replies the report shows."""
+MEASURED_KL = ("kl_rb", "k1")
+"""Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
 COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
 
 Role = Literal["scorer", "diagnostic", "judge"]
@@ -145,7 +147,7 @@ class Evaluation:
             prompt_set=prompt_set,
             step=step,
             scores=scores,
-            kl={"k1": samples(measured.k1)},
+            kl={"kl_rb": samples(measured.kl_rb), "k1": samples(measured.k1)},
             length=samples(measured.length),
             finished=samples(measured.finished),
             diagnostics=diagnostics,
@@ -212,7 +214,7 @@ def too_many_missing(points: Points, limit: float) -> list[str]:
 
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
-    """What a policy's numbers depend on beside the policy: prompts, scorers, judge, sampling, reference, baseline."""
+    """What a policy's numbers depend on beside it: prompts, scorers, judge, sampling, reference, baseline, and how."""
     return digest_of(
         [
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
@@ -222,6 +224,7 @@ def evaluation_digest(spec: EvaluationSpec) -> str:
             asdict(spec.sampling),
             spec_digest(spec.reference.model),
             spec.reference.model.dtype,
+            MEASURED_KL,
             __version__,
         ]
     )
@@ -251,16 +254,16 @@ def samples(table: Table) -> tuple[tuple[float, ...], ...]:
 
 def points_table(config: EvaluateConfig, rows: Mapping[str, Points]) -> RichTable:
     """Means with their intervals over prompts, one line per step and prompt set."""
-    table = RichTable(caption="mean [95 % interval over prompts, one training run]; KL: k1, nats per reply")
+    table = RichTable(caption="mean [95 % interval over prompts, one training run]; KL: kl_rb and k1, nats per reply")
     labels = [scorer.label for scorer in (*config.scorers, *config.diagnostics)]
     wins = [f"win rate, judged by {config.judge.label}"] if config.judge is not None else []
-    for column in ("step", "prompts", *labels, *wins, "KL", "tokens", "cut at the limit"):
+    for column in ("step", "prompts", *labels, *wins, "KL, kl_rb", "KL, k1", "tokens", "cut at the limit"):
         table.add_column(column)
     for step, points in rows.items():
         for point in points:
             columns = {**point.scores, **point.diagnostics}
             judged = [point.verdicts] if point.verdicts is not None else []
-            values = [*(columns[label] for label in labels), *judged, point.kl["k1"], point.length]
+            values = [*(columns[label] for label in labels), *judged, point.kl["kl_rb"], point.kl["k1"], point.length]
             cut = number(1 - estimated(point.finished).mean, SHARE)
             table.add_row(step, point.prompt_set, *(with_interval(estimated(value)) for value in values), cut)
     return table

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.compare import Cell, Comparison
-from rayalign.config.dump import diff
+from rayalign.config.dump import diff, dump
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.stream import hybrid_positions
@@ -31,6 +31,24 @@ if TYPE_CHECKING:
     from rayalign.pipeline.evaluate import Evaluation, Points
 
 CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data"})
+KL_ESTIMATORS = (
+    report.Measure(
+        name="kl_rb",
+        label="kl_rb",
+        unit="nats per reply",
+        description=(
+            "KL(π‖π_ref), Rao–Blackwellised: along the policy's own samples at temperature 1, the exact KL of the"
+            " next-token distributions over the whole vocabulary, summed over the tokens of a reply. Missing where the"
+            " vocabularies of the two models differ in size."
+        ),
+    ),
+    report.Measure(
+        name="k1",
+        label="k1",
+        unit="nats per reply",
+        description="The same by k1, of greater variance: log π − log π_ref of the policy's own samples.",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +76,10 @@ def comparison_record(
     config, spec = evaluation.config, evaluation.spec
     by_id = {result.cell.id: result for result in results}
     base = results[0].run
+    entries = entry_labels(comparison.cells)
     cells = [
-        done_cell(by_id[cell.id], base) if cell.id in by_id else skipped_cell(cell, base) for cell in comparison.cells
+        done_cell(by_id[cell.id], base, entries.get(cell.id, "")) if cell.id in by_id else skipped_cell(cell, base)
+        for cell in comparison.cells
     ]
     return report.Comparison(
         name=comparison.name,
@@ -73,14 +93,7 @@ def comparison_record(
         scorers=tuple(measure_of(scorer) for scorer in config.scorers),
         diagnostics=tuple(measure_of(scorer) for scorer in config.diagnostics),
         judge=judge_of(config.judge) if config.judge is not None else None,
-        kl_estimators=(
-            report.Measure(
-                name="k1",
-                label="k1",
-                unit="nats per reply",
-                description="KL(π‖π_ref) by k1: log π − log π_ref of the policy's own samples at temperature 1.",
-            ),
-        ),
+        kl_estimators=KL_ESTIMATORS,
         prompt_sets=tuple(
             report.PromptSet(name=name, prompts=tuple(prompt.text for prompt in prompts))
             for name, prompts in spec.prompt_sets.items()
@@ -96,6 +109,28 @@ def comparison_record(
         cells=tuple(cells),
         provenance=record_provenance(results, started=started, command=command),
     )
+
+
+def entry_labels(cells: Sequence[Cell]) -> dict[str, str]:
+    """Cell id → what the tables call all cells that differ from it in ``seed`` only; of cells that have such others."""
+    runs = [(cell, cell.run) for cell in cells if cell.run is not None]
+    groups: dict[str, list[Cell]] = {}
+    for cell, run in runs:
+        same = {field: value for field, value in dump(run).items() if field not in ("name", "seed")}
+        groups.setdefault(digest_of(same), []).append(cell)
+    taken = {name for cell in cells for name in (cell.id, cell.label)}
+    found: dict[str, str] = {}
+    seeds = {cell.id: run.seed for cell, run in runs}
+    for group in groups.values():
+        if len({seeds[cell.id] for cell in group}) < max(2, len(group)):
+            continue  # one seed, or a run under two names, which is no replication
+        first = group[0]
+        shared = [label for axis, label in first.coordinates.items() if axis != "seed"]
+        label = ", ".join(shared) or next(run.display_name for cell, run in runs if cell is first)
+        label = f"{label} (all seeds)" if label in taken else label
+        taken.add(label)
+        found |= {cell.id: label for cell in group}
+    return found
 
 
 def assumptions(comparison: Comparison) -> list[str]:
@@ -142,7 +177,7 @@ def judge_of(judge: ScorerConfig) -> report.Measure:
     return measure_of(judge).model_copy(update={"unit": "", "description": f"{own} {how}".strip()})
 
 
-def done_cell(result: CellResult, base: RunConfig) -> report.Cell:
+def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.Cell:
     rows = []
     if result.job is not None and not result.failure:
         rows = read_metrics(result.job.spec.directory / "metrics.jsonl")
@@ -153,6 +188,7 @@ def done_cell(result: CellResult, base: RunConfig) -> report.Cell:
         display_name=result.run.display_name,
         data_policy=result.run.data_policy.name,
         seed=result.run.seed,
+        entry=entry,
         status="failed" if result.failure else "done",
         reason=result.failure,
         config_changes=changes(base, result.run),

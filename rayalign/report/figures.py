@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from rayalign.report.drawing import PALETTE, Series, Style, Yardstick, draw
-from rayalign.report.points import REFERENCE, Cell, Comparison, Measure
+from rayalign.report.entries import Entry
+from rayalign.report.points import REFERENCE, Comparison, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
 
@@ -22,19 +23,23 @@ LOG_FROM_KL = 30.0
 Coordinate = Callable[[PointSummary], float | Estimate]
 
 
-def styles(cells: Sequence[Cell]) -> dict[str, Style]:
-    """Cell id to style: one colour and marker per method, one line per data policy; per cell where that repeats."""
-    looks = [(cell.display_name, cell.data_policy) for cell in cells]
-    keys = [cell.display_name if len(set(looks)) == len(looks) else cell.id for cell in cells]
+def styles(entries: Sequence[Entry]) -> dict[str, Style]:
+    """Id of an entry or cell to style: one colour and marker per method, one line per data policy.
+
+    Where two entries would look alike, one colour and marker per entry. All cells of an entry share its style.
+    """
+    looks = [(entry.display_name, entry.data_policy) for entry in entries]
+    keys = [entry.display_name if len(set(looks)) == len(looks) else entry.id for entry in entries]
     index = {key: position for position, key in enumerate(dict.fromkeys(keys))}
     return {
-        cell.id: Style(
+        name: Style(
             color=index[key] % len(PALETTE),
             marker=MARKERS[index[key] % len(MARKERS)][0],
             symbol=MARKERS[index[key] % len(MARKERS)][1],
-            line=LINES.get(cell.data_policy, "-."),
+            line=LINES.get(entry.data_policy, "-."),
         )
-        for cell, key in zip(cells, keys, strict=True)
+        for entry, key in zip(entries, keys, strict=True)
+        for name in (entry.id, *(cell.id for cell in entry.cells))
     }
 
 
@@ -54,7 +59,7 @@ def draw_all(comparison: Comparison, summary: Summary) -> dict[str, str]:
         start=(0, reference.length.mean),
     )
     for metric in comparison.text.curves:
-        stem, series = f"curve-{_slug(metric)}", _trained(comparison, metric)
+        stem, series = f"curve-{_slug(metric)}", _trained(comparison, summary, metric)
         if series:
             drawn[stem] = draw(stem, series, x_label="step", y_label=metric)
     return drawn
@@ -88,21 +93,21 @@ def _best_of_n(summary: Summary, prompt_set: str, scorer: Measure) -> Yardstick 
 
 
 def _evaluated(comparison: Comparison, summary: Summary, x: Coordinate, y: Coordinate) -> list[Series]:
-    """A line per cell through its checkpoints on the first prompt set."""
-    look = styles(comparison.cells)
+    """A line per entry through its checkpoints on the first prompt set."""
+    look = styles(summary.entries)
     series = []
-    for cell in comparison.cells:
-        path = summary.of(cell.id, comparison.prompt_sets[0].name)
+    for entry in summary.entries:
+        path = summary.path(entry.id, comparison.prompt_sets[0].name)
         if path:
-            label = f"{cell.label} (failed)" if cell.status == "failed" else cell.label
+            label = f"{entry.label} ({entry.failed})" if entry.failed else entry.label
             xs, ys = [x(point) for point in path], [y(point) for point in path]
-            series.append(Series(label=label, style=look[cell.id], x=xs, y=ys))
+            series.append(Series(label=label, style=look[entry.id], x=xs, y=ys))
     return series
 
 
-def _trained(comparison: Comparison, metric: str) -> list[Series]:
-    """A line per cell that logged the metric: its trailing mean over a tenth of the run."""
-    look = styles(comparison.cells)
+def _trained(comparison: Comparison, summary: Summary, metric: str) -> list[Series]:
+    """A line per run that logged the metric: its trailing mean over a tenth of the run."""
+    look = styles(summary.entries)
     series = []
     for cell in comparison.cells:
         rows = [(row.get("step"), row.get(metric)) for row in cell.metrics]

@@ -39,6 +39,11 @@ def signed_interval(estimate: Estimate, unit: str = "") -> str:
     return interval(estimate, unit, signed)
 
 
+def p_value(value: float) -> str:
+    """Three decimals; below a thousandth, that."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def single(value: float | None, unit: str = "") -> str:
     """The number of one reply, which may be missing."""
     return MISSING if value is None else number(value, unit)

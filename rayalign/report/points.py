@@ -3,8 +3,9 @@
 The pipeline builds a :class:`Comparison` and calls :func:`save`; :func:`rayalign.report.render.render` turns it into
 the report, now or later from :func:`load`. Names of scorers, KL estimators and diagnostics are data.
 
-The unit of evidence is the prompt. A point holds P prompts x S samples of every quantity as P rows of S numbers, in the
-order of the prompt set's ``prompts``; ``None`` (or NaN) is a missing value, never 0.
+The unit of replication is the training seed: cells that name the same ``entry`` differ in nothing else. A point holds
+P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``; ``None``
+(or NaN) is a missing value, never 0.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class EvaluationPoint(Record):
     scores: Mapping[str, Samples]
     """Scorer name -> score of each reply."""
     kl: Mapping[str, Samples]
-    """Estimator name -> log pi - log pi_ref of each reply, nats (``k1``), or its Rao-Blackwellised form (``k1_rb``)."""
+    """Estimator name -> its value for each reply, nats: log pi - log pi_ref (``k1``), or the exact KL of every token's
+    distribution, summed (``kl_rb``, Rao-Blackwellised)."""
     length: Samples
     """Tokens of each reply, its end token included."""
     finished: Samples
@@ -184,6 +186,9 @@ class Cell(Record):
     """The method as readers must know it, such as ``mpo (no KL)`` or ``dpo + wpo weights``."""
     data_policy: str
     seed: int
+    entry: str = ""
+    """What the tables call all cells that differ from this one in their seed only, in this one too; empty: there are
+    none, and the cell stands for itself."""
     status: Literal["done", "failed", "skipped"]
     reason: str = ""
     """Why a cell failed or was skipped."""
@@ -282,6 +287,7 @@ class Comparison(Record):
                 f"cells: {field}",
                 [REFERENCE, *([BASELINE] if self.baseline else []), *(getattr(cell, field) for cell in self.cells)],
             )
+        self._check_entries()
         sizes = {prompts.name: len(prompts.prompts) for prompts in self.prompt_sets}
         if [point.prompt_set for point in self.reference] != list(sizes):
             raise ValueError(f"reference: one point per prompt set, in the order {list(sizes)}")
@@ -297,6 +303,17 @@ class Comparison(Record):
                 if any(later <= earlier for earlier, later in zip([0, *steps], steps, strict=False)):
                     raise ValueError(f"cell {cell.id!r}, {name}: steps {steps} must ascend from above 0")
         return self
+
+    def _check_entries(self) -> None:
+        """Cells of one entry are runs of one configuration: not two of one seed, nor two methods."""
+        taken = {REFERENCE, BASELINE, *(cell.id for cell in self.cells), *(cell.label for cell in self.cells)}
+        for entry in sorted({cell.entry for cell in self.cells if cell.entry}):
+            members = [cell for cell in self.cells if cell.entry == entry]
+            _require_unique(f"entry {entry!r}: seed", [str(cell.seed) for cell in members])
+            if len({(cell.display_name, cell.data_policy) for cell in members}) > 1:
+                raise ValueError(f"entry {entry!r}: its cells must share display_name and data_policy")
+            if len(members) > 1 and entry in taken:
+                raise ValueError(f"entry {entry!r}: is the id or label of a cell as well")
 
     def _check_points(self, where: str, points: tuple[EvaluationPoint, ...], sizes: Mapping[str, int]) -> None:
         for point in points:

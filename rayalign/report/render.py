@@ -11,13 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rayalign.report import drawing, figures, formatting
+from rayalign.report.entries import runs_of
+from rayalign.report.estimates import summarize
 from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
 from rayalign.report.results import results_json
 from rayalign.report.samples import prompt_samples
-from rayalign.report.statistics import INTERVAL_HEAD
-from rayalign.report.summary import AnswersSummary, Summary, summarize
+from rayalign.report.summary import AnswersSummary, Summary
 
 FOLDER = "report"
+FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
+"""Functions of :mod:`rayalign.report.formatting` that templates use."""
 
 
 def render(comparison: Comparison, directory: Path) -> Path:
@@ -46,13 +49,16 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         comparison=comparison,
         summary=summary,
         cells={cell.id: cell for cell in comparison.cells},
+        entries={entry.id: entry for entry in summary.entries},
+        runs={run.id: run for run in runs_of(comparison.cells)},
+        units={scorer.name: scorer.unit for scorer in comparison.scorers},
         measures=(*comparison.scorers, *judges, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
-        styles=figures.styles(comparison.cells),
+        styles=figures.styles(summary.entries),
         drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
-        interval_head=INTERVAL_HEAD,
+        interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
         names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},
         theme=drawing.THEME,
@@ -65,25 +71,52 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
 def limits(comparison: Comparison, summary: Summary) -> list[str]:
     """What the numbers cannot say: first what holds for every comparison of this kind, then this one's own caveats."""
     estimator = comparison.kl_estimators[0]
-    bootstrap = summary.bootstrap
     sampling = comparison.sampling
     drawn = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     if (sampling.temperature, sampling.top_p) != (1, 1):
         drawn += ", which is not the policy itself: the number is not its KL"
     return [
-        f"Every cell is one training run with one seed. Intervals are {bootstrap.level:.0%} percentile bootstrap"
-        f" intervals over prompts ({bootstrap.resamples} resamples, seed {bootstrap.seed}): samples are averaged inside"
-        " a prompt, then prompts are resampled. How much another training seed would change a number is not measured"
-        " here, so this report calls no cell better than another.",
+        *replication(summary),
         f"KL is the reverse KL(π‖π_ref) on the policy's own replies ({drawn}), estimated by {estimator.label}, in nats"
-        " per reply; its interval, too, is over prompts.",
-        "Membership of the front is of point estimates: a point on it need not differ from one beside it.",
+        f" per reply; its interval, too, is the {summary.interval_head}.",
+        "Membership of the front is of means: a point on it need not differ from one beside it. Its share of resamples"
+        " says how often it would be there.",
         "Scores at equal KL are interpolated linearly between two checkpoints of one run, in the order of training, at"
-        " its first crossing of the level. They are point estimates, and nothing is extrapolated.",
+        " its first crossing of the level. They are point estimates, and nothing is extrapolated; the runs that reach a"
+        " level need not be like those that do not.",
+        "A length-controlled win rate is as good as its model: it corrects for the length of replies, in one term, and"
+        " for nothing else.",
         *judging(comparison, summary),
         "Where every prompt agrees, as with a share of 0 %, a bootstrap interval has no width. That is not certainty.",
         *comparison.text.caveats,
     ]
+
+
+def replication(summary: Summary) -> Iterator[str]:
+    """What the intervals are over, and whether anything may be called better."""
+    bootstrap = summary.bootstrap
+    prompts = (
+        f"{bootstrap.level:.0%} percentile bootstrap intervals over prompts ({bootstrap.resamples} resamples, seed"
+        f" {bootstrap.seed}): samples are averaged inside a prompt, then prompts are resampled"
+    )
+    if not summary.replicated:
+        yield (
+            f"Every cell is one training run with one seed. Intervals are {prompts}. How much another training seed"
+            " would change a number is not measured here, so this report calls no cell better than another."
+        )
+        return
+    yield (
+        f"Intervals of configurations with several training seeds are {bootstrap.level:.0%} intervals over seeds and"
+        f" prompts: {bootstrap.resamples} times seeds and prompts are drawn again (two-level bootstrap, seed"
+        f" {bootstrap.seed}), and the standard error that results is taken times Student's t with one degree of freedom"
+        " fewer than seeds. They stand for other seeds of the same configuration and other prompts of the same kind,"
+        " and reach beyond what a share can be where seeds are few."
+    )
+    if any(point.num_seeds == 1 and point.step for point in summary.entry_points):
+        yield (
+            f"A configuration with one seed has {prompts}; how much another seed would change it is not measured, and"
+            " it is called neither better nor worse than anything."
+        )
 
 
 def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:
@@ -116,7 +149,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("number", "interval", "signed", "signed_interval", "count", "policy", "markdown", "indented"):
+    for name in FILTERS:
         environment.filters[name] = getattr(formatting, name)
     environment.filters["kept"] = lambda filtered: formatting.kept(**filtered.model_dump())
     return environment

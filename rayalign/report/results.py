@@ -2,34 +2,50 @@
 
 ::
 
-    {"schema": "rayalign.results/2", "name": …, "title": …,
-     "interval":  {"head", "unit": "prompt", "method", "level", "resamples", "seed"},
+    {"schema": "rayalign.results/3", "name": …, "title": …,
+     "interval":  {"head", "unit": "prompt" | "training seed and prompt", "method", "level", "resamples", "seed"},
      "measures":  {"scores" | "kl" | "diagnostics" | "judge" (none or one):
                    [{"name", "label", "unit", "description"}, …]},
      "baseline":  what wins are counted against: "reference", or the label of what the points "(baseline)" are of,
      "prompt_sets": [{"name", "description", "num_prompts"}, …],
      "sampling":  {"seed", "temperature", "top_p", "max_new_tokens"},
-     "cells":     [{"id", "label", "method", "display_name", "data_policy", "seed", "status", "reason",
-                    "config_changes": [{"field", "base", "value"}, …],
+     "cells":     [{"id", "label", "method", "display_name", "data_policy", "seed", "entry" (or ""), "status",
+                    "reason", "config_changes": [{"field", "base", "value"}, …],
                     "cost": {"tokens_trained", "tokens_generated", "labels_used", "scorer_calls"},
                     "filter": {"policy_logp_quantile", "threshold", "kept", "of", "unit"} | null}, …],
+     "entries":   [{"id", "label", "cells": [id, …]}, …]  (cells that differ in their seed only are one entry),
      "points":    [{"cell" (an id, "reference" or "(baseline)"), "prompt_set", "step", "num_samples",
-                    "scores" | "changes" | "win_rates" | "kl" | "diagnostics": {name: ESTIMATE, …},
-                    "judged": ESTIMATE (the judge's win rate) | null (no judge),
-                    "length": ESTIMATE, "cut": ESTIMATE, "on_front": [scorer, …]}, …],
+                    "num_seeds" (measured here), "of_seeds",
+                    "scores" | "changes" | "win_rates" | "lc_win_rates" | "kl" | "kl_per_token" | "diagnostics":
+                    {name: ESTIMATE, …},
+                    "judged" | "lc_judged": ESTIMATE (the judge's win rate) | null (no judge),
+                    "length": ESTIMATE, "cut": ESTIMATE, "on_front": [scorer, …],
+                    "front_frequency": {scorer: share of resamples}}, …],
+     "entry_points": the same with an entry's id as "cell",
+     "differences": [{"entry", "other", "scorer", "steps": [_, _], "seeds": [_, _],
+                    "found": {"mean", "low", "high", "standard_error", "degrees_of_freedom", "p"},
+                    "adjusted_p" (Holm, over the list), "detectable", "better": an entry's id or ""}, …],
      "at_kl":     [{"cell", "prompt_set", "level",
                     "crossings": {scorer: {"score", "from_step", "to_step"} | null (not reached)}}, …],
+     "entries_at_kl": [{"entry", "prompt_set", "level",
+                    "crossings": {scorer: {"reached", "seeds", "score" (mean), "low", "high" (a range)}}}, …],
+     "chosen":    [{"entry", "prompt_set", "step" (highest on the select half), "num_seeds", "num_select", "num_report",
+                    "scores" | "changes": {name: ESTIMATE, …}, "kl": ESTIMATE}, …]  (of the report half),
      "answers":   [{"cell", "role" ("scorer", "diagnostic" or "judge"), "name", "replies", "missing", "problem" (why the
                     first is missing), "calls", "failures", "ties", "disagreements"}, …],
      "best_of_n": [{"prompt_set", "n", "kl_bound", "scores": {name: ESTIMATE, …}}, …]  (of the reference),
      "times":     {"started", "finished", "device_seconds": {cell id: seconds}},
      "provenance": {"commands", "git_revision", "versions", "config_digests", "seeds", "machine"}}
 
-ESTIMATE is ``{"mean", "low", "high", "n"}`` over n prompts; a missing number is null. Numbers carry six significant
-digits. Everything but ``times`` and ``provenance`` is a function of the measurements alone.
+ESTIMATE is ``{"mean", "low", "high", "n"}`` over n prompts and, where ``num_seeds`` > 1, seeds; a missing number is
+null. Numbers carry six significant digits. Everything but ``times`` and ``provenance`` is a function of the
+measurements alone.
 
-Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline; what
-version 1 had, means what it meant.
+Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
+``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and
+``entry`` of a cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of
+single runs, as before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the
+points of a baseline; what version 1 had, means what it meant.
 """
 
 from __future__ import annotations
@@ -40,10 +56,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rayalign.report.points import REFERENCE, Comparison
-from rayalign.report.statistics import INTERVAL_HEAD
 from rayalign.report.summary import Summary
 
-SCHEMA = "rayalign.results/2"
+SCHEMA = "rayalign.results/3"
 
 
 def results_json(comparison: Comparison, summary: Summary) -> str:
@@ -59,9 +74,9 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         "name": comparison.name,
         "title": comparison.text.title,
         "interval": {
-            "head": INTERVAL_HEAD,
-            "unit": "prompt",
-            "method": "percentile bootstrap",
+            "head": summary.interval_head,
+            "unit": "training seed and prompt" if summary.replicated else "prompt",
+            "method": "two-level bootstrap, Student's t" if summary.replicated else "percentile bootstrap",
             **asdict(summary.bootstrap),
         },
         "measures": {
@@ -80,8 +95,16 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
             cell.model_dump(exclude={"points": True, "metrics": True, "cost": {"device_seconds": True}})
             for cell in comparison.cells
         ],
+        "entries": [
+            {"id": entry.id, "label": entry.label, "cells": [cell.id for cell in entry.cells]}
+            for entry in summary.entries
+        ],
         "points": [asdict(point) for point in summary.points],
+        "entry_points": [asdict(point) for point in summary.entry_points],
+        "differences": [asdict(row) for row in summary.differences],
         "at_kl": [asdict(row) for row in summary.at_kl],
+        "entries_at_kl": [asdict(row) for row in summary.entries_at_kl],
+        "chosen": [asdict(row) for row in summary.chosen],
         "answers": [asdict(row) for row in summary.answers],
         "best_of_n": [asdict(row) for row in summary.best_of_n],
         "times": times,

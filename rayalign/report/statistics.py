@@ -1,7 +1,7 @@
 """Means with intervals. The unit is the prompt: samples are averaged inside a prompt, then prompts are resampled.
 
 An interval from here answers "what if other prompts of the same kind had been asked?" It says nothing about another
-training seed: a cell is one run, and runs vary more than prompts do.
+training seed: a cell is one run, and runs vary more than prompts do. Several seeds: :mod:`rayalign.report.replication`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 INTERVAL_HEAD = "interval over prompts, one training run"
+SEEDS_HEAD = "interval over training seeds and prompts"
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
@@ -57,12 +58,12 @@ def estimate(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
     if n == 1:
         return Estimate(mean=float(values[0]), low=np.nan, high=np.nan, n=1)
     tail = (1 - bootstrap.level) / 2
-    low, high = np.quantile(_resample_counts(n, bootstrap) @ values / n, [tail, 1 - tail])
+    low, high = np.quantile(prompt_draws(n, bootstrap) @ values / n, [tail, 1 - tail])
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high), n=n)
 
 
 @lru_cache(maxsize=4)
-def _resample_counts(n: int, bootstrap: Bootstrap) -> Matrix:
+def prompt_draws(n: int, bootstrap: Bootstrap) -> Matrix:
     """[resamples, n]: how often each of n prompts is drawn in each resample."""
     random = np.random.default_rng(bootstrap.seed)
     return random.multinomial(n, np.full(n, 1 / n), size=bootstrap.resamples).astype(np.float64)

@@ -55,7 +55,7 @@ def test_the_report_holds_every_cell_and_step(storage: Path) -> None:
     assert [(cell["id"], cell["status"]) for cell in comparison["cells"]] == [("dpo", "done"), ("calibrated", "done")]
     assert [point["step"] for point in comparison["cells"][0]["points"]] == [2, 4]
     assert len(comparison["reference"][0]["scores"]["oracle"]) == 64
-    assert comparison["reference"][0]["kl"]["k1"] == [[0.0]] * 64
+    assert comparison["reference"][0]["kl"] == {"kl_rb": [[0.0]] * 64, "k1": [[0.0]] * 64}
     assert results
     assert "<svg" in (storage / "own-method" / "report" / "report.html").read_text()
 

@@ -235,7 +235,7 @@ def test_the_table_has_the_judges_win_rate_and_says_what_was_asked(folder: Path)
         prompt_set="prompts",
         step=2,
         scores={"length": table},
-        kl={"k1": table},
+        kl={"kl_rb": table, "k1": table},
         length=table,
         finished=table,
         verdicts=table,

@@ -14,7 +14,7 @@ from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.compare import common_evaluation
 from rayalign.pipeline.evaluate import evaluation_digest, evaluation_spec, refuse_broken_scorers
 from rayalign.pipeline.job import evaluation_steps, optimizer_spec
-from rayalign.pipeline.results import assumptions
+from rayalign.pipeline.results import assumptions, entry_labels
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.evaluation import EvaluationSpec
 from rayalign.runtime.session import Node, Session
@@ -122,3 +122,21 @@ def test_the_report_repeats_what_a_cell_assumes(folder: Path) -> None:
     )
     sentence = "exo: completions without behavior log-probabilities count as drawn from the reference."
     assert assumptions(load_compare(path)) == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ("{method: [dpo, ipo], seed: [0, 1]}",
+         {"dpo__seed-0": "dpo", "dpo__seed-1": "dpo", "ipo__seed-0": "ipo", "ipo__seed-1": "ipo"}),
+        ("{seed: [0, 1]}", {"seed-0": "dpo", "seed-1": "dpo"}),
+        ("{method: [{name: dpo, seed: 4, as: a}, {name: dpo, seed: 5, as: b}, {name: dpo, beta: 0.5, seed: 6, as: c}]}",
+         {"a": "a (all seeds)", "b": "a (all seeds)"}),
+        ("{method: [{name: dpo, as: a}, {name: dpo, as: b}]}", {}),
+        ("{method: [dpo, ipo]}", {}),
+    ],
+)  # fmt: skip
+def test_cells_that_differ_in_their_seed_only_are_one_entry(folder: Path, grid: str, expected: dict[str, str]) -> None:
+    path = folder / "compare.yaml"
+    path.write_text(f"base: run.yaml\ngrid: {grid}\n")
+    assert entry_labels(load_compare(path).cells) == expected

@@ -163,6 +163,28 @@ def few_cells(num_prompts: int = 4, num_samples: int = 2) -> dict[str, Any]:
     return given
 
 
+def seeded(given: dict[str, Any], seeds: int = 3) -> dict[str, Any]:
+    """The same with every cell trained with ``seeds`` seeds, each with points of its own."""
+    shape = np.shape(given["reference"][0]["length"])
+    gains = {f"{method}-{policy}".replace(" ", "_"): (kl, gain) for method, policy, kl, gain in GRID}
+    cells = []
+    for cell in given["cells"]:
+        kl, gain = gains.get(cell["id"], (8.2, 0.16))
+        for seed in range(seeds):
+            rng = np.random.default_rng([seed, len(cells)])
+            points = [
+                point(rng, prompt_set=old["prompt_set"], step=old["step"], kl=kl * old["step"] / 100,
+                      gain=gain * old["step"] / 100, shape=(shape[0], shape[1]), who=f"{cell['id']} {seed}")
+                for old in cell["points"]
+            ]  # fmt: skip
+            cells.append(
+                cell
+                | {"id": f"{cell['id']}__seed-{seed}", "label": f"{cell['label']}, seed={seed}", "seed": seed}
+                | {"points": points, "entry": cell["label"] if cell["status"] != "skipped" else ""}
+            )
+    return given | {"cells": cells}
+
+
 def judged(given: dict[str, Any], seed: int = 1) -> dict[str, Any]:
     """The same with a judge, whose verdicts lack the first one of every point but the reference's."""
     rng = np.random.default_rng(seed)

@@ -14,10 +14,10 @@ from synthetic_comparison import comparison_input, few_cells
 
 from rayalign.functional.best_of_n import best_of_n_distribution, best_of_n_kl_bound
 from rayalign.report.best_of_n import best_of_n, expected_best, kl_bound
+from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison
 from rayalign.report.results import results_json
 from rayalign.report.statistics import Bootstrap
-from rayalign.report.summary import summarize
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -9,10 +9,11 @@ import pytest
 from synthetic_comparison import comparison_input, few_cells, make_comparison
 
 from rayalign.report.drawing import THEME, inline, standalone
+from rayalign.report.entries import entries_of
+from rayalign.report.estimates import summarize
 from rayalign.report.figures import draw_all, styles, trailing_mean
 from rayalign.report.points import Comparison
 from rayalign.report.statistics import Bootstrap
-from rayalign.report.summary import summarize
 
 
 def drawn(comparison: Comparison) -> dict[str, str]:
@@ -67,7 +68,7 @@ def test_a_small_kl_keeps_a_linear_axis() -> None:
 
 
 def test_twelve_cells_are_told_apart_without_colour() -> None:
-    look = styles(make_comparison(num_prompts=4).cells)
+    look = styles(entries_of(make_comparison(num_prompts=4).cells))
     assert len({(style.symbol, style.line) for style in look.values()}) == 12
     assert look["dpo-off_policy"].color == look["dpo-on_policy"].color
     assert look["dpo-off_policy"].line != look["dpo-on_policy"].line
@@ -76,7 +77,7 @@ def test_twelve_cells_are_told_apart_without_colour() -> None:
 def test_cells_that_differ_in_neither_method_nor_policy_get_their_own_look() -> None:
     given = comparison_input(num_prompts=4)
     given["cells"][1]["data_policy"] = "off_policy"
-    look = styles(Comparison.model_validate(given).cells)
+    look = styles(entries_of(Comparison.model_validate(given).cells))
     assert len({(style.symbol, style.color, style.line) for style in look.values()}) == 12
 
 

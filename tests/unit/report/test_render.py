@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from synthetic_comparison import against_another, few_cells, judged, make_comparison
 
+from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison, load, save
 from rayalign.report.render import limits, render
 from rayalign.report.results import results_json
-from rayalign.report.summary import summarize
 
 HEAD = "interval over prompts, one training run"
 
@@ -148,7 +148,7 @@ def test_undone_cells_and_levels_not_reached_are_shown(page: Page) -> None:
 def test_tables_can_be_sorted(folder: Path) -> None:
     html = (folder / "report.html").read_text()
     tables = re.findall(r'<table class="sortable">.*?</table>', html, flags=re.DOTALL)
-    assert len(tables) == 8
+    assert len(tables) == 9
     for table in tables:
         head, body = table.split("</thead>")
         columns = re.findall(r'<th scope="col"( class="num")? aria-sort="none"><button type="button">', head)
@@ -207,7 +207,7 @@ def test_markdown_tables_are_rectangular(folder: Path) -> None:
             widths.setdefault(block, set()).add(line.count("|"))
         else:
             block += 1
-    assert len(widths) == 6
+    assert len(widths) == 7
     assert all(len(found) == 1 for found in widths.values())
 
 
@@ -254,7 +254,7 @@ def test_a_judge_has_a_column_a_row_of_costs_and_its_limits(tmp_path: Path) -> N
         p for p in results["points"] if (p["cell"], p["prompt_set"], p["step"]) == ("dpo-off_policy", "shop", 100)
     ]
     rate = point["judged"]
-    assert results["schema"] == "rayalign.results/2" and results["baseline"] == "reference"
+    assert results["schema"] == "rayalign.results/3" and results["baseline"] == "reference"
     assert [judge["name"] for judge in results["measures"]["judge"]] == ["careful"]
     assert f"{rate['mean']:.3f}[{rate['low']:.3f}, {rate['high']:.3f}]" in text
     assert text.count("win ratejudged by careful") == 4
@@ -295,7 +295,7 @@ def test_another_baseline_stands_in_the_tables_and_is_what_wins_are_against(tmp_
     assert "0.5 by definition" not in reference
     assert cells_of(baseline)[0] == "last year's (baseline)"
     assert cells_of(baseline)[names.index("win rate, oracle")] == "0.5 by definition"
-    assert page.text.count("0.5by definition") == 8  # two scorers, two prompt sets, two tables
+    assert page.text.count("0.5by definition") == 16  # two scorers, two rates, two prompt sets, two tables
     assert json.loads(report.with_name("results.json").read_text())["baseline"] == "last year's"
     samples = page.text[page.text.index("Samples\nThe same prompt") :]
     assert samples.index("(reference)") < samples.index("(last year's)") < samples.index("(dpo-off_policy)")
@@ -314,4 +314,4 @@ def test_a_cell_may_be_called_baseline(tmp_path: Path) -> None:
     given = few_cells()
     given["cells"][0] |= {"id": "baseline", "label": "baseline"}
     page = Page(render(Comparison.model_validate(given), tmp_path).read_text())
-    assert "(baseline)" not in page.text and page.text.count("0.5by definition") == 8
+    assert "(baseline)" not in page.text and page.text.count("0.5by definition") == 16

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from synthetic_comparison import against_another, comparison_input, few_cells, judged
 
+from rayalign.report.estimates import summarize
 from rayalign.report.points import BASELINE, Comparison
 from rayalign.report.statistics import Bootstrap
-from rayalign.report.summary import Summary, summarize
+from rayalign.report.summary import Summary
 
 GIVEN = comparison_input(num_prompts=6, num_samples=3)
 

@@ -1,0 +1,83 @@
+"""Rows of the tables: one per configuration, whatever the number of training seeds that it was run with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rayalign.report.points import Cell, Cost, Filter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Cells that differ in their seed only. One of a single cell has that cell's id and label."""
+
+    id: str
+    label: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.cells)
+
+    @property
+    def display_name(self) -> str:
+        return self.cells[0].display_name
+
+    @property
+    def data_policy(self) -> str:
+        return self.cells[0].data_policy
+
+    @property
+    def failed(self) -> str:
+        """``failed``, ``1 of 3 seeds failed``, or nothing."""
+        failed = sum(cell.status == "failed" for cell in self.cells)
+        if not failed:
+            return ""
+        return "failed" if self.num_seeds == 1 else f"{failed} of {self.num_seeds} seeds failed"
+
+    @property
+    def measured(self) -> bool:
+        return any(cell.points for cell in self.cells)
+
+    @property
+    def filter(self) -> Filter | None:
+        return self.cells[0].filter
+
+    @property
+    def cost(self) -> Cost:
+        """Of one run: the mean over the seeds that were trained to their end, or over all where none was."""
+        done = [cell.cost for cell in self.cells if cell.status == "done"] or [cell.cost for cell in self.cells]
+        if len(done) == 1:
+            return done[0]
+        seconds = [cost.device_seconds for cost in done if cost.device_seconds is not None]
+        return Cost(
+            device_seconds=fmean(seconds) if seconds else None,
+            **{
+                field: round(fmean(getattr(cost, field) for cost in done))
+                for field in ("tokens_trained", "tokens_generated", "labels_used", "scorer_calls")
+            },
+        )
+
+
+def entries_of(cells: Sequence[Cell]) -> tuple[Entry, ...]:
+    """In the order of their first cells."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(f"entry {cell.entry}" if cell.entry else f"cell {cell.id}", []).append(cell)
+    return tuple(
+        Entry(id=group[0].id, label=group[0].label, cells=tuple(group))
+        if len(group) == 1
+        else Entry(id=group[0].entry, label=group[0].entry, cells=tuple(group))
+        for group in groups.values()
+    )
+
+
+def runs_of(cells: Sequence[Cell]) -> tuple[Entry, ...]:
+    """Every cell by itself."""
+    return tuple(Entry(id=cell.id, label=cell.label, cells=(cell,)) for cell in cells)
+
+
+def replicated_anywhere(entries: Sequence[Entry]) -> bool:
+    return any(entry.num_seeds > 1 for entry in entries)
