@@ -190,6 +190,7 @@ def _critic(run: RunConfig, record: Method) -> Iterator[Violation]:
             f"{record.name}'s critic values every round anew, and what is drawn once is no round; write a number of "
             "steps",
         )
+        return
     limit = record.round_limit(run.method.config) if record.round_limit is not None else None
     if limit is not None and policy.passes == 1:
         yield Violation(
