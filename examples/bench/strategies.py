@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,6 +70,10 @@ def main() -> None:
         os.environ["RAYALIGN_CACHE"] = str(folder / "cache")
         config = write_configuration(folder / "model", hidden=options.hidden, layers=options.layers)
         for number, (side, (spec, lora)) in enumerate(SIDES.items()):
+            package = "deepspeed" if spec.name == "deepspeed" else "peft" if lora else "torch"
+            if find_spec(package) is None:
+                rows.append([side, f"({package} is not installed)", "", "", ""])
+                continue
             workers = 1 if spec.name == "single" else options.workers
             room = folder / str(number)
             room.mkdir()

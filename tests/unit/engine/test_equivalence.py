@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,13 @@ STRATEGIES = {
 }
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
+DEEPSPEED = [pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=DEEPSPEED if name.startswith("zero") else ()) for name in STRATEGIES],
+)
 def together(
     request: pytest.FixtureRequest, scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Trajectory]]:

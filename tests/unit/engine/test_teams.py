@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_
 from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.strategy import StrategySpec, make_strategy
 from rayalign.manifest import verify
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed, which takes part in every comparison"),
+]
 
 SINGLE = make_strategy("single", CPU)
 DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
@@ -116,6 +122,14 @@ REFUSED = {
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
     ("fsdp2", "zero2"): r"optimizer-00001-of-00002\.safetensors.*, which deepspeed with 2 workers cannot read",
 }
+FORMS = {
+    "checkpointing": (FSDP2, {"gradient_checkpointing": True}),
+    "checkpointing in bfloat16": (FSDP2, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
+    "offload 2": (replace(ZERO2, cpu_offload=True), {}),
+    "offload 3": (replace(ZERO3, cpu_offload=True), {}),
+    "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
+}
+"""Further ways to compute one run, and what they change of it."""
 DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
 ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
 CHANGES = [
@@ -204,6 +218,8 @@ def pair(
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
     tasks["whole lora"] = Task(FSDP2, whole_run, (spec_of(folder / "whole-lora", adapting), adapting))
+    for name, (spec, change) in FORMS.items():
+        tasks[name] = Task(spec, run_in_shares, (replace(scenarios["dpo"], steps=4, **change),))
     for name, lora in DRAWN.items():
         tasks[name] = Task(FSDP2, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
     (folder / "two").mkdir()
@@ -299,3 +315,9 @@ def test_rounds_are_drawn_with_gathered_weights(name: str, folder: Path, resumed
     assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
     assert [row["rollout/reward"] for row in mine] == [row["rollout/reward"] for row in theirs]
     assert mine[2]["rollout/reward"] != mine[1]["rollout/reward"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_further_forms_of_a_run(name: str, scenarios: dict[str, Scenario], pair) -> None:
+    alone, _ = run_in_shares(SINGLE, replace(scenarios["dpo"], steps=4, **FORMS[name][1]))
+    assert_equivalent(pair[name][0][0], alone, lr=scenarios["dpo"].lr)
