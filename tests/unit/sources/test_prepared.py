@@ -157,8 +157,9 @@ def kill_and_resume(trained: OnPolicyRun, folder: Path, model: Path, file: Path,
     mine, theirs = (load_file(each.directory / "final" / "model.safetensors") for each in (run, trained))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     rows = [read_metrics(each.directory / "metrics.jsonl") for each in (run, trained)]
-    clocks = ("seconds", "seconds_waiting_for_data", "rollout/seconds_generating", "rollout/seconds_loading")
-    same = [[{k: v for k, v in row.items() if k not in clocks} for row in part] for part in rows]
+    # A restarted engine is started and not refreshed, and no clock runs twice alike.
+    told = [[{k: v for k, v in row.items() if "seconds" not in k} for row in part] for part in rows]
+    same = [[{k: v for k, v in row.items() if not k.startswith("refresh/")} for row in part] for part in told]
     assert same[0] == same[1]
 
 
@@ -203,7 +204,7 @@ def test_a_prompt_that_the_scorer_fails_on_teaches_nothing(tmp_path: Path, model
         store = TokenStore.open(path)
         [lone] = [row for row in range(4) if not store[row].candidates]
         found = advantages(run, path)
-        assert found[lone] == []
+        assert [len(part) for part in found[lone]] == [0]
         assert all(np.isfinite(part).all() for group in found for part in group)
         [row] = read_metrics(run.directory / "metrics.jsonl")
         known = [store[other].per_candidate["reward"] for other in range(4) if other != lone]
