@@ -6,7 +6,7 @@ import ray
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from rayalign.engine.checkpoint import IncompatibleCheckpoint
-from rayalign.engine.loop import PolicyMismatch
+from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import UserError
 from rayalign.manifest import TornDirectory

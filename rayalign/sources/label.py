@@ -70,7 +70,9 @@ def label(scores: Sequence[float], lengths: Sequence[int], spec: LabelSpec, *, s
         return Labelled(kept=tuple(range(len(scores))))
     if shape == "one":
         return Labelled(kept=(best(scored),))
-    if shape == "ranking" and spec.name == "rewards" and min(scores) < max(scores):
+    if shape == "ranking" and spec.name == "rewards":
+        if min(scores) == max(scores):
+            return Labelled(kept=(0,), preferred=False)
         return Labelled(kept=tuple(range(len(scores))), rank=tuple(places(scores).tolist()))
     pair = rule(spec)(scored)
     if pair is None:

@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayalign.data.plan import PlanError
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import OPTIMIZER, IncompatibleCheckpoint, step_of
-from rayalign.engine.loop import PolicyMismatch, check_initial_logratio, train
+from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
+from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep

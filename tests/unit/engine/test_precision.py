@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rayalign.data.group import Group
+from rayalign.engine.first_step import LOGRATIO_LIMITS, check_initial_logratio
 from rayalign.engine.forward import Policy
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.loop import LOGRATIO_LIMITS, check_initial_logratio
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer

@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import (
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.data.records import EmptyFile
 from rayalign.engine.checkpoint import IncompatibleCheckpoint
-from rayalign.engine.loop import PolicyMismatch
+from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import TornDirectory
