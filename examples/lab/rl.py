@@ -156,7 +156,7 @@ def main() -> None:
         print(header, "|---" * 7 + "|", *tuned_lines(results), sep="\n")
     else:
         results = measure_seeds(SEEDS, comparison, cells, options.out, fixed_pairs=False)
-        header = "| cell | oracle ≥ | | KL ≤ | | audit2 − reference's ≥ | | |"
+        header = "| cell | oracle ≥ | measured | KL ≤ | measured | audit2 − reference's ≥ | measured | |"
         print(header, "|---" * 8 + "|", *gate_lines(results), "", points_table(results), sep="\n")
 
 
