@@ -16,7 +16,7 @@ from workspaces import Workspace, rayalign
 
 from rayalign.runtime.session import Session
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPTS = ["Why?", "Who is it?", "What is the sky?", "And then?", "Do not answer this."]
 

@@ -109,6 +109,7 @@ def test_what_a_dead_actor_left_is_drawn_again_bit_for_bit(
         assert TokenStore.open(killed).digest == TokenStore.open(whole).digest
 
 
+@pytest.mark.slow
 def test_trainer_and_actor_take_turns(workspace: Workspace, session: Session, undisturbed: Path) -> None:
     """The same run on the same cores: each has them all while the other waits."""
     blocks = on_policy({"function": "rewards:vowels"})
