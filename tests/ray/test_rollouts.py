@@ -147,6 +147,7 @@ def test_what_kills_every_actor_ends_the_run_with_a_message(workspace: Workspace
     assert "a process died in each of 4 attempts" in done.printed and "Traceback" not in done.printed
 
 
+@pytest.mark.slow
 def test_the_set_that_wpo_was_published_with(workspace: Workspace, session: Session) -> None:
     """Five of its own at T 0.7 and top-p 0.95 beside a stored one, all scored, then labelled (2406.11827, §4.1)."""
     rows = [{"prompt": f"question {n}", "completion": "aeiou" if n % 2 else "xyz"} for n in range(24)]
@@ -179,6 +180,7 @@ def test_the_set_that_wpo_was_published_with(workspace: Workspace, session: Sess
     assert len(metrics(workspace.directory("published"))) == 3
 
 
+@pytest.mark.slow
 def test_generated_and_scored_files_are_data_again(workspace: Workspace, session: Session) -> None:
     few = workspace.folder / "few.jsonl"
     few.write_text("".join((workspace.folder / "pairs.jsonl").read_text().splitlines(keepends=True)[:12]))
