@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed ## the README's first comparison, on this machine
 test: check ## what a change must pass: lint, types, import walls, the default tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.installed-test ## the tests that take longer than the default run allows
+test-slow: $(VENV)/.installed-slow ## the tests that take longer than the default run allows
 	$(PYTEST) -m "slow and not gpu"
 
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
@@ -60,6 +60,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+# DeepSpeed's build asks for the torch that it will run with.
+$(VENV)/.installed-slow: $(VENV)/.installed-test
+	$(PIP) --no-build-isolation deepspeed ninja
 	@touch $@
 
 # vLLM's pins differ from the trainer's; torchvision and its kin come built for CUDA and break Llama beside a CPU torch.

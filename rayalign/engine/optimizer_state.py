@@ -97,7 +97,7 @@ def open_parts(paths: list[Path], stack: contextlib.ExitStack) -> tuple[Callable
     """Parts are in the order of ranks, and so are the rows in them."""
     files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
     names: dict[int, list[str]] = {}
-    for key in files[0].keys():  # noqa: SIM118
+    for key in files[0].keys():  # noqa: SIM118  (an opened file is no mapping)
         number, _, name = key.partition(".")
         names.setdefault(int(number), []).append(name)
 

@@ -21,7 +21,7 @@ Metrics and how they are reduced; an item is a token, or a sequence where the ra
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rayalign.functional.advantages import kl_shaped_reward
 from rayalign.functional.kl import k1, k3
-from rayalign.methods._base import MethodConfig
+from rayalign.methods._base import MethodConfig, Need
 from rayalign.methods._clipped import importance_ratio, ppo_policy_loss
 from rayalign.methods._fields import Positive
 from rayalign.methods._pairs import MetricSums, mean_over
@@ -105,6 +105,11 @@ def policy_tokens(scored: Scored) -> tuple[Float[Tensor, " N"], Float[Tensor, " 
 def scored_candidates(prepared: Round) -> Bool[Tensor, "B K"]:
     """True on candidates that have a reward: all real ones, but those of a prompt that the scorer failed on."""
     return prepared.candidate_mask & ~prepared.candidate("reward").isnan()
+
+
+def reference_needs(config: Any) -> frozenset[Need]:
+    """The reference's log-probabilities, unless ``config.kl_coef`` is 0."""
+    return frozenset({"ref_token_logp"}) if config.kl_coef > 0 else frozenset()
 
 
 def shaped_reward(prepared: Round, kl_coef: float) -> Float[Tensor, " N"]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from rayalign.functional.advantages import grpo_advantage
 from rayalign.functional.kl import k3
 from rayalign.functional.logprobs import sum_per_candidate
-from rayalign.methods._base import Method, Need, Statistics, Term
+from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._clipped import ppo_policy_loss
 from rayalign.methods._fields import NonNegative, Positive
 from rayalign.methods._pairs import MetricSums
@@ -37,6 +37,7 @@ from rayalign.methods._ratio import (
     policy_tokens,
     ratio_loss,
     real_tokens,
+    reference_needs,
     scored_candidates,
 )
 from rayalign.types import Round, Scored
@@ -103,10 +104,6 @@ def loss(scored: Scored, config: GRPOConfig, statistics: Statistics) -> tuple[Te
 
 def metrics(scored: Scored, config: GRPOConfig, statistics: Statistics) -> MetricSums:
     return policy_metrics(scored, config)
-
-
-def reference_needs(config: GRPOConfig) -> frozenset[Need]:
-    return frozenset({"ref_token_logp"}) if config.kl_coef > 0 else frozenset()
 
 
 METHOD = Method(

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rayalign.functional.advantages import gae, whiten
-from rayalign.methods._base import Method, Need, Statistics, Term
+from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._fields import NonNegative, Positive
 from rayalign.methods._pairs import MetricSums, mean_over
 from rayalign.methods._ratio import (
@@ -32,6 +32,7 @@ from rayalign.methods._ratio import (
     policy_tokens,
     ratio_loss,
     real_tokens,
+    reference_needs,
     scored_candidates,
     shaped_reward,
 )
@@ -117,10 +118,6 @@ def value_metrics(scored: Scored, config: PPOConfig, statistics: Statistics) -> 
         "critic/squared_error": mean_over((value - returns).square(), told),
         "critic/clip_ratio": mean_over(((value - old_value).abs() > bound).to(value), told),
     }
-
-
-def reference_needs(config: PPOConfig) -> frozenset[Need]:
-    return frozenset({"ref_token_logp"}) if config.kl_coef > 0 else frozenset()
 
 
 def kl_limit(config: PPOConfig) -> tuple[str, float] | None:

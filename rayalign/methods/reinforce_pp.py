@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rayalign.functional.advantages import gae, whiten
-from rayalign.methods._base import Method, Need, Statistics, Term
+from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums
 from rayalign.methods._ratio import (
@@ -27,6 +27,7 @@ from rayalign.methods._ratio import (
     policy_tokens,
     ratio_loss,
     real_tokens,
+    reference_needs,
     scored_candidates,
     shaped_reward,
 )
@@ -56,10 +57,6 @@ def loss(scored: Scored, config: ReinforcePPConfig, statistics: Statistics) -> t
 
 def metrics(scored: Scored, config: ReinforcePPConfig, statistics: Statistics) -> MetricSums:
     return policy_metrics(scored, config)
-
-
-def reference_needs(config: ReinforcePPConfig) -> frozenset[Need]:
-    return frozenset({"ref_token_logp"}) if config.kl_coef > 0 else frozenset()
 
 
 METHOD = Method(

@@ -20,7 +20,7 @@ from torch import Tensor
 from rayalign.functional.advantages import rloo_advantage
 from rayalign.functional.kl import k1
 from rayalign.functional.logprobs import last_per_candidate, sum_per_candidate
-from rayalign.methods._base import Method, Need, Statistics, Term
+from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums
 from rayalign.methods._ratio import (
@@ -30,6 +30,7 @@ from rayalign.methods._ratio import (
     policy_metrics,
     policy_tokens,
     ratio_loss,
+    reference_needs,
     reward_spread,
     scored_candidates,
 )
@@ -85,10 +86,6 @@ def metrics(scored: Scored, config: RLOOConfig, statistics: Statistics) -> Metri
     group = torch.arange(mask.numel(), device=mask.device) // mask.shape[1]
     items = item_metrics(*sequences(scored), mask.flatten(), group, scored, config)
     return {**items, **kl_metrics(scored), **reward_spread(scored)}
-
-
-def reference_needs(config: RLOOConfig) -> frozenset[Need]:
-    return frozenset({"ref_token_logp"}) if config.kl_coef > 0 else frozenset()
 
 
 METHOD = Method(

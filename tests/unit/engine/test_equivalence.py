@@ -103,7 +103,10 @@ STRATEGIES = {
 }
 
 
-DEEPSPEED = [pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
+DEEPSPEED = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-slow"),
+]
 
 
 @pytest.fixture(

@@ -36,7 +36,7 @@ from rayalign.manifest import verify
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed, which takes part in every comparison"),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-slow installs it"),
 ]
 
 SINGLE = make_strategy("single", CPU)
