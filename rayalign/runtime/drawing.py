@@ -22,7 +22,7 @@ from rayalign.sources.chunk import Chunk, ChunkReport, ChunkSpec
 
 log = logging.getLogger(__name__)
 
-SAMPLES_PER_CHUNK = 128
+SAMPLES_PER_CHUNK = 256
 """A chunk is large enough to be sampled at once and small enough to be done again."""
 PROBES = 2
 """Attempts at a part of a chunk that is known to kill: one may be a node lost by chance."""
