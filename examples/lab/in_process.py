@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from rayalign.data.select import rows_file, scores_of, select, write_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
+from rayalign.engine import actor_critic
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import TrainSpec, train
 from rayalign.engine.model import ModelSpec, load_tokenizer
@@ -31,7 +33,7 @@ from rayalign.engine.strategy import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
 from rayalign.manifest import commit
-from rayalign.pipeline.job import method_of, objectives, optimizer_spec
+from rayalign.pipeline.job import critic_spec, method_of, objectives, optimizer_spec
 from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
 from rayalign.pipeline.prompts import tokenized
 from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
@@ -102,6 +104,7 @@ class Workshop:
             model=model_spec(run),
             objectives=objectives(run, method),
             optimizer=optimizer_spec(run, run.optim.steps),
+            critic=critic_spec(run, run.optim.steps) if method.critic is not None else None,
             seed=run.seed,
             identity={"name": name},
             checkpoint_every=run.optim.steps,
@@ -114,10 +117,9 @@ class Workshop:
         def make_source(layout: Layout, pad_id: int) -> StreamSource:
             return StreamSource(source, layout=layout, pad_id=pad_id)
 
-        if rollouts is None:
-            return train(spec, make_source, make_strategy("single", CPU))
-        with serving(rollouts, self.alone, print):
-            return train(spec, make_source, make_strategy("single", CPU))
+        loop = train if spec.critic is None else actor_critic.train
+        with serving(rollouts, self.alone, print) if rollouts else contextlib.nullcontext():
+            return loop(spec, make_source, make_strategy("single", CPU))
 
     def main_stream(
         self, run: RunConfig, shape: Shape, name: str, *, scored: bool
@@ -137,14 +139,16 @@ class Workshop:
         else:
             assert run.optim.steps is not None
             plan, folder = round_plan(run, run.optim.steps), self.folder / name / "rounds"
-            prepared = preparation(run, method_of(run))
+            method, prepared = method_of(run), preparation(run, method_of(run))
+            with_critic = method.critic is not None
             fresh = RoundStream(
                 name=MAIN_STREAM,
                 prompts=chunks.prompts,
                 plan=plan,
                 folder=folder,
                 num_candidates=kept_candidates(shape, chunks),
-                prepared=prepared.key if prepared else None,
+                prepared=prepared.key if prepared and not with_critic else None,
+                preparation=prepared if with_critic else None,
             )
             rollouts = RolloutJob(
                 spec=chunks,
@@ -156,7 +160,7 @@ class Workshop:
                 takes_turns=False,
                 python=None,
                 max_bad_fraction=0.0,
-                preparation=prepared,
+                preparation=None if with_critic else prepared,
             )
         if fresh_fraction(run) == 1:
             return fresh, rollouts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +25,7 @@ REINFORCEMENT = EXAMPLES / "rl.yaml"
 TUNING_SEEDS = (16,)
 SEEDS = (20, 21, 22)
 STEP = 50
-METHODS = ("rloo", "reinforce_pp", "grpo")
+METHODS = ("rloo", "reinforce_pp", "grpo", "ppo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,12 @@ class Trial:
         return f"{self.method}, lr {self.lr:g}, kl_coef {self.kl_coef:g}"
 
 
-KL_COEFS: Mapping[str, tuple[float, float]] = {"rloo": (0.03, 0.05), "reinforce_pp": (0.03, 0.05), "grpo": (0.1, 0.3)}
+KL_COEFS: Mapping[str, tuple[float, float]] = {
+    "rloo": (0.03, 0.05),
+    "reinforce_pp": (0.03, 0.05),
+    "grpo": (0.1, 0.3),
+    "ppo": (0.03, 0.05),
+}
 """GRPO divides rewards by their deviation, about a tenth here, and has its KL beside the advantage."""
 TRIALS = tuple(
     Trial(method=method, lr=lr, kl_coef=kl_coef)
@@ -108,10 +113,10 @@ def chosen(results: Results, method: str) -> Trial:
     return max(found, key=lambda trial: found[trial].audit2_gain)
 
 
-def trial_runs(cells: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
+def trial_runs(cells: Mapping[str, RunConfig], trials: Iterable[Trial] = TRIALS) -> dict[str, RunConfig]:
     """Label → run: the YAML's cell of that method, but for what is searched; measured at the end alone."""
     runs = {}
-    for trial in TRIALS:
+    for trial in trials:
         run = cells[trial.method]
         assert run.evaluate is not None
         runs[trial.label] = run.model_copy(
@@ -124,8 +129,8 @@ def trial_runs(cells: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     return runs
 
 
-def tuned_lines(results: Results) -> Iterable[str]:
-    for trial in TRIALS:
+def tuned_lines(results: Results, trials: Iterable[Trial]) -> Iterable[str]:
+    for trial in trials:
         found = means(results, trial.label)
         taken = "taken" if trial == chosen(results, trial.method) else ""
         yield (
@@ -134,8 +139,11 @@ def tuned_lines(results: Results) -> Iterable[str]:
         )
 
 
-def gate_lines(results: Results) -> Iterable[str]:
-    for cell, gate in (*GATES.items(), (CONTROL, GATES["rloo"])):
+def gate_lines(results: Results, cells: Container[str]) -> Iterable[str]:
+    held = {**GATES, CONTROL: GATES["rloo"]}
+    for cell, gate in held.items():
+        if cell not in cells:
+            continue
         found = means(results, cell)
         yield (
             f"| {cell} | {gate.oracle:.2f} | {found.oracle:.3f} | {gate.kl:.1f} | {found.kl:.2f} "
@@ -144,20 +152,22 @@ def gate_lines(results: Results) -> Iterable[str]:
 
 
 def main() -> None:
+    cells = cell_runs(comparison := comparison_of(REINFORCEMENT))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("tune", "report"))
+    parser.add_argument("--cells", nargs="+", choices=cells, default=list(cells), metavar="CELL", help=", ".join(cells))
     parser.add_argument("--out", type=Path, default=Path("rl.json"), help="every number as JSON")
     options = parser.parse_args()
-    comparison = comparison_of(REINFORCEMENT)
-    cells = cell_runs(comparison)
+    asked = {name: cells[name] for name in options.cells}
     if options.what == "tune":
-        results = measure_seeds(TUNING_SEEDS, comparison, trial_runs(cells), options.out, fixed_pairs=False)
+        trials = [trial for trial in TRIALS if trial.method in asked]
+        results = measure_seeds(TUNING_SEEDS, comparison, trial_runs(asked, trials), options.out, fixed_pairs=False)
         header = "| method | lr | kl_coef | oracle | KL | audit2 − reference's | |"
-        print(header, "|---" * 7 + "|", *tuned_lines(results), sep="\n")
+        print(header, "|---" * 7 + "|", *tuned_lines(results, trials), sep="\n")
     else:
-        results = measure_seeds(SEEDS, comparison, cells, options.out, fixed_pairs=False)
+        results = measure_seeds(SEEDS, comparison, asked, options.out, fixed_pairs=False)
         header = "| cell | oracle ≥ | measured | KL ≤ | measured | audit2 − reference's ≥ | measured | |"
-        print(header, "|---" * 8 + "|", *gate_lines(results), "", points_table(results), sep="\n")
+        print(header, "|---" * 8 + "|", *gate_lines(results, asked), "", points_table(results), sep="\n")
 
 
 if __name__ == "__main__":
