@@ -85,6 +85,7 @@ GATES: Mapping[str, Gate] = {
     "rloo": Gate(oracle=0.77, kl=4.0, audit2_gain=0.05),
     "reinforce_pp": Gate(oracle=0.74, kl=4.0, audit2_gain=0.05),
     "grpo": Gate(oracle=0.70, kl=4.0, audit2_gain=0.05),
+    "ppo": Gate(oracle=0.70, kl=4.0, audit2_gain=0.05),
 }
 """Cell → what it is held to, over the mean of :data:`SEEDS`; written after the search and before these seeds were run.
 
