@@ -8,6 +8,7 @@ every completion carrying a prompt of its own (``concatenated``), which tells wh
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def measured(question: Path, answer: Path) -> None:
 
 def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> Record:
     """The engine's own loop on rounds of one step, drawn by this process."""
-    loop.choose_layout = lambda model: layout
+    loop.choose_layout = lambda model, *, device: layout
     (folder / "scores.py").write_text("def score(prompt, reply):\n    return float(len(reply) % 97)\n")
     policy = ModelSpec(name=str(folder / "model"), dtype="float32")
     method = resolve("grpo")
@@ -160,11 +161,16 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
 
     with serving(rollouts, Alone(), lambda line: None):
         loop.train(
-            spec, make_source, make_strategy("single", torch.device("cpu")), on_step=lambda row: rows.append({**row})
+            spec,
+            make_source,
+            make_strategy("single", torch.device("cpu")),
+            on_step=lambda row: rows.append({**row, "ended": time.perf_counter()}),
         )
     counted = rows[WARM_UP:]
+    # From the end of a step to that of the next: sending the weights is no part of a row's own seconds.
+    steps_took = [row["ended"] - before["ended"] for before, row in itertools.pairwise(rows)]
     return {
-        "step": median(row["seconds"] for row in counted),
+        "step": median(steps_took[WARM_UP - 1 :]),
         "update": median(row["seconds"] - row["seconds_waiting_for_data"] for row in counted),
         "tokens": median(row["step_tokens"] if layout == "packed" else concatenated(row) for row in counted),
     }
