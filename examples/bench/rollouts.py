@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=7, help="turns of each side; one more before them does not count"
     )
+    parser.add_argument("--pool-only", action="store_true", help="leave out `generate` and single samples")
     options = parser.parse_args()
     if options.quick:
         options.prompts, options.repeats = 8, 1
@@ -158,7 +159,7 @@ def main() -> None:
         ):
             sides = {"pool, n = 8": lambda turn: drawn(job, pool, Path(folder) / f"round{turn}")}
             sides["bare engine, n = 8"] = lambda turn: bare.call(("engine", 8))
-            if options.engine == "hf":
+            if options.engine == "hf" and not options.pool_only:
                 sides["model.generate, n = 8"] = lambda turn: bare.call(("generate", 8))
                 sides["bare engine, n = 1"] = lambda turn: bare.call(("engine", 1))
                 sides["model.generate, n = 1"] = lambda turn: bare.call(("generate", 1))

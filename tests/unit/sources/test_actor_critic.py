@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 from tiny_rollouts import InProcess, OnPolicyRun
-from tiny_runs import join, objective, save_tiny, store, synthetic_groups, train_with_critic
+from tiny_runs import join, objective, store, synthetic_groups, train_with_critic
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.store import TokenStore
@@ -33,31 +32,11 @@ from rayalign.sources.rounds import RoundPlan
 
 PLAN = RoundPlan(steps=8, refresh_every=4, lag=0, groups_per_step=4, passes=2)
 """Two rounds of eight prompts, each trained on twice."""
-ROWS = [{"prompt": f"question {n}"} for n in range(10)]
 KL_COEF, GAMMA, LAM = 0.1, 0.9, 0.8
 
 
 class Interrupted(Exception):
     """Stands for whatever ends a process between two steps."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
 
 
 def ppo(directory: Path, model: Path, file: Path, *, plan: RoundPlan = PLAN, **parameters: Any) -> OnPolicyRun:

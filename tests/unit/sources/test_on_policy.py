@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_rollouts import SCORER, STOP_ID, InProcess, OnPolicyRun, chunk_spec, prompt_stream
-from tiny_runs import objective, save_tiny
+from tiny_runs import objective
 
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore, commit_store
@@ -31,30 +31,10 @@ from rayalign.sources.off_policy import StoredGroups
 from rayalign.sources.rounds import RoundPlan
 
 PLAN = RoundPlan(steps=6, refresh_every=2, lag=0, groups_per_step=4)
-ROWS = [{"prompt": f"question {n}", "chosen": f"aeiou {n}", "rejected": "xyz"} for n in range(10)]
 
 
 class Interrupted(Exception):
     """Stands for whatever ends a process between two steps."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2], ids=["synchronous", "lag 1", "lag 2"])

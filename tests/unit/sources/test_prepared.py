@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_rollouts import SCORER, STOP_ID, OnPolicyRun
-from tiny_runs import objective, save_tiny
+from tiny_runs import objective
 
 from rayalign.data.store import TokenStore
 from rayalign.engine.metrics import read_metrics
@@ -23,30 +23,10 @@ from rayalign.rollout.base import SamplingParams
 from rayalign.sources.rounds import RoundPlan
 
 PLAN = RoundPlan(steps=6, refresh_every=2, lag=0, groups_per_step=4)
-ROWS = [{"prompt": f"question {n}"} for n in range(10)]
 
 
 class Interrupted(Exception):
     """Stands for whatever ends a process between two steps."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
 
 
 @pytest.fixture(scope="module", params=["rloo", "reinforce_pp", "grpo"])
