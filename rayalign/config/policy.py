@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from rayalign.config.data import Source
-from rayalign.config.fields import Block, Elastic, InterpreterPath, check_function, named
+from rayalign.config.fields import AS_PATH, Block, Elastic, InterpreterPath, check_function, named
 
 PAIR_RULES = ("best_worst", "wpo", "bradley_terry")
 LABEL_RULES = (*PAIR_RULES, "best", "rewards")
@@ -91,7 +91,7 @@ class RolloutConfig(Block):
 class LabelConfig(Block):
     """How scores become chosen and rejected."""
 
-    name: Annotated[str, AfterValidator(_label_name)] = "best_worst"
+    name: Annotated[str, AfterValidator(_label_name), AS_PATH] = "best_worst"
     """Pairs: best_worst | wpo | bradley_terry | module:function, of the list of scores → (chosen, rejected).
 
     best keeps one completion (for sft, best-of-K sampling), rewards all of them (for methods of groups)."""

@@ -240,5 +240,9 @@ def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
 
 
 def training_configuration(run: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides which model the run ends in."""
-    return {block: value for block, value in dump(run).items() if block not in NOT_TRAINING}
+    """The part of the configuration that decides which model the run ends in.
+
+    Of paths only their last parts, since the identity has digests of what lies there: a job that is submitted again
+    works in another copy of the folder.
+    """
+    return {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}

@@ -74,6 +74,26 @@ def test_a_run_of_ones_own_method_is_another_run_when_its_code_changes(tmp_path:
     assert "method_source" not in run_identity(load_run(path, ["method=dpo"]), [])
 
 
+def test_the_same_folder_in_another_place_is_the_same_run(tmp_path: Path) -> None:
+    """As a job works in another copy of it whenever it is submitted; other contents are another run."""
+
+    def identity(name: str, lines: str = "", family: str = "llama") -> dict[str, object]:
+        folder = tmp_path / name
+        save_tiny(folder / "tiny", family)
+        (folder / "scores.py").write_text("def long(prompt, reply):\n    return len(reply)\n" + lines)
+        (folder / "run.yaml").write_text(
+            "model: {name: tiny, reference: ./tiny}\ndata: {train: t.jsonl}\nmethod: dpo\ndata_policy: on_policy\n"
+            "rollout: {engine: hf}\nscorer: {name: rule, function: 'scores.py:long'}\n"
+        )
+        return run_identity(load_run(folder / "run.yaml"), [])
+
+    first = identity("first")
+    assert identity("second") == first
+    edited, other = identity("edited", "# another line\n"), identity("other", family="gpt2")
+    assert {key for key in first if edited[key] != first[key]} == {"scorer"}
+    assert {key for key in first if other[key] != first[key]} == {"model", "reference"}
+
+
 def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "group") -> TokenStore:
     path = folder / "ranked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
