@@ -20,7 +20,7 @@ from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
 from rayalign.engine.deepspeed import refuse_missing_deepspeed
 from rayalign.engine.lora import refuse_missing_peft
-from rayalign.errors import MissingExtra, UserError
+from rayalign.errors import MissingExtra, Stopped, UserError
 from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
@@ -34,6 +34,7 @@ from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
 from rayalign.runtime.rounds import serving
 from rayalign.runtime.session import connect
+from rayalign.runtime.stop import stopping
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
 from rayalign.sources.off_policy import drawn_rows
@@ -46,11 +47,11 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     sys.path.insert(0, str(folder))
     run = load_run(path, overrides)
     refuse_unsupported(run)
-    with connect(import_paths=[folder]) as session, Board(console) as board:
+    with connect(import_paths=[folder]) as session, Board(console) as board, stopping() as stop:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
         job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
-        with Trainer() as trainer:
+        with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
     console.print(f"model: {final}", highlight=False)
     return final
@@ -72,7 +73,15 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
                 tell = partial(told, job.run, board)
                 stack.enter_context(serving(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
             try:
-                final = trainer.fit(job)
+                with trainer.stop.patience():
+                    final = trainer.fit(job)
+            except Stopped as stopped:
+                trainer.close_rollouts()  # nobody waits for what they draw; the next attempt goes on with it
+                write_run_json(run, job, status="stopped", started=started)
+                raise Stopped(f"{job.run}: {stopped}") from stopped
+            except KeyboardInterrupt:
+                trainer.close_rollouts()
+                raise
             except Exception:
                 write_run_json(run, job, status="failed", started=started)
                 raise
