@@ -28,6 +28,7 @@ from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
 from rayalign.report.points import save
 from rayalign.report.render import render
+from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.lease import lease
 from rayalign.runtime.session import Session, connect
 from rayalign.runtime.stop import StopRequest, stopping
@@ -68,7 +69,7 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         storage = session.storage(comparison.storage_path)
         directory = storage / comparison.name
         stack.enter_context(lease(directory))
-        board = stack.enter_context(Board(console))
+        board = stack.enter_context(Board(console, Gauges().set))
         stop = stack.enter_context(stopping())
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
