@@ -79,7 +79,9 @@ class RolloutConfig(Block):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
     placement: Literal["auto", "separate", "shared"] = "auto"
-    """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few."""
+    """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few.
+
+    separate with actors: [0, n] leaves the nodes that are there to training: an autoscaler adds nodes for actors."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Devices of one actor, which hold one copy of the weights together."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)

@@ -124,12 +124,18 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
 
 
 def num_processes(run: RunConfig, session: Session) -> int:
-    """Processes that are busy while a run trains: its workers, and the actors that draw for them."""
+    """Processes that are busy while a run trains: its workers, and the actors that draw for them.
+
+    Actors with nodes of their own that are none yet leave the nodes that are there to the workers.
+    """
     workers = num_workers(run, session)
     if not draws_rounds(run):
         return workers
     assert run.rollout is not None
-    actors = max(1, num_actors(run, 1)[0]) * run.rollout.tensor_parallel
+    least, _ = num_actors(run, 1)
+    if least == 0 and run.rollout.placement == "separate":
+        return workers
+    actors = max(1, least) * run.rollout.tensor_parallel
     return max(workers, actors) if takes_turns(run, session) else workers + actors
 
 
