@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from rayalign import __version__
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 
 app = typer.Typer(
     name="rayalign",
@@ -32,12 +32,15 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; exit code 2 is a user's mistake, 1 a failure."""
+    """Run the command line; exit code 2 is a user's mistake, 1 a failure, 130 or 143 a stop that was asked for."""
     try:
         app()
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(USER_MISTAKE)
+    except Stopped as stopped:
+        Console(stderr=True).print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from the newest checkpoint", highlight=False)
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again

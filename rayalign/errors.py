@@ -22,6 +22,14 @@ class MissingExtra(UserError):
         super().__init__(f"{package} is not installed; run: pip install 'rayalign[{extra}]'")
 
 
+class Stopped(Exception):
+    """A run was asked to end before its last step; the message says where it is. No error: it can go on from there."""
+
+    def __init__(self, message: str, *, exit_code: int = 143) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def restored(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str, Any]) -> UserError:
     error = kind.__new__(kind, *arguments)
     vars(error).update(state)

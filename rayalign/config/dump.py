@@ -26,12 +26,13 @@ class Difference(NamedTuple):
         return f"{self.field}: {self.left} → {self.right}"
 
 
-def dump(run: RunConfig) -> dict[str, Any]:
+def dump(run: RunConfig, *, portable: bool = False) -> dict[str, Any]:
     """Every setting, defaults included, as values for JSON or YAML; secrets are redacted.
 
-    Without secrets ``RunConfig.model_validate(dump(run)) == run``.
+    Without secrets ``RunConfig.model_validate(dump(run)) == run``. With ``portable`` paths are their last parts, so
+    that a copy of the folder in another place gives the same values.
     """
-    redacted: dict[str, Any] = redact(run.model_dump(mode="json", exclude_none=True))
+    redacted: dict[str, Any] = redact(run.model_dump(mode="json", exclude_none=True, context={"portable": portable}))
     return redacted
 
 

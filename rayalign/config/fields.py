@@ -1,6 +1,7 @@
 """Types of single fields: paths that resolve against the YAML's folder, functions by name, counts.
 
 The folder reaches the validators as ``context={"directory": Path}``; without it every path stays as written.
+Dumped with ``context={"portable": True}`` a path is its last part: what it holds is what counts, not where it lies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationInfo,
+)
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".parquet", ".arrow", ".csv", ".txt")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -103,11 +112,23 @@ def _parse_count(value: object) -> object:
     raise ValueError(f"{value!r} is neither a number, [smallest, largest] nor auto")
 
 
-InputPath = Annotated[str, AfterValidator(_resolve_path)]
+def portable(value: str) -> str:
+    """The last part of an absolute path; any other value as it is."""
+    return Path(value).name if Path(value).is_absolute() else value
+
+
+def _dump_path(value: str, info: SerializationInfo) -> str:
+    return portable(value) if (info.context or {}).get("portable") else value
+
+
+AS_PATH = PlainSerializer(_dump_path)
+"""Says of a text that it may be a path."""
+
+InputPath = Annotated[str, AfterValidator(_resolve_path), AS_PATH]
 InterpreterPath = Annotated[str, AfterValidator(_resolve_interpreter)]
-DataPath = Annotated[str, AfterValidator(_resolve_data)]
-ModelPath = Annotated[str, AfterValidator(resolve_model)]
-TemplatePath = Annotated[str, AfterValidator(_resolve_template)]
-FunctionName = Annotated[str, AfterValidator(check_function)]
+DataPath = Annotated[str, AfterValidator(_resolve_data), AS_PATH]
+ModelPath = Annotated[str, AfterValidator(resolve_model), AS_PATH]
+TemplatePath = Annotated[str, AfterValidator(_resolve_template), AS_PATH]
+FunctionName = Annotated[str, AfterValidator(check_function), AS_PATH]
 Elastic = Annotated[int | tuple[int, int] | Literal["auto"], BeforeValidator(_parse_count)]
 """A fixed number, [smallest, largest], or ``auto``."""

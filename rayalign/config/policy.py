@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from rayalign.config.data import Source
-from rayalign.config.fields import Block, Elastic, InterpreterPath, check_function, named
+from rayalign.config.fields import AS_PATH, Block, Elastic, InterpreterPath, check_function, named
 
 PAIR_RULES = ("best_worst", "wpo", "bradley_terry")
 LABEL_RULES = (*PAIR_RULES, "best", "rewards")
@@ -79,7 +79,9 @@ class RolloutConfig(Block):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
     placement: Literal["auto", "separate", "shared"] = "auto"
-    """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few."""
+    """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few.
+
+    separate with actors: [0, n] leaves the nodes that are there to training: an autoscaler adds nodes for actors."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Devices of one actor, which hold one copy of the weights together."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
@@ -91,7 +93,7 @@ class RolloutConfig(Block):
 class LabelConfig(Block):
     """How scores become chosen and rejected."""
 
-    name: Annotated[str, AfterValidator(_label_name)] = "best_worst"
+    name: Annotated[str, AfterValidator(_label_name), AS_PATH] = "best_worst"
     """Pairs: best_worst | wpo | bradley_terry | module:function, of the list of scores → (chosen, rejected).
 
     best keeps one completion (for sft, best-of-K sampling), rewards all of them (for methods of groups)."""

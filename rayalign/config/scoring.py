@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from rayalign.config.data import Sources
-from rayalign.config.fields import Block, FunctionName, ModelPath, listed, named, resolve_model
+from rayalign.config.fields import AS_PATH, Block, FunctionName, ModelPath, listed, named, resolve_model
 
 API_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*", re.IGNORECASE)
@@ -71,7 +71,7 @@ class LlmScorerConfig(Block):
     """Loads the model in the processes that score; null: it is behind base_url."""
     base_url: Annotated[str, AfterValidator(_address)] | None = None
     """Such as https://api.openai.com/v1; ``/chat/completions`` is asked."""
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1), AS_PATH]
     """As the endpoint calls it; with engine a folder, or a name on the hub."""
     revision: str | None = None
     """Of a model on the hub."""

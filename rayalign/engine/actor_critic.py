@@ -33,13 +33,15 @@ from rayalign.engine.loop import (
     Run,
     TrainSpec,
     advance,
+    awaited,
     begin,
     checkpoint_is_due,
     export,
     offer_weights,
-    open_sinks,
+    refuse_stopped,
     save,
 )
+from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model import load_policy, save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import set_learning_rate
@@ -99,11 +101,12 @@ def train(
     strategy: Strategy,
     *,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
     :func:`rayalign.engine.loop.train`, whose errors it raises too.
     """
-    run, resumed = begin(spec, strategy)
+    run, resumed = begin(spec, strategy, stop)
     critic = begin_critic(run, resumed)
     source = make_source(run.layout, int(run.tokenizer.pad_token_id or 0))
     if not isinstance(source, TakesValues):
@@ -111,15 +114,17 @@ def train(
     if resumed is not None:
         source.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
-        sinks = open_sinks(spec, run.step) if strategy.rank == 0 else []
+        sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
         opened: int | None = None
-        while run.step < spec.optimizer.steps:
+        while run.step < spec.optimizer.steps and not run.stopping:
             offer_weights(run, source)
             number, _ = source.place(run.step)
             clocks: Mapping[str, float] = {}
             if number != opened:
+                if not awaited(run, source):
+                    break
                 clocks = open_round(run, critic, source)
                 opened = number
             row = skip(run, critic) if is_skipped(critic, source.place(run.step)) else step(run, critic, source)
@@ -130,6 +135,7 @@ def train(
                 on_step(row)
             if checkpoint_is_due(run):
                 save(run, source, beside=critic.write, facts={CRITIC: critic.state()})
+        refuse_stopped(run, lambda: save(run, source, beside=critic.write, facts={CRITIC: critic.state()}))
     if strategy.rank == 0:
         export_critic(run, critic)
     export(run)
@@ -226,6 +232,7 @@ def step(run: Run, critic: Critic, source: TakesValues) -> dict[str, Any]:
     """One step of both models and its row of metrics; notes in which pass over a round the limit is exceeded."""
     objective, place = main_objective(run), source.place(run.step)
     row = advance(run, source, (), update=partial(update, critic=critic))
+    assert row is not None  # its round is open
     limit = objective.method.round_limit(objective.config) if objective.method.round_limit is not None else None
     if limit is None:
         return row

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import transformers
@@ -23,7 +23,7 @@ from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, re
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.forward import root_module
 from rayalign.engine.lora import ADAPTER, merged, write_adapter
-from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB
+from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, set_learning_rate
@@ -31,18 +31,11 @@ from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy
+from rayalign.errors import Stopped
 from rayalign.manifest import commit, read_manifest
 from rayalign.types import PADDING_GROUP
 
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """Where rows of metrics go."""
-
-    def write(self, row: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +93,10 @@ class Run:
     step: int = 0
     """Steps done."""
     num_tokens: int = 0
+    saved: int = 0
+    """The step of the newest checkpoint; 0 where there is none."""
+    stopping: bool = False
+    """The run was asked to end; the same on every worker."""
 
 
 def train(
@@ -109,40 +106,46 @@ def train(
     *,
     make_held_out: MakeSource | None = None,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
-    Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics.
+    Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics, and
+    ``stop`` on every rank between steps.
 
     Raises:
+        Stopped: ``stop`` said so; the step that was under way is done and saved.
         IncompatibleCheckpoint: the directory holds another run.
         PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
         NonFiniteStep: the loss or its gradient is NaN or infinite.
     """
-    run, resumed = begin(spec, strategy)
+    run, resumed = begin(spec, strategy, stop)
     pad_id = int(run.tokenizer.pad_token_id or 0)
     source = make_source(run.layout, pad_id)
     if resumed is not None and isinstance(source, FollowsPolicy):
         source.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
-        sinks = open_sinks(spec, run.step) if strategy.rank == 0 else []
+        sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
-        while run.step < spec.optimizer.steps:
+        while run.step < spec.optimizer.steps and not run.stopping:
             offer_weights(run, source)
             row = advance(run, source, held_out)
+            if row is None:
+                break
             for sink in sinks:
                 sink.write(row)
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
                 save(run, source)
+        refuse_stopped(run, partial(save, run, source))
     export(run)
     return spec.directory / "final"
 
 
-def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
+def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
     checkpointer = Checkpointer(
         root=spec.directory / "checkpoints",
@@ -170,13 +173,15 @@ def begin(spec: TrainSpec, strategy: Strategy) -> tuple[Run, Checkpoint | None]:
             compute_dtype=computes,
             seed=spec.seed,
             reference_in_place=spec.reference_in_place,
+            stop=stop,
         ),
         optimizer=optimizer,
         checkpointer=checkpointer,
+        stopping=strategy.broadcast(stop()),
     )
     if found is not None:
         strategy.load_optimizer(run.optimizer, found.directory)
-        run.step, run.num_tokens = found.step, found.facts["num_tokens"]
+        run.step, run.saved, run.num_tokens = found.step, found.step, found.facts["num_tokens"]
         changed = differences(found.facts["environment"], environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
@@ -222,9 +227,11 @@ def advance(
     held_out: Sequence[StreamWork],
     *,
     update: Callable[[Run, Sequence[StreamWork]], StepResult] = update,
-) -> dict[str, Any]:
-    """One step of ``update`` and its row of metrics."""
+) -> dict[str, Any] | None:
+    """One step of ``update`` and its row of metrics; None where the run stops instead of waiting for its groups."""
     spec, began = run.spec, time.perf_counter()
+    if not awaited(run, source):
+        return None
     # Nothing here draws random numbers, but a method may: a restarted run, whatever was lost, draws the same ones.
     torch.manual_seed((spec.seed * 1_000_003 + run.step) % 2**63)
     work = source.get(run.step)
@@ -235,6 +242,7 @@ def advance(
     set_learning_rate(run.optimizer, rate)
     result = update(run, work)
     run.step += 1
+    run.stopping = result.stop
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
     row: dict[str, Any] = {
@@ -254,6 +262,24 @@ def advance(
     if held_out and run.step in spec.evaluate_at:
         row |= {f"eval_{name}": value for name, value in run.runner.evaluate(run.step, held_out).items()}
     return row
+
+
+def awaited(run: Run, source: GroupSource) -> bool:
+    """Whether the groups of the next step are there; False on every worker where any was asked to stop meanwhile."""
+    if not (isinstance(source, FollowsPolicy) and source.opens_round(run.step)):
+        return True
+    missing = 0.0 if source.wait(run.step, run.runner.stop) else 1.0
+    run.stopping = bool(run.strategy.all_sum(torch.tensor([missing], device=run.strategy.device)).item())
+    return not run.stopping
+
+
+def refuse_stopped(run: Run, save: Callable[[], None]) -> None:
+    """Raise :class:`Stopped` if there are steps left, once all that are done are saved. All ranks call this alike."""
+    if run.step == run.spec.optimizer.steps:
+        return
+    if run.saved < run.step:
+        save()
+    raise Stopped(f"stopped after step {run.step} of {run.spec.optimizer.steps}")
 
 
 def checkpoint_is_due(run: Run) -> bool:
@@ -326,6 +352,7 @@ def save(
     ``beside`` and ``facts`` are what the state of another loop has beyond the policy's.
     """
     strategy, directory = run.strategy, run.checkpointer.directory(run.step)
+    run.saved = run.step
     state, adapter = exportable(run)
     sharded = strategy.save_optimizer(run.optimizer, directory)
     if sharded:
@@ -344,17 +371,6 @@ def save(
         state=state,
         beside=beside,
     )
-
-
-def open_sinks(spec: TrainSpec, step: int) -> list[Sink]:
-    """The metrics file always, trackers as configured; all continue at ``step``."""
-    spec.directory.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [MetricsFile(spec.directory / "metrics.jsonl", step)]
-    if "tensorboard" in spec.track:
-        sinks.append(TensorBoard(spec.directory / "tensorboard", step))
-    if "wandb" in spec.track:
-        sinks.append(WandB(spec.directory, spec.identity))
-    return sinks
 
 
 def padding_share(work: Sequence[StreamWork]) -> float:

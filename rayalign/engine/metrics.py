@@ -7,12 +7,20 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rayalign.errors import MissingExtra
 from rayalign.manifest import write_durably
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where rows of metrics go."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class MetricsFile:
@@ -96,3 +104,14 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def open_sinks(directory: Path, track: Sequence[str], identity: Mapping[str, Any], step: int) -> list[Sink]:
+    """The metrics file of a run always, trackers as configured; all continue at ``step``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = [MetricsFile(directory / "metrics.jsonl", step)]
+    if "tensorboard" in track:
+        sinks.append(TensorBoard(directory / "tensorboard", step))
+    if "wandb" in track:
+        sinks.append(WandB(directory, identity))
+    return sinks

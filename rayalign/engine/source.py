@@ -89,6 +89,14 @@ class FollowsPolicy(GroupSource, Protocol):
         """Draw with ``weights``, which are committed, from now on."""
         ...
 
+    def opens_round(self, step: int) -> bool:
+        """Whether ``step`` is the first that needs its round, so that :meth:`get` would wait for it."""
+        ...
+
+    def wait(self, step: int, stop: Callable[[], bool]) -> bool:
+        """Wait for the round of ``step``, outside any collective; False where ``stop`` says so before it is there."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a restart asks for the same groups; plain JSON values."""
         ...

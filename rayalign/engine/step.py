@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class StepResult:
     grad_norm: float
     """Euclidean norm of the averaged gradient before clipping."""
     metrics: Mapping[str, float]
+    stop: bool = False
+    """Rank 0 was asked to end the run; every rank learns it of the same step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,8 @@ class Runner:
     seed: int
     reference_in_place: bool = False
     """The reference is the policy with its adapter off, and scores each batch here."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether this rank was asked to end the run; rank 0's answer counts."""
 
     def step(
         self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -76,12 +80,13 @@ class Runner:
             losses.append(loss.detach())
             tally.add_loss(objective, shares)
             tally.add_metrics(objective, scored, statistics[part.stream])
+        tally.stop = self.strategy.rank == 0 and self.stop()
         loss_value, metrics = tally.reduce(self.strategy)
         grad_norm = float(self.strategy.clip(self.module, max_grad_norm))
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             suspects = [job for job, loss in zip(jobs, losses, strict=True) if not loss.isfinite()]
             raise NonFiniteStep(describe_non_finite(step, loss_value, grad_norm, suspects))
-        return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics)
+        return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics, stop=tally.stop)
 
     @torch.no_grad()
     def evaluate(self, step: int, work: Iterable[StreamWork]) -> dict[str, float]:
@@ -135,6 +140,8 @@ class Tally:
         self.terms: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
+        self.stop = False
+        """Of this worker, and after the reduction of any: it travels with the sums, at no cost of its own."""
 
     def add_loss(self, objective: Objective, shares: Mapping[str, Tensor]) -> None:
         for name, share in shares.items():
@@ -150,11 +157,13 @@ class Tally:
 
     def reduce(self, strategy: Strategy) -> tuple[float, dict[str, float]]:
         """(loss, metrics): the loss is the sum of its terms over workers, a metric is Σ sum / Σ count."""
-        columns = [*self.terms.values(), *self.sums.values(), *self.counts.values()]
+        stop = torch.tensor(float(self.stop), dtype=torch.float64)
+        columns = [*self.terms.values(), *self.sums.values(), *self.counts.values(), stop]
         reduced = iter(strategy.all_sum(torch.stack([column.to(strategy.device) for column in columns])).tolist())
         terms = {name: next(reduced) for name in self.terms}
         sums = {name: next(reduced) for name in self.sums}
         counts = {name: next(reduced) for name in self.counts}
+        self.stop = next(reduced) > 0
         metrics = {name: sums[name] / counts[name] for name in sums if counts[name] > 0}
         return math.fsum(terms.values()), metrics if len(terms) == 1 else terms | metrics
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import redacted_setting
 from rayalign.config.run import RunConfig
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
@@ -28,8 +28,10 @@ from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
 from rayalign.report.points import save
 from rayalign.report.render import render
+from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.lease import lease
 from rayalign.runtime.session import Session, connect
+from rayalign.runtime.stop import StopRequest, stopping
 from rayalign.runtime.trainer import Trainer
 
 MEASURED_BY = ("prompts", "scorers", "diagnostics", "judge", "max_missing_fraction", "sampling", "baseline")
@@ -67,10 +69,11 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         storage = session.storage(comparison.storage_path)
         directory = storage / comparison.name
         stack.enter_context(lease(directory))
-        board = stack.enter_context(Board(console))
+        board = stack.enter_context(Board(console, Gauges().set))
+        stop = stack.enter_context(stopping())
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
-        model = initial_model(comparison, directory, stages, board)
+        model = initial_model(comparison, directory, stages, board, stop)
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
         processes = parallel * max(num_processes(cell.run, session) for cell in cells if cell.run is not None) + 1
@@ -79,7 +82,7 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         if not jobs:
             raise UserError(f"no cell can be trained; {ready[0].cell.id}: {ready[0].failure}")
         board.say(f"{len(jobs)} cells, {parallel} at a time")
-        trained = stack.enter_context(training(ready, parallel, board))
+        trained = stack.enter_context(training(ready, parallel, board, stop))
         measured = started_from(evaluated, model) if model else evaluated
         evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
@@ -141,13 +144,15 @@ def cells_table(comparison: Comparison) -> Table:
     return table
 
 
-def initial_model(comparison: Comparison, directory: Path, stages: Stages, board: Board) -> str | None:
+def initial_model(
+    comparison: Comparison, directory: Path, stages: Stages, board: Board, stop: StopRequest
+) -> str | None:
     """Train ``initial`` once for all cells; its final model's folder."""
     if comparison.initial is None:
         return None
     processes = num_processes(comparison.initial, stages.session)
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
-    with Trainer() as trainer:
+    with Trainer(stop=stop) as trainer:
         return str(run_job(comparison.initial, job, trainer, board))
 
 
@@ -176,12 +181,17 @@ def prepare_cell(
 
 
 @contextlib.contextmanager
-def training(ready: Sequence[CellResult], parallel: int, board: Board) -> Iterator[list[Future[CellResult]]]:
-    """The trained cells as they come while the block measures those before: ``parallel`` train at the same time."""
+def training(
+    ready: Sequence[CellResult], parallel: int, board: Board, stop: StopRequest
+) -> Iterator[list[Future[CellResult]]]:
+    """The trained cells as they come while the block measures those before: ``parallel`` train at the same time.
+
+    Where a stop ends the block, the cells that train end their step first.
+    """
     pool = ThreadPoolExecutor(parallel)
     idle: Queue[Trainer] = Queue()
     for _ in range(parallel):
-        idle.put(Trainer())
+        idle.put(Trainer(stop=stop))
 
     def train_next(item: CellResult) -> CellResult:
         trainer = idle.get()
@@ -195,6 +205,9 @@ def training(ready: Sequence[CellResult], parallel: int, board: Board) -> Iterat
         pool.shutdown()
         while not idle.empty():
             idle.get().end()
+    except Stopped:
+        pool.shutdown(cancel_futures=True)
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
 

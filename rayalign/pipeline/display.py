@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rayalign.report.status import clock_text
+
 LINE_EVERY_SECONDS = 5.0
 
 
 class Board:
-    """Shows each run's steps, loss, tokens/s and time left; ``row`` takes rows of ``metrics.jsonl`` as they come."""
+    """Shows each run's steps, loss, tokens/s and time left; ``row`` takes rows of ``metrics.jsonl`` as they come.
 
-    def __init__(self, console: Console) -> None:
+    ``seen`` is told of the same rows, with the name of their run.
+    """
+
+    def __init__(
+        self, console: Console, seen: Callable[[str, Mapping[str, Any]], None] = lambda run, row: None
+    ) -> None:
         self.console = console
+        self.seen = seen
         self.bars: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -44,16 +52,17 @@ class Board:
 
     def row(self, run: str, row: Mapping[str, Any]) -> None:
         """Show the newest row of ``run``."""
+        self.seen(run, row)
         clock = self.runs[run]
         facts = clock.facts(row)
         if self.bars:
             self.bars.update(self.tasks[run], completed=row["step"], facts=facts)
         elif clock.line_is_due(row):
-            self.console.print(f"{run}: step {row['step']}/{clock.steps}  {facts}", highlight=False)
+            self.console.print(f"{run}: step {row['step']}/{clock.steps}  {facts}", highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
         """One line of plain text, above the bars."""
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 class RunClock:
@@ -80,9 +89,3 @@ class RunClock:
         if due:
             self.last_line = time.monotonic()
         return due
-
-
-def clock_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

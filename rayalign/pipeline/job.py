@@ -124,12 +124,18 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
 
 
 def num_processes(run: RunConfig, session: Session) -> int:
-    """Processes that are busy while a run trains: its workers, and the actors that draw for them."""
+    """Processes that are busy while a run trains: its workers, and the actors that draw for them.
+
+    Actors with nodes of their own that are none yet leave the nodes that are there to the workers.
+    """
     workers = num_workers(run, session)
     if not draws_rounds(run):
         return workers
     assert run.rollout is not None
-    actors = max(1, num_actors(run, 1)[0]) * run.rollout.tensor_parallel
+    least, _ = num_actors(run, 1)
+    if least == 0 and run.rollout.placement == "separate":
+        return workers
+    actors = max(1, least) * run.rollout.tensor_parallel
     return max(workers, actors) if takes_turns(run, session) else workers + actors
 
 
@@ -240,5 +246,9 @@ def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
 
 
 def training_configuration(run: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides which model the run ends in."""
-    return {block: value for block, value in dump(run).items() if block not in NOT_TRAINING}
+    """The part of the configuration that decides which model the run ends in.
+
+    Of paths only their last parts, since the identity has digests of what lies there: a job that is submitted again
+    works in another copy of the folder.
+    """
+    return {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}

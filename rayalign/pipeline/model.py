@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.chat import make_chat
@@ -153,13 +154,18 @@ def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:
 
 
 def scorer_identity(scorer: ScorerSpec) -> list[Any]:
-    """What decides a scorer's numbers: its parameters, and its code or weights, where those can be known."""
+    """What decides a scorer's numbers: its parameters, and its code or weights, where those can be known.
+
+    Where those lie does not.
+    """
     parameters = scorer.parameters
+    places = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
+    said = asdict(replace(scorer, parameters={**parameters, **places}))
     if scorer.name == "rule":
-        return [asdict(scorer), source_digest(parameters["function"])]
+        return [said, source_digest(parameters["function"])]
     if scorer.name == "reward_model" or parameters.get("engine"):
-        return [asdict(scorer), model_digest(model_directory(parameters["model"], parameters["revision"]))]
-    return [asdict(scorer)]
+        return [said, model_digest(model_directory(parameters["model"], parameters["revision"]))]
+    return [said]
 
 
 def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:

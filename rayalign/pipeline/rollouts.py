@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 
 from rayalign.config.data import DataSource
+from rayalign.config.fields import portable
 from rayalign.config.policy import HybridConfig, LabelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import Shape
@@ -207,7 +208,7 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
 
 
 def label_identity(spec: LabelSpec) -> Any:
-    return [asdict(spec), source_digest(spec.name) if ":" in spec.name else None]
+    return [{**asdict(spec), "name": portable(spec.name)}, source_digest(spec.name) if ":" in spec.name else None]
 
 
 def num_actors(run: RunConfig, auto: int) -> tuple[int, int]:

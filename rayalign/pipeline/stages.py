@@ -13,6 +13,7 @@ import transformers
 
 from rayalign.config.data import DataConfig, DataSource
 from rayalign.config.dump import redact
+from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
@@ -50,7 +51,7 @@ class Stages:
         """A maker's rows as a JSONL file."""
         assert source.function is not None
         function = source.function
-        inputs = {"function": function, "source": source_digest(function), "arguments": source.arguments}
+        inputs = {"function": portable(function), "source": source_digest(function), "arguments": source.arguments}
 
         def build(directory: Path) -> None:
             make = load_function(function, **source.arguments)

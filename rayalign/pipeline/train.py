@@ -7,6 +7,8 @@ import datetime
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
 from rayalign.engine.deepspeed import refuse_missing_deepspeed
 from rayalign.engine.lora import refuse_missing_peft
-from rayalign.errors import MissingExtra, UserError
+from rayalign.errors import MissingExtra, Stopped, UserError, first_line
 from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
@@ -30,14 +32,18 @@ from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages, filter_facts
 from rayalign.rollout.engines import refuse_missing
+from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
 from rayalign.runtime.rounds import serving
 from rayalign.runtime.session import connect
+from rayalign.runtime.stop import stopping
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
 from rayalign.sources.off_policy import drawn_rows
 from rayalign.sources.streams import StoredStream, stored_parts
+
+KEPT_FAILURES = 20
 
 
 def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
@@ -46,11 +52,11 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     sys.path.insert(0, str(folder))
     run = load_run(path, overrides)
     refuse_unsupported(run)
-    with connect(import_paths=[folder]) as session, Board(console) as board:
+    with connect(import_paths=[folder]) as session, Board(console, Gauges().set) as board, stopping() as stop:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
         job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
-        with Trainer() as trainer:
+        with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
     console.print(f"model: {final}", highlight=False)
     return final
@@ -62,8 +68,9 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         if finished(job):
             board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
             return job.spec.directory / "final"
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_run_json(run, job, status="running", started=started)
+        history = History.of(job)
+        note = partial(write_run_json, run, job, history)
+        note("running")
         collect_quarantine(job)
         board.start(job.run, job.spec.optimizer.steps)
         with contextlib.ExitStack() as stack:
@@ -72,13 +79,29 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
                 tell = partial(told, job.run, board)
                 stack.enter_context(serving(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
             try:
-                final = trainer.fit(job)
-            except Exception:
-                write_run_json(run, job, status="failed", started=started)
+                with trainer.stop.patience():
+                    final = trainer.fit(job, lost=partial(begin_again, history, note))
+            except Stopped as stopped:
+                trainer.close_rollouts()  # nobody waits for what they draw; the next attempt goes on with it
+                note("stopped")
+                raise Stopped(f"{job.run}: {stopped}") from stopped
+            except KeyboardInterrupt:
+                trainer.close_rollouts()
+                raise
+            except Exception as error:
+                history.fail(first_line(error))
+                note("failed")
                 raise
         collect_quarantine(job)
-        write_run_json(run, job, status="finished", started=started)
+        note("finished")
         return final
+
+
+def begin_again(history: History, note: Callable[[str], None], reason: str) -> None:
+    """Write down that an attempt was lost and the next one begins."""
+    history.fail(reason)
+    history.attempts += 1
+    note("running")
 
 
 def told(run: str, board: Board, line: str) -> None:
@@ -122,12 +145,46 @@ def finished(job: TrainJob) -> bool:
     return True
 
 
-def write_run_json(run: RunConfig, job: TrainJob, *, status: str, started: str) -> None:
+@dataclass(slots=True, kw_only=True)
+class History:
+    """What happened to a run so far, in this command and those before."""
+
+    started: str
+    """This command; ISO 8601."""
+    attempts: int
+    """Times that its workers were started."""
+    failures: list[str]
+    """Why each attempt ended that neither finished nor was asked to stop, the newest ones."""
+
+    @classmethod
+    def of(cls, job: TrainJob) -> History:
+        """Goes on from the run's own ``run.json``; a command that left no last word was lost."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        path = job.spec.directory / "run.json"
+        try:
+            before = json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError:
+            before = {}
+        if before.get("identity") != json.loads(json.dumps(dict(job.spec.identity))):
+            before = {}
+        history = cls(started=now, attempts=before.get("attempts", 0), failures=before.get("failures", []))
+        if before.get("status") == "running":
+            history.fail("the command was lost")
+        history.attempts += 1
+        return history
+
+    def fail(self, reason: str) -> None:
+        self.failures = [*self.failures, f"attempt {self.attempts}: {reason}"][-KEPT_FAILURES:]
+
+
+def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str) -> None:
     """``run.json``: what was asked, what it ran on, and how far it is."""
     facts = {
         "name": run.name,
         "status": status,
-        "started": started,
+        "attempts": history.attempts,
+        "failures": history.failures,
+        "started": history.started,
         "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": run.seed,
         "steps": job.spec.optimizer.steps,

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from rayalign.errors import UserError
+from rayalign.manifest import MANIFEST
 
 TAIL_BYTES = 1 << 16
+SILENT_SECONDS = 120.0
+"""A living process renews its lease far more often."""
 
 
-def table(directory: Path) -> Table:
-    """One line per run; raises UserError where there is none."""
+def table(directory: Path) -> RenderableType:
+    """One line per run, and below why attempts of unfinished ones failed; raises UserError where there is no run."""
     found = Table(title=str(directory))
-    for column in ("run", "status", "step", "loss", "updated"):
+    for column in ("run", "status", "step", "loss", "tokens/s", "left", "checkpoint", "attempt", "failures", "updated"):
         found.add_column(column)
+    told: list[Text] = []
     for run in runs(directory):
         facts = facts_of(run / "run.json")
-        row = last_row(run / "metrics.jsonl")
-        step = f"{row.get('step', 0)}/{facts.get('steps', '?')}"
-        loss = f"{row['loss']:.4f}" if "loss" in row else "–"
-        name, status = str(run.relative_to(directory.parent)), facts.get("status", "unreadable")
-        found.add_row(name, status, step, loss, facts.get("updated", ""))
+        rows = last_rows(run / "metrics.jsonl")
+        row = rows[-1] if rows else {}
+        name, status, failures = (
+            str(run.relative_to(directory.parent)),
+            status_of(run, facts),
+            facts.get("failures", []),
+        )
+        step, steps = row.get("step", 0), facts.get("steps")
+        speed, pace = tokens_per_second(rows), seconds_per_step(rows)
+        left = clock_text((steps - step) * pace) if status == "running" and steps and pace else "–"
+        found.add_row(
+            name,
+            status,
+            f"{step}/{steps if steps is not None else '?'}",
+            f"{row['loss']:.4f}" if row.get("loss") is not None else "–",
+            f"{speed:,.0f}" if speed else "–",
+            left,
+            newest_checkpoint(run),
+            str(facts.get("attempts", "–")),
+            str(len(failures)),
+            facts.get("updated", ""),
+        )
+        if status != "finished":
+            told += [Text(f"{name}: {failure}") for failure in failures]
     if not found.row_count:
         raise UserError(f"{directory} holds no run: name a folder below which `rayalign train` wrote a run.json")
-    return found
+    return Group(found, *told)
 
 
 def runs(directory: Path) -> Iterator[Path]:
@@ -45,11 +71,45 @@ def facts_of(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def last_row(path: Path) -> dict[str, Any]:
-    """The newest whole row of a ``metrics.jsonl``; empty where there is none yet."""
+def status_of(run: Path, facts: Mapping[str, Any]) -> str:
+    """As the run says; one that says *running* while nobody renews its lease was lost."""
+    status = str(facts.get("status", "unreadable"))
+    if status != "running":
+        return status
+    try:
+        silent = time.time() - (run / ".lease").stat().st_mtime
+    except FileNotFoundError:
+        return "lost"
+    return status if silent < SILENT_SECONDS else "lost"
+
+
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The newest whole rows of a ``metrics.jsonl``; none where there is none yet."""
     if not path.exists():
-        return {}
+        return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        start = max(0, path.stat().st_size - TAIL_BYTES)
+        file.seek(start)
         *whole, _ = file.read().split(b"\n")
-    return dict(json.loads(whole[-1])) if whole else {}
+    return [dict(json.loads(line)) for line in (whole[1:] if start and len(whole) > 1 else whole)]
+
+
+def tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float:
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    return sum(row.get("step_tokens", 0) for row in rows) / seconds if seconds else 0.0
+
+
+def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float:
+    return sum(row.get("seconds", 0.0) for row in rows) / len(rows) if rows else 0.0
+
+
+def newest_checkpoint(run: Path) -> str:
+    """The step of the newest committed one."""
+    steps = [path.parent.name[5:].partition("-")[0] for path in run.glob(f"checkpoints/step_*/{MANIFEST}")]
+    return f"step {max(map(int, steps))}" if steps else "–"
+
+
+def clock_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

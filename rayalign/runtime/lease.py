@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 60.0
@@ -47,7 +47,7 @@ def lease(directory: Path, *, wait: Callable[[str], None] | None = None) -> Iter
     renewer.start()
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         if mine.lost:
             raise Held(f"this process did not move for a minute, and now {described(mine.path)}") from None
         raise
@@ -107,7 +107,7 @@ class Lease:
             with contextlib.suppress(OSError):  # a file system that is away for a moment does not end the lease
                 if read_owner(self.path).get("token", self.token) != self.token:
                     self.lost = True
-                    interrupt_main()
+                    interrupt_main(self.stop)
                     return
                 os.utime(self.path)
 
@@ -116,13 +116,18 @@ class Lease:
             self.path.unlink(missing_ok=True)
 
 
-def interrupt_main() -> None:
+def interrupt_main(ended: threading.Event) -> None:
     """Raise KeyboardInterrupt in the main thread, also in a job in the background (``nohup``, ``&``).
 
-    Such a job ignores SIGINT, and ``_thread.interrupt_main`` with it.
+    Such a job ignores SIGINT, and ``_thread.interrupt_main`` with it. A handler that lets a step end first takes the
+    second SIGINT as the last, and here the first is too many: unless the block has ``ended``, it gets both.
     """
-    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
-        return _thread.interrupt_main()
+    handler = signal.getsignal(signal.SIGINT)
+    if handler not in (signal.SIG_IGN, None):
+        _thread.interrupt_main()
+        if handler is not signal.default_int_handler and not ended.wait(POLL_SECONDS):
+            _thread.interrupt_main()
+        return
     main = ctypes.c_ulong(threading.main_thread().ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
 

@@ -64,7 +64,8 @@ def gpu_share(nodes: Sequence[Node], processes: int, workers: int) -> Share:
     per_gpu = math.ceil(processes / gpus)
     if per_gpu > 1 and workers > 1:
         raise UserError(
-            f"{processes} processes need a GPU each, the cluster has {gpus}: lower strategy.workers, or add nodes"
+            f"{processes} processes need a GPU each, the cluster has {gpus}: lower strategy.workers, add nodes, or "
+            "let an autoscaler add them for rollouts: rollout: {actors: [0, 8], placement: separate}"
         )
     # Rounding down keeps the shares of one GPU together at most 1.
     fraction = 1.0 if per_gpu == 1 else math.floor(100 / per_gpu) / 100

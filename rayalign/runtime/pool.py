@@ -48,6 +48,10 @@ class ItemKilled(UserError):
     """Every process that worked on an item died."""
 
 
+class PoolClosed(Exception):
+    """Nobody wants the answer any more."""
+
+
 class Pool:
     """Up to ``most`` actors around ``make(*arguments)``; safe to use from several threads.
 
@@ -78,6 +82,7 @@ class Pool:
         self.idle: list[Actor] = []
         self.pending: list[tuple[Actor, ray.ObjectRef]] = []
         """Asked for, and without a place so far; each with what is there once it has one."""
+        self.closed = False
         self.waiting = 0
         """Callers without an actor."""
         self.last_used = time.monotonic()
@@ -94,6 +99,8 @@ class Pool:
             try:
                 return ray.get(actor.work.remote(item), timeout=ITEM_SECONDS)
             except ray.exceptions.RayActorError as error:
+                if self.closed:
+                    raise PoolClosed from error
                 self._bury(actor)
                 if attempt == attempts:
                     raise ItemKilled(
@@ -143,7 +150,11 @@ class Pool:
         ray.wait(told, num_returns=len(told), timeout=ITEM_SECONDS) if told else None
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors; who waits for one, or for its answer, gets :class:`PoolClosed`."""
+        self.closed = True
+        self._end_actors()
+
+    def _end_actors(self) -> None:
         with self.lock:
             for actor in [*self.actors, *(actor for actor, _ in self.pending)]:
                 ray.kill(actor)
@@ -178,7 +189,7 @@ class Pool:
         try:
             while (actor := self._free_actor()) is None:
                 if not self.actors and time.monotonic() - began > START_SECONDS:
-                    self.close()
+                    self._end_actors()
                     raise UserError(
                         f"{self.name} waited {START_SECONDS:.0f} s for a process with {self.share.cpus:g} CPUs and "
                         f"{self.share.gpus:g} GPUs; free in the cluster: {ray.available_resources()}"
@@ -191,6 +202,8 @@ class Pool:
 
     def _free_actor(self) -> Actor | None:
         with self.lock:
+            if self.closed:
+                raise PoolClosed
             for pending in list(self.pending):
                 if ray.wait([pending[1]], timeout=0)[0]:
                     self.pending.remove(pending)

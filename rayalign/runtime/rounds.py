@@ -18,7 +18,7 @@ from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
 from rayalign.runtime.drawing import Workers, commit_drawn, draw
 from rayalign.runtime.placement import Share
-from rayalign.runtime.pool import Pool
+from rayalign.runtime.pool import Pool, PoolClosed
 from rayalign.runtime.weights import ObjectStore
 from rayalign.sources.chunk import REST, ChunkMaker, ChunkSpec
 from rayalign.sources.prepared import Preparation, prepare_columns
@@ -84,6 +84,8 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
                         draw_round(request, job, folder, pool, note)
                     except WeightsGone as error:
                         await_another_attempt(error, gone)
+        except PoolClosed:
+            return
         except UserError as error:
             write_whole(folder.failure, str(error).encode())
         except BaseException:

@@ -25,11 +25,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayalign.engine.strategy import StrategySpec
-from rayalign.errors import UserError, first_line
+from rayalign.errors import Stopped, UserError, first_line
 from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob, make_pool
+from rayalign.runtime.stop import StopRequest
 from rayalign.runtime.weights import make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 
@@ -48,11 +49,12 @@ class Trainer:
     """A worker group that trains one job after the other; it is started with the first and ends with the block.
 
     ``max_failures`` lets Ray restart workers within one attempt as well, whatever their failure. One thread at a time
-    may use a trainer.
+    may use a trainer. Once ``stop`` is asked, the run that is under way ends after its step and no other one begins.
     """
 
-    def __init__(self, *, max_failures: int = 0) -> None:
+    def __init__(self, *, max_failures: int = 0, stop: StopRequest | None = None) -> None:
         self.max_failures = max_failures
+        self.stop = stop or StopRequest()
         self.group: Group | None = None
         self.rollouts: tuple[RolloutJob, Pool, ray.actor.ActorHandle] | None = None
 
@@ -68,14 +70,15 @@ class Trainer:
             self.rollouts[1].close()
             self.rollouts = None
 
-    def fit(self, job: TrainJob) -> Path:
-        """Train to the end and return the exported directory.
+    def fit(self, job: TrainJob, lost: Callable[[str], None] = lambda reason: None) -> Path:
+        """Train to the end and return the exported directory; ``lost`` is told of every attempt that was lost.
 
         A lost worker, node or controller is answered by another attempt, which continues from the newest whole
         checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once.
 
         Raises:
             TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times.
+            Stopped: that was asked for before the last step was done.
         """
         name = job.spec.directory.name
         for attempt in range(job.retries + 1):
@@ -83,6 +86,7 @@ class Trainer:
                 return self.attempt(job)
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
                 blame_run(job, failure)
+                lost(cluster_reason(failure))
                 if attempt == job.retries:
                     raise TrainingFailed(f"{name}: gave up after {attempt + 1} attempts: {failure}") from failure
                 log.warning("%s: attempt %d was lost (%s); trying again", name, attempt + 1, cluster_reason(failure))
@@ -91,11 +95,13 @@ class Trainer:
 
     def attempt(self, job: TrainJob) -> Path:
         """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
+        if self.stop.asked:
+            raise Stopped("stopped at its newest checkpoint")
         if self.group is None or self.group.shape != Shape.of(job):
             self.close()
             self.group = Group.start(job, self.max_failures)
         try:
-            return self.group.train(job)
+            return self.group.train(job, self.stop)
         except BaseException:
             self.group.abandon()
             self.group = None
@@ -168,10 +174,17 @@ class Group:
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
 
-    def train(self, job: TrainJob) -> Path:
-        """Hand a job to the workers and wait for the answer; raises what ended the workers before."""
+    def train(self, job: TrainJob, stop: StopRequest) -> Path:
+        """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
         number = self.mailbox.post(job)
+        told = False
         while (final := self.mailbox.answered(number)) is None:
+            if stop.asked and not told:
+                log.warning("%s: asked to stop: ends after this step; a second signal ends it at once", job.run)
+                self.mailbox.ask_to_stop()
+                told = True
+            if told and not self.mailbox.is_taken(number):
+                raise Stopped("stopped before it began")
             concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
             if self.ended.done():
                 raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")

@@ -87,6 +87,17 @@ class FreshGroups:
         for number in self.plan.rounds_drawn_at(weights.step):
             self._ask(Request(number=number, weights=weights))
 
+    # Their arrival.
+
+    def opens_round(self, step: int) -> bool:
+        return self.opened is None or self.opened[0] != self.plan.round_of(step)
+
+    def wait(self, step: int, stop: Callable[[], bool]) -> bool:
+        """Whether the round of ``step`` came before ``stop`` said that nobody waits any longer."""
+        return all(
+            wait_for(directory, self._failure, stop) for directory in self._directories(self.plan.round_of(step))
+        )
+
     def state(self) -> dict[str, Any]:
         """The requests for rounds that are not trained on yet."""
         return {str(number): request.to_json() for number, request in self.requests.items()}
@@ -127,25 +138,30 @@ class FreshGroups:
 
     def _open(self, number: int) -> tuple[TokenStore, Mapping[str, int | float]]:
         if self.opened is None or self.opened[0] != number:
-            directory = self.folder.round(self.requests[number])
-            wait_for(directory, self._failure)
+            directory, *columns = self._directories(number)
+            for awaited in (directory, *columns):
+                wait_for(awaited, self._failure)
             manifest = read_manifest(directory)
             assert manifest is not None
             store = TokenStore.open(directory)
-            if self.prepared is not None:
-                columns = self.folder.prepared(self.requests[number], self.prepared)
-                wait_for(columns, self._failure)
-                store = store.with_columns(columns)
+            for laid_over in columns:
+                store = store.with_columns(laid_over)
             self.opened = (number, store, manifest["meta"]["facts"])
             self.requests = {later: request for later, request in self.requests.items() if later >= number}
         return self.opened[1], self.opened[2]
+
+    def _directories(self, number: int) -> list[Path]:
+        """What the driver commits of a round: its groups, and the columns that a method makes of them."""
+        request = self.requests[number]
+        columns = [self.folder.prepared(request, self.prepared)] if self.prepared is not None else []
+        return [self.folder.round(request), *columns]
 
     def _failure(self) -> str:
         return self.folder.failure.read_text(encoding="utf-8") if self.folder.failure.exists() else ""
 
 
-def wait_for(directory: Path, failure: Callable[[], str]) -> None:
-    """Return once ``directory`` is committed.
+def wait_for(directory: Path, failure: Callable[[], str], stop: Callable[[], bool] = lambda: False) -> bool:
+    """Return once ``directory`` is committed: True; or once ``stop`` says so: False.
 
     Raises UserError with the driver's message when it gave up, or after an hour, naming what was waited for.
     """
@@ -153,6 +169,8 @@ def wait_for(directory: Path, failure: Callable[[], str]) -> None:
     while not (directory / MANIFEST).exists():
         if message := failure():
             raise UserError(message)
+        if stop():
+            return False
         now = time.monotonic()
         if now - began > WAIT_SECONDS:
             raise UserError(
@@ -163,3 +181,4 @@ def wait_for(directory: Path, failure: Callable[[], str]) -> None:
             log.warning("waiting for %s since %.0f s", directory.name, now - began)
             told = now
         time.sleep(POLL_SECONDS)
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ class StreamSource:
     def follow(self, weights: Weights) -> None:
         for part in self._fresh:
             part.follow(weights)
+
+    def opens_round(self, step: int) -> bool:
+        return any(part.opens_round(step) for part in self._fresh)
+
+    def wait(self, step: int, stop: Callable[[], bool]) -> bool:
+        return all(part.wait(step, stop) for part in self._fresh)
 
     def state(self) -> dict[str, Any]:
         return self._fresh[0].state() if self._fresh else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from rayalign.data.plan import PlanError
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import OPTIMIZER, IncompatibleCheckpoint, step_of
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
-from rayalign.engine.loop import train
+from rayalign.engine.loop import TrainSpec, train
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy
+from rayalign.errors import Stopped
 from rayalign.manifest import verify
 
 SINGLE = make_strategy("single", torch.device("cpu"))
@@ -251,24 +252,53 @@ def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(scen
     assert checkpoint_of(spec.directory, 4)
 
 
-def resuming_worker(rank: int, folder: Path, runs: Mapping[str, list[tuple[Any, Scenario]]]) -> None:
-    strategy = join(rank, 2, folder / "meeting-point")
-    for specs in runs.values():
-        for spec, scenario in specs:
-            train(spec, source_maker(scenario, rank, 2), strategy)
+def asked_in(step: int, directory: Path) -> Callable[[], bool]:
+    """A request to stop that comes while a step is under way."""
+    return lambda: (directory / "metrics.jsonl").exists() and len(rows(directory)) == step - 1
+
+
+def test_a_stopped_run_saves_its_step_and_goes_on(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
+    """Step 6 is between two checkpoints; the next attempt begins there, and stops before its first step as well."""
+    spec = train_spec(tmp_path / "run", scenario)
+    with pytest.raises(Stopped, match=r"^stopped after step 6 of 12$"):
+        train_alone(spec, scenario, stop=asked_in(6, spec.directory))
+    verify(checkpoint_of(spec.directory, 6))
+    with pytest.raises(Stopped, match=r"^stopped after step 6 of 12$"):
+        train_alone(spec, scenario, stop=lambda: True)
+    seen: list[int] = []
+    train_alone(spec, scenario, on_step=lambda row: seen.append(row["step"]))
+    assert seen[0] == 7
+    assert_same_end(spec.directory, whole)
+
+
+def test_a_stop_before_the_first_step_and_one_in_the_last(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
+    spec = train_spec(tmp_path / "run", scenario)
+    with pytest.raises(Stopped, match="after step 0 of 12"):
+        train_alone(spec, scenario, stop=lambda: True)
+    assert not (spec.directory / "checkpoints").exists()
+    assert train_alone(spec, scenario, stop=asked_in(STEPS, spec.directory)) == spec.directory / "final"
+    assert_same_end(spec.directory, whole)
+
+
+def resuming_worker(rank: int, folder: Path, spec: TrainSpec, scenario: Scenario) -> None:
+    """A straight run, and one that is stopped in its sixth step: rank 0 alone is asked."""
+    strategy, make = join(rank, 2, folder / "meeting-point"), source_maker(scenario, rank, 2)
+    train(replace(spec, directory=folder / "straight"), make, strategy)
+    other = replace(spec, directory=folder / "resumed")
+    asked = asked_in(6, other.directory)
+    with pytest.raises(Stopped, match="after step 6 of 12"):
+        train(other, make, strategy, stop=lambda: rank == 0 and asked())
+    train(other, make, strategy)
     dist.destroy_process_group()
 
 
 def test_resume_on_two_workers(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
-    """Six steps, then all twelve: exactly the twelve of two workers, and up to rounding those of one."""
+    """Six steps, then the other six: exactly the twelve of two workers, and up to rounding those of one."""
     constant = {"schedule": "constant", "warmup_steps": 0, "lr": 1e-3}
     spec = train_spec(tmp_path / "straight", scenario)
     spec = replace(spec, optimizer=replace(spec.optimizer, **constant))
-    half = replace(spec, directory=tmp_path / "resumed", optimizer=replace(spec.optimizer, steps=6))
-    rest = replace(spec, directory=tmp_path / "resumed")
-    runs = {"straight": [(spec, scenario)], "resumed": [(half, scenario), (rest, scenario)]}
-    multiprocessing.spawn(resuming_worker, args=(tmp_path, runs), nprocs=2)
-    straight, resumed = (checkpoint_of(tmp_path / name, STEPS) for name in runs)
+    multiprocessing.spawn(resuming_worker, args=(tmp_path, spec, scenario), nprocs=2)
+    straight, resumed = (checkpoint_of(tmp_path / name, STEPS) for name in ("straight", "resumed"))
     assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
     assert rows(tmp_path / "straight") == rows(tmp_path / "resumed")
 

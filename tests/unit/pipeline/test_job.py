@@ -21,10 +21,12 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.methods import resolve
-from rayalign.pipeline.job import critic_spec, method_of, optimizer_spec, run_identity
+from rayalign.pipeline.job import critic_spec, method_of, num_processes, optimizer_spec, run_identity
 from rayalign.pipeline.model import model_spec
 from rayalign.pipeline.rollouts import preparation, prompts_of, round_plan
 from rayalign.pipeline.streams import num_steps, require_columns
+from rayalign.runtime.placement import Share, share
+from rayalign.runtime.session import Node, Session
 
 METHOD = """
 from dataclasses import replace
@@ -51,6 +53,20 @@ def test_rounds_have_the_passes_and_the_preparation_of_the_configuration() -> No
     assert of("grpo", twice)[1] != key
 
 
+def test_rollouts_on_nodes_of_their_own_leave_those_that_are_there_to_training() -> None:
+    """Two nodes of one GPU each for two workers; the eight of the rollouts are not there yet."""
+    session = Session(
+        started_here=False, nodes=tuple(Node(id=name, name=name, cpus=12.0, gpus=1.0) for name in ("one", "two"))
+    )
+    settings = [*ON_POLICY, "data_policy=on_policy", "method=dpo", "strategy={name: ddp, workers: 2}"]
+    run = load_run(None, [*settings, "rollout.actors=[0, 8]", "rollout.placement=separate"])
+    assert num_processes(run, session) == 2
+    assert share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
+    counted = num_processes(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session)
+    with pytest.raises(UserError, match=r"3 processes need a GPU each, the cluster has 2: .*placement: separate"):
+        share(session, counted, workers=2)
+
+
 def test_an_epoch_of_prompts_takes_as_many_steps_as_there_are_passes(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
     shard = write_shard(path, "0", random_groups([1] * 12, vocabulary=20))
@@ -72,6 +88,26 @@ def test_a_run_of_ones_own_method_is_another_run_when_its_code_changes(tmp_path:
     (tmp_path / "identity_losses.py").write_text(METHOD + "# another line\n")
     assert run_identity(run, []) != first
     assert "method_source" not in run_identity(load_run(path, ["method=dpo"]), [])
+
+
+def test_the_same_folder_in_another_place_is_the_same_run(tmp_path: Path) -> None:
+    """As a job works in another copy of it whenever it is submitted; other contents are another run."""
+
+    def identity(name: str, lines: str = "", family: str = "llama") -> dict[str, object]:
+        folder = tmp_path / name
+        save_tiny(folder / "tiny", family)
+        (folder / "scores.py").write_text("def long(prompt, reply):\n    return len(reply)\n" + lines)
+        (folder / "run.yaml").write_text(
+            "model: {name: tiny, reference: ./tiny}\ndata: {train: t.jsonl}\nmethod: dpo\ndata_policy: on_policy\n"
+            "rollout: {engine: hf}\nscorer: {name: rule, function: 'scores.py:long'}\n"
+        )
+        return run_identity(load_run(folder / "run.yaml"), [])
+
+    first = identity("first")
+    assert identity("second") == first
+    edited, other = identity("edited", "# another line\n"), identity("other", family="gpt2")
+    assert {key for key in first if edited[key] != first[key]} == {"scorer"}
+    assert {key for key in first if other[key] != first[key]} == {"model", "reference"}
 
 
 def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "group") -> TokenStore:

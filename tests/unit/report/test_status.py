@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from rayalign.report.status import table
 
 
 def shown(folder: Path) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=240)
     console.print(table(folder))
     assert isinstance(console.file, io.StringIO)
     return " ".join(console.file.getvalue().split())
@@ -25,12 +27,30 @@ def test_runs_in_the_order_of_their_names(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "a" / "run.json").write_text(json.dumps({"status": "finished", "steps": 4, "updated": "today"}))
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 3, "loss": 1}\n{"step": 4, "loss": 0.5}\n{"step"')
-    (tmp_path / "b" / "run.json").write_text(json.dumps({"status": "running", "steps": 9, "updated": "now"}))
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"status": "failed", "steps": 9, "updated": "now"}))
     (tmp_path / "torn" / "run.json").write_text('{"status"')
     text = shown(tmp_path)
-    assert "/a │ finished │ 4/4 │ 0.5000 │ today" in text
-    assert "/b │ running │ 0/9 │ – │ now" in text
+    assert "/a │ finished │ 4/4 │ 0.5000 │ – │ – │ – │ – │ 0 │ today" in text
+    assert "/b │ failed │ 0/9 │ – │ – │ – │ – │ – │ 0 │ now" in text
     assert "/torn │ unreadable │ 0/? │ – │" in text
+
+
+def test_a_running_one_says_speed_time_left_checkpoint_and_failures(tmp_path: Path) -> None:
+    """Two steps of 300 tokens in 3 s: 200 tokens/s, and 1.5 s for each of the 60 steps that are left."""
+    facts = {"status": "running", "steps": 62, "attempts": 2, "failures": ["attempt 1: worker 0: killed"]}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    rows = [{"step": step, "loss": 0.5, "step_tokens": 300, "seconds": 1.0 * step} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("step_000001-aa", "step_000002-ab"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_000001-aa" / "MANIFEST.json").touch()
+    lease = tmp_path / ".lease"
+    lease.touch()
+    text = shown(tmp_path)
+    assert "│ running │ 2/62 │ 0.5000 │ 200 │ 1:30 │ step 1 │ 2 │ 1 │" in text
+    assert text.endswith(f"{tmp_path.name}: attempt 1: worker 0: killed")
+    os.utime(lease, (time.time() - 600, time.time() - 600))
+    assert "│ lost │ 2/62 │ 0.5000 │ 200 │ – │" in shown(tmp_path)
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 
+from rayalign.errors import Stopped
 from rayalign.runtime.worker import Mailbox, TrainJob
 
 
@@ -44,6 +45,17 @@ def test_a_restarted_worker_goes_on_with_the_job_that_has_no_answer(mailbox: Mai
     mailbox.answer(0, tmp_path)
     number, found = next(mailbox.jobs())
     assert (number, found.run) == (1, "b")
+
+
+def test_a_stop_is_answered_with_how_far_the_job_is(mailbox: Mailbox) -> None:
+    number = mailbox.post(job("a"))
+    assert not mailbox.is_taken(number) and not mailbox.stop_is_asked()
+    mailbox.take(number)
+    mailbox.ask_to_stop()
+    assert mailbox.is_taken(number) and mailbox.stop_is_asked()
+    mailbox.stopped(number, "stopped after step 3 of 5")
+    with pytest.raises(Stopped, match="^stopped after step 3 of 5$"):
+        mailbox.answered(number)
 
 
 def test_a_removed_mailbox_ends_the_workers(mailbox: Mailbox) -> None:

@@ -25,6 +25,7 @@ from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.step import NonFiniteStep
+from rayalign.errors import Stopped
 from rayalign.manifest import read_manifest, verify
 from rayalign.runtime.rounds import serving
 from rayalign.sources.prepared import Preparation, prepare_columns
@@ -196,6 +197,18 @@ def test_a_killed_trainer_ends_in_the_same_two_models(
     # Inside a round its values are read again; from before a round on it is valued by the new attempt.
     assert len(columns(run, run.rounds()[0])) == (2 if last_step == 1 else 1)
     assert len(columns(run, run.rounds()[1])) == (2 if last_step == 5 else 1)
+
+
+def test_a_stopped_trainer_ends_in_the_same_two_models(
+    trained: OnPolicyRun, tmp_path: Path, model: Path, file: Path
+) -> None:
+    """Asked in the third step, inside the first round: both models are saved after it."""
+    run = ppo(tmp_path, model, file)
+    with pytest.raises(Stopped, match="stopped after step 3 of"):
+        run.train(stop=lambda: (tmp_path / "metrics.jsonl").exists() and len(rows(run)) == 2)
+    assert (checkpoint(run, 3) / "critic" / "model.safetensors").exists()
+    run.train()
+    same_end(run, trained)
 
 
 def worker(rank: int, folder: Path, run: OnPolicyRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,10 @@ from rayalign.data.store import TokenStore, commit_store
 from rayalign.engine.canary import RESPONSE_TOKENS
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.metrics import read_metrics
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
-from rayalign.runtime.pool import ItemKilled
+from rayalign.runtime.pool import ItemKilled, PoolClosed
 from rayalign.sources.chunk import Chunk, ChunkMaker
 from rayalign.sources.label import LabelSpec
 from rayalign.sources.off_policy import StoredGroups
@@ -121,6 +122,23 @@ def test_a_killed_trainer_goes_on_with_the_same_rounds(
     mine, theirs = weights(run.directory), weights(undisturbed.directory)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stop_does_not_wait_for_a_round(undisturbed: OnPolicyRun, tmp_path: Path, model: Path, file: Path) -> None:
+    """The second round is never drawn; the next attempt asks for it again, with weights of its own."""
+    run, asked = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan), threading.Event()
+
+    def leave(chunk: Chunk) -> None:
+        if chunk.directory.name.startswith("round_000001"):
+            asked.set()
+            raise PoolClosed
+
+    with pytest.raises(Stopped, match=r"stopped after step [0-2] of 6"):
+        run.train(InProcess(leave), stop=asked.is_set)
+    run.train()
+    assert [path.name for path in run.rounds()] == [path.name for path in undisturbed.rounds()]
+    mine, theirs = weights(run.directory), weights(undisturbed.directory)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_no_sample_of_a_revoked_version_is_trained_on(tmp_path: Path, model: Path, file: Path) -> None:
