@@ -138,7 +138,7 @@ class Checkpointer:
         return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
 
     def prune(self, step: int) -> None:
-        """Up to ``step``, leave the newest ``keep`` steps and ``always_keep``, once each; uncommitted remains go.
+        """Up to ``step``, leave the newest ``keep``, the best and ``always_keep``, once each; uncommitted remains go.
 
         A checkpoint beyond ``step`` is damaged, or the run would have continued from it; the next of its step
         replaces it.
@@ -151,11 +151,13 @@ class Checkpointer:
             own = step_of(directory)
             if own in kept or manifest is None:
                 shutil.rmtree(directory)
-            elif directory == best or own in self.always_keep:
+            elif own in self.always_keep:
                 kept.add(own)
             elif len(recent) < self.keep:
                 kept.add(own)
                 recent.add(own)
+            elif directory == best:
+                kept.add(own)
             else:
                 shutil.rmtree(directory)
 

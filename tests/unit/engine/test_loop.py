@@ -341,13 +341,14 @@ def test_all_workers_skip_or_stop_together(dpo: Scenario, tmp_path: Path) -> Non
 
 def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
     main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1], lr=3e-2)
-    best = Best(metric="rewards/margins", mode="max")
+    best = Best(metric="rewards/margins", mode="min")
     spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
     with pytest.raises(Interrupted):
         train_alone(spec, main, on_step=interrupt_after(9))
     train_alone(spec, main)
     measured = {row["step"]: row["rewards/margins"] for row in rows(spec.directory) if row["step"] % 2 == 0}
-    expected = max(measured, key=measured.__getitem__)
+    expected = min(measured, key=measured.__getitem__)
+    assert expected < 8  # it was there before the interruption
     left = {step_of(path) for path in (spec.directory / "checkpoints").iterdir() if path.is_dir()}
     assert left == {expected, STEPS}
     told = json.loads((spec.directory / "checkpoints" / "best.json").read_text())
