@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+from faulty_modules import write_modules
 from incidents import Incident
+from workspaces import Workspace, make_workspace
+
+from rayalign.runtime.session import Session, connect
 
 ELSEWHERE = (
     "a rollout actor that dies again and again: tests/ray/test_rollouts.py",
@@ -21,6 +28,22 @@ TABLE = pytest.StashKey[list[Incident]]()
 def incidents(pytestconfig: pytest.Config) -> list[Incident]:
     """Rows of the table at the end."""
     return pytestconfig.stash.setdefault(TABLE, [])
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Workspace:
+    folder = tmp_path_factory.mktemp("workspace")
+    write_modules(folder)
+    return make_workspace(folder, test_data / "hh_harmless_test.jsonl.gz", num_pairs=200)
+
+
+@pytest.fixture(scope="module")
+def session(workspace: Workspace) -> Iterator[Session]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # or a second driver could not join by address
+        with connect(import_paths=[workspace.folder]) as session:
+            yield session
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -35,6 +35,14 @@ strategy: {name: single, workers: 4}
         ("method: {name: dpo, beta: -1}", "method.beta: -1 must be greater than 0"),
         ("method: {beta: 0.1}", "method: needs a name, such as method: {name: dpo, beta: 0.1}"),
         ("method: exo_pair", "method: 'exo_pair' is another project's name; write exo_pref"),
+        (
+            "method: dpo\noptim: {max_skipped_in_a_row: 9}",
+            "optim: stop skips no step: remove max_skipped_in_a_row, or write on_nonfinite: skip",
+        ),
+        (
+            "method: dpo\ncheckpoint: {best: {metric: loss}}",
+            "checkpoint.best.mode: must be given",
+        ),
         ("method: dpo\nsteps: 10", "steps: unknown key; did you mean optim.steps?"),
         ("method: dpo\nbeta: 0.1", "beta: unknown key; did you mean method.beta?"),
         ("method: dpo\nloss_type: exo_pair", "loss_type: unknown key; write method: {name: exo_pref}"),
