@@ -41,7 +41,7 @@ strategy: {name: single, workers: 4}
         ),
         (
             "method: dpo\ncheckpoint: {best: {metric: loss}}",
-            "checkpoint.best.mode: must be given",
+            "checkpoint.best.mode: missing; this key is required",
         ),
         ("method: dpo\nsteps: 10", "steps: unknown key; did you mean optim.steps?"),
         ("method: dpo\nbeta: 0.1", "beta: unknown key; did you mean method.beta?"),
