@@ -209,7 +209,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_mistakes_on_the_command_line_say_so(refused: Refused) -> None:
     assert refused("method: dpo\n", "optim.rl=1", "seed=-1") == [
         "command line: optim.rl: unknown key; the keys here are lr, steps, epochs, groups_per_step, "
-        "tokens_per_micro_batch, schedule, warmup, min_lr_ratio, max_grad_norm, betas, eps, weight_decay",
+        "tokens_per_micro_batch, schedule, warmup, min_lr_ratio, max_grad_norm, betas, eps, weight_decay, "
+        "on_nonfinite, max_skipped_in_a_row",
         "command line: seed: -1 must be at least 0",
     ]
     assert refused("method: dpo\nseed: 1\n", "--fast", "seed.a=1", "data.train=[", "=3") == [
