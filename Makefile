@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-vllm test-gpu check format bench clean
+.PHONY: help quickstart test test-slow test-chaos test-vllm test-gpu check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test: check ## what a change must pass: lint, types, import walls, the default t
 
 test-slow: $(VENV)/.installed-slow ## the tests that take longer than the default run allows
 	$(PYTEST) -m "slow and not gpu"
+
+test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a table of faults and what became of the runs
+	$(PYTEST) tests/chaos
 
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py
@@ -45,10 +48,10 @@ clean: ## remove the environment and what tools leave behind
 	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
-test test-slow test-vllm test-gpu: export HF_HUB_OFFLINE = 1
-test test-slow test-vllm test-gpu: export OMP_NUM_THREADS = 1
-test test-slow test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
-test test-slow test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-slow test-chaos test-vllm test-gpu: export HF_HUB_OFFLINE = 1
+test test-slow test-chaos test-vllm test-gpu: export OMP_NUM_THREADS = 1
+test test-slow test-chaos test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
+test test-slow test-chaos test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:

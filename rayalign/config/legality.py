@@ -308,6 +308,25 @@ def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
         yield Violation("evaluate.at", f"step {late[0]} is never reached: optim.steps is {run.optim.steps}")
 
 
+def _best(run: RunConfig, record: Method) -> Iterator[Violation]:
+    """A held-out metric needs held-out rows, and more than one measurement."""
+    best = run.checkpoint.best
+    if best is None or not best.metric.startswith("eval_"):
+        return
+    if not run.data.eval or record.round_prepare is not None:
+        why = "data.eval names no rows" if not run.data.eval else f"{record.name} has no loss on stored rows"
+        yield Violation(
+            "checkpoint.best.metric",
+            f"no row of metrics has {best.metric}: {why}; write a metric of training, such as loss",
+        )
+    elif run.evaluate is None or not (run.evaluate.every or run.evaluate.at):
+        yield Violation(
+            "checkpoint.best.metric",
+            f"{best.metric} is measured after the last step only, whose checkpoint is kept anyway; write "
+            f"evaluate: {{every: {run.checkpoint.every}}}",
+        )
+
+
 _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _data_policy,
     _unused,
@@ -329,4 +348,5 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _scalar,
     _weights,
     _evaluation,
+    _best,
 )

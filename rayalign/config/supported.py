@@ -19,6 +19,9 @@ def unsupported(run: RunConfig) -> list[str]:
         "model.lora with strategy: deepspeed; write single, ddp or fsdp2": (
             run.model.lora is not None and run.strategy.name == "deepspeed"
         ),
+        "optim.on_nonfinite: skip with strategy: deepspeed, which may have updated already; write stop, or fsdp2": (
+            run.optim.on_nonfinite == "skip" and run.strategy.name == "deepspeed"
+        ),
         f"method: {record.name} with strategy: {run.strategy.name}; write single or ddp": (
             record.critic is not None and run.strategy.name in ("fsdp2", "deepspeed")
         ),

@@ -30,6 +30,10 @@ class OptimConfig(Block):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(default=1.0e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient: stop ends the run and saves the step's groups; skip leaves the step out."""
+    max_skipped_in_a_row: int = Field(default=3, ge=1)
+    """skip: more such steps one after the other end the run, as stop does."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,6 +50,9 @@ class OptimConfig(Block):
             raise ValueError(f"warmup {self.warmup:g} is neither a fraction below 1 nor a whole number of steps")
         if self.schedule == "constant" and self.min_lr_ratio > 0:
             raise ValueError("a constant schedule ends at lr: remove min_lr_ratio, or write cosine or linear")
+        most = type(self).model_fields["max_skipped_in_a_row"].default
+        if self.on_nonfinite == "stop" and self.max_skipped_in_a_row != most:
+            raise ValueError("stop skips no step: remove max_skipped_in_a_row, or write on_nonfinite: skip")
         if self.steps is not None and self.warmup_steps(self.steps) > self.steps:
             raise ValueError(f"warmup of {self.warmup:g} steps is longer than the run of {self.steps}")
         return self
@@ -77,7 +84,9 @@ class StrategyConfig(Block):
     """fsdp2: free a block's parameters after its forward; false gathers them once instead of twice."""
     sync_every_micro_batch: bool = False
     """fsdp2: gradients stay sharded between micro-batches, instead of being averaged once per step; slower."""
-
+    timeout_seconds: float = Field(default=600, ge=1)
+    """A worker that is silent for so long is given up, and another attempt continues from the newest checkpoint; must
+    exceed what one worker needs alone: to load the model, to write a checkpoint."""
     zero_stage: Literal[2, 3] | None = None
     """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; null: what config says, else 2."""
     config: InputPath | None = None
@@ -100,6 +109,15 @@ class StrategyConfig(Block):
         return self
 
 
+class BestConfig(Block):
+    """What tells the best checkpoint: a number in its step's row of metrics."""
+
+    metric: str = Field(min_length=1)
+    """A key of metrics.jsonl, such as eval_loss, loss, rewards/margins or rollout/reward."""
+    mode: Literal["min", "max"]
+    """min: the smallest is the best."""
+
+
 class CheckpointConfig(Block):
     """What a restart finds."""
 
@@ -107,6 +125,8 @@ class CheckpointConfig(Block):
     """Steps."""
     keep: int = Field(default=2, ge=1)
     """The newest that are kept; the final model is always kept."""
+    best: BestConfig | None = None
+    """{metric: eval_loss, mode: min}: the best one is kept beside the newest, and checkpoints/best.json names it."""
 
 
 class ReferenceConfig(Block):

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Checkpoint
+from rayalign.engine.disk import save_object
 from rayalign.engine.forward import root_module
 from rayalign.engine.loop import (
     CriticSpec,
@@ -92,7 +93,7 @@ class Critic:
         folder = directory / CRITIC
         (folder / WHOLE).parent.mkdir(parents=True)
         save_pretrained(self.model, self.tokenizer, folder)
-        torch.save(self.optimizer.state_dict(), folder / WHOLE)
+        save_object(self.optimizer.state_dict(), folder / WHOLE)
 
 
 def train(
@@ -238,9 +239,9 @@ def step(run: Run, critic: Critic, source: TakesValues) -> dict[str, Any]:
         return row
     name, largest = limit
     # Every worker has the same sum; that they also go the same way must not hang on its last bit.
-    if run.strategy.broadcast(row[name] > largest) and critic.stopped_at is None:
+    if run.strategy.broadcast(row.get(name, 0.0) > largest) and critic.stopped_at is None:
         critic.stopped_at = place
-    return {**row, "skipped_steps": critic.skipped_steps}
+    return {**row, "skipped_steps": run.skipped_steps + critic.skipped_steps}
 
 
 def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
@@ -278,7 +279,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
         "step": run.step,
         "num_tokens": run.num_tokens,
         "step_tokens": 0,
-        "skipped_steps": critic.skipped_steps,
+        "skipped_steps": run.skipped_steps + critic.skipped_steps,
         "seconds": time.perf_counter() - began,
     }
 

@@ -12,19 +12,21 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.engine.disk import save_object
 from rayalign.engine.model import save_pretrained
 from rayalign.engine.optimizer_state import WHOLE as OPTIMIZER
 from rayalign.engine.optimizer_state import load_state
 from rayalign.engine.source import State
-from rayalign.manifest import TornDirectory, commit, read_manifest, verify
+from rayalign.errors import UserError
+from rayalign.manifest import TornDirectory, commit, read_manifest, verify, write_durably
 
 NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
 
@@ -33,6 +35,28 @@ log = logging.getLogger(__name__)
 
 class IncompatibleCheckpoint(ValueError):
     """A directory belongs to another run: other data, another method, another model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """Which checkpoint is the best one: where its step's row of metrics has the smallest or the largest ``metric``."""
+
+    metric: str
+    mode: Literal["min", "max"]
+
+    def refuse_unknown(self, names: Collection[str], *, evaluated: Collection[str]) -> None:
+        """Raise UserError unless rows have ``metric``: ``names``, or ``eval_`` and one of ``evaluated``."""
+        known = {*names, *(f"eval_{name}" for name in evaluated)}
+        if self.metric not in known:
+            listed = ", ".join(sorted(name for name in known if not name.startswith("seconds")))
+            raise UserError(
+                f"checkpoint.best.metric: no row of metrics has {self.metric!r}; rows of this run have {listed}"
+            )
+
+    def of(self, values: Mapping[int, float]) -> int | None:
+        """The best of step → value; of equal ones the first."""
+        sign = 1 if self.mode == "min" else -1
+        return min(values, key=lambda step: (sign * values[step], step), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +78,8 @@ class Checkpointer:
     """Steps that retention leaves, the newest ones."""
     always_keep: tuple[int, ...]
     """Steps that retention does not remove."""
+    best: Best | None = None
+    """Retention leaves the best one too, and ``best.json`` names it."""
     identity: Mapping[str, Any]
     """What the run is (its configuration, digests of data and model); a checkpoint with another one is refused."""
 
@@ -79,7 +105,7 @@ class Checkpointer:
         (directory / OPTIMIZER).parent.mkdir(parents=True, exist_ok=optimizer is None)
         save_pretrained(model, tokenizer, directory, stop_ids=stop_ids, state=state)
         if optimizer is not None:
-            torch.save(optimizer.state_dict(), directory / OPTIMIZER)
+            save_object(optimizer.state_dict(), directory / OPTIMIZER)
         if beside is not None:
             beside(directory)
         commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
@@ -112,33 +138,58 @@ class Checkpointer:
         return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
 
     def prune(self, step: int) -> None:
-        """Up to ``step``, leave the newest ``keep`` steps and ``always_keep``, once each; uncommitted remains go.
+        """Up to ``step``, leave the newest ``keep``, the best and ``always_keep``, once each; uncommitted remains go.
 
         A checkpoint beyond ``step`` is damaged, or the run would have continued from it; the next of its step
         replaces it.
         """
         kept: set[int] = set()
         recent: set[int] = set()
-        for directory in self.directories():
+        manifests = {path: manifest_of(path) for path in self.directories() if step_of(path) <= step}
+        best = self.choose(manifests)
+        for directory, manifest in manifests.items():
             own = step_of(directory)
-            if own > step:
-                continue
-            if own in kept or not is_committed(directory):
+            if own in kept or manifest is None:
                 shutil.rmtree(directory)
             elif own in self.always_keep:
                 kept.add(own)
             elif len(recent) < self.keep:
                 kept.add(own)
                 recent.add(own)
+            elif directory == best:
+                kept.add(own)
             else:
                 shutil.rmtree(directory)
 
+    def choose(self, manifests: Mapping[Path, Mapping[str, Any] | None]) -> Path | None:
+        """The best checkpoint of those whose step was measured, newest first; told in ``best.json``."""
+        if self.best is None:
+            return None
+        metric = self.best.metric
+        found: dict[int, tuple[Path, float]] = {}
+        for directory, manifest in manifests.items():
+            value = manifest["facts"].get("metrics", {}).get(metric) if manifest is not None else None
+            if value is not None:
+                found.setdefault(step_of(directory), (directory, value))
+        step = self.best.of({own: value for own, (_, value) in found.items()})
+        if step is None:
+            return None
+        directory, value = found[step]
+        told = {"step": step, "directory": directory.name, "metric": metric, "mode": self.best.mode, "value": value}
+        write_durably(self.root / "best.json", json.dumps(told) + "\n")
+        return directory
+
+
+def manifest_of(directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where it was not committed, or says nothing that can be read."""
+    try:
+        return read_manifest(directory)
+    except TornDirectory:
+        return None
+
 
 def is_committed(directory: Path) -> bool:
-    try:
-        return read_manifest(directory) is not None
-    except TornDirectory:
-        return False
+    return manifest_of(directory) is not None
 
 
 def step_of(directory: Path) -> int:

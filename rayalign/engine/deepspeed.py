@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.engine.disk import save_object
 from rayalign.engine.forward import Policy, RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
@@ -89,7 +90,7 @@ class DeepSpeed:
     def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
         (directory / FOLDER).mkdir(parents=True, exist_ok=True)
         path = directory / FOLDER / f"zero-{self.rank + 1:05d}-of-{self.world_size:05d}.pt"
-        torch.save({"stage": zero_of(optimizer).stage, "state": zero_of(optimizer).state()}, path)
+        save_object({"stage": zero_of(optimizer).stage, "state": zero_of(optimizer).state()}, path)
         return True
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:

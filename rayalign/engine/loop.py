@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,17 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.canary import canary_logps
-from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
+from rayalign.engine.checkpoint import Best, Checkpoint, Checkpointer, differences, refuse_other_run
+from rayalign.engine.disk import num_training_bytes, room_for
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.forward import root_module
 from rayalign.engine.lora import ADAPTER, merged, write_adapter
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
+from rayalign.engine.nonfinite import told, with_groups
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, set_learning_rate
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
-from rayalign.engine.step import Runner, StepResult
+from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy import Strategy
 from rayalign.errors import Stopped
 from rayalign.manifest import commit, read_manifest
@@ -62,6 +65,8 @@ class TrainSpec:
     checkpoint_keep: int
     checkpoint_at: tuple[int, ...] = ()
     """Further steps whose checkpoint is written and kept until the run ends."""
+    checkpoint_best: Best | None = None
+    """By which metric one checkpoint is kept beside the newest."""
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
@@ -72,6 +77,9 @@ class TrainSpec:
     """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end the run, or change nothing."""
+    max_skipped_in_a_row: int = 3
 
 
 MakeSource = Callable[[Layout, int], GroupSource]
@@ -97,6 +105,11 @@ class Run:
     """The step of the newest checkpoint; 0 where there is none."""
     stopping: bool = False
     """The run was asked to end; the same on every worker."""
+    skipped_steps: int = 0
+    """Of the whole run so far: their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """Metrics of the newest step that was not skipped; none before this process's first."""
 
 
 def train(
@@ -117,7 +130,8 @@ def train(
         Stopped: ``stop`` said so; the step that was under way is done and saved.
         IncompatibleCheckpoint: the directory holds another run.
         PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
-        NonFiniteStep: the loss or its gradient is NaN or infinite.
+        NonFiniteStep: the loss or its gradient is NaN or infinite, and ``spec`` says to stop, or it happened too often.
+        UserError: the disk is full, or no row has the metric by which the best checkpoint is told.
     """
     run, resumed = begin(spec, strategy, stop)
     pad_id = int(run.tokenizer.pad_token_id or 0)
@@ -152,6 +166,7 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
         attempt=strategy.broadcast(secrets.token_hex(4)),
         keep=spec.checkpoint_keep,
         always_keep=spec.checkpoint_at,
+        best=spec.checkpoint_best,
         identity=spec.identity,
     )
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
@@ -182,6 +197,7 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
     if found is not None:
         strategy.load_optimizer(run.optimizer, found.directory)
         run.step, run.saved, run.num_tokens = found.step, found.step, found.facts["num_tokens"]
+        run.skipped_steps, run.skipped_in_a_row = found.facts.get("skipped", (0, 0))
         changed = differences(found.facts["environment"], environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
@@ -221,6 +237,19 @@ def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
     return run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=run.spec.optimizer.max_grad_norm)
 
 
+def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
+    """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
+    run.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    before, most = run.skipped_in_a_row - 1, run.spec.max_skipped_in_a_row
+    if run.spec.on_nonfinite == "stop" or before == most:
+        enough = f", after {most} that were skipped, which optim.max_skipped_in_a_row allows" if before else ""
+        last = NonFiniteStep(f"{error}{enough}", loss=error.loss, grad_norm=error.grad_norm, suspects=error.suspects)
+        raise with_groups(last, run.runner, work, step=run.step, directory=run.spec.directory) from error
+    log.warning("%s: skipped; %s on worker %d", error, told(error.suspects), run.strategy.rank)
+    return StepResult(loss=error.loss, grad_norm=error.grad_norm, metrics={})
+
+
 def advance(
     run: Run,
     source: GroupSource,
@@ -240,7 +269,11 @@ def advance(
         check_initial_logratio(run.runner, work)
     rate = spec.optimizer.learning_rate(run.step)
     set_learning_rate(run.optimizer, rate)
-    result = update(run, work)
+    try:
+        result = update(run, work)
+        run.skipped_in_a_row = 0
+    except NonFiniteStep as error:
+        result = skipped(run, work, error)
     run.step += 1
     run.stopping = result.stop
     step_tokens = sum(part.num_tokens for part in work)
@@ -259,8 +292,15 @@ def advance(
         "seconds": time.perf_counter() - began,
         "seconds_waiting_for_data": waited,
     }
+    if spec.on_nonfinite == "skip":
+        row["skipped_steps"] = run.skipped_steps
     if held_out and run.step in spec.evaluate_at:
         row |= {f"eval_{name}": value for name, value in run.runner.evaluate(run.step, held_out).items()}
+    if run.skipped_in_a_row == 0:
+        if spec.checkpoint_best is not None and not run.row:
+            measured = {"loss", *result.metrics, *result.absent}
+            spec.checkpoint_best.refuse_unknown({*row, *measured}, evaluated=measured if held_out else set())
+        run.row = row
     return row
 
 
@@ -354,23 +394,38 @@ def save(
     strategy, directory = run.strategy, run.checkpointer.directory(run.step)
     run.saved = run.step
     state, adapter = exportable(run)
-    sharded = strategy.save_optimizer(run.optimizer, directory)
+    with room_for(directory, num_training_bytes(run.model)):
+        sharded = strategy.save_optimizer(run.optimizer, directory)
     if sharded:
         strategy.all_sum(torch.zeros(1, device=strategy.device))  # all parts are there
     if strategy.rank != 0:
         return
-    adapter(directory)
     position = source.state() if isinstance(source, FollowsPolicy) else {}
-    run.checkpointer.save(
-        run.step,
-        model=run.model,
-        tokenizer=run.tokenizer,
-        optimizer=None if sharded else run.optimizer,
-        stop_ids=run.spec.stop_ids,
-        facts={"num_tokens": run.num_tokens, "source": position, "environment": environment(strategy), **facts},
-        state=state,
-        beside=beside,
-    )
+    said = {
+        "num_tokens": run.num_tokens,
+        "skipped": (run.skipped_steps, run.skipped_in_a_row),
+        "source": position,
+        "environment": environment(strategy),
+        "metrics": measurements(run),
+    }
+    with room_for(directory, num_training_bytes(run.model)):
+        adapter(directory)
+        run.checkpointer.save(
+            run.step,
+            model=run.model,
+            tokenizer=run.tokenizer,
+            optimizer=None if sharded else run.optimizer,
+            stop_ids=run.spec.stop_ids,
+            facts={**said, **facts},
+            state=state,
+            beside=beside,
+        )
+
+
+def measurements(run: Run) -> dict[str, float]:
+    """What the row of the newest step says in finite numbers, for telling the best checkpoint."""
+    row = run.row if run.row.get("step") == run.step else {}
+    return {name: value for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
 
 
 def padding_share(work: Sequence[StreamWork]) -> float:
@@ -387,6 +442,7 @@ def export(run: Run) -> None:
         return
     state, adapter = exportable(run)
     if run.strategy.rank == 0:
-        adapter(final)
-        save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
-        commit(final, {"step": run.step, "identity": dict(run.spec.identity)})
+        with room_for(final, num_bytes(state)):
+            adapter(final)
+            save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
+            commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

@@ -17,12 +17,25 @@ from rayalign.engine.strategy import Strategy
 from rayalign.methods._base import Statistics
 from rayalign.types import PackedBatch, Scored
 
-NAMED_GROUPS = 8
-"""How many groups an error names before it says how many more there are."""
-
 
 class NonFiniteStep(FloatingPointError):
-    """The loss or its gradient is NaN or infinite; the message names the step and the groups that it saw."""
+    """The loss or its gradient is NaN or infinite, on every worker alike; nothing has moved.
+
+    The message names the step; ``suspects`` are the groups of this worker whose micro-batch's loss is not finite.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        loss: float = math.nan,
+        grad_norm: float = math.nan,
+        suspects: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.loss = loss
+        self.grad_norm = grad_norm
+        self.suspects = tuple(suspects)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +48,8 @@ class StepResult:
     metrics: Mapping[str, float]
     stop: bool = False
     """Rank 0 was asked to end the run; every rank learns it of the same step."""
+    absent: tuple[str, ...] = ()
+    """Metrics that had nothing to count in this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +96,19 @@ class Runner:
             tally.add_loss(objective, shares)
             tally.add_metrics(objective, scored, statistics[part.stream])
         tally.stop = self.strategy.rank == 0 and self.stop()
-        loss_value, metrics = tally.reduce(self.strategy)
         grad_norm = float(self.strategy.clip(self.module, max_grad_norm))
-        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+        tally.finite = math.isfinite(grad_norm)
+        loss_value, metrics = tally.reduce(self.strategy)
+        if not (math.isfinite(loss_value) and tally.finite):
             suspects = [job for job, loss in zip(jobs, losses, strict=True) if not loss.isfinite()]
-            raise NonFiniteStep(describe_non_finite(step, loss_value, grad_norm, suspects))
-        return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics, stop=tally.stop)
+            raise NonFiniteStep(
+                f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}",
+                loss=loss_value,
+                grad_norm=grad_norm,
+                suspects=[part.describe(int(place)) for part, batch in suspects for place in batch.group_index],
+            )
+        absent = tuple(name for name in tally.sums if name not in metrics)
+        return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics, absent=absent, stop=tally.stop)
 
     @torch.no_grad()
     def evaluate(self, step: int, work: Iterable[StreamWork]) -> dict[str, float]:
@@ -142,6 +164,8 @@ class Tally:
         self.counts: dict[str, Tensor] = {}
         self.stop = False
         """Of this worker, and after the reduction of any: it travels with the sums, at no cost of its own."""
+        self.finite = True
+        """Whether this worker's gradient is; after the reduction, whether every worker's is."""
 
     def add_loss(self, objective: Objective, shares: Mapping[str, Tensor]) -> None:
         for name, share in shares.items():
@@ -157,12 +181,13 @@ class Tally:
 
     def reduce(self, strategy: Strategy) -> tuple[float, dict[str, float]]:
         """(loss, metrics): the loss is the sum of its terms over workers, a metric is Σ sum / Σ count."""
-        stop = torch.tensor(float(self.stop), dtype=torch.float64)
-        columns = [*self.terms.values(), *self.sums.values(), *self.counts.values(), stop]
+        signs = torch.tensor([not self.finite, self.stop], dtype=torch.float64)
+        columns = [*self.terms.values(), *self.sums.values(), *self.counts.values(), *signs]
         reduced = iter(strategy.all_sum(torch.stack([column.to(strategy.device) for column in columns])).tolist())
         terms = {name: next(reduced) for name in self.terms}
         sums = {name: next(reduced) for name in self.sums}
         counts = {name: next(reduced) for name in self.counts}
+        self.finite = next(reduced) == 0
         self.stop = next(reduced) > 0
         metrics = {name: sums[name] / counts[name] for name in sums if counts[name] > 0}
         return math.fsum(terms.values()), metrics if len(terms) == 1 else terms | metrics
@@ -184,16 +209,3 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
         return {name: moved(column) for name, column in value.items()}
 
     return PackedBatch(**{name: moved(getattr(batch, name)) for name in PackedBatch.__slots__})
-
-
-def describe_non_finite(
-    step: int, loss: float, grad_norm: float, suspects: Sequence[tuple[StreamWork, PackedBatch]]
-) -> str:
-    """What happened, and which groups of this worker share a micro-batch whose loss is not finite."""
-    names = [part.describe(int(position)) for part, batch in suspects for position in batch.group_index]
-    more = f" and {len(names) - NAMED_GROUPS} more" if len(names) > NAMED_GROUPS else ""
-    seen = f"the loss is not finite on {', '.join(names[:NAMED_GROUPS])}{more}" if names else "every loss is finite"
-    return (
-        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; on this worker {seen}. "
-        "No parameter was changed by this step. Lower optim.lr, or look at the data of this step."
-    )

@@ -12,6 +12,7 @@ from rayalign.config.dump import dump
 from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
+from rayalign.engine.checkpoint import Best
 from rayalign.engine.loop import CriticSpec, TrainSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
@@ -51,6 +52,9 @@ from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.sources.streams import AnyStream, SourceSpec, round_part, stored_parts
 
+NOT_TRAINING_OPTIM = ("on_nonfinite", "max_skipped_in_a_row")
+"""Of ``optim``: a run that a step has stopped may go on without such steps."""
+
 NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "resources", "strategy")
 """Blocks that do not change which model a run ends in; a run may go on after they are changed."""
 
@@ -80,18 +84,22 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         identity=run_identity(run, streams),
         checkpoint_every=run.checkpoint.every,
         checkpoint_keep=run.checkpoint.keep,
-        checkpoint_at=evaluation_steps(run, steps) if run.evaluate else (),
+        checkpoint_at=evaluation_steps(run, steps) if run.evaluate and method.trains == "policy" else (),
+        checkpoint_best=checkpoint_best(run, steps),
         evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
         track=run.track,
         reference_in_place=run.reference.place == "trainer",
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
+        on_nonfinite=run.optim.on_nonfinite,
+        max_skipped_in_a_row=run.optim.max_skipped_in_a_row,
     )
     return TrainJob(
         spec=spec,
         source=source,
         held_out=held_out(run, method, source, stages) if measures_loss(run, method) else None,
         strategy=strategy_spec(run),
+        timeout_seconds=run.strategy.timeout_seconds,
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
@@ -232,6 +240,23 @@ def strategy_spec(run: RunConfig) -> StrategySpec:
     return spec
 
 
+def checkpoint_best(run: RunConfig, steps: int) -> Best | None:
+    """What tells the best checkpoint; raises UserError where no checkpoint is written at a step that is measured."""
+    best = run.checkpoint.best
+    if best is None:
+        return None
+    measured = evaluation_steps(run, steps)
+    if best.metric.startswith("eval_") and run.method.record.trains != "policy":
+        saved = {*range(run.checkpoint.every, steps + 1, run.checkpoint.every), steps}
+        if not saved & {*measured[:-1]}:
+            raise UserError(
+                f"checkpoint.best.metric: {best.metric} is measured after steps {', '.join(map(str, measured))}, and "
+                f"checkpoint.every: {run.checkpoint.every} saves none of them but the last; make one a multiple of the "
+                "other"
+            )
+    return Best(metric=best.metric, mode=best.mode)
+
+
 def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
     """Steps after which the policy is evaluated: ``at``, or every ``every``-th, and the last one."""
     if run.evaluate is None:
@@ -251,4 +276,6 @@ def training_configuration(run: RunConfig) -> dict[str, Any]:
     Of paths only their last parts, since the identity has digests of what lies there: a job that is submitted again
     works in another copy of the folder.
     """
-    return {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}
+    found = {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}
+    optim = {name: value for name, value in found["optim"].items() if name not in NOT_TRAINING_OPTIM}
+    return {**found, "optim": optim}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import math
+import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,12 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 
+from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
 from rayalign.errors import Stopped, UserError, first_line
-from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
+from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob, make_pool
@@ -36,7 +40,6 @@ from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_SECONDS = 600
 CLOSE_SECONDS = 60.0
 T = TypeVar("T")
 
@@ -57,6 +60,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.group: Group | None = None
         self.rollouts: tuple[RolloutJob, Pool, ray.actor.ActorHandle] | None = None
+        self.places: dict[int, str] = {}
+        """Where the workers of the attempt that failed last were."""
 
     def rollout_pool(self, job: RolloutJob) -> Pool:
         """The actors that draw for this trainer's runs; they stay while runs start from the same model."""
@@ -86,10 +91,15 @@ class Trainer:
                 return self.attempt(job)
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
                 blame_run(job, failure)
-                lost(cluster_reason(failure))
+                done = last_step(job.spec.directory / "metrics.jsonl")
+                what = cluster_reason(failure, self.places)
+                lost(what)
                 if attempt == job.retries:
-                    raise TrainingFailed(f"{name}: gave up after {attempt + 1} attempts: {failure}") from failure
-                log.warning("%s: attempt %d was lost (%s); trying again", name, attempt + 1, cluster_reason(failure))
+                    raise TrainingFailed(
+                        f"{name}: gave up after {attempt + 1} attempts, the last one lost after step {done}: {what}. "
+                        f"The same command continues from the newest checkpoint\n{failure}"
+                    ) from failure
+                log.warning("%s: attempt %d was lost after step %d (%s); trying again", name, attempt + 1, done, what)
                 time.sleep(2**attempt)
         raise AssertionError("unreachable: the loop returns or raises")
 
@@ -103,6 +113,7 @@ class Trainer:
         try:
             return self.group.train(job, self.stop)
         except BaseException:
+            self.places = self.group.mailbox.places()
             self.group.abandon()
             self.group = None
             raise
@@ -138,10 +149,11 @@ class Shape:
     strategy: StrategySpec
     workers: int
     share: Share
+    timeout_seconds: float
 
     @classmethod
     def of(cls, job: TrainJob) -> Shape:
-        return cls(job.strategy, job.workers, job.share)
+        return cls(job.strategy, job.workers, job.share, job.timeout_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +170,12 @@ class Group:
         folder = job.spec.directory / ".ray" / secrets.token_hex(4)
         mailbox = Mailbox(folder / "mailbox")
         mailbox.folder.mkdir(parents=True)
+        # Ray Train reads this one setting from the environment only, of the process that calls fit().
+        os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.timeout_seconds)
         trainer = TorchTrainer(
             worker_main,
             train_loop_config={"mailbox": str(mailbox.folder)},
-            torch_config=TorchConfig(backend=backend(job), timeout_s=COLLECTIVE_SECONDS),
+            torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
             ),
@@ -234,22 +248,23 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
 
 def blame_run(job: TrainJob, failure: BaseException) -> None:
     """Raise :class:`TrainingFailed` if any worker failed through the run itself rather than through the cluster."""
-    for rank, error in sorted(worker_failures(failure).items()):
-        cause = root_cause(error)
+    causes = {rank: root_cause(error) for rank, error in sorted(worker_failures(failure).items())}
+    for cause in causes.values():
         if isinstance(cause, PERMANENT):
             raise TrainingFailed(f"{job.spec.directory.name}: {cause}") from cause
+    for rank, cause in causes.items():
         if not is_lost(cause):
             raise TrainingFailed(
                 f"{job.spec.directory.name}: worker {rank} raised {type(cause).__name__}: {cause}\n{failure}"
             ) from cause
 
 
-def cluster_reason(failure: BaseException) -> str:
-    """What happened to the cluster, in one line."""
+def cluster_reason(failure: BaseException, places: Mapping[int, str]) -> str:
+    """What happened to the cluster, to which workers and where, and what to do."""
     lost = worker_failures(failure)
-    return "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in sorted(lost.items())) or first_line(
-        failure
-    )
+    if lost:
+        return describe_loss({rank: root_cause(error) for rank, error in lost.items()}, places)
+    return f"{first_line(failure)}. {WHAT_TO_DO[loss_kind(failure)]}"
 
 
 def worker_failures(failure: BaseException) -> dict[int, Exception]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 from ray.train.torch import get_device
 
@@ -47,6 +49,8 @@ class TrainJob:
     """How the driver draws the groups that this run trains on; None where all are stored."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
+    timeout_seconds: float = 600.0
+    """Of silence, in a collective or as a whole, after which a worker is taken for lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,14 @@ class Mailbox:
     def stopped(self, number: int, message: str) -> None:
         self._write(f"{number:06d}.stopped", message.encode())
 
+    def register(self, rank: int) -> None:
+        """Say where the worker of ``rank`` is, for messages about its loss."""
+        self._write(f"{rank:06d}.worker", f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def places(self) -> dict[int, str]:
+        """Where the workers are that have started."""
+        return {int(path.stem): path.read_text() for path in self.folder.glob("*.worker")}
+
     def close(self) -> None:
         """Let the workers end when they are done with their job."""
         self._write("closed", b"")
@@ -128,6 +140,7 @@ class Mailbox:
 def worker_main(config: dict[str, Any]) -> None:
     """One Ray Train worker, from its start to the closing of the mailbox."""
     mailbox = Mailbox(Path(config["mailbox"]))
+    mailbox.register(ray.train.get_context().get_world_rank())
     for number, job in mailbox.jobs():
         torch.set_num_threads(job.share.threads)
         strategy = make_strategy(job.strategy, get_device())

@@ -157,6 +157,10 @@ def test_a_loss_that_is_not_a_number_names_its_step(workspace: Workspace, sessio
     failed = rayalign("train", workspace.run("nan", method={"name": "my_methods:NAN"}))
     assert failed.code == 2
     assert "error: nan: step 1" in failed.printed and "Traceback" not in failed.printed
+    [saved] = (workspace.directory("nan") / "nonfinite" / "step_000001").iterdir()
+    assert str(saved.parent) in failed.printed.replace("\n", "")
+    groups = json.loads(saved.read_text())["groups"]
+    assert len(groups) == 8 and {group["losses"]["nan"] for group in groups} == {"nan"}
 
 
 def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace) -> None:

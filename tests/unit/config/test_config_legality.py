@@ -55,6 +55,16 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["scorer: label: {relabel: true} needs a scorer, such as scorer: {name: rule, function: …}"],
         ),
         (
+            ["method=dpo", "checkpoint.best={metric: eval_loss, mode: min}"],
+            ["checkpoint.best.metric: no row of metrics has eval_loss: data.eval names no rows; write a metric of "
+             "training, such as loss"],
+        ),
+        (
+            ["method=dpo", "data.eval=held.jsonl", "checkpoint={every: 50, best: {metric: eval_loss, mode: min}}"],
+            ["checkpoint.best.metric: eval_loss is measured after the last step only, whose checkpoint is kept anyway; "
+             "write evaluate: {every: 50}"],
+        ),
+        (
             ["method=dpo", *ON_POLICY, "label.relabel=true"],
             ["label.relabel: on_policy has no stored completions to label again; remove relabel"],
         ),
@@ -274,6 +284,12 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             ["strategy=deepspeed", "model.lora.rank=4"],
             ["this release does not run model.lora with strategy: deepspeed; write single, ddp or fsdp2"],
         ),
+        (
+            ["strategy=deepspeed", "optim.on_nonfinite=skip"],
+            ["this release does not run optim.on_nonfinite: skip with strategy: deepspeed, which may have updated "
+             "already; write stop, or fsdp2"],
+        ),
+        (["strategy=fsdp2", "optim={on_nonfinite: skip, max_skipped_in_a_row: 9}"], []),
         (["evaluate.prompts=p.jsonl", "evaluate.judge={name: llm, model: m, base_url: 'http://u'}"], []),
         (["evaluate={prompts: p.jsonl, scorers: {name: llm, model: m, engine: hf}, baseline: other}"], []),
         (

@@ -35,6 +35,14 @@ strategy: {name: single, workers: 4}
         ("method: {name: dpo, beta: -1}", "method.beta: -1 must be greater than 0"),
         ("method: {beta: 0.1}", "method: needs a name, such as method: {name: dpo, beta: 0.1}"),
         ("method: exo_pair", "method: 'exo_pair' is another project's name; write exo_pref"),
+        (
+            "method: dpo\noptim: {max_skipped_in_a_row: 9}",
+            "optim: stop skips no step: remove max_skipped_in_a_row, or write on_nonfinite: skip",
+        ),
+        (
+            "method: dpo\ncheckpoint: {best: {metric: loss}}",
+            "checkpoint.best.mode: missing; this key is required",
+        ),
         ("method: dpo\nsteps: 10", "steps: unknown key; did you mean optim.steps?"),
         ("method: dpo\nbeta: 0.1", "beta: unknown key; did you mean method.beta?"),
         ("method: dpo\nloss_type: exo_pair", "loss_type: unknown key; write method: {name: exo_pref}"),
@@ -201,7 +209,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_mistakes_on_the_command_line_say_so(refused: Refused) -> None:
     assert refused("method: dpo\n", "optim.rl=1", "seed=-1") == [
         "command line: optim.rl: unknown key; the keys here are lr, steps, epochs, groups_per_step, "
-        "tokens_per_micro_batch, schedule, warmup, min_lr_ratio, max_grad_norm, betas, eps, weight_decay",
+        "tokens_per_micro_batch, schedule, warmup, min_lr_ratio, max_grad_norm, betas, eps, weight_decay, "
+        "on_nonfinite, max_skipped_in_a_row",
         "command line: seed: -1 must be at least 0",
     ]
     assert refused("method: dpo\nseed: 1\n", "--fast", "seed.a=1", "data.train=[", "=3") == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_tokenizers import byte_level
 
 from rayalign.engine.checkpoint import (
     OPTIMIZER,
+    Best,
     Checkpoint,
     Checkpointer,
     IncompatibleCheckpoint,
@@ -147,6 +149,37 @@ def test_retention(tmp_path: Path, keep: int, always_keep: tuple[int, ...], left
         committed(tmp_path, step)
     checkpointer(tmp_path, keep=keep, always_keep=always_keep).prune(9)
     assert steps(tmp_path) == left
+
+
+def measured(root: Path, **losses: float | None) -> None:
+    """Small checkpoints whose rows had these losses, by step."""
+    for name, loss in losses.items():
+        directory = committed(root, int(name[1:]))
+        metrics = {} if loss is None else {"eval_loss": loss}
+        commit(directory, {"step": int(name[1:]), "identity": IDENTITY, "facts": {"metrics": metrics}})
+
+
+@pytest.mark.parametrize(
+    ("mode", "always_keep", "left"),
+    [("min", (), [5, 8, 9]), ("max", (), [3, 8, 9]), ("min", (5,), [5, 8, 9]), ("min", (7,), [5, 7, 8, 9])],
+)
+def test_retention_keeps_the_best_beside_the_newest(tmp_path: Path, mode, always_keep, left: list[int]) -> None:
+    """5 and 6 are equally good: the first of them stays. 7 was not measured, and 12 is of a damaged future."""
+    measured(tmp_path, s3=0.9, s5=0.2, s6=0.2, s7=None, s8=0.5, s9=0.4, s12=0.1)
+    best = Best(metric="eval_loss", mode=mode)
+    checkpointer(tmp_path, keep=2, always_keep=always_keep, best=best).prune(9)
+    assert sorted(step_of(path) for path in tmp_path.glob("step_*")) == [*left, 12]
+    told = json.loads((tmp_path / "best.json").read_text())
+    assert told == {
+        "step": left[0], "directory": f"step_00000{left[0]}-aa0", "metric": "eval_loss", "mode": mode,
+        "value": 0.2 if mode == "min" else 0.9,
+    }  # fmt: skip
+
+
+def test_without_a_measurement_there_is_no_best(tmp_path: Path) -> None:
+    measured(tmp_path, s3=None, s4=None)
+    checkpointer(tmp_path, keep=1, best=Best(metric="eval_loss", mode="min")).prune(4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000004-aa0"]
 
 
 def test_retention_removes_remains_and_doubles_but_never_what_was_just_saved(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayalign.data.plan import PlanError
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import OPTIMIZER, IncompatibleCheckpoint, step_of
+from rayalign.engine.checkpoint import OPTIMIZER, Best, IncompatibleCheckpoint, step_of
+from rayalign.engine.disk import DiskFull
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
 from rayalign.engine.loop import TrainSpec, train
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy
-from rayalign.errors import Stopped
+from rayalign.errors import Stopped, UserError
 from rayalign.manifest import verify
 
 SINGLE = make_strategy("single", torch.device("cpu"))
@@ -92,7 +95,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_of(directory: Path, step: int) -> Path:
-    (found,) = (path for path in (directory / "checkpoints").iterdir() if step_of(path) == step)
+    (found,) = (path for path in (directory / "checkpoints").glob("step_*") if step_of(path) == step)
     return found
 
 
@@ -232,24 +235,157 @@ def test_group_above_the_budget_is_refused_before_the_first_step(scenario: Scena
         train_alone(train_spec(tmp_path / "run", tight), tight)
 
 
-def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(scenario: Scenario, tmp_path: Path) -> None:
-    dpo = replace(scenario, streams=scenario.streams[:1], objectives=(objective("dpo"),))
+class Poisoned:
+    """A source of some scenario with one group's reference gone wrong at some steps."""
+
+    def __init__(self, scenario: Scenario, steps: Collection[int], *, rank: int = 0, world_size: int = 1) -> None:
+        self.make, self.steps, self.rank = source_maker(scenario, rank, world_size), steps, rank
+
+    def __call__(self, layout: Layout, pad_id: int) -> Poisoned:
+        self.source = self.make(layout, pad_id)
+        return self
+
+    def get(self, step: int) -> tuple[StreamWork, ...]:
+        work = self.source.get(step)
+        if step in self.steps and self.rank == 0:
+            work[0].micro_batches[0].per_candidate["ref_logp"][0, 1] = float("inf")
+        return work
+
+
+@pytest.fixture(scope="module")
+def dpo(scenario: Scenario) -> Scenario:
+    return replace(scenario, streams=scenario.streams[:1], objectives=(objective("dpo"),))
+
+
+def poisoned_group(dpo: Scenario, step: int) -> str:
+    [part] = make_source(dpo, SINGLE).get(step)
+    return part.describe(int(part.micro_batches[0].group_index[0]))
+
+
+def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(dpo: Scenario, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", dpo)
-
-    class Poisoned:
-        def __init__(self, layout: Layout, pad_id: int) -> None:
-            self.source = source_maker(dpo)(layout, pad_id)
-
-        def get(self, step: int) -> tuple[StreamWork, ...]:
-            work = self.source.get(step)
-            if step == 5:
-                work[0].micro_batches[0].per_candidate["ref_logp"].fill_(float("inf"))
-            return work
-
-    with pytest.raises(NonFiniteStep, match=r"step 6: loss .* synthetic\.jsonl:"):
-        train(spec, Poisoned, SINGLE)
+    name = poisoned_group(dpo, 5)
+    with pytest.raises(NonFiniteStep) as caught:
+        train(spec, Poisoned(dpo, {5}), SINGLE)
+    folder = spec.directory / "nonfinite" / "step_000006"
+    assert str(caught.value).startswith("step 6: loss nan, gradient norm ")
+    assert f"; the loss is not finite on {name}. No parameter was changed" in str(caught.value)
+    assert str(folder) in str(caught.value) and "optim.on_nonfinite: skip" in str(caught.value)
     assert [row["step"] for row in rows(spec.directory)] == [1, 2, 3, 4, 5]
     assert checkpoint_of(spec.directory, 4)
+
+    saved = json.loads((folder / "rank_0.json").read_text())
+    assert (saved["step"], saved["loss"], saved["suspects"]) == (6, "nan", [name])
+    assert len(saved["groups"]) == 4 and len({group["group"] for group in saved["groups"]}) == 4
+    losses = {group["group"]: group["losses"]["dpo"] for group in saved["groups"]}
+    assert losses.pop(name) == "nan" and all(0 < loss < 5 for loss in losses.values())
+    [bad] = [group for group in saved["groups"] if group["group"] == name]
+    assert bad["columns"]["ref_logp"][1] == "inf"
+    stored = next(group for group in synthetic_groups([2] * 10) if name.endswith(f":{group.line}"))
+    assert bad["prompt_ids"] == stored.prompt_ids.tolist()
+    assert bad["candidates"] == [candidate.ids.tolist() for candidate in stored.candidates]
+
+
+def test_a_step_that_is_skipped_changes_nothing_and_is_counted(dpo: Scenario, tmp_path: Path) -> None:
+    """The weights after it are those before it, and a restart goes on counting."""
+    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip", checkpoint_every=1, checkpoint_keep=12)
+    with pytest.raises(Interrupted):
+        train(spec, Poisoned(dpo, {3, 6, 7}), SINGLE, on_step=interrupt_after(9))
+    before, after = (checkpoint_of(spec.directory, step) for step in (3, 4))
+    assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
+    train(spec, Poisoned(dpo, {3, 6, 7}), SINGLE)
+    found = rows(spec.directory)
+    assert [row["skipped_steps"] for row in found] == [0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3]
+    assert [row["step"] for row in found if row["loss"] is None] == [4, 7, 8]
+    straight = replace(spec, directory=tmp_path / "straight")
+    train(straight, Poisoned(dpo, {3, 6, 7}), SINGLE)
+    assert_same_end(straight.directory, spec.directory)
+
+
+def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> None:
+    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip", max_skipped_in_a_row=2)
+    train(replace(spec, directory=tmp_path / "two"), Poisoned(dpo, {3, 4, 6, 7}), SINGLE)
+    with pytest.raises(NonFiniteStep, match="step 6: .*after 2 that were skipped, which optim.max_skipped_in_a_row"):
+        train(spec, Poisoned(dpo, {3, 4, 5}), SINGLE)
+    assert [row["step"] for row in rows(spec.directory)] == [1, 2, 3, 4, 5]
+    assert (spec.directory / "nonfinite" / "step_000006" / "rank_0.json").exists()
+
+
+def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
+    strategy = join(rank, 2, folder / "meeting-point")
+    for name in ("ddp", "fsdp2"):
+        spec = train_spec(folder / name, dpo, on_nonfinite="skip", check_initial_logratio=False)
+        train(spec, Poisoned(dpo, {3}, rank=rank, world_size=2), make_strategy(name, torch.device("cpu")))
+    stopping = train_spec(folder / "stopped", dpo)
+    with pytest.raises(NonFiniteStep) as caught:
+        train(stopping, Poisoned(dpo, {3}, rank=rank, world_size=2), strategy)
+    (folder / f"said-{rank}").write_text(str(caught.value))
+    dist.destroy_process_group()
+
+
+def test_all_workers_skip_or_stop_together(dpo: Scenario, tmp_path: Path) -> None:
+    """One worker alone has the bad group; both leave the step out, and both name the group."""
+    multiprocessing.spawn(skipping_worker, args=(tmp_path, dpo), nprocs=2)
+    for name in ("ddp", "fsdp2"):
+        assert [row["skipped_steps"] for row in rows(tmp_path / name)] == [0] * 3 + [1] * 9
+        assert rows(tmp_path / name)[3]["loss"] is None and rows(tmp_path / name)[11]["loss"] > 0
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "not finite on synthetic.jsonl:" in said[0]
+    parts = [
+        json.loads((tmp_path / f"stopped/nonfinite/step_000004/rank_{rank}.json").read_text()) for rank in range(2)
+    ]
+    assert sorted(len(part["suspects"]) for part in parts) == [0, 1]
+    assert len({group["group"] for part in parts for group in part["groups"]}) == 4
+
+
+def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
+    main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1], lr=3e-2)
+    best = Best(metric="rewards/margins", mode="min")
+    spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
+    with pytest.raises(Interrupted):
+        train_alone(spec, main, on_step=interrupt_after(9))
+    train_alone(spec, main)
+    measured = {row["step"]: row["rewards/margins"] for row in rows(spec.directory) if row["step"] % 2 == 0}
+    expected = min(measured, key=measured.__getitem__)
+    assert expected < 8  # it was there before the interruption
+    left = {step_of(path) for path in (spec.directory / "checkpoints").iterdir() if path.is_dir()}
+    assert left == {expected, STEPS}
+    told = json.loads((spec.directory / "checkpoints" / "best.json").read_text())
+    assert (told["step"], told["value"]) == (expected, measured[expected])
+    assert told["directory"] == checkpoint_of(spec.directory, expected).name
+
+
+@pytest.mark.parametrize("metric", ["rewards/margin", "eval_loss"])
+def test_a_metric_that_no_row_has_ends_the_run_with_the_first_step(
+    metric: str, scenario: Scenario, tmp_path: Path
+) -> None:
+    spec = train_spec(tmp_path / "run", scenario, checkpoint_best=Best(metric=metric, mode="min"))
+    with pytest.raises(UserError, match=f"no row of metrics has '{metric}'; rows of this run have .*rewards/margins"):
+        train_alone(spec, scenario)
+    assert not (spec.directory / "checkpoints").exists()
+
+
+def test_a_full_disk_is_a_message_and_the_old_checkpoint_survives(dpo: Scenario, whole: Path, tmp_path: Path) -> None:
+    """Of a process that may write files of at most 60 kB: weights do not fit; then it may write more."""
+    spec = train_spec(tmp_path / "run", dpo)
+    with pytest.raises(Interrupted):
+        train_alone(spec, dpo, on_step=interrupt_after(3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.raises(DiskFull) as caught:
+            train_alone(spec, dpo)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    runner, _ = make_runner(dpo, SINGLE)
+    wanted = 3 * sum(parameter.nbytes for parameter in runner.module.parameters())
+    assert f"it wants about {wanted:,} bytes" in str(caught.value) and "step_000004-a" in str(caught.value)
+    assert [step_of(path) for path in (spec.directory / "checkpoints").iterdir()] == [2]
+    verify(checkpoint_of(spec.directory, 2))
+    train_alone(spec, dpo)
+    straight = replace(spec, directory=tmp_path / "straight")
+    train_alone(straight, dpo)
+    assert_same_end(spec.directory, straight.directory)
 
 
 def asked_in(step: int, directory: Path) -> Callable[[], bool]:

@@ -18,10 +18,18 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.unpair import Mismatched
+from rayalign.engine.checkpoint import Best
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.methods import resolve
-from rayalign.pipeline.job import critic_spec, method_of, num_processes, optimizer_spec, run_identity
+from rayalign.pipeline.job import (
+    checkpoint_best,
+    critic_spec,
+    method_of,
+    num_processes,
+    optimizer_spec,
+    run_identity,
+)
 from rayalign.pipeline.model import model_spec
 from rayalign.pipeline.rollouts import preparation, prompts_of, round_plan
 from rayalign.pipeline.streams import num_steps, require_columns
@@ -108,6 +116,32 @@ def test_the_same_folder_in_another_place_is_the_same_run(tmp_path: Path) -> Non
     edited, other = identity("edited", "# another line\n"), identity("other", family="gpt2")
     assert {key for key in first if edited[key] != first[key]} == {"scorer"}
     assert {key for key in first if other[key] != first[key]} == {"model", "reference"}
+
+
+def test_a_run_that_a_step_has_stopped_may_go_on_without_such_steps(tmp_path: Path) -> None:
+    settings = [f"model.name={save_tiny(tmp_path / 'tiny')}", "data.train=t.jsonl", "method=dpo"]
+    first = run_identity(load_run(None, settings), [])
+    skipping = ["optim={on_nonfinite: skip, max_skipped_in_a_row: 9}", "strategy.timeout_seconds=5"]
+    kept = ["checkpoint={keep: 7, best: {metric: loss, mode: min}}"]
+    assert run_identity(load_run(None, [*settings, *skipping, *kept]), []) == first
+    assert run_identity(load_run(None, [*settings, "optim.lr=1e-3"]), []) != first
+
+
+def test_the_best_checkpoint_is_one_of_those_that_are_measured() -> None:
+    def best(*settings: str) -> Best | None:
+        run = load_run(None, ["model.name=m", "data={train: t.jsonl, eval: e.jsonl}", *settings])
+        return checkpoint_best(run, 60)
+
+    held_out = "checkpoint={every: 20, best: {metric: eval_loss, mode: min}}"
+    assert best("method=dpo") is None
+    assert best("method=dpo", "checkpoint.best={metric: rewards/margins, mode: max}") == Best(
+        metric="rewards/margins", mode="max"
+    )
+    expected = Best(metric="eval_loss", mode="min")
+    assert best("method=dpo", held_out, "evaluate.every=15") == expected  # what is evaluated is saved
+    assert best("method=reward_model", held_out, "evaluate.every=10") == expected
+    with pytest.raises(UserError, match="eval_loss is measured after steps 25, 50, 60, and checkpoint.every: 20 "):
+        best("method=reward_model", held_out, "evaluate.every=25")
 
 
 def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "group") -> TokenStore:

@@ -13,16 +13,18 @@ import ray.train
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
 )
 
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.data.records import EmptyFile
 from rayalign.engine.checkpoint import IncompatibleCheckpoint
+from rayalign.engine.disk import DiskFull
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import TornDirectory
-from rayalign.runtime.failures import is_lost, root_cause
+from rayalign.runtime.failures import WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
 from rayalign.runtime.trainer import Trainer, TrainingFailed
 from rayalign.runtime.worker import TrainJob
 
@@ -88,15 +90,60 @@ def test_a_lost_worker_and_a_lost_controller_are_answered(
 ) -> None:
     attempts += [worker_failure(r0=LOST), ray.exceptions.ActorDiedError(), "final"]
     assert Trainer().fit(JOB) == Path("final")
-    assert "dpo-hh: attempt 1 was lost (worker 0: A worker health check failed.); trying again" in caplog.text
+    assert "dpo-hh: attempt 1 was lost after step 0 (worker 0: The actor died unexpectedly" in caplog.text
     assert "attempt 2 was lost" in caplog.text
 
 
 def test_attempts_end(attempts: list[Any]) -> None:
     attempts += [worker_failure(r0=LOST)] * 3 + ["final"]
-    with pytest.raises(TrainingFailed, match="dpo-hh: gave up after 3 attempts: .*"):
+    with pytest.raises(
+        TrainingFailed, match="dpo-hh: gave up after 3 attempts, the last one lost after step 0: worker 0"
+    ):
         Trainer().fit(JOB)
     assert attempts == ["final"]
+
+
+PLACES = {0: "process 12 on red", 1: "process 34 on blue"}
+KILLED = (
+    "The actor is dead because its worker process has died. There are some potential root causes. (1) The process is "
+    "killed by SIGKILL by OOM killer due to high memory usage."
+)
+
+
+def test_a_loss_names_worker_place_and_remedy() -> None:
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    died = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError(KILLED))
+    told = describe_loss({0: gloo, 1: died}, PLACES)
+    assert told.startswith(f"worker 1 (process 34 on blue): {KILLED}. If its node is short of memory, lower optim.tok")
+    assert "worker 0" not in told  # it waited for the other
+
+
+def test_a_silent_worker_is_named_by_the_one_that_waited() -> None:
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation")
+    told = describe_loss({0: late}, PLACES)
+    assert told.startswith("worker 0 (process 12 on red) waited in vain for worker 1 (process 34 on blue): [gloo")
+    assert told.endswith("raise strategy.timeout_seconds")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."), "memory"),
+        (RuntimeError("The actor died because its node has died. Node Id: 12"), "node"),
+        (RuntimeError("The node which this task was running on was terminated"), "node"),
+        (WorkerHealthCheckTimeoutError("A worker health check has been hanging for 20 seconds."), "time"),
+        (RuntimeError("Connection closed by peer"), "process"),
+    ],
+)
+def test_kinds_of_loss(error: Exception, kind: str) -> None:
+    assert loss_kind(error) == kind and kind in WHAT_TO_DO
+
+
+def test_a_message_wins_over_what_it_broke_elsewhere(attempts: list[Any]) -> None:
+    """A worker that finds its folder removed by one whose disk was full is no bug."""
+    attempts += [worker_failure(r0=FileNotFoundError("optimizer"), r1=DiskFull("no room")), "final"]
+    with pytest.raises(TrainingFailed, match="^dpo-hh: no room$"):
+        Trainer().fit(JOB)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""What every test of this folder adds up to: one table at the end of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faulty_modules import write_modules
+from incidents import Incident
+from workspaces import Workspace, make_workspace
+
+from rayalign.runtime.session import Session, connect
+
+ELSEWHERE = (
+    "a rollout actor that dies again and again: tests/ray/test_rollouts.py",
+    "a worker, Ray Train's controller, the driver killed and started again: tests/ray/test_training.py",
+    "a worker of fsdp2, DeepSpeed, LoRA: tests/ray/test_strategies.py; of PPO: tests/ray/test_ppo_cli.py",
+    "a process of a stage, torn shards: tests/ray/test_stages.py",
+)
+
+
+HEADS = ["fault", "injected", "recoveries", "lost groups", "repeated", "curve", "seconds to recover (median / most)"]
+TABLE = pytest.StashKey[list[Incident]]()
+
+
+@pytest.fixture
+def incidents(pytestconfig: pytest.Config) -> list[Incident]:
+    """Rows of the table at the end."""
+    return pytestconfig.stash.setdefault(TABLE, [])
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Workspace:
+    folder = tmp_path_factory.mktemp("workspace")
+    write_modules(folder)
+    return make_workspace(folder, test_data / "hh_harmless_test.jsonl.gz", num_pairs=200)
+
+
+@pytest.fixture(scope="module")
+def session(workspace: Workspace) -> Iterator[Session]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # or a second driver could not join by address
+        with connect(import_paths=[workspace.folder]) as session:
+            yield session
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    found = config.stash.get(TABLE, [])
+    if not found:
+        return
+    rows = [HEADS, *(incident.cells() for incident in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
+    terminalreporter.section("faults")
+    for row in rows:
+        terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    terminalreporter.line("")
+    for line in ELSEWHERE:
+        terminalreporter.line(f"also tested: {line}")
