@@ -77,6 +77,7 @@ def limits(comparison: Comparison, summary: Summary) -> list[str]:
         drawn += ", which is not the policy itself: the number is not its KL"
     return [
         *replication(summary),
+        *tuned(comparison),
         f"KL is the reverse KL(π‖π_ref) on the policy's own replies ({drawn}), estimated by {estimator.label}, in nats"
         f" per reply; its interval, too, is the {summary.interval_head}.",
         "Membership of the front is of means: a point on it need not differ from one beside it. Its share of resamples"
@@ -117,6 +118,24 @@ def replication(summary: Summary) -> Iterator[str]:
             f"A configuration with one seed has {prompts}; how much another seed would change it is not measured, and"
             " it is called neither better nor worse than anything."
         )
+
+
+def tuned(comparison: Comparison) -> Iterator[str]:
+    """What settings were chosen by, and what that does to the numbers."""
+    if not comparison.tuning:
+        yield (
+            "Nothing was tuned by this comparison: a difference between two methods is one between two settings of"
+            " them."
+        )
+        return
+    first = comparison.tuning[0]
+    yield (
+        f"Settings were picked by {first.scorer} on the select half of {first.prompt_set}, with training seeds of their"
+        " own; tables over all of its prompts contain that half, so that they flatter what was picked a little. The"
+        " checkpoints chosen on the select half are measured on the other one."
+    )
+    if len({len(tuning.trials) for tuning in comparison.tuning}) > 1:
+        yield "Configurations had different numbers of trials, as they have different settings: see Tuning."
 
 
 def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 ::
 
-    {"schema": "rayalign.results/3", "name": …, "title": …,
+    {"schema": "rayalign.results/4", "name": …, "title": …,
      "interval":  {"head", "unit": "prompt" | "training seed and prompt", "method", "level", "resamples", "seed"},
      "measures":  {"scores" | "kl" | "diagnostics" | "judge" (none or one):
                    [{"name", "label", "unit", "description"}, …]},
@@ -14,6 +14,11 @@
                     "cost": {"tokens_trained", "tokens_generated", "labels_used", "scorer_calls"},
                     "filter": {"policy_logp_quantile", "threshold", "kept", "of", "unit"} | null}, …],
      "entries":   [{"id", "label", "cells": [id, …]}, …]  (cells that differ in their seed only are one entry),
+     "tuning":    [{"label", "cells": [id, …], "asked" (trials), "seeds", "scorer", "prompt_set", "num_prompts" (of the
+                    select half), "max_kl" | null, "picked": place in "trials" | null (nothing),
+                    "trials": [{"label", "values": {setting: text}, "status" ("done" or "failed"), "reason" (of a
+                      failure, or against being picked), "step", "score" and "kl" (means, or null), "cost"}, …],
+                    "left_out": [{"what", "reason"}, …]}, …]  (empty: untuned),
      "points":    [{"cell" (an id, "reference" or "(baseline)"), "prompt_set", "step", "num_samples",
                     "num_seeds" (measured here), "of_seeds",
                     "scores" | "changes" | "win_rates" | "lc_win_rates" | "kl" | "kl_per_token" | "diagnostics":
@@ -41,11 +46,12 @@ ESTIMATE is ``{"mean", "low", "high", "n"}`` over n prompts and, where ``num_see
 null. Numbers carry six significant digits. Everything but ``times`` and ``provenance`` is a function of the
 measurements alone.
 
-Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
-``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and
-``entry`` of a cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of
-single runs, as before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the
-points of a baseline; what version 1 had, means what it meant.
+Version 4 added ``tuning``; everything else is as in version 3. Version 3 added ``entries``, ``entry_points``,
+``differences``, ``entries_at_kl`` and ``chosen``, the fields ``num_seeds``, ``of_seeds``, ``lc_win_rates``,
+``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and ``entry`` of a cell; the first KL estimator is
+``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of single runs, as before. Version 2 added
+``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline; what version 1 had,
+means what it meant.
 """
 
 from __future__ import annotations
@@ -58,7 +64,7 @@ from typing import Any
 from rayalign.report.points import REFERENCE, Comparison
 from rayalign.report.summary import Summary
 
-SCHEMA = "rayalign.results/3"
+SCHEMA = "rayalign.results/4"
 
 
 def results_json(comparison: Comparison, summary: Summary) -> str:
@@ -98,6 +104,10 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         "entries": [
             {"id": entry.id, "label": entry.label, "cells": [cell.id for cell in entry.cells]}
             for entry in summary.entries
+        ],
+        "tuning": [
+            tuning.model_dump(exclude={"trials": {"__all__": {"cost": {"device_seconds"}}}})
+            for tuning in comparison.tuning
         ],
         "points": [asdict(point) for point in summary.points],
         "entry_points": [asdict(point) for point in summary.entry_points],
