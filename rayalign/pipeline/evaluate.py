@@ -49,6 +49,8 @@ SHOWN_PROMPTS = 6
 """Prompts of each set whose replies the report shows."""
 MEASURED_KL = ("kl_rb", "k1")
 """Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
+KEPT = "replies"
+"""What is kept beside the numbers: every prompt and reply, for :mod:`rayalign.pipeline.export`."""
 COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
 
 Role = Literal["scorer", "diagnostic", "judge"]
@@ -136,7 +138,14 @@ class Evaluation:
         if missing:
             raise UserError(missing[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {"identity": identity, "points": [point.model_dump(mode="json") for point in points]}
+        stored = {
+            "identity": identity,
+            "points": [point.model_dump(mode="json") for point in points],
+            KEPT: {
+                name: {"prompts": [prompt.text for prompt in self.spec.prompt_sets[name]], "replies": found.replies}
+                for name, found in measured.items()
+            },
+        }
         write_durably(path, json.dumps(stored) + "\n")
         return points
 
@@ -225,6 +234,7 @@ def evaluation_digest(spec: EvaluationSpec) -> str:
             spec_digest(spec.reference.model),
             spec.reference.model.dtype,
             MEASURED_KL,
+            KEPT,
             __version__,
         ]
     )
@@ -246,6 +256,16 @@ def evaluated_checkpoints(directory: Path) -> dict[int, Path]:
     """Step → committed checkpoint of a run."""
     found = sorted((directory / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
     return {step_of(path): path for path in found if NAME.fullmatch(path.name) and is_committed(path)}
+
+
+def evaluated_points(directory: Path) -> dict[int, Points]:
+    """Step → the numbers that were kept of a run's checkpoints; those of its reference at step 0."""
+    files = sorted((directory / "evaluation").glob("step_*.json"))
+    kept = {int(path.stem.removeprefix("step_")): json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {
+        step: tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
+        for step, stored in kept.items()
+    }
 
 
 def samples(table: Table) -> tuple[tuple[float, ...], ...]:

@@ -21,7 +21,7 @@ PROMPTS = [f"Why {word}?" for word in ("not", "here", "so", "him", "us", "now", 
 
 @pytest.fixture(scope="module")
 def compared(workspace: Workspace, session: Session) -> Path:
-    """The YAML; one of three trials of each method fails, as it never reaches the step that is evaluated."""
+    """The YAML; of the trials of each method one or two fail, their data not being there."""
     folder = workspace.folder
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     (folder / "rewards.py").write_text("def length(prompt, reply):\n    return len(reply)\n")
@@ -35,7 +35,10 @@ def compared(workspace: Workspace, session: Session) -> Path:
         },
     }
     base.pop("name")
-    tune = {"over": {"optim.lr": [3e-2, 1e-5], "optim.steps": [2, 3], "method.beta": [0.1]}, "trials": 3}
+    tune = {
+        "over": {"optim.lr": [3e-2, 1e-5], "data.train": [["pairs.jsonl"], ["absent.jsonl"]], "method.beta": [0.1]},
+        "trials": 3,
+    }
     path = folder / "tuned.yaml"
     document = {"name": "tuned", "base": base, "tune": tune, "grid": {"method": ["dpo", "ipo"], "seed": [3]}}
     path.write_text(yaml.safe_dump(document))
@@ -58,9 +61,9 @@ def test_the_picked_trial_is_the_one_that_scored_highest_on_the_select_half(
     for row in results["tuning"]:
         assert (row["asked"], row["seeds"], len(row["trials"]), row["num_prompts"]) == (3, [1000], 3, select)
         for trial in row["trials"]:
-            failed = trial["values"]["optim.steps"] == "2"
+            failed = "absent" in trial["values"]["data.train"]
             assert trial["status"] == ("failed" if failed else "done")
-            assert ("step 3 is never reached" in trial["reason"]) == failed
+            assert ("absent.jsonl" in trial["reason"]) == failed
         scores = [-np.inf if trial["score"] is None else trial["score"] for trial in row["trials"]]
         assert row["picked"] == int(np.argmax(scores))
         values = row["trials"][row["picked"]]["values"]
@@ -89,7 +92,7 @@ def test_the_report_prints_trials_and_what_was_picked(workspace: Workspace, comp
     report = workspace.directory("tuned") / "report"
     html, markdown = ((report / f"report.{ending}").read_text() for ending in ("html", "md"))
     for text in (html, markdown):
-        assert "every configuration had 3 trials" in text and "step 3 is never reached" in text
+        assert "every configuration had 3 trials" in text and "absent.jsonl" in text
         assert "picked" in text and "ipo has no beta" in text
 
 
