@@ -204,12 +204,22 @@ def compare(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A comparison's folder.")]) -> None:
-    """Write the report of a comparison again from what it measured."""
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="A comparison's folder; several are merged.")],
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; needed for several folders.")] = None,
+) -> None:
+    """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
+    from rayalign.report.merge import merge_folders
     from rayalign.report.points import load
     from rayalign.report.render import render
 
-    print(render(load(directory), directory))
+    if len(directories) == 1:
+        print(render(load(directories[0]), out or directories[0]))
+        return
+    merged, page = merge_folders(directories, out)
+    for left in merged.left_out:
+        print(f"left out: {left.what} {left.reason}")
+    print(page)
 
 
 @exports.command("alpaca_eval")

@@ -149,6 +149,10 @@ class Evaluation:
         write_durably(path, json.dumps(stored) + "\n")
         return points
 
+    @property
+    def measured_by(self) -> dict[str, str]:
+        return measured_by(self.spec)
+
     def point(self, prompt_set: str, step: int, measured: Measured) -> EvaluationPoint:
         scores = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.scorers}
         diagnostics = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.diagnostics}
@@ -223,21 +227,23 @@ def too_many_missing(points: Points, limit: float) -> list[str]:
 
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
-    """What a policy's numbers depend on beside it: prompts, scorers, judge, sampling, reference, baseline, and how."""
-    return digest_of(
-        [
-            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
-            [scorer_identity(scorer) for scorer in spec.scorers],
-            scorer_identity(spec.judge) if spec.judge is not None else None,
-            spec_digest(spec.baseline) if spec.baseline is not None else None,
-            asdict(spec.sampling),
-            spec_digest(spec.reference.model),
-            spec.reference.model.dtype,
-            MEASURED_KL,
-            KEPT,
-            __version__,
-        ]
-    )
+    """What a policy's numbers depend on beside it."""
+    return digest_of(measured_by(spec))
+
+
+def measured_by(spec: EvaluationSpec) -> dict[str, str]:
+    """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
+    return {
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype]),
+        "prompts": digest_of(
+            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
+        ),
+        "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
+        "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
+        "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
+        "sampling": digest_of(asdict(spec.sampling)),
+        "package": digest_of([MEASURED_KL, KEPT, __version__]),
+    }
 
 
 def refuse_broken_scorers(config: EvaluateConfig) -> None:

@@ -109,6 +109,7 @@ def comparison_record(
         baseline=report.Baseline(label=baseline_label(config.baseline), points=baseline) if baseline else None,
         cells=tuple(cells),
         tuning=tuple(tuning),
+        measured=evaluation.measured_by,
         provenance=record_provenance(results, started=started, command=command),
     )
 

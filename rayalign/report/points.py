@@ -301,6 +301,14 @@ class Provenance(Record):
     """ISO 8601 times with an offset."""
 
 
+class Part(Record):
+    """One of the comparisons that a merged one is made of."""
+
+    name: str
+    cells: tuple[str, ...]
+    """Ids of its cells; their configurations are told apart from the first of them."""
+
+
 class Baseline(Record):
     """Another policy than the reference that wins are counted against."""
 
@@ -332,6 +340,12 @@ class Comparison(Record):
     cells: tuple[Cell, ...]
     tuning: tuple[Tuning, ...] = ()
     """One per configuration where there were trials; empty: nobody tuned anything."""
+    measured: Mapping[str, str] = {}
+    """Digests of what decides the numbers beside the policies: ``reference``, ``prompts``, ``scorers`` …"""
+    parts: tuple[Part, ...] = ()
+    """Where several comparisons were merged."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Comparisons that were measured otherwise, and so are not in this one."""
     provenance: Provenance = Provenance()
 
     @property

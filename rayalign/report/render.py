@@ -13,7 +13,7 @@ from markupsafe import Markup
 from rayalign.report import drawing, figures, formatting
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
-from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
+from rayalign.report.points import BASELINE, REFERENCE, Comparison, Tuning, write_text
 from rayalign.report.results import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
@@ -58,6 +58,7 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
+        tunings=tunings(comparison),
         interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
         names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},
@@ -136,6 +137,15 @@ def tuned(comparison: Comparison) -> Iterator[str]:
     )
     if len({len(tuning.trials) for tuning in comparison.tuning}) > 1:
         yield "Configurations had different numbers of trials, as they have different settings: see Tuning."
+
+
+def tunings(comparison: Comparison) -> list[list[Tuning]]:
+    """Configurations that were tuned alike; several groups in a merged report only."""
+    groups: dict[tuple[object, ...], list[Tuning]] = {}
+    for tuning in comparison.tuning:
+        how = (tuning.asked, tuning.seeds, tuning.scorer, tuning.prompt_set, tuning.num_prompts, tuning.max_kl)
+        groups.setdefault(how, []).append(tuning)
+    return list(groups.values())
 
 
 def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:

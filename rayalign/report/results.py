@@ -39,6 +39,9 @@
      "answers":   [{"cell", "role" ("scorer", "diagnostic" or "judge"), "name", "replies", "missing", "problem" (why the
                     first is missing), "calls", "failures", "ties", "disagreements"}, …],
      "best_of_n": [{"prompt_set", "n", "kl_bound", "scores": {name: ESTIMATE, …}}, …]  (of the reference),
+     "measured":  {what: digest} ("reference", "prompts", "scorers" …; reports merge where all are equal),
+     "parts":     [{"name", "cells": [id, …]}, …]  (of a merged report),
+     "left_out":  [{"what", "reason"}, …]  (comparisons that could not be merged),
      "times":     {"started", "finished", "device_seconds": {cell id: seconds}},
      "provenance": {"commands", "git_revision", "versions", "config_digests", "seeds", "machine"}}
 
@@ -46,12 +49,12 @@ ESTIMATE is ``{"mean", "low", "high", "n"}`` over n prompts and, where ``num_see
 null. Numbers carry six significant digits. Everything but ``times`` and ``provenance`` is a function of the
 measurements alone.
 
-Version 4 added ``tuning``; everything else is as in version 3. Version 3 added ``entries``, ``entry_points``,
-``differences``, ``entries_at_kl`` and ``chosen``, the fields ``num_seeds``, ``of_seeds``, ``lc_win_rates``,
-``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and ``entry`` of a cell; the first KL estimator is
-``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of single runs, as before. Version 2 added
-``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline; what version 1 had,
-means what it meant.
+Version 4 added ``tuning``, ``measured``, ``parts`` and ``left_out``; everything else is as in version 3. Version 3
+added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields ``num_seeds``,
+``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and ``entry`` of a
+cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of single runs, as
+before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline;
+what version 1 had, means what it meant.
 """
 
 from __future__ import annotations
@@ -117,6 +120,9 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         "chosen": [asdict(row) for row in summary.chosen],
         "answers": [asdict(row) for row in summary.answers],
         "best_of_n": [asdict(row) for row in summary.best_of_n],
+        "measured": dict(comparison.measured),
+        "parts": [part.model_dump() for part in comparison.parts],
+        "left_out": [left.model_dump() for left in comparison.left_out],
         "times": times,
         "provenance": provenance,
     }
