@@ -13,6 +13,7 @@ from markupsafe import Markup
 from rayalign.report import drawing, figures, formatting
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
+from rayalign.report.matrix import by_pair
 from rayalign.report.points import BASELINE, REFERENCE, Comparison, Tuning, write_text
 from rayalign.report.results import results_json
 from rayalign.report.samples import prompt_samples
@@ -59,6 +60,9 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
         tunings=tunings(comparison),
+        cost_axes=figures.cost_axes(summary),
+        contests=by_pair(summary.contests),
+        contestants=list(dict.fromkeys(contest.row for contest in summary.contests)),
         interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
         names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},

@@ -38,6 +38,8 @@
                     "scores" | "changes": {name: ESTIMATE, …}, "kl": ESTIMATE}, …]  (of the report half),
      "answers":   [{"cell", "role" ("scorer", "diagnostic" or "judge"), "name", "replies", "missing", "problem" (why the
                     first is missing), "calls", "failures", "ties", "disagreements"}, …],
+     "contests":  [{"row", "column" (entries' ids or "reference"), "scorer", "wins": ESTIMATE (of the row;
+                    without interval where seeds are several)}, …]  (last steps, first prompt set),
      "best_of_n": [{"prompt_set", "n", "kl_bound", "scores": {name: ESTIMATE, …}}, …]  (of the reference),
      "measured":  {what: digest} ("reference", "prompts", "scorers" …; reports merge where all are equal),
      "parts":     [{"name", "cells": [id, …]}, …]  (of a merged report),
@@ -49,12 +51,12 @@ ESTIMATE is ``{"mean", "low", "high", "n"}`` over n prompts and, where ``num_see
 null. Numbers carry six significant digits. Everything but ``times`` and ``provenance`` is a function of the
 measurements alone.
 
-Version 4 added ``tuning``, ``measured``, ``parts`` and ``left_out``; everything else is as in version 3. Version 3
-added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields ``num_seeds``,
-``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and ``entry`` of a
-cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of single runs, as
-before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline;
-what version 1 had, means what it meant.
+Version 4 added ``tuning``, ``contests``, ``measured``, ``parts`` and ``left_out``; everything else is as in version
+3. Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
+``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and
+``entry`` of a cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of
+single runs, as before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the
+points of a baseline; what version 1 had, means what it meant.
 """
 
 from __future__ import annotations
@@ -119,6 +121,7 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         "entries_at_kl": [asdict(row) for row in summary.entries_at_kl],
         "chosen": [asdict(row) for row in summary.chosen],
         "answers": [asdict(row) for row in summary.answers],
+        "contests": [asdict(row) for row in summary.contests],
         "best_of_n": [asdict(row) for row in summary.best_of_n],
         "measured": dict(comparison.measured),
         "parts": [part.model_dump() for part in comparison.parts],
