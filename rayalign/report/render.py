@@ -60,6 +60,7 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
         tunings=tunings(comparison),
+        untuned=untuned(comparison, summary),
         cost_axes=figures.cost_axes(summary),
         contests=by_pair(summary.contests),
         contestants=list(dict.fromkeys(contest.row for contest in summary.contests)),
@@ -150,6 +151,16 @@ def tunings(comparison: Comparison) -> list[list[Tuning]]:
         how = (tuning.asked, tuning.seeds, tuning.scorer, tuning.prompt_set, tuning.num_prompts, tuning.max_kl)
         groups.setdefault(how, []).append(tuning)
     return list(groups.values())
+
+
+def untuned(comparison: Comparison, summary: Summary) -> list[str]:
+    """Configurations that stand beside tuned ones without trials of their own, as in a merged report."""
+    tried = {cell for tuning in comparison.tuning for cell in tuning.cells}
+    return [
+        entry.label
+        for entry in summary.entries
+        if tried and entry.measured and not any(cell.id in tried for cell in entry.cells)
+    ]
 
 
 def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:

@@ -14,6 +14,7 @@ from rayalign.errors import UserError
 from rayalign.report.estimates import summarize
 from rayalign.report.merge import differing, merge, merge_folders
 from rayalign.report.points import Comparison, load, save
+from rayalign.report.render import render
 from rayalign.report.statistics import Bootstrap
 
 MEASURED = {"reference": "r", "prompts": "p", "scorers": "s", "package": "v"}
@@ -60,6 +61,15 @@ def test_equal_names_are_told_apart_everywhere() -> None:
     assert len(summarize(merged, Bootstrap(resamples=20)).entries) == 2 * len(
         summarize(same, Bootstrap(resamples=20)).entries
     )
+
+
+def test_beside_tuned_cells_the_others_are_called_untuned(tmp_path: Path) -> None:
+    tuning = {"label": "dpo, off", "cells": [few_cells()["cells"][0]["id"]], "asked": 2, "seeds": [9],
+              "scorer": "oracle", "prompt_set": "shop", "num_prompts": 2}  # fmt: skip
+    first = comparison("one", tuning=[tuning])
+    page = render(merge([("a", first), ("b", comparison("two", cells=renamed(few_cells(), "-b")))]), tmp_path)
+    for text in (page.read_text(), page.with_name("report.md").read_text()):
+        assert "Untuned: dpo, on, orpo, off, dpo, off-b, dpo, on-b, orpo, off-b." in text
 
 
 @pytest.mark.parametrize(
