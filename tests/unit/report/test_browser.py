@@ -33,8 +33,12 @@ parent.postMessage([`${widest - width} pixels`, ...over].join("; "), "*");
 
 def opened(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
     """The document after its scripts ran, and the browser's log."""
+    return browse(page, profile, "--dump-dom", *flags)
+
+
+def browse(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
     assert BROWSER is not None
-    command = [BROWSER, *FLAGS.split(), *flags, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    command = [BROWSER, *FLAGS.split(), *flags, f"--user-data-dir={profile}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, done.stderr
 
@@ -86,5 +90,5 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int, shape: str
     found = re.search(r'data-found="([^"]*)"', document)
     assert found and found[1] == "0 pixels"
     shot = tmp_path / "shot.png"
-    opened(frame, tmp_path / "profile", f"--screenshot={shot}", f"--window-size={max(width, 500)},3000")
+    browse(frame, tmp_path / "profile", f"--screenshot={shot}", f"--window-size={max(width, 500)},3000")
     assert shot.stat().st_size > 20_000
