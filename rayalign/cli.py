@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+exports = typer.Typer(help="Write what other tools read.", no_args_is_help=True)
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
@@ -206,12 +207,66 @@ def compare(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A comparison's folder.")]) -> None:
-    """Write the report of a comparison again from what it measured."""
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="A comparison's folder; several are merged.")],
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; needed for several folders.")] = None,
+) -> None:
+    """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
+    from rayalign.report.merge import merge_folders
     from rayalign.report.points import load
     from rayalign.report.render import render
 
-    print(render(load(directory), directory))
+    if len(directories) == 1:
+        print(render(load(directories[0]), out or directories[0]))
+        return
+    merged, page = merge_folders(directories, out)
+    for left in merged.left_out:
+        print(f"left out: {left.what} {left.reason}")
+    print(page)
+
+
+@exports.command("alpaca_eval")
+def alpaca_eval(
+    directory: Annotated[Path, typer.Argument(help="An evaluated run's folder, or a comparison's cell.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model_outputs.json"),
+    step: Annotated[int | None, typer.Option(help="The last one that was evaluated, if not given.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A prompt set; the first one, if not given.")] = None,
+    sample: Annotated[int, typer.Option(help="Which of a prompt's samples, from 0.")] = 0,
+    generator: Annotated[str | None, typer.Option(help="What leaderboards call the model.")] = None,
+) -> None:
+    """Replies as AlpacaEval's model_outputs: alpaca_eval --model_outputs model_outputs.json"""
+    from rayalign.pipeline.export import alpaca_eval as run_export
+
+    count = run_export(directory, out, step=step, prompts=prompts, sample=sample, generator=generator)
+    print(f"{count} replies: {out}")
+
+
+@exports.command("trl_pairs")
+def trl_pairs(
+    store: Annotated[Path, typer.Argument(help="A committed round, or a stage's store of pairs.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("pairs.jsonl"),
+    model: Annotated[str | None, typer.Option(help="Whose tokens these are, where no run.json says so.")] = None,
+) -> None:
+    """Pairs with TRL's columns: prompt, chosen, rejected."""
+    from rayalign.pipeline.export import told
+    from rayalign.pipeline.export import trl_pairs as run_export
+
+    for line in told(run_export(store, out, model=model), out):
+        print(line)
+
+
+@exports.command("model_card")
+def model_card(
+    directory: Annotated[Path, typer.Argument(help="A run's folder, its final/, or a checkpoint.")],
+    out: Annotated[Path | None, typer.Option(help="README.md beside the model, if not given.")] = None,
+) -> None:
+    """A README.md for the Hub: base, method, data, figures with intervals, limits, configuration."""
+    from rayalign.pipeline.card import model_card as run_export
+
+    print(run_export(directory, out))
+
+
+app.add_typer(exports, name="export")
 
 
 @app.command()

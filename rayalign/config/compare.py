@@ -18,6 +18,7 @@ from rayalign.config.grid import Entry, apply, read_axis
 from rayalign.config.legality import blocks_without_use
 from rayalign.config.load import parse_run
 from rayalign.config.run import Name, RunConfig
+from rayalign.config.tune import TuneConfig, Tuning, plan_tuning
 
 INITIAL = "(initial)"
 """``model.name`` of every cell until the ``initial`` run is trained; see :func:`started_from`."""
@@ -51,6 +52,8 @@ class CompareConfig(Block):
     """Axis → entries; an axis is a block or a dotted setting of a run."""
     initial: dict[str, Any] | None = None
     """A run, or the path of one, trained once in the comparison's folder: ``model.name`` of every cell."""
+    tune: TuneConfig | None = None
+    """Trials that every configuration gets before the grid's seeds are trained."""
     report: ReportConfig = ReportConfig()
 
 
@@ -77,6 +80,13 @@ class Comparison:
     initial: RunConfig | None
     cells: tuple[Cell, ...]
     report: ReportConfig
+    tune: TuneConfig | None = None
+    tuning: tuple[Tuning, ...] = ()
+    """One per configuration; empty without ``tune``."""
+
+    @property
+    def trial_runs(self) -> tuple[RunConfig, ...]:
+        return tuple(run for tuning in self.tuning for trial in tuning.trials for run in trial.runs)
 
 
 def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
@@ -109,12 +119,18 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
     if not runnable:
         reasons = [Problem(str(path), f"cell {cell.id}", f"skipped, because {cell.skipped_reason}") for cell in cells]
         raise ConfigError([Problem(str(path), "grid", "no cell can be run"), *reasons])
+    tuning: tuple[Tuning, ...] = ()
+    if config.tune is not None:
+        axes = [read_axis(axis, values, document) for axis, values in config.grid.items()]
+        tuning = plan_tuning(config.tune, cells, axes, base=base, source=document)
     return Comparison(
         name=config.name,
         storage_path=runnable[0].storage_path,
         initial=initial,
         cells=tuple(cells),
         report=config.report,
+        tune=config.tune,
+        tuning=tuning,
     )
 
 

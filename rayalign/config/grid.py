@@ -90,16 +90,14 @@ def _entry(axis: str, value: Any, origin: FieldPath) -> Entry:
     path = tuple(axis.split("."))
     if not isinstance(value, Mapping):
         label = _scalar_label(path[-1], value)
-        return Entry(
-            axis=axis, label=label, slug=_slug(label), changes=(Change(path=path, value=value, origin=origin),)
-        )
+        return Entry(axis=axis, label=label, slug=slug(label), changes=(Change(path=path, value=value, origin=origin),))
     own = {"reference"} if axis == "model" else set()  # a key of the block and a section of a run: the block's
     sections = [key for key in value if key in SECTIONS - own]
     block = {key: item for key, item in value.items() if key not in sections and key != "as"}
     label = str(value.get("as", _block_label(block) + _filter_label(value if axis != "filter" else {})))
     changes = [Change(path=path, value=block, origin=origin)] if block else []
     changes += [Change(path=(key,), value=value[key], origin=(*origin, key)) for key in sections]
-    return Entry(axis=axis, label=label, slug=_slug(label), changes=tuple(changes))
+    return Entry(axis=axis, label=label, slug=slug(label), changes=tuple(changes))
 
 
 def _merged(current: Any, value: Any, path: FieldPath) -> Any:
@@ -134,6 +132,6 @@ def _filter_label(entry: Mapping[str, Any]) -> str:
     return "" if quantile is None else f" + filter {quantile}"
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
     """Only characters that every file system takes; never ``__``, which separates the axes."""
     return re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9._]+", "-", label)).strip("-._")

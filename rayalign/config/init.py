@@ -21,6 +21,7 @@ from rayalign.config.policy import OnPolicyConfig, RolloutConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig
 from rayalign.config.training import CheckpointConfig, CriticConfig, OptimConfig, StrategyConfig, WeightingConfig
+from rayalign.config.tune import TuneConfig
 
 if TYPE_CHECKING:
     from rayalign.methods._base import Method
@@ -39,6 +40,7 @@ BLOCKS = (
     RuleScorerConfig,
     RunConfig,
     StrategyConfig,
+    TuneConfig,
     WeightingConfig,
 )
 LEARNING_RATES = {"sft": 1.0e-5, "reward_model": 1.0e-5}

@@ -26,6 +26,7 @@ from rayalign.pipeline.results import CellResult, comparison_record
 from rayalign.pipeline.rollouts import num_workers
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
+from rayalign.pipeline.tuning import Outcome, settle, trial_cells, trials_table, tune
 from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.runtime.gauges import Gauges
@@ -55,12 +56,14 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
     sys.path.insert(0, str(folder))
     comparison = load_compare(path, overrides)
     runs = [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
-    for run in runs:
+    for run in (*runs, *comparison.trial_runs):
         refuse_unsupported(run)
-    evaluated = common_evaluation(comparison)
+    evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
     assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)
     console.print(cells_table(comparison))
+    if comparison.tuning:
+        console.print(trials_table(comparison))
     if dry_run:
         return
     started = datetime.datetime.now(datetime.UTC)
@@ -77,13 +80,24 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
         processes = parallel * max(num_processes(cell.run, session) for cell in cells if cell.run is not None) + 1
-        ready = [prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
+
+        def train_trials(trials: Sequence[Cell]) -> Iterator[CellResult]:
+            folder = directory / "tuning"
+            ready = [prepare_cell(cell, model, folder, stages, processes, board) for cell in trials]
+            with training(ready, parallel, board, stop) as trained:
+                yield from (cell.result() for cell in trained)
+
+        measured = started_from(evaluated, model) if model else evaluated
+        outcomes: tuple[Outcome, ...] = ()
+        if comparison.tuning:
+            outcomes = tune(comparison, measured, stages, train_trials, board)
+        cells, lost = settle(cells, outcomes, board)
+        ready = [lost.get(cell.id) or prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
         jobs = [item.job for item in ready if item.job is not None]
         if not jobs:
             raise UserError(f"no cell can be trained; {ready[0].cell.id}: {ready[0].failure}")
         board.say(f"{len(jobs)} cells, {parallel} at a time")
         trained = stack.enter_context(training(ready, parallel, board, stop))
-        measured = started_from(evaluated, model) if model else evaluated
         evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
         reference, baseline = evaluation.points(None, directory), evaluation.baseline(directory)
@@ -94,6 +108,7 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         reference,
         baseline,
         results,
+        tuning=[outcome.record for outcome in outcomes],
         started=started,
         command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
     )

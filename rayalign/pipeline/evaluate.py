@@ -49,6 +49,8 @@ SHOWN_PROMPTS = 6
 """Prompts of each set whose replies the report shows."""
 MEASURED_KL = ("kl_rb", "k1")
 """Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
+KEPT = "replies"
+"""What is kept beside the numbers: every prompt and reply, for :mod:`rayalign.pipeline.export`."""
 COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
 
 Role = Literal["scorer", "diagnostic", "judge"]
@@ -136,9 +138,20 @@ class Evaluation:
         if missing:
             raise UserError(missing[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {"identity": identity, "points": [point.model_dump(mode="json") for point in points]}
+        stored = {
+            "identity": identity,
+            "points": [point.model_dump(mode="json") for point in points],
+            KEPT: {
+                name: {"prompts": [prompt.text for prompt in self.spec.prompt_sets[name]], "replies": found.replies}
+                for name, found in measured.items()
+            },
+        }
         write_durably(path, json.dumps(stored) + "\n")
         return points
+
+    @property
+    def measured_by(self) -> dict[str, str]:
+        return measured_by(self.spec)
 
     def point(self, prompt_set: str, step: int, measured: Measured) -> EvaluationPoint:
         scores = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.scorers}
@@ -214,20 +227,23 @@ def too_many_missing(points: Points, limit: float) -> list[str]:
 
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
-    """What a policy's numbers depend on beside it: prompts, scorers, judge, sampling, reference, baseline, and how."""
-    return digest_of(
-        [
-            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()},
-            [scorer_identity(scorer) for scorer in spec.scorers],
-            scorer_identity(spec.judge) if spec.judge is not None else None,
-            spec_digest(spec.baseline) if spec.baseline is not None else None,
-            asdict(spec.sampling),
-            spec_digest(spec.reference.model),
-            spec.reference.model.dtype,
-            MEASURED_KL,
-            __version__,
-        ]
-    )
+    """What a policy's numbers depend on beside it."""
+    return digest_of(measured_by(spec))
+
+
+def measured_by(spec: EvaluationSpec) -> dict[str, str]:
+    """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
+    return {
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype]),
+        "prompts": digest_of(
+            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
+        ),
+        "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
+        "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
+        "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
+        "sampling": digest_of(asdict(spec.sampling)),
+        "package": digest_of([MEASURED_KL, KEPT, __version__]),
+    }
 
 
 def refuse_broken_scorers(config: EvaluateConfig) -> None:
@@ -246,6 +262,16 @@ def evaluated_checkpoints(directory: Path) -> dict[int, Path]:
     """Step → committed checkpoint of a run."""
     found = sorted((directory / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
     return {step_of(path): path for path in found if NAME.fullmatch(path.name) and is_committed(path)}
+
+
+def evaluated_points(directory: Path) -> dict[int, Points]:
+    """Step → the numbers that were kept of a run's checkpoints; those of its reference at step 0."""
+    files = sorted((directory / "evaluation").glob("step_*.json"))
+    kept = {int(path.stem.removeprefix("step_")): json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {
+        step: tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
+        for step, stored in kept.items()
+    }
 
 
 def samples(table: Table) -> tuple[tuple[float, ...], ...]:

@@ -69,6 +69,7 @@ def comparison_record(
     baseline: Points | None,
     results: Sequence[CellResult],
     *,
+    tuning: Sequence[report.Tuning] = (),
     started: datetime.datetime,
     command: Sequence[str],
 ) -> report.Comparison:
@@ -107,6 +108,8 @@ def comparison_record(
         reference=reference,
         baseline=report.Baseline(label=baseline_label(config.baseline), points=baseline) if baseline else None,
         cells=tuple(cells),
+        tuning=tuple(tuning),
+        measured=evaluation.measured_by,
         provenance=record_provenance(results, started=started, command=command),
     )
 

@@ -128,7 +128,13 @@ def draw(
             figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=8, handlelength=2.6)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _adapt(buffer.getvalue(), stem, f"{y_label} against {x_label}")
+    return _adapt(buffer.getvalue(), stem, f"{y_label} against {x_label}", in_words(series))
+
+
+def in_words(series: Sequence[Series]) -> str:
+    """Where every line ends, for who does not see it."""
+    ends = [f"{line.label} ends at {_mean(line.x[-1]):.3g}, {_mean(line.y[-1]):.3g}" for line in series]
+    return f"{len(series)} lines, as x, y. {'; '.join(ends)}." if ends else "No lines."
 
 
 def _mean(value: float | Estimate) -> float:
@@ -162,14 +168,17 @@ def _draw_series(axes: Axes, line: Series, start: tuple[float, float] | None) ->
     )
 
 
-def _adapt(svg: str, stem: str, title: str) -> str:
+def _adapt(svg: str, stem: str, title: str, description: str) -> str:
     """Drop the prolog and metadata, make ids unique to the figure, name it, and let the page set the colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{stem}-", svg)
     variables = {light: f"var(--{name}, {light})" for name, (light, _) in THEME.items()}
     svg = re.sub("|".join(variables), lambda match: variables[match[0]], svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    named = f'<svg role="img" aria-labelledby="{stem}-title {stem}-desc" '
+    head, rest = svg.replace("<svg ", named, 1).split(">", 1)
+    words = f'<title id="{stem}-title">{escape(title)}</title><desc id="{stem}-desc">{escape(description)}</desc>'
+    return f"{head}>\n {words}{rest}"
 
 
 def inline(svg: str) -> str:

@@ -20,6 +20,7 @@ from rayalign.report.frontier import (
     score_at_kl,
     seed_crossings,
 )
+from rayalign.report.matrix import contests
 from rayalign.report.points import BASELINE, REFERENCE, Answers, Comparison, EvaluationPoint, PromptSet
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
 from rayalign.report.split import in_half
@@ -48,6 +49,7 @@ def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Sum
         chosen=tuple(row for part in parts for row in part.chosen),
         answers=tuple(_answers(comparison)),
         best_of_n=best,
+        contests=tuple(contests(comparison, entries, bootstrap)),
     )
 
 

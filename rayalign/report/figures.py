@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from rayalign.report.drawing import PALETTE, Series, Style, Yardstick, draw
 from rayalign.report.entries import Entry
-from rayalign.report.points import REFERENCE, Comparison, Measure
+from rayalign.report.points import REFERENCE, Comparison, Cost, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
 
@@ -21,6 +22,24 @@ LINES: Mapping[str, str] = {"off_policy": "-", "hybrid": "--", "on_policy": ":"}
 LOG_FROM_KL = 30.0
 
 Coordinate = Callable[[PointSummary], float | Estimate]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostAxis:
+    """What a checkpoint had cost, in place of its KL."""
+
+    key: str
+    label: str
+    amount: Callable[[Cost], float]
+
+
+COST_AXES = (
+    CostAxis(key="tokens", label="tokens trained", amount=lambda cost: cost.tokens_trained),
+    CostAxis(
+        key="supervision", label="labels and scorer calls", amount=lambda cost: cost.labels_used + cost.scorer_calls
+    ),
+    CostAxis(key="seconds", label="device seconds", amount=lambda cost: cost.device_seconds or 0.0),
+)
 
 
 def styles(entries: Sequence[Entry]) -> dict[str, Style]:
@@ -44,13 +63,17 @@ def styles(entries: Sequence[Entry]) -> dict[str, Style]:
 
 
 def draw_all(comparison: Comparison, summary: Summary) -> dict[str, str]:
-    """File stem to SVG, in the order of the report: a frontier per scorer, lengths, one figure per training metric."""
+    """File stem to SVG, in the order of the report: per scorer a frontier, then against each cost; lengths, metrics."""
     prompt_set = comparison.prompt_sets[0].name
     (reference,) = summary.of(REFERENCE, prompt_set)
     drawn = {
         f"frontier-{_slug(scorer.name)}": _frontier(comparison, summary, reference, scorer)
         for scorer in comparison.scorers
     }
+    for axis in cost_axes(summary):
+        for scorer in comparison.scorers:
+            stem = f"cost-{axis.key}-{_slug(scorer.name)}"
+            drawn[stem] = _against_cost(stem, comparison, summary, reference, scorer, axis)
     drawn["length"] = draw(
         "length",
         _evaluated(comparison, summary, lambda point: point.step, lambda point: point.length),
@@ -82,6 +105,37 @@ def _frontier(comparison: Comparison, summary: Summary, reference: PointSummary,
         yardstick=_best_of_n(summary, comparison.prompt_sets[0].name, scorer),
         log_from=LOG_FROM_KL,
     )
+
+
+def cost_axes(summary: Summary) -> list[CostAxis]:
+    """Those along which anything was spent."""
+    return [axis for axis in COST_AXES if any(axis.amount(entry.cost) for entry in summary.entries)]
+
+
+def _against_cost(
+    stem: str, comparison: Comparison, summary: Summary, reference: PointSummary, scorer: Measure, axis: CostAxis
+) -> str:
+    entries = {entry.id: entry for entry in summary.entries}
+
+    def spent(point: PointSummary) -> float:
+        """In proportion to the step: of what a run used in all, only the whole was counted."""
+        entry = entries[point.cell]
+        return axis.amount(entry.cost) * point.step / last_step(entry)
+
+    return draw(
+        stem,
+        _evaluated(comparison, summary, spent, lambda point: point.scores[scorer.name]),
+        x_label=axis.label,
+        y_label=f"{scorer.label}, mean over prompts",
+        start=(0.0, reference.scores[scorer.name].mean),
+    )
+
+
+def last_step(entry: Entry) -> int:
+    """Of its runs: trained where that is known, else measured."""
+    logged = [row.get("step") for cell in entry.cells for row in cell.metrics]
+    trained = [int(step) for step in logged if step is not None]
+    return max([*trained, *(point.step for cell in entry.cells for point in cell.points)])
 
 
 def _best_of_n(summary: Summary, prompt_set: str, scorer: Measure) -> Yardstick | None:

@@ -207,6 +207,63 @@ class Cell(Record):
         return self
 
 
+class LeftOut(Record):
+    """A setting, or a combination of values, that a configuration could not try."""
+
+    what: str
+    reason: str
+
+
+class Trial(Record):
+    """One combination of settings, trained before the comparison with seeds of its own."""
+
+    label: str
+    values: Mapping[str, str]
+    """Setting -> value, as YAML writes it."""
+    status: Literal["done", "failed"]
+    reason: str = ""
+    """Why it failed, or could not be picked although it did not."""
+    step: int | None = None
+    """The last evaluated one, where it was measured."""
+    score: float | None = None
+    """Mean over the prompts of the select half and the tuning seeds."""
+    kl: float | None = None
+    """The same of the KL, nats per reply."""
+    cost: Cost = Cost()
+    """Of all its runs."""
+
+
+class Tuning(Record):
+    """The trials of one configuration: of cells that differ in their seed only."""
+
+    label: str
+    cells: tuple[str, ...]
+    """Ids of the cells that were trained with what was picked."""
+    asked: int
+    """Trials that were asked for; there may be fewer combinations."""
+    seeds: tuple[int, ...]
+    scorer: str
+    prompt_set: str
+    num_prompts: int
+    """Of the select half."""
+    max_kl: float | None = None
+    trials: tuple[Trial, ...] = ()
+    """Empty: untuned."""
+    picked: int | None = None
+    """Its place in ``trials``."""
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def choice(self) -> Trial | None:
+        return None if self.picked is None else self.trials[self.picked]
+
+    @model_validator(mode="after")
+    def _picked_is_a_trial(self) -> Self:
+        if self.picked is not None and not 0 <= self.picked < len(self.trials):
+            raise ValueError(f"tuning of {self.label!r}: picked {self.picked} of {len(self.trials)} trials")
+        return self
+
+
 class Sampling(Record):
     """How the evaluated replies were drawn, the same for every point."""
 
@@ -244,6 +301,14 @@ class Provenance(Record):
     """ISO 8601 times with an offset."""
 
 
+class Part(Record):
+    """One of the comparisons that a merged one is made of."""
+
+    name: str
+    cells: tuple[str, ...]
+    """Ids of its cells; their configurations are told apart from the first of them."""
+
+
 class Baseline(Record):
     """Another policy than the reference that wins are counted against."""
 
@@ -273,6 +338,14 @@ class Comparison(Record):
     baseline: Baseline | None = None
     """None: wins are counted against the reference."""
     cells: tuple[Cell, ...]
+    tuning: tuple[Tuning, ...] = ()
+    """One per configuration where there were trials; empty: nobody tuned anything."""
+    measured: Mapping[str, str] = {}
+    """Digests of what decides the numbers beside the policies: ``reference``, ``prompts``, ``scorers`` …"""
+    parts: tuple[Part, ...] = ()
+    """Where several comparisons were merged."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Comparisons that were measured otherwise, and so are not in this one."""
     provenance: Provenance = Provenance()
 
     @property

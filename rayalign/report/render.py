@@ -13,7 +13,8 @@ from markupsafe import Markup
 from rayalign.report import drawing, figures, formatting
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
-from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
+from rayalign.report.matrix import by_pair
+from rayalign.report.points import BASELINE, REFERENCE, Comparison, Tuning, write_text
 from rayalign.report.results import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
@@ -58,6 +59,11 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
         drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
+        tunings=tunings(comparison),
+        untuned=untuned(comparison, summary),
+        cost_axes=figures.cost_axes(summary),
+        contests=by_pair(summary.contests),
+        contestants=list(dict.fromkeys(contest.row for contest in summary.contests)),
         interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
         names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},
@@ -77,6 +83,7 @@ def limits(comparison: Comparison, summary: Summary) -> list[str]:
         drawn += ", which is not the policy itself: the number is not its KL"
     return [
         *replication(summary),
+        *tuned(comparison),
         f"KL is the reverse KL(π‖π_ref) on the policy's own replies ({drawn}), estimated by {estimator.label}, in nats"
         f" per reply; its interval, too, is the {summary.interval_head}.",
         "Membership of the front is of means: a point on it need not differ from one beside it. Its share of resamples"
@@ -117,6 +124,43 @@ def replication(summary: Summary) -> Iterator[str]:
             f"A configuration with one seed has {prompts}; how much another seed would change it is not measured, and"
             " it is called neither better nor worse than anything."
         )
+
+
+def tuned(comparison: Comparison) -> Iterator[str]:
+    """What settings were chosen by, and what that does to the numbers."""
+    if not comparison.tuning:
+        yield (
+            "Nothing was tuned by this comparison: a difference between two methods is one between two settings of"
+            " them."
+        )
+        return
+    first = comparison.tuning[0]
+    yield (
+        f"Settings were picked by {first.scorer} on the select half of {first.prompt_set}, with training seeds of their"
+        " own; tables over all of its prompts contain that half, so that they flatter what was picked a little. The"
+        " checkpoints chosen on the select half are measured on the other one."
+    )
+    if len({len(tuning.trials) for tuning in comparison.tuning}) > 1:
+        yield "Configurations had different numbers of trials, as they have different settings: see Tuning."
+
+
+def tunings(comparison: Comparison) -> list[list[Tuning]]:
+    """Configurations that were tuned alike; several groups in a merged report only."""
+    groups: dict[tuple[object, ...], list[Tuning]] = {}
+    for tuning in comparison.tuning:
+        how = (tuning.asked, tuning.seeds, tuning.scorer, tuning.prompt_set, tuning.num_prompts, tuning.max_kl)
+        groups.setdefault(how, []).append(tuning)
+    return list(groups.values())
+
+
+def untuned(comparison: Comparison, summary: Summary) -> list[str]:
+    """Configurations that stand beside tuned ones without trials of their own, as in a merged report."""
+    tried = {cell for tuning in comparison.tuning for cell in tuning.cells}
+    return [
+        entry.label
+        for entry in summary.entries
+        if tried and entry.measured and not any(cell.id in tried for cell in entry.cells)
+    ]
 
 
 def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 ::
 
-    {"schema": "rayalign.results/3", "name": …, "title": …,
+    {"schema": "rayalign.results/4", "name": …, "title": …,
      "interval":  {"head", "unit": "prompt" | "training seed and prompt", "method", "level", "resamples", "seed"},
      "measures":  {"scores" | "kl" | "diagnostics" | "judge" (none or one):
                    [{"name", "label", "unit", "description"}, …]},
@@ -14,6 +14,11 @@
                     "cost": {"tokens_trained", "tokens_generated", "labels_used", "scorer_calls"},
                     "filter": {"policy_logp_quantile", "threshold", "kept", "of", "unit"} | null}, …],
      "entries":   [{"id", "label", "cells": [id, …]}, …]  (cells that differ in their seed only are one entry),
+     "tuning":    [{"label", "cells": [id, …], "asked" (trials), "seeds", "scorer", "prompt_set", "num_prompts" (of the
+                    select half), "max_kl" | null, "picked": place in "trials" | null (nothing),
+                    "trials": [{"label", "values": {setting: text}, "status" ("done" or "failed"), "reason" (of a
+                      failure, or against being picked), "step", "score" and "kl" (means, or null), "cost"}, …],
+                    "left_out": [{"what", "reason"}, …]}, …]  (empty: untuned),
      "points":    [{"cell" (an id, "reference" or "(baseline)"), "prompt_set", "step", "num_samples",
                     "num_seeds" (measured here), "of_seeds",
                     "scores" | "changes" | "win_rates" | "lc_win_rates" | "kl" | "kl_per_token" | "diagnostics":
@@ -33,7 +38,12 @@
                     "scores" | "changes": {name: ESTIMATE, …}, "kl": ESTIMATE}, …]  (of the report half),
      "answers":   [{"cell", "role" ("scorer", "diagnostic" or "judge"), "name", "replies", "missing", "problem" (why the
                     first is missing), "calls", "failures", "ties", "disagreements"}, …],
+     "contests":  [{"row", "column" (entries' ids or "reference"), "scorer", "wins": ESTIMATE (of the row;
+                    without interval where seeds are several)}, …]  (last steps, first prompt set),
      "best_of_n": [{"prompt_set", "n", "kl_bound", "scores": {name: ESTIMATE, …}}, …]  (of the reference),
+     "measured":  {what: digest} ("reference", "prompts", "scorers" …; reports merge where all are equal),
+     "parts":     [{"name", "cells": [id, …]}, …]  (of a merged report),
+     "left_out":  [{"what", "reason"}, …]  (comparisons that could not be merged),
      "times":     {"started", "finished", "device_seconds": {cell id: seconds}},
      "provenance": {"commands", "git_revision", "versions", "config_digests", "seeds", "machine"}}
 
@@ -41,7 +51,8 @@ ESTIMATE is ``{"mean", "low", "high", "n"}`` over n prompts and, where ``num_see
 null. Numbers carry six significant digits. Everything but ``times`` and ``provenance`` is a function of the
 measurements alone.
 
-Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
+Version 4 added ``tuning``, ``contests``, ``measured``, ``parts`` and ``left_out``; everything else is as in version
+3. Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
 ``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and
 ``entry`` of a cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of
 single runs, as before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the
@@ -58,7 +69,7 @@ from typing import Any
 from rayalign.report.points import REFERENCE, Comparison
 from rayalign.report.summary import Summary
 
-SCHEMA = "rayalign.results/3"
+SCHEMA = "rayalign.results/4"
 
 
 def results_json(comparison: Comparison, summary: Summary) -> str:
@@ -99,6 +110,10 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
             {"id": entry.id, "label": entry.label, "cells": [cell.id for cell in entry.cells]}
             for entry in summary.entries
         ],
+        "tuning": [
+            tuning.model_dump(exclude={"trials": {"__all__": {"cost": {"device_seconds"}}}})
+            for tuning in comparison.tuning
+        ],
         "points": [asdict(point) for point in summary.points],
         "entry_points": [asdict(point) for point in summary.entry_points],
         "differences": [asdict(row) for row in summary.differences],
@@ -106,7 +121,11 @@ def results_json(comparison: Comparison, summary: Summary) -> str:
         "entries_at_kl": [asdict(row) for row in summary.entries_at_kl],
         "chosen": [asdict(row) for row in summary.chosen],
         "answers": [asdict(row) for row in summary.answers],
+        "contests": [asdict(row) for row in summary.contests],
         "best_of_n": [asdict(row) for row in summary.best_of_n],
+        "measured": dict(comparison.measured),
+        "parts": [part.model_dump() for part in comparison.parts],
+        "left_out": [left.model_dump() for left in comparison.left_out],
         "times": times,
         "provenance": provenance,
     }

@@ -12,6 +12,7 @@ from rayalign.report.frontier import (
     Crossing,
     SeedCrossings,
 )
+from rayalign.report.matrix import Contest
 from rayalign.report.statistics import INTERVAL_HEAD, SEEDS_HEAD, Bootstrap, Estimate
 
 
@@ -124,6 +125,8 @@ class Summary:
     """In the order of the points; of scorers and judges that count what they are asked."""
     best_of_n: tuple[BestOfN, ...]
     """Of the reference: prompt sets in order, n ascending."""
+    contests: tuple[Contest, ...] = ()
+    """Of all ordered pairs, by scorer."""
 
     @property
     def replicated(self) -> bool:

@@ -29,7 +29,9 @@ COMMANDS = [
     "report",
     "status",
     "doctor",
+    "export",
 ]
+EXPORTS = ["alpaca_eval", "trl_pairs", "model_card"]
 
 
 def readme_rows() -> dict[str, list[str]]:
@@ -88,3 +90,4 @@ def test_there_are_examples() -> None:
 
 def test_the_commands_are_frozen() -> None:
     assert list(typer.main.get_command(rayalign.cli.app).commands) == COMMANDS
+    assert list(typer.main.get_command(rayalign.cli.exports).commands) == EXPORTS

@@ -69,6 +69,16 @@ def test_the_comparisons_template_loads(tmp_path: Path) -> None:
     ]
 
 
+def test_the_tuning_of_the_comparisons_template_loads_too(tmp_path: Path) -> None:
+    path = tmp_path / "compare.yaml"
+    text = template("compare")
+    block = text.index("# tune:")
+    path.write_text(text[:block] + re.sub("^# ?", "", text[block : text.index("\n\n", block)], flags=re.M))
+    assert [(tuning.id, len(tuning.trials)) for tuning in load_compare(path).tuning] == [
+        ("dpo", 6), ("exo_pref", 0), ("wpo", 6), ("dpo-filter-0.7", 6), ("mpo", 3)
+    ]  # fmt: skip
+
+
 def test_parameters_carry_their_documentation() -> None:
     assert "  beta: 0.1  # Scale of the implicit reward β · log(π/π_ref).\n" in template("dpo")
     assert "\n#   which: both  # Whose weight counts.\n" in template("dpo")

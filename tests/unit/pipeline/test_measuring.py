@@ -12,7 +12,7 @@ from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.compare import common_evaluation
-from rayalign.pipeline.evaluate import evaluation_digest, evaluation_spec, refuse_broken_scorers
+from rayalign.pipeline.evaluate import evaluation_digest, evaluation_spec, measured_by, refuse_broken_scorers
 from rayalign.pipeline.job import evaluation_steps, optimizer_spec
 from rayalign.pipeline.results import assumptions, entry_labels
 from rayalign.pipeline.stages import Stages
@@ -68,6 +68,20 @@ def test_numbers_are_kept_until_what_they_depend_on_changes(folder: Path) -> Non
     (folder / "rewards.py").write_text("def length(prompt, reply):\n    return -len(reply)\n")
     changed.add(evaluation_digest(spec_of(folder)))
     assert len(changed) == 7
+
+
+def test_what_differs_between_two_measurements_is_named(folder: Path) -> None:
+    first = measured_by(spec_of(folder))
+
+    def changed(*settings: str) -> list[str]:
+        return [key for key, digest in measured_by(spec_of(folder, *settings)).items() if digest != first[key]]
+
+    assert changed("evaluate.every=7", "optim.lr=1e-3", "method=ipo") == []
+    assert changed("seed=1") == ["sampling"]
+    assert changed("model.dtype=bfloat16") == ["reference"]
+    assert changed("data.max_prompt_tokens=3") == ["prompts"]
+    (folder / "rewards.py").write_text("def length(prompt, reply):\n    return -len(reply)\n")
+    assert changed() == ["scorers"]
 
 
 @pytest.mark.parametrize(

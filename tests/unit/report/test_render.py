@@ -254,7 +254,7 @@ def test_a_judge_has_a_column_a_row_of_costs_and_its_limits(tmp_path: Path) -> N
         p for p in results["points"] if (p["cell"], p["prompt_set"], p["step"]) == ("dpo-off_policy", "shop", 100)
     ]
     rate = point["judged"]
-    assert results["schema"] == "rayalign.results/3" and results["baseline"] == "reference"
+    assert results["schema"] == "rayalign.results/4" and results["baseline"] == "reference"
     assert [judge["name"] for judge in results["measures"]["judge"]] == ["careful"]
     assert f"{rate['mean']:.3f}[{rate['low']:.3f}, {rate['high']:.3f}]" in text
     assert text.count("win ratejudged by careful") == 4

@@ -1,0 +1,195 @@
+"""Several comparisons → one, where they were measured alike; of the others, why they were not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rayalign.errors import UserError
+from rayalign.report.points import (
+    Cell,
+    Comparison,
+    LeftOut,
+    Part,
+    Provenance,
+    ReportText,
+    Tuning,
+    load,
+    save,
+)
+from rayalign.report.render import render
+
+Alike = Callable[[Comparison], object]
+MEASURED: Mapping[str, Alike] = {
+    "the prompts": lambda comparison: [(prompts.name, prompts.prompts) for prompts in comparison.prompt_sets],
+    "the scorers": lambda comparison: [scorer.name for scorer in comparison.scorers],
+    "the diagnostics": lambda comparison: [diagnostic.name for diagnostic in comparison.diagnostics],
+    "the judge": lambda comparison: comparison.judge.name if comparison.judge else None,
+    "the KL estimators": lambda comparison: [estimator.name for estimator in comparison.kl_estimators],
+    "the sampling": lambda comparison: comparison.sampling,
+    "the samples of a prompt": lambda comparison: len(comparison.reference[0].length[0]),
+    "the baseline": lambda comparison: comparison.baseline.label if comparison.baseline else None,
+}
+"""What a report prints of how it was measured."""
+DIGESTS: Mapping[str, str] = {
+    "reference": "the reference model",
+    "prompts": "the prompts' tokens",
+    "scorers": "the scorers' code or weights",
+    "judge": "the judge",
+    "baseline": "the baseline model",
+    "sampling": "the sampling",
+    "package": "the version of rayalign",
+}
+"""Key of ``Comparison.measured`` → its name; what else is there is named by its key."""
+
+
+def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[Comparison, Path]:
+    """The merged comparison and its page, written below ``out``.
+
+    Raises:
+        UserError: a folder is given twice or holds no comparison, ``out`` is one of them or missing, nothing merges.
+    """
+    resolved = [directory.resolve() for directory in directories]
+    if len(set(resolved)) < len(resolved):
+        raise UserError("a folder is given twice; name each comparison once")
+    if out is None or out.resolve() in resolved:
+        raise UserError("several comparisons become a report of their own; say where: --out runs/merged")
+    merged = merge([(str(directory), load(directory)) for directory in directories])
+    save(merged, out)
+    return merged, render(merged, out)
+
+
+def merge(comparisons: Sequence[tuple[str, Comparison]]) -> Comparison:
+    """``(folder, comparison)`` pairs as one comparison: the first leads, and who was measured otherwise is left out.
+
+    Raises:
+        UserError: no other was measured like the first; every reason is named.
+    """
+    (folder, first), *others = comparisons
+    alike = [(folder, first)]
+    left_out: list[LeftOut] = []
+    for place, other in others:
+        reasons = differing(first, other)
+        if reasons:
+            text = f"differs from {first.name} in {', '.join(reasons)}"
+            left_out.append(LeftOut(what=f"{other.name} ({place})", reason=text))
+        else:
+            alike.append((place, other))
+    if len(alike) < 2:
+        reasons = [f"{left.what} {left.reason}" for left in left_out]
+        raise UserError(
+            "nothing to merge: "
+            + "; ".join(reasons)
+            + ". Measure them alike, with the same evaluate block, model and version, or report each by itself"
+        )
+    parts = named_apart([comparison for _, comparison in alike])
+    cells = [cell for _, part in parts for cell in part.cells]
+    return first.model_copy(
+        update={
+            "name": " + ".join(name for name, _ in parts),
+            "text": merged_text([part for _, part in parts]),
+            "cells": tuple(cells),
+            "tuning": tuple(tuning for _, part in parts for tuning in part.tuning),
+            "provenance": merged_provenance([part for _, part in parts]),
+            "parts": tuple(Part(name=name, cells=tuple(cell.id for cell in part.cells)) for name, part in parts),
+            "left_out": tuple(left_out),
+        }
+    )
+
+
+def differing(first: Comparison, other: Comparison) -> list[str]:
+    """In what two comparisons were measured otherwise; empty where their numbers mean the same.
+
+    Without digests on either side, as an older version wrote them, the reference's own numbers decide.
+    """
+    found = [name for name, of in MEASURED.items() if of(first) != of(other)]
+    if found:
+        return found
+    if first.measured and other.measured:
+        keys = dict.fromkeys([*first.measured, *other.measured])
+        return [DIGESTS.get(key, key) for key in keys if first.measured.get(key) != other.measured.get(key)]
+    numbers = [
+        [(point.scores, point.kl, point.length, point.verdicts) for point in comparison.reference]
+        for comparison in (first, other)
+    ]
+    return [] if numbers[0] == numbers[1] else ["the numbers of the reference"]
+
+
+def named_apart(comparisons: Sequence[Comparison]) -> list[tuple[str, Comparison]]:
+    """Each under a name of its own, and all cells of a comparison with one in common under names that say whose."""
+    names: list[str] = []
+    for comparison in comparisons:
+        taken = sum(name == comparison.name or name.startswith(f"{comparison.name} (") for name in names)
+        names.append(f"{comparison.name} ({taken + 1})" if taken else comparison.name)
+    everywhere = [
+        text
+        for comparison in comparisons
+        for text in {text for cell in comparison.cells for text in (cell.id, cell.label, cell.entry) if text}
+    ]
+    clash = len(set(everywhere)) < len(everywhere)
+    return [
+        (name, prefixed(comparison, name) if clash else comparison)
+        for name, comparison in zip(names, comparisons, strict=True)
+    ]
+
+
+def prefixed(comparison: Comparison, name: str) -> Comparison:
+    def own(text: str) -> str:
+        return f"{name}: {text}" if text else ""
+
+    def cell_of(cell: Cell) -> Cell:
+        return cell.model_copy(update={"id": own(cell.id), "label": own(cell.label), "entry": own(cell.entry)})
+
+    def tuning_of(tuning: Tuning) -> Tuning:
+        return tuning.model_copy(update={"label": own(tuning.label), "cells": tuple(map(own, tuning.cells))})
+
+    origin = comparison.provenance
+    return comparison.model_copy(
+        update={
+            "cells": tuple(map(cell_of, comparison.cells)),
+            "tuning": tuple(map(tuning_of, comparison.tuning)),
+            "provenance": origin.model_copy(
+                update={
+                    "config_digests": {own(cell): digest for cell, digest in origin.config_digests.items()},
+                    "seeds": {own(cell): seed for cell, seed in origin.seeds.items()},
+                }
+            ),
+        }
+    )
+
+
+def merged_text(parts: Sequence[Comparison]) -> ReportText:
+    texts = [part.text for part in parts]
+    return ReportText(
+        title=" + ".join(dict.fromkeys(text.title for text in texts)),
+        opening=distinct(text.opening for text in texts),
+        caveats=distinct(text.caveats for text in texts),
+        kl_levels=tuple(sorted({level for text in texts for level in text.kl_levels})),
+        curves=distinct(text.curves for text in texts),
+    )
+
+
+def merged_provenance(parts: Sequence[Comparison]) -> Provenance:
+    """Facts in which the comparisons differ stand side by side."""
+    origins = [part.provenance for part in parts]
+    times = [origin.started for origin in origins if origin.started]
+    return Provenance(
+        commands=distinct(origin.commands for origin in origins),
+        git_revision=", ".join(dict.fromkeys(origin.git_revision for origin in origins if origin.git_revision)),
+        versions=side_by_side([origin.versions for origin in origins]),
+        config_digests={cell: digest for origin in origins for cell, digest in origin.config_digests.items()},
+        seeds={cell: seed for origin in origins for cell, seed in origin.seeds.items()},
+        machine=side_by_side([origin.machine for origin in origins]),
+        started=min(times, default=""),
+        finished=max((origin.finished for origin in origins), default=""),
+    )
+
+
+def side_by_side(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    keys = distinct(facts)
+    return {key: ", ".join(dict.fromkeys(fact[key] for fact in facts if key in fact)) for key in keys}
+
+
+def distinct(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """In the order of their first appearance."""
+    return tuple(dict.fromkeys(text for group in groups for text in group))
