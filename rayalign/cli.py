@@ -193,13 +193,18 @@ def evaluate(
 def compare(
     config: Annotated[Path, typer.Argument(help="A comparison's YAML.")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is refused, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made and what is refused.")] = False,
+    pilot: Annotated[
+        Path | None, typer.Option(help="With --dry-run: a folder of runs whose speed the time is estimated from.")
+    ] = None,
     fresh: Fresh = None,
 ) -> None:
     """Train every cell of a grid and write the report."""
     from rayalign.pipeline.compare import compare as run_compare
 
-    run_compare(config, overrides or [], dry_run=dry_run, fresh=frozenset(fresh or ()), console=Console())
+    if pilot is not None and not dry_run:
+        raise UserError("--pilot: only a plan is estimated; add --dry-run")
+    run_compare(config, overrides or [], dry_run=dry_run, fresh=frozenset(fresh or ()), console=Console(), pilot=pilot)
 
 
 @app.command()

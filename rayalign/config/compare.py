@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from rayalign.config.budget import BudgetConfig, PricesConfig
 from rayalign.config.document import Document, credentials, override, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
@@ -52,6 +53,10 @@ class CompareConfig(Block):
     initial: dict[str, Any] | None = None
     """A run, or the path of one, trained once in the comparison's folder: ``model.name`` of every cell."""
     report: ReportConfig = ReportConfig()
+    budget: BudgetConfig | None = None
+    """What training may use in all; then cells stop with a checkpoint, and what was trained is measured."""
+    prices: PricesConfig | None = None
+    """null: ``--dry-run --pilot`` estimates hours, and no money."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +82,8 @@ class Comparison:
     initial: RunConfig | None
     cells: tuple[Cell, ...]
     report: ReportConfig
+    budget: BudgetConfig | None = None
+    prices: PricesConfig | None = None
 
 
 def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
@@ -115,6 +122,8 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
         initial=initial,
         cells=tuple(cells),
         report=config.report,
+        budget=config.budget,
+        prices=config.prices,
     )
 
 

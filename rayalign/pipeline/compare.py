@@ -20,16 +20,17 @@ from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
+from rayalign.pipeline.dry_run import dry_run as show_plan
 from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
 from rayalign.pipeline.job import evaluation_steps, make_job, num_processes
+from rayalign.pipeline.plan import cells_at_once, processes_at_once
 from rayalign.pipeline.results import CellResult, comparison_record
-from rayalign.pipeline.rollouts import num_workers
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
 from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.runtime.lease import lease
-from rayalign.runtime.session import Session, connect
+from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
 
 MEASURED_BY = ("prompts", "scorers", "diagnostics", "judge", "max_missing_fraction", "sampling", "baseline")
@@ -47,8 +48,19 @@ MEASURED_WITH = (
 """Settings of a run that decide what its replies and its KL are measured on."""
 
 
-def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: frozenset[str], console: Console) -> None:
-    """Train every legal cell, measure all of them, and write ``report/`` below the comparison's folder."""
+def compare(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool,
+    fresh: frozenset[str],
+    console: Console,
+    pilot: Path | None = None,
+) -> None:
+    """Train every legal cell, measure all of them, and write ``report/`` below the comparison's folder.
+
+    With ``dry_run`` only say what that would take, by the speed of ``pilot`` where one is named.
+    """
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
     comparison = load_compare(path, overrides)
@@ -58,9 +70,9 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
     evaluated = common_evaluation(comparison)
     assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)
-    console.print(cells_table(comparison))
     if dry_run:
-        return
+        return show_plan(comparison, evaluated, fresh=fresh, pilot=pilot, console=console)
+    console.print(cells_table(comparison))
     started = datetime.datetime.now(datetime.UTC)
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(connect(import_paths=[folder]))
@@ -73,7 +85,7 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         model = initial_model(comparison, directory, stages, board)
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
-        processes = parallel * max(num_processes(cell.run, session) for cell in cells if cell.run is not None) + 1
+        processes = processes_at_once(cells, session)
         ready = [prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
         jobs = [item.job for item in ready if item.job is not None]
         if not jobs:
@@ -149,13 +161,6 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
     with Trainer() as trainer:
         return str(run_job(comparison.initial, job, trainer, board))
-
-
-def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
-    """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
-    workers = max(num_workers(cell.run, session) for cell in cells if cell.run is not None)
-    devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
-    return max(1, min(len(cells), int(devices // workers)))
 
 
 def prepare_cell(
