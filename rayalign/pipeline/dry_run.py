@@ -96,11 +96,13 @@ def run_state(run: PlannedRun) -> str:
 
 def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:
     """What is made before training, for whom, and what of it is there."""
-    table = Table(title="stages before training")
+    unknown = any(stage.waits_for for stage in planned.stages)
+    caption = "?: another key once what it depends on is made" if unknown else None
+    table = Table(title="stages before training", caption=caption)
     for column in ("stage", "for", "state"):
         table.add_column(column)
     for stage, users in planned.stages.items():
-        table.add_row(stage.label, listed(users, len(planned.runs)), stage_state(stage, fresh))
+        table.add_row(stage.label, listed(users, len(planned.runs)), stage_state(stage, planned, fresh))
     return table
 
 

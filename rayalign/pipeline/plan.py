@@ -53,7 +53,8 @@ class PlannedStage:
 
     @property
     def label(self) -> str:
-        return f"{self.name}-…" if self.waits_for else short(self.directory.name)
+        """As tables call it; a key that is not the final one has a question mark."""
+        return short(self.directory.name) + ("?" if self.waits_for else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,12 +246,14 @@ def processes_at_once(cells: Sequence[Cell], session: Session) -> int:
     return cells_at_once(cells, session) * most + 1
 
 
-def stage_state(stage: PlannedStage, fresh: frozenset[str]) -> str:
+def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) -> str:
     """What is there of a stage."""
     if stage.made:
         return "cached"
     if stage.waits_for:
-        return f"to make; its key depends on {', '.join(map(short, stage.waits_for))}"
+        labels = {other.directory.name: other.label for other in planned.stages}
+        names = [labels.get(name, f"the {name} run") for name in stage.waits_for]
+        return f"to make; its key depends on {', '.join(names)}"
     writer = holder(stage.directory)
     if writer:
         return f"in progress: {writer.partition(' is being written by ')[2]}"
@@ -260,9 +263,9 @@ def stage_state(stage: PlannedStage, fresh: frozenset[str]) -> str:
 
 
 def short(name: str) -> str:
-    """``tokens-1a2b3c4d`` of a stage's folder; ``the initial run`` of what is not trained yet."""
-    stage, dash, key = name.partition("-")
-    return f"{stage}-{key[:SHOWN_KEY]}" if dash else f"the {name} run"
+    """``tokens-1a2b3c4d`` of the folder of a stage."""
+    stage, _, key = name.partition("-")
+    return f"{stage}-{key[:SHOWN_KEY]}"
 
 
 def unknown_in(value: Any) -> Iterator[str]:
