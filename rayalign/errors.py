@@ -22,6 +22,10 @@ class MissingExtra(UserError):
         super().__init__(f"{package} is not installed; run: pip install 'rayalign[{extra}]'")
 
 
+class Stopped(Exception):
+    """A run was asked to end before its last step; the message says where it is. No error: it can go on from there."""
+
+
 def restored(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str, Any]) -> UserError:
     error = kind.__new__(kind, *arguments)
     vars(error).update(state)

@@ -38,6 +38,7 @@ from rayalign.engine.loop import (
     export,
     offer_weights,
     open_sinks,
+    refuse_stopped,
     save,
 )
 from rayalign.engine.model import load_policy, save_pretrained
@@ -99,6 +100,7 @@ def train(
     strategy: Strategy,
     *,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
     :func:`rayalign.engine.loop.train`, whose errors it raises too.
@@ -128,8 +130,10 @@ def train(
                 sink.write(row)
             if strategy.rank == 0:
                 on_step(row)
+            keep = partial(save, run, source, beside=critic.write, facts={CRITIC: critic.state()})
             if checkpoint_is_due(run):
-                save(run, source, beside=critic.write, facts={CRITIC: critic.state()})
+                keep()
+            refuse_stopped(run, stop, keep)
     if strategy.rank == 0:
         export_critic(run, critic)
     export(run)

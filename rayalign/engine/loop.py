@@ -31,6 +31,7 @@ from rayalign.engine.parity import choose_layout
 from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy
+from rayalign.errors import Stopped
 from rayalign.manifest import commit, read_manifest
 from rayalign.types import PADDING_GROUP
 
@@ -109,12 +110,15 @@ def train(
     *,
     make_held_out: MakeSource | None = None,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
-    Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics.
+    Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics, and
+    ``stop`` between steps, where rank 0's answer counts.
 
     Raises:
+        Stopped: ``stop`` said so; the step that was under way is done and saved.
         IncompatibleCheckpoint: the directory holds another run.
         PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
         NonFiniteStep: the loss or its gradient is NaN or infinite.
@@ -138,6 +142,7 @@ def train(
                 on_step(row)
             if checkpoint_is_due(run):
                 save(run, source)
+            refuse_stopped(run, stop, partial(save, run, source))
     export(run)
     return spec.directory / "final"
 
@@ -254,6 +259,16 @@ def advance(
     if held_out and run.step in spec.evaluate_at:
         row |= {f"eval_{name}": value for name, value in run.runner.evaluate(run.step, held_out).items()}
     return row
+
+
+def refuse_stopped(run: Run, stop: Callable[[], bool], save: Callable[[], None]) -> None:
+    """Raise :class:`Stopped` if that is asked for and there are steps left, once all that are done are saved."""
+    steps = run.spec.optimizer.steps
+    if run.step == steps or not run.strategy.broadcast(stop()):
+        return
+    if not checkpoint_is_due(run):
+        save()
+    raise Stopped(f"stopped after step {run.step} of {steps}")
 
 
 def checkpoint_is_due(run: Run) -> bool:

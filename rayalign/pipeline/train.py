@@ -20,7 +20,7 @@ from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
 from rayalign.engine.deepspeed import refuse_missing_deepspeed
 from rayalign.engine.lora import refuse_missing_peft
-from rayalign.errors import MissingExtra, UserError
+from rayalign.errors import MissingExtra, Stopped, UserError
 from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
 from rayalign.pipeline.artifacts import Artifacts
@@ -73,6 +73,10 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
                 stack.enter_context(serving(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
             try:
                 final = trainer.fit(job)
+            except Stopped as stopped:
+                trainer.close_rollouts()  # nobody waits for what they draw; the next attempt goes on with it
+                write_run_json(run, job, status="stopped", started=started)
+                raise Stopped(f"{job.run}: {stopped}") from stopped
             except Exception:
                 write_run_json(run, job, status="failed", started=started)
                 raise

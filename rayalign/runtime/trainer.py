@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import ray
 import ray.train
@@ -25,7 +25,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayalign.engine.strategy import StrategySpec
-from rayalign.errors import UserError, first_line
+from rayalign.errors import Stopped, UserError, first_line
 from rayalign.runtime.failures import PERMANENT, is_lost, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
@@ -44,15 +44,30 @@ class TrainingFailed(UserError):
     """Training stopped for a reason that another attempt would repeat."""
 
 
+class StopRequest(Protocol):
+    """Whether training is to end."""
+
+    @property
+    def asked(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """Nobody asks."""
+
+    asked: bool = False
+
+
 class Trainer:
     """A worker group that trains one job after the other; it is started with the first and ends with the block.
 
     ``max_failures`` lets Ray restart workers within one attempt as well, whatever their failure. One thread at a time
-    may use a trainer.
+    may use a trainer. Once ``stop`` is asked, the run that is under way ends after its step and no other one begins.
     """
 
-    def __init__(self, *, max_failures: int = 0) -> None:
+    def __init__(self, *, max_failures: int = 0, stop: StopRequest | None = None) -> None:
         self.max_failures = max_failures
+        self.stop = stop or Never()
         self.group: Group | None = None
         self.rollouts: tuple[RolloutJob, Pool, ray.actor.ActorHandle] | None = None
 
@@ -76,6 +91,7 @@ class Trainer:
 
         Raises:
             TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times.
+            Stopped: that was asked for before the last step was done.
         """
         name = job.spec.directory.name
         for attempt in range(job.retries + 1):
@@ -91,11 +107,13 @@ class Trainer:
 
     def attempt(self, job: TrainJob) -> Path:
         """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
+        if self.stop.asked:
+            raise Stopped("stopped at its newest checkpoint")
         if self.group is None or self.group.shape != Shape.of(job):
             self.close()
             self.group = Group.start(job, self.max_failures)
         try:
-            return self.group.train(job)
+            return self.group.train(job, self.stop)
         except BaseException:
             self.group.abandon()
             self.group = None
@@ -168,10 +186,14 @@ class Group:
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
 
-    def train(self, job: TrainJob) -> Path:
-        """Hand a job to the workers and wait for the answer; raises what ended the workers before."""
+    def train(self, job: TrainJob, stop: StopRequest) -> Path:
+        """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
         number = self.mailbox.post(job)
+        told = False
         while (final := self.mailbox.answered(number)) is None:
+            if stop.asked and not told:
+                self.mailbox.ask_to_stop()
+                told = True
             concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
             if self.ended.done():
                 raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")

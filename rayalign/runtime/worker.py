@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rayalign.data.rows import Layout
 from rayalign.engine import actor_critic
 from rayalign.engine.loop import MakeSource, TrainSpec, train
 from rayalign.engine.strategy import Strategy, StrategySpec, make_strategy
+from rayalign.errors import Stopped
 from rayalign.runtime.placement import Share
 from rayalign.runtime.progress import logging_to
 from rayalign.runtime.rounds import RolloutJob
@@ -52,7 +53,10 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """A folder that driver and workers see: jobs go in, numbered, and the folder of each trained model comes out."""
+    """A folder that driver and workers see: jobs go in, numbered, and the folder of each trained model comes out.
+
+    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken.
+    """
 
     folder: Path
 
@@ -66,9 +70,22 @@ class Mailbox:
         self._write(f"{number:06d}.final", str(final).encode())
 
     def answered(self, number: int) -> Path | None:
-        """The answer to a job, once there is one."""
+        """The answer to a job, once there is one; raises Stopped where it is that the job was stopped."""
+        stopped = self._read(f"{number:06d}.stopped")
+        if stopped is not None:
+            raise Stopped(stopped.decode())
         found = self._read(f"{number:06d}.final")
         return Path(found.decode()) if found else None
+
+    def ask_to_stop(self) -> None:
+        """Let the workers end the job that they have after its step, and take no other one."""
+        self._write("stop", b"")
+
+    def stop_is_asked(self) -> bool:
+        return self._read("stop") is not None
+
+    def stopped(self, number: int, message: str) -> None:
+        self._write(f"{number:06d}.stopped", message.encode())
 
     def close(self) -> None:
         """Let the workers end when they are done with their job."""
@@ -108,22 +125,28 @@ def worker_main(config: dict[str, Any]) -> None:
     for number, job in mailbox.jobs():
         torch.set_num_threads(job.share.threads)
         strategy = make_strategy(job.strategy, get_device())
-        final = train_job(job, strategy)
+        try:
+            final = train_job(job, strategy, mailbox.stop_is_asked)
+        except Stopped as stopped:
+            if strategy.rank == 0:
+                mailbox.stopped(number, str(stopped))
+            return
         if strategy.rank == 0:
             mailbox.answer(number, final)
 
 
-def train_job(job: TrainJob, strategy: Strategy) -> Path:
-    """This worker's part in one run; returns the exported directory."""
+def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool] = lambda: False) -> Path:
+    """This worker's part in one run; returns the exported directory, or raises Stopped where ``stop`` said so."""
     make_source = source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None)
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
         if job.spec.critic is not None:
-            return actor_critic.train(job.spec, make_source, strategy)
+            return actor_critic.train(job.spec, make_source, strategy, stop=stop)
         return train(
             job.spec,
             make_source,
             strategy,
             make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
+            stop=stop,
         )
 
 
