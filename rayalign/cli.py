@@ -20,6 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+artifacts = typer.Typer(help="The stages that runs share: what is there, and what nobody uses.", no_args_is_help=True)
+app.add_typer(artifacts, name="artifacts")
+Storage = Annotated[Path, typer.Argument(help="A storage_path, or its artifacts folder.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
@@ -222,6 +225,26 @@ def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparis
     from rayalign.report.status import table
 
     Console().print(table(directory))
+
+
+@artifacts.command("ls")
+def list_artifacts(storage: Storage = Path("runs")) -> None:
+    """List the stages of a storage path: size, age, last use, and the runs that used them."""
+    from rayalign.pipeline.shelf import ls
+
+    ls(storage, Console())
+
+
+@artifacts.command("gc")
+def collect_artifacts(
+    unused_for: Annotated[str, typer.Option(help="Only what no run has asked for in so long: 12h, 30d, 8w.")],
+    storage: Storage = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+) -> None:
+    """Remove stages that were not used for a while; none that a run wants which is not finished."""
+    from rayalign.pipeline.shelf import gc
+
+    gc(storage, unused_for=unused_for, dry_run=dry_run, console=Console())
 
 
 @app.command()

@@ -17,8 +17,9 @@ from rich.table import Table
 from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import redacted_setting
 from rayalign.config.run import RunConfig
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.budget import Budget
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.dry_run import dry_run as show_plan
 from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
@@ -26,7 +27,7 @@ from rayalign.pipeline.job import evaluation_steps, make_job, num_processes
 from rayalign.pipeline.plan import cells_at_once, processes_at_once
 from rayalign.pipeline.results import CellResult, comparison_record
 from rayalign.pipeline.stages import Stages
-from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
+from rayalign.pipeline.train import announce, finished, import_folder, refuse_unsupported, run_job
 from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.runtime.lease import lease
@@ -82,7 +83,8 @@ def compare(
         board = stack.enter_context(Board(console))
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
-        model = initial_model(comparison, directory, stages, board)
+        budget = Budget(comparison.budget)
+        model = initial_model(comparison, directory, stages, board, budget)
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
         processes = processes_at_once(cells, session)
@@ -90,8 +92,10 @@ def compare(
         jobs = [item.job for item in ready if item.job is not None]
         if not jobs:
             raise UserError(f"no cell can be trained; {ready[0].cell.id}: {ready[0].failure}")
+        for job in jobs:
+            budget.add(job.spec.directory, job.workers * job.share.devices)
         board.say(f"{len(jobs)} cells, {parallel} at a time")
-        trained = stack.enter_context(training(ready, parallel, board))
+        trained = stack.enter_context(training(ready, parallel, board, budget))
         measured = started_from(evaluated, model) if model else evaluated
         evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
@@ -108,9 +112,23 @@ def compare(
     )
     save(record, directory)
     console.print(f"report: {render(record, directory)}", highlight=False)
+    refuse_unfinished(results, budget)
+
+
+def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
+    """Raise UserError that names the cells that failed, and those that the budget did not let end."""
     failed = [result.cell.id for result in results if result.failure]
+    stopped = [f"{result.cell.id} {result.stopped.removesuffix(': budget')}" for result in results if result.stopped]
+    reasons = []
     if failed:
-        raise UserError(f"{len(failed)} of {len(results)} cells failed, see the report: {', '.join(failed)}")
+        reasons.append(f"{len(failed)} of {len(results)} cells failed, see the report: {', '.join(failed)}")
+    if stopped:
+        reasons.append(
+            f"the budget is used up ({budget.exceeded}): {'; '.join(stopped)}. Raise it and start the same command "
+            "again: every cell goes on from where it is"
+        )
+    if reasons:
+        raise UserError("\n".join(reasons))
 
 
 def common_evaluation(comparison: Comparison) -> RunConfig:
@@ -153,14 +171,25 @@ def cells_table(comparison: Comparison) -> Table:
     return table
 
 
-def initial_model(comparison: Comparison, directory: Path, stages: Stages, board: Board) -> str | None:
-    """Train ``initial`` once for all cells; its final model's folder."""
+def initial_model(comparison: Comparison, directory: Path, stages: Stages, board: Board, budget: Budget) -> str | None:
+    """Train ``initial`` once for all cells; its final model's folder.
+
+    Raises:
+        UserError: the budget was used up before its last step.
+    """
     if comparison.initial is None:
         return None
     processes = num_processes(comparison.initial, stages.session)
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
-    with Trainer() as trainer:
-        return str(run_job(comparison.initial, job, trainer, board))
+    budget.add(job.spec.directory, job.workers * job.share.devices)
+    with Trainer(stop=budget) as trainer:
+        try:
+            return str(run_job(comparison.initial, job, trainer, board))
+        except Stopped as stopped:
+            raise UserError(
+                f"the budget is used up ({budget.exceeded}), and no cell has begun: {stopped}. Raise it and start the "
+                "same command again: the initial run goes on from there"
+            ) from stopped
 
 
 def prepare_cell(
@@ -175,18 +204,25 @@ def prepare_cell(
     unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
     try:
         job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
+        if not finished(job):
+            announce(run, job)
     except UserError as error:
         return failed_cell(unprepared, error, board)
     return replace(unprepared, job=job)
 
 
 @contextlib.contextmanager
-def training(ready: Sequence[CellResult], parallel: int, board: Board) -> Iterator[list[Future[CellResult]]]:
-    """The trained cells as they come while the block measures those before: ``parallel`` train at the same time."""
+def training(
+    ready: Sequence[CellResult], parallel: int, board: Board, budget: Budget
+) -> Iterator[list[Future[CellResult]]]:
+    """The trained cells as they come while the block measures those before: ``parallel`` train at the same time.
+
+    Once the budget is used up, cells that train end after their step and no other one begins.
+    """
     pool = ThreadPoolExecutor(parallel)
     idle: Queue[Trainer] = Queue()
     for _ in range(parallel):
-        idle.put(Trainer())
+        idle.put(Trainer(stop=budget))
 
     def train_next(item: CellResult) -> CellResult:
         trainer = idle.get()
@@ -209,27 +245,43 @@ def train_cell(ready: CellResult, trainer: Trainer, board: Board) -> CellResult:
     if ready.job is None:
         return ready
     try:
+        if trainer.stop.asked and not finished(ready.job):
+            return stopped_cell(ready, board)
         run_job(ready.run, ready.job, trainer, board)
     except UserError as error:
         return failed_cell(ready, error, board)
+    except Stopped:
+        return stopped_cell(ready, board)
     return ready
 
 
 def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
-    """Measure the checkpoints of a trained cell."""
+    """Measure the checkpoints of a trained cell, or of one that was stopped as far as it came."""
     if trained.failure or trained.job is None:
         return trained
     directory = trained.job.spec.directory
     checkpoints = evaluated_checkpoints(directory)
     steps = evaluation_steps(trained.run, trained.job.spec.optimizer.steps)
+    if trained.stopped:
+        steps = tuple(sorted({*steps, max(checkpoints, default=0)} & checkpoints.keys()))
     try:
         points = tuple(evaluation.points(checkpoints[step], directory) for step in steps)
     except UserError as error:
         return failed_cell(trained, error, board)
-    board.say(f"{trained.cell.id}: measured at steps {', '.join(map(str, steps))}")
+    if steps:
+        board.say(f"{trained.cell.id}: measured at steps {', '.join(map(str, steps))}")
     return replace(trained, points=points)
 
 
 def failed_cell(cell: CellResult, error: UserError, board: Board) -> CellResult:
     board.say(f"{cell.cell.id}: failed: {error}")
     return replace(cell, failure=str(error))
+
+
+def stopped_cell(cell: CellResult, board: Board) -> CellResult:
+    """A cell that the budget ended, or did not let begin."""
+    assert cell.job is not None
+    step = max(evaluated_checkpoints(cell.job.spec.directory), default=0)
+    reached = f"stopped at step {step} of {cell.job.spec.optimizer.steps}" if step else "not started"
+    board.say(f"{cell.cell.id}: {reached}: budget")
+    return replace(cell, stopped=f"{reached}: budget")

@@ -143,7 +143,7 @@ def print_times(
             continue
         left = max(0, steps - steps_done(run))
         hours = left * found.seconds_per_step / HOUR
-        devices = workers * (1 if each.gpus else each.threads)
+        devices = workers * each.devices
         total += hours * devices
         cost = [f"{hours * devices * prices.device_hour:.2f}"] if prices is not None else []
         table.add_row(

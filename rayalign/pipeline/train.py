@@ -141,9 +141,17 @@ def write_run_json(run: RunConfig, job: TrainJob, *, status: str, started: str) 
         "configuration": dump(run),
         "identity": dict(job.spec.identity),
         "data": data_facts(job),
+        "stages": [stage.name for stage in job.stages],
         **provenance(),
     }
     write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def announce(run: RunConfig, job: TrainJob) -> None:
+    """Say in ``run.json`` that a run will begin, so that its stages are kept meanwhile."""
+    job.spec.directory.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_run_json(run, job, status="waiting", started=now)
 
 
 def collect_quarantine(job: TrainJob) -> None:
