@@ -39,6 +39,7 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy
+from rayalign.errors import Stopped
 from rayalign.manifest import verify
 
 SINGLE = make_strategy("single", torch.device("cpu"))
@@ -119,6 +120,26 @@ def test_resume_is_exact(lost_after: int, scenario: Scenario, whole: Path, tmp_p
     seen: list[int] = []
     train_alone(spec, scenario, on_step=lambda row: seen.append(row["step"]))
     assert seen[0] == {1: 1, 5: 5, 6: 5}[lost_after]
+    assert_same_end(spec.directory, whole)
+
+
+@pytest.mark.parametrize("step", [1, 6, STEPS])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_from_it(
+    step: int, scenario: Scenario, whole: Path, tmp_path: Path
+) -> None:
+    """Asked before a checkpoint, at one, and after the last step, when there is nothing left to stop."""
+    spec, done = train_spec(tmp_path / "run", scenario), list[int]()
+    arguments = {"on_step": lambda row: done.append(row["step"]), "stop": lambda: step in done}
+    if step < STEPS:
+        with pytest.raises(Stopped, match=f"stopped after step {step} of {STEPS}"):
+            train_alone(spec, scenario, **arguments)
+        assert len(rows(spec.directory)) == step
+        verify(checkpoint_of(spec.directory, step))
+        assert not (spec.directory / "final").exists()
+        train_alone(spec, scenario, on_step=lambda row: done.append(row["step"]))
+    else:
+        train_alone(spec, scenario, **arguments)
+    assert done == list(range(1, STEPS + 1))
     assert_same_end(spec.directory, whole)
 
 
