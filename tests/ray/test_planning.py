@@ -19,7 +19,7 @@ from rayalign.pipeline.plan import Plan, Planned, plan
 from rayalign.pipeline.stages import Stages
 from rayalign.runtime.session import Session
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SFT = [{"name": "sft", "data": [{"path": "answers.jsonl"}], "weight": 0.1, "groups_per_step": 2}]
 RELABELLED = {"name": "best_worst", "relabel": True}
