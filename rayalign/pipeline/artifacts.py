@@ -60,9 +60,7 @@ class Artifacts:
     asked: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.fresh - STAGE_VERSIONS.keys())
-        if unknown:
-            raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
+        refuse_unknown(self.fresh)
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
         """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes it if needed.
@@ -96,6 +94,13 @@ class Artifacts:
             with suppress(OSError):  # a folder that may only be read serves as well
                 (directory / USED).touch()
         return found
+
+
+def refuse_unknown(fresh: frozenset[str]) -> None:
+    """Raise UserError naming what ``--fresh`` calls a stage and is none."""
+    unknown = sorted(fresh - STAGE_VERSIONS.keys())
+    if unknown:
+        raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
 
 
 def clear(directory: Path) -> None:

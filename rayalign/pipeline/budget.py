@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from rayalign.config.budget import BudgetConfig
 from rayalign.runtime.progress import Tail
 
 HOUR = 3600.0
+READ_SECONDS = 0.5
+"""Files on a network are not read more often."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,8 @@ class Budget:
     """None: there is no limit."""
     meters: dict[Path, Meter] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    read_every: float = READ_SECONDS
+    read_at: float = float("-inf")
     exceeded: str = ""
     """The limit that was reached first, with what was used then."""
 
@@ -61,6 +66,9 @@ class Budget:
         if self.limits is None or self.exceeded:
             return bool(self.exceeded)
         with self.lock:
+            if time.monotonic() - self.read_at < self.read_every:
+                return bool(self.exceeded)
+            self.read_at = time.monotonic()
             for meter in self.meters.values():
                 meter.read()
             self.exceeded = reached(self.limits, self.used())

@@ -135,7 +135,7 @@ def print_times(
         if run.refused:
             continue
         workers, each = placed(run, comparison, session)
-        found = estimate(run.run, pilots, workers=workers, threads=each.threads)
+        found = estimate(run.run, pilots, workers=workers, threads=None if each.gpus else each.threads)
         steps = num_steps(run)
         if found is None or isinstance(steps, str):
             unknown += 1

@@ -148,7 +148,7 @@ def read_pilot(directory: Path) -> list[PilotRun]:
             continue
         try:
             run = RunConfig.model_validate(facts["configuration"])
-        except ValidationError:  # of a version with other settings
+        except (ValidationError, UserError):  # of a version with other settings, or with a method that is not here
             continue
         found.append(
             PilotRun(
@@ -172,8 +172,11 @@ def kind(run: RunConfig) -> tuple[str, str, bool]:
     return shape_of(method_of(run)), run.data_policy.name, draws_rounds(run)
 
 
-def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int) -> Estimate | None:
-    """The median over all steps of those pilots of this kind that differ from the run in the fewest settings."""
+def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> Estimate | None:
+    """The median over all steps of those pilots of this kind that differ from the run in the fewest settings.
+
+    ``threads`` is None where a GPU computes.
+    """
     alike = [pilot for pilot in pilots if kind(pilot.run) == kind(run)]
     if not alike:
         return None
@@ -187,7 +190,7 @@ def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, thread
     )
 
 
-def slowing(pilot: PilotRun, run: RunConfig, *, workers: int, threads: int) -> list[str]:
+def slowing(pilot: PilotRun, run: RunConfig, *, workers: int, threads: int | None) -> list[str]:
     """``setting: the pilot's → the run's`` for all that changes the time of a step."""
     found = [
         str(change)
@@ -196,6 +199,6 @@ def slowing(pilot: PilotRun, run: RunConfig, *, workers: int, threads: int) -> l
     ]
     if pilot.workers != workers:
         found.append(f"workers: {pilot.workers} → {workers}")
-    if pilot.threads != threads:
+    if threads is not None and pilot.threads != threads:
         found.append(f"threads per worker: {pilot.threads} → {threads}")
     return found

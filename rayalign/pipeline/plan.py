@@ -18,7 +18,7 @@ from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
 from rayalign.methods._base import Method
-from rayalign.pipeline.artifacts import PENDING, STAGE_VERSIONS, stage_key
+from rayalign.pipeline.artifacts import PENDING, refuse_unknown, stage_key
 from rayalign.pipeline.job import make_job, measures_loss, method_of, num_processes
 from rayalign.pipeline.rollouts import (
     chunk_spec,
@@ -67,9 +67,7 @@ class Plan:
     asked: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.fresh - STAGE_VERSIONS.keys())
-        if unknown:
-            raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
+        refuse_unknown(self.fresh)
 
     @property
     def note(self) -> Callable[[str], None]:

@@ -53,7 +53,7 @@ def test_the_first_limit_that_is_reached_counts() -> None:
 
 def test_use_is_summed_over_runs_from_their_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "one", (1, 2.0, 100), (2, 3.0, 200))  # before this attempt
-    budget = Budget(BudgetConfig(tokens_trained=1000))
+    budget = Budget(BudgetConfig(tokens_trained=1000), read_every=0)
     budget.add(tmp_path / "one", 4)
     budget.add(tmp_path / "two", 2)
     assert not budget.asked
@@ -66,7 +66,7 @@ def test_use_is_summed_over_runs_from_their_rows(tmp_path: Path) -> None:
 
 def test_a_step_that_is_trained_again_counts_once(tmp_path: Path) -> None:
     write_rows(tmp_path, (1, 2.0, 100), (2, 2.0, 200), (3, 2.0, 300))
-    budget = Budget(BudgetConfig(seconds=6.5))
+    budget = Budget(BudgetConfig(seconds=6.5), read_every=0)
     budget.add(tmp_path, 1)
     assert not budget.asked
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:1]
