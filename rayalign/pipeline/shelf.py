@@ -54,14 +54,17 @@ def ls(storage: Path, console: Console) -> None:
     folder = artifacts_folder(storage)
     table = Table(title=str(folder))
     for column in ("stage", "key", "bytes", "created", "last used", "used by"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "key")
     found = list(artifacts(folder))
     for item in found:
         stage, _, key = item.directory.name.partition("-")
-        users = ", ".join(item.users)
+        first, *others = item.users or [""]
+        users = f"{first} and {len(others)} more" if others else first
         table.add_row(stage, key, decimal(item.num_bytes), day(item.created), day(item.used), users or state(item))
     console.print(table)
-    console.print(f"{len(found)} stages, {decimal(sum(item.num_bytes for item in found))}", highlight=False)
+    console.print(
+        f"{len(found)} stages, {decimal(sum(item.num_bytes for item in found))}", highlight=False, soft_wrap=True
+    )
 
 
 def gc(storage: Path, *, unused_for: str, dry_run: bool, console: Console) -> None:
@@ -80,15 +83,15 @@ def gc(storage: Path, *, unused_for: str, dry_run: bool, console: Console) -> No
             continue
         kept = ", ".join(item.wanted_by) or holder(item.directory)
         if kept or not (dry_run or remove(item.directory, oldest)):
-            console.print(f"kept {item.directory.name}: {kept or 'it is used again'}", highlight=False)
+            console.print(f"kept {item.directory.name}: {kept or 'it is used again'}", highlight=False, soft_wrap=True)
             continue
         removed.append(item)
         word = "would remove" if dry_run else "removed"
         facts = f"{decimal(item.num_bytes)}, last used {day(item.used)}{'' if item.committed else ', never finished'}"
-        console.print(f"{word} {item.directory.name}: {facts}", highlight=False)
+        console.print(f"{word} {item.directory.name}: {facts}", highlight=False, soft_wrap=True)
     word = "would be removed" if dry_run else "removed"
     total = decimal(sum(item.num_bytes for item in removed))
-    console.print(f"{len(removed)} of {len(found)} stages {word}: {total}", highlight=False)
+    console.print(f"{len(removed)} of {len(found)} stages {word}: {total}", highlight=False, soft_wrap=True)
 
 
 def artifacts_folder(storage: Path) -> Path:

@@ -29,6 +29,7 @@ COMMANDS = [
     "report",
     "status",
     "doctor",
+    "artifacts",
 ]
 
 

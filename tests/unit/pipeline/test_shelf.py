@@ -150,5 +150,5 @@ def test_the_list_says_what_is_there_and_for_whom(tmp_path: Path) -> None:
     ls(tmp_path, Console(file=text, width=200))
     [line] = [line for line in text.getvalue().splitlines() if "tokens" in line and "│" in line]
     row = [part.strip() for part in line.split("│")[1:-1]]
-    assert row[:2] == ["tokens", tokens.name.partition("-")[2]] and row[-1] == "first, second"
+    assert row[:2] == ["tokens", tokens.name.partition("-")[2]] and row[-1] == "first and 1 more"
     assert "2 stages, " in text.getvalue()
