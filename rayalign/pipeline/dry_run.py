@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rayalign.config.compare import Comparison
@@ -47,7 +48,7 @@ def dry_run(
         planned = plan(comparison, evaluated, keeper, session)
         console.print(runs_table(comparison, planned, Stages(artifacts=keeper, session=session)))
         console.print(stages_table(planned, fresh))
-        console.print(summary(planned), highlight=False)
+        console.print(summary(planned), highlight=False, soft_wrap=True)
         if pilots:
             print_times(comparison, planned, pilots, session, console)
         else:
@@ -55,6 +56,7 @@ def dry_run(
                 "how long it takes, and what it costs: --pilot with the folder of a run or comparison like this one "
                 "that was trained for some steps",
                 highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -73,11 +75,11 @@ def runs_table(comparison: Comparison, planned: Planned, stages: Stages) -> Tabl
     ]:
         run = found.get(name)
         if run is None:
-            table.add_row(name, "", "", "", f"skipped, because {skipped}")
+            table.add_row(name, "", "", "", f"skipped, because {escape(skipped)}")
             continue
         who = (name, run.run.display_name, run.run.data_policy.name, str(run.run.seed))
         if run.refused:
-            table.add_row(*who, f"will fail, because {run.refused}")
+            table.add_row(*who, f"will fail, because {escape(run.refused)}")
             continue
         counts = (num_steps(run), tokens_to_train(run), tokens_to_generate(run, stages))
         table.add_row(*who, run_state(run), *map(counted, counts))
@@ -100,7 +102,7 @@ def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:
     caption = "?: another key once what it depends on is made" if unknown else None
     table = Table(title="stages before training", caption=caption)
     for column in ("stage", "for", "state"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "stage")
     for stage, users in planned.stages.items():
         table.add_row(stage.label, listed(users, len(planned.runs)), stage_state(stage, planned, fresh))
     return table
@@ -154,9 +156,11 @@ def print_times(
     table.add_row(f"all but {unknown}" if unknown else "all", "", "", "", f"{total:.2f}", *cost)
     console.print(table)
     if prices is None:
-        console.print("money: write prices: {device_hour: …} into the comparison", highlight=False, markup=False)
+        console.print(
+            "money: write prices: {device_hour: …} into the comparison", highlight=False, markup=False, soft_wrap=True
+        )
     for note in notes:
-        console.print(note, highlight=False, markup=False)
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def placed(run: PlannedRun, comparison: Comparison, session: Session) -> tuple[int, Share]:

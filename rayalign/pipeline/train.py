@@ -29,6 +29,7 @@ from rayalign.pipeline.job import make_job, num_processes, strategy_spec
 from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages, filter_facts
+from rayalign.report.status import facts_of
 from rayalign.rollout.engines import refuse_missing
 from rayalign.runtime.lease import lease
 from rayalign.runtime.progress import watching
@@ -148,8 +149,11 @@ def write_run_json(run: RunConfig, job: TrainJob, *, status: str, started: str) 
 
 
 def announce(run: RunConfig, job: TrainJob) -> None:
-    """Say in ``run.json`` that a run will begin, so that its stages are kept meanwhile."""
-    job.spec.directory.mkdir(parents=True, exist_ok=True)
+    """Say in ``run.json`` that a run will begin, so that its stages are kept meanwhile; one that had begun says so."""
+    path = job.spec.directory / "run.json"
+    if path.exists() and facts_of(path).get("status") != "waiting":
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_run_json(run, job, status="waiting", started=now)
 
