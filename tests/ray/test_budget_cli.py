@@ -74,6 +74,8 @@ def test_a_budget_stops_cells_and_a_higher_one_goes_on(path: Path, workspace: Wo
     assert {name: cell["reason"] for name, cell in cells(folder).items()} == {
         name: cell["reason"] for name, cell in found.items()
     }
+    statuses = {json.loads((folder / "cells" / name / "run.json").read_text())["status"] for name in CELLS}
+    assert statuses == {"stopped", "waiting"}
 
     done = rayalign("compare", path, "budget.tokens_trained=100000000")
     assert done.code == 0, done.printed
