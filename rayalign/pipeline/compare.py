@@ -186,6 +186,8 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
         try:
             return str(run_job(comparison.initial, job, trainer, board))
         except Stopped as stopped:
+            if not budget.exceeded:
+                raise
             raise UserError(
                 f"the budget is used up ({budget.exceeded}), and no cell has begun: {stopped}. Raise it and start the "
                 "same command again: the initial run goes on from there"
@@ -227,7 +229,7 @@ def training(
     def train_next(item: CellResult) -> CellResult:
         trainer = idle.get()
         try:
-            return train_cell(item, trainer, board)
+            return train_cell(item, trainer, board, budget)
         finally:
             idle.put(trainer)
 
@@ -240,17 +242,19 @@ def training(
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
 
 
-def train_cell(ready: CellResult, trainer: Trainer, board: Board) -> CellResult:
+def train_cell(ready: CellResult, trainer: Trainer, board: Board, budget: Budget) -> CellResult:
     """Train one cell; its failure does not stop the others."""
     if ready.job is None:
         return ready
     try:
-        if trainer.stop.asked and not finished(ready.job):
+        if budget.asked and not finished(ready.job):
             return stopped_cell(ready, board)
         run_job(ready.run, ready.job, trainer, board)
     except UserError as error:
         return failed_cell(ready, error, board)
     except Stopped:
+        if not budget.exceeded:  # somebody else asked
+            raise
         return stopped_cell(ready, board)
     return ready
 

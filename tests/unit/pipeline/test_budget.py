@@ -119,10 +119,10 @@ class Asked(Trainer):
 
 
 def test_once_the_budget_is_used_up_no_cell_begins(tmp_path: Path) -> None:
-    trainer = Asked(stop=Budget(BudgetConfig(seconds=1), exceeded="seconds: 2 of 1"))
-    assert train_cell(cell(tmp_path), trainer, board()).stopped == "not started: budget"
+    budget = Budget(BudgetConfig(seconds=1), exceeded="seconds: 2 of 1")
+    assert train_cell(cell(tmp_path), Asked(), board(), budget).stopped == "not started: budget"
     with pytest.raises(Stopped):
-        Trainer(stop=trainer.stop).attempt(cast(TrainJob, None))
+        Trainer(stop=budget).attempt(cast(TrainJob, None))
 
 
 def test_a_stopped_cell_is_measured_as_far_as_it_came(tmp_path: Path) -> None:
