@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 exports = typer.Typer(help="Write what other tools read.", no_args_is_help=True)
+artifacts = typer.Typer(help="The stages that runs share: what is there, and what nobody uses.", no_args_is_help=True)
+app.add_typer(artifacts, name="artifacts")
+Storage = Annotated[Path, typer.Argument(help="A storage_path, or its artifacts folder.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
@@ -197,13 +200,18 @@ def evaluate(
 def compare(
     config: Annotated[Path, typer.Argument(help="A comparison's YAML.")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is refused, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made and what is refused.")] = False,
+    pilot: Annotated[
+        Path | None, typer.Option(help="With --dry-run: a folder of runs whose speed the time is estimated from.")
+    ] = None,
     fresh: Fresh = None,
 ) -> None:
     """Train every cell of a grid and write the report."""
     from rayalign.pipeline.compare import compare as run_compare
 
-    run_compare(config, overrides or [], dry_run=dry_run, fresh=frozenset(fresh or ()), console=Console())
+    if pilot is not None and not dry_run:
+        raise UserError("--pilot: only a plan is estimated; add --dry-run")
+    run_compare(config, overrides or [], dry_run=dry_run, fresh=frozenset(fresh or ()), console=Console(), pilot=pilot)
 
 
 @app.command()
@@ -275,6 +283,26 @@ def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparis
     from rayalign.report.status import table
 
     Console().print(table(directory))
+
+
+@artifacts.command("ls")
+def list_artifacts(storage: Storage = Path("runs")) -> None:
+    """List the stages of a storage path: size, age, last use, and the runs that used them."""
+    from rayalign.pipeline.shelf import ls
+
+    ls(storage, Console())
+
+
+@artifacts.command("gc")
+def collect_artifacts(
+    unused_for: Annotated[str, typer.Option(help="Only what no run has asked for in so long: 12h, 30d, 8w.")],
+    storage: Storage = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+) -> None:
+    """Remove stages that were not used for a while; none that a run wants which is not finished."""
+    from rayalign.pipeline.shelf import gc
+
+    gc(storage, unused_for=unused_for, dry_run=dry_run, console=Console())
 
 
 @app.command()

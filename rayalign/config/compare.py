@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from rayalign.config.budget import BudgetConfig, PricesConfig
 from rayalign.config.document import Document, credentials, override, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
@@ -55,6 +56,10 @@ class CompareConfig(Block):
     tune: TuneConfig | None = None
     """Trials that every configuration gets before the grid's seeds are trained."""
     report: ReportConfig = ReportConfig()
+    budget: BudgetConfig | None = None
+    """What training may use in all; then cells stop with a checkpoint, and what was trained is measured."""
+    prices: PricesConfig | None = None
+    """null: ``--dry-run --pilot`` estimates hours, and no money."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +88,8 @@ class Comparison:
     tune: TuneConfig | None = None
     tuning: tuple[Tuning, ...] = ()
     """One per configuration; empty without ``tune``."""
+    budget: BudgetConfig | None = None
+    prices: PricesConfig | None = None
 
     @property
     def trial_runs(self) -> tuple[RunConfig, ...]:
@@ -131,6 +138,8 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
         report=config.report,
         tune=config.tune,
         tuning=tuning,
+        budget=config.budget,
+        prices=config.prices,
     )
 
 

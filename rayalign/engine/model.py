@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from rayalign.engine.group_attention import GROUP_ATTENTION
 from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
 from rayalign.errors import UserError
+from rayalign.manifest import file_digest
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -215,9 +217,15 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 def _files_digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        facts = path.stat()
+        digest.update(f"{path.name} {_digest_of(path, facts.st_size, facts.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: Path, size: int, modified: int) -> str:
+    """A comparison asks for the same many gigabytes once per cell; a file that was written since is read again."""
+    return file_digest(path)
 
 
 def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, file_digest, is_content
@@ -20,6 +21,29 @@ from rayalign.runtime.lease import lease
 
 STAGE_VERSIONS = {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "filter": 1, "rollouts": 2, "prepared": 1}
 """Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
+
+PENDING = "\0pending:"
+"""Begins what stands for a digest that is not known before a stage, or the ``initial`` run, is made."""
+USED = ".used"
+"""A file beside the manifest whose time says when the stage was last asked for."""
+
+
+class Keeper(Protocol):
+    """Who is asked for stages: :class:`Artifacts` makes them, :class:`rayalign.pipeline.plan.Plan` lists them."""
+
+    @property
+    def note(self) -> Callable[[str], None]: ...
+
+    @property
+    def asked(self) -> list[Path]:
+        """The folders of all stages that were asked for, in order, as often as they were."""
+        ...
+
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path: ...
+
+    def pending(self, directory: Path) -> str:
+        """What stands for the digest of a stage that is not made yet; empty for one that is."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +57,10 @@ class Artifacts:
     """Receives one line per stage: made, or found."""
     made: set[Path] = field(default_factory=set)
     """What this process has made."""
+    asked: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.fresh - STAGE_VERSIONS.keys())
-        if unknown:
-            raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
+        refuse_unknown(self.fresh)
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
         """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes it if needed.
@@ -46,6 +69,7 @@ class Artifacts:
         A directory that was begun and not committed is handed to ``build`` as it is, so that it can go on.
         """
         directory = self.root / f"{name}-{stage_key(name, inputs)}"
+        self.asked.append(directory)
         if self._found(name, directory):
             return directory
         with lease(directory, wait=self.note):
@@ -60,11 +84,23 @@ class Artifacts:
             raise AssertionError(f"stage {name} ended without a commit in {directory}")
         return directory
 
+    def pending(self, directory: Path) -> str:
+        return ""
+
     def _found(self, name: str, directory: Path) -> bool:
         found = (directory / MANIFEST).exists() and (name not in self.fresh or directory in self.made)
         if found:
             self.note(f"{name}: found {directory.name}")
+            with suppress(OSError):  # a folder that may only be read serves as well
+                (directory / USED).touch()
         return found
+
+
+def refuse_unknown(fresh: frozenset[str]) -> None:
+    """Raise UserError naming what ``--fresh`` calls a stage and is none."""
+    unknown = sorted(fresh - STAGE_VERSIONS.keys())
+    if unknown:
+        raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
 
 
 def clear(directory: Path) -> None:

@@ -6,10 +6,8 @@ import contextlib
 import datetime
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +17,14 @@ from rayalign.config.dump import redacted_setting
 from rayalign.config.run import RunConfig
 from rayalign.errors import Stopped, UserError
 from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.budget import Budget, Ending
+from rayalign.pipeline.cells import measure_cell, prepare_cell, training
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.evaluate import Evaluation, evaluated_checkpoints, refuse_broken_scorers
-from rayalign.pipeline.job import evaluation_steps, make_job, num_processes
+from rayalign.pipeline.dry_run import dry_run as show_plan
+from rayalign.pipeline.evaluate import Evaluation, refuse_broken_scorers
+from rayalign.pipeline.job import make_job, num_processes
+from rayalign.pipeline.plan import cells_at_once, processes_at_once
 from rayalign.pipeline.results import CellResult, comparison_record
-from rayalign.pipeline.rollouts import num_workers
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
 from rayalign.pipeline.tuning import Outcome, settle, trial_cells, trials_table, tune
@@ -31,9 +32,10 @@ from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.lease import lease
-from rayalign.runtime.session import Session, connect
-from rayalign.runtime.stop import StopRequest, stopping
+from rayalign.runtime.session import connect
+from rayalign.runtime.stop import stopping
 from rayalign.runtime.trainer import Trainer
+from rayalign.runtime.worker import TrainJob
 
 MEASURED_BY = ("prompts", "scorers", "diagnostics", "judge", "max_missing_fraction", "sampling", "baseline")
 """Settings of ``evaluate`` that all cells share."""
@@ -50,8 +52,19 @@ MEASURED_WITH = (
 """Settings of a run that decide what its replies and its KL are measured on."""
 
 
-def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: frozenset[str], console: Console) -> None:
-    """Train every legal cell, measure all of them, and write ``report/`` below the comparison's folder."""
+def compare(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool,
+    fresh: frozenset[str],
+    console: Console,
+    pilot: Path | None = None,
+) -> None:
+    """Train every legal cell, measure all of them, and write ``report/`` below the comparison's folder.
+
+    With ``dry_run`` only say what that would take, by the speed of ``pilot`` where one is named.
+    """
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
     comparison = load_compare(path, overrides)
@@ -61,11 +74,11 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
     evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
     assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)
-    console.print(cells_table(comparison))
     if comparison.tuning:
         console.print(trials_table(comparison))
     if dry_run:
-        return
+        return show_plan(comparison, evaluated, fresh=fresh, pilot=pilot, console=console)
+    console.print(cells_table(comparison))
     started = datetime.datetime.now(datetime.UTC)
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(connect(import_paths=[folder]))
@@ -73,19 +86,20 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
         directory = storage / comparison.name
         stack.enter_context(lease(directory))
         board = stack.enter_context(Board(console, Gauges().set))
-        stop = stack.enter_context(stopping())
+        ending = Ending(stack.enter_context(stopping()), Budget(comparison.budget))
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
-        model = initial_model(comparison, directory, stages, board, stop)
+        model = initial_model(comparison, directory, stages, board, ending)
         cells = [cell for cell in comparison.cells if cell.run is not None]
         parallel = cells_at_once(cells, session)
-        processes = parallel * max(num_processes(cell.run, session) for cell in cells if cell.run is not None) + 1
+        processes = processes_at_once(cells, session)
 
         def train_trials(trials: Sequence[Cell]) -> Iterator[CellResult]:
             folder = directory / "tuning"
             ready = [prepare_cell(cell, model, folder, stages, processes, board) for cell in trials]
-            with training(ready, parallel, board, stop) as trained:
-                yield from (cell.result() for cell in trained)
+            count(ready, ending.budget)
+            with training(ready, parallel, board, ending) as trained:
+                yield from (whole_trial(cell.result(), ending.budget) for cell in trained)
 
         measured = started_from(evaluated, model) if model else evaluated
         outcomes: tuple[Outcome, ...] = ()
@@ -93,11 +107,11 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
             outcomes = tune(comparison, measured, stages, train_trials, board)
         cells, lost = settle(cells, outcomes, board)
         ready = [lost.get(cell.id) or prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
-        jobs = [item.job for item in ready if item.job is not None]
+        jobs = count(ready, ending.budget)
         if not jobs:
             raise UserError(f"no cell can be trained; {ready[0].cell.id}: {ready[0].failure}")
         board.say(f"{len(jobs)} cells, {parallel} at a time")
-        trained = stack.enter_context(training(ready, parallel, board, stop))
+        trained = stack.enter_context(training(ready, parallel, board, ending))
         evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
         reference, baseline = evaluation.points(None, directory), evaluation.baseline(directory)
@@ -114,9 +128,23 @@ def compare(path: Path, overrides: Sequence[str], *, dry_run: bool, fresh: froze
     )
     save(record, directory)
     console.print(f"report: {render(record, directory)}", highlight=False)
+    refuse_unfinished(results, ending.budget)
+
+
+def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
+    """Raise UserError that names the cells that failed, and those that the budget did not let end."""
     failed = [result.cell.id for result in results if result.failure]
+    stopped = [f"{result.cell.id} {result.stopped.removesuffix(': budget')}" for result in results if result.stopped]
+    reasons = []
     if failed:
-        raise UserError(f"{len(failed)} of {len(results)} cells failed, see the report: {', '.join(failed)}")
+        reasons.append(f"{len(failed)} of {len(results)} cells failed, see the report: {', '.join(failed)}")
+    if stopped:
+        reasons.append(
+            f"the budget is used up ({budget.exceeded}): {'; '.join(stopped)}. Raise it and start the same command "
+            "again: every cell goes on from where it is"
+        )
+    if reasons:
+        raise UserError("\n".join(reasons))
 
 
 def common_evaluation(comparison: Comparison) -> RunConfig:
@@ -159,100 +187,42 @@ def cells_table(comparison: Comparison) -> Table:
     return table
 
 
-def initial_model(
-    comparison: Comparison, directory: Path, stages: Stages, board: Board, stop: StopRequest
-) -> str | None:
-    """Train ``initial`` once for all cells; its final model's folder."""
+def initial_model(comparison: Comparison, directory: Path, stages: Stages, board: Board, ending: Ending) -> str | None:
+    """Train ``initial`` once for all cells; its final model's folder.
+
+    Raises:
+        UserError: the budget was used up before its last step.
+    """
     if comparison.initial is None:
         return None
     processes = num_processes(comparison.initial, stages.session)
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
-    with Trainer(stop=stop) as trainer:
-        return str(run_job(comparison.initial, job, trainer, board))
-
-
-def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
-    """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
-    workers = max(num_workers(cell.run, session) for cell in cells if cell.run is not None)
-    devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
-    return max(1, min(len(cells), int(devices // workers)))
-
-
-def prepare_cell(
-    cell: Cell, model: str | None, directory: Path, stages: Stages, processes: int, board: Board
-) -> CellResult:
-    """The cell's job; stages that several cells share are made by the first.
-
-    ``processes`` are all that run at the same time, the evaluator too: equal shares let workers stay for the next cell.
-    """
-    assert cell.run is not None
-    run = started_from(cell.run, model) if model else cell.run
-    unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
-    try:
-        job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
-    except UserError as error:
-        return failed_cell(unprepared, error, board)
-    return replace(unprepared, job=job)
-
-
-@contextlib.contextmanager
-def training(
-    ready: Sequence[CellResult], parallel: int, board: Board, stop: StopRequest
-) -> Iterator[list[Future[CellResult]]]:
-    """The trained cells as they come while the block measures those before: ``parallel`` train at the same time.
-
-    Where a stop ends the block, the cells that train end their step first.
-    """
-    pool = ThreadPoolExecutor(parallel)
-    idle: Queue[Trainer] = Queue()
-    for _ in range(parallel):
-        idle.put(Trainer(stop=stop))
-
-    def train_next(item: CellResult) -> CellResult:
-        trainer = idle.get()
+    ending.budget.add(job.spec.directory, job.workers * job.share.devices)
+    with Trainer(stop=ending) as trainer:
         try:
-            return train_cell(item, trainer, board)
-        finally:
-            idle.put(trainer)
-
-    try:
-        yield [pool.submit(train_next, item) for item in ready]
-        pool.shutdown()
-        while not idle.empty():
-            idle.get().end()
-    except Stopped:
-        pool.shutdown(cancel_futures=True)
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
+            return str(run_job(comparison.initial, job, trainer, board))
+        except Stopped as stopped:
+            if not ending.by_budget:
+                raise
+            raise UserError(
+                f"the budget is used up ({ending.budget.exceeded}), and no cell has begun: {stopped}. Raise it and "
+                "start the same command again: the initial run goes on from there"
+            ) from stopped
 
 
-def train_cell(ready: CellResult, trainer: Trainer, board: Board) -> CellResult:
-    """Train one cell; its failure does not stop the others."""
-    if ready.job is None:
-        return ready
-    try:
-        run_job(ready.run, ready.job, trainer, board)
-    except UserError as error:
-        return failed_cell(ready, error, board)
-    return ready
+def count(ready: Sequence[CellResult], budget: Budget) -> list[TrainJob]:
+    """The jobs of what is ready; what they use is counted from here on."""
+    jobs = [item.job for item in ready if item.job is not None]
+    for job in jobs:
+        budget.add(job.spec.directory, job.workers * job.share.devices)
+    return jobs
 
 
-def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
-    """Measure the checkpoints of a trained cell."""
-    if trained.failure or trained.job is None:
-        return trained
-    directory = trained.job.spec.directory
-    checkpoints = evaluated_checkpoints(directory)
-    steps = evaluation_steps(trained.run, trained.job.spec.optimizer.steps)
-    try:
-        points = tuple(evaluation.points(checkpoints[step], directory) for step in steps)
-    except UserError as error:
-        return failed_cell(trained, error, board)
-    board.say(f"{trained.cell.id}: measured at steps {', '.join(map(str, steps))}")
-    return replace(trained, points=points)
-
-
-def failed_cell(cell: CellResult, error: UserError, board: Board) -> CellResult:
-    board.say(f"{cell.cell.id}: failed: {error}")
-    return replace(cell, failure=str(error))
+def whole_trial(result: CellResult, budget: Budget) -> CellResult:
+    """Raise UserError where the budget ended a trial: half of one tells nothing."""
+    if result.stopped:
+        raise UserError(
+            f"the budget is used up ({budget.exceeded}) by the trials of tune, and no cell has begun: {result.cell.id} "
+            f"{result.stopped}. Raise it and start the same command again"
+        )
+    return result

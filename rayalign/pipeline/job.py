@@ -61,7 +61,7 @@ NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "reso
 
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
-    session = stages.session
+    session, asked_before = stages.session, len(stages.artifacts.asked)
     workers = num_workers(run, session)
     each = share(session, processes, workers=workers)
     method = method_of(run)
@@ -94,16 +94,18 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         on_nonfinite=run.optim.on_nonfinite,
         max_skipped_in_a_row=run.optim.max_skipped_in_a_row,
     )
+    evaluated = held_out(run, method, source, stages) if measures_loss(run, method) else None
     return TrainJob(
         spec=spec,
         source=source,
-        held_out=held_out(run, method, source, stages) if measures_loss(run, method) else None,
+        held_out=evaluated,
         strategy=strategy_spec(run),
         timeout_seconds=run.strategy.timeout_seconds,
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
         rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
+        stages=tuple(dict.fromkeys(stages.artifacts.asked[asked_before:])),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rayalign.config.compare import INITIAL
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
@@ -14,18 +15,20 @@ from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.lora import LoraSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory
+from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory, tokenizer_digest
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
-from rayalign.pipeline.artifacts import digest_of
+from rayalign.pipeline.artifacts import PENDING, digest_of
 from rayalign.runtime.datasets import TokenizerSpec
 from rayalign.runtime.session import Session
 
 CPU_ROW_TOKENS = 2048
 """On a CPU rows of this length are as fast as any and hold a batch in few of them; on CUDA one row is fastest."""
+UNTRAINED = f"{PENDING}initial"
+"""Stands for the digests of a model that the ``initial`` run has not trained yet; only plans meet it."""
 
 
 def model_spec(run: RunConfig) -> ModelSpec:
@@ -130,8 +133,17 @@ def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
 
 def spec_digest(spec: ModelSpec) -> str:
     """What identifies a model's log-probs: its files, and its seed where the weights are drawn."""
+    if spec.name == INITIAL:
+        return UNTRAINED
     directory = model_directory(spec.name, spec.revision)
     return digest_of([model_digest(directory), spec.seed if spec.from_scratch else None])
+
+
+def tokenizer_identity(run: RunConfig) -> str:
+    """The digest of the policy's tokenizer."""
+    if run.model.name == INITIAL:
+        return UNTRAINED
+    return tokenizer_digest(model_directory(run.model.name, run.model.revision))
 
 
 def template_digest(template: str) -> str:
@@ -141,6 +153,8 @@ def template_digest(template: str) -> str:
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:
     """The token that training appends, rollouts stop at and generation_config names."""
+    if run.model.name == INITIAL:
+        return ()
     tokenizer = load_tokenizer(
         model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
     )

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayalign.config.compare import Cell, Comparison
 from rayalign.config.dump import diff, dump
@@ -53,13 +53,18 @@ KL_ESTIMATORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
-    """A cell on its way: its job once its stages are committed; once trained, its points or its failure."""
+    """A cell on its way: its job once its stages are committed; once trained, its points or its failure.
+
+    One that the budget has stopped has the points of what was trained.
+    """
 
     cell: Cell
     run: RunConfig
     job: TrainJob | None
     points: tuple[Points, ...]
     failure: str
+    stopped: str = ""
+    """Where it was when the budget was used up: ``stopped at step 40 of 100: budget``."""
 
 
 def comparison_record(
@@ -182,7 +187,7 @@ def judge_of(judge: ScorerConfig) -> report.Measure:
 
 def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.Cell:
     rows = []
-    if result.job is not None and not result.failure:
+    if result.job is not None and cell_status(result) in ("done", "stopped"):
         rows = read_metrics(result.job.spec.directory / "metrics.jsonl")
     return report.Cell(
         id=result.cell.id,
@@ -191,15 +196,23 @@ def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.Cell:
         display_name=result.run.display_name,
         data_policy=result.run.data_policy.name,
         seed=result.run.seed,
-        entry=entry,
-        status="failed" if result.failure else "done",
-        reason=result.failure,
+        entry="" if result.stopped else entry,
+        status=cell_status(result),
+        reason=result.failure or result.stopped,
         config_changes=changes(base, result.run),
         cost=cost(result.job, rows) if result.job is not None and rows else report.Cost(),
         filter=filter_record(result.job),
         points=tuple(point for points in result.points for point in points),
         metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
     )
+
+
+def cell_status(result: CellResult) -> Literal["done", "failed", "skipped", "stopped"]:
+    if result.failure:
+        return "failed"
+    if not result.stopped:
+        return "done"
+    return "stopped" if result.points else "skipped"
 
 
 def skipped_cell(cell: Cell, base: RunConfig) -> report.Cell:
@@ -231,13 +244,12 @@ def text(value: Any) -> str:
 def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
     """What training used: every label that a step saw, each counted once."""
     ledgers = drawn_ledgers(job)
-    devices = job.workers * (1 if job.share.gpus else job.share.threads)
     return report.Cost(
         tokens_trained=rows[-1]["num_tokens"],
         tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
         labels_used=stored_labels(job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),
         scorer_calls=sum(ledger["scorer_calls"] for ledger in ledgers),
-        device_seconds=sum(row["seconds"] for row in rows) * devices,
+        device_seconds=sum(row["seconds"] for row in rows) * job.workers * job.share.devices,
     )
 
 

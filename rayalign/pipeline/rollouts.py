@@ -41,11 +41,15 @@ def prompt_store(source: DataSource, run: RunConfig, stages: Stages) -> Path:
 
 def prompt_stream(run: RunConfig, stages: Stages, *, groups_per_step: int) -> StoredStream:
     """The prompts that completions are drawn for: ``data_policy.prompts``, or those of ``data.train``."""
-    assert run.data_policy.name != "off_policy"
-    own = run.data_policy.prompts
-    sources = run.data.train if own is None else (own.model_copy(update={"format": own.format or "auto"}),)
+    sources = prompt_sources(run)
     stores = [prompt_store(source, run, stages) for source in sources]
     return prompts_of(stores, weights=[source.weight for source in sources], groups_per_step=groups_per_step)
+
+
+def prompt_sources(run: RunConfig) -> tuple[DataSource, ...]:
+    assert run.data_policy.name != "off_policy"
+    own = run.data_policy.prompts
+    return run.data.train if own is None else (own.model_copy(update={"format": own.format or "auto"}),)
 
 
 def prompts_of(stores: list[Path], *, weights: list[float], groups_per_step: int) -> StoredStream:
@@ -167,16 +171,8 @@ def relabelled(store: Path, run: RunConfig, shape: Shape, stages: Stages, *, kee
 def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
     """The committed store of all groups that ``spec`` makes of one epoch of its prompts."""
     session = stages.session
-    stores = [TokenStore.open(store) for store in spec.prompts.stores]
-    order = Stream(
-        name=spec.prompts.name,
-        sizes=tuple(map(len, stores)),
-        weights=spec.prompts.weights,
-        groups_per_step=1,
-        seed=spec.seed,
-    )
     inputs: dict[str, Any] = {
-        "prompts": [[store.digest for store in stores], spec.prompts.weights, spec.seed],
+        "prompts": [[stages.digest(store) for store in spec.prompts.stores], spec.prompts.weights, spec.seed],
         "model": spec_digest(spec.policy) if spec.sampling else None,
         "computation": [run.model.dtype, session.device, transformers.__version__] if spec.sampling else None,
         "engine": spec.engine,
@@ -196,7 +192,7 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
         with Pool("rollouts", ChunkMaker, share=each, most=most, least=least, python=python) as pool:
             reports = draw(
                 spec,
-                range(order.groups_per_epoch),
+                range(groups_per_epoch(spec)),
                 directory,
                 weights=None,
                 pool=pool,
@@ -205,6 +201,18 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
         commit_drawn(directory, reports, max_bad_fraction=run.data.max_bad_fraction, inputs=inputs)
 
     return stages.artifacts.stage("rollouts", inputs, build)
+
+
+def groups_per_epoch(spec: ChunkSpec) -> int:
+    """Groups of one epoch of the prompts, whose stores are made."""
+    order = Stream(
+        name=spec.prompts.name,
+        sizes=tuple(len(TokenStore.open(store)) for store in spec.prompts.stores),
+        weights=spec.prompts.weights,
+        groups_per_step=1,
+        seed=spec.seed,
+    )
+    return order.groups_per_epoch
 
 
 def label_identity(spec: LabelSpec) -> Any:

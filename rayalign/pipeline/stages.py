@@ -22,12 +22,11 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import model_directory, tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
 from rayalign.manifest import commit, committed
-from rayalign.pipeline.artifacts import Artifacts, path_digest
-from rayalign.pipeline.model import scoring_spec, spec_digest, template_digest, tokenizer_spec
+from rayalign.pipeline.artifacts import Keeper, path_digest
+from rayalign.pipeline.model import scoring_spec, spec_digest, template_digest, tokenizer_identity, tokenizer_spec
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.reference import LOG_PROBS, score_store
@@ -44,8 +43,12 @@ BYTES_PER_WRITER = 2 << 20
 class Stages:
     """Where stages live and what they run on."""
 
-    artifacts: Artifacts
+    artifacts: Keeper
     session: Session
+
+    def digest(self, directory: Path) -> str:
+        """What identifies the content of a committed store, or of columns; a plan may ask before it is made."""
+        return self.artifacts.pending(directory) or committed(directory)["digest"]
 
     def rows(self, source: DataSource) -> Path:
         """A maker's rows as a JSONL file."""
@@ -69,11 +72,10 @@ class Stages:
         """The token store of one source."""
         tokenizer = tokenizer_spec(run)
         units = source_units(source, run.data, self)
-        model = model_directory(run.model.name, run.model.revision)
         inputs = {
-            "files": [input_digest(unit) for unit in units],
+            "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
             "format": [units[0].format, dict(units[0].columns)],
-            "tokenizer": tokenizer_digest(model),
+            "tokenizer": tokenizer_identity(run),
             "template": template_digest(run.data.template),
             "stop": run.data.stop,
             "settings": asdict(tokenizer.settings),
@@ -94,11 +96,10 @@ class Stages:
 
     def mismatched(self, store: Path) -> Path:
         """The same examples, each with another prompt's completion beside it (KTO's KL estimate)."""
-        opened = TokenStore.open(store)
-        inputs = {"store": opened.digest}
+        inputs = {"store": self.digest(store)}
 
         def build(directory: Path) -> None:
-            groups = Mismatched(opened)
+            groups = Mismatched(TokenStore.open(store))
             bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
             shards = [
                 write_shard(directory, f"{indices.start:010d}", [groups[index] for index in indices])
@@ -114,9 +115,8 @@ class Stages:
 
     def log_probs(self, store: Path, spec: ScoringSpec) -> Path:
         """Log-probs of every predicted token under a frozen model, as a column laid over ``store``."""
-        opened = TokenStore.open(store)
         inputs = {
-            "store": opened.digest,
+            "store": self.digest(store),
             "model": spec_digest(spec.model),
             "logit_temperature": spec.logit_temperature,
             "dtype": spec.model.dtype,
@@ -142,14 +142,14 @@ class Stages:
         unit: str,
     ) -> Path:
         """The rows of ``stores`` that a filter keeps, by the ``log_probs`` laid over each; ``unit`` names rows."""
-        laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
         inputs = {
-            "log_probs": [committed(columns)["digest"] for columns in log_probs],
+            "log_probs": [self.digest(columns) for columns in log_probs],
             "policy_logp_quantile": quantile,
             "own_candidates": own_candidates,
         }
 
         def build(directory: Path) -> None:
+            laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
             scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
             selection = select(scores, quantile)
             write_rows(directory, selection)
@@ -166,16 +166,16 @@ class Stages:
 
     def prepared(self, store: Path, columns: Sequence[Path], preparation: RoundPreparation) -> Path:
         """What a method makes of ``store``, drawn once, as one round; ``columns`` lie over it already."""
-        opened = TokenStore.open(store)
-        for path in columns:
-            opened = opened.with_columns(path)
         inputs = {
-            "store": opened.digest,
-            "columns": [committed(path)["digest"] for path in columns],
+            "store": self.digest(store),
+            "columns": [self.digest(path) for path in columns],
             "method": preparation.key,
         }
 
         def build(directory: Path) -> None:
+            opened = TokenStore.open(store)
+            for path in columns:
+                opened = opened.with_columns(path)
             prepare_columns(opened, directory, preparation)
 
         return self.artifacts.stage("prepared", inputs, build)

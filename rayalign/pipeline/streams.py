@@ -143,16 +143,22 @@ def filtered(stream: StoredStream, run: RunConfig, method: Method, stages: Stage
     """
     if run.filter is None:
         return stream
+    directory = filter_stage(stream.stores, run, method, stages)
+    stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
+    return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
+
+
+def filter_stage(stores: Sequence[Path], run: RunConfig, method: Method, stages: Stages) -> Path:
+    """Which rows of ``stores`` the run's filter keeps."""
+    assert run.filter is not None
     spec = replace(scoring_spec(run, stages.session), model=model_spec(run), logit_temperature=1.0)
-    directory = stages.filtered(
-        stream.stores,
-        [stages.log_probs(store, spec) for store in stream.stores],
+    return stages.filtered(
+        stores,
+        [stages.log_probs(store, spec) for store in stores],
         quantile=run.filter.policy_logp_quantile,
         own_candidates=1 if "mismatched" in method.needs else None,
         unit="groups" if run.label is not None and run.label.relabel else UNITS[shape_of(method)],
     )
-    stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
-    return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 
 def over(

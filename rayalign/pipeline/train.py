@@ -31,6 +31,7 @@ from rayalign.pipeline.job import make_job, num_processes, strategy_spec
 from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.stages import Stages, filter_facts
+from rayalign.report.status import facts_of
 from rayalign.rollout.engines import refuse_missing
 from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.lease import lease
@@ -173,6 +174,12 @@ class History:
         history.attempts += 1
         return history
 
+    @classmethod
+    def waiting(cls) -> History:
+        """Of a run that no command has begun."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return cls(started=now, attempts=0, failures=[])
+
     def fail(self, reason: str) -> None:
         self.failures = [*self.failures, f"attempt {self.attempts}: {reason}"][-KEPT_FAILURES:]
 
@@ -194,9 +201,19 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         "configuration": dump(run),
         "identity": dict(job.spec.identity),
         "data": data_facts(job),
+        "stages": [stage.name for stage in job.stages],
         **provenance(),
     }
     write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def announce(run: RunConfig, job: TrainJob) -> None:
+    """Say in ``run.json`` that a run will begin, so that its stages are kept meanwhile; one that had begun says so."""
+    path = job.spec.directory / "run.json"
+    if path.exists() and facts_of(path).get("status") != "waiting":
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_run_json(run, job, History.waiting(), "waiting")
 
 
 def collect_quarantine(job: TrainJob) -> None:

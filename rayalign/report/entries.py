@@ -31,7 +31,9 @@ class Entry:
 
     @property
     def failed(self) -> str:
-        """``failed``, ``1 of 3 seeds failed``, or nothing."""
+        """``failed``, ``1 of 3 seeds failed``, ``stopped``, or nothing."""
+        if any(cell.status == "stopped" for cell in self.cells):
+            return "stopped"  # such a cell is alone in its entry
         failed = sum(cell.status == "failed" for cell in self.cells)
         if not failed:
             return ""

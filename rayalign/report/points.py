@@ -189,9 +189,10 @@ class Cell(Record):
     entry: str = ""
     """What the tables call all cells that differ from this one in their seed only, in this one too; empty: there are
     none, and the cell stands for itself."""
-    status: Literal["done", "failed", "skipped"]
+    status: Literal["done", "failed", "skipped", "stopped"]
+    """A stopped cell was trained and measured up to some step before its last."""
     reason: str = ""
-    """Why a cell failed or was skipped."""
+    """Why a cell failed, was skipped, or was stopped and where."""
     config_changes: tuple[ConfigChange, ...] = ()
     cost: Cost = Cost()
     filter: Filter | None = None

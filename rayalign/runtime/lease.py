@@ -148,6 +148,14 @@ def described(path: Path) -> str:
     )
 
 
+def holder(directory: Path) -> str:
+    """Who writes to ``directory`` now, in words; empty: nobody. Nothing is written to find out."""
+    path = directory / ".lease"
+    owner = read_owner(path)
+    is_old = time.time() - last_renewal(path) > EXPIRE_SECONDS
+    return "" if not owner or is_old or is_dead_here(owner) else described(path)
+
+
 def is_here(owner: dict[str, Any]) -> bool:
     return bool(owner.get("host") == socket.gethostname())
 

@@ -20,6 +20,11 @@ class Share:
     gpus: float
     threads: int
 
+    @property
+    def devices(self) -> int:
+        """What is counted and paid for: GPUs, a shared one as a whole, or cores where there is none."""
+        return 1 if self.gpus else self.threads
+
     def resources(self) -> dict[str, float]:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,18 +72,22 @@ class Session:
 
         Raises UserError where there is no such folder for all nodes, and says what to set.
         """
-        if "://" in path:
-            raise UserError(f"storage_path: {path}: this release writes to file systems; mount it and give its folder")
-        folder = Path(path).expanduser()
-        if not folder.is_absolute():
-            folder = self._base(path) / folder
-        folder = folder.resolve()
+        folder = self.place(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"storage_path: {folder} cannot be made: {error.strerror}") from error
         refuse_private(folder, self.nodes)
         return folder
+
+    def place(self, path: str) -> Path:
+        """Where that folder is or would be; nothing is made."""
+        if "://" in path:
+            raise UserError(f"storage_path: {path}: this release writes to file systems; mount it and give its folder")
+        folder = Path(path).expanduser()
+        if not folder.is_absolute():
+            folder = self._base(path) / folder
+        return folder.resolve()
 
     def _base(self, path: str) -> Path:
         if self.started_here:
@@ -128,6 +133,24 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
             yield describe(started_here=address is None)
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def preview() -> Iterator[Session]:
+    """What :func:`connect` would give, for plans: the running cluster, else this machine as Ray would find it.
+
+    No Ray is started.
+    """
+    if ray.is_initialized() or running_cluster() is not None:
+        with connect() as session:
+            yield session
+        return
+    import torch
+
+    node = Node(
+        id="", name=socket.gethostname(), cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count())
+    )
+    yield Session(started_here=True, nodes=(node,))
 
 
 @contextlib.contextmanager

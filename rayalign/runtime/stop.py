@@ -6,12 +6,25 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 from rayalign.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop(Protocol):
+    """Whether training is to end after its step."""
+
+    @property
+    def asked(self) -> bool: ...
+
+    def patience(self) -> AbstractContextManager[None]:
+        """While the block runs, whoever trains in it watches :attr:`asked`."""
+        ...
 
 
 @dataclass(slots=True)

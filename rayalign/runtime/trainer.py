@@ -34,7 +34,7 @@ from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_l
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob, make_pool
-from rayalign.runtime.stop import StopRequest
+from rayalign.runtime.stop import Stop, StopRequest
 from rayalign.runtime.weights import make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 
@@ -55,9 +55,9 @@ class Trainer:
     may use a trainer. Once ``stop`` is asked, the run that is under way ends after its step and no other one begins.
     """
 
-    def __init__(self, *, max_failures: int = 0, stop: StopRequest | None = None) -> None:
+    def __init__(self, *, max_failures: int = 0, stop: Stop | None = None) -> None:
         self.max_failures = max_failures
-        self.stop = stop or StopRequest()
+        self.stop: Stop = stop or StopRequest()
         self.group: Group | None = None
         self.rollouts: tuple[RolloutJob, Pool, ray.actor.ActorHandle] | None = None
         self.places: dict[int, str] = {}
@@ -188,7 +188,7 @@ class Group:
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
 
-    def train(self, job: TrainJob, stop: StopRequest) -> Path:
+    def train(self, job: TrainJob, stop: Stop) -> Path:
         """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
         number = self.mailbox.post(job)
         told = False

@@ -47,6 +47,8 @@ class TrainJob:
     """What progress calls this run."""
     rollouts: RolloutJob | None = None
     """How the driver draws the groups that this run trains on; None where all are stored."""
+    stages: tuple[Path, ...] = ()
+    """The folders of all stages that the run asked for."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
     timeout_seconds: float = 600.0

@@ -30,6 +30,7 @@ COMMANDS = [
     "status",
     "doctor",
     "export",
+    "artifacts",
 ]
 EXPORTS = ["alpaca_eval", "trl_pairs", "model_card"]
 

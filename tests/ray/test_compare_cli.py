@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ SMALL = (
 pytestmark = pytest.mark.ray
 
 
-def compare(storage: Path) -> str:
-    command = [sys.executable, "-m", "rayalign", "compare", str(COMPARE), *SMALL]
+def compare(storage: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "rayalign", "compare", str(COMPARE), *SMALL, *options]
     command += [f"initial.storage_path={storage}", f"base.storage_path={storage}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=storage.parent)
+    environment = {**os.environ, "COLUMNS": "250"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=storage.parent, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -72,3 +74,16 @@ def test_a_second_run_repeats_nothing(storage: Path) -> None:
     assert final.stat().st_mtime_ns == before
     assert output.count("finished before") == 3
     assert "making" not in output
+
+
+def test_a_plan_of_what_is_done_is_exact_and_writes_nothing(storage: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in storage.rglob("*")}
+    output = compare(storage, "--dry-run", "--pilot", str(storage / "own-method"), "prices={device_hour: 2}")
+    assert {path: path.stat().st_mtime_ns for path in storage.rglob("*")} == before
+    assert "6 stages for 2 cells, 3 of them shared, 6 cached" in output
+    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+    for cell in ("dpo", "calibrated"):
+        [planned, estimated] = [line for line in lines if line[0] == cell]
+        tokens = int(rows(storage, cell)[-1]["num_tokens"])
+        assert planned[4:] == ["finished before", "4", f"{tokens:,}", "0"]
+        assert estimated[2:] == ["0", "0.00", "0.00", "0.00"]

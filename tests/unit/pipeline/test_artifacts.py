@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +42,7 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     first = store.stage("tokens", INPUTS, write)
     assert store.stage("tokens", INPUTS, lambda directory: pytest.fail("made twice")) == first
     assert notes == [f"tokens: making {first.name}", f"tokens: found {first.name}"]
-    assert [path.name for path in first.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in first.iterdir() if path.name.startswith(".")] == [".used"]
 
 
 def test_what_an_interrupted_build_left_is_gone_on_with(tmp_path: Path) -> None:
@@ -91,6 +94,46 @@ def test_of_two_that_want_one_stage_the_second_waits_and_finds_it(tmp_path: Path
     found = Artifacts(root=tmp_path, note=note).stage("tokens", INPUTS, lambda directory: pytest.fail("made twice"))
     first.join()
     assert notes[0].startswith(f"waiting: {found} is being written by process")
+    assert notes[1:] == [f"tokens: found {found.name}"]
+
+
+MAKES = """
+import sys, time
+from pathlib import Path
+from rayalign.manifest import commit
+from rayalign.pipeline.artifacts import Artifacts
+
+root, building, go = map(Path, sys.argv[1:])
+
+def build(directory):
+    building.touch()
+    end = time.monotonic() + 60
+    while not go.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    (directory / "result.txt").write_text("the first job's")
+    commit(directory, {})
+
+Artifacts(root=root).stage("tokens", {"store": "abc", "temperature": 1.0}, build)
+"""
+
+
+def test_two_jobs_that_want_one_stage_share_it(tmp_path: Path) -> None:
+    root, building, go = tmp_path / "artifacts", tmp_path / "building", tmp_path / "go"
+    with subprocess.Popen([sys.executable, "-c", MAKES, str(root), str(building), str(go)]) as first:
+        end = time.monotonic() + 60
+        while not building.exists() and time.monotonic() < end and first.poll() is None:
+            time.sleep(0.01)
+        notes: list[str] = []
+
+        def note(line: str) -> None:
+            notes.append(line)
+            go.touch()
+
+        second = Artifacts(root=root, note=note)
+        found = second.stage("tokens", INPUTS, lambda directory: pytest.fail("made twice"))
+    assert first.returncode == 0
+    assert (found / "result.txt").read_text() == "the first job's"
+    assert notes[0].startswith(f"waiting: {found} is being written by process {first.pid} on ")
     assert notes[1:] == [f"tokens: found {found.name}"]
 
 

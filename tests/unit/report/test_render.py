@@ -145,6 +145,21 @@ def test_undone_cells_and_levels_not_reached_are_shown(page: Page) -> None:
     assert "Recipes were adjusted on seed 0 only" in page.text
 
 
+def test_a_cell_that_the_budget_stopped_is_shown_with_its_numbers_and_where_it_was(tmp_path: Path) -> None:
+    whole = make_comparison(num_prompts=6)
+    stopped = whole.cells[0].model_copy(
+        update={"status": "stopped", "reason": "stopped at step 40 of 100: budget", "entry": ""}
+    )
+    folder = render(whole.model_copy(update={"cells": (stopped, *whole.cells[1:])}), tmp_path).parent
+    page = Page((folder / "report.html").read_text())
+    assert f"{stopped.label} (stopped)" in " ".join(page.text.split())
+    assert "stopped at step 40 of 100: budget" in page.text
+    assert "stopped: stopped at step 40 of 100: budget" in (folder / "report.md").read_text()
+    found = json.loads((folder / "results.json").read_text())
+    assert [cell["status"] for cell in found["cells"] if cell["id"] == stopped.id] == ["stopped"]
+    assert [point for point in found["points"] if point["cell"] == stopped.id]
+
+
 def test_tables_can_be_sorted(folder: Path) -> None:
     html = (folder / "report.html").read_text()
     tables = re.findall(r'<table class="sortable">.*?</table>', html, flags=re.DOTALL)

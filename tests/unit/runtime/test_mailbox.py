@@ -62,3 +62,13 @@ def test_a_removed_mailbox_ends_the_workers(mailbox: Mailbox) -> None:
     jobs = mailbox.jobs()
     shutil.rmtree(mailbox.folder)
     assert list(jobs) == []
+
+
+def test_a_job_that_was_stopped_says_how_far_it_is(mailbox: Mailbox) -> None:
+    number = mailbox.post(job("a"))
+    assert not mailbox.stop_is_asked()
+    mailbox.ask_to_stop()
+    assert mailbox.stop_is_asked() and mailbox.answered(number) is None
+    mailbox.stopped(number, "stopped after step 3 of 9")
+    with pytest.raises(Stopped, match="stopped after step 3 of 9"):
+        mailbox.answered(number)
