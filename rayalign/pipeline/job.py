@@ -38,6 +38,7 @@ from rayalign.pipeline.model import (
 from rayalign.pipeline.rollouts import (
     actor_share,
     draws_rounds,
+    fewest_workers,
     num_actors,
     num_workers,
     preparation,
@@ -45,7 +46,7 @@ from rayalign.pipeline.rollouts import (
 )
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
-from rayalign.runtime.placement import Share, host, share
+from rayalign.runtime.placement import Share, elastic_share, host
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
@@ -58,8 +59,8 @@ NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "reso
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
     session = stages.session
-    workers = num_workers(run, session)
-    each = share(session, processes, workers=workers)
+    workers, fewest = num_workers(run, session), fewest_workers(run)
+    each = elastic_share(session, processes - workers, fewest=fewest or workers, most=workers)
     method = method_of(run)
     main = main_stream(run, method, stages, directory / "rounds")
     steps = main.steps
@@ -96,6 +97,8 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
         rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
+        fewest=fewest,
+        beside=max(0, num_processes(run, session) - workers),
     )
 
 

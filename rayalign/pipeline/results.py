@@ -228,13 +228,13 @@ def text(value: Any) -> str:
 def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
     """What training used: every label that a step saw, each counted once."""
     ledgers = drawn_ledgers(job)
-    devices = job.workers * (1 if job.share.gpus else job.share.threads)
+    devices = 1 if job.share.gpus else job.share.threads
     return report.Cost(
         tokens_trained=rows[-1]["num_tokens"],
         tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
         labels_used=stored_labels(job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),
         scorer_calls=sum(ledger["scorer_calls"] for ledger in ledgers),
-        device_seconds=sum(row["seconds"] for row in rows) * devices,
+        device_seconds=sum(row["seconds"] * row.get("workers", job.workers) for row in rows) * devices,
     )
 
 

@@ -40,11 +40,16 @@ class TrainJob:
     held_out: SourceSpec | None
     strategy: StrategySpec
     workers: int
+    """Of an elastic run the most."""
     share: Share
     run: str
     """What progress calls this run."""
     rollouts: RolloutJob | None = None
     """How the driver draws the groups that this run trains on; None where all are stored."""
+    fewest: int | None = None
+    """Workers that an elastic run goes on with; None where it has always as many."""
+    beside: int = 0
+    """Processes that an elastic run leaves room for."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
 
