@@ -131,11 +131,11 @@ class Trainer:
         """Places that the job's rollout actors need and do not have so far."""
         return max(0, job.beside - (len(self.rollouts[1].actors) if self.rollouts else 0))
 
-    def why_stop(self, growth: Growth) -> str | None:
-        """Why the workers should end after their step, if they should."""
+    def why_stop(self, growth: Growth, begun: bool) -> str | None:
+        """Why the workers should end after their step, if they should; those that have not begun hold nothing yet."""
         if self.stop.asked:
             return "asked to stop: ends after this step; a second signal ends it at once"
-        return "makes way for more workers" if growth.is_due(taken=self.taken(growth.job)) else None
+        return "makes way for more workers" if begun and growth.is_due(taken=self.taken(growth.job)) else None
 
     def close(self) -> None:
         if self.group is not None:
@@ -204,12 +204,12 @@ class Group:
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
 
-    def train(self, job: TrainJob, why_stop: Callable[[], str | None]) -> Path:
+    def train(self, job: TrainJob, why_stop: Callable[[bool], str | None]) -> Path:
         """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
         number = self.mailbox.post(job)
         told = False
         while (final := self.mailbox.answered(number)) is None:
-            if not told and (reason := why_stop()):
+            if not told and (reason := why_stop(self.mailbox.is_taken(number))):
                 log.warning("%s: %s", job.run, reason)
                 self.mailbox.ask_to_stop()
                 told = True
