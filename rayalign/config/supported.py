@@ -12,7 +12,9 @@ def unsupported(run: RunConfig) -> list[str]:
     """One sentence per setting that cannot be run yet; empty for a run that can start."""
     record = run.method.record
     found = {
-        "elastic workers; write one number": isinstance(run.strategy.workers, tuple),
+        "elastic workers with strategy: deepspeed, whose checkpoints need as many workers; write one number": (
+            isinstance(run.strategy.workers, tuple) and run.strategy.name == "deepspeed"
+        ),
         f"model.lora with {record.name}; remove it to train all weights": (
             run.model.lora is not None and record.trains == "scalar"
         ),

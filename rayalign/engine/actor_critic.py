@@ -279,6 +279,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
         "step": run.step,
         "num_tokens": run.num_tokens,
         "step_tokens": 0,
+        "workers": run.strategy.world_size,
         "skipped_steps": run.skipped_steps + critic.skipped_steps,
         "seconds": time.perf_counter() - began,
     }

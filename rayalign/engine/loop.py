@@ -286,6 +286,7 @@ def advance(
         "learning_rate": rate,
         "num_tokens": run.num_tokens,
         "step_tokens": step_tokens,
+        "workers": run.strategy.world_size,
         **result.metrics,
         **{name: value for part in work for name, value in part.facts.items()},
         "padding_share": padding_share(work),

@@ -25,9 +25,10 @@ class Meter:
 
     tail: Tail
     devices: int
-    """GPUs, or CPU cores where there is none."""
+    """Of one worker: GPUs, or CPU cores where there is none."""
     seconds: dict[int, float] = field(default_factory=dict)
     """By step: one that is trained again after a restart counts once."""
+    device_seconds: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
 
     @classmethod
@@ -40,6 +41,7 @@ class Meter:
         for line in self.tail.lines():
             row = json.loads(line)
             self.seconds[row["step"]] = row["seconds"]
+            self.device_seconds[row["step"]] = row["seconds"] * row["workers"] * self.devices
             self.tokens = max(self.tokens, row["num_tokens"])
 
 
@@ -57,7 +59,7 @@ class Budget:
     """The limit that was reached first, with what was used then."""
 
     def add(self, directory: Path, devices: int) -> None:
-        """Count what the run in ``directory`` has used and uses, on so many devices."""
+        """Count what the run in ``directory`` has used and uses, on so many devices per worker."""
         if self.limits is not None:
             with self.lock:
                 self.meters.setdefault(directory, Meter.of(directory, devices))
@@ -80,7 +82,7 @@ class Budget:
         """By the names of the limits."""
         meters = self.meters.values()
         return {
-            "device_hours": sum(sum(meter.seconds.values()) * meter.devices for meter in meters) / HOUR,
+            "device_hours": sum(sum(meter.device_seconds.values()) for meter in meters) / HOUR,
             "seconds": sum(sum(meter.seconds.values()) for meter in meters),
             "tokens_trained": sum(meter.tokens for meter in meters),
         }

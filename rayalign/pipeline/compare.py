@@ -197,7 +197,7 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
         return None
     processes = num_processes(comparison.initial, stages.session)
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
-    ending.budget.add(job.spec.directory, job.workers * job.share.devices)
+    ending.budget.add(job.spec.directory, job.share.devices)
     with Trainer(stop=ending) as trainer:
         try:
             return str(run_job(comparison.initial, job, trainer, board))
@@ -214,7 +214,7 @@ def count(ready: Sequence[CellResult], budget: Budget) -> list[TrainJob]:
     """The jobs of what is ready; what they use is counted from here on."""
     jobs = [item.job for item in ready if item.job is not None]
     for job in jobs:
-        budget.add(job.spec.directory, job.workers * job.share.devices)
+        budget.add(job.spec.directory, job.share.devices)
     return jobs
 
 

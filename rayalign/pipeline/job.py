@@ -39,6 +39,7 @@ from rayalign.pipeline.model import (
 from rayalign.pipeline.rollouts import (
     actor_share,
     draws_rounds,
+    fewest_workers,
     num_actors,
     num_workers,
     preparation,
@@ -46,7 +47,7 @@ from rayalign.pipeline.rollouts import (
 )
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
-from rayalign.runtime.placement import Share, host, share
+from rayalign.runtime.placement import Share, elastic_share, host
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
@@ -62,8 +63,8 @@ NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "reso
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
     session, asked_before = stages.session, len(stages.artifacts.asked)
-    workers = num_workers(run, session)
-    each = share(session, processes, workers=workers)
+    workers, fewest = num_workers(run, session), fewest_workers(run)
+    each = elastic_share(session, processes - workers, fewest=fewest or workers, most=workers)
     method = method_of(run)
     main = main_stream(run, method, stages, directory / "rounds")
     steps = main.steps
@@ -106,6 +107,8 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         run=label,
         rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
         stages=tuple(dict.fromkeys(stages.artifacts.asked[asked_before:])),
+        fewest=fewest,
+        beside=max(0, num_processes(run, session) - workers),
     )
 
 

@@ -131,12 +131,17 @@ def draws_rounds(run: RunConfig) -> bool:
 
 
 def num_workers(run: RunConfig, session: Session) -> int:
-    """``strategy.workers``; auto is one per GPU, and one on CPUs."""
+    """``strategy.workers``, the most of an elastic run; auto is one per GPU, and one on CPUs."""
     if run.strategy.name == "single":
         return 1
     if run.strategy.workers == "auto":
         return max(1, int(session.num_gpus))
     return run.strategy.workers if isinstance(run.strategy.workers, int) else run.strategy.workers[1]
+
+
+def fewest_workers(run: RunConfig) -> int | None:
+    """The smaller of two numbers in ``strategy.workers``; None where there is one."""
+    return run.strategy.workers[0] if isinstance(run.strategy.workers, tuple) else None
 
 
 def actor_share(each: Share, options: EngineOptions) -> Share:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,22 @@ def share(session: Session, processes: int, *, workers: int = 1) -> Share:
         f"{processes} processes at the same time are more than {MOST_PER_CPU} for each of the cluster's "
         f"{sum(cpus):g} CPUs: lower strategy.workers, or add nodes"
     )
+
+
+def elastic_share(session: Session, others: int, *, fewest: int, most: int) -> Share:
+    """The share of each worker of a run that may have ``fewest`` to ``most``, and of each of ``others`` beside it.
+
+    Where the most do not find a core (or a GPU) each, a worker has one all the same, so that nodes which join bring
+    more workers; the fewest must find room.
+    """
+    if fewest == most:
+        return share(session, others + most, workers=most)
+    with contextlib.suppress(UserError):
+        roomy = share(session, others + most, workers=most)
+        if roomy.cpus >= 1 or roomy.gpus == 1:
+            return roomy
+    least = share(session, others + fewest, workers=max(2, fewest))
+    return least if least.gpus else replace(least, cpus=min(1.0, least.cpus), threads=1)
 
 
 def gpu_share(nodes: Sequence[Node], processes: int, workers: int) -> Share:

@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -30,6 +31,7 @@ from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_V
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
 from rayalign.errors import Stopped, UserError, first_line
+from rayalign.runtime.elastic import Growth, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
@@ -105,18 +107,46 @@ class Trainer:
 
     def attempt(self, job: TrainJob) -> Path:
         """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
-        if self.stop.asked:
-            raise Stopped("stopped at its newest checkpoint")
-        if self.group is None or self.group.shape != Shape.of(job):
+        while True:
+            if self.stop.asked:
+                raise Stopped("stopped at its newest checkpoint")
+            sized = self.sized(job)
+            if self.group is None or self.group.shape != Shape.of(sized):
+                self.close()
+                self.group = Group.start(sized, self.max_failures)
+            growth = Growth(job=job, workers=sized.workers)
+            try:
+                return self.group.train(sized, partial(self.why_stop, growth))
+            except Stopped:
+                self.close()
+                if self.stop.asked:
+                    raise
+            except BaseException:
+                self.places = self.group.mailbox.places()
+                self.group.abandon()
+                self.group = None
+                raise
+
+    def sized(self, job: TrainJob) -> TrainJob:
+        """The job with the number of workers that it has now: those that are there, or as many as find room."""
+        if job.fewest is None:
+            return job
+        if self.group is not None:
+            kept = replace(job, workers=self.group.shape.workers)
+            if job.fewest <= kept.workers <= job.workers and self.group.shape == Shape.of(kept):
+                return kept
             self.close()
-            self.group = Group.start(job, self.max_failures)
-        try:
-            return self.group.train(job, self.stop)
-        except BaseException:
-            self.places = self.group.mailbox.places()
-            self.group.abandon()
-            self.group = None
-            raise
+        return replace(job, workers=wait_for_workers(job, taken=self.taken(job)))
+
+    def taken(self, job: TrainJob) -> int:
+        """Places that the job's rollout actors need and do not have so far."""
+        return max(0, job.beside - (len(self.rollouts[1].actors) if self.rollouts else 0))
+
+    def why_stop(self, growth: Growth, begun: bool) -> str | None:
+        """Why the workers should end after their step, if they should; those that have not begun hold nothing yet."""
+        if self.stop.asked:
+            return "asked to stop: ends after this step; a second signal ends it at once"
+        return "makes way for more workers" if begun and growth.is_due(taken=self.taken(growth.job)) else None
 
     def close(self) -> None:
         if self.group is not None:
@@ -188,13 +218,13 @@ class Group:
         )
         return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
 
-    def train(self, job: TrainJob, stop: Stop) -> Path:
+    def train(self, job: TrainJob, why_stop: Callable[[bool], str | None]) -> Path:
         """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
         number = self.mailbox.post(job)
         told = False
         while (final := self.mailbox.answered(number)) is None:
-            if stop.asked and not told:
-                log.warning("%s: asked to stop: ends after this step; a second signal ends it at once", job.run)
+            if not told and (reason := why_stop(self.mailbox.is_taken(number))):
+                log.warning("%s: %s", job.run, reason)
                 self.mailbox.ask_to_stop()
                 told = True
             if told and not self.mailbox.is_taken(number):

@@ -42,6 +42,7 @@ class TrainJob:
     held_out: SourceSpec | None
     strategy: StrategySpec
     workers: int
+    """Of an elastic run the most."""
     share: Share
     run: str
     """What progress calls this run."""
@@ -49,6 +50,10 @@ class TrainJob:
     """How the driver draws the groups that this run trains on; None where all are stored."""
     stages: tuple[Path, ...] = ()
     """The folders of all stages that the run asked for."""
+    fewest: int | None = None
+    """Workers that an elastic run goes on with; None where it has always as many."""
+    beside: int = 0
+    """Processes that an elastic run leaves room for."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
     timeout_seconds: float = 600.0

@@ -40,7 +40,10 @@ RUN = RunConfig.model_validate(
 def write_rows(directory: Path, *rows: tuple[int, float, int]) -> None:
     """Rows of (step, seconds, tokens so far)."""
     directory.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"step": step, "seconds": seconds, "num_tokens": tokens}) for step, seconds, tokens in rows]
+    lines = [
+        json.dumps({"step": step, "seconds": seconds, "num_tokens": tokens, "workers": 1})
+        for step, seconds, tokens in rows
+    ]
     with (directory / "metrics.jsonl").open("a") as file:
         file.writelines(line + "\n" for line in lines)
 

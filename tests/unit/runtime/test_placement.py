@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayalign.errors import UserError
-from rayalign.runtime.placement import Share, guest, host, share
+from rayalign.runtime.elastic import fitting
+from rayalign.runtime.placement import Share, elastic_share, guest, host, share
 from rayalign.runtime.session import Node, Session
 
 
@@ -49,6 +50,36 @@ def places(session: Session, each: Share) -> int:
 )
 def test_shares(nodes: list[tuple[float, float]], processes: int, expected: Share) -> None:
     assert share(cluster(*nodes), processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "others", "fewest", "most", "expected"),
+    [
+        ([(4, 0)], 0, 2, 2, Share(cpus=2, gpus=0, threads=2)),  # one number
+        ([(4, 0)], 0, 1, 2, Share(cpus=2, gpus=0, threads=2)),  # the most have room
+        ([(2, 0)], 0, 1, 4, Share(cpus=1, gpus=0, threads=1)),  # two now; more when nodes join
+        ([(1, 0)], 0, 1, 2, Share(cpus=1, gpus=0, threads=1)),
+        ([(1, 0)], 1, 1, 2, Share(cpus=0.5, gpus=0, threads=1)),  # an actor beside the one worker
+        ([(16, 2)], 0, 1, 4, Share(cpus=8, gpus=1, threads=8)),
+        ([(16, 8)], 0, 1, 4, Share(cpus=2, gpus=1, threads=2)),
+    ],
+)
+def test_elastic_workers_have_a_device_each_where_they_can(
+    nodes: list[tuple[float, float]], others: int, fewest: int, most: int, expected: Share
+) -> None:
+    assert elastic_share(cluster(*nodes), others, fewest=fewest, most=most) == expected
+
+
+def test_workers_never_share_a_gpu_with_an_actor_that_has_none() -> None:
+    with pytest.raises(UserError, match="2 processes need a GPU each, the cluster has 1"):
+        elastic_share(cluster((8, 1)), 1, fewest=1, most=2)
+
+
+def test_what_fits_is_bounded_by_the_scarcest() -> None:
+    free = {"CPU": 3.0, "GPU": 2.0}
+    assert fitting(Share(cpus=0.6, gpus=0, threads=1), free) == 5
+    assert fitting(Share(cpus=1, gpus=1, threads=1), free) == 2
+    assert fitting(Share(cpus=1, gpus=1, threads=1), {"CPU": 4.0}) == 0
 
 
 @given(
