@@ -29,7 +29,7 @@ from rayalign.pipeline.export import alpaca_eval, trl_pairs
 CONFIGURATION = {
     "name": "mine",
     "model": {"name": "Qwen/Qwen2.5-0.5B"},
-    "data": {"train": [{"path": "/home/someone/secret place/pairs.jsonl"}, {"path": "trl-lib/lib", "split": "train"}]},
+    "data": {"train": [{"path": "/mnt/someone/secret place/pairs.jsonl"}, {"path": "trl-lib/lib", "split": "train"}]},
     "method": {"name": "dpo", "beta": 0.1, "logit_temperature": 1.0},
     "scorer": {"api_key": "sk-planted"},
 }
