@@ -23,6 +23,7 @@ from rayalign.pipeline.model import same_source
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.train import filter_of, stores_of
 from rayalign.report import points as report
+from rayalign.report.trials import Cost, Tuning
 from rayalign.runtime.worker import TrainJob
 from rayalign.sources.off_policy import drawn_rows
 from rayalign.sources.streams import MixedStream, RoundStream, StoredStream
@@ -74,7 +75,7 @@ def comparison_record(
     baseline: Points | None,
     results: Sequence[CellResult],
     *,
-    tuning: Sequence[report.Tuning] = (),
+    tuning: Sequence[Tuning] = (),
     started: datetime.datetime,
     command: Sequence[str],
 ) -> report.Comparison:
@@ -200,7 +201,7 @@ def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.Cell:
         status=cell_status(result),
         reason=result.failure or result.stopped,
         config_changes=changes(base, result.run),
-        cost=cost(result.job, rows) if result.job is not None and rows else report.Cost(),
+        cost=cost(result.job, rows) if result.job is not None and rows else Cost(),
         filter=filter_record(result.job),
         points=tuple(point for points in result.points for point in points),
         metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
@@ -241,10 +242,10 @@ def text(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> report.Cost:
+def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> Cost:
     """What training used: every label that a step saw, each counted once."""
     ledgers = drawn_ledgers(job)
-    return report.Cost(
+    return Cost(
         tokens_trained=rows[-1]["num_tokens"],
         tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
         labels_used=stored_labels(job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),

@@ -28,7 +28,7 @@ from rayalign.pipeline.evaluate import (
 from rayalign.pipeline.job import evaluation_steps
 from rayalign.pipeline.results import CellResult, cost, text
 from rayalign.pipeline.stages import Stages
-from rayalign.report import points as report
+from rayalign.report import trials
 from rayalign.report.points import EvaluationPoint, Samples, as_array
 from rayalign.report.split import half_of
 from rayalign.report.statistics import prompt_means
@@ -56,7 +56,7 @@ class Outcome:
 
     tuning: Tuning
     picked: Trial | None
-    record: report.Tuning
+    record: trials.Tuning
 
     def settle(self, cell: Cell) -> Cell:
         """The cell with what was picked; as it is where there was nothing to try.
@@ -187,14 +187,14 @@ def mean(samples: Samples) -> float:
 
 def pick(tuning: Tuning, measures: Sequence[Sequence[Measure]], config: TuneConfig, spec: EvaluationSpec) -> Outcome:
     """The trial of the highest mean score, of equal ones the first, among those that did not fail nor drift too far."""
-    trials = [record_of(trial, found, config) for trial, found in zip(tuning.trials, measures, strict=True)]
-    eligible = [index for index, trial in enumerate(trials) if trial.status == "done" and not trial.reason]
-    best = max(eligible, key=lambda index: (score_of(trials[index]), -index), default=None)
+    records = [record_of(trial, found, config) for trial, found in zip(tuning.trials, measures, strict=True)]
+    eligible = [index for index, trial in enumerate(records) if trial.status == "done" and not trial.reason]
+    best = max(eligible, key=lambda index: (score_of(records[index]), -index), default=None)
     ((prompt_set, prompts),) = spec.prompt_sets.items()
     return Outcome(
         tuning=tuning,
         picked=None if best is None else tuning.trials[best],
-        record=report.Tuning(
+        record=trials.Tuning(
             label=tuning.label,
             cells=tuning.cells,
             asked=tuning.asked,
@@ -203,22 +203,22 @@ def pick(tuning: Tuning, measures: Sequence[Sequence[Measure]], config: TuneConf
             prompt_set=prompt_set,
             num_prompts=len(prompts),
             max_kl=config.max_kl,
-            trials=tuple(trials),
+            trials=tuple(records),
             picked=best,
-            left_out=tuple(report.LeftOut(what=left.what, reason=left.reason) for left in tuning.left_out),
+            left_out=tuple(trials.LeftOut(what=left.what, reason=left.reason) for left in tuning.left_out),
         ),
     )
 
 
-def score_of(trial: report.Trial) -> float:
+def score_of(trial: trials.Trial) -> float:
     return -math.inf if trial.score is None else trial.score
 
 
-def record_of(trial: Trial, found: Sequence[Measure], config: TuneConfig) -> report.Trial:
+def record_of(trial: Trial, found: Sequence[Measure], config: TuneConfig) -> trials.Trial:
     """A trial fails with any of its runs; one that drifts too far has numbers, and a reason against it."""
     costs = [cost_of(measure.trained) for measure in found]
     values = {key: text(value) for key, value in trial.values.items()}
-    used = report.Cost(
+    used = trials.Cost(
         tokens_trained=sum(one.tokens_trained for one in costs),
         tokens_generated=sum(one.tokens_generated for one in costs),
         labels_used=sum(one.labels_used for one in costs),
@@ -227,12 +227,12 @@ def record_of(trial: Trial, found: Sequence[Measure], config: TuneConfig) -> rep
     )
     failures = [measure.failure for measure in found if measure.failure]
     if failures:
-        return report.Trial(label=trial.label, values=values, status="failed", reason=failures[0], cost=used)
+        return trials.Trial(label=trial.label, values=values, status="failed", reason=failures[0], cost=used)
     score, kl = fmean(measure.score for measure in found), fmean(measure.kl for measure in found)
     reason = ""
     if config.max_kl is not None and not kl <= config.max_kl:
         reason = f"its KL of {kl:.3g} nats per reply is above tune.max_kl {config.max_kl:g}"
-    return report.Trial(
+    return trials.Trial(
         label=trial.label,
         values=values,
         status="done",
@@ -244,11 +244,11 @@ def record_of(trial: Trial, found: Sequence[Measure], config: TuneConfig) -> rep
     )
 
 
-def cost_of(trained: CellResult) -> report.Cost:
+def cost_of(trained: CellResult) -> trials.Cost:
     if trained.job is None or not (trained.job.spec.directory / "metrics.jsonl").exists():
-        return report.Cost()
+        return trials.Cost()
     rows = read_metrics(trained.job.spec.directory / "metrics.jsonl")
-    return cost(trained.job, rows) if rows else report.Cost()
+    return cost(trained.job, rows) if rows else trials.Cost()
 
 
 def settle(

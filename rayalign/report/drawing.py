@@ -134,6 +134,7 @@ def draw(
 def in_words(series: Sequence[Series]) -> str:
     """Where every line ends, for who does not see it."""
     ends = [f"{line.label} ends at {_mean(line.x[-1]):.3g}, {_mean(line.y[-1]):.3g}" for line in series]
+    ends = [end.replace("nan", "no value") for end in ends]
     return f"{len(series)} lines, as x, y. {'; '.join(ends)}." if ends else "No lines."
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rayalign.report.points import Cell, Cost, Filter
+from rayalign.report.points import Cell, Filter
+from rayalign.report.trials import Cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,10 @@ from statistics import fmean
 
 from rayalign.report.drawing import PALETTE, Series, Style, Yardstick, draw
 from rayalign.report.entries import Entry
-from rayalign.report.points import REFERENCE, Comparison, Cost, Measure
+from rayalign.report.points import REFERENCE, Comparison, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
+from rayalign.report.trials import Cost
 
 MARKERS = tuple(zip("os^DvPX*ph<>", "●■▲◆▼✚✖★⬟⬢◀▶", strict=True))
 """(matplotlib, text)."""
@@ -109,7 +110,7 @@ def _frontier(comparison: Comparison, summary: Summary, reference: PointSummary,
 
 def cost_axes(summary: Summary) -> list[CostAxis]:
     """Those along which anything was spent."""
-    return [axis for axis in COST_AXES if any(axis.amount(entry.cost) for entry in summary.entries)]
+    return [axis for axis in COST_AXES if any(axis.amount(entry.cost) for entry in summary.entries if entry.measured)]
 
 
 def _against_cost(

@@ -9,15 +9,14 @@ from rayalign.errors import UserError
 from rayalign.report.points import (
     Cell,
     Comparison,
-    LeftOut,
     Part,
     Provenance,
     ReportText,
-    Tuning,
     load,
     save,
 )
 from rayalign.report.render import render
+from rayalign.report.trials import LeftOut, Tuning
 
 Alike = Callable[[Comparison], object]
 MEASURED: Mapping[str, Alike] = {

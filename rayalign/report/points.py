@@ -18,9 +18,10 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rayalign.errors import UserError
+from rayalign.report.trials import Cost, LeftOut, Record, Tuning
 
 FILE_NAME = "comparison.json"
 REFERENCE = "reference"
@@ -43,10 +44,6 @@ Samples = Annotated[tuple[tuple[float | None, ...], ...], Field(min_length=1), A
 def as_array(samples: Samples) -> NDArray[np.float64]:
     """``samples`` as float64 [P, S]; missing values are NaN."""
     return np.array(samples, dtype=np.float64)
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Measure(Record):
@@ -152,17 +149,6 @@ class ConfigChange(Record):
     value: str
 
 
-class Cost(Record):
-    """What a cell used from its first step to its last; evaluation is not counted."""
-
-    tokens_trained: int = 0
-    tokens_generated: int = 0
-    labels_used: int = 0
-    scorer_calls: int = 0
-    device_seconds: float | None = None
-    """Seconds of wall time times devices (CPU cores where there is no accelerator)."""
-
-
 class Filter(Record):
     """What a filter left of the stored data that a cell trained on."""
 
@@ -205,63 +191,6 @@ class Cell(Record):
     def _reason_is_given(self) -> Self:
         if self.status != "done" and not self.reason:
             raise ValueError(f"cell {self.id!r} is {self.status}: say why in `reason`")
-        return self
-
-
-class LeftOut(Record):
-    """A setting, or a combination of values, that a configuration could not try."""
-
-    what: str
-    reason: str
-
-
-class Trial(Record):
-    """One combination of settings, trained before the comparison with seeds of its own."""
-
-    label: str
-    values: Mapping[str, str]
-    """Setting -> value, as YAML writes it."""
-    status: Literal["done", "failed"]
-    reason: str = ""
-    """Why it failed, or could not be picked although it did not."""
-    step: int | None = None
-    """The last evaluated one, where it was measured."""
-    score: float | None = None
-    """Mean over the prompts of the select half and the tuning seeds."""
-    kl: float | None = None
-    """The same of the KL, nats per reply."""
-    cost: Cost = Cost()
-    """Of all its runs."""
-
-
-class Tuning(Record):
-    """The trials of one configuration: of cells that differ in their seed only."""
-
-    label: str
-    cells: tuple[str, ...]
-    """Ids of the cells that were trained with what was picked."""
-    asked: int
-    """Trials that were asked for; there may be fewer combinations."""
-    seeds: tuple[int, ...]
-    scorer: str
-    prompt_set: str
-    num_prompts: int
-    """Of the select half."""
-    max_kl: float | None = None
-    trials: tuple[Trial, ...] = ()
-    """Empty: untuned."""
-    picked: int | None = None
-    """Its place in ``trials``."""
-    left_out: tuple[LeftOut, ...] = ()
-
-    @property
-    def choice(self) -> Trial | None:
-        return None if self.picked is None else self.trials[self.picked]
-
-    @model_validator(mode="after")
-    def _picked_is_a_trial(self) -> Self:
-        if self.picked is not None and not 0 <= self.picked < len(self.trials):
-            raise ValueError(f"tuning of {self.label!r}: picked {self.picked} of {len(self.trials)} trials")
         return self
 
 

@@ -14,10 +14,11 @@ from rayalign.report import drawing, figures, formatting
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
 from rayalign.report.matrix import by_pair
-from rayalign.report.points import BASELINE, REFERENCE, Comparison, Tuning, write_text
+from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
 from rayalign.report.results import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
+from rayalign.report.trials import Tuning
 
 FOLDER = "report"
 FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")

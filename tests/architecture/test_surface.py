@@ -29,8 +29,8 @@ COMMANDS = [
     "report",
     "status",
     "doctor",
-    "export",
     "artifacts",
+    "export",
 ]
 EXPORTS = ["alpaca_eval", "trl_pairs", "model_card"]
 

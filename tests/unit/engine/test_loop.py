@@ -37,8 +37,9 @@ from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import OPTIMIZER, Best, IncompatibleCheckpoint, step_of
 from rayalign.engine.disk import DiskFull
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
-from rayalign.engine.loop import TrainSpec, train
+from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
+from rayalign.engine.run import TrainSpec
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy

@@ -29,7 +29,7 @@ from rayalign.pipeline.export import alpaca_eval, trl_pairs
 CONFIGURATION = {
     "name": "mine",
     "model": {"name": "Qwen/Qwen2.5-0.5B"},
-    "data": {"train": [{"path": "/mnt/someone/secret place/pairs.jsonl"}, {"path": "trl-lib/lib", "split": "train"}]},
+    "data": {"train": [{"path": "/srv/someone/secret place/pairs.jsonl"}, {"path": "trl-lib/lib", "split": "train"}]},
     "method": {"name": "dpo", "beta": 0.1, "logit_temperature": 1.0},
     "scorer": {"api_key": "sk-planted"},
 }
@@ -227,7 +227,7 @@ def test_a_card_has_front_matter_figures_and_no_secrets(tmp_path: Path) -> None:
     assert metrics["win rate against the reference under oracle"] == 0.875
     assert "| oracle | 1.50 | [1.50, 1.50] | 0.500 |" in body and "2 prompts × 2 samples" in body
     for text in (body, json.dumps(front)):
-        assert "sk-planted" not in text and "secret place" not in text and "/home" not in text
+        assert "sk-planted" not in text and "secret place" not in text and "/srv" not in text
     assert "# mine \\| &lt;b&gt;" in body and "pairs.jsonl" in body and "(redacted)" in body
     assert "another seed" in body and "1,200 rows read, 3 bad" in body and "beta: 0.1" in body
 

@@ -39,6 +39,7 @@ def test_there_is_a_frontier_per_scorer_and_a_curve_per_metric(drawings: dict[st
     assert list(drawings) == [
         "frontier-oracle",
         "frontier-audit2",
+        *(f"cost-{axis}-{scorer}" for axis in ("tokens", "supervision", "seconds") for scorer in ("oracle", "audit2")),
         "length",
         "curve-loss",
         "curve-rewards-accuracies",

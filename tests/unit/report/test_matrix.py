@@ -23,13 +23,13 @@ def table(given: dict[str, Any]) -> Any:
 
 def test_a_share_is_that_of_all_pairings_of_a_prompt() -> None:
     """Scores (1, 3) against (2, 2): of four pairings two are won; (1, 1) against (1, 0): one won, one tied, twice."""
-    given = few_cells(num_prompts=2)
+    given = few_cells(num_prompts=3)
     first, second = given["cells"][:2]
-    first["points"][2]["scores"]["oracle"] = [[1.0, 3.0], [1.0, 1.0]]
-    second["points"][2]["scores"]["oracle"] = [[2.0, 2.0], [1.0, 0.0]]
+    first["points"][2]["scores"]["oracle"] = [[1.0, 3.0], [1.0, 1.0], [1.0, 1.0]]
+    second["points"][2]["scores"]["oracle"] = [[2.0, 2.0], [1.0, 0.0], [1.0, 1.0]]
     found = table(given)
     wins = found[first["id"], second["id"], "oracle"].wins
-    assert (wins.mean, wins.n) == (pytest.approx((0.5 + 0.75) / 2), 2)
+    assert (wins.mean, wins.n) == (pytest.approx((0.5 + 0.75 + 0.5) / 3), 3)
     lost = found[second["id"], first["id"], "oracle"].wins
     assert lost.mean == pytest.approx(1 - wins.mean)
     assert (lost.low, lost.high) == (pytest.approx(1 - wins.high), pytest.approx(1 - wins.low))

@@ -66,6 +66,11 @@ def test_all_files_are_there_and_nothing_else(folder: Path) -> None:
         "results.json",
         "frontier-oracle.svg",
         "frontier-audit2.svg",
+        *(
+            f"cost-{axis}-{scorer}.svg"
+            for axis in ("tokens", "supervision", "seconds")
+            for scorer in ("oracle", "audit2")
+        ),
         "length.svg",
         "curve-loss.svg",
         "curve-rewards-accuracies.svg",
@@ -222,7 +227,7 @@ def test_markdown_tables_are_rectangular(folder: Path) -> None:
             widths.setdefault(block, set()).add(line.count("|"))
         else:
             block += 1
-    assert len(widths) == 7
+    assert len(widths) == 9  # two of everybody against everybody
     assert all(len(found) == 1 for found in widths.values())
 
 

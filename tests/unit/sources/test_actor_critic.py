@@ -19,10 +19,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import OPTIMIZER, step_of
-from rayalign.engine.loop import CriticSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.run import CriticSpec
 from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import Stopped
@@ -280,6 +280,7 @@ def test_passes_after_the_one_that_moved_too_far_are_skipped_and_counted(stopped
                     "step": 6 * number + inside + 1,
                     "num_tokens": found[6 * number + inside - 1]["num_tokens"],
                     "step_tokens": 0,
+                    "workers": 1,
                     "skipped_steps": skipped,
                 }
             else:
