@@ -23,10 +23,10 @@ from examples.lab.in_process import Alone
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.loop import TrainSpec
 from rayalign.engine.model import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.run import TrainSpec
 from rayalign.engine.strategy import make_strategy
 from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve

@@ -21,10 +21,11 @@ from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.loop import TrainSpec, train
+from rayalign.engine.loop import train
 from rayalign.engine.model import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.run import TrainSpec
 from rayalign.engine.strategy import make_strategy
 from rayalign.methods import resolve
 from rayalign.pipeline.model import CPU_ROW_TOKENS

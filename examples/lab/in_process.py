@@ -26,9 +26,10 @@ from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.engine import actor_critic
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.loop import TrainSpec, train
+from rayalign.engine.loop import train
 from rayalign.engine.model import ModelSpec, load_tokenizer
 from rayalign.engine.objective import MAIN_STREAM
+from rayalign.engine.run import TrainSpec
 from rayalign.engine.strategy import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt

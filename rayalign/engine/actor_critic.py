@@ -28,24 +28,14 @@ from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Checkpoint
 from rayalign.engine.disk import save_object
 from rayalign.engine.forward import root_module
-from rayalign.engine.loop import (
-    CriticSpec,
-    MakeSource,
-    Run,
-    TrainSpec,
-    advance,
-    begin,
-    checkpoint_is_due,
-    export,
-    offer_weights,
-    open_sinks,
-    save,
-)
+from rayalign.engine.loop import advance, begin, checkpoint_is_due, export, open_sinks, save
 from rayalign.engine.model import load_policy, save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.optimizer_state import WHOLE
 from rayalign.engine.parity import choose_layout
+from rayalign.engine.run import CriticSpec, MakeSource, Run, TrainSpec
+from rayalign.engine.sending import offer_weights
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy

@@ -13,9 +13,9 @@ from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import Best
-from rayalign.engine.loop import CriticSpec, TrainSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.run import CriticSpec, TrainSpec
 from rayalign.engine.strategy import StrategySpec
 from rayalign.engine.zero_config import zero_config
 from rayalign.errors import UserError

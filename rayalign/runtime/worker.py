@@ -20,7 +20,8 @@ from ray.train.torch import get_device
 
 from rayalign.data.rows import Layout
 from rayalign.engine import actor_critic
-from rayalign.engine.loop import MakeSource, TrainSpec, train
+from rayalign.engine.loop import train
+from rayalign.engine.run import MakeSource, TrainSpec
 from rayalign.engine.strategy import Strategy, StrategySpec, make_strategy
 from rayalign.runtime.placement import Share
 from rayalign.runtime.progress import logging_to

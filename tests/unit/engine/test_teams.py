@@ -26,10 +26,10 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from rayalign.engine.loop import TrainSpec
 from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_digest
+from rayalign.engine.run import TrainSpec
 from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.strategy import StrategySpec, make_strategy
 from rayalign.manifest import verify

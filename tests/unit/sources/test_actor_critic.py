@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import OPTIMIZER, step_of
-from rayalign.engine.loop import CriticSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.run import CriticSpec
 from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.step import NonFiniteStep
 from rayalign.manifest import read_manifest, verify

@@ -1,0 +1,87 @@
+"""What a worker is told of a run, and where it stands between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayalign.data.rows import Layout
+from rayalign.engine.checkpoint import Best, Checkpointer
+from rayalign.engine.model import ModelSpec
+from rayalign.engine.objective import Objective
+from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.source import GroupSource
+from rayalign.engine.step import Runner
+from rayalign.engine.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticSpec:
+    """The second model of a method that has a critic: what it starts from, and how it is optimized."""
+
+    model: ModelSpec
+    optimizer: OptimizerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """Everything one worker must know to train; plain values, so that it travels between processes."""
+
+    directory: Path
+    """``<storage_path>/<name>``: metrics.jsonl, checkpoints/, final/."""
+    model: ModelSpec
+    objectives: tuple[Objective, ...]
+    optimizer: OptimizerSpec
+    seed: int
+    identity: Mapping[str, Any]
+    """What this run is (digests of data, model and configuration): a checkpoint of another is refused."""
+    checkpoint_every: int
+    checkpoint_keep: int
+    checkpoint_at: tuple[int, ...] = ()
+    """Further steps whose checkpoint is written and kept until the run ends."""
+    checkpoint_best: Best | None = None
+    """By which metric one checkpoint is kept beside the newest."""
+    evaluate_at: tuple[int, ...] = ()
+    """Steps after which loss and metrics are measured on held-out groups."""
+    stop_ids: tuple[int, ...] = ()
+    track: tuple[str, ...] = ()
+    critic: CriticSpec | None = None
+    """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""
+    reference_in_place: bool = False
+    """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
+    check_initial_logratio: bool = False
+    """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite: end the run, or change nothing."""
+    max_skipped_in_a_row: int = 3
+
+
+MakeSource = Callable[[Layout, int], GroupSource]
+"""(layout that the model is proven to read, id of padding) → a source."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One worker's state between steps."""
+
+    spec: TrainSpec
+    strategy: Strategy
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    runner: Runner
+    optimizer: torch.optim.Optimizer
+    checkpointer: Checkpointer
+    step: int = 0
+    """Steps done."""
+    num_tokens: int = 0
+    skipped_steps: int = 0
+    """Of the whole run so far: their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """Metrics of the newest step that was not skipped; none before this process's first."""
