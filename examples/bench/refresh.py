@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayalign.engine.loop import num_bytes
 from rayalign.engine.model import weights_digest
+from rayalign.engine.sending import num_bytes
 from rayalign.engine.source import Weights
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool

@@ -28,7 +28,7 @@ from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Checkpoint
 from rayalign.engine.disk import save_object
 from rayalign.engine.forward import root_module
-from rayalign.engine.loop import advance, awaited, begin, checkpoint_is_due, export, offer_weights, refuse_stopped, save
+from rayalign.engine.loop import advance, awaited, begin, checkpoint_is_due, export, refuse_stopped, save
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model import load_policy, save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -36,6 +36,7 @@ from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.optimizer_state import WHOLE
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.run import CriticSpec, MakeSource, Run, TrainSpec
+from rayalign.engine.sending import offer_weights
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy

@@ -17,20 +17,20 @@ from typing import Any
 import torch
 import transformers
 
-from rayalign.engine.canary import canary_logps
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
 from rayalign.engine.disk import num_training_bytes, room_for
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.forward import root_module
-from rayalign.engine.lora import ADAPTER, merged, write_adapter
+from rayalign.engine.lora import ADAPTER
 from rayalign.engine.metrics import open_sinks
-from rayalign.engine.model import ModelSpec, compute_dtype, is_renamed, save_pretrained, state_digest
-from rayalign.engine.nonfinite import told, with_groups
+from rayalign.engine.model import ModelSpec, compute_dtype, save_pretrained
+from rayalign.engine.nonfinite import skipped
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.run import MakeSource, Run, TrainSpec
-from rayalign.engine.source import FollowsPolicy, GroupSource, State, StreamWork, Weights
+from rayalign.engine.sending import exportable, num_bytes, offer_weights
+from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy import Strategy
 from rayalign.errors import Stopped
@@ -165,19 +165,6 @@ def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
     return run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=run.spec.optimizer.max_grad_norm)
 
 
-def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
-    """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
-    run.skipped_steps += 1
-    run.skipped_in_a_row += 1
-    before, most = run.skipped_in_a_row - 1, run.spec.max_skipped_in_a_row
-    if run.spec.on_nonfinite == "stop" or before == most:
-        enough = f", after {most} that were skipped, which optim.max_skipped_in_a_row allows" if before else ""
-        last = NonFiniteStep(f"{error}{enough}", loss=error.loss, grad_norm=error.grad_norm, suspects=error.suspects)
-        raise with_groups(last, run.runner, work, step=run.step, directory=run.spec.directory) from error
-    log.warning("%s: skipped; %s on worker %d", error, told(error.suspects), run.strategy.rank)
-    return StepResult(loss=error.loss, grad_norm=error.grad_norm, metrics={})
-
-
 def advance(
     run: Run,
     source: GroupSource,
@@ -254,59 +241,6 @@ def refuse_stopped(run: Run, save: Callable[[], None]) -> None:
 def checkpoint_is_due(run: Run) -> bool:
     last = run.step == run.spec.optimizer.steps
     return last or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
-
-
-def offer_weights(run: Run, source: GroupSource) -> None:
-    """Export the policy for a source that draws from it now; every worker learns which weights they are."""
-    if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
-        return
-    began = time.perf_counter()
-    state, _ = exportable(run)
-    canary = canary_logps(
-        run.model,
-        layout=run.layout,
-        dtype=run.runner.compute_dtype,
-        policy=run.runner.module,
-        device=run.strategy.device,
-    )
-    weights = export_weights(run, source, state, canary, began) if run.strategy.rank == 0 else None
-    source.follow(run.strategy.broadcast(weights))
-
-
-def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[float, ...], began: float) -> Weights:
-    """Send the policy, write it where it must outlive this process, and say what was sent."""
-    renamed = is_renamed(run.model)
-    weights = Weights(
-        step=run.step,
-        attempt=run.checkpointer.attempt,
-        digest=state_digest(state),
-        directory=source.weights_folder(run.step, run.checkpointer.attempt, written=renamed),
-        canary=canary,
-        num_bytes=num_bytes(state),
-    )
-    if weights.directory is not None:
-        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids, state=state)
-        commit(weights.directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
-    if not renamed:
-        source.send(weights, state)
-    return replace(weights, seconds_sending=time.perf_counter() - began)
-
-
-def exportable(run: Run) -> tuple[State, Callable[[Path], None]]:
-    """The policy's whole state on rank 0, any adapter merged, and what writes that adapter into a model's folder.
-
-    All ranks call this alike.
-    """
-    state, spec = run.strategy.full_state(run.model), run.spec.model
-    if spec.lora is None or run.strategy.rank != 0:
-        return state, lambda directory: None
-    write = partial(write_adapter, spec.lora, run.model, state, base=spec.name)
-    return merged(run.model, state), lambda directory: write(directory / ADAPTER)
-
-
-def num_bytes(state: State) -> int:
-    """Of all tensors; those that are tied count once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
 
 
 def save(

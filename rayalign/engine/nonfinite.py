@@ -7,6 +7,7 @@ and, where the method's terms can be told apart, the loss of every group.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayalign.engine.run import Run
 from rayalign.engine.source import StreamWork
-from rayalign.engine.step import NonFiniteStep, Runner
+from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.manifest import write_durably
 from rayalign.methods._base import Term
 from rayalign.types import PackedBatch, Scored
 
+log = logging.getLogger(__name__)
+
 FOLDER = "nonfinite"
 NAMED_GROUPS = 8
 """How many groups an error names before it says how many more there are."""
+
+
+def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
+    """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
+    run.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    before, most = run.skipped_in_a_row - 1, run.spec.max_skipped_in_a_row
+    if run.spec.on_nonfinite == "stop" or before == most:
+        enough = f", after {most} that were skipped, which optim.max_skipped_in_a_row allows" if before else ""
+        last = NonFiniteStep(f"{error}{enough}", loss=error.loss, grad_norm=error.grad_norm, suspects=error.suspects)
+        raise with_groups(last, run.runner, work, step=run.step, directory=run.spec.directory) from error
+    log.warning("%s: skipped; %s on worker %d", error, told(error.suspects), run.strategy.rank)
+    return StepResult(loss=error.loss, grad_norm=error.grad_norm, metrics={})
 
 
 def with_groups(

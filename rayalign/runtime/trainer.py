@@ -28,6 +28,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 
+from rayalign.engine.disk import free_bytes, full_disk
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
 from rayalign.errors import Stopped, UserError, first_line
@@ -283,6 +284,11 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
         if isinstance(cause, PERMANENT):
             raise TrainingFailed(f"{job.spec.directory.name}: {cause}") from cause
     for rank, cause in causes.items():
+        if (full := full_disk(cause)) is not None:
+            raise TrainingFailed(
+                f"{job.spec.directory.name}: worker {rank} could not write ({full}); {job.spec.directory} has "
+                f"{free_bytes(job.spec.directory):,} bytes left. Free some space; the same command continues"
+            ) from cause
         if not is_lost(cause):
             raise TrainingFailed(
                 f"{job.spec.directory.name}: worker {rank} raised {type(cause).__name__}: {cause}\n{failure}"

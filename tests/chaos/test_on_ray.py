@@ -62,11 +62,11 @@ def compared(
 
 
 def test_the_newest_checkpoint_is_damaged_and_the_worker_dies(
-    alone: Path, workspace: Workspace, incidents: list[Incident]
+    alone: Path, workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
     done = rayalign("train", workspace.run("damaged", method=faulty("damage", "damaged", at=12)))
     assert done.code == 0, done.printed
-    assert "attempt 1 was lost after step 12 (worker 0 (process " in done.printed
+    assert "attempt 1 was lost after step 12 (worker 0 (process " in caplog.text
     assert "skipping a checkpoint that is not whole" in done.printed and "continues from step_000005" in done.printed
     compared(workspace, workspace.directory("damaged"), alone, incidents, "newest checkpoint damaged, worker killed")
 
@@ -86,19 +86,23 @@ def test_a_full_disk_ends_the_run_and_the_next_command_goes_on(
     compared(workspace, directory, alone, incidents, "disk full (largest file 20 kB)")
 
 
-def test_a_worker_that_hangs_is_given_up(workspace: Workspace, session: Session, incidents: list[Incident]) -> None:
+def test_a_worker_that_hangs_is_given_up(
+    workspace: Workspace, session: Session, incidents: list[Incident], caplog: pytest.LogCaptureFixture
+) -> None:
     """Stopped by SIGSTOP: alive for the operating system, and silent."""
     whole = rayalign("train", workspace.run("two", method=faulty(), **TWO))
     assert whole.code == 0, whole.printed
     done = rayalign("train", workspace.run("hanging", method=faulty("hang", "hanging", at=7, rank=1), **TWO))
     assert done.code == 0, done.printed
-    assert "attempt 1 was lost after step 7" in done.printed and "strategy.timeout_seconds" in done.printed
-    assert "worker 1 (process " in done.printed
+    assert "attempt 1 was lost after step 7" in caplog.text and "strategy.timeout_seconds" in caplog.text
+    assert "worker 1 (process " in caplog.text
     directory = workspace.directory("hanging")
     compared(workspace, directory, workspace.directory("two"), incidents, "worker stopped (SIGSTOP), 30 s time-out")
 
 
-def test_trainer_and_actor_die_in_a_refresh(workspace: Workspace, session: Session, incidents: list[Incident]) -> None:
+def test_trainer_and_actor_die_in_a_refresh(
+    workspace: Workspace, session: Session, incidents: list[Incident], caplog: pytest.LogCaptureFixture
+) -> None:
     """The trainer before it has sent round 2's weights; an actor when it has them in its engine, unchecked."""
     vowels, dying = ({"name": "rule", "function": f"replies:{name}"} for name in ("vowels", "dies_in_refresh"))
     whole = rayalign("train", workspace.run("drawn", method=faulty(), scorer=vowels, **ON_POLICY))
@@ -106,7 +110,7 @@ def test_trainer_and_actor_die_in_a_refresh(workspace: Workspace, session: Sessi
     disturbed = workspace.run("refreshed", method=faulty("refresh", "refreshed", at=4), scorer=dying, **ON_POLICY)
     done = rayalign("train", disturbed)
     assert done.code == 0, done.printed
-    assert (workspace.folder / "fault-actor").exists() and "attempt 1 was lost after step 4" in done.printed
+    assert (workspace.folder / "fault-actor").exists() and "attempt 1 was lost after step 4" in caplog.text
     fault = "trainer, and an actor, killed in a weight refresh"
     directory = workspace.directory("refreshed")
     compared(workspace, directory, workspace.directory("drawn"), incidents, fault, injected=2)

@@ -139,6 +139,12 @@ def test_kinds_of_loss(error: Exception, kind: str) -> None:
     assert loss_kind(error) == kind and kind in WHAT_TO_DO
 
 
+def test_a_disk_that_is_full_for_a_row_is_told_with_its_folder(attempts: list[Any]) -> None:
+    attempts += [worker_failure(r0=OSError(28, "No space left on device")), "final"]
+    with pytest.raises(TrainingFailed, match=r"worker 0 could not write \(No space .*\); runs/dpo-hh has [\d,]+ bytes"):
+        Trainer().fit(JOB)
+
+
 def test_a_message_wins_over_what_it_broke_elsewhere(attempts: list[Any]) -> None:
     """A worker that finds its folder removed by one whose disk was full is no bug."""
     attempts += [worker_failure(r0=FileNotFoundError("optimizer"), r1=DiskFull("no room")), "final"]

@@ -378,6 +378,22 @@ def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: 
     assert rows(run) == [] and not (tmp_path / "checkpoints").exists()
 
 
+def test_where_the_critic_is_not_finite_both_models_skip(tmp_path: Path, model: Path, file: Path) -> None:
+    run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
+    broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
+    with torch.no_grad():
+        broken.score.weight.fill_(float("inf"))
+    save_pretrained(broken, tokenizer, tmp_path / "broken")
+    critic = CriticSpec(
+        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optimizer=OptimizerSpec(lr=1e-3, steps=2)
+    )
+    with serving(run.job, InProcess(), run.notes.append):
+        train_with_critic(replace(run.spec(), critic=critic, on_nonfinite="skip"), run.scenario)
+    assert [row["skipped_steps"] for row in rows(run)] == [1, 2]
+    start, end = (load_file(path / "model.safetensors") for path in (model, tmp_path / "final"))
+    assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in start)
+
+
 def test_columns_name_the_values_that_they_were_made_with(tmp_path: Path, trained: OnPolicyRun) -> None:
     """Other values, other columns; the values themselves lie beside them, bit for bit."""
     path = trained.rounds()[0]
