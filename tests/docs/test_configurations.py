@@ -1,0 +1,121 @@
+"""Every YAML of the documentation is a configuration of this version, or a part of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pages import PAGES, REPOSITORY, Block, blocks, page_id
+
+from rayalign.config import Comparison, ConfigError, RunConfig, load_compare, load_run, unsupported
+from rayalign.data.formats import parse_row
+from rayalign.data.records import RawRow
+from rayalign.data.schema import Example
+
+RUN: dict[str, Any] = {"model": {"name": "model"}, "data": {"train": ["train.jsonl"]}, "method": {"name": "dpo"}}
+FRESH = {
+    **RUN,
+    "data_policy": {"name": "on_policy"},
+    "rollout": {"engine": "hf", "samples": 4},
+    "scorer": {"name": "rule", "function": "my:fn"},
+}
+SURROUNDINGS: tuple[dict[str, Any], ...] = (
+    RUN,
+    FRESH,
+    {**RUN, "model": {"name": "model", "lora": {}}},
+    {**FRESH, "method": {"name": "grpo"}},
+    {**FRESH, "method": {"name": "ppo"}},
+    {**FRESH, "method": {"name": "sft"}},
+)
+"""Runs that a fragment may be part of."""
+COMPARISON = {"base", "grid", "initial", "report"}
+WITH_YAML = [page for page in PAGES if any(block.language == "yaml" for block in blocks(page))]
+ROWS = REPOSITORY / "docs" / "how-to" / "data.md"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a page's files and the examples' modules lie."""
+    shutil.copytree(REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    shutil.copy(REPOSITORY / "examples" / "own_method" / "my_losses.py", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", WITH_YAML, ids=page_id)
+def test_configurations(page: Path, folder: Path) -> None:
+    found = blocks(page)
+    for block in found:
+        if "file" in block.marks:
+            (folder / block.marks["file"]).write_text(block.text, encoding="utf-8")
+    for block in found:
+        if block.language == "yaml":
+            check(block, folder)
+
+
+def check(block: Block, folder: Path) -> None:
+    document = yaml.compose(block.text, Loader=yaml.SafeLoader)
+    assert isinstance(document, yaml.MappingNode), f"{block}: no keys"
+    if "file" in block.marks:
+        load(folder / block.marks["file"])
+        return
+    for fragment in fragments(document):
+        problems = [problem for base in SURROUNDINGS if (problem := refused(base | fragment, folder))]
+        assert len(problems) < len(SURROUNDINGS), f"{block}: {min(problems, key=len)}"
+
+
+def fragments(document: yaml.MappingNode) -> Iterator[dict[str, Any]]:
+    """The whole block; where it names a key twice, its entries are alternatives."""
+    values = yaml.constructor.SafeConstructor()
+    entries = [(key.value, values.construct_object(value, deep=True)) for key, value in document.value]
+    if len(dict(entries)) == len(entries):
+        yield dict(entries)
+    else:
+        yield from ({key: value} for key, value in entries)
+
+
+def refused(data: dict[str, Any], folder: Path) -> str:
+    """Why this is no configuration; empty where it is one."""
+    if COMPARISON & data.keys():
+        run = {key: value for key, value in data.items() if key not in COMPARISON}
+        data = {"base": run, "grid": {"seed": [0]}, **{key: data[key] for key in data if key in COMPARISON}}
+    path = folder / "fragment.yaml"
+    path.write_text(yaml.safe_dump(data))
+    try:
+        load(path)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def load(path: Path) -> None:
+    loaded: Comparison | RunConfig = load_compare(path) if "grid" in yaml.safe_load(path.read_text()) else load_run(path)
+    runs = [loaded] if isinstance(loaded, RunConfig) else [loaded.initial, *(cell.run for cell in loaded.cells)]
+    assert [reason for run in runs if run is not None for reason in unsupported(run)] == []
+
+
+@pytest.mark.parametrize("block", [own for page in PAGES for own in blocks(page)], ids=str)
+def test_other_blocks_are_well_formed(block: Block) -> None:
+    if block.language == "python":
+        compile(block.text, str(block), "exec")
+    if block.language == "json":
+        json.loads(block.text)
+
+
+def test_every_format_has_a_row_that_is_read_as_it() -> None:
+    """``preference.jsonl`` on the page about data is of the format ``preference``."""
+    files = {block.marks["file"]: block for block in blocks(ROWS) if block.language == "jsonl" and "file" in block.marks}
+    found = {}
+    for name, block in files.items():
+        for number, line in enumerate(block.text.splitlines(), start=1):
+            example = parse_row(RawRow(value=json.loads(line), source=name, line=number))
+            if isinstance(example, Example):
+                found.setdefault(name.removesuffix(".jsonl"), set()).add(example.format)
+    from rayalign.data.formats import FORMATS
+
+    assert {name: formats for name, formats in found.items() if name in FORMATS} == {name: {name} for name in FORMATS}
