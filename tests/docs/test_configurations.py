@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pages import PAGES, REPOSITORY, Block, blocks, page_id
 
-from rayalign.config import Comparison, ConfigError, RunConfig, load_compare, load_run, unsupported
-from rayalign.data.formats import parse_row
+from rayalign.config import ConfigError, RunConfig, load_compare, load_run, unsupported
+from rayalign.data.formats import FORMATS, parse_row
 from rayalign.data.records import RawRow
 from rayalign.data.schema import Example
 
@@ -62,11 +62,11 @@ def check(block: Block, folder: Path) -> None:
     document = yaml.compose(block.text, Loader=yaml.SafeLoader)
     assert isinstance(document, yaml.MappingNode), f"{block}: no keys"
     if "file" in block.marks:
-        load(folder / block.marks["file"])
+        assert refused(folder / block.marks["file"]) == "", block
         return
     for fragment in fragments(document):
-        problems = [problem for base in SURROUNDINGS if (problem := refused(base | fragment, folder))]
-        assert len(problems) < len(SURROUNDINGS), f"{block}: {min(problems, key=len)}"
+        reasons = [refused(written(base | fragment, folder)) for base in SURROUNDINGS]
+        assert "" in reasons, f"{block}: {min(reasons, key=len)}"
 
 
 def fragments(document: yaml.MappingNode) -> Iterator[dict[str, Any]]:
@@ -79,24 +79,29 @@ def fragments(document: yaml.MappingNode) -> Iterator[dict[str, Any]]:
         yield from ({key: value} for key, value in entries)
 
 
-def refused(data: dict[str, Any], folder: Path) -> str:
-    """Why this is no configuration; empty where it is one."""
+def written(data: dict[str, Any], folder: Path) -> Path:
+    """The file of a run, or of a comparison where the fragment is a part of one."""
     if COMPARISON & data.keys():
         run = {key: value for key, value in data.items() if key not in COMPARISON}
         data = {"base": run, "grid": {"seed": [0]}, **{key: data[key] for key in data if key in COMPARISON}}
     path = folder / "fragment.yaml"
     path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def refused(path: Path) -> str:
+    """Why this file can not be started; empty where it can."""
     try:
-        load(path)
+        return "; ".join(reason for run in runs_of(path) for reason in unsupported(run))
     except ConfigError as error:
         return str(error)
-    return ""
 
 
-def load(path: Path) -> None:
-    loaded: Comparison | RunConfig = load_compare(path) if "grid" in yaml.safe_load(path.read_text()) else load_run(path)
-    runs = [loaded] if isinstance(loaded, RunConfig) else [loaded.initial, *(cell.run for cell in loaded.cells)]
-    assert [reason for run in runs if run is not None for reason in unsupported(run)] == []
+def runs_of(path: Path) -> list[RunConfig]:
+    if "grid" not in yaml.safe_load(path.read_text()):
+        return [load_run(path)]
+    comparison = load_compare(path)
+    return [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
 
 
 @pytest.mark.parametrize("block", [own for page in PAGES for own in blocks(page)], ids=str)
@@ -109,13 +114,11 @@ def test_other_blocks_are_well_formed(block: Block) -> None:
 
 def test_every_format_has_a_row_that_is_read_as_it() -> None:
     """``preference.jsonl`` on the page about data is of the format ``preference``."""
-    files = {block.marks["file"]: block for block in blocks(ROWS) if block.language == "jsonl" and "file" in block.marks}
-    found = {}
-    for name, block in files.items():
-        for number, line in enumerate(block.text.splitlines(), start=1):
-            example = parse_row(RawRow(value=json.loads(line), source=name, line=number))
-            if isinstance(example, Example):
-                found.setdefault(name.removesuffix(".jsonl"), set()).add(example.format)
-    from rayalign.data.formats import FORMATS
+    files = {block.marks.get("file", "").removesuffix(".jsonl"): block for block in blocks(ROWS)}
+    found = {name: formats_of(files[name]) for name in FORMATS if name in files}
+    assert found == {name: {name} for name in FORMATS}
 
-    assert {name: formats for name, formats in found.items() if name in FORMATS} == {name: {name} for name in FORMATS}
+
+def formats_of(block: Block) -> set[str]:
+    rows = [RawRow(value=json.loads(line), source=str(block), line=block.line) for line in block.text.splitlines()]
+    return {row.format if isinstance(row, Example) else str(row) for row in map(parse_row, rows)}

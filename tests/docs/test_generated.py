@@ -32,7 +32,7 @@ def test_every_setting_says_what_it_means() -> None:
 def test_types_are_words_with_their_bounds() -> None:
     page = generate.configuration_page()
     for row in (
-        "| `lr` | number > 0 | `1e-06` |",
+        "| `lr` | number > 0 | `1.0e-06` |",
         "| `gpu_memory_utilization` | number > 0 and ≤ 1, or `null` | `null` |",
         "| `label_smoothing` | number in [0, 0.5) | `0.0` |",
         "| `actors` | whole number, `[smallest, largest]` or `auto` | `auto` |",
