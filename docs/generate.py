@@ -32,7 +32,13 @@ OPENING, CLOSING = "<!-- generated: results.json -->", "<!-- end -->"
 
 Model = type[BaseModel]
 
-KINDS: Mapping[object, str] = {bool: "true or false", int: "whole number", float: "number", str: "text", Any: "anything"}
+KINDS: Mapping[object, str] = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Any: "anything",
+}
 CHECKED = {
     "_resolve_path": "path",
     "_resolve_interpreter": "path of a Python interpreter",
@@ -124,9 +130,13 @@ def section(title: str, model: Model, anchors: Mapping[Model, str], heading: str
 
 def method_section(name: str, method: Method, anchors: Mapping[Model, str]) -> str:
     own = [key for key in method.config.model_fields if key not in MethodConfig.model_fields]
-    policies = ", ".join(f"`{policy}`" for policy in ("off_policy", "on_policy", "hybrid") if policy in method.data_policies)
+    policies = ", ".join(
+        f"`{policy}`" for policy in ("off_policy", "on_policy", "hybrid") if policy in method.data_policies
+    )
     facts = f"{method.paper}. Learns {policies}; candidates: `{method.candidates}`."
-    return "\n\n".join([f"### `method: {name}`", facts, table(method.config, own, anchors) if own else "No parameters."])
+    return "\n\n".join(
+        [f"### `method: {name}`", facts, table(method.config, own, anchors) if own else "No parameters."]
+    )
 
 
 def table(model: Model, keys: Iterable[str], anchors: Mapping[Model, str]) -> str:
@@ -147,7 +157,9 @@ def words(annotation: Any, metadata: Sequence[Any], anchors: Mapping[Model, str]
     checks = [check.func.__name__ for check in facts if hasattr(check, "func")]
     known = next((CHECKED[name] for name in checks if name in CHECKED), None)
     kind = known or plain_words(annotation, anchors)
-    limits = [f"{sign} {getattr(fact, name):g}" for fact in facts for name, sign in BOUNDS.items() if hasattr(fact, name)]
+    limits = [
+        f"{sign} {getattr(fact, name):g}" for fact in facts for name, sign in BOUNDS.items() if hasattr(fact, name)
+    ]
     limited = " ".join([kind.removesuffix(OR_NULL), " and ".join(limits)]).strip()
     if any(hasattr(fact, "min_length") for fact in facts):
         limited += ", not empty"

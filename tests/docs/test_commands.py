@@ -21,7 +21,9 @@ SLOW = [page for page in RUN if any("slow" in block.marks for block in blocks(pa
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What a user stands in: the examples of a clone, and nothing that other tests import."""
-    shutil.copytree(REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__")
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "cache"))
     before, modules = list(sys.path), set(sys.modules)
@@ -41,7 +43,9 @@ def test_marks_stand_where_they_mean_something() -> None:
     of_commands = {"not run", "slow", "fails"}
     assert [str(block) for block in ALL if block.language != COMMANDS and of_commands & block.marks.keys()] == []
     assert [str(block) for block in ALL if block.language == COMMANDS and {"file", "output"} & block.marks.keys()] == []
-    reasons = {str(block): block.marks.get(name) for block in ALL for name in ("not run", "slow") if name in block.marks}
+    reasons = {
+        str(block): block.marks.get(name) for block in ALL for name in ("not run", "slow") if name in block.marks
+    }
     assert [place for place, reason in reasons.items() if not reason] == []
 
 
@@ -104,7 +108,12 @@ def in_a_shell(block: Block, folder: Path) -> tuple[int, str]:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=folder,
-        env={**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path, "RAY_ADDRESS": "local"},
+        env={
+            **os.environ,
+            "PATH": f"{own}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": path,
+            "RAY_ADDRESS": "local",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -41,7 +41,9 @@ ROWS = REPOSITORY / "docs" / "how-to" / "data.md"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page's files and the examples' modules lie."""
-    shutil.copytree(REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__")
+    )
     shutil.copy(REPOSITORY / "examples" / "own_method" / "my_losses.py", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pages import REPOSITORY
 
@@ -9,6 +11,16 @@ import docs.generate as generate
 from rayalign.config.compare import CompareConfig
 from rayalign.config.run import RunConfig
 from rayalign.methods import METHODS, resolve
+
+TITLES = {
+    "reward_model": "Reward model",
+    "robust_dpo": "Robust DPO",
+    "hinge": "Hinge",
+    "reinforce_pp": "REINFORCE++",
+    "slic": "SLiC",
+    "wpo": "WPO",
+}
+"""What the page calls methods that its text does not name as a setting."""
 
 
 @pytest.mark.parametrize("name", ["cli.md", "configuration.md", "files.md"])
@@ -27,6 +39,14 @@ def test_every_setting_says_what_it_means() -> None:
         if not generate.meaning(field)
     ]
     assert silent == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_explained_with_its_paper(name: str) -> None:
+    page = (REPOSITORY / "docs" / "explanation" / "methods.md").read_text(encoding="utf-8")
+    [paper] = re.findall(r"arXiv:([\d.]+)", resolve(name).paper)
+    assert f"`{name}`" in page or f"`method: {name}`" in page or name in TITLES and f"**{TITLES[name]}**" in page
+    assert f"https://arxiv.org/abs/{paper}" in page
 
 
 def test_types_are_words_with_their_bounds() -> None:
