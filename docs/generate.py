@@ -80,8 +80,8 @@ def configuration_page() -> str:
         NOTE,
         "# Configuration",
         "Every key of a run's and of a comparison's YAML. A key that is not here is an error, and so is a setting that"
-        " the others make meaningless. `rayalign init METHOD` writes a commented file to begin with, and any setting can"
-        " be given on the command line: `rayalign train run.yaml optim.lr=1e-6`.",
+        " the others make meaningless. `rayalign init METHOD` writes a commented file to begin with, and any setting"
+        " can be given on the command line: `rayalign train run.yaml optim.lr=1e-6`.",
         "A block that holds only its name may be written as that name (`data_policy: on_policy`), and one value may"
         " stand for a list of one. Relative paths are relative to the YAML, but `storage_path`, which is relative to"
         " where the run is started. `5e-7` and `5.0e-7` are the same number.",
@@ -232,9 +232,9 @@ def cli_page() -> str:
     parts = [
         NOTE,
         "# Command line",
-        "`rayalign COMMAND --help` says the same. Exit codes: 0 is success, 1 a failure or a finding, 2 a mistake of the"
-        " user's with a message that names file, field and remedy, 130 an interruption, after which the same command"
-        " goes on. `python -m rayalign` is the same program.",
+        "`rayalign COMMAND --help` says the same. Exit codes: 0 is success, 1 a failure or a finding, 2 a mistake of"
+        " the user's with a message that names file, field and remedy, 130 an interruption, after which the same"
+        " command goes on. `python -m rayalign` is the same program.",
         *(command_section(name, command) for name, command in program.commands.items()),
     ]
     return "\n\n".join(parts) + "\n"

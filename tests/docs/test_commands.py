@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pages import COMMANDS, LANGUAGES, PAGES, REPOSITORY, Block, arguments, blocks, missing_lines, page_id
+from pages import (
+    COMMANDS,
+    LANGUAGES,
+    PAGES,
+    REPOSITORY,
+    Block,
+    arguments,
+    blocks,
+    copy_examples,
+    missing_lines,
+    page_id,
+)
 from workspaces import rayalign
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -21,9 +31,7 @@ SLOW = [page for page in RUN if any("slow" in block.marks for block in blocks(pa
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What a user stands in: the examples of a clone, and nothing that other tests import."""
-    shutil.copytree(
-        REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__")
-    )
+    copy_examples(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "cache"))
     before, modules = list(sys.path), set(sys.modules)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import PAGES, REPOSITORY, Block, blocks, page_id
+from pages import PAGES, REPOSITORY, Block, blocks, copy_examples, page_id
 
 from rayalign.config import ConfigError, RunConfig, load_compare, load_run, unsupported
 from rayalign.data.formats import FORMATS, parse_row
@@ -41,9 +41,7 @@ ROWS = REPOSITORY / "docs" / "how-to" / "data.md"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page's files and the examples' modules lie."""
-    shutil.copytree(
-        REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__")
-    )
+    copy_examples(tmp_path)
     shutil.copy(REPOSITORY / "examples" / "own_method" / "my_losses.py", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
