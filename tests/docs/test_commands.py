@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from documented_files import undocumented
 from pages import (
     COMMANDS,
     LANGUAGES,
@@ -69,8 +70,9 @@ def test_commands(page: Path, folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("page", SLOW, ids=page_id)
 def test_slow_commands(page: Path, folder: Path) -> None:
-    """The whole page, in a shell."""
+    """The whole page, in a shell; every file that it leaves in ``runs`` is one that the reference names."""
     follow(blocks(page), folder, here=False)
+    assert undocumented(folder / "runs") == []
 
 
 def follow(found: list[Block], folder: Path, *, here: bool) -> None:
