@@ -46,7 +46,7 @@ class RunConfig(Block):
     seed: int = Field(default=0, ge=0)
     """Order of the data, samples, new weights: everything that is drawn."""
     storage_path: str = Field(default="runs", min_length=1)
-    """A local or shared folder; relative: to where the run is started, on a running cluster to $RAYALIGN_STORAGE."""
+    """A folder that all nodes see; relative: to where the run starts, on a cluster to $RAYALIGN_STORAGE."""
     model: ModelConfig
     data: DataConfig
     filter: FilterConfig | None = None
