@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-chaos test-vllm test-gpu check format bench clean
+.PHONY: help quickstart test test-docs test-slow test-chaos test-vllm test-gpu check format docs bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ quickstart: $(VENV)/.installed ## the README's first comparison, on this machine
 
 test: check ## what a change must pass: lint, types, import walls, the default tests
 	$(PYTEST) -m "not slow and not gpu"
+
+test-docs: $(VENV)/.installed-test ## every command, YAML and link of the documentation, the slow ones too
+	$(PYTEST) -m "not gpu" tests/docs
 
 test-slow: $(VENV)/.installed-slow ## the tests that take longer than the default run allows
 	$(PYTEST) -m "slow and not gpu"
@@ -41,6 +44,9 @@ format: $(VENV)/.installed-test ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-test ## write the pages of docs/reference that the code knows again
+	$(BIN)/python -m docs.generate
+
 bench: $(VENV)/.installed-test ## measure throughput; prints one table per file of examples/bench
 	@set -e; for name in offline_step ray_cost data_throughput rollouts overlap refresh; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done
 
@@ -48,10 +54,10 @@ clean: ## remove the environment and what tools leave behind
 	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
-test test-slow test-chaos test-vllm test-gpu: export HF_HUB_OFFLINE = 1
-test test-slow test-chaos test-vllm test-gpu: export OMP_NUM_THREADS = 1
-test test-slow test-chaos test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
-test test-slow test-chaos test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-docs test-slow test-chaos test-vllm test-gpu: export HF_HUB_OFFLINE = 1
+test test-docs test-slow test-chaos test-vllm test-gpu: export OMP_NUM_THREADS = 1
+test test-docs test-slow test-chaos test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
+test test-docs test-slow test-chaos test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:

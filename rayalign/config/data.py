@@ -64,7 +64,9 @@ class DataSource(Block):
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
     split: str | None = None
+    """Of a dataset on the hub, such as train."""
     revision: str | None = None
+    """Commit, tag or branch of a dataset on the hub."""
     columns: dict[Annotated[str, AfterValidator(_column)], str] = {}
     """Our column → the file's column, where the names differ."""
     weight: float = Field(default=1.0, gt=0)
@@ -103,9 +105,11 @@ class DataConfig(Block):
     """Rows → prompt groups."""
 
     train: Annotated[Sources, Field(min_length=1)]
+    """What is trained on, or with rollouts whose prompts are completed: one source or a list."""
     eval: Sources = ()
     """Held-out pairs: their loss and accuracy are measured along with ``evaluate``."""
     format: Format = "auto"
+    """What the rows are; auto: found by their fields, row by row."""
     template: TemplatePath = "auto"
     """auto: the tokenizer's chat template, or plain text where it has none; else a Jinja file."""
     stop: str = "auto"
@@ -146,10 +150,13 @@ class AuxiliaryConfig(Block):
     term: Literal["reference", "pretrain"] = "reference"
     """reference: responses of the reference policy, given their prompts; pretrain: whole texts, rows with `text`."""
     data: Annotated[Sources, Field(min_length=1)]
+    """Rows with a prompt and a completion, or for pretrain with a text."""
     weight: float = Field(default=0.1, gt=0)
+    """Factor of this term in the loss."""
     reduction: Literal["sequence", "token"] = "sequence"
     """Mean over sequences of the summed negative log-likelihood, or mean over tokens."""
     groups_per_step: int = Field(default=16, ge=1)
+    """Rows of this stream in one optimizer step, over all workers."""
 
     @field_validator("name")
     @classmethod

@@ -13,8 +13,11 @@ class LoraConfig(Block):
     """Low-rank adapters instead of all weights."""
 
     rank: int = Field(default=16, ge=1)
+    """Inner dimension of an adapter."""
     alpha: float = Field(default=32.0, gt=0)
+    """An adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped while training."""
     target_modules: tuple[str, ...] = ()
     """Names of the layers that get an adapter; empty: every linear layer."""
 
@@ -32,6 +35,8 @@ class ModelConfig(Block):
     """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     from_scratch: bool = False
     """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""

@@ -71,13 +71,17 @@ class RolloutConfig(Block):
     """How the policy is sampled."""
 
     engine: Literal["vllm", "hf"] = "vllm"
+    """hf: Hugging Face's model in this package's sampler, needs nothing further; vllm: the extra of that name."""
     actors: Elastic = "auto"
     """A number, [smallest, largest], or auto."""
     samples: int = Field(default=8, ge=1)
     """Completions of one prompt."""
     temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits before sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Samples the most probable tokens that have this share together; 1 is all. Ratio methods refuse less."""
     max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a completion at most, its end token included."""
     placement: Literal["auto", "separate", "shared"] = "auto"
     """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few.
 

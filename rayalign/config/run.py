@@ -40,28 +40,36 @@ class RunConfig(Block):
     """One training run. Results go to ``<storage_path>/<name>/``."""
 
     config_version: Literal[1] = 1
+    """Of this schema; a file of another version is refused."""
     name: Name = "run"
+    """The folder of the results, below storage_path; the same name continues."""
     seed: int = Field(default=0, ge=0)
+    """Order of the data, samples, new weights: everything that is drawn."""
     storage_path: str = Field(default="runs", min_length=1)
-    """A local or shared folder, s3://… or gs://…; relative: to where the run is started."""
+    """A folder that all nodes see; relative: to where the run starts, on a cluster to $RAYALIGN_STORAGE."""
     model: ModelConfig
     data: DataConfig
     filter: FilterConfig | None = None
     method: MethodChoice
+    """A method's name and its own parameters; ``module:RECORD`` is one of your own."""
     weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
     auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(listed)] = None
     reference: ReferenceConfig = ReferenceConfig()
     data_policy: DataPolicyConfig = OffPolicyConfig()
+    """Where candidates come from: stored rows, the policy itself, or both."""
     rollout: RolloutConfig | None = None
     label: Annotated[LabelConfig | None, BeforeValidator(named)] = None
     scorer: ScorerConfig | None = None
+    """What gives completions their rewards: a function, a reward model, or a language model that is asked."""
     critic: CriticConfig | None = None
     optim: OptimConfig = OptimConfig()
     strategy: Annotated[StrategyConfig, BeforeValidator(named)] = StrategyConfig()
     evaluate: EvaluateConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: Annotated[tuple[Track, ...], BeforeValidator(listed)] = ("tensorboard",)
+    """Where rows of metrics go beside metrics.jsonl; [] is nowhere."""
     resources: Literal["auto"] = "auto"
+    """auto: the processes share the cores and devices that Ray has."""
 
     @model_validator(mode="after")
     def _legal(self) -> Self:

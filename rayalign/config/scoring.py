@@ -40,7 +40,9 @@ class RewardModelScorerConfig(Block):
 
     name: Literal["reward_model"] = "reward_model"
     model: ModelPath
+    """A folder in Hugging Face layout, such as a run's final/, or a model on the hub."""
     revision: str | None = None
+    """Of a model on the hub."""
 
     @property
     def label(self) -> str:
@@ -118,7 +120,9 @@ class SamplingConfig(Block):
     samples: int = Field(default=4, ge=1)
     """Completions of one prompt; a comparison also shows the best of up to as many of the reference's."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """As rollout.top_p."""
     max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a completion at most, its end token included."""
 
 
 def _baseline(value: str, info: ValidationInfo) -> str:
@@ -135,6 +139,7 @@ class EvaluateConfig(Block):
     prompts: Sources = ()
     """One prompt set per entry, the first leads the report; none: the prompts of data.eval."""
     scorers: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
+    """Each gives every reply a number; the first leads the report."""
     diagnostics: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
     """Numbers shown beside the scores: shares of replies with a fault, say. No win is counted by them."""
     judge: ScorerConfig | None = None

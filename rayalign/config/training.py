@@ -14,7 +14,9 @@ class OptimConfig(Block):
     """AdamW in float32 and the size of a step."""
 
     lr: float = Field(default=1.0e-6, gt=0)
+    """The largest learning rate, after the warm-up."""
     steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the whole run."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data, instead of ``steps``; 1 where neither is given."""
     groups_per_step: int = Field(default=64, ge=1)
@@ -22,14 +24,19 @@ class OptimConfig(Block):
     tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Bounds the memory of one forward; changes results only by rounding."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup: float = Field(default=0.1, ge=0)
     """A fraction of the steps (below 1) or a number of steps (1 and above)."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the schedule ends, as a fraction of ``lr``."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """A gradient with a larger Euclidean norm is scaled down to it."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay of the first and of the second moment."""
     eps: float = Field(default=1.0e-8, gt=0)
+    """AdamW's, beside the root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's, times the learning rate."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: stop ends the run and saves the step's groups; skip leaves the step out."""
     max_skipped_in_a_row: int = Field(default=3, ge=1)
@@ -76,6 +83,7 @@ class StrategyConfig(Block):
     """How the policy is spread over workers."""
 
     name: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    """single: one process; ddp: whole copies; fsdp2: shards; deepspeed: ZeRO."""
     workers: Elastic = "auto"
     """A number, [smallest, largest] (elastic), or auto: one per GPU, on CPUs one."""
     cpu_offload: bool = False

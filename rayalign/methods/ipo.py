@@ -22,6 +22,7 @@ class IPOConfig(MethodConfig):
     tau: Positive = 0.1
     """Strength of the regularisation: the margin's target is 1 / (2τ) nats (per token when ``normalize`` is mean)."""
     normalize: Literal["sum", "mean"] = "sum"
+    """Log-ratios summed over the response's tokens, or averaged."""
 
 
 def ipo_loss(
