@@ -33,7 +33,7 @@ SURROUNDINGS: tuple[dict[str, Any], ...] = (
     {**FRESH, "method": {"name": "sft"}},
 )
 """Runs that a fragment may be part of."""
-COMPARISON = {"base", "grid", "initial", "report"}
+COMPARISON = {"base", "grid", "initial", "report", "tune", "budget", "prices"}
 WITH_YAML = [page for page in PAGES if any(block.language == "yaml" for block in blocks(page))]
 ROWS = REPOSITORY / "docs" / "how-to" / "data.md"
 
