@@ -72,7 +72,7 @@ def describe_loss(lost: Mapping[int, BaseException], places: Mapping[int, str]) 
     told = [f"{worker(rank, places, error)}: {reason(error)}" for rank, error in sorted(culprits.items())]
     if not culprits:
         waited = ", ".join(worker(rank, places) for rank in sorted(lost))
-        words = first_line(next(iter(lost.values())))
+        words = reason(next(iter(lost.values())))
         told = [f"{waited} waited in vain for {', '.join(worker(rank, places) for rank in sorted(silent)) or 'others'}"]
         told[0] += f": {words}"
     kinds = {loss_kind(error) for error in (culprits or lost).values()}
@@ -81,9 +81,8 @@ def describe_loss(lost: Mapping[int, BaseException], places: Mapping[int, str]) 
 
 def reason(error: BaseException) -> str:
     """In one line; under Ray Train's word of a failed health check stands what really happened."""
-    if isinstance(error, WorkerHealthCheckFailedError):
-        return first_line(error.health_check_failure)
-    return first_line(error)
+    said = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
+    return first_line(said).rstrip(".")
 
 
 def worker(rank: int, places: Mapping[int, str], error: BaseException | None = None) -> str:

@@ -31,9 +31,9 @@ from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_V
 from rayalign.engine.disk import free_bytes, full_disk
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
-from rayalign.errors import Stopped, UserError, first_line
+from rayalign.errors import Stopped, UserError
 from rayalign.runtime.elastic import Growth, wait_for_workers
-from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
+from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob, make_pool
@@ -300,7 +300,7 @@ def cluster_reason(failure: BaseException, places: Mapping[int, str]) -> str:
     lost = worker_failures(failure)
     if lost:
         return describe_loss({rank: root_cause(error) for rank, error in lost.items()}, places)
-    return f"{first_line(failure)}. {WHAT_TO_DO[loss_kind(failure)]}"
+    return f"{reason(failure)}. {WHAT_TO_DO[loss_kind(failure)]}"
 
 
 def worker_failures(failure: BaseException) -> dict[int, Exception]:

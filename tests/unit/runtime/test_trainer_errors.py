@@ -114,7 +114,7 @@ def test_a_loss_names_worker_place_and_remedy() -> None:
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
     died = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError(KILLED))
     told = describe_loss({0: gloo, 1: died}, PLACES)
-    assert told.startswith(f"worker 1 (process 34 on blue): {KILLED}. If its node is short of memory, lower optim.tok")
+    assert told.startswith(f"worker 1 (process 34 on blue): {KILLED} If its node is short of memory, lower optim.tok")
     assert "worker 0" not in told  # it waited for the other
 
 
