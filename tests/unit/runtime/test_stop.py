@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,8 +14,11 @@ from rayalign.runtime.stop import stopping
 
 
 @pytest.fixture(autouse=True)
-def default_handlers() -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def default_handler() -> Iterator[None]:
+    """Whoever started the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
