@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rayalign.config.compare import Cell, Comparison, load_compare, started_from
@@ -180,7 +181,7 @@ def cells_table(comparison: Comparison) -> Table:
         table.add_column(column)
     for cell in comparison.cells:
         if cell.run is None:
-            table.add_row(cell.id, "", "", "", f"skipped, because {cell.skipped_reason}")
+            table.add_row(cell.id, "", "", "", escape(f"skipped, because {cell.skipped_reason}"))
         else:
             run = cell.run
             table.add_row(cell.id, run.display_name, run.data_policy.name, str(run.seed), "")

@@ -58,11 +58,12 @@ class Board:
         if self.bars:
             self.bars.update(self.tasks[run], completed=row["step"], facts=facts)
         elif clock.line_is_due(row):
-            self.console.print(f"{run}: step {row['step']}/{clock.steps}  {facts}", highlight=False, soft_wrap=True)
+            line = f"{run}: step {row['step']}/{clock.steps}  {facts}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
         """One line of plain text, above the bars."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class RunClock:
@@ -81,7 +82,7 @@ class RunClock:
         elapsed = max(1e-9, now - began)
         left = (self.steps - row["step"]) * elapsed / max(1, row["step"] - step)
         speed = (row["num_tokens"] - tokens) / elapsed
-        loss = f"loss {row['loss']:.4f}" if "loss" in row else "skipped"
+        loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else "skipped"
         return f"{loss}  {speed:,.0f} tokens/s  {clock_text(left)} left"
 
     def line_is_due(self, row: Mapping[str, Any]) -> bool:

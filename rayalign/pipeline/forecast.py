@@ -154,7 +154,7 @@ def read_pilot(directory: Path) -> list[PilotRun]:
             PilotRun(
                 directory=folder,
                 run=run,
-                workers=facts["workers"],
+                workers=facts["workers"] if isinstance(facts["workers"], int) else facts["workers"][-1],
                 threads=facts["threads_per_worker"],
                 seconds=seconds,
             )

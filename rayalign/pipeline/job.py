@@ -64,6 +64,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     """Everything the workers need, after the stages before training have been committed."""
     session, asked_before = stages.session, len(stages.artifacts.asked)
     workers, fewest = num_workers(run, session), fewest_workers(run)
+    own = num_processes(run, session)
     each = elastic_share(session, processes - workers, fewest=fewest or workers, most=workers)
     method = method_of(run)
     main = main_stream(run, method, stages, directory / "rounds")
@@ -108,7 +109,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         rollouts=rollout_job(run, method, main, each) if main.chunks is not None else None,
         stages=tuple(dict.fromkeys(stages.artifacts.asked[asked_before:])),
         fewest=fewest,
-        beside=max(0, num_processes(run, session) - workers),
+        beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
     )
 
 

@@ -153,7 +153,7 @@ class History:
     started: str
     """This command; ISO 8601."""
     attempts: int
-    """Times that its workers were started."""
+    """Times that a command began with it or its workers were lost."""
     failures: list[str]
     """Why each attempt ended that neither finished nor was asked to stop, the newest ones."""
 
@@ -195,7 +195,7 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": run.seed,
         "steps": job.spec.optimizer.steps,
-        "workers": job.workers,
+        "workers": job.workers if job.fewest is None else [job.fewest, job.workers],
         "threads_per_worker": job.share.threads,
         "config_version": run.config_version,
         "configuration": dump(run),

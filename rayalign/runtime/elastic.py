@@ -9,9 +9,11 @@ import time
 from dataclasses import dataclass, field
 
 import ray
+from ray._private.state import available_resources_per_node
 
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 from rayalign.runtime.placement import Share
+from rayalign.runtime.stop import Stop
 from rayalign.runtime.worker import TrainJob
 
 LOOK_SECONDS = 5.0
@@ -23,8 +25,8 @@ ROOM_SECONDS = 600.0
 
 
 def room(share: Share) -> int:
-    """Processes of ``share`` that fit into what nobody has reserved; free pieces of several nodes count as one."""
-    return fitting(share, ray.available_resources())
+    """Processes of ``share`` that fit into what nobody has reserved on the living nodes."""
+    return sum(fitting(share, free) for free in available_resources_per_node().values())
 
 
 def capacity(share: Share) -> int:
@@ -37,17 +39,21 @@ def fitting(share: Share, free: dict[str, float]) -> int:
     return min(round(free.get(name, 0) * 10_000) // round(need * 10_000) for name, need in share.resources().items())
 
 
-def wait_for_workers(job: TrainJob, *, taken: int) -> int:
+def wait_for_workers(job: TrainJob, *, taken: int, stop: Stop) -> int:
     """How many workers ``job`` begins with, ``taken`` of the places being for others.
 
-    Raises UserError when not even the fewest find room within ten minutes.
+    Raises:
+        UserError: not even the fewest find room within ten minutes.
+        Stopped: that was asked for meanwhile.
     """
     assert job.fewest is not None
     began = time.monotonic()
     while True:
+        if stop.asked:
+            raise Stopped("stopped while it waited for workers")
         found = min(job.workers, room(job.share) - taken)
         waited = time.monotonic() - began
-        settled = waited > SETTLE_SECONDS or found >= min(job.workers, capacity(job.share) - taken)
+        settled = waited > SETTLE_SECONDS or found >= min(job.workers, capacity(job.share) - job.beside)
         if found >= job.fewest and settled:
             return found
         if waited > ROOM_SECONDS:

@@ -137,7 +137,7 @@ class Trainer:
             if job.fewest <= kept.workers <= job.workers and self.group.shape == Shape.of(kept):
                 return kept
             self.close()
-        return replace(job, workers=wait_for_workers(job, taken=self.taken(job)))
+        return replace(job, workers=wait_for_workers(job, taken=self.taken(job), stop=self.stop))
 
     def taken(self, job: TrainJob) -> int:
         """Places that the job's rollout actors need and do not have so far."""
@@ -231,7 +231,7 @@ class Group:
             if told and not self.mailbox.is_taken(number):
                 raise Stopped("stopped before it began")
             concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
-            if self.ended.done():
+            if self.ended.done() and (final := self.mailbox.answered(number)) is None:
                 raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")
         return final
 
