@@ -81,7 +81,7 @@ def test_a_stopped_job_goes_on_from_an_edited_checkout(
     undisturbed: Path, folder: Workspace, head: Head, tmp_path: Path
 ) -> None:
     job, directory = held(folder, head, "stopped")
-    wait_until(lambda: "rayalign_step{" in head.metrics() and 'run="stopped"' in head.metrics(), "metrics")
+    wait_until(lambda: "rayalign_step{" in head.metrics() and 'run="stopped"' in head.metrics(), "metrics", seconds=300)
     (step,) = re.findall(r'^ray_rayalign_step\{.*run="stopped".*\} (\S+)$', head.metrics(), re.M)
     assert float(step) == HELD
     assert head.client().stop_job(job)
