@@ -65,8 +65,9 @@ def training(
         pool.shutdown()
         while not idle.empty():
             idle.get().end()
-    except Stopped:
-        pool.shutdown(cancel_futures=True)
+    except (Stopped, UserError, GeneratorExit):
+        if ending.asked:
+            pool.shutdown(cancel_futures=True)  # those that train end their step and save it
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train

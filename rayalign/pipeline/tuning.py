@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -35,7 +35,7 @@ from rayalign.report.statistics import prompt_means
 from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
 from rayalign.runtime.pool import Pool
 
-TrainAll = Callable[[Sequence[Cell]], Iterable[CellResult]]
+TrainAll = Callable[[Sequence[Cell]], Generator[CellResult]]
 """Trains cells, several at a time; yields each once it is trained, in their order."""
 
 
@@ -120,7 +120,8 @@ def tune(
     measures: list[Measure] = []
     with ExitStack() as stack:
         evaluation: Evaluation | None = None
-        for result in train(cells):
+        trained = stack.enter_context(closing(train(cells)))  # now, not once somebody collects it: trials are saved
+        for result in trained:
             if evaluation is None and result.job is not None:
                 pool = Pool("tuning", Evaluator, spec, share=result.job.share, most=1)
                 config = selecting_run(evaluated).evaluate
