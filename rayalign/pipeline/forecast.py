@@ -59,6 +59,8 @@ def num_steps(planned: PlannedRun) -> int | str:
 
 def steps_done(planned: PlannedRun) -> int:
     """Steps that a run would not train again: those of its newest checkpoint, or all."""
+    if planned.tuned:
+        return 0
     if planned.job is not None and not planned.refused and finished(planned.job):
         return planned.job.spec.optimizer.steps
     return max(evaluated_checkpoints(planned.directory), default=0)

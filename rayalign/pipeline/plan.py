@@ -97,6 +97,8 @@ class PlannedRun:
     job: TrainJob | None
     refused: str = ""
     """Why it would fail before its first step."""
+    tuned: bool = False
+    """``tune`` settles its configuration: only then it is known how far it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +118,8 @@ def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Sess
     users: dict[Path, list[str]] = {}
     runs: list[PlannedRun] = []
 
-    def add(name: str, run: RunConfig, folder: Path, processes: int) -> PlannedRun:
-        found = plan_run(name, run, folder, plan, stages, processes=processes)
+    def add(name: str, run: RunConfig, folder: Path, processes: int, *, tuned: bool = False) -> PlannedRun:
+        found = plan_run(name, run, folder, plan, stages, processes=processes, tuned=tuned)
         runs.append(found)
         for stage in found.stages:
             users.setdefault(stage.directory, []).append(name)
@@ -131,10 +133,11 @@ def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Sess
             model = str(initial.directory / "final")
     cells = [cell for cell in comparison.cells if cell.run is not None]
     processes = processes_at_once(cells, session)
+    tuned = {cell for tuning in comparison.tuning if tuning.trials for cell in tuning.cells}
     for cell in cells:
         assert cell.run is not None
         run = started_from(cell.run, model) if model else cell.run
-        add(cell.id, run, directory / "cells" / cell.id, processes)
+        add(cell.id, run, directory / "cells" / cell.id, processes, tuned=cell.id in tuned)
     first = len(plan.asked)
     ask_for_prompts(evaluated, stages)
     for stage in dict.fromkeys(plan.asked[first:]):
@@ -142,18 +145,21 @@ def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Sess
     return Planned(stages={plan.stages[stage]: names for stage, names in users.items()}, runs=tuple(runs))
 
 
-def plan_run(name: str, run: RunConfig, directory: Path, plan: Plan, stages: Stages, *, processes: int) -> PlannedRun:
+def plan_run(
+    name: str, run: RunConfig, directory: Path, plan: Plan, stages: Stages, *, processes: int, tuned: bool = False
+) -> PlannedRun:
     """List what one run needs; where all of it is made, its job says the rest without work."""
     first, job, refused = len(plan.asked), None, ""
     try:
         ask_for_stages(run, stages)
         if all(plan.stages[stage].made for stage in plan.asked[first:]):
             job = make_job(run, directory, stages, processes=processes, label=name)
-            finished(job)
+            if not tuned:
+                finished(job)
     except UserError as error:
         refused = str(error)
     found = tuple(plan.stages[stage] for stage in dict.fromkeys(plan.asked[first:]))
-    return PlannedRun(name=name, directory=directory, run=run, stages=found, job=job, refused=refused)
+    return PlannedRun(name=name, directory=directory, run=run, stages=found, job=job, refused=refused, tuned=tuned)
 
 
 def ask_for_stages(run: RunConfig, stages: Stages) -> None:
