@@ -32,7 +32,7 @@ def prepare_cell(
     run = started_from(cell.run, model) if model else cell.run
     unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
     try:
-        job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
+        job = make_job(run, directory / "cells" / cell.folder, stages, processes=processes, label=cell.id)
         if not finished(job):
             announce(run, job)
     except UserError as error:

@@ -104,6 +104,21 @@ def test_cells_are_trained_with_what_was_picked_and_without_tuning_as_they_are(c
     assert settle(comparison.cells, [], board) == (list(comparison.cells), {})
 
 
+def test_what_is_picked_later_is_trained_in_another_folder(comparison: Comparison) -> None:
+    """With more trials another one may win; ids, by which reports name cells, stay."""
+    board = Board(Console(file=StringIO()))
+    found = [
+        settle(comparison.cells, [outcome(comparison, *[(score, 1.0, "") for score in scores])], board)[0]
+        for scores in ((0.3, 0.3, 0.2, 0.2, 0.1, 0.1), (0.1, 0.1, 0.2, 0.2, 0.1, 0.1))
+    ]
+    first, second = (trial.values["optim.lr"] for trial in comparison.tuning[0].trials[:2])
+    assert [[cell.folder for cell in cells] for cells in found] == [
+        [f"dpo__seed-{seed}__optim.lr-{value}" for seed in (0, 1)] for value in (first, second)
+    ]
+    assert [[cell.id for cell in cells] for cells in found] == [["dpo__seed-0", "dpo__seed-1"]] * 2
+    assert [cell.folder for cell in comparison.cells] == ["dpo__seed-0", "dpo__seed-1"]
+
+
 def test_trials_are_listed_before_anything_starts(comparison: Comparison) -> None:
     text = StringIO()
     Console(file=text, width=200).print(trials_table(comparison))
