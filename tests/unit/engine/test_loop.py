@@ -314,6 +314,15 @@ def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> N
     assert (spec.directory / "nonfinite" / "step_000006" / "rank_0.json").exists()
 
 
+def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_path: Path) -> None:
+    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip")
+    with pytest.raises(Stopped, match="stopped after step 4 of 12"):
+        train(spec, Poisoned(dpo, {3}), SINGLE, stop=asked_in(4, spec.directory))
+    assert [row["loss"] is None for row in rows(spec.directory)] == [False, False, False, True]
+    train(spec, Poisoned(dpo, {3}), SINGLE)
+    assert len(rows(spec.directory)) == STEPS
+
+
 def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
     strategy = join(rank, 2, folder / "meeting-point")
     for name in ("ddp", "fsdp2"):
