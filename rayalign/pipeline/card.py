@@ -20,12 +20,12 @@ from rayalign.pipeline.evaluate import MEASURED_KL, Points, evaluated_points
 from rayalign.pipeline.export import written
 from rayalign.report.card import MARK, Card, Figure, card_text
 from rayalign.report.columns import columns
+from rayalign.report.formatting import SHARE
 from rayalign.report.points import REFERENCE, EvaluationPoint
 from rayalign.report.statistics import Bootstrap, estimate
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MOST_STAGES = 8
-SHARE = "share"
 
 
 def model_card(directory: Path, out: Path | None) -> Path:

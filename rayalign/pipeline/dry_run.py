@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rayalign.config.compare import Comparison
 from rayalign.config.run import RunConfig
+from rayalign.pipeline.budget import HOUR
 from rayalign.pipeline.evaluate import evaluated_checkpoints
 from rayalign.pipeline.forecast import (
     NO_PILOT,
@@ -31,7 +32,6 @@ from rayalign.runtime.placement import Share, share
 from rayalign.runtime.session import Session, preview
 
 SHOWN_CELLS = 3
-HOUR = 3600.0
 
 
 def dry_run(

@@ -132,7 +132,6 @@ class Estimate:
     """Time of one step, and in what the pilot that it is from differs from the planned run."""
 
     seconds_per_step: float
-    pilots: tuple[Path, ...]
     differences: tuple[str, ...]
 
 
@@ -187,7 +186,6 @@ def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, thread
     nearest = [pilot for pilot in alike if len(found[pilot.directory]) == fewest]
     return Estimate(
         seconds_per_step=median(seconds for pilot in nearest for seconds in pilot.seconds),
-        pilots=tuple(pilot.directory for pilot in nearest),
         differences=tuple(dict.fromkeys(text for pilot in nearest for text in found[pilot.directory])),
     )
 

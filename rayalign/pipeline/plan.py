@@ -111,15 +111,15 @@ class Planned:
     """The initial run, where there is one, and every cell that is not skipped."""
 
 
-def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Session) -> Planned:
+def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Session) -> Planned:
     """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
-    stages = Stages(artifacts=plan, session=session)
-    directory = plan.root.parent / comparison.name
+    stages = Stages(artifacts=keeper, session=session)
+    directory = keeper.root.parent / comparison.name
     users: dict[Path, list[str]] = {}
     runs: list[PlannedRun] = []
 
     def add(name: str, run: RunConfig, folder: Path, processes: int, *, tuned: bool = False) -> PlannedRun:
-        found = plan_run(name, run, folder, plan, stages, processes=processes, tuned=tuned)
+        found = plan_run(name, run, folder, keeper, stages, processes=processes, tuned=tuned)
         runs.append(found)
         for stage in found.stages:
             users.setdefault(stage.directory, []).append(name)
@@ -138,27 +138,27 @@ def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Sess
         assert cell.run is not None
         run = started_from(cell.run, model) if model else cell.run
         add(cell.id, run, directory / "cells" / cell.id, processes, tuned=cell.id in tuned)
-    first = len(plan.asked)
+    first = len(keeper.asked)
     ask_for_prompts(evaluated, stages)
-    for stage in dict.fromkeys(plan.asked[first:]):
+    for stage in dict.fromkeys(keeper.asked[first:]):
         users.setdefault(stage, []).append("evaluation")
-    return Planned(stages={plan.stages[stage]: names for stage, names in users.items()}, runs=tuple(runs))
+    return Planned(stages={keeper.stages[stage]: names for stage, names in users.items()}, runs=tuple(runs))
 
 
 def plan_run(
-    name: str, run: RunConfig, directory: Path, plan: Plan, stages: Stages, *, processes: int, tuned: bool = False
+    name: str, run: RunConfig, directory: Path, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
 ) -> PlannedRun:
     """List what one run needs; where all of it is made, its job says the rest without work."""
-    first, job, refused = len(plan.asked), None, ""
+    first, job, refused = len(keeper.asked), None, ""
     try:
         ask_for_stages(run, stages)
-        if all(plan.stages[stage].made for stage in plan.asked[first:]):
+        if all(keeper.stages[stage].made for stage in keeper.asked[first:]):
             job = make_job(run, directory, stages, processes=processes, label=name)
             if not tuned:
                 finished(job)
     except UserError as error:
         refused = str(error)
-    found = tuple(plan.stages[stage] for stage in dict.fromkeys(plan.asked[first:]))
+    found = tuple(keeper.stages[stage] for stage in dict.fromkeys(keeper.asked[first:]))
     return PlannedRun(name=name, directory=directory, run=run, stages=found, job=job, refused=refused, tuned=tuned)
 
 
