@@ -76,6 +76,13 @@ class Cell:
     run: RunConfig | None
     """Named ``<comparison>.<id>``; None where the cell is skipped."""
     skipped_reason: str = ""
+    picked: str = ""
+    """What ``tune`` picked for it, fit for a folder's name."""
+
+    @property
+    def folder(self) -> str:
+        """Where it is trained, below ``cells/``: runs of two picks are two runs."""
+        return f"{self.id}__{self.picked}" if self.picked else self.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

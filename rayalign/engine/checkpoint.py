@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.engine.disk import save_object
 from rayalign.engine.model import save_pretrained
 from rayalign.engine.optimizer_state import WHOLE as OPTIMIZER
-from rayalign.engine.optimizer_state import load_state
 from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.manifest import TornDirectory, commit, read_manifest, verify, write_durably
@@ -196,11 +195,6 @@ def step_of(directory: Path) -> int:
     match = NAME.fullmatch(directory.name)
     assert match is not None
     return int(match.group(1))
-
-
-def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state, moved to where its parameters are, whichever strategy saved it."""
-    load_state(optimizer, checkpoint.directory)
 
 
 def refuse_other_run(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

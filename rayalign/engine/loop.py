@@ -288,7 +288,8 @@ def save(
 def measurements(run: Run) -> dict[str, float]:
     """What the row of the newest step says in finite numbers, for telling the best checkpoint."""
     row = run.row if run.row.get("step") == run.step else {}
-    return {name: value for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
+    numbers = {name: value for name, value in row.items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def padding_share(work: Sequence[StreamWork]) -> float:

@@ -21,7 +21,8 @@ from rayalign.types import PackedBatch, Scored
 class NonFiniteStep(FloatingPointError):
     """The loss or its gradient is NaN or infinite, on every worker alike; nothing has moved.
 
-    The message names the step; ``suspects`` are the groups of this worker whose micro-batch's loss is not finite.
+    The message names the step; ``suspects`` are the groups of this worker whose micro-batch's loss is not finite, and
+    ``stop`` is :attr:`StepResult.stop`.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class NonFiniteStep(FloatingPointError):
         loss: float = math.nan,
         grad_norm: float = math.nan,
         suspects: Sequence[str] = (),
+        stop: bool = False,
     ) -> None:
         super().__init__(message)
         self.loss = loss
         self.grad_norm = grad_norm
         self.suspects = tuple(suspects)
+        self.stop = stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,7 @@ class Runner:
                 loss=loss_value,
                 grad_norm=grad_norm,
                 suspects=[part.describe(int(place)) for part, batch in suspects for place in batch.group_index],
+                stop=tally.stop,
             )
         absent = tuple(name for name in tally.sums if name not in metrics)
         return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics, absent=absent, stop=tally.stop)

@@ -14,17 +14,18 @@ import yaml
 from rayalign.config.dump import redact
 from rayalign.config.load import importable
 from rayalign.config.method import resolve_method
+from rayalign.engine.checkpoint import NAME, step_of
 from rayalign.errors import UserError
-from rayalign.pipeline.evaluate import MEASURED_KL, evaluated_points
+from rayalign.pipeline.evaluate import MEASURED_KL, Points, evaluated_points
 from rayalign.pipeline.export import written
 from rayalign.report.card import MARK, Card, Figure, card_text
 from rayalign.report.columns import columns
+from rayalign.report.formatting import SHARE
 from rayalign.report.points import REFERENCE, EvaluationPoint
 from rayalign.report.statistics import Bootstrap, estimate
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MOST_STAGES = 8
-SHARE = "share"
 
 
 def model_card(directory: Path, out: Path | None) -> Path:
@@ -34,12 +35,13 @@ def model_card(directory: Path, out: Path | None) -> Path:
         UserError: the folder is no trained model of rayalign's, or another README.md is in the way.
     """
     run, model = run_and_model(directory)
+    step = step_at(run, model)
     path = out or model / "README.md"
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file, such as {path / 'README.md'}")
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{path} was not written by rayalign, and stays as it is; say --out another file, or remove it")
-    written(path, card_text(card_of(run)))
+    written(path, card_text(card_of(run, step)))
     return path
 
 
@@ -55,17 +57,26 @@ def run_and_model(directory: Path) -> tuple[Path, Path]:
     raise UserError(f"{directory} belongs to no run: name a folder that rayalign train wrote, or its final/")
 
 
-def card_of(run: Path) -> Card:
+def step_at(run: Path, model: Path) -> int | None:
+    """After which step a run's model was written; None where its folder's name does not tell."""
+    if model.name == "final":
+        return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["steps"])
+    return step_of(model) if NAME.fullmatch(model.name) else None
+
+
+def card_of(run: Path, step: int | None) -> Card:
+    """Of the model after ``step``: figures are its own, or none."""
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     configuration = redact(facts["configuration"])
     name, paper, trains = method_facts(configuration)
     base, hub_base = base_of(configuration["model"]["name"])
     if configuration["model"].get("from_scratch"):
         base, hub_base = f"{base}, with new weights", None
-    measured = last_points(run)
+    found = evaluated_points(run)
+    measured = points_at(found, step)
     sources = configuration["data"]["train"]
-    figures = tuple(figures_of(*measured[1:])) if measured else ()
-    point = measured[1] if measured else None
+    figures = tuple(figures_of(*measured)) if measured else ()
+    point = measured[0] if measured else None
     policy = configuration.get("data_policy", {}).get("name", "off_policy")
     return Card(
         name=facts["name"],
@@ -80,7 +91,8 @@ def card_of(run: Path) -> Card:
         datasets=tuple(dict.fromkeys(source["path"] for source in sources if is_hub(source.get("path")))),
         data=tuple(data_lines(sources, facts.get("data", []))),
         figures=figures,
-        step=point.step if point else 0,
+        step=step or 0,
+        other_steps=() if measured else tuple(step for step in found if step > 0),
         prompt_set=point.prompt_set if point else "",
         num_prompts=len(point.length) if point else 0,
         num_samples=len(point.length[0]) if point else 0,
@@ -160,16 +172,12 @@ def without_folders(value: Any) -> Any:
     return short(value) if isinstance(value, str) else value
 
 
-def last_points(run: Path) -> tuple[int, EvaluationPoint, EvaluationPoint | None] | None:
-    """(step, its first prompt set's numbers, the reference's), of the last step that was measured."""
-    found = evaluated_points(run)
-    steps = [step for step in found if step > 0]
-    if not steps:
+def points_at(found: Mapping[int, Points], step: int | None) -> tuple[EvaluationPoint, EvaluationPoint | None] | None:
+    """(its first prompt set's numbers, the reference's) of ``step``; None where it was not measured."""
+    if not step or step not in found:
         return None
-    last = max(steps)
-    point = found[last][0]
-    reference = next((one for one in found.get(0, ()) if one.prompt_set == point.prompt_set), None)
-    return last, point, reference
+    point = found[step][0]
+    return point, next((one for one in found.get(0, ()) if one.prompt_set == point.prompt_set), None)
 
 
 def figures_of(point: EvaluationPoint, reference: EvaluationPoint | None) -> Iterator[Figure]:

@@ -32,7 +32,7 @@ def prepare_cell(
     run = started_from(cell.run, model) if model else cell.run
     unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
     try:
-        job = make_job(run, directory / "cells" / cell.id, stages, processes=processes, label=cell.id)
+        job = make_job(run, directory / "cells" / cell.folder, stages, processes=processes, label=cell.id)
         if not finished(job):
             announce(run, job)
     except UserError as error:
@@ -65,8 +65,9 @@ def training(
         pool.shutdown()
         while not idle.empty():
             idle.get().end()
-    except Stopped:
-        pool.shutdown(cancel_futures=True)
+    except (Stopped, UserError, GeneratorExit):
+        if ending.asked:
+            pool.shutdown(cancel_futures=True)  # those that train end their step and save it
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def compare(
         parallel = cells_at_once(cells, session)
         processes = processes_at_once(cells, session)
 
-        def train_trials(trials: Sequence[Cell]) -> Iterator[CellResult]:
+        def train_trials(trials: Sequence[Cell]) -> Generator[CellResult]:
             folder = directory / "tuning"
             ready = [prepare_cell(cell, model, folder, stages, processes, board) for cell in trials]
             count(ready, ending.budget)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rayalign.config.compare import Comparison
 from rayalign.config.run import RunConfig
+from rayalign.pipeline.budget import HOUR
 from rayalign.pipeline.evaluate import evaluated_checkpoints
 from rayalign.pipeline.forecast import (
     NO_PILOT,
@@ -31,7 +32,6 @@ from rayalign.runtime.placement import Share, share
 from rayalign.runtime.session import Session, preview
 
 SHOWN_CELLS = 3
-HOUR = 3600.0
 
 
 def dry_run(
@@ -49,6 +49,13 @@ def dry_run(
         console.print(runs_table(comparison, planned, Stages(artifacts=keeper, session=session)))
         console.print(stages_table(planned, fresh))
         console.print(summary(planned), highlight=False, soft_wrap=True)
+        if comparison.trial_runs:
+            console.print(
+                f"tune: its {len(comparison.trial_runs)} runs are counted neither in stages nor in tokens and hours; a "
+                "cell that it settles is planned with the values before that, and as if nothing of it were there",
+                highlight=False,
+                soft_wrap=True,
+            )
         if pilots:
             print_times(comparison, planned, pilots, session, console)
         else:
@@ -88,6 +95,8 @@ def runs_table(comparison: Comparison, planned: Planned, stages: Stages) -> Tabl
 
 def run_state(run: PlannedRun) -> str:
     """How far a run is."""
+    if run.tuned:
+        return "by what tune picks"
     if run.job is not None and finished(run.job):
         return "finished before"
     if run.job is None and (run.directory / "final").exists():

@@ -59,6 +59,8 @@ def num_steps(planned: PlannedRun) -> int | str:
 
 def steps_done(planned: PlannedRun) -> int:
     """Steps that a run would not train again: those of its newest checkpoint, or all."""
+    if planned.tuned:
+        return 0
     if planned.job is not None and not planned.refused and finished(planned.job):
         return planned.job.spec.optimizer.steps
     return max(evaluated_checkpoints(planned.directory), default=0)
@@ -130,7 +132,6 @@ class Estimate:
     """Time of one step, and in what the pilot that it is from differs from the planned run."""
 
     seconds_per_step: float
-    pilots: tuple[Path, ...]
     differences: tuple[str, ...]
 
 
@@ -185,7 +186,6 @@ def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, thread
     nearest = [pilot for pilot in alike if len(found[pilot.directory]) == fewest]
     return Estimate(
         seconds_per_step=median(seconds for pilot in nearest for seconds in pilot.seconds),
-        pilots=tuple(pilot.directory for pilot in nearest),
         differences=tuple(dict.fromkeys(text for pilot in nearest for text in found[pilot.directory])),
     )
 

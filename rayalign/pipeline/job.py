@@ -177,6 +177,8 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
         identity["kept"] = digest_of([file_digest(file) for file in kept])
     if run.scorer is not None:
         identity["scorer"] = digest_of(scorer_identity(scorer_spec(run.scorer)))
+    if run.label is not None and ":" in run.label.name and draws_rounds(run):  # else "data" has what it made
+        identity["label"] = source_digest(run.label.name)
     return identity
 
 

@@ -97,6 +97,8 @@ class PlannedRun:
     job: TrainJob | None
     refused: str = ""
     """Why it would fail before its first step."""
+    tuned: bool = False
+    """``tune`` settles its configuration: only then it is known how far it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +111,15 @@ class Planned:
     """The initial run, where there is one, and every cell that is not skipped."""
 
 
-def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Session) -> Planned:
+def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Session) -> Planned:
     """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
-    stages = Stages(artifacts=plan, session=session)
-    directory = plan.root.parent / comparison.name
+    stages = Stages(artifacts=keeper, session=session)
+    directory = keeper.root.parent / comparison.name
     users: dict[Path, list[str]] = {}
     runs: list[PlannedRun] = []
 
-    def add(name: str, run: RunConfig, folder: Path, processes: int) -> PlannedRun:
-        found = plan_run(name, run, folder, plan, stages, processes=processes)
+    def add(name: str, run: RunConfig, folder: Path, processes: int, *, tuned: bool = False) -> PlannedRun:
+        found = plan_run(name, run, folder, keeper, stages, processes=processes, tuned=tuned)
         runs.append(found)
         for stage in found.stages:
             users.setdefault(stage.directory, []).append(name)
@@ -131,29 +133,33 @@ def plan(comparison: Comparison, evaluated: RunConfig, plan: Plan, session: Sess
             model = str(initial.directory / "final")
     cells = [cell for cell in comparison.cells if cell.run is not None]
     processes = processes_at_once(cells, session)
+    tuned = {cell for tuning in comparison.tuning if tuning.trials for cell in tuning.cells}
     for cell in cells:
         assert cell.run is not None
         run = started_from(cell.run, model) if model else cell.run
-        add(cell.id, run, directory / "cells" / cell.id, processes)
-    first = len(plan.asked)
+        add(cell.id, run, directory / "cells" / cell.id, processes, tuned=cell.id in tuned)
+    first = len(keeper.asked)
     ask_for_prompts(evaluated, stages)
-    for stage in dict.fromkeys(plan.asked[first:]):
+    for stage in dict.fromkeys(keeper.asked[first:]):
         users.setdefault(stage, []).append("evaluation")
-    return Planned(stages={plan.stages[stage]: names for stage, names in users.items()}, runs=tuple(runs))
+    return Planned(stages={keeper.stages[stage]: names for stage, names in users.items()}, runs=tuple(runs))
 
 
-def plan_run(name: str, run: RunConfig, directory: Path, plan: Plan, stages: Stages, *, processes: int) -> PlannedRun:
+def plan_run(
+    name: str, run: RunConfig, directory: Path, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
+) -> PlannedRun:
     """List what one run needs; where all of it is made, its job says the rest without work."""
-    first, job, refused = len(plan.asked), None, ""
+    first, job, refused = len(keeper.asked), None, ""
     try:
         ask_for_stages(run, stages)
-        if all(plan.stages[stage].made for stage in plan.asked[first:]):
+        if all(keeper.stages[stage].made for stage in keeper.asked[first:]):
             job = make_job(run, directory, stages, processes=processes, label=name)
-            finished(job)
+            if not tuned:
+                finished(job)
     except UserError as error:
         refused = str(error)
-    found = tuple(plan.stages[stage] for stage in dict.fromkeys(plan.asked[first:]))
-    return PlannedRun(name=name, directory=directory, run=run, stages=found, job=job, refused=refused)
+    found = tuple(keeper.stages[stage] for stage in dict.fromkeys(keeper.asked[first:]))
+    return PlannedRun(name=name, directory=directory, run=run, stages=found, job=job, refused=refused, tuned=tuned)
 
 
 def ask_for_stages(run: RunConfig, stages: Stages) -> None:

@@ -250,7 +250,7 @@ def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> Cost:
         tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
         labels_used=stored_labels(job, len(rows)) + sum(ledger["labels"] for ledger in ledgers),
         scorer_calls=sum(ledger["scorer_calls"] for ledger in ledgers),
-        device_seconds=sum(row["seconds"] * row.get("workers", job.workers) for row in rows) * job.share.devices,
+        device_seconds=sum(row["seconds"] * row["workers"] for row in rows) * job.share.devices,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from rayalign.config.compare import Cell, Comparison
+from rayalign.config.grid import slug
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import REFERENCE
 from rayalign.config.tune import Trial, TuneConfig, Tuning
@@ -35,7 +36,10 @@ from rayalign.report.statistics import prompt_means
 from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
 from rayalign.runtime.pool import Pool
 
-TrainAll = Callable[[Sequence[Cell]], Iterable[CellResult]]
+MOST_PICKED = 100
+"""Characters of what was picked in a folder's name: file systems take 255 in all."""
+
+TrainAll = Callable[[Sequence[Cell]], Generator[CellResult]]
 """Trains cells, several at a time; yields each once it is trained, in their order."""
 
 
@@ -70,7 +74,8 @@ class Outcome:
             reasons = "; ".join(f"{trial.label}: {trial.reason}" for trial in self.record.trials)
             raise UserError(f"none of its {len(self.record.trials)} trials can be picked: {reasons}")
         assert cell.run is not None
-        return replace(cell, run=self.picked.settled(cell.run))
+        picked = slug(self.picked.label)[:MOST_PICKED]
+        return replace(cell, run=self.picked.settled(cell.run), picked=picked)
 
 
 def trials_table(comparison: Comparison) -> Table:
@@ -120,7 +125,8 @@ def tune(
     measures: list[Measure] = []
     with ExitStack() as stack:
         evaluation: Evaluation | None = None
-        for result in train(cells):
+        trained = stack.enter_context(closing(train(cells)))  # now, not once somebody collects it: trials are saved
+        for result in trained:
             if evaluation is None and result.job is not None:
                 pool = Pool("tuning", Evaluator, spec, share=result.job.share, most=1)
                 config = selecting_run(evaluated).evaluate

@@ -45,6 +45,8 @@ class Card:
     """A sentence per source."""
     figures: tuple[Figure, ...] = ()
     step: int = 0
+    other_steps: tuple[int, ...] = ()
+    """That were measured, where this one was not."""
     prompt_set: str = ""
     num_prompts: int = 0
     num_samples: int = 0

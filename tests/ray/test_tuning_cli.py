@@ -68,7 +68,9 @@ def test_the_picked_trial_is_the_one_that_scored_highest_on_the_select_half(
         assert row["picked"] == int(np.argmax(scores))
         values = row["trials"][row["picked"]]["values"]
         (cell,) = [cell for cell in results["cells"] if cell["id"] in row["cells"]]
-        run = read(workspace, "cells", cell["id"], "run.json")
+        (folder,) = workspace.directory("tuned").glob(f"cells/{cell['id']}__*")
+        assert f"optim.lr-{values['optim.lr']}" in folder.name
+        run = read(workspace, "cells", folder.name, "run.json")
         assert run["configuration"]["optim"]["lr"] == float(values["optim.lr"])
         assert run["configuration"]["seed"] == 3
     dpo, ipo = results["tuning"]

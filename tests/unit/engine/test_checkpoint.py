@@ -19,11 +19,11 @@ from rayalign.engine.checkpoint import (
     Checkpointer,
     IncompatibleCheckpoint,
     differences,
-    load_optimizer,
     step_of,
 )
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer_state import load_state
 from rayalign.manifest import MANIFEST, commit
 
 MODEL, TOKENIZER = tiny("llama"), byte_level()
@@ -125,7 +125,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()), name
         restored = make_optimizer(loaded, SPEC)
-        load_optimizer(Checkpoint(directory=directory, step=1, facts={}), restored)
+        load_state(restored, directory)
         theirs = restored.state_dict()["state"]
         for index, state in optimizer.state_dict()["state"].items():
             assert all(torch.equal(theirs[index][key], value) for key, value in state.items()), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import resource
 import subprocess
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,9 +39,9 @@ from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import OPTIMIZER, Best, IncompatibleCheckpoint, step_of
 from rayalign.engine.disk import DiskFull
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
-from rayalign.engine.loop import train
+from rayalign.engine.loop import measurements, train
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.run import TrainSpec
+from rayalign.engine.run import Run, TrainSpec
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy
@@ -312,6 +314,15 @@ def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> N
     assert (spec.directory / "nonfinite" / "step_000006" / "rank_0.json").exists()
 
 
+def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_path: Path) -> None:
+    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip")
+    with pytest.raises(Stopped, match="stopped after step 4 of 12"):
+        train(spec, Poisoned(dpo, {3}), SINGLE, stop=asked_in(4, spec.directory))
+    assert [row["loss"] is None for row in rows(spec.directory)] == [False, False, False, True]
+    train(spec, Poisoned(dpo, {3}), SINGLE)
+    assert len(rows(spec.directory)) == STEPS
+
+
 def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
     strategy = join(rank, 2, folder / "meeting-point")
     for name in ("ddp", "fsdp2"):
@@ -354,6 +365,20 @@ def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
     told = json.loads((spec.directory / "checkpoints" / "best.json").read_text())
     assert (told["step"], told["value"]) == (expected, measured[expected])
     assert told["directory"] == checkpoint_of(spec.directory, expected).name
+
+
+def test_the_best_checkpoint_is_told_by_a_whole_number_too(scenario: Scenario, tmp_path: Path) -> None:
+    main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1])
+    best = Best(metric="step_tokens", mode="max")
+    spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
+    train_alone(spec, main)
+    measured = {row["step"]: row["step_tokens"] for row in rows(spec.directory) if row["step"] % 2 == 0}
+    told = json.loads((spec.directory / "checkpoints" / "best.json").read_text())
+    expected = max(measured, key=measured.__getitem__)
+    assert (told["step"], told["value"]) == (expected, measured[expected])
+    row = {"step": 3, "count": 2, "mean": 0.5, "flag": True, "nan": math.nan, "name": "a", "none": None}
+    run = cast(Run, SimpleNamespace(step=3, row=row))
+    assert measurements(run) == {"step": 3, "count": 2, "mean": 0.5}
 
 
 @pytest.mark.parametrize("metric", ["rewards/margin", "eval_loss"])

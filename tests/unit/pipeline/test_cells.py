@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +13,14 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from rayalign.config.budget import BudgetConfig
 from rayalign.config.compare import Cell
 from rayalign.config.run import RunConfig
-from rayalign.errors import UserError
+from rayalign.errors import Stopped, UserError
 from rayalign.manifest import commit
 from rayalign.pipeline import cells
 from rayalign.pipeline.budget import Budget, Ending
-from rayalign.pipeline.compare import refuse_unfinished
+from rayalign.pipeline.compare import refuse_unfinished, whole_trial
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.evaluate import Evaluation
 from rayalign.pipeline.results import CellResult
@@ -78,3 +82,48 @@ def test_one_failed_cell_does_not_lose_the_others(
     assert [result.points for result in results] == [(("points of first",),), (), (), (), (("points of last",),)]
     with pytest.raises(UserError, match="3 of 5 cells failed, see the report: unprepared, breaks, unmeasured"):
         refuse_unfinished(results, Budget(None))
+
+
+@pytest.mark.parametrize("by", ["signal", "budget"])
+def test_trials_that_train_are_saved_before_the_others_are_given_up(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trial is over; the second ends its step only once somebody waits for it."""
+    begun, waited = threading.Event(), threading.Event()
+    saved: list[str] = []
+
+    class Waits(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            if wait:
+                waited.set()
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def run_job(run: RunConfig, job: TrainJob, trainer: Any, board: Board) -> Path:
+        if job.run == "first":
+            assert begun.wait(60)
+            if by == "budget":
+                ending.budget.exceeded = "seconds: 2 of 1"
+                raise Stopped("stopped after step 1 of 4")
+            return job.spec.directory
+        begun.set()
+        assert waited.wait(60)
+        saved.append(job.run)
+        raise Stopped("stopped after step 2 of 4")
+
+    def trials() -> Generator[CellResult]:
+        items = [ready(tmp_path, name) for name in ("first", "second")]
+        with cells.training(items, 2, Board(Console(file=StringIO())), ending) as trained:
+            yield from (whole_trial(cell.result(), ending.budget) for cell in trained)
+
+    monkeypatch.setattr(cells, "ThreadPoolExecutor", Waits)
+    monkeypatch.setattr(cells, "run_job", run_job)
+    ending = Ending(StopRequest(), Budget(BudgetConfig(seconds=1), read_every=1e9, read_at=1e18))
+    found = trials()
+    if by == "budget":
+        with pytest.raises(UserError, match="used up .seconds: 2 of 1. by the trials of tune"):
+            next(found)
+    else:
+        assert next(found).cell.id == "first"
+        ending.signals.number = 15  # while the first trial is measured
+        found.close()
+    assert saved == ["second"]

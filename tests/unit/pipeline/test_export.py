@@ -232,6 +232,24 @@ def test_a_card_has_front_matter_figures_and_no_secrets(tmp_path: Path) -> None:
     assert "another seed" in body and "1,200 rows read, 3 bad" in body and "beta: 0.1" in body
 
 
+def test_a_card_has_the_figures_of_its_own_step_or_none(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "mine")
+    for step, score in ((5, 1.0), (10, 2.0), (25, 3.0)):
+        measured(run, step, score)
+        model = run / "checkpoints" / f"step_{step:06d}-a0123abcd"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    front, body = card(run / "checkpoints" / "step_000005-a0123abcd")
+    metrics = {metric["name"]: metric["value"] for metric in front["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["oracle"] == 1.5 and "After step 5, on shop" in body
+    front, body = card(run)
+    assert "model-index" not in front and "| oracle |" not in body
+    assert "step 20, of which nothing was measured; steps 5, 10, 25 of its run were" in body
+    (run / "merged").mkdir()
+    (run / "merged" / "config.json").write_text("{}")
+    assert "This model was not measured; steps 5, 10, 25 of its run were" in card(run / "merged")[1]
+
+
 def test_a_card_without_an_evaluation_says_so_and_a_foreign_one_stays(tmp_path: Path) -> None:
     run = written_run(tmp_path / "mine")
     front, body = card(run / "final")

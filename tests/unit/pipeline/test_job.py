@@ -98,6 +98,25 @@ def test_a_run_of_ones_own_method_is_another_run_when_its_code_changes(tmp_path:
     assert "method_source" not in run_identity(load_run(path, ["method=dpo"]), [])
 
 
+def test_a_run_that_labels_its_rounds_is_another_run_when_the_rules_code_changes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "tiny")
+    (tmp_path / "scores.py").write_text("def long(prompt, reply):\n    return len(reply)\n")
+    (tmp_path / "rules.py").write_text("def widest(scores):\n    return 0, 1\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {name: tiny}\ndata: {train: t.jsonl}\nmethod: dpo\ndata_policy: on_policy\nrollout: {engine: hf}\n"
+        "scorer: {name: rule, function: 'scores.py:long'}\nlabel: 'rules.py:widest'\n"
+    )
+    run = load_run(path)
+    first = run_identity(run, [])
+    assert run_identity(run, []) == first
+    (tmp_path / "rules.py").write_text("def widest(scores):\n    return 1, 0\n")
+    changed = run_identity(run, [])
+    assert {key for key in changed if changed[key] != first[key]} == {"label"}
+    for other in ("label=best_worst", "data_policy={name: on_policy, refresh_every: never}"):
+        assert "label" not in run_identity(load_run(path, [other]), [])  # drawn once: in the digest of the data
+
+
 def test_the_same_folder_in_another_place_is_the_same_run(tmp_path: Path) -> None:
     """As a job works in another copy of it whenever it is submitted; other contents are another run."""
 

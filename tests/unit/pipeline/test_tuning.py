@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
 
 from rayalign.config import Comparison, load_compare
+from rayalign.config.compare import Cell
+from rayalign.errors import Stopped
 from rayalign.judge.measure import Prompt, ScorerSpec
+from rayalign.pipeline import tuning
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.results import CellResult
+from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.tuning import Measure, Outcome, mean, pick, settle, trial_cells, trials_table
 from rayalign.rollout.base import SamplingParams
 from rayalign.runtime.evaluation import EvaluationSpec
@@ -41,7 +47,7 @@ def comparison(tmp_path: Path) -> Comparison:
 
 def outcome(comparison: Comparison, *numbers: tuple[float, float, str]) -> Outcome:
     """(score, KL, failure) of each run: three trials with two seeds."""
-    (tuning,) = comparison.tuning
+    (own,) = comparison.tuning
     cells = trial_cells(comparison)
     results = [CellResult(cell=cell, run=cell.run, job=None, points=(), failure="") for cell in cells if cell.run]
     measures = [
@@ -49,7 +55,7 @@ def outcome(comparison: Comparison, *numbers: tuple[float, float, str]) -> Outco
         for result, (score, kl, failure) in zip(results, numbers, strict=True)
     ]
     assert comparison.tune is not None
-    return pick(tuning, [measures[index : index + 2] for index in (0, 2, 4)], comparison.tune, SPEC)
+    return pick(own, [measures[index : index + 2] for index in (0, 2, 4)], comparison.tune, SPEC)
 
 
 def test_the_highest_mean_over_the_tuning_seeds_is_picked(comparison: Comparison) -> None:
@@ -98,6 +104,21 @@ def test_cells_are_trained_with_what_was_picked_and_without_tuning_as_they_are(c
     assert settle(comparison.cells, [], board) == (list(comparison.cells), {})
 
 
+def test_what_is_picked_later_is_trained_in_another_folder(comparison: Comparison) -> None:
+    """With more trials another one may win; ids, by which reports name cells, stay."""
+    board = Board(Console(file=StringIO()))
+    found = [
+        settle(comparison.cells, [outcome(comparison, *[(score, 1.0, "") for score in scores])], board)[0]
+        for scores in ((0.3, 0.3, 0.2, 0.2, 0.1, 0.1), (0.1, 0.1, 0.2, 0.2, 0.1, 0.1))
+    ]
+    first, second = (trial.values["optim.lr"] for trial in comparison.tuning[0].trials[:2])
+    assert [[cell.folder for cell in cells] for cells in found] == [
+        [f"dpo__seed-{seed}__optim.lr-{value}" for seed in (0, 1)] for value in (first, second)
+    ]
+    assert [[cell.id for cell in cells] for cells in found] == [["dpo__seed-0", "dpo__seed-1"]] * 2
+    assert [cell.folder for cell in comparison.cells] == ["dpo__seed-0", "dpo__seed-1"]
+
+
 def test_trials_are_listed_before_anything_starts(comparison: Comparison) -> None:
     text = StringIO()
     Console(file=text, width=200).print(trials_table(comparison))
@@ -110,3 +131,28 @@ def test_trials_are_listed_before_anything_starts(comparison: Comparison) -> Non
 def test_a_mean_is_over_prompts_that_have_a_value() -> None:
     assert mean(((1.0, 3.0), (None, None), (None, 5.0))) == 3.5
     assert math.isnan(mean(((None,),)))
+
+
+def test_a_stop_while_a_trial_is_measured_ends_the_training_of_the_others(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def train(cells: Sequence[Cell]) -> Generator[CellResult]:
+        try:
+            for cell in cells:
+                assert cell.run is not None
+                yield CellResult(cell=cell, run=cell.run, job=None, points=(), failure="")
+        finally:
+            events.append("training ended")
+
+    def measured(*arguments: object) -> Measure:
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(tuning, "selecting_spec", lambda *arguments: SPEC)
+    monkeypatch.setattr(tuning, "measured", measured)
+    board, stages = Board(Console(file=StringIO())), cast(Stages, None)
+    run = comparison.trial_runs[0]
+    with pytest.raises(Stopped):
+        tuning.tune(comparison, run, stages, train, board)
+    assert events == ["training ended"]
