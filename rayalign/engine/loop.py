@@ -288,7 +288,7 @@ def save(
 def measurements(run: Run) -> dict[str, float]:
     """What the row of the newest step says in finite numbers, for telling the best checkpoint."""
     row = run.row if run.row.get("step") == run.step else {}
-    numbers = {name: value for name, value in row.items() if type(value) in (int, float)}
+    numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
