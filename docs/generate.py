@@ -226,27 +226,48 @@ def anchor(title: str) -> str:
 
 # The command line.
 
+EXIT_CODES = """| exit code | meaning |
+|---|---|
+| 0 | Success: of a comparison, every cell that was not skipped ran to its end. |
+| 1 | A finding (`check`, `doctor`), or an error that nobody foresaw, with its traceback. |
+| 2 | Something that a person must settle, and a message that says what to do: a mistake in file or arguments, cells \
+that failed, a budget that is used up, an error of your own code, a loss that is not finite, a full disk, a cluster \
+that lost the run in every attempt. |
+| 130 | Ctrl-C, or a second signal: the same command goes on. |
+| 143 | SIGTERM, as of `ray job stop`: the same command goes on. |"""
+
 
 def cli_page() -> str:
     program: Any = typer.main.get_command(rayalign.cli.app)
     parts = [
         NOTE,
         "# Command line",
-        "`rayalign COMMAND --help` says the same. Exit codes: 0 is success, 1 a failure or a finding, 2 a mistake of"
-        " the user's with a message that names file, field and remedy, 130 an interruption, after which the same"
-        " command goes on. `python -m rayalign` is the same program.",
-        *(command_section(name, command) for name, command in program.commands.items()),
+        "`rayalign COMMAND --help` says the same. `python -m rayalign` is the same program.",
+        EXIT_CODES,
+        *(part for name, command in program.commands.items() for part in command_sections(name, command)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def command_section(name: str, command: Any) -> str:
+def command_sections(name: str, command: Any) -> Iterator[str]:
+    """A command's section, and below a group's those of its commands."""
+    inside = getattr(command, "commands", {})
+    title = f"{'###' if ' ' in name else '##'} `rayalign {name}`"
     given = [parameter for parameter in command.params if parameter.name != "help"]
+    yield title
+    yield " ".join(command.help.split())
+    if given or not inside:
+        yield parameters(given)
+    for own, below in inside.items():
+        yield from command_sections(f"{name} {own}", below)
+
+
+def parameters(given: Sequence[Any]) -> str:
     rows = ["| | default | meaning |", "|---|---|---|"]
     for parameter in given:
         cells = (called(parameter), parameter_default(parameter), " ".join((parameter.help or "").split()))
         rows.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
-    return "\n\n".join([f"## `rayalign {name}`", " ".join(command.help.split()), "\n".join(rows)])
+    return "\n".join(rows)
 
 
 def called(parameter: Any) -> str:

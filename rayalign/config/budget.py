@@ -23,7 +23,9 @@ class PricesConfig(Block):
 
 
 class BudgetConfig(Block):
-    """What training may use in all, the ``initial`` run included; the first limit that is reached counts."""
+    """What training may use in all, ``initial`` and the trials of ``tune`` included; the first limit reached counts.
+
+    Cells that it stops are measured as they are; where ``initial`` or a trial uses it up, there is no report."""
 
     device_hours: Annotated[float | None, Field(gt=0)] = None
     """Hours of steps, times devices: GPUs, or CPU cores where there is none."""
