@@ -46,6 +46,7 @@ def modified(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.columns")}
 
 
+@pytest.mark.slow
 def test_reference_goes_on_after_its_process_was_killed(
     workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_only_missing_shards_are_scored(
     assert shard_bytes(tmp_path) == content
 
 
+@pytest.mark.slow
 def test_reference_is_shared_by_what_it_depends_on(
     workspace: Workspace, store: Path, stages: Stages, notes: list[str]
 ) -> None:

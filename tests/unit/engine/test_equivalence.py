@@ -107,11 +107,12 @@ DEEPSPEED = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-slow"),
 ]
+MARKS = {"zero2": DEEPSPEED, "zero3": DEEPSPEED, "fsdp2_kept": [pytest.mark.slow]}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=DEEPSPEED if name.startswith("zero") else ()) for name in STRATEGIES],
+    params=[pytest.param(name, marks=MARKS.get(name, ())) for name in STRATEGIES],
 )
 def together(
     request: pytest.FixtureRequest, scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory
