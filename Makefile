@@ -48,7 +48,7 @@ docs: $(VENV)/.installed-test ## write the pages of docs/reference that the code
 	$(BIN)/python -m docs.generate
 
 bench: $(VENV)/.installed-test ## measure throughput; prints one table per file of examples/bench
-	@set -e; for name in offline_step ray_cost data_throughput rollouts overlap refresh; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done
+	@set -e; for name in offline_step ray_cost data_throughput rollouts overlap refresh grpo_step; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done
 
 clean: ## remove the environment and what tools leave behind
 	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
