@@ -32,6 +32,7 @@ DEFAULTS = {
 
 STORAGE_VARIABLE = "RAYALIGN_STORAGE"
 PROBE_SECONDS = 60.0
+ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +179,18 @@ def running_cluster() -> str | None:
     if named:
         return None if named == "local" else named
     noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    return noted.read_text().strip() if noted.exists() else None
+    address = noted.read_text().strip() if noted.exists() else ""
+    return address if address and answers(address) else None
+
+
+def answers(address: str) -> bool:
+    """Whether anything listens there: of a cluster that was killed only the note is left, and Ray would wait for it."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def describe(*, started_here: bool) -> Session:

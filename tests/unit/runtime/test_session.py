@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ CLUSTER = Session(started_here=False, nodes=(NODE,))
         ("10.0.0.1:6379", "10.0.0.2:6379", "10.0.0.1:6379"),
         ("auto", None, "auto"),
         ("local", "10.0.0.2:6379", None),
-        ("", "10.0.0.2:6379\n", "10.0.0.2:6379"),
         (None, None, None),
     ],
 )
@@ -36,6 +36,18 @@ def test_running_cluster(
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(noted)
     assert running_cluster() == expected
+
+
+def test_a_cluster_of_this_machine_is_joined_while_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was killed leaves its note behind; Ray would wait minutes for it."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as living:
+        address = f"127.0.0.1:{living.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        assert running_cluster() == address
+    assert running_cluster() is None
 
 
 def test_environment_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
