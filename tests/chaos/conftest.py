@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from faulty_modules import write_modules
 from incidents import Incident
+from local_ray import local_session
 from workspaces import Workspace, make_workspace
 
-from rayalign.runtime.session import Session, connect
+from rayalign.runtime.session import Session
 
 ELSEWHERE = (
     "a rollout actor that dies again and again: tests/ray/test_rollouts.py",
@@ -39,11 +40,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Work
 
 @pytest.fixture(scope="module")
 def session(workspace: Workspace) -> Iterator[Session]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "local")
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # or a second driver could not join by address
-        with connect(import_paths=[workspace.folder]) as session:
-            yield session
+    with local_session(workspace.folder) as session:
+        yield session
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from local_ray import local_session
 from workspaces import Workspace, make_workspace
 
-from rayalign.runtime.session import Session, connect
+from rayalign.runtime.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,5 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Work
 
 @pytest.fixture(scope="module")
 def session(workspace: Workspace) -> Iterator[Session]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "local")
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # or a second driver could not join by address
-        with connect(import_paths=[workspace.folder]) as session:
-            yield session
+    with local_session(workspace.folder) as session:
+        yield session

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import facts_of
 from workspaces import make_workspace
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -21,18 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def facts(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("elastic")
     make_workspace(folder, test_data / "hh_harmless_test.jsonl.gz", num_pairs=64)
-    paths = os.pathsep.join([str(FIXTURES), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    environment.pop("RAYALIGN_STORAGE", None)
-    done = subprocess.run(
-        [sys.executable, FIXTURES / "elastic_run.py", folder],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return facts_of("elastic_run.py", folder, seconds=900)
 
 
 def test_workers_come_and_go(facts: dict[str, Any]) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import facts_of
 from workspaces import make_workspace
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -25,17 +20,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> dict[str
     make_workspace(folder, pairs, num_pairs=60)
     for part in range(2):
         (folder / f"part-{part}.jsonl").write_bytes(gzip.decompress(pairs.read_bytes()))
-    environment = {**os.environ, "PYTHONPATH": str(FIXTURES), "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    environment.pop("RAYALIGN_STORAGE", None)
-    done = subprocess.run(
-        [sys.executable, FIXTURES / "two_nodes.py", folder],
-        capture_output=True,
-        text=True,
-        timeout=580,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return facts_of("two_nodes.py", folder, seconds=580)
 
 
 def test_one_core_is_enough(facts: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from workspaces import wait_until
 
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import STAGE_VERSIONS, Artifacts, digest_of, path_digest, stage_key
@@ -120,9 +120,7 @@ Artifacts(root=root).stage("tokens", {"store": "abc", "temperature": 1.0}, build
 def test_two_jobs_that_want_one_stage_share_it(tmp_path: Path) -> None:
     root, building, go = tmp_path / "artifacts", tmp_path / "building", tmp_path / "go"
     with subprocess.Popen([sys.executable, "-c", MAKES, str(root), str(building), str(go)]) as first:
-        end = time.monotonic() + 60
-        while not building.exists() and time.monotonic() < end and first.poll() is None:
-            time.sleep(0.01)
+        wait_until(lambda: building.exists() or first.poll() is not None, "the stage of the first job")
         notes: list[str] = []
 
         def note(line: str) -> None:
