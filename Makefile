@@ -74,6 +74,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 # DeepSpeed's build asks for the torch that it will run with.
 $(VENV)/.installed-slow: $(VENV)/.installed-test
 	$(PIP) --no-build-isolation deepspeed ninja
+	$(PIP) nixl
 	@touch $@
 
 # vLLM's pins differ from the trainer's; torchvision and its kin come built for CUDA and break Llama beside a CPU torch.

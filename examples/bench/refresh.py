@@ -1,6 +1,6 @@
 """What a weight refresh costs: a state of 1 GB from one process into another's model, and what copying it costs here.
 
-    python -m examples.bench.refresh [--quick]
+    python -m examples.bench.refresh [--quick] [--direct]
 
 The trainer's side is its digest and the copy into shared memory, the engine's side the copy into its own weights.
 """
@@ -38,7 +38,8 @@ def make_state(matrices: int) -> nn.Module:
 class Trainer:
     """Holds the newest weights and sends them."""
 
-    def __init__(self, matrices: int) -> None:
+    def __init__(self, given: tuple[int, bool]) -> None:
+        matrices, self.direct = given
         self.model = make_state(matrices)
         self.other = {name: torch.empty_like(tensor).zero_() for name, tensor in self.model.state_dict().items()}
 
@@ -46,7 +47,7 @@ class Trainer:
         state = self.model.state_dict()
         seconds = {"copy": timed(lambda: copy(state, self.other))}
         seconds["digest"] = timed(lambda: weights_digest(self.model))  # type: ignore[arg-type]
-        seconds["send"] = timed(lambda: ObjectStore().send(replace(VERSION, step=number), state))
+        seconds["send"] = timed(lambda: ObjectStore(direct=self.direct).send(replace(VERSION, step=number), state))
         return seconds | {"bytes": num_bytes(state)}
 
 
@@ -76,6 +77,7 @@ def timed(work: Any) -> float:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="refreshes; one more before them does not count")
+    parser.add_argument("--direct", action="store_true", help="from memory to memory by NIXL, not through the store")
     options = parser.parse_args()
     matrices = 2 if options.quick else MATRICES
     print(machine())
@@ -83,7 +85,7 @@ def main() -> None:
     with connect():
         board = make_board()  # noqa: F841  (lives as long as it is held)
         with (
-            Pool("trainer", Trainer, matrices, share=share, most=1) as trainer,
+            Pool("trainer", Trainer, (matrices, options.direct), share=share, most=1) as trainer,
             Pool("engine", Engine, matrices, share=share, most=1) as engine,
         ):
             runs = [trainer.call(number) | engine.call(number) for number in range(options.repeats + 1)][1:]

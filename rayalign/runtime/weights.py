@@ -1,13 +1,16 @@
-"""Weights from the training process to the actors that sample them, through Ray's object store.
+"""Weights from the training process to the actors that sample them, through Ray's object store or past it.
 
-Sending copies them into shared memory once; every actor of that node reads them there, and another node pulls them
-once. They live as long as the process that sent them: what must outlive it is written to a folder as well.
+Through the store they are copied into shared memory once; every actor of that node reads them there, and another node
+pulls them once. Directly (NIXL: NVLink, InfiniBand or shared memory, whatever lies between), an actor reads them out of
+a copy in the memory of the sender's own device. Either way an actor fetches when it needs them, on its own: in a
+broadcast, one that dies would hang all others. Weights live as long as the process that sent them: what must outlive it
+is written to a folder as well.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +26,9 @@ from rayalign.sources.weights import WeightsGone
 BOARD = "weights"
 SECONDS = 600.0
 
-Flat = dict[str, tuple[NDArray[np.uint8] | str, torch.dtype | None, tuple[int, ...]]]
-"""Name → (bytes, dtype, shape), or (name of the tensor that it is tied to, None, ())."""
+Content = NDArray[np.uint8] | torch.Tensor
+Flat = dict[str, tuple[Content | str, torch.dtype | None, tuple[int, ...]]]
+"""Name → (bytes, dtype, shape), or (name of the tensor that it is tied to, None, ()); directly, tensors for bytes."""
 
 
 class Board:
@@ -55,10 +59,13 @@ class ObjectStore:
 
     keep: int = 1
     """Versions that may be asked for at the same time."""
+    direct: bool = False
+    """From device to device by NIXL; the sender's device holds a copy of each version that is kept."""
 
     def send(self, weights: Weights, state: State) -> None:
         """Make ``state`` known as the version that ``weights`` names."""
-        sender, where = ray.get_runtime_context().get_worker_id(), [ray.put(flat(state))]
+        sender = ray.get_runtime_context().get_worker_id()
+        where = [ray.put(flat(state, copied), _tensor_transport="nixl") if self.direct else ray.put(flat(state))]
         ray.get(ray.get_actor(BOARD).put.remote(sender, weights.version, where, self.keep), timeout=SECONDS)
 
     def fetch(self, weights: Weights) -> State | None:
@@ -70,7 +77,7 @@ class ObjectStore:
         try:
             where = ray.get(ray.get_actor(BOARD).get.remote(weights.version), timeout=SECONDS)
             found = ray.get(where[0], timeout=SECONDS) if where else None
-        except ray.exceptions.ObjectLostError:
+        except (ray.exceptions.ObjectLostError, ray.exceptions.RayDirectTransportError):
             found = None
         except ray.exceptions.GetTimeoutError as error:
             raise UserError(
@@ -84,8 +91,18 @@ class ObjectStore:
         return None
 
 
-def flat(state: State) -> Flat:
-    """The tensors as bytes that Ray copies once; those that share memory only once."""
+def in_bytes(tensor: torch.Tensor) -> Content:
+    content: Content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return content
+
+
+def copied(tensor: torch.Tensor) -> Content:
+    """On its own device, where training does not change it. No bytes are nothing that NIXL would move."""
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.nbytes else in_bytes(tensor)
+
+
+def flat(state: State, content: Callable[[torch.Tensor], Content] = in_bytes) -> Flat:
+    """The tensors as Ray copies them once; those that share memory only once."""
     seen: dict[tuple[int, int], str] = {}
     entries: Flat = {}
     for name, tensor in state.items():
@@ -94,8 +111,7 @@ def flat(state: State) -> Flat:
             entries[name] = (seen[place], None, ())
             continue
         seen[place] = name
-        whole = tensor.detach().cpu().contiguous()
-        entries[name] = (whole.reshape(-1).view(torch.uint8).numpy(), whole.dtype, tuple(whole.shape))
+        entries[name] = (content(tensor.detach()), tensor.dtype, tuple(tensor.shape))
     return entries
 
 
@@ -108,6 +124,8 @@ def tensors(entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         for name, (content, dtype, shape) in entries.items():
             if dtype is None:
                 found[name] = found[content]
+            elif isinstance(content, torch.Tensor):
+                found[name] = content
             elif content.size:
                 found[name] = torch.from_numpy(content).view(dtype).reshape(shape)
             else:
