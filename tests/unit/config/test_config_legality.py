@@ -161,10 +161,12 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
         ),
         (
             ["method=dpo", *ON_POLICY, "data_policy={name: on_policy, lag: 1}", "rollout.placement=shared",
-             "rollout.tensor_parallel=2", "rollout.engine=hf"],
+             "rollout.tensor_parallel=2", "rollout.transfer=nixl", "rollout.engine=hf"],
             ["rollout.placement: shared lets training wait while rounds are drawn, so that lag must be 0; write lag: 0",
              "rollout.tensor_parallel: hf samples on one device; write 1, or engine: vllm",
-             "rollout.tensor_parallel: shared gives an actor a part of one device; write 1, or separate"],
+             "rollout.tensor_parallel: shared gives an actor a part of one device; write 1, or separate",
+             "rollout.transfer: nixl brings whole weights to one device, and tensor_parallel reads parts from a "
+             "folder; write object_store, or tensor_parallel: 1"],
         ),
         (
             ["method={name: exo_rw, behavior: assume_reference}", *ON_POLICY],
