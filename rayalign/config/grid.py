@@ -134,4 +134,5 @@ def _filter_label(entry: Mapping[str, Any]) -> str:
 
 def slug(label: str) -> str:
     """Only characters that every file system takes; never ``__``, which separates the axes."""
-    return re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9._]+", "-", label)).strip("-._")
+    signed = re.sub(r"(?<![A-Za-z0-9.])-(?=[0-9.])", "minus", label)
+    return re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9._]+", "-", signed)).strip("-._")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayalign.config import Comparison, ConfigError, load_compare
+from rayalign.config.grid import slug
 from rayalign.config.tune import Tuning
 
 BASE = """\
@@ -147,3 +148,16 @@ def test_a_setting_that_every_entry_sets_and_too_many_combinations_are_refused(t
     many = ", ".join(map(str, range(1, 102)))
     with pytest.raises(ConfigError, match="10,201 combinations, more than 10,000; write fewer values"):
         load(tmp_path, f"{{over: {{optim.lr: [{many}], optim.steps: [{many}]}}}}")
+
+
+def test_names_of_folders_keep_signs_and_exponents() -> None:
+    labels = ("margin=-1", "margin=1", "margin=1e-3", "margin=-.5", "dpo -2", "own_method-2", "a__b")
+    assert [slug(label) for label in labels] == [
+        "margin-minus1",
+        "margin-1",
+        "margin-1e-3",
+        "margin-minus.5",
+        "dpo-minus2",
+        "own_method-2",
+        "a_b",
+    ]
