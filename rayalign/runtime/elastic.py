@@ -5,6 +5,7 @@ A run goes on with another number of workers from a checkpoint; the groups of it
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -16,12 +17,16 @@ from rayalign.runtime.placement import Share
 from rayalign.runtime.stop import Stop
 from rayalign.runtime.worker import TrainJob
 
+log = logging.getLogger(__name__)
+
 LOOK_SECONDS = 5.0
 LOOKS = 3
 """Times in a row that there must be room for more workers: a restart costs more than a short wait."""
 SETTLE_SECONDS = 30.0
 """What a lost worker held is free after a while; until then fewer seem to fit than do."""
-ROOM_SECONDS = 600.0
+ROOM_SECONDS = 86400.0
+"""A run waits for room as others on the cluster end or nodes are added, and gives up after a day."""
+TELL_SECONDS = 300.0
 
 
 def room(share: Share) -> int:
@@ -43,25 +48,54 @@ def wait_for_workers(job: TrainJob, *, taken: int, stop: Stop) -> int:
     """How many workers ``job`` begins with, ``taken`` of the places being for others.
 
     Raises:
-        UserError: not even the fewest find room within ten minutes.
+        UserError: not even the fewest find room within a day.
         Stopped: that was asked for meanwhile.
     """
     assert job.fewest is not None
-    began = time.monotonic()
+    queue = Queue(job=job, workers=job.fewest)
     while True:
         if stop.asked:
             raise Stopped("stopped while it waited for workers")
         found = min(job.workers, room(job.share) - taken)
-        waited = time.monotonic() - began
-        settled = waited > SETTLE_SECONDS or found >= min(job.workers, capacity(job.share) - job.beside)
+        settled = queue.waited > SETTLE_SECONDS or found >= min(job.workers, capacity(job.share) - job.beside)
         if found >= job.fewest and settled:
             return found
-        if waited > ROOM_SECONDS:
-            raise UserError(
-                f"{job.run} waited {ROOM_SECONDS:.0f} s for {job.fewest} workers with {job.share.cpus:g} CPUs and "
-                f"{job.share.gpus:g} GPUs each; free in the cluster: {ray.available_resources()}"
-            )
+        queue.wait_on()
         time.sleep(1)
+
+
+@dataclass(slots=True, kw_only=True)
+class Queue:
+    """A run's wait for the room that it needs, told every few minutes."""
+
+    job: TrainJob
+    workers: int
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    @property
+    def waited(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self.began
+
+    def wait_on(self) -> None:
+        """Raise UserError after a day; before, say now and then who waits for what."""
+        job = self.job
+        what = (
+            f"for {self.workers} workers with {job.share.cpus:g} CPUs and {job.share.gpus:g} GPUs each; "
+            f"free in the cluster: {free_resources()}"
+        )
+        if self.waited > ROOM_SECONDS:
+            raise UserError(f"{job.run} waited {self.waited / 3600:.0f} hours {what}")
+        if time.monotonic() - self.told >= TELL_SECONDS:
+            self.told = time.monotonic()
+            log.warning("%s: has waited %.0f minutes %s", job.run, self.waited / 60, what)
+
+
+def free_resources() -> str:
+    """CPUs and GPUs that nobody has reserved."""
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -27,12 +27,13 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from rayalign.engine.disk import free_bytes, full_disk
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
 from rayalign.errors import Stopped, UserError
-from rayalign.runtime.elastic import Growth, wait_for_workers
+from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
@@ -91,7 +92,7 @@ class Trainer:
         name = job.spec.directory.name
         for attempt in range(job.retries + 1):
             try:
-                return self.attempt(job)
+                return self.placed_attempt(job)
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
                 blame_run(job, failure)
                 done = last_step(job.spec.directory / "metrics.jsonl")
@@ -105,6 +106,21 @@ class Trainer:
                 log.warning("%s: attempt %d was lost after step %d (%s); trying again", name, attempt + 1, done, what)
                 time.sleep(2**attempt)
         raise AssertionError("unreachable: the loop returns or raises")
+
+    def placed_attempt(self, job: TrainJob) -> Path:
+        """An attempt, once others leave room for it: until then nothing has begun that could be lost.
+
+        Raises:
+            UserError: there was no room for a day.
+        """
+        queue = Queue(job=job, workers=job.workers)
+        while True:
+            try:
+                return self.attempt(job)
+            except ray.train.ControllerError as failure:
+                if not isinstance(failure.controller_failure, WorkerGroupStartupTimeoutError):
+                    raise
+                queue.wait_on()
 
     def attempt(self, job: TrainJob) -> Path:
         """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
@@ -298,6 +314,8 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
 def cluster_reason(failure: BaseException, places: Mapping[int, str]) -> str:
     """What happened to the cluster, to which workers and where, and what to do."""
     lost = worker_failures(failure)
+    if isinstance(failure, ray.train.ControllerError):
+        failure = failure.controller_failure
     if lost:
         return describe_loss({rank: root_cause(error) for rank, error in lost.items()}, places)
     return f"{reason(failure)}. {WHAT_TO_DO[loss_kind(failure)]}"

@@ -56,6 +56,12 @@ def assert_equal(directory: Path, other: Path) -> None:
     assert weights(directory) == weights(other)
 
 
+def told_step(head: Head, run: str) -> float | None:
+    """What Prometheus is told of a run's step; None before the first report."""
+    found = re.findall(rf'^ray_rayalign_step\{{.*run="{run}".*\}} (\S+)$', head.metrics(), re.M)
+    return float(found[0]) if found else None
+
+
 def newest_checkpoint(directory: Path) -> str:
     return max(path.name for path in (directory / "checkpoints").iterdir())
 
@@ -81,9 +87,7 @@ def test_a_stopped_job_goes_on_from_an_edited_checkout(
     undisturbed: Path, folder: Workspace, head: Head, tmp_path: Path
 ) -> None:
     job, directory = held(folder, head, "stopped")
-    wait_until(lambda: "rayalign_step{" in head.metrics() and 'run="stopped"' in head.metrics(), "metrics", seconds=300)
-    (step,) = re.findall(r'^ray_rayalign_step\{.*run="stopped".*\} (\S+)$', head.metrics(), re.M)
-    assert float(step) == HELD
+    wait_until(lambda: told_step(head, "stopped") == HELD, "the step among the metrics", seconds=300)
     assert head.client().stop_job(job)
     wait_until(lambda: "asked to stop" in head.client().get_job_logs(job), "the driver's answer", seconds=300)
     hold_file(head, "stopped").unlink()

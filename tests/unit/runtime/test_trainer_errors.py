@@ -25,10 +25,21 @@ from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import TornDirectory
 from rayalign.runtime.failures import WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
+from rayalign.runtime.placement import Share
 from rayalign.runtime.trainer import Trainer, TrainingFailed
 from rayalign.runtime.worker import TrainJob
 
-JOB = cast(TrainJob, SimpleNamespace(spec=SimpleNamespace(directory=Path("runs/dpo-hh")), retries=2))
+JOB = cast(
+    TrainJob,
+    SimpleNamespace(
+        spec=SimpleNamespace(directory=Path("runs/dpo-hh")),
+        retries=2,
+        run="dpo-hh",
+        workers=2,
+        share=Share(cpus=1, gpus=0, threads=1),
+    ),
+)
+NO_ROOM = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
 
 
 def worker_failure(**by_rank: Exception) -> ray.train.WorkerGroupError:
@@ -101,6 +112,22 @@ def test_attempts_end(attempts: list[Any]) -> None:
     ):
         Trainer().fit(JOB)
     assert attempts == ["final"]
+
+
+def test_waiting_for_room_loses_no_attempt(
+    attempts: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("rayalign.runtime.elastic.TELL_SECONDS", 0.0)
+    attempts += [NO_ROOM] * 4 + ["final"]
+    assert Trainer().fit(JOB) == Path("final")
+    assert "attempt" not in caplog.text
+    waits = "dpo-hh: has waited 0 minutes for 2 workers with 1 CPUs and 0 GPUs each; free in the cluster: 1 CPUs and 0"
+    assert caplog.text.count(waits) == 4
+    monkeypatch.setattr("rayalign.runtime.elastic.ROOM_SECONDS", -1.0)
+    attempts.append(NO_ROOM)
+    with pytest.raises(UserError, match="dpo-hh waited 0 hours for 2 workers"):
+        Trainer().fit(JOB)
 
 
 PLACES = {0: "process 12 on red", 1: "process 34 on blue"}
