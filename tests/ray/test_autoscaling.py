@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,17 @@ def test_a_run_grows_its_cluster_loses_a_node_and_shrinks_it(growing: Growing, f
     assert status == "SUCCEEDED", logs
     wait_until(lambda: growing.num_nodes == 0, "an empty cluster", seconds=600)  # tokenizing may have asked for more
 
+    began, timeline = time.monotonic(), []
+
+    def see(num_nodes: int, what: str) -> None:
+        wait_until(lambda: growing.num_nodes == num_nodes, what, seconds=600)
+        timeline.append(f"{what} after {time.monotonic() - began:.0f} s")
+
     elastic = blocks(actors=[0, 2], placement="separate")
     job = submit_held(folder, head, "elastic", held_after=HELD, blocks=elastic)
-    wait_until(lambda: growing.num_nodes == 2, "two nodes", seconds=600)
+    see(2, "two nodes")
     growing.kill_node()
-    wait_until(lambda: growing.num_nodes == 1, "the loss of a node", seconds=600)
+    see(1, "the loss of a node")
     hold_file(head, "elastic").unlink()
     status, logs = head.wait(job)
     assert status == "SUCCEEDED", logs
@@ -69,7 +76,8 @@ def test_a_run_grows_its_cluster_loses_a_node_and_shrinks_it(growing: Growing, f
     assert weights(directory) == weights(static)
     for mine, theirs in zip(rounds(directory), rounds(static), strict=True):
         assert TokenStore.open(mine).digest == TokenStore.open(theirs).digest
-    wait_until(lambda: growing.num_nodes == 0, "an empty cluster", seconds=600)
+    see(0, "an empty cluster")
+    print("; ".join(timeline))
 
 
 def rounds(directory: Path) -> list[Path]:
