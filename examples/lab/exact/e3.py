@@ -25,6 +25,7 @@ from .training import copies, descend, forward, generator, network, normal, trai
 PROMPTS, PREFERRED, REPLIES, PAIRS, SAMPLES = 12, 6, 16, 30, 64
 AT = (100, 300, 1000, 2000)
 STREAM = 0.3
+KL_TICKS = (0.1, 0.3, 1, 3)
 MPO, CONTROL, MATCHED, ALONE = "mpo + stream", "dpo + stream", "dpo, β 0.5, + stream", "mpo alone"
 HELD_OUT, FORWARD_KL, GAIN, MARGIN = "held-out KL", "held-out forward KL", "gain in E[r]", "margin"
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -180,6 +181,7 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
         for axes, quantity in ((left, HELD_OUT), (right, GAIN)):
             band(axes, name, [[(p.at, p.values[quantity]) for p in seed.path(name)] for seed in seeds], number)
     left.set_yscale("log")
+    left.set_yticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
     for axes, label in ((left, "held-out KL (nats)"), (right, "gain in E[r], trained prompts")):
         axes.set_xscale("log")
         axes.set_xticks(AT, [str(at) for at in AT])

@@ -70,7 +70,6 @@ def world(seed: int) -> World:
 class Groups:
     """Candidates of every prompt; per-token columns are flat, [X · K · T]."""
 
-    prompt: Tensor
     sequence: Tensor
     """[X, K]"""
     token_logp: Tensor
@@ -154,7 +153,6 @@ def draw_groups(of: World, name: str, theta: Tensor, critic: Tensor, random: tor
         return torch.log_softmax(table, dim=-1)[prompt[..., None], prefix, token].flatten()
 
     return Groups(
-        prompt=prompt,
         sequence=sequence,
         token_logp=columns(logits),
         behavior_token_logp=columns(behavior),

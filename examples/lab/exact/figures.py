@@ -54,6 +54,7 @@ def render(name: str, draw: Callable[[Figure], None], *, format: str = "svg") ->
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 labelled.setdefault(label, handle)
+        figure.get_layout_engine().set(wspace=0.06)
         figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(labelled) // COLUMNS))
         figure.legend(
             labelled.values(),
