@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from .page import EXPERIMENTS, Run, write
+from .page import EXPERIMENTS, SEEDS, Run, write
 from .record import Measured, claims_table, judged
 
-SEEDS = (10, 11, 12, 13, 14)
 HERE = Path(__file__).parent
 
 

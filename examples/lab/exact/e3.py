@@ -189,10 +189,17 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
         finish(axes, "step", label)
 
 
+READING = (
+    "Whatever has no stream drifts on prompts that its pairs say nothing of; IPO too, though its margin has come "
+    "to rest. Whatever has the stream stays. That is the stream's doing and not that of MPO's term: DPO with the "
+    "same stream stays as near, and with a first gradient of equal size it is not shown to gain less. The stream "
+    "costs reward on the trained prompts."
+)
 EXPERIMENT = Experiment(
     name="e3",
     title="KL where the preferences say nothing: MPO's protection, and its control",
     about=__doc__ or "",
+    reading=READING,
     at="step",
     measure=measure,
     claims=claims(),

@@ -185,10 +185,17 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
         finish(axes, "step", "E[r]" if share == SHARES[0] else "")
 
 
+READING = (
+    "Where a part of the data misleads, the weight helps at every share of it, its permuted control does not keep "
+    "up, and the cosine of the first gradient says why. It does not replace fresh samples: online pairs do more, "
+    "and half of them beats none. That one alignment is better than another is not shown, nor which way the "
+    "reward goes in the last hundred steps."
+)
 EXPERIMENT = Experiment(
     name="e4b",
     title="Stored pairs that teach opposite lessons: WPO's weight and its controls",
     about=__doc__ or "",
+    reading=READING,
     at="step",
     measure=measure,
     claims=claims(),

@@ -144,10 +144,16 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
     finish(right, "step", "KL to the reference (nats)")
 
 
+READING = (
+    "Each finite optimum is reached but hinge's: Adam's momentum carries its margin past 1/β, where the loss is "
+    "zero and nothing calls it back. DPO, at either β, robust DPO and MPO's term alone do not stop; MPO with the "
+    "reference's likelihood stops where it should."
+)
 EXPERIMENT = Experiment(
     name="e6",
     title="A deterministic preference: who stops, and where",
     about=__doc__ or "",
+    reading=READING,
     at="step",
     measure=measure,
     claims=claims(),

@@ -265,10 +265,17 @@ def world_frontier(seed: Measured) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
+READING = (
+    "No point lies above the frontier. At an equal KL, EXO on rewards, DPO on rewards and RLOO are not told apart "
+    "in this family: they walk nearly the same path. They stop at different places on it, and by the objective "
+    "that they are given EXO ends above DPO on rewards and RLOO above EXO. DPO on pairs ends below EXO and RLOO. "
+    "Best of n, which is bound to no family, is near the frontier throughout."
+)
 EXPERIMENT = Experiment(
     name="e7",
     title="Reward against KL, and the exact frontier",
     about=__doc__ or "",
+    reading=READING,
     at="step or n",
     measure=measure,
     claims=claims(),

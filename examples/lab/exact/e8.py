@@ -111,10 +111,16 @@ def path(seed: Measured, alignment: str, quantity: str) -> list[tuple[float, flo
     return [(point.at, point.values[quantity]) for point in seed.path(alignment)]
 
 
+READING = (
+    "Relative to their mean, weights are the more concentrated the more is aligned, as the WPO paper has it, at "
+    "both sizes of vocabulary. Their plain standard deviation goes the other way, since alignment makes them "
+    "larger."
+)
 EXPERIMENT = Experiment(
     name="e8",
     title="How concentrated the weights are, by alignment",
     about=__doc__ or "",
+    reading=READING,
     at="V",
     measure=measure,
     claims=claims(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
@@ -68,4 +69,10 @@ def render(name: str, draw: Callable[[Figure], None], *, format: str = "svg") ->
         buffer = io.BytesIO()
         metadata = {"Date": None, "Creator": None} if format == "svg" else None
         figure.savefig(buffer, format=format, metadata=metadata, dpi=110)
-    return buffer.getvalue()
+    return _compact(buffer.getvalue()) if format == "svg" else buffer.getvalue()
+
+
+def _compact(svg: bytes) -> bytes:
+    """Without metadata, comments and indentation."""
+    svg = re.sub(rb"\s*<metadata>.*?</metadata>|\s*<!--.*?-->", b"", svg, flags=re.DOTALL)
+    return re.sub(rb"\n\s+", b"\n", svg)

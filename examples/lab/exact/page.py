@@ -10,13 +10,15 @@ from typing import Any
 
 from . import e1, e2, e3, e4, e4b, e6, e7, e8
 from .figures import render
-from .record import Experiment, Judged, Measured, as_json, claims_table, from_json, judged, points_table
+from .record import Experiment, Judged, Measured, as_json, claims_table, escaped, from_json, judged, points_table
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (e1, e2, e3, e4, e4b, e6, e7, e8)
 }
 RESULTS, PAGE = "results.json", "README.md"
 VERDICTS = ("holds", "not shown", "contradicted")
+SEEDS = (10, 11, 12, 13, 14)
+"""They decide; the worlds were made with others."""
 BANDS = "Where nothing else is said, lines are means over seeds, and bands reach from the lowest to the highest."
 SECONDS_OF = "seconds of one core, for all seeds"
 
@@ -104,7 +106,7 @@ def summary(found: Mapping[str, Sequence[Judged]], runs: Mapping[str, Run]) -> s
     for verdict in VERDICTS[1:]:
         lines += ["", f"**{verdict.capitalize()}**", ""]
         lines += [
-            f"- {name.upper()}: {one.claim.text}"
+            f"- {name.upper()}: {escaped(one.claim.text)}"
             for name, claims in found.items()
             for one in claims
             if one.verdict == verdict
@@ -114,12 +116,13 @@ def summary(found: Mapping[str, Sequence[Judged]], runs: Mapping[str, Run]) -> s
 
 def section(experiment: Experiment, run: Run, found: Sequence[Judged]) -> str:
     seeds = list(run.seeds)
+    said = f"\n{experiment.reading}\n" if tuple(seeds) == SEEDS else ""
     return f"""## {heading(experiment)}
 
 {experiment.about.strip()}
 
 {claims_table(found, seeds, experiment.digits)}
-
+{said}
 ![{experiment.caption}]({experiment.name}.svg)
 
 *{experiment.caption} {BANDS}*

@@ -52,6 +52,8 @@ class Experiment:
     title: str
     about: str
     """Markdown: the world and what varies in it."""
+    reading: str
+    """Markdown: what the deciding seeds say, written after them."""
     at: str
     """What a point's ``at`` is."""
     measure: Callable[[int], tuple[Point, ...]]
@@ -103,7 +105,7 @@ def claims_table(found: Sequence[Judged], seeds: Sequence[int], digits: int = 3)
         numbers = " | ".join(number(value, digits) for value in one.values)
         summary = f"{number(fmean(one.values), digits)} [{number(low, digits)}, {number(high, digits)}]"
         lines.append(
-            f"| {one.claim.text} | {number(one.claim.above, digits)} | {numbers} | {summary} | {one.verdict} |"
+            f"| {escaped(one.claim.text)} | {number(one.claim.above, digits)} | {numbers} | {summary} | {one.verdict} |"
         )
     return "\n".join(lines)
 
@@ -112,7 +114,7 @@ def points_table(experiment: Experiment, seeds: Sequence[Measured]) -> str:
     """One Markdown row per policy: mean ± standard deviation over seeds."""
     first = [p for p in seeds[0].points if experiment.shown is None or p.at in experiment.shown]
     quantities = list(dict.fromkeys(name for point in first for name in point.values))
-    lines = [f"| | {experiment.at} | {' | '.join(quantities)} |", "|---" * (len(quantities) + 2) + "|"]
+    lines = [f"| | {experiment.at} | {' | '.join(map(escaped, quantities))} |", "|---" * (len(quantities) + 2) + "|"]
     for point in first:
         columns = [
             spread([seed.value(point.cell, name, point.at) for seed in seeds], experiment.digits)
@@ -122,6 +124,11 @@ def points_table(experiment: Experiment, seeds: Sequence[Measured]) -> str:
         ]
         lines.append(f"| {point.cell} | {point.at:g} | {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """As a cell of a Markdown table says it."""
+    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def number(value: float, digits: int) -> str:
