@@ -79,8 +79,17 @@ class Judged:
     values: tuple[float, ...]
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """NaN where a seed has no value."""
+        return interval(self.values) if self.known else (math.nan, math.nan)
+
+    @property
     def verdict(self) -> Verdict:
-        return verdict(self.values, self.claim.above)
+        return verdict(self.values, self.claim.above) if self.known else "not shown"
+
+    @property
+    def known(self) -> bool:
+        return not any(map(math.isnan, self.values))
 
 
 def judged(experiment: Experiment, seeds: Sequence[Measured]) -> list[Judged]:
@@ -101,7 +110,7 @@ def claims_table(found: Sequence[Judged], seeds: Sequence[int], digits: int = 3)
         "|---" * (len(seeds) + 4) + "|",
     ]
     for one in found:
-        low, high = interval(one.values)
+        low, high = one.interval
         numbers = " | ".join(number(value, digits) for value in one.values)
         summary = f"{number(fmean(one.values), digits)} [{number(low, digits)}, {number(high, digits)}]"
         lines.append(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lab.exact.__main__ import main
 from lab.exact.e1 import EXPERIMENT as E1
 from lab.exact.page import EXPERIMENTS, PAGE, RESULTS, Run, load, page, write
 from lab.exact.record import Claim, Judged, Measured, Point, ahead, as_json, claims_table, from_json, judged, number
@@ -81,7 +82,31 @@ def test_experiments_that_are_not_run_again_stay(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {RESULTS, PAGE, "e1.svg", "e8.svg"}
 
 
-def test_an_experiment_that_does_not_exist_is_named() -> None:
-    command = [sys.executable, "-m", "examples.lab.exact", "e9"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parents[2], check=False)
-    assert found.returncode == 2 and "no experiment is called e9; there are e1," in found.stderr
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["lab.exact", *arguments])
+    main()
+
+
+def test_an_experiment_that_does_not_exist_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "e8", "e9")
+    assert end.value.code == 2
+    assert "no experiment is called e9; there are e1, e2, e3, e4, e4b, e6, e7, e8" in capsys.readouterr().err
+
+
+def test_other_seeds_have_a_page_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (FOLDER / RESULTS).read_bytes()
+    threads = torch.get_num_threads()
+    run(monkeypatch, "e8", "--seeds", "20")
+    torch.set_num_threads(threads)
+    text = (tmp_path / "runs" / "lab-exact" / PAGE).read_text(encoding="utf-8")
+    experiment = EXPERIMENTS["e8"]
+    assert experiment.reading not in text and experiment.reading in (FOLDER / PAGE).read_text(encoding="utf-8")
+    assert claims_table(judged(experiment, [Measured(points=experiment.measure(20))]), (20,)) in capsys.readouterr().out
+    assert text.count("| not shown |") == 1 + len(experiment.claims)  # one seed shows nothing; and the summary's head
+    assert (FOLDER / RESULTS).read_bytes() == before
