@@ -144,7 +144,7 @@ def number(value: float, digits: int) -> str:
     """So many decimals, or a power of ten where these would say nothing."""
     if math.isnan(value):
         return "–"
-    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 0.5 * 10**-digits else f"{value:.0e}"
+    return f"{value + 0.0:.{digits}f}" if value == 0 or abs(value) >= 0.5 * 10**-digits else f"{value:.0e}"
 
 
 def as_json(points: Sequence[Point]) -> list[Any]:

@@ -37,7 +37,7 @@ def test_points_survive_the_file_to_nine_digits() -> None:
 
 
 def test_numbers_are_short() -> None:
-    assert [number(value, 3) for value in (1 / 3, 0.0, -1e-9, math.nan)] == ["0.333", "0.000", "-1e-09", "–"]
+    assert [number(value, 3) for value in (1 / 3, -0.0, -1e-9, math.nan)] == ["0.333", "0.000", "-1e-09", "–"]
 
 
 def test_a_claims_row_by_hand() -> None:
