@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -66,3 +68,16 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it() -> None:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_that_is_ended_at_once_says_how_to_go_on() -> None:
+    program = (
+        "import sys, rayalign.cli as cli, rayalign.config.init as init\n"
+        "def template(name): raise KeyboardInterrupt\n"
+        "init.template = template\n"
+        "sys.argv = ['rayalign', 'init', 'dpo']\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr == "stopped; the same command goes on from the newest checkpoint\n"
