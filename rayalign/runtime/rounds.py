@@ -44,13 +44,13 @@ class RolloutJob:
     share: Share
     takes_turns: bool
     """The actors are on the devices of the training workers, which wait while they draw."""
-    direct_weights: bool
-    """Refreshed weights go from device to device."""
     python: str | None
     """Interpreter of the actors, where it is not the driver's."""
     max_bad_fraction: float
     preparation: Preparation | None = None
     """What the method makes of every round, once and for all workers."""
+    direct_weights: bool = False
+    """Refreshed weights go from device to device."""
 
 
 def make_pool(job: RolloutJob) -> Pool:
