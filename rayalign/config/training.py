@@ -133,6 +133,11 @@ class CheckpointConfig(Block):
     """Steps."""
     keep: int = Field(default=2, ge=1)
     """The newest that are kept; the final model is always kept."""
+    asynchronous: bool = False
+    """true: training waits only until its state is copied into the host's memory; a thread writes the files."""
+    restart_optimizer: bool = False
+    """true: go on from the weights with a new optimizer where its state cannot be read: from or to deepspeed, or by
+    other workers of it; false refuses."""
     best: BestConfig | None = None
     """{metric: eval_loss, mode: min}: the best one is kept beside the newest, and checkpoints/best.json names it."""
 

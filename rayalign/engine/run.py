@@ -46,6 +46,10 @@ class TrainSpec:
     """Further steps whose checkpoint is written and kept until the run ends."""
     checkpoint_best: Best | None = None
     """By which metric one checkpoint is kept beside the newest."""
+    checkpoint_asynchronous: bool = False
+    """Checkpoints are written while training goes on."""
+    restart_optimizer: bool = False
+    """Where a checkpoint's optimizer cannot be read, as from or to DeepSpeed: go on from the weights with a new one."""
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
@@ -82,6 +86,8 @@ class Run:
     num_tokens: int = 0
     saved: int = 0
     """The step of the newest checkpoint; 0 where there is none."""
+    seconds_saving: float = 0.0
+    """That training waited for checkpoints since the newest row."""
     stopping: bool = False
     """The run was asked to end; the same on every worker."""
     skipped_steps: int = 0

@@ -120,7 +120,7 @@ LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "experts": "qwen3_moe", "windowe
 REFUSED = {
     ("zero2", "ddp"): "holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads",
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
-    ("fsdp2", "zero2"): r"optimizer-00001-of-00002\.safetensors.*, which deepspeed with 2 workers cannot read",
+    ("fsdp2", "zero2"): r"\.metadata, __0_0\.distcp, __1_0\.distcp, which deepspeed with 2 workers cannot read",
 }
 FORMS = {
     "checkpointing": (FSDP2, {"gradient_checkpointing": True}),
@@ -298,8 +298,9 @@ def test_a_checkpoint_of_shards_is_a_model_and_whole(folder: Path, pair) -> None
     [checkpoint] = (folder / "whole-fsdp2" / "checkpoints").glob("step_000012-*")
     manifest = verify(checkpoint)
     assert {name for name in manifest["files"] if name.startswith("trainer/")} == {
-        "trainer/optimizer-00001-of-00002.safetensors",
-        "trainer/optimizer-00002-of-00002.safetensors",
+        "trainer/.metadata",
+        "trainer/__0_0.distcp",
+        "trainer/__1_0.distcp",
     }
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert weights_digest(model) == weights_digest(AutoModelForCausalLM.from_pretrained(folder / "whole-fsdp2/final"))
