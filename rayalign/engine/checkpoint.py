@@ -29,7 +29,7 @@ NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
 log = logging.getLogger(__name__)
 
 
-class IncompatibleCheckpoint(ValueError):
+class IncompatibleCheckpoint(UserError):
     """A directory belongs to another run: other data, another method, another model."""
 
 

@@ -26,7 +26,7 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.optimizer_state import UnreadableOptimizer
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.run import MakeSource, Run, TrainSpec
+from rayalign.engine.run import MakeSource, Run, TrainSpec, checkpointer_of
 from rayalign.engine.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
 from rayalign.engine.sending import exportable, num_bytes, offer_weights
 from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork
@@ -89,14 +89,7 @@ def train(
 
 def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
-    checkpointer = Checkpointer(
-        root=spec.directory / "checkpoints",
-        attempt=strategy.broadcast(secrets.token_hex(4)),
-        keep=spec.checkpoint_keep,
-        always_keep=spec.checkpoint_at,
-        best=spec.checkpoint_best,
-        identity=spec.identity,
-    )
+    checkpointer = checkpointer_of(spec, attempt=strategy.broadcast(secrets.token_hex(4)))
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
     start = resumed_model(spec.model, found.directory) if found else spec.model
     model, tokenizer = strategy.load(start)

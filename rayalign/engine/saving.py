@@ -18,7 +18,8 @@ import transformers
 from torch import Tensor
 
 from rayalign.engine.disk import num_training_bytes, room_for
-from rayalign.engine.run import Run
+from rayalign.engine.mirror import Mirror, MirrorFailed, upload
+from rayalign.engine.run import Run, TrainSpec
 from rayalign.engine.sending import copies, exportable
 from rayalign.engine.source import FollowsPolicy, GroupSource
 from rayalign.engine.strategy import Strategy
@@ -163,6 +164,18 @@ def write(
         run.checkpointer.save(
             step, model=run.model, tokenizer=run.tokenizer, stop_ids=run.spec.stop_ids, facts=facts, state=state
         )
+    if run.spec.mirror is not None:
+        mirror_to(run.spec.mirror, run.spec, step)
+
+
+def mirror_to(mirror: Mirror, spec: TrainSpec, step: int) -> None:
+    """Send what is committed; what a store does not take is sent with the next checkpoint, the last one must be."""
+    try:
+        upload(mirror, spec.directory, step=step)
+    except MirrorFailed as error:
+        if step == spec.optimizer.steps:
+            raise
+        log.warning("step %d is not mirrored; the next checkpoint tries again: %s", step, error)
 
 
 def facts_of(run: Run, source: GroupSource) -> dict[str, Any]:

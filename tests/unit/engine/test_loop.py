@@ -23,6 +23,7 @@ from tiny_runs import (
     make_runner,
     make_source,
     objective,
+    optimizer_in,
     same_optimizer,
     save_tiny,
     source_maker,
@@ -45,7 +46,7 @@ from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy
 from rayalign.errors import Stopped, UserError
-from rayalign.manifest import verify
+from rayalign.manifest import commit, verify
 
 SINGLE = make_strategy("single", torch.device("cpu"))
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -383,6 +384,29 @@ def test_a_metric_that_no_row_has_ends_the_run_with_the_first_step(
     with pytest.raises(UserError, match=f"no row of metrics has '{metric}'; rows of this run have .*rewards/margins"):
         train_alone(spec, scenario)
     assert not (spec.directory / "checkpoints").exists()
+
+
+def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(dpo: Scenario, tmp_path: Path) -> None:
+    """The optimizer's state is none of ours, as DeepSpeed's is not; the new one has counted the steps since."""
+    spec = train_spec(tmp_path / "run", dpo)
+    with pytest.raises(Interrupted):
+        train_alone(spec, dpo, on_step=interrupt_after(5))
+    checkpoint = checkpoint_of(spec.directory, 4)
+    facts = {name: value for name, value in verify(checkpoint).items() if name not in ("files", "manifest_sha256")}
+    for path in (checkpoint / "trainer").iterdir():
+        path.unlink()
+    (checkpoint / "trainer" / "zero-00001-of-00001.pt").write_bytes(b"")
+    commit(checkpoint, facts)
+    with pytest.raises(UserError, match=r"DeepSpeed's own optimizer state.*checkpoint\.restart_optimizer=true"):
+        train_alone(spec, dpo)
+    seen: list[int] = []
+    again = replace(spec, restart_optimizer=True)
+    train_alone(again, dpo, on_step=lambda row: seen.append(row["step"]))
+    assert seen[0] == 5 and [row["step"] for row in rows(spec.directory)] == list(range(1, STEPS + 1))
+    counted = {
+        float(value) for name, value in optimizer_in(checkpoint_of(spec.directory, STEPS)).items() if "step" in name
+    }
+    assert counted == {STEPS - 4.0}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

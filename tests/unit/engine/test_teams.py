@@ -211,6 +211,10 @@ def pair(
         directory = folder / f"{before}-{after}"
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, resumed, STEPS), resumed))
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], refused_run, (spec_of(directory, resumed), resumed))
+    for before, after in REFUSED:
+        directory = folder / f"{before}-{after}"
+        weights_alone = replace(spec_of(directory, resumed), restart_optimizer=True)
+        tasks[f"{directory.name} 3"] = Task(TEAMS[after], whole_run, (weights_alone, resumed))
     for name in TEAMS:
         tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
     for before, after in ADAPTED:
@@ -271,6 +275,17 @@ def test_a_run_goes_on_under_another_strategy(before: str, after: str, folder: P
 @pytest.mark.parametrize(("before", "after"), REFUSED)
 def test_what_cannot_be_read_is_refused_with_the_reason(before: str, after: str, pair) -> None:
     assert all(re.search(REFUSED[before, after], message) for message in pair[f"{before}-{after} 2"])
+
+
+@pytest.mark.parametrize(("before", "after"), REFUSED)
+def test_weights_go_on_where_that_is_asked_for(before: str, after: str, folder: Path, pair) -> None:
+    """The first half is the undisturbed run's, and so is the loss of the first step after it."""
+    mine, theirs = (
+        [row["loss"] for row in read_metrics(folder / name / "metrics.jsonl")]
+        for name in (f"{before}-{after}", "whole-ddp")
+    )
+    assert len(mine) == 2 * STEPS and mine[: STEPS + 1] == pytest.approx(theirs[: STEPS + 1], abs=1e-5)
+    assert mine[STEPS + 1 :] != pytest.approx(theirs[STEPS + 1 :], abs=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), ADAPTED)
