@@ -95,7 +95,8 @@ class DeepSpeed:
     def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
         (directory / FOLDER).mkdir(parents=True, exist_ok=True)
         save_object(dict(held), directory / FOLDER / f"zero-{self.rank + 1:05d}-of-{self.world_size:05d}.pt")
-        dist.barrier(group)
+        everybody = torch.zeros(1, device=self.device if group is None else "cpu")
+        dist.all_reduce(everybody, group=group)  # all parts are there
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         paths = sorted((directory / FOLDER).glob(PARTS))

@@ -130,6 +130,7 @@ FORMS = {
     "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
+LATE = ("ddp", "fsdp2", "zero2", "zero3")
 DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
 ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
 CHANGES = [
@@ -217,6 +218,9 @@ def pair(
         tasks[f"{directory.name} 3"] = Task(TEAMS[after], whole_run, (weights_alone, resumed))
     for name in TEAMS:
         tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
+    for name in LATE:
+        late = replace(spec_of(folder / f"late-{name}", resumed), checkpoint_asynchronous=True)
+        tasks[f"late {name}"] = Task(TEAMS[name], whole_run, (late, resumed))
     for before, after in ADAPTED:
         directory = folder / f"lora-{before}-{after}"
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
@@ -286,6 +290,11 @@ def test_weights_go_on_where_that_is_asked_for(before: str, after: str, folder: 
     )
     assert len(mine) == 2 * STEPS and mine[: STEPS + 1] == pytest.approx(theirs[: STEPS + 1], abs=1e-5)
     assert mine[STEPS + 1 :] != pytest.approx(theirs[STEPS + 1 :], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_checkpoints_that_are_written_beside_training(name: str, folder: Path, pair) -> None:
+    assert_same_run(folder / f"late-{name}", folder / f"whole-{name}", exactly=True)
 
 
 @pytest.mark.parametrize(("before", "after"), ADAPTED)
