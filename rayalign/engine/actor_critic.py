@@ -26,17 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Checkpoint
-from rayalign.engine.disk import save_object
 from rayalign.engine.forward import root_module
-from rayalign.engine.loop import advance, awaited, begin, checkpoint_is_due, export, refuse_stopped, save
+from rayalign.engine.loop import advance, awaited, begin, export
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model import load_policy, save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import set_learning_rate
-from rayalign.engine.optimizer_state import WHOLE
+from rayalign.engine.optimizer_state import named_state, save_state
 from rayalign.engine.parity import choose_layout
 from rayalign.engine.run import CriticSpec, MakeSource, Run, TrainSpec
-from rayalign.engine.sending import offer_weights
+from rayalign.engine.saving import Write, Writer, checkpoint_is_due, refuse_stopped, save
+from rayalign.engine.sending import copies, offer_weights
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy
@@ -77,12 +77,20 @@ class Critic:
         self.stopped_at = tuple(state["stopped_at"]) if state["stopped_at"] else None
         self.skipped_steps = state["skipped_steps"]
 
-    def write(self, directory: Path) -> None:
-        """Weights, tokenizer and optimizer, below a checkpoint that is not committed yet."""
-        folder = directory / CRITIC
-        (folder / WHOLE).parent.mkdir(parents=True)
-        save_pretrained(self.model, self.tokenizer, folder)
-        save_object(self.optimizer.state_dict(), folder / WHOLE)
+    def written(self, copied: bool) -> Write:
+        """What writes weights, tokenizer and optimizer below a checkpoint that is not committed yet.
+
+        ``copied``: as they are now, whatever later steps do.
+        """
+        state, held = self.model.state_dict(), named_state(self.optimizer)
+        if copied:
+            state, held = copies(state), copies(held)
+
+        def write(directory: Path) -> None:
+            save_state(held, directory / CRITIC, alone=True)
+            save_pretrained(self.model, self.tokenizer, directory / CRITIC, state=state)
+
+        return write
 
 
 def train(
@@ -104,11 +112,14 @@ def train(
     if resumed is not None:
         source.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
+        keep = partial(save, run, writer, source, beside=critic.written)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
         opened: int | None = None
         while run.step < spec.optimizer.steps and not run.stopping:
+            writer.check()
             offer_weights(run, source)
             number, _ = source.place(run.step)
             clocks: Mapping[str, float] = {}
@@ -124,8 +135,8 @@ def train(
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
-                save(run, source, beside=critic.write, facts={CRITIC: critic.state()})
-        refuse_stopped(run, lambda: save(run, source, beside=critic.write, facts={CRITIC: critic.state()}))
+                keep(facts={CRITIC: critic.state()})
+        refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
     if strategy.rank == 0:
         export_critic(run, critic)
     export(run)
@@ -264,6 +275,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
     began = time.perf_counter()
     run.step += 1
     critic.skipped_steps += 1
+    waited, run.seconds_saving = run.seconds_saving, 0.0
     return {
         "step": run.step,
         "num_tokens": run.num_tokens,
@@ -271,6 +283,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
         "workers": run.strategy.world_size,
         "skipped_steps": run.skipped_steps + critic.skipped_steps,
         "seconds": time.perf_counter() - began,
+        "seconds_saving": waited,
     }
 
 

@@ -12,17 +12,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.engine.disk import save_object
 from rayalign.engine.model import save_pretrained
-from rayalign.engine.optimizer_state import WHOLE as OPTIMIZER
 from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.manifest import TornDirectory, commit, read_manifest, verify, write_durably
@@ -32,7 +29,7 @@ NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
 log = logging.getLogger(__name__)
 
 
-class IncompatibleCheckpoint(ValueError):
+class IncompatibleCheckpoint(UserError):
     """A directory belongs to another run: other data, another method, another model."""
 
 
@@ -88,25 +85,17 @@ class Checkpointer:
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        optimizer: torch.optim.Optimizer | None,
         stop_ids: Sequence[int],
         facts: Mapping[str, Any],
         state: State | None = None,
-        beside: Callable[[Path], None] | None = None,
     ) -> Path:
         """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this.
 
-        Without ``optimizer`` its state lies in :meth:`directory` already, each rank's part; ``state`` is what
-        :func:`rayalign.engine.model.save_pretrained` takes; ``beside`` writes what else the state is, into folders of
-        its own below the checkpoint's.
+        What else the state is, such as the optimizer's, lies in folders of :meth:`directory` already; ``state`` is
+        what :func:`rayalign.engine.model.save_pretrained` takes.
         """
         directory = self.directory(step)
-        (directory / OPTIMIZER).parent.mkdir(parents=True, exist_ok=optimizer is None)
         save_pretrained(model, tokenizer, directory, stop_ids=stop_ids, state=state)
-        if optimizer is not None:
-            save_object(optimizer.state_dict(), directory / OPTIMIZER)
-        if beside is not None:
-            beside(directory)
         commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
         self.prune(step)
         return directory

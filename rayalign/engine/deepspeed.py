@@ -6,12 +6,12 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,14 +19,16 @@ from rayalign.engine.disk import save_object
 from rayalign.engine.forward import Policy, RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.optimizer_state import FOLDER
+from rayalign.engine.optimizer_state import FOLDER, Held, UnreadableOptimizer
 from rayalign.engine.source import State
 from rayalign.engine.strategy import StrategySpec, from_rank_0, sum_over_ranks
 from rayalign.engine.zero_config import zero_config
-from rayalign.errors import MissingExtra, UserError
+from rayalign.errors import MissingExtra
 from rayalign.types import PackedBatch, Scores
 
 PARTS = "zero-*-of-*.pt"
+STAGE = "stage"
+"""What a part calls the stage that wrote it."""
 NAMES = tuple(field.name for field in fields(Scores))
 
 
@@ -87,20 +89,23 @@ class DeepSpeed:
             state[name] = copies[id(found)]
         return state
 
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        return zero_of(optimizer).state()
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
         (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-        path = directory / FOLDER / f"zero-{self.rank + 1:05d}-of-{self.world_size:05d}.pt"
-        save_object({"stage": zero_of(optimizer).stage, "state": zero_of(optimizer).state()}, path)
-        return True
+        save_object(dict(held), directory / FOLDER / f"zero-{self.rank + 1:05d}-of-{self.world_size:05d}.pt")
+        everybody = torch.zeros(1, device=self.device if group is None else "cpu")
+        dist.all_reduce(everybody, group=group)  # all parts are there
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         paths = sorted((directory / FOLDER).glob(PARTS))
         if len(paths) != self.world_size:
             refuse_other_parts(directory, f"deepspeed with {self.world_size} workers")
         found = torch.load(paths[self.rank], weights_only=True, map_location="cpu")
-        if found["stage"] != zero_of(optimizer).stage:
+        if int(found[STAGE]) != zero_of(optimizer).stage:
             refuse_other_parts(directory, f"ZeRO stage {zero_of(optimizer).stage}")
-        zero_of(optimizer).load(found["state"])
+        zero_of(optimizer).load(found)
 
 
 class Tuples(nn.Module):
@@ -150,12 +155,21 @@ class ZeroOptimizer:
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         return list(getattr(self.zero, name))
 
-    def state(self) -> list[dict[str, Tensor]]:
-        return [dict(self.zero.optimizer.state[part]) for part in self.partitions]
+    def state(self) -> Held:
+        """The stage, and AdamW's state by number of the partition and name."""
+        named = {
+            f"{number}.{name}": value
+            for number, part in enumerate(self.partitions)
+            for name, value in self.zero.optimizer.state[part].items()
+        }
+        return {STAGE: torch.tensor(self.stage), **named}
 
-    def load(self, state: list[Mapping[str, Tensor]]) -> None:
-        for part, held in zip(self.partitions, state, strict=True):
-            self.zero.optimizer.state[part] = {name: value.to(part.device) for name, value in held.items()}
+    def load(self, held: Held) -> None:
+        for number, part in enumerate(self.partitions):
+            own = {name: value for name, value in held.items() if name.partition(".")[0] == str(number)}
+            self.zero.optimizer.state[part] = {
+                name.partition(".")[2]: value.to(part.device) for name, value in own.items()
+            }
 
 
 def zero_of(optimizer: Any) -> ZeroOptimizer:
@@ -199,8 +213,8 @@ def imported() -> Any:
 
 def refuse_other_parts(directory: Path, wanted: str) -> None:
     held = sorted(path.name for path in (directory / FOLDER).iterdir())
-    raise UserError(
+    raise UnreadableOptimizer(
         f"{directory} holds the optimizer as {', '.join(held)}, which {wanted} cannot read: DeepSpeed's parts fit the "
-        "workers and the stage that wrote them, and no other strategy. Continue with those, or start a new run from "
-        "that folder's weights: model.name"
+        "workers and the stage that wrote them, and no other strategy. Continue with what wrote them; or go on from "
+        "the weights alone, with an optimizer that starts afresh: checkpoint.restart_optimizer=true"
     )

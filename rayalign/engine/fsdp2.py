@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.engine.forward import RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.optimizer_state import load_state, save_part
+from rayalign.engine.optimizer_state import Held, load_state, named_state, save_state
 from rayalign.engine.source import State
 from rayalign.engine.strategy import StrategySpec, clip_gradient, from_rank_0, sum_over_ranks
 
@@ -98,9 +98,11 @@ class FSDP2:
             state[name] = gathered[key]
         return state
 
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
-        save_part(optimizer, directory, rank=self.rank, world_size=self.world_size)
-        return True
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        return named_state(optimizer)
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        save_state(held, directory, group=group)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         load_state(optimizer, directory)

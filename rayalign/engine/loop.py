@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
 
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
-from rayalign.engine.disk import num_training_bytes, room_for
+from rayalign.engine.disk import room_for
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.forward import root_module
 from rayalign.engine.lora import ADAPTER
@@ -27,13 +24,14 @@ from rayalign.engine.model import ModelSpec, compute_dtype, save_pretrained
 from rayalign.engine.nonfinite import skipped
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import set_learning_rate
+from rayalign.engine.optimizer_state import UnreadableOptimizer
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.run import MakeSource, Run, TrainSpec
+from rayalign.engine.run import MakeSource, Run, TrainSpec, checkpointer_of
+from rayalign.engine.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
 from rayalign.engine.sending import exportable, num_bytes, offer_weights
 from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy import Strategy
-from rayalign.errors import Stopped
 from rayalign.manifest import commit, read_manifest
 from rayalign.types import PADDING_GROUP
 
@@ -68,10 +66,12 @@ def train(
         source.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
         while run.step < spec.optimizer.steps and not run.stopping:
+            writer.check()
             offer_weights(run, source)
             row = advance(run, source, held_out)
             if row is None:
@@ -81,22 +81,15 @@ def train(
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
-                save(run, source)
-        refuse_stopped(run, partial(save, run, source))
+                save(run, writer, source)
+        refuse_stopped(run, writer, partial(save, run, writer, source))
     export(run)
     return spec.directory / "final"
 
 
 def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
-    checkpointer = Checkpointer(
-        root=spec.directory / "checkpoints",
-        attempt=strategy.broadcast(secrets.token_hex(4)),
-        keep=spec.checkpoint_keep,
-        always_keep=spec.checkpoint_at,
-        best=spec.checkpoint_best,
-        identity=spec.identity,
-    )
+    checkpointer = checkpointer_of(spec, attempt=strategy.broadcast(secrets.token_hex(4)))
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
     start = resumed_model(spec.model, found.directory) if found else spec.model
     model, tokenizer = strategy.load(start)
@@ -123,13 +116,27 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
         stopping=strategy.broadcast(stop()),
     )
     if found is not None:
-        strategy.load_optimizer(run.optimizer, found.directory)
+        load_optimizer(run, found.directory)
         run.step, run.saved, run.num_tokens = found.step, found.step, found.facts["num_tokens"]
         run.skipped_steps, run.skipped_in_a_row = found.facts.get("skipped", (0, 0))
         changed = differences(found.facts["environment"], environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
     return run, found
+
+
+def load_optimizer(run: Run, directory: Path) -> None:
+    """The optimizer's state as a checkpoint has it, or, where it cannot be read and the user wants that, a new one."""
+    try:
+        run.strategy.load_optimizer(run.optimizer, directory)
+    except UnreadableOptimizer as error:
+        if not run.spec.restart_optimizer:
+            raise
+        log.warning(
+            "%s goes on from the weights of %s alone: its optimizer starts afresh, as checkpoint.restart_optimizer "
+            "asks (%s), so that the curve is not that of an uninterrupted run",
+            run.spec.directory.name, directory.name, error,
+        )  # fmt: skip
 
 
 def resumed_model(model: ModelSpec, checkpoint: Path) -> ModelSpec:
@@ -146,18 +153,6 @@ def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | No
     if exported is not None:
         refuse_other_run(final, exported["identity"], spec.identity)
     return checkpointer.newest()
-
-
-def environment(strategy: Strategy) -> dict[str, Any]:
-    """What results depend on by rounding."""
-    return {
-        "strategy": strategy.spec.name,
-        "workers": strategy.world_size,
-        "threads": torch.get_num_threads(),
-        "device": strategy.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
@@ -207,7 +202,9 @@ def advance(
         "padding_share": padding_share(work),
         "seconds": time.perf_counter() - began,
         "seconds_waiting_for_data": waited,
+        "seconds_saving": run.seconds_saving,
     }
+    run.seconds_saving = 0.0
     if spec.on_nonfinite == "skip":
         row["skipped_steps"] = run.skipped_steps
     if held_out and run.step in spec.evaluate_at:
@@ -227,69 +224,6 @@ def awaited(run: Run, source: GroupSource) -> bool:
     missing = 0.0 if source.wait(run.step, run.runner.stop) else 1.0
     run.stopping = bool(run.strategy.all_sum(torch.tensor([missing], device=run.strategy.device)).item())
     return not run.stopping
-
-
-def refuse_stopped(run: Run, save: Callable[[], None]) -> None:
-    """Raise :class:`Stopped` if there are steps left, once all that are done are saved. All ranks call this alike."""
-    if run.step == run.spec.optimizer.steps:
-        return
-    if run.saved < run.step:
-        save()
-    raise Stopped(f"stopped after step {run.step} of {run.spec.optimizer.steps}")
-
-
-def checkpoint_is_due(run: Run) -> bool:
-    last = run.step == run.spec.optimizer.steps
-    return last or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
-
-
-def save(
-    run: Run,
-    source: GroupSource,
-    *,
-    beside: Callable[[Path], None] | None = None,
-    facts: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Commit a checkpoint: every rank writes what it alone holds, rank 0 the rest.
-
-    ``beside`` and ``facts`` are what the state of another loop has beyond the policy's.
-    """
-    strategy, directory = run.strategy, run.checkpointer.directory(run.step)
-    run.saved = run.step
-    state, adapter = exportable(run)
-    with room_for(directory, num_training_bytes(run.model)):
-        sharded = strategy.save_optimizer(run.optimizer, directory)
-    if sharded:
-        strategy.all_sum(torch.zeros(1, device=strategy.device))  # all parts are there
-    if strategy.rank != 0:
-        return
-    position = source.state() if isinstance(source, FollowsPolicy) else {}
-    said = {
-        "num_tokens": run.num_tokens,
-        "skipped": (run.skipped_steps, run.skipped_in_a_row),
-        "source": position,
-        "environment": environment(strategy),
-        "metrics": measurements(run),
-    }
-    with room_for(directory, num_training_bytes(run.model)):
-        adapter(directory)
-        run.checkpointer.save(
-            run.step,
-            model=run.model,
-            tokenizer=run.tokenizer,
-            optimizer=None if sharded else run.optimizer,
-            stop_ids=run.spec.stop_ids,
-            facts={**said, **facts},
-            state=state,
-            beside=beside,
-        )
-
-
-def measurements(run: Run) -> dict[str, float]:
-    """What the row of the newest step says in finite numbers, for telling the best checkpoint."""
-    row = run.row if run.row.get("step") == run.step else {}
-    numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def padding_share(work: Sequence[StreamWork]) -> float:

@@ -1,68 +1,134 @@
-"""An optimizer's state in files: whole, or each rank's part of it, read back by any number of ranks.
+"""An optimizer's state in files that any strategy and any number of workers read back: torch's distributed checkpoint.
 
-``optimizer.pt`` is torch's own state dictionary. Parts are safetensors, ``optimizer-00001-of-00002.safetensors`` and so
-on: rank r's rows of every tensor whose parameter is sharded. Both number parameters in the optimizer's order, which is
-the same under every strategy, so that a run may go on under another one, or with other workers.
+Each worker writes what it alone holds, ``trainer/__0_0.distcp`` and so on, and ``trainer/.metadata`` says where every
+part of every tensor lies. Parameters are numbered in the optimizer's order, which is the same under every strategy, so
+that a run may go on under another one, or with other workers.
+
+Tensors are read with ``weights_only=True``. ``.metadata`` is a pickle by torch's design: nothing but what torch writes
+there is unpickled, and the checkpoint's digests were verified before.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from rayalign.errors import UserError
 
 FOLDER = Path("trainer")
-WHOLE = FOLDER / "optimizer.pt"
-PARTS = "optimizer-*-of-*.safetensors"
+METADATA = FOLDER / ".metadata"
+KNOWN = frozenset(
+    [
+        *(("torch", name) for name in ("Size", "float32", "float64", "bfloat16", "float16", "int64")),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "TensorStorageMetadata",
+                "TensorProperties",
+                "ChunkStorageMetadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ]
+)
+"""What the description of a distributed checkpoint of tensors is made of."""
 
-Rows = Callable[[int, str, slice], Tensor]
-"""(number of the parameter, name such as ``exp_avg``, rows) → those rows, or the scalar."""
+Held = Mapping[str, Tensor]
+"""What one worker holds of an optimizer's state: ``number of the parameter.name``, such as ``3.exp_avg``."""
 
 
-def save_part(optimizer: torch.optim.Optimizer, directory: Path, *, rank: int, world_size: int) -> None:
-    """Write this rank's part of a sharded optimizer's state."""
-    tensors = {
-        f"{number}.{name}": (value.to_local() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+class UnreadableOptimizer(UserError):
+    """A checkpoint's weights can be read, its optimizer's state cannot: not by this strategy, or not any more."""
+
+
+def named_state(optimizer: torch.optim.Optimizer) -> Held:
+    """The tensors themselves, not copies."""
+    return {
+        f"{number}.{name}": value
         for number, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
-    folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors")
+
+
+def save_state(held: Held, directory: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+    """Write what this worker holds; rank 0 returns when all have written.
+
+    A collective of ``group`` (None: of all workers), unless this worker writes ``alone``, for it holds everything.
+
+    Raises:
+        OSError: whatever the first worker met that could not write; all of them raise it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            save(dict(held), storage_writer=PlainErrors(directory / FOLDER), process_group=group, no_dist=alone)
+        except CheckpointException as error:
+            raise first_failure(error) from error
+
+
+class PlainErrors(FileSystemWriter):
+    """Writes the files, and says of one that could not be written what the system said, on every worker.
+
+    Torch's own error is of its archive's end, and what it came of does not cross processes.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise OSError(*error.__context__.args) from error
+            raise
 
 
 @torch.no_grad()
 def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Load what was saved in ``directory``, each parameter's part to where the parameter is.
+    """Load what was saved in ``directory``, each parameter's part to where the parameter is. No collective.
 
     Raises:
-        UserError: DeepSpeed saved it.
+        UnreadableOptimizer: DeepSpeed saved it, or it is not what torch writes.
     """
-    with contextlib.ExitStack() as stack:
-        parts = sorted((directory / FOLDER).glob(PARTS))
-        if parts:
-            names, rows = open_parts(parts, stack)
-        elif not (directory / WHOLE).exists():
-            raise UserError(
-                f"{directory} holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads, with the "
-                "workers and the stage that wrote it. Continue with those, or start a new run from that folder's "
-                "weights: model.name"
-            )
-        else:
-            names, rows = open_whole(directory / WHOLE)
-        state = {
-            number: {name: placed(rows, number, name, parameter) for name in names(number)}
-            for number, parameter in enumerate(parameters_of(optimizer))
-            if names(number)
-        }
+    if not (directory / METADATA).exists():
+        raise UnreadableOptimizer(
+            f"{directory} holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads, with the "
+            "workers and the stage that wrote it. Continue with those; or go on from the weights alone, with an "
+            "optimizer that starts afresh: checkpoint.restart_optimizer=true"
+        )
+    saved = read_metadata(directory / METADATA).state_dict_metadata
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(parameters_of(optimizer)):
+        own = [(key, known) for key, known in saved.items() if key.partition(".")[0] == str(number)]
+        for key, known in own:
+            assert isinstance(known, TensorStorageMetadata)
+            state.setdefault(number, {})[key.partition(".")[2]] = room_of(known, parameter)
+    wanted = {f"{number}.{name}": tensor for number, own in state.items() for name, tensor in own.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            load(wanted, checkpoint_id=directory / FOLDER, no_dist=True)
+        except CheckpointException as error:
+            raise first_failure(error) from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -70,50 +136,41 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def placed(rows: Rows, number: int, name: str, parameter: Tensor) -> Tensor:
-    """A tensor of the state in the form of its parameter: its shard where that is one."""
-    if name == "step" or not isinstance(parameter, DTensor):
-        return rows(number, name, slice(None)).clone()
-    mesh, total = parameter.device_mesh, parameter.shape[0]
-    size = -(-total // mesh.size())
-    start = min(mesh.get_local_rank() * size, total)
-    local = rows(number, name, slice(start, min(start + size, total))).to(parameter.to_local().device)
-    return DTensor.from_local(
-        local.clone(), mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+def room_of(saved: TensorStorageMetadata, parameter: Tensor) -> Tensor:
+    """An empty tensor in the form of its parameter, its shard where that is one; a scalar belongs to no shard."""
+    dtype = saved.properties.dtype
+    if not saved.size:
+        return torch.empty((), dtype=dtype)
+    assert saved.size == parameter.shape
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
 
-def open_whole(path: Path) -> tuple[Callable[[int], list[str]], Rows]:
-    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["state"]
+class Known(pickle.Unpickler):
+    """Unpickles what torch writes of a distributed checkpoint, and calls nothing else."""
 
-    def rows(number: int, name: str, wanted: slice) -> Tensor:
-        tensor: Tensor = state[number][name]
-        return tensor[wanted] if tensor.ndim else tensor
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} is nothing that torch writes there")
+        return super().find_class(module, name)
 
-    return lambda number: list(state.get(number, ())), rows
+
+def read_metadata(path: Path) -> Metadata:
+    """What a distributed checkpoint consists of.
+
+    Raises:
+        UnreadableOptimizer: it is not what torch writes; no code of the file was run.
+    """
+    try:
+        with path.open("rb") as file:
+            found = Known(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise UnreadableOptimizer(f"{path} is no description of a distributed checkpoint: {error}") from error
+    if not isinstance(found, Metadata):
+        raise UnreadableOptimizer(f"{path} is no description of a distributed checkpoint")
+    return found
 
 
-def open_parts(paths: list[Path], stack: contextlib.ExitStack) -> tuple[Callable[[int], list[str]], Rows]:
-    """Parts are in the order of ranks, and so are the rows in them."""
-    files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-    names: dict[int, list[str]] = {}
-    for key in files[0].keys():  # noqa: SIM118  (an opened file is no mapping)
-        number, _, name = key.partition(".")
-        names.setdefault(int(number), []).append(name)
-
-    def rows(number: int, name: str, wanted: slice) -> Tensor:
-        pieces = [file.get_slice(f"{number}.{name}") for file in files]
-        if not pieces[0].get_shape():
-            scalar: Tensor = files[0].get_tensor(f"{number}.{name}")
-            return scalar
-        found, begin = [], 0
-        first, last, _ = wanted.indices(sum(piece.get_shape()[0] for piece in pieces))
-        for piece in pieces:
-            length = piece.get_shape()[0]
-            low, high = max(first - begin, 0), min(last - begin, length)
-            if low < high:
-                found.append(piece[low:high])
-            begin += length
-        return torch.cat(found) if found else torch.empty((0, *pieces[0].get_shape()[1:]))
-
-    return lambda number: names.get(number, []), rows
+def first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong on the first worker that failed; torch's own exception is none that anybody catches."""
+    failure, _ = error.failures[min(error.failures)]
+    return failure

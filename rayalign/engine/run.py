@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Best, Checkpointer
+from rayalign.engine.mirror import Mirror
 from rayalign.engine.model import ModelSpec
 from rayalign.engine.objective import Objective
 from rayalign.engine.optimizer import OptimizerSpec
@@ -46,6 +47,12 @@ class TrainSpec:
     """Further steps whose checkpoint is written and kept until the run ends."""
     checkpoint_best: Best | None = None
     """By which metric one checkpoint is kept beside the newest."""
+    checkpoint_asynchronous: bool = False
+    """Checkpoints are written while training goes on."""
+    mirror: Mirror | None = None
+    """Where committed checkpoints are kept a second time."""
+    restart_optimizer: bool = False
+    """Where a checkpoint's optimizer cannot be read, as from or to DeepSpeed: go on from the weights with a new one."""
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
@@ -59,6 +66,18 @@ class TrainSpec:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is not finite: end the run, or change nothing."""
     max_skipped_in_a_row: int = 3
+
+
+def checkpointer_of(spec: TrainSpec, *, attempt: str) -> Checkpointer:
+    """What writes and finds the checkpoints of a run."""
+    return Checkpointer(
+        root=spec.directory / "checkpoints",
+        attempt=attempt,
+        keep=spec.checkpoint_keep,
+        always_keep=spec.checkpoint_at,
+        best=spec.checkpoint_best,
+        identity=spec.identity,
+    )
 
 
 MakeSource = Callable[[Layout, int], GroupSource]
@@ -82,6 +101,8 @@ class Run:
     num_tokens: int = 0
     saved: int = 0
     """The step of the newest checkpoint; 0 where there is none."""
+    seconds_saving: float = 0.0
+    """That training waited for checkpoints since the newest row."""
     stopping: bool = False
     """The run was asked to end; the same on every worker."""
     skipped_steps: int = 0

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rayalign.engine.canary import canary_logps
 from rayalign.engine.lora import ADAPTER, merged, write_adapter
@@ -52,16 +56,44 @@ def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[
     return replace(weights, seconds_sending=time.perf_counter() - began)
 
 
-def exportable(run: Run) -> tuple[State, Callable[[Path], None]]:
+def exportable(run: Run, *, copied: bool = False) -> tuple[State, Callable[[Path], None]]:
     """The policy's whole state on rank 0, any adapter merged, and what writes that adapter into a model's folder.
 
-    All ranks call this alike.
+    All ranks call this alike. ``copied``: in the host's memory, where no later step changes it.
     """
     state, spec = run.strategy.full_state(run.model), run.spec.model
+    if copied and run.strategy.rank == 0:
+        state = copies(state, of=run.model)
     if spec.lora is None or run.strategy.rank != 0:
         return state, lambda directory: None
     write = partial(write_adapter, spec.lora, run.model, state, base=spec.name)
     return merged(run.model, state), lambda directory: write(directory / ADAPTER)
+
+
+def copies(state: State, *, of: nn.Module | None = None) -> State:
+    """``state`` in the host's memory; of what is tied there is one copy.
+
+    Tensors there that share no memory with ``of`` are taken as they are.
+    """
+    owned = [*of.parameters(), *of.buffers()] if of is not None else []
+    theirs = {place_of(tensor)[0] for tensor in owned}
+    made: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        place = place_of(tensor)
+        if tensor.device.type == "cpu" and of is not None and place[0] not in theirs:
+            return tensor
+        if place not in made:
+            made[place] = tensor.detach().to("cpu", copy=True)
+        return made[place]
+
+    return {name: copy(tensor) for name, tensor in state.items()}
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Which memory a tensor, or this rank's part of it, looks at, and how."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr(), local.storage_offset(), local.dtype, local.shape, local.stride()
 
 
 def num_bytes(state: State) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.engine.forward import RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.optimizer_state import load_state
+from rayalign.engine.optimizer_state import Held, load_state, named_state, save_state
 from rayalign.engine.source import State
 
 Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
@@ -90,15 +90,22 @@ class Strategy(Protocol):
         """``model``'s whole state by name on rank 0, tied tensors as one; nothing that counts on the others."""
         ...
 
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
-        """Write into a checkpoint what this rank alone holds; False where rank 0 holds all and nothing is written."""
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        """What this rank has to write of the optimizer's state: the tensors themselves, not copies."""
+        ...
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        """Write what :meth:`optimizer_state` gave; all ranks call this alike, and rank 0 returns when all is there.
+
+        ``group`` is where ranks meet that write beside training; None is where training meets.
+        """
         ...
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         """Load the optimizer's state from a checkpoint.
 
         Raises:
-            UserError: it was written in parts that this strategy or this number of workers cannot read.
+            UnreadableOptimizer: this strategy or this number of workers cannot read it; on every rank.
         """
         ...
 
@@ -139,8 +146,11 @@ class Single:
         state: State = model.state_dict()
         return state
 
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
-        return False
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        return named_state(optimizer)
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        save_state(held, directory, alone=True)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         load_state(optimizer, directory)
@@ -190,8 +200,12 @@ class DDP:
         state: State = model.state_dict()
         return state
 
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> bool:
-        return False
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        return named_state(optimizer) if self.rank == 0 else {}
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        if self.rank == 0:
+            save_state(held, directory, alone=True)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         load_state(optimizer, directory)

@@ -32,6 +32,11 @@ class Keeper(Protocol):
     """Who is asked for stages: :class:`Artifacts` makes them, :class:`rayalign.pipeline.plan.Plan` lists them."""
 
     @property
+    def root(self) -> Path:
+        """The folder of all stages of one storage."""
+        ...
+
+    @property
     def note(self) -> Callable[[str], None]: ...
 
     @property

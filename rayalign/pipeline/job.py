@@ -13,6 +13,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import Best
+from rayalign.engine.mirror import Mirror
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.run import CriticSpec, TrainSpec
@@ -87,6 +88,9 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         checkpoint_every=run.checkpoint.every,
         checkpoint_keep=run.checkpoint.keep,
         checkpoint_at=evaluation_steps(run, steps) if run.evaluate and method.trains == "policy" else (),
+        checkpoint_asynchronous=run.checkpoint.asynchronous,
+        mirror=mirror_of(run, directory, storage=stages.artifacts.root.parent),
+        restart_optimizer=run.checkpoint.restart_optimizer,
         checkpoint_best=checkpoint_best(run, steps),
         evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
@@ -111,6 +115,12 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         fewest=fewest,
         beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
     )
+
+
+def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | None:
+    """Where the run in ``directory``, below ``storage``, is kept a second time."""
+    uri = run.checkpoint.mirror
+    return Mirror(uri=uri, folder=directory.relative_to(storage).as_posix()) if uri is not None else None
 
 
 def measures_loss(run: RunConfig, method: Method) -> bool:

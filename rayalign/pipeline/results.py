@@ -31,7 +31,7 @@ from rayalign.sources.streams import MixedStream, RoundStream, StoredStream
 if TYPE_CHECKING:
     from rayalign.pipeline.evaluate import Evaluation, Points
 
-CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data"})
+CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data", "seconds_saving"})
 KL_ESTIMATORS = (
     report.Measure(
         name="kl_rb",

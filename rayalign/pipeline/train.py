@@ -22,6 +22,8 @@ from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint import differences
 from rayalign.engine.deepspeed import refuse_missing_deepspeed
 from rayalign.engine.lora import refuse_missing_peft
+from rayalign.engine.mirror import restore, upload, upload_run
+from rayalign.engine.run import checkpointer_of
 from rayalign.errors import MissingExtra, Stopped, UserError, first_line
 from rayalign.judge.measure import make_scorers
 from rayalign.manifest import read_manifest, write_durably
@@ -69,6 +71,7 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         if finished(job):
             board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
             return job.spec.directory / "final"
+        restore_copies(job, board)
         history = History.of(job)
         note = partial(write_run_json, run, job, history)
         note("running")
@@ -96,6 +99,18 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         collect_quarantine(job)
         note("finished")
         return final
+
+
+def restore_copies(job: TrainJob, board: Board) -> None:
+    """Fetch from the mirror what it has beyond the run's folder, and send there what it lacks."""
+    mirror, directory = job.spec.mirror, job.spec.directory
+    if mirror is None:
+        return
+    checkpointer = checkpointer_of(job.spec, attempt="")
+    restore(mirror, directory, checkpointer, note=lambda text: board.say(f"{job.run}: {text}"))
+    newest = checkpointer.newest()
+    if newest is not None:
+        upload(mirror, directory, step=newest.step)
 
 
 def begin_again(history: History, note: Callable[[str], None], reason: str) -> None:
@@ -205,6 +220,8 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         **provenance(),
     }
     write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
+    if job.spec.mirror is not None and status != "waiting":
+        upload_run(job.spec.mirror, job.spec.directory)
 
 
 def announce(run: RunConfig, job: TrainJob) -> None:

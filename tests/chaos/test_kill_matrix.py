@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from dying_teams import WATCHED_STEP, Fault, Plan, Story, make_plan, run_through, seen
 from incidents import Incident
-from tiny_runs import Scenario, objective, save_tiny, store, synthetic_groups
+from tiny_runs import Scenario, objective, optimizer_in, save_tiny, store, synthetic_groups
 
 from rayalign.engine.checkpoint import step_of
 from rayalign.engine.metrics import read_metrics
@@ -63,8 +63,12 @@ def final_bytes(plan: Plan) -> list[tuple[str, bytes]]:
     [last] = (path for path in (plan.spec.directory / "checkpoints").iterdir() if step_of(path) == STEPS)
     for whole in (final, last):
         verify(whole)
-    files = [final / "model.safetensors", last / "model.safetensors", *sorted((last / "trainer").iterdir())]
-    return [(path.name, path.read_bytes()) for path in files]
+    files = [final / "model.safetensors", last / "model.safetensors"]
+    optimizer = sorted(optimizer_in(last).items())
+    return [
+        *((path.name, path.read_bytes()) for path in files),
+        *((name, tensor.numpy().tobytes()) for name, tensor in optimizer),
+    ]
 
 
 def curve(plan: Plan) -> list[dict[str, object]]:
@@ -137,12 +141,13 @@ def test_killed_in_steps(strategy: Name, where: str, world: World, incidents: li
         check(judge(plan, whole, story, f"{where}{who}"), incidents)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "beside training"])
 def test_killed_at_a_step_and_between_manifest_and_name(
-    world: World, incidents: list[Incident], tmp_path: Path
+    asynchronous: bool, world: World, incidents: list[Incident], tmp_path: Path
 ) -> None:
     """The two kills that matter most, for every change of the code; the whole matrix is slow."""
     whole = world.whole("single")
-    plan = make_plan(tmp_path, world.scenario, "single")
+    plan = make_plan(tmp_path, world.scenario, "single", asynchronous=asynchronous)
     renaming = changes_of(whole, 0).index(COMMIT)
     faults = [Fault(place="before step", step=3), Fault(place="file", step=WATCHED_STEP, number=renaming)]
     check(judge(plan, whole, run_through(plan, faults), "at a step, and before a manifest has its name"), incidents)
@@ -158,18 +163,20 @@ COMMIT = "renamed MANIFEST.json"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "beside training"])
 @pytest.mark.parametrize(("strategy", "rank"), [("single", 0), ("ddp", 0), ("fsdp2", 0), ("fsdp2", 1)])
 def test_killed_while_a_checkpoint_is_written(
-    strategy: Name, rank: int, world: World, incidents: list[Incident], tmp_path: Path
+    strategy: Name, rank: int, asynchronous: bool, world: World, incidents: list[Incident], tmp_path: Path
 ) -> None:
     """At every change of a file until the checkpoint counts, and in the middle of each large file."""
     whole = world.whole(strategy)
     changes = changes_of(whole, rank)
     written = changes[: changes.index(COMMIT) + 1] if rank == 0 else changes
-    assert any("optimizer" in change for change in written) and len(written) >= (12 if rank == 0 else 3)
-    plan = make_plan(tmp_path, world.scenario, strategy)
+    assert any("distcp" in change for change in written) and len(written) >= (12 if rank == 0 else 3)
+    plan = make_plan(tmp_path, world.scenario, strategy, asynchronous=asynchronous)
     faults = [Fault(place="file", step=WATCHED_STEP, rank=rank, number=number) for number in range(len(written))]
-    fault = f"at each of {len(written)} changes of a checkpoint's files (rank {rank})"
+    beside = ", written beside training" if asynchronous else ""
+    fault = f"at each of {len(written)} changes of a checkpoint's files (rank {rank}{beside})"
     check(judge(plan, whole, run_through(plan, faults), fault), incidents)
 
 

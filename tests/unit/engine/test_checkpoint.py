@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
 from rayalign.engine.checkpoint import (
-    OPTIMIZER,
     Best,
     Checkpoint,
     Checkpointer,
@@ -23,7 +24,7 @@ from rayalign.engine.checkpoint import (
 )
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.optimizer_state import load_state
+from rayalign.engine.optimizer_state import METADATA, UnreadableOptimizer, load_state, named_state, save_state
 from rayalign.manifest import MANIFEST, commit
 
 MODEL, TOKENIZER = tiny("llama"), byte_level()
@@ -37,14 +38,24 @@ def checkpointer(root: Path, **overrides: object) -> Checkpointer:
 
 
 def save(checkpoints: Checkpointer, step: int, model=MODEL, optimizer=None) -> Path:
+    save_state(named_state(optimizer or stepped(model)), checkpoints.directory(step), alone=True)
     return checkpoints.save(
         step,
         model=model,
         tokenizer=TOKENIZER,
-        optimizer=optimizer or make_optimizer(model, SPEC),
         stop_ids=(5,),
         facts={"num_tokens": 100 * step},
     )
+
+
+def stepped(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """An optimizer that has a state; the model is as before."""
+    optimizer = make_optimizer(model, OptimizerSpec(lr=0.0, steps=10))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
 
 
 def steps(root: Path) -> list[int]:
@@ -82,7 +93,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("file", ["model.safetensors", str(OPTIMIZER), "tokenizer.json", MANIFEST])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "trainer/__0_0.distcp", str(METADATA), "tokenizer.json", MANIFEST]
+)
 def test_a_torn_checkpoint_is_skipped_with_a_warning(root: Path, damage, file: str, caplog) -> None:
     damage(root / "step_000004-aa1" / file)
     with caplog.at_level(logging.WARNING):
@@ -115,11 +128,7 @@ def test_differences_are_those_of_json() -> None:
 def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
     for name in ("llama_tied", "gpt2", "gemma3", "qwen3_moe", "mixtral"):
         model = tiny(name)
-        optimizer = make_optimizer(model, SPEC)
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
+        optimizer = stepped(model)
         directory = save(checkpointer(tmp_path / name), 1, model, optimizer)
         loaded, _ = load_policy(ModelSpec(name=str(directory)))
         assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -198,5 +207,22 @@ def test_two_attempts_never_share_a_directory(tmp_path: Path) -> None:
     save(checkpointer(tmp_path, attempt="one"), 3)
     save(checkpointer(tmp_path, attempt="two"), 3)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003-atwo"]
-    with pytest.raises(FileExistsError):
-        save(checkpointer(tmp_path, attempt="two"), 3)
+
+
+class Planted:
+    """What whoever may write to the storage would have unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def test_code_in_the_description_of_an_optimizer_is_not_run(root: Path, tmp_path: Path) -> None:
+    directory = root / "step_000004-aa1"
+    (directory / METADATA).write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
+    optimizer = make_optimizer(MODEL, SPEC)
+    with pytest.raises(UnreadableOptimizer, match=r"\.metadata .*posix\.mkdir is nothing that torch writes"):
+        load_state(optimizer, directory)
+    assert not (tmp_path / "planted").exists() and not optimizer.state

@@ -23,6 +23,8 @@ from tiny_runs import (
     make_runner,
     make_source,
     objective,
+    optimizer_in,
+    same_optimizer,
     save_tiny,
     source_maker,
     store,
@@ -34,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayalign.data.plan import PlanError
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import OPTIMIZER, Best, IncompatibleCheckpoint, step_of
+from rayalign.engine.checkpoint import Best, IncompatibleCheckpoint, step_of
 from rayalign.engine.disk import DiskFull
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
 from rayalign.engine.loop import train
@@ -44,7 +46,7 @@ from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep
 from rayalign.engine.strategy import make_strategy
 from rayalign.errors import Stopped, UserError
-from rayalign.manifest import verify
+from rayalign.manifest import commit, verify
 
 SINGLE = make_strategy("single", torch.device("cpu"))
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -106,10 +108,7 @@ def assert_same_end(directory: Path, other: Path) -> None:
         mine = directory / place if place.name == "final" else checkpoint_of(directory, STEPS)
         theirs = other / place if place.name == "final" else checkpoint_of(other, STEPS)
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
-    mine, theirs = (torch.load(checkpoint_of(run, STEPS) / OPTIMIZER, weights_only=True) for run in (directory, other))
-    assert mine["param_groups"] == theirs["param_groups"]
-    for index, state in theirs["state"].items():
-        assert all(torch.equal(mine["state"][index][name], value) for name, value in state.items())
+    assert same_optimizer(checkpoint_of(directory, STEPS), checkpoint_of(other, STEPS))
     assert rows(directory) == rows(other)
     assert [row["step"] for row in rows(directory)] == list(range(1, STEPS + 1))
 
@@ -134,7 +133,7 @@ def test_a_finished_run_is_left_alone(scenario: Scenario, whole: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before and rows(whole) == kept
 
 
-@pytest.mark.parametrize("place", ["weights", "manifest"])
+@pytest.mark.parametrize("place", ["optimizer", "manifest"])
 def test_kill_in_the_middle_of_a_checkpoint(place: str, scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", scenario)
     (tmp_path / "run.pkl").write_bytes(pickle.dumps((spec, scenario)))
@@ -144,7 +143,8 @@ def test_kill_in_the_middle_of_a_checkpoint(place: str, scenario: Scenario, whol
         assert "stopped\n" in iter(process.stdout.readline, "")
         process.kill()
     unfinished = checkpoint_of(spec.directory, 4)
-    assert not (unfinished / "MANIFEST.json").exists() and (unfinished / "model.safetensors").exists()
+    assert not (unfinished / "MANIFEST.json").exists()
+    assert (unfinished / "model.safetensors").exists() == (place == "manifest")
     train_alone(spec, scenario)
     assert not unfinished.exists()
     assert_same_end(spec.directory, whole)
@@ -386,9 +386,35 @@ def test_a_metric_that_no_row_has_ends_the_run_with_the_first_step(
     assert not (spec.directory / "checkpoints").exists()
 
 
-def test_a_full_disk_is_a_message_and_the_old_checkpoint_survives(dpo: Scenario, whole: Path, tmp_path: Path) -> None:
-    """Of a process that may write files of at most 60 kB: weights do not fit; then it may write more."""
+def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(dpo: Scenario, tmp_path: Path) -> None:
+    """The optimizer's state is none of ours, as DeepSpeed's is not; the new one has counted the steps since."""
     spec = train_spec(tmp_path / "run", dpo)
+    with pytest.raises(Interrupted):
+        train_alone(spec, dpo, on_step=interrupt_after(5))
+    checkpoint = checkpoint_of(spec.directory, 4)
+    facts = {name: value for name, value in verify(checkpoint).items() if name not in ("files", "manifest_sha256")}
+    for path in (checkpoint / "trainer").iterdir():
+        path.unlink()
+    (checkpoint / "trainer" / "zero-00001-of-00001.pt").write_bytes(b"")
+    commit(checkpoint, facts)
+    with pytest.raises(UserError, match=r"DeepSpeed's own optimizer state.*checkpoint\.restart_optimizer=true"):
+        train_alone(spec, dpo)
+    seen: list[int] = []
+    again = replace(spec, restart_optimizer=True)
+    train_alone(again, dpo, on_step=lambda row: seen.append(row["step"]))
+    assert seen[0] == 5 and [row["step"] for row in rows(spec.directory)] == list(range(1, STEPS + 1))
+    counted = {
+        float(value) for name, value in optimizer_in(checkpoint_of(spec.directory, STEPS)).items() if "step" in name
+    }
+    assert counted == {STEPS - 4.0}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_is_a_message_and_the_old_checkpoint_survives(
+    asynchronous: bool, dpo: Scenario, whole: Path, tmp_path: Path
+) -> None:
+    """Of a process that may write files of at most 60 kB: weights do not fit; then it may write more."""
+    spec = train_spec(tmp_path / "run", dpo, checkpoint_asynchronous=asynchronous)
     with pytest.raises(Interrupted):
         train_alone(spec, dpo, on_step=interrupt_after(3))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

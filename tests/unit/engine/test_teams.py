@@ -120,7 +120,7 @@ LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "experts": "qwen3_moe", "windowe
 REFUSED = {
     ("zero2", "ddp"): "holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads",
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
-    ("fsdp2", "zero2"): r"optimizer-00001-of-00002\.safetensors.*, which deepspeed with 2 workers cannot read",
+    ("fsdp2", "zero2"): r"\.metadata, __0_0\.distcp, __1_0\.distcp, which deepspeed with 2 workers cannot read",
 }
 FORMS = {
     "checkpointing": (FSDP2, {"gradient_checkpointing": True}),
@@ -130,6 +130,7 @@ FORMS = {
     "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
+LATE = ("ddp", "fsdp2", "zero2", "zero3")
 DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
 ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
 CHANGES = [
@@ -211,8 +212,15 @@ def pair(
         directory = folder / f"{before}-{after}"
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, resumed, STEPS), resumed))
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], refused_run, (spec_of(directory, resumed), resumed))
+    for before, after in REFUSED:
+        directory = folder / f"{before}-{after}"
+        weights_alone = replace(spec_of(directory, resumed), restart_optimizer=True)
+        tasks[f"{directory.name} 3"] = Task(TEAMS[after], whole_run, (weights_alone, resumed))
     for name in TEAMS:
         tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
+    for name in LATE:
+        late = replace(spec_of(folder / f"late-{name}", resumed), checkpoint_asynchronous=True)
+        tasks[f"late {name}"] = Task(TEAMS[name], whole_run, (late, resumed))
     for before, after in ADAPTED:
         directory = folder / f"lora-{before}-{after}"
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
@@ -273,6 +281,22 @@ def test_what_cannot_be_read_is_refused_with_the_reason(before: str, after: str,
     assert all(re.search(REFUSED[before, after], message) for message in pair[f"{before}-{after} 2"])
 
 
+@pytest.mark.parametrize(("before", "after"), REFUSED)
+def test_weights_go_on_where_that_is_asked_for(before: str, after: str, folder: Path, pair) -> None:
+    """The first half is the undisturbed run's, and so is the loss of the first step after it."""
+    mine, theirs = (
+        [row["loss"] for row in read_metrics(folder / name / "metrics.jsonl")]
+        for name in (f"{before}-{after}", "whole-ddp")
+    )
+    assert len(mine) == 2 * STEPS and mine[: STEPS + 1] == pytest.approx(theirs[: STEPS + 1], abs=1e-5)
+    assert mine[STEPS + 1 :] != pytest.approx(theirs[STEPS + 1 :], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_checkpoints_that_are_written_beside_training(name: str, folder: Path, pair) -> None:
+    assert_same_run(folder / f"late-{name}", folder / f"whole-{name}", exactly=True)
+
+
 @pytest.mark.parametrize(("before", "after"), ADAPTED)
 def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
     assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora", exactly=before == after)
@@ -298,8 +322,9 @@ def test_a_checkpoint_of_shards_is_a_model_and_whole(folder: Path, pair) -> None
     [checkpoint] = (folder / "whole-fsdp2" / "checkpoints").glob("step_000012-*")
     manifest = verify(checkpoint)
     assert {name for name in manifest["files"] if name.startswith("trainer/")} == {
-        "trainer/optimizer-00001-of-00002.safetensors",
-        "trainer/optimizer-00002-of-00002.safetensors",
+        "trainer/.metadata",
+        "trainer/__0_0.distcp",
+        "trainer/__1_0.distcp",
     }
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert weights_digest(model) == weights_digest(AutoModelForCausalLM.from_pretrained(folder / "whole-fsdp2/final"))

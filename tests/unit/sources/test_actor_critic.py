@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 from tiny_rollouts import InProcess, OnPolicyRun
-from tiny_runs import join, objective, store, synthetic_groups, train_with_critic
+from tiny_runs import join, objective, same_optimizer, store, synthetic_groups, train_with_critic
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.store import TokenStore
-from rayalign.engine.checkpoint import OPTIMIZER, step_of
+from rayalign.engine.checkpoint import step_of
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.optimizer import OptimizerSpec
@@ -164,12 +164,7 @@ def same_end(one: OnPolicyRun, other: OnPolicyRun) -> None:
         mine, theirs = (load_file(each.directory / place / "model.safetensors") for each in (one, other))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
     for folder in (Path(), Path("critic")):
-        mine, theirs = (
-            torch.load(checkpoint(each, PLAN.steps) / folder / OPTIMIZER, weights_only=True) for each in (one, other)
-        )
-        assert mine["param_groups"] == theirs["param_groups"]
-        for index, state in theirs["state"].items():
-            assert all(torch.equal(mine["state"][index][name], value) for name, value in state.items())
+        assert same_optimizer(*(checkpoint(each, PLAN.steps) / folder for each in (one, other)))
     assert rows(one) == rows(other)
     assert [row["step"] for row in rows(one)] == list(range(1, PLAN.steps + 1))
 
