@@ -28,7 +28,7 @@ from rayalign.engine.nonfinite import skipped
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.run import MakeSource, Run, TrainSpec
+from rayalign.engine.run import MakeSource, NoNotices, Notices, Run, TrainSpec
 from rayalign.engine.sending import exportable, num_bytes, offer_weights
 from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
@@ -48,11 +48,12 @@ def train(
     make_held_out: MakeSource | None = None,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
+    notices: Notices | None = None,
 ) -> Path:
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
     Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics, and
-    ``stop`` on every rank between steps.
+    ``stop`` on every rank between steps. After a step in which ``notices`` say so a checkpoint is written.
 
     Raises:
         Stopped: ``stop`` said so; the step that was under way is done and saved.
@@ -61,7 +62,7 @@ def train(
         NonFiniteStep: the loss or its gradient is NaN or infinite, and ``spec`` says to stop, or it happened too often.
         UserError: the disk is full, or no row has the metric by which the best checkpoint is told.
     """
-    run, resumed = begin(spec, strategy, stop)
+    run, resumed = begin(spec, strategy, stop, notices)
     pad_id = int(run.tokenizer.pad_token_id or 0)
     source = make_source(run.layout, pad_id)
     if resumed is not None and isinstance(source, FollowsPolicy):
@@ -87,7 +88,9 @@ def train(
     return spec.directory / "final"
 
 
-def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tuple[Run, Checkpoint | None]:
+def begin(
+    spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool], notices: Notices | None = None
+) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
     checkpointer = Checkpointer(
         root=spec.directory / "checkpoints",
@@ -103,6 +106,7 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
     layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
     computes = compute_dtype(spec.model, strategy.device)
     module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)
+    notices = notices or NoNotices()
     run = Run(
         spec=spec,
         strategy=strategy,
@@ -117,10 +121,12 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
             seed=spec.seed,
             reference_in_place=spec.reference_in_place,
             stop=stop,
+            ask=notices.due,
         ),
         optimizer=optimizer,
         checkpointer=checkpointer,
         stopping=strategy.broadcast(stop()),
+        notices=notices,
     )
     if found is not None:
         strategy.load_optimizer(run.optimizer, found.directory)
@@ -191,6 +197,10 @@ def advance(
         result = skipped(run, work, error)
     run.step += 1
     run.stopping = result.stop
+    said = run.notices.heard() if result.ask else None
+    run.urgent = said is not None
+    if run.urgent:
+        log.warning("%s: %s; saves step %d and goes on", spec.directory.name, said, run.step)
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
     row: dict[str, Any] = {
@@ -240,7 +250,7 @@ def refuse_stopped(run: Run, save: Callable[[], None]) -> None:
 
 def checkpoint_is_due(run: Run) -> bool:
     last = run.step == run.spec.optimizer.steps
-    return last or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
+    return last or run.urgent or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
 
 
 def save(
