@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs bench clean
+.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs audit bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,10 @@ format: $(VENV)/.installed-test ## rewrite the sources as `check` wants them
 
 docs: $(VENV)/.installed-test ## write the pages of docs/reference that the code knows again
 	$(BIN)/python -m docs.generate
+
+audit: $(VENV)/.installed-test ## ask the package index for known vulnerabilities; fails where one is known or it cannot be asked
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --strict --skip-editable --progress-spinner off
 
 bench: $(VENV)/.installed-test ## measure throughput; prints one table per file of examples/bench
 	@set -e; for name in offline_step ray_cost data_throughput rollouts overlap refresh grpo_step; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done

@@ -40,7 +40,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        from rayalign.report.formatting import printable
+
+        told = f"error: {printable(str(error))}"
+        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(USER_MISTAKE)
     except Stopped as stopped:
         Console(stderr=True).print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)

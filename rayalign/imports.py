@@ -25,7 +25,8 @@ def load_object(name: str) -> Any:
         UserError: ``name`` has no colon, or there is no such module, file or attribute.
     """
     place, separator, attribute = name.rpartition(":")
-    if not separator or not place or not attribute:
+    is_module = all(part.isidentifier() for part in place.split("."))
+    if not separator or not attribute or not (is_module or place.endswith(".py")):
         raise UserError(f"{name!r} names nothing to import: write module:name, such as my_pkg.rewards:helpful")
     module = _load_file(Path(place), name) if place.endswith(".py") else _load_module(place, name)
     try:

@@ -103,6 +103,8 @@ def verify(directory: Path) -> dict[str, Any]:
     manifest = committed(directory)
     for name, facts in manifest["files"].items():
         path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TornDirectory(f"{directory / MANIFEST} names {name!r}, which lies outside")
         if not path.is_file():
             raise TornDirectory(f"{path} is missing")
         if path.stat().st_size != facts["bytes"]:

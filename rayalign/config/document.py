@@ -16,10 +16,10 @@ COMMAND_LINE = "command line"
 _CREDENTIALS = re.compile(
     r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@"
     r"|https?://[^/@\s]+@"
-    r"|[a-z][a-z0-9+.-]*://\S*[?&](?:access_token|token|api_key|key|password|sig|signature|x-(?:amz|goog)-signature)=",
+    r"|[a-z][a-z0-9+.-]*://\S*[?&;#](?:[\w.-]*(?:token|secret|password|passwd|key|signature|credential)|sig|auth)=",
     re.IGNORECASE,
 )
-"""A password, a token as the user's name, or a signed address."""
+"""A password, a token as the user's name, or a signed address, wherever in a text: fsspec chains addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def credentials(document: Document) -> list[Problem]:
     return [
         Problem(document.place(path).where, dotted(path), "a URI with a password; give credentials by the environment")
         for path, value in leaves(document.data)
-        if isinstance(value, str) and _CREDENTIALS.match(value)
+        if isinstance(value, str) and _CREDENTIALS.search(value)
     ]
 
 

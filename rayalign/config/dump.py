@@ -12,7 +12,11 @@ from rayalign.config.errors import dotted
 from rayalign.config.run import RunConfig
 
 REDACTED = "(redacted)"
-_SECRET = re.compile(r"(^|[_-])(token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.I)
+_SECRET = re.compile(
+    r"(^|[_-]|(?-i:(?<=[a-z])(?=[A-Z])))"
+    r"(token|secret|password|passwd|credentials?|(api|access|private|secret)[_-]?key|authorization|cookie)$",
+    re.I,
+)
 
 
 class Difference(NamedTuple):

@@ -26,6 +26,9 @@ def mirror(uri: str, cache_dir: Path) -> Path:
     system, root = fsspec.core.url_to_fs(uri)
     text = system.cat_file(f"{root}/{MANIFEST}").decode()
     manifest = json.loads(text)
+    for name in (manifest["digest"], *manifest["files"]):
+        if Path(name).name != name or name == "..":
+            raise TornDirectory(f"{uri}/{MANIFEST} names {name!r}, which lies outside")
     directory: Path = cache_dir / manifest["digest"]
     if (directory / MANIFEST).exists():
         return directory

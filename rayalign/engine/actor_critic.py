@@ -34,7 +34,7 @@ from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.optimizer_state import named_state, save_state
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.run import CriticSpec, MakeSource, Run, TrainSpec
+from rayalign.engine.run import CriticSpec, MakeSource, Notices, Run, TrainSpec
 from rayalign.engine.saving import Write, Writer, checkpoint_is_due, refuse_stopped, save
 from rayalign.engine.sending import copies, offer_weights
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
@@ -100,11 +100,12 @@ def train(
     *,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
+    notices: Notices | None = None,
 ) -> Path:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
     :func:`rayalign.engine.loop.train`, whose errors it raises too.
     """
-    run, resumed = begin(spec, strategy, stop)
+    run, resumed = begin(spec, strategy, stop, notices)
     critic = begin_critic(run, resumed)
     source = make_source(run.layout, int(run.tokenizer.pad_token_id or 0))
     if not isinstance(source, TakesValues):

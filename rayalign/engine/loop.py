@@ -26,7 +26,7 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import set_learning_rate
 from rayalign.engine.optimizer_state import UnreadableOptimizer
 from rayalign.engine.parity import choose_layout
-from rayalign.engine.run import MakeSource, Run, TrainSpec, checkpointer_of
+from rayalign.engine.run import MakeSource, NoNotices, Notices, Run, TrainSpec, checkpointer_of
 from rayalign.engine.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
 from rayalign.engine.sending import exportable, num_bytes, offer_weights
 from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork
@@ -46,11 +46,12 @@ def train(
     make_held_out: MakeSource | None = None,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
+    notices: Notices | None = None,
 ) -> Path:
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
     Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics, and
-    ``stop`` on every rank between steps.
+    ``stop`` on every rank between steps. After a step in which ``notices`` say so a checkpoint is written.
 
     Raises:
         Stopped: ``stop`` said so; the step that was under way is done and saved.
@@ -59,7 +60,7 @@ def train(
         NonFiniteStep: the loss or its gradient is NaN or infinite, and ``spec`` says to stop, or it happened too often.
         UserError: the disk is full, or no row has the metric by which the best checkpoint is told.
     """
-    run, resumed = begin(spec, strategy, stop)
+    run, resumed = begin(spec, strategy, stop, notices)
     pad_id = int(run.tokenizer.pad_token_id or 0)
     source = make_source(run.layout, pad_id)
     if resumed is not None and isinstance(source, FollowsPolicy):
@@ -87,7 +88,9 @@ def train(
     return spec.directory / "final"
 
 
-def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tuple[Run, Checkpoint | None]:
+def begin(
+    spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool], notices: Notices | None = None
+) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
     checkpointer = checkpointer_of(spec, attempt=strategy.broadcast(secrets.token_hex(4)))
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
@@ -96,6 +99,7 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
     layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
     computes = compute_dtype(spec.model, strategy.device)
     module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)
+    notices = notices or NoNotices()
     run = Run(
         spec=spec,
         strategy=strategy,
@@ -110,10 +114,12 @@ def begin(spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool]) -> tupl
             seed=spec.seed,
             reference_in_place=spec.reference_in_place,
             stop=stop,
+            ask=notices.due,
         ),
         optimizer=optimizer,
         checkpointer=checkpointer,
         stopping=strategy.broadcast(stop()),
+        notices=notices,
     )
     if found is not None:
         load_optimizer(run, found.directory)
@@ -186,6 +192,10 @@ def advance(
         result = skipped(run, work, error)
     run.step += 1
     run.stopping = result.stop
+    said = run.notices.heard() if result.ask else None
+    run.urgent = said is not None
+    if run.urgent:
+        log.warning("%s: %s; saves step %d and goes on", spec.directory.name, said, run.step)
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
     row: dict[str, Any] = {

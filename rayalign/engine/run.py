@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +84,29 @@ MakeSource = Callable[[Layout, int], GroupSource]
 """(layout that the model is proven to read, id of padding) → a source."""
 
 
+@runtime_checkable
+class Notices(Protocol):
+    """What the cluster lets the workers know while they train: that some of them will not be there for long."""
+
+    def due(self) -> bool:
+        """Whether it is time to ask; rank 0's answer counts."""
+        ...
+
+    def heard(self) -> str | None:
+        """Why a checkpoint is wanted now, if it is; all workers ask after the same step and hear the same."""
+        ...
+
+
+class NoNotices:
+    """Of workers that nobody takes away."""
+
+    def due(self) -> bool:
+        return False
+
+    def heard(self) -> str | None:
+        return None
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """One worker's state between steps."""
@@ -105,6 +128,9 @@ class Run:
     """That training waited for checkpoints since the newest row."""
     stopping: bool = False
     """The run was asked to end; the same on every worker."""
+    notices: Notices = field(default_factory=NoNotices)
+    urgent: bool = False
+    """The newest step is to be saved before anything else; the same on every worker."""
     skipped_steps: int = 0
     """Of the whole run so far: their loss or gradient was not finite."""
     skipped_in_a_row: int = 0

@@ -86,7 +86,7 @@ class Writer:
 
 def checkpoint_is_due(run: Run) -> bool:
     last = run.step == run.spec.optimizer.steps
-    return last or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
+    return last or run.urgent or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
 
 
 def refuse_stopped(run: Run, writer: Writer, save: Callable[[], None]) -> None:
@@ -135,6 +135,8 @@ def save(
             facts={**facts_of(run, source), **facts} if strategy.rank == 0 else {},
         )
     )
+    if run.urgent:
+        writer.wait()  # a worker may be gone before it is written
     run.seconds_saving += time.perf_counter() - began
 
 

@@ -51,6 +51,8 @@ class StepResult:
     metrics: Mapping[str, float]
     stop: bool = False
     """Rank 0 was asked to end the run; every rank learns it of the same step."""
+    ask: bool = False
+    """Rank 0 says that it is time to ask for notices of the cluster; so does every rank."""
     absent: tuple[str, ...] = ()
     """Metrics that had nothing to count in this step."""
 
@@ -69,6 +71,8 @@ class Runner:
     """The reference is the policy with its adapter off, and scores each batch here."""
     stop: Callable[[], bool] = lambda: False
     """Whether this rank was asked to end the run; rank 0's answer counts."""
+    ask: Callable[[], bool] = lambda: False
+    """Whether it is time to ask for notices of the cluster; rank 0's answer counts."""
 
     def step(
         self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -99,6 +103,7 @@ class Runner:
             tally.add_loss(objective, shares)
             tally.add_metrics(objective, scored, statistics[part.stream])
         tally.stop = self.strategy.rank == 0 and self.stop()
+        tally.ask = self.strategy.rank == 0 and self.ask()
         grad_norm = float(self.strategy.clip(self.module, max_grad_norm))
         tally.finite = math.isfinite(grad_norm)
         loss_value, metrics = tally.reduce(self.strategy)
@@ -112,7 +117,9 @@ class Runner:
                 stop=tally.stop,
             )
         absent = tuple(name for name in tally.sums if name not in metrics)
-        return StepResult(loss=loss_value, grad_norm=grad_norm, metrics=metrics, absent=absent, stop=tally.stop)
+        return StepResult(
+            loss=loss_value, grad_norm=grad_norm, metrics=metrics, absent=absent, stop=tally.stop, ask=tally.ask
+        )
 
     @torch.no_grad()
     def evaluate(self, step: int, work: Iterable[StreamWork]) -> dict[str, float]:
@@ -168,6 +175,8 @@ class Tally:
         self.counts: dict[str, Tensor] = {}
         self.stop = False
         """Of this worker, and after the reduction of any: it travels with the sums, at no cost of its own."""
+        self.ask = False
+        """Likewise."""
         self.finite = True
         """Whether this worker's gradient is; after the reduction, whether every worker's is."""
 
@@ -185,7 +194,7 @@ class Tally:
 
     def reduce(self, strategy: Strategy) -> tuple[float, dict[str, float]]:
         """(loss, metrics): the loss is the sum of its terms over workers, a metric is Σ sum / Σ count."""
-        signs = torch.tensor([not self.finite, self.stop], dtype=torch.float64)
+        signs = torch.tensor([not self.finite, self.stop, self.ask], dtype=torch.float64)
         columns = [*self.terms.values(), *self.sums.values(), *self.counts.values(), *signs]
         reduced = iter(strategy.all_sum(torch.stack([column.to(strategy.device) for column in columns])).tolist())
         terms = {name: next(reduced) for name in self.terms}
@@ -193,6 +202,7 @@ class Tally:
         counts = {name: next(reduced) for name in self.counts}
         self.finite = next(reduced) == 0
         self.stop = next(reduced) > 0
+        self.ask = next(reduced) > 0
         metrics = {name: sums[name] / counts[name] for name in sums if counts[name] > 0}
         return math.fsum(terms.values()), metrics if len(terms) == 1 else terms | metrics
 

@@ -104,5 +104,5 @@ def spec_of(directory: Path) -> ScoringSpec:
 
 def context_of(directory: Path) -> int:
     """Tokens that a model can read and write together; very many where its configuration names no limit."""
-    config = AutoConfig.from_pretrained(directory).get_text_config()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 2**30)

@@ -59,7 +59,7 @@ class RewardModelScorer:
             return
         self.tokenizer = load_tokenizer(self.directory)
         model = AutoModelForSequenceClassification.from_pretrained(
-            self.directory, dtype=torch.float32, use_safetensors=True
+            self.directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         if model.config.num_labels != 1:
             raise ScorerUnusable(

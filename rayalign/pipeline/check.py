@@ -22,7 +22,7 @@ from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.errors import UserError
-from rayalign.report.formatting import kept
+from rayalign.report.formatting import kept, printable
 
 if TYPE_CHECKING:
     from rayalign.pipeline.nearness import RowScores
@@ -94,7 +94,7 @@ def check(
             said = kept(**filtering) if filtering else "no row has a completion to score"
             console.print(f"filter {policy_logp_quantile:g} by {model}: {said}", highlight=False, soft_wrap=True)
         for message in unreadable:
-            console.print(Text(message, style="red"))
+            console.print(Text(printable(message), style="red"))
     if unreadable:
         return 2
     return int(any(found.bad > max_bad_fraction * (found.good + found.bad) for found in findings))
@@ -102,7 +102,7 @@ def check(
 
 def _tokenizer(model: str) -> object:
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: no tokenizer there: {error}") from error
 
@@ -156,12 +156,12 @@ def _parsed(row: Row) -> Example | BadRow:
 
 
 def _table(found: FileFindings) -> Table:
-    table = Table(title=found.source, title_justify="left", show_header=False, min_width=60)
+    table = Table(title=Text(printable(found.source)), title_justify="left", show_header=False, min_width=60)
     table.add_row("rows", f"{found.good + found.bad:,}")
     table.add_row("good", f"{found.good:,}")
     table.add_row("bad", f"{found.bad:,}", style="red" if found.bad else None)
     for reason, count in found.reasons.most_common(10):
-        table.add_row("", Text(f"{count:,} × {reason}", style="red"))
+        table.add_row("", Text(printable(f"{count:,} × {reason}"), style="red"))
     for name, count in found.formats.most_common():
         table.add_row("format", f"{name}: {count:,}")
     for name in found.lengths:
@@ -180,7 +180,7 @@ def _show(example: Example, chat: Chat, settings: TokenizeSettings, console: Con
     if not isinstance(full, Tokenized) or not isinstance(cut, Tokenized):
         return
     legend = Text.assemble(*((f" {role} ", style) for role, style in ROLE_STYLES.items()))
-    console.print(Text(f"{example.source}:{example.line} ({example.format})", style="bold"), legend)
+    console.print(Text(printable(f"{example.source}:{example.line} ({example.format})"), style="bold"), legend)
     kept_bos = int(len(cut.group.prompt_ids) > 0 and full.group.prompt_ids[0] == chat.tokenizer.bos_token_id)
     places = range(len(full.group.prompt_ids))
     gone = range(kept_bos, kept_bos + cut.truncation.prompt)
@@ -199,6 +199,6 @@ def _show(example: Example, chat: Chat, settings: TokenizeSettings, console: Con
 def _coloured(ids: Sequence[int], roles: Sequence[str], chat: Chat) -> Text:
     text = Text()
     for token, role in zip(ids, roles, strict=True):
-        text.append(chat.tokenizer.decode([token]), style=ROLE_STYLES[role])
+        text.append(printable(chat.tokenizer.decode([token])), style=ROLE_STYLES[role])
         text.append("|", style="dim")
     return text

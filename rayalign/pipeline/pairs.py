@@ -65,7 +65,7 @@ def evaluate_pairs(
 def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) -> Judged:
     """The margins of every pair whose ranks differ; rows in which every answer ties have none."""
     directory = model_directory(model)
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if not is_classifier(config):
         raise UserError(f"{model} has no scalar head; name a reward model, such as the final/ of method: reward_model")
     head = written_as(config) or ScalarHead()

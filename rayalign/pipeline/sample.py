@@ -20,6 +20,7 @@ from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.errors import UserError
+from rayalign.report.formatting import printable
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.hf import HfEngine
 from rayalign.sources.answers import reply_text
@@ -73,12 +74,17 @@ def sample(
     prompts = read_prompts(file)
     answers = [speaker.answers(prompts, params) for speaker in speakers]
     for place, prompt in enumerate(prompts):
-        table = Table(title=escape(prompt_text(prompt)), title_justify="left", title_style="bold", show_lines=True)
+        table = Table(title=shown(prompt_text(prompt)), title_justify="left", title_style="bold", show_lines=True)
         for speaker in speakers:
-            table.add_column(escape(speaker.name), overflow="fold")
+            table.add_column(shown(speaker.name), overflow="fold")
         for number in range(params.num_samples):
-            table.add_row(*(escape(own[place][number]) for own in answers))
+            table.add_row(*(shown(own[place][number]) for own in answers))
         console.print(table)
+
+
+def shown(text: str) -> str:
+    """A text of data or a model, in a table."""
+    return escape(printable(text))
 
 
 def converse(speakers: Sequence[Speaker], params: SamplingParams, console: Console) -> None:
@@ -95,7 +101,7 @@ def converse(speakers: Sequence[Speaker], params: SamplingParams, console: Conso
             talks[place] = (*talks[place], *user(said))
             ((reply, *_),) = speaker.answers([talks[place]], replace(params, num_samples=1))
             talks[place] = (*talks[place], *assistant(reply))
-            console.print(f"{speaker.name}: {reply}", markup=False, highlight=False)
+            console.print(f"{speaker.name}: {printable(reply)}", markup=False, highlight=False)
 
 
 def read_prompts(file: Path) -> list[str | Turns]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 from rayalign.report.statistics import Estimate
 
 MISSING = "–"
 SHARE = "share"
+CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+PICTURES = str.maketrans({**CONTROLS, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 
 
 def number(value: float, unit: str = "") -> str:
@@ -71,9 +74,17 @@ def policy(name: str) -> str:
 
 def markdown(text: str) -> str:
     """Text that is inert and stays on its line in a Markdown table."""
-    for raw, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("[", "\\[")):
+    for raw, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(raw, safe)
-    return " ".join(text.split())
+    return " ".join(re.sub(r"[\\|`*\[]", r"\\\g<0>", text).split())
+
+
+def printable(text: str) -> str:
+    """Text with a picture in place of every control character but line ends and tabs.
+
+    A terminal obeys them: an answer with an escape sequence could write the clipboard or repaint lines above it.
+    """
+    return text.translate(PICTURES)
 
 
 def indented(text: str) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
+from rayalign.report.formatting import printable
 
 TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0
@@ -51,7 +52,7 @@ def table(directory: Path) -> RenderableType:
             facts.get("updated", ""),
         )
         if status != "finished":
-            told += [Text(f"{name}: {failure}") for failure in failures]
+            told += [Text(printable(f"{name}: {failure}")) for failure in failures]
     if not found.row_count:
         raise UserError(f"{directory} holds no run: name a folder below which `rayalign train` wrote a run.json")
     return Group(found, *told)

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 
 from rayalign.errors import Stopped, UserError
 from rayalign.runtime.placement import Share
@@ -30,13 +30,16 @@ TELL_SECONDS = 300.0
 
 
 def room(share: Share) -> int:
-    """Processes of ``share`` that fit into what nobody has reserved on the living nodes."""
-    return sum(fitting(share, free) for free in available_resources_per_node().values())
+    """Processes of ``share`` that fit into what nobody has reserved on the nodes that stay."""
+    going = state.get_draining_nodes()
+    return sum(fitting(share, free) for node, free in available_resources_per_node().items() if node not in going)
 
 
 def capacity(share: Share) -> int:
-    """Processes of ``share`` that the living nodes hold when nothing else runs on them."""
-    return sum(fitting(share, node["Resources"]) for node in ray.nodes() if node["Alive"])
+    """Processes of ``share`` that the nodes that stay hold when nothing else runs on them."""
+    going = state.get_draining_nodes()
+    staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
+    return sum(fitting(share, node["Resources"]) for node in staying)
 
 
 def fitting(share: Share, free: dict[str, float]) -> int:

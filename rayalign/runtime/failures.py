@@ -22,7 +22,8 @@ BROKEN_COLLECTIVE = ("connection closed", "connection reset", "broken pipe", "ti
 
 MEMORY = re.compile(r"\boom\b|out of memory|running low on memory|memory pressure|sigkill", re.IGNORECASE)
 NODE = re.compile(
-    r"node (has|was|is|which).{0,40}(died|dead|terminated|lost|removed|preempted)|its node", re.IGNORECASE
+    r"node (has|was|is|which).{0,40}(died|dead|terminated|lost|removed|preempted)|its node|node preemption",
+    re.IGNORECASE,
 )
 TIME = re.compile(r"timed out|hanging", re.IGNORECASE)
 PLACE = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)

@@ -25,10 +25,12 @@ DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller polls every 2 s by default: a run ends that much later
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run, for notices that nothing here acts on
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # without it a hung worker hangs the run for ever
 }
 """Environment variables of this process and of the Ray that it starts, unless the user set them."""
+
+WATCHER_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Of Ray Train's process that looks for nodes that are taken back; a Ray that we start has one node, which stays."""
 
 STORAGE_VARIABLE = "RAYALIGN_STORAGE"
 PROBE_SECONDS = 60.0
@@ -121,6 +123,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
         if address is None:
             # Without a dashboard Ray cannot reclaim the placement group of a dead controller.
             options |= {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+            os.environ.setdefault(WATCHER_VARIABLE, "0")
         elif import_paths:
             options |= {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
         try:

@@ -229,7 +229,9 @@ class Group:
             run_config=RunConfig(
                 name=folder.name,
                 storage_path=str(folder),
-                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),
+                failure_config=FailureConfig(
+                    max_failures=max_failures, max_preemption_failures=max_failures, controller_failure_limit=0
+                ),
                 worker_runtime_env=environment(job),
             ),
         )

@@ -25,6 +25,7 @@ from rayalign.engine.run import MakeSource, TrainSpec
 from rayalign.engine.strategy import Strategy, StrategySpec, make_strategy
 from rayalign.errors import Stopped
 from rayalign.runtime.placement import Share
+from rayalign.runtime.preemption import DrainNotices
 from rayalign.runtime.progress import logging_to
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.weights import ObjectStore
@@ -173,13 +174,14 @@ def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Pa
     make_source = source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None)
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
         if job.spec.critic is not None:
-            return actor_critic.train(job.spec, make_source, strategy, stop=stop)
+            return actor_critic.train(job.spec, make_source, strategy, stop=stop, notices=DrainNotices())
         return train(
             job.spec,
             make_source,
             strategy,
             make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
             stop=stop,
+            notices=DrainNotices(),
         )
 
 

@@ -1,4 +1,4 @@
-"""``ray job submit`` to a real head: stopped, killed, submitted again from an edited folder, two at once."""
+"""``ray job submit`` to a real head that asks for a token: refused, stopped, killed, submitted again, two at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +83,42 @@ def test_a_job_leaves_its_run_below_the_clusters_storage(undisturbed: Path, head
     logs = head.client().get_job_logs(str(log))
     assert re.search(rf"^undisturbed: step {STEPS}/{STEPS}  loss \d\.\d{{4}}  [\d,]+ tokens/s  0:00 left$", logs, re.M)
     assert logs.rstrip().endswith(f"model: {undisturbed / 'final'}")
+    shown = json.dumps([vars(job) for job in head.client().list_jobs()], default=str) + logs
+    assert head.token not in shown
+    assert not [path for path in head.storage.rglob("*") if path.is_file() and head.token.encode() in path.read_bytes()]
+
+
+def outsider(head: Head, home: Path, **variables: str) -> dict[str, str]:
+    """Variables of someone who reaches the head and was not given its token."""
+    kept = {name: value for name, value in head.variables().items() if not name.startswith("RAY_AUTH")}
+    return {**kept, "HOME": str(home), **variables}
+
+
+@pytest.mark.parametrize(
+    ("variables", "answer"),
+    [
+        ({}, "Unauthorized: Missing authentication token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "Unauthorized: Missing authentication token"),
+        ({"RAY_AUTH_MODE": "token"}, "couldn't find an authentication token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "Forbidden: Invalid authentication token"),
+    ],
+    ids=["nothing said", "disabled", "no token", "another token"],
+)
+def test_who_has_no_token_submits_nothing(head: Head, tmp_path: Path, variables: dict[str, str], answer: str) -> None:
+    jobs = len(head.client().list_jobs())
+    _, done = head.submission(tmp_path, "--version", variables=outsider(head, tmp_path, **variables))
+    assert done.returncode != 0 and answer in done.stdout + done.stderr
+    assert len(head.client().list_jobs()) == jobs
+
+
+def test_who_has_no_token_joins_nothing(head: Head, tmp_path: Path) -> None:
+    """A driver reaches the cluster by another door than the dashboard's."""
+    program = f"import ray; ray.init(address='{head.address}'); print('joined')"
+    variables = outsider(head, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode != 0 and "Failed to connect to Ray cluster" in done.stderr and "joined" not in done.stdout
 
 
 def test_a_stopped_job_goes_on_from_an_edited_checkout(

@@ -475,6 +475,33 @@ def resuming_worker(rank: int, folder: Path, spec: TrainSpec, scenario: Scenario
     dist.destroy_process_group()
 
 
+class Notice:
+    """Heard once, when it is asked for after step 5; nobody asks between two of these steps."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def due(self) -> bool:
+        self.asked += 1
+        return self.asked % 5 == 0
+
+    def heard(self) -> str | None:
+        return "the cluster takes back the node of worker 0" if self.asked == 5 else None
+
+
+def test_a_notice_saves_its_step_and_changes_nothing_else(
+    scenario: Scenario, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "run"
+    spec = replace(train_spec(directory, scenario), checkpoint_every=STEPS, checkpoint_keep=9)
+    train(spec, source_maker(scenario), SINGLE, notices=Notice())
+    assert [step_of(path) for path in sorted((directory / "checkpoints").glob("step_*"))] == [5, STEPS]
+    said = [record.getMessage() for record in caplog.records if "takes back" in record.getMessage()]
+    assert said == ["run: the cluster takes back the node of worker 0; saves step 5 and goes on"]
+    assert rows(directory) == rows(whole)
+    assert_same_end(directory, whole)
+
+
 def test_resume_on_two_workers(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     """Six steps, then the other six: exactly the twelve of two workers, and up to rounding those of one."""
     constant = {"schedule": "constant", "warmup_steps": 0, "lr": 1e-3}
