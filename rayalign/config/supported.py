@@ -24,6 +24,9 @@ def unsupported(run: RunConfig) -> list[str]:
         "model.lora with strategy: deepspeed; write single, ddp or fsdp2": (
             run.model.lora is not None and run.strategy.name == "deepspeed"
         ),
+        "model.compile with strategy: deepspeed; write single, ddp or fsdp2": (
+            run.model.compile and run.strategy.name == "deepspeed"
+        ),
         "optim.on_nonfinite: skip with strategy: deepspeed, which may have updated already; write stop, or fsdp2": (
             run.optim.on_nonfinite == "skip" and run.strategy.name == "deepspeed"
         ),

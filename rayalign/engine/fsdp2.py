@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.engine.compiled import blocks
 from rayalign.engine.forward import RootModule
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
@@ -155,12 +156,6 @@ class FSDP2:
         held = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.detach().to(self.device)
         dist.broadcast(held, src=0)
         return held
-
-
-def blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The transformer blocks, as the family names them for Hugging Face."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    yield from (module for module in model.modules() if type(module).__name__ in names)
 
 
 def vector_modules(block: nn.Module) -> Iterator[nn.Module]:

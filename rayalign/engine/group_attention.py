@@ -40,6 +40,8 @@ def branch_runs(batch: PackedBatch, *, window: int | None, chunk: int | None) ->
     return torch.cat([torch.tensor([[window or 0, chunk or 0]]), lines])[None, None]
 
 
+# Never compiled: it reads lengths as numbers, and each new one would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module,
     query: Float[Tensor, "R heads L D"],

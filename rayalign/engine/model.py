@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.attention import FLEX, attention_kind
+from rayalign.engine.compiled import compile_blocks
 from rayalign.engine.group_attention import GROUP_ATTENTION
 from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
@@ -55,6 +56,8 @@ class ModelSpec:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Blocks are compiled where a gradient follows."""
     from_scratch: bool = False
     """``name`` holds a configuration and a tokenizer; the weights are drawn with ``seed``."""
     seed: int = 0
@@ -124,6 +127,8 @@ def load_policy(
         add_adapter(model, spec.lora, seed=spec.seed, trained=spec.adapter)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.compile:
+        compile_blocks(model, device)
     return model.to(place).train(), tokenizer
 
 

@@ -57,6 +57,9 @@ from rayalign.sources.streams import AnyStream, SourceSpec, round_part, stored_p
 NOT_TRAINING_OPTIM = ("on_nonfinite", "max_skipped_in_a_row")
 """Of ``optim``: a run that a step has stopped may go on without such steps."""
 
+NOT_TRAINING_MODEL = ("compile",)
+"""Of ``model``: a run may go on after they are changed, as its results do by rounding only."""
+
 NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "resources", "strategy")
 """Blocks that do not change which model a run ends in; a run may go on after they are changed."""
 
@@ -297,4 +300,5 @@ def training_configuration(run: RunConfig) -> dict[str, Any]:
     """
     found = {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}
     optim = {name: value for name, value in found["optim"].items() if name not in NOT_TRAINING_OPTIM}
-    return {**found, "optim": optim}
+    model = {name: value for name, value in found["model"].items() if name not in NOT_TRAINING_MODEL}
+    return {**found, "optim": optim, "model": model}

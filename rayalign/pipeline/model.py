@@ -48,14 +48,14 @@ def model_spec(run: RunConfig) -> ModelSpec:
 
 
 def trained_spec(run: RunConfig) -> ModelSpec:
-    """The same with the adapter that is trained in its place, where there is one."""
-    lora = run.model.lora
+    """The same as it is trained: compiled, with an adapter that is trained in its place, or neither."""
+    lora, spec = run.model.lora, replace(model_spec(run), compile=run.model.compile)
     if lora is None:
-        return model_spec(run)
+        return spec
     adapter = LoraSpec(
         rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=tuple(lora.target_modules)
     )
-    return replace(model_spec(run), lora=adapter)
+    return replace(spec, lora=adapter)
 
 
 def reference_spec(run: RunConfig) -> ModelSpec:
@@ -74,13 +74,14 @@ def critic_model(run: RunConfig) -> ModelSpec:
     head = ScalarHead(template=run.data.template, stop=run.data.stop)
     own = run.critic.model if run.critic is not None else None
     if own is None:
-        return replace(model_spec(run), head=head)
+        return replace(model_spec(run), compile=run.model.compile, head=head)
     refuse_other_vocabulary(run, own)
     return ModelSpec(
         name=own,
         dtype=run.model.dtype,
         trust_remote_code=run.model.trust_remote_code,
         gradient_checkpointing=run.model.gradient_checkpointing,
+        compile=run.model.compile,
         seed=run.seed,
         head=head,
     )

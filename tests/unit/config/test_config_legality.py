@@ -287,6 +287,11 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             ["strategy=deepspeed", "model.lora.rank=4"],
             ["this release does not run model.lora with strategy: deepspeed; write single, ddp or fsdp2"],
         ),
+        (["strategy=fsdp2", "model={compile: true, gradient_checkpointing: true}"], []),
+        (
+            ["strategy=deepspeed", "model.compile=true"],
+            ["this release does not run model.compile with strategy: deepspeed; write single, ddp or fsdp2"],
+        ),
         (
             ["strategy=deepspeed", "optim.on_nonfinite=skip"],
             ["this release does not run optim.on_nonfinite: skip with strategy: deepspeed, which may have updated "

@@ -141,7 +141,7 @@ def test_a_run_that_a_step_has_stopped_may_go_on_without_such_steps(tmp_path: Pa
     settings = [f"model.name={save_tiny(tmp_path / 'tiny')}", "data.train=t.jsonl", "method=dpo"]
     first = run_identity(load_run(None, settings), [])
     skipping = ["optim={on_nonfinite: skip, max_skipped_in_a_row: 9}", "strategy.timeout_seconds=5"]
-    kept = ["checkpoint={keep: 7, best: {metric: loss, mode: min}}"]
+    kept = ["model.compile=true", "checkpoint={keep: 7, best: {metric: loss, mode: min}}"]
     assert run_identity(load_run(None, [*settings, *skipping, *kept]), []) == first
     assert run_identity(load_run(None, [*settings, "optim.lr=1e-3"]), []) != first
 
