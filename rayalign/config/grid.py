@@ -41,7 +41,7 @@ def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entr
     """The entries of one axis.
 
     Raises:
-        ConfigError: the axis is not part of a run, or two entries have the same name.
+        ConfigError: the axis is not part of a run, or two entries have the same name, or one has none.
     """
     where = document.place(("grid", axis)).where
     if axis.partition(".")[0] not in SECTIONS:
@@ -51,7 +51,10 @@ def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entr
     problems = []
     for index, entry in enumerate(entries):
         place = document.place(("grid", axis, index)).where
-        if not entry.slug:
+        if is_no_name(values[index]):
+            message = "as: YAML reads on, off, yes, no and null as values; write the name in quotes"
+            problems.append(Problem(place, f"grid.{axis}[{index}]", message))
+        elif not entry.slug:
             problems.append(Problem(place, f"grid.{axis}[{index}]", "has no name; give it one with as: …"))
         elif entry.slug in [earlier.slug for earlier in entries[:index]]:
             problems.append(
@@ -64,6 +67,11 @@ def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entr
     if problems:
         raise ConfigError(problems)
     return entries
+
+
+def is_no_name(value: Any) -> bool:
+    """Whether an entry's ``as`` was read as something else than the word that was written."""
+    return isinstance(value, Mapping) and isinstance(value.get("as", ""), bool | None)
 
 
 def apply(entry: Entry, run: Document, source: Document) -> Document:

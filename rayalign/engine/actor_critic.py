@@ -275,6 +275,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
     """A step that trains nothing, and its row: it has its place in the plan, as the learning rate has."""
     began = time.perf_counter()
     run.step += 1
+    run.urgent = False  # the step before was saved
     critic.skipped_steps += 1
     waited, run.seconds_saving = run.seconds_saving, 0.0
     return {

@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -113,8 +114,8 @@ def opened(mirror: Mirror) -> Iterator[Copies]:
 def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
     """Bring the copies up to what is committed in a run's ``directory`` after ``step`` steps, the newest first.
 
-    What an earlier call could not send is sent now, and what retention has removed here goes there too; a copy beyond
-    ``step`` stays as a local checkpoint does.
+    What an earlier call could not send is sent now, what is not whole here is not, and what retention has removed here
+    goes there too; a copy beyond ``step`` stays as a local checkpoint does.
 
     Raises:
         MirrorFailed: not all of it could be sent.
@@ -127,7 +128,12 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
             manifest = local[name] / MANIFEST
             if there.get(f"{name}/{MANIFEST}") == manifest.stat().st_size:
                 continue
-            for file in committed(local[name])["files"]:
+            try:
+                files = verify(local[name])["files"]
+            except TornDirectory as damage:
+                log.warning("not copied to %s, since it is not whole: %s", mirror, damage)
+                continue
+            for file in files:
                 copies.send(local[name] / file, f"{CHECKPOINTS}/{name}/{file}")
             copies.send(directory / METRICS, METRICS)
             copies.send(manifest, f"{CHECKPOINTS}/{name}/{MANIFEST}")
@@ -163,6 +169,7 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
     with opened(mirror) as copies:
         there = [path.partition("/")[0] for path in copies.sizes() if path.endswith(f"/{MANIFEST}")]
         places = sorted((root / name for name in there if NAME.fullmatch(name)), key=step_of)
+        refuse_others(mirror, copies, [place.name for place in places if manifest_of(place) is None], checkpointer)
         if not places or step_of(places[-1]) <= have:
             return None
         for place in places:
@@ -204,12 +211,7 @@ def fetch_checkpoint(mirror: Mirror, copies: Copies, name: str, target: Path, ch
     shutil.rmtree(target, ignore_errors=True)
     copies.fetch(f"{CHECKPOINTS}/{name}/{MANIFEST}", target / MANIFEST)
     manifest = committed(target)
-    changed = differences(manifest["identity"], json.loads(json.dumps(dict(checkpointer.identity))))
-    if changed:
-        raise IncompatibleCheckpoint(
-            f"{mirror}/{CHECKPOINTS}/{name} was written by another run: {'; '.join(changed)}. Give this run another "
-            "name, or another checkpoint.mirror"
-        )
+    refuse_other(mirror, name, manifest, checkpointer)
     files = manifest["files"]
     for file in files:
         refuse_outside(file)
@@ -220,6 +222,28 @@ def fetch_checkpoint(mirror: Mirror, copies: Copies, name: str, target: Path, ch
             except FileNotFoundError as error:
                 raise TornDirectory(f"{file} is missing") from error
     verify(target)
+
+
+def refuse_others(mirror: Mirror, copies: Copies, names: Sequence[str], checkpointer: Checkpointer) -> None:
+    """Raise :class:`IncompatibleCheckpoint` where one of ``names`` is another run's, which retention here would remove.
+
+    A manifest that is not whole says nothing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            copies.fetch(f"{CHECKPOINTS}/{name}/{MANIFEST}", Path(scratch) / MANIFEST)
+            with contextlib.suppress(TornDirectory):
+                refuse_other(mirror, name, committed(Path(scratch)), checkpointer)
+
+
+def refuse_other(mirror: Mirror, name: str, manifest: Mapping[str, Any], checkpointer: Checkpointer) -> None:
+    """Raise :class:`IncompatibleCheckpoint` where a copy's ``manifest`` is another run's."""
+    changed = differences(manifest["identity"], json.loads(json.dumps(dict(checkpointer.identity))))
+    if changed:
+        raise IncompatibleCheckpoint(
+            f"{mirror}/{CHECKPOINTS}/{name} was written by another run: {'; '.join(changed)}. Give this run another "
+            "name, or another checkpoint.mirror"
+        )
 
 
 def refuse_outside(name: str) -> None:

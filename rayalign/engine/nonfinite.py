@@ -40,7 +40,7 @@ def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepR
         last = NonFiniteStep(f"{error}{enough}", loss=error.loss, grad_norm=error.grad_norm, suspects=error.suspects)
         raise with_groups(last, run.runner, work, step=run.step, directory=run.spec.directory) from error
     log.warning("%s: skipped; %s on worker %d", error, told(error.suspects), run.strategy.rank)
-    return StepResult(loss=error.loss, grad_norm=error.grad_norm, metrics={}, stop=error.stop)
+    return StepResult(loss=error.loss, grad_norm=error.grad_norm, metrics={}, stop=error.stop, ask=error.ask)
 
 
 def with_groups(

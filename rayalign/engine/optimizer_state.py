@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -36,7 +36,6 @@ KNOWN = frozenset(
     [
         *(("torch", name) for name in ("Size", "float32", "float64", "bfloat16", "float16", "int64")),
         ("torch.serialization", "_get_layout"),
-        ("pathlib", "PosixPath"),
         *(
             ("torch.distributed.checkpoint.metadata", name)
             for name in (
@@ -90,8 +89,12 @@ def save_state(held: Held, directory: Path, *, group: dist.ProcessGroup | None =
 class PlainErrors(FileSystemWriter):
     """Writes the files, and says of one that could not be written what the system said, on every worker.
 
-    Torch's own error is of its archive's end, and what it came of does not cross processes.
+    Torch's own error is of its archive's end, and what it came of does not cross processes. Where the files were
+    written is not told in them: they may lie elsewhere, and a path is pickled in another way by each version of Python.
     """
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:

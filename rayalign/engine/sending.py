@@ -91,9 +91,9 @@ def copies(state: State, *, of: nn.Module | None = None) -> State:
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Which memory a tensor, or this rank's part of it, looks at, and how."""
+    """Which memory a tensor, or this rank's part of it, looks at, and how; parts without content are told by shape."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr(), local.storage_offset(), local.dtype, local.shape, local.stride()
+    return local.untyped_storage().data_ptr(), local.storage_offset(), local.dtype, tensor.shape, local.stride()
 
 
 def num_bytes(state: State) -> int:

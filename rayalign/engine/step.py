@@ -22,7 +22,7 @@ class NonFiniteStep(FloatingPointError):
     """The loss or its gradient is NaN or infinite, on every worker alike; nothing has moved.
 
     The message names the step; ``suspects`` are the groups of this worker whose micro-batch's loss is not finite, and
-    ``stop`` is :attr:`StepResult.stop`.
+    ``stop`` and ``ask`` are those of :class:`StepResult`.
     """
 
     def __init__(
@@ -33,12 +33,14 @@ class NonFiniteStep(FloatingPointError):
         grad_norm: float = math.nan,
         suspects: Sequence[str] = (),
         stop: bool = False,
+        ask: bool = False,
     ) -> None:
         super().__init__(message)
         self.loss = loss
         self.grad_norm = grad_norm
         self.suspects = tuple(suspects)
         self.stop = stop
+        self.ask = ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,7 @@ class Runner:
                 grad_norm=grad_norm,
                 suspects=[part.describe(int(place)) for part, batch in suspects for place in batch.group_index],
                 stop=tally.stop,
+                ask=tally.ask,
             )
         absent = tuple(name for name in tally.sums if name not in metrics)
         return StepResult(

@@ -228,6 +228,11 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
             ["compare.yaml:10: method.tua: unknown key; did you mean method.tau?"],
         ),
         (
+            "grid:\n  data_policy:\n    - {name: off_policy, as: off}\n    - {name: off_policy, as: 'off'}\n",
+            ["compare.yaml:9: grid.data_policy[0]: as: YAML reads on, off, yes, no and null as values; "
+             "write the name in quotes"],
+        ),
+        (
             "grid: {method: [dpo, dpo]}\n",
             ["compare.yaml:7: grid.method[1]: two entries are called 'dpo'; remove one, "
              "or give it another name with as: …"],

@@ -219,6 +219,14 @@ class Planted:
         self.path = path
 
 
+def test_the_description_of_an_optimizer_names_no_place(tmp_path: Path) -> None:
+    """Python 3.13 pickles a path as another class than 3.11 and 3.12 do."""
+    save_state(named_state(stepped(MODEL)), tmp_path, alone=True)
+    content = (tmp_path / METADATA).read_bytes()
+    assert b"pathlib" not in content and tmp_path.name.encode() not in content
+    load_state(make_optimizer(MODEL, SPEC), tmp_path)
+
+
 def test_code_in_the_description_of_an_optimizer_is_not_run(root: Path, tmp_path: Path) -> None:
     directory = root / "step_000004-aa1"
     (directory / METADATA).write_bytes(pickle.dumps(Planted(tmp_path / "planted")))

@@ -502,6 +502,13 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
     assert_same_end(directory, whole)
 
 
+def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Path) -> None:
+    spec = replace(train_spec(tmp_path / "run", dpo, on_nonfinite="skip"), checkpoint_every=STEPS, checkpoint_keep=9)
+    train(spec, Poisoned(dpo, {4}), SINGLE, notices=Notice())
+    assert [row["step"] for row in rows(spec.directory) if row["loss"] is None] == [5]
+    assert [step_of(path) for path in sorted((spec.directory / "checkpoints").glob("step_*"))] == [5, STEPS]
+
+
 def test_resume_on_two_workers(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     """Six steps, then the other six: exactly the twelve of two workers, and up to rounding those of one."""
     constant = {"schedule": "constant", "warmup_steps": 0, "lr": 1e-3}

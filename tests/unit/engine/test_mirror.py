@@ -231,6 +231,37 @@ def test_another_runs_copy_is_refused(mirror: Mirror, scenario: Scenario, tmp_pa
     assert not list((other.directory / "checkpoints").glob("step_*"))
 
 
+def test_another_runs_copies_are_refused_where_the_workspace_is_newer(
+    mirror: Mirror, scenario: Scenario, tmp_path: Path
+) -> None:
+    """Nothing is to be fetched, and retention would remove what it does not know."""
+    spec = mirrored(tmp_path / "run", scenario, mirror)
+    with pytest.raises(Lost):
+        train_alone(spec, scenario, on_step=lost_after(5))
+    other = train_spec(tmp_path / "other", scenario, identity={**spec.identity, "data": "d2"})
+    train_alone(other, scenario)
+    with pytest.raises(IncompatibleCheckpoint, match='data: "d1" there, "d2" here.*another checkpoint'):
+        found_again(replace(other, mirror=mirror))
+    assert There(mirror).checkpoints() == [2, 4]
+
+
+def test_what_is_not_whole_here_is_not_copied(
+    mirror: Mirror, scenario: Scenario, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mirror that is new to a run whose newest checkpoint was damaged: the rest is copied, and the run goes on."""
+    spec = train_spec(tmp_path / "run", scenario, checkpoint_keep=9)
+    train_alone(spec, scenario)
+    for step, damage in ((4, b"other weights"), (6, None)):
+        (found,) = (spec.directory / "checkpoints").glob(f"step_{step:06d}-*")
+        (found / "model.safetensors").unlink()
+        if damage is not None:
+            (found / "model.safetensors").write_bytes(damage)
+    upload(mirror, spec.directory, step=2)
+    assert There(mirror).checkpoints() == [2]
+    told = [record.getMessage() for record in caplog.records if "not copied" in record.getMessage()]
+    assert ["is missing" in told[0], "has 13 bytes" in told[1]] == [True, True]
+
+
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "trainer/../../escaped", "..", "a\\..\\b", ""])
 def test_names_that_lead_outside_are_refused(name: str) -> None:
     with pytest.raises(TornDirectory, match="no file of it"):

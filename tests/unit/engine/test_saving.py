@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import tiny
-from tiny_runs import CPU, Scenario, objective, same_optimizer, save_tiny, store, synthetic_groups, train_alone
+from tiny_runs import CPU, Scenario, join, objective, same_optimizer, save_tiny, store, synthetic_groups, train_alone
 from tiny_runs import train_spec as spec_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from rayalign.engine import saving
 from rayalign.engine.checkpoint import Best, step_of
@@ -132,6 +135,21 @@ def test_copies_follow_no_change_and_keep_ties() -> None:
     assert copied["lm_head.weight"].data_ptr() == copied["model.embed_tokens.weight"].data_ptr()
     alone = {"own": torch.ones(3)}
     assert copies(alone, of=model)["own"] is alone["own"] and copies(alone)["own"] is not alone["own"]
+
+
+def test_copies_of_parts_without_content_keep_their_shapes(tmp_path: Path) -> None:
+    """The last of three workers holds nothing of one or two rows, and the empty parts all lie at address 0."""
+    join(0, 1, tmp_path / "meeting-point")
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole = {f"{rows}.exp_avg": torch.Size((rows, 4)) for rows in (1, 2)}
+        held = {
+            name: DTensor.from_local(torch.zeros(0, 4), mesh, [Shard(0)], run_check=False, shape=shape, stride=(4, 1))
+            for name, shape in whole.items()
+        }
+        assert {name: tensor.shape for name, tensor in copies(held).items()} == whole
+    finally:
+        dist.destroy_process_group()
 
 
 def test_copies_of_an_optimizer() -> None:

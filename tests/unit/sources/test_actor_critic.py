@@ -302,6 +302,31 @@ def test_a_skipped_step_moves_neither_model(stopped: OnPolicyRun, tmp_path: Path
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+class Notice:
+    """Heard after step 4, behind which two steps are skipped."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def due(self) -> bool:
+        return True
+
+    def heard(self) -> str | None:
+        self.asked += 1
+        return "the cluster takes back the node of worker 0" if self.asked == 4 else None
+
+
+def test_a_notice_is_answered_once_before_skipped_steps(
+    stopped: OnPolicyRun, tmp_path: Path, model: Path, file: Path
+) -> None:
+    limit = stopped.scenario.objectives[0].config.model_dump()["target_kl"]
+    run = ppo(tmp_path, model, file, plan=THRICE, target_kl=limit)
+    spec = run.spec(checkpoint_every=12, checkpoint_keep=9, checkpoint_at=())
+    with serving(run.job, InProcess(), run.notes.append):
+        train_with_critic(spec, run.scenario, notices=Notice())
+    assert sorted(step_of(path) for path in (run.directory / "checkpoints").glob("step_*")) == [4, 12]
+
+
 @pytest.mark.parametrize("last_step", [5, 7])
 def test_a_stop_survives_a_kill(stopped: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int) -> None:
     """Killed among skipped steps, and in the next round."""
