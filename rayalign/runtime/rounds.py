@@ -19,7 +19,7 @@ from rayalign.manifest import MANIFEST
 from rayalign.runtime.drawing import Workers, commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool, PoolClosed
-from rayalign.runtime.weights import ObjectStore
+from rayalign.runtime.weights import BOARD, ObjectStore
 from rayalign.sources.chunk import REST, ChunkMaker, ChunkSpec
 from rayalign.sources.prepared import Preparation, prepare_columns
 from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
@@ -51,13 +51,15 @@ class RolloutJob:
     """What the method makes of every round, once and for all workers."""
     direct_weights: bool = False
     """Refreshed weights go from device to device."""
+    board: str = BOARD
+    """Where its trainer's workers and actors learn of weights."""
 
 
 def make_pool(job: RolloutJob) -> Pool:
     return Pool(
         "rollouts",
         ChunkMaker,
-        ObjectStore(),
+        ObjectStore(board=job.board),
         share=job.share,
         most=job.most,
         least=job.least,

@@ -63,15 +63,20 @@ class Trainer:
         self.max_failures = max_failures
         self.stop: Stop = stop or StopRequest()
         self.group: Group | None = None
-        self.rollouts: tuple[RolloutJob, Pool, ray.actor.ActorHandle] | None = None
+        self.rollouts: tuple[RolloutJob, Pool] | None = None
+        self.board: ray.actor.ActorHandle | None = None
+        self.board_name = f"weights-{secrets.token_hex(4)}"
+        """Its own: an actor lives as long as its maker's handle, and another trainer may end first."""
         self.places: dict[int, str] = {}
         """Where the workers of the attempt that failed last were."""
 
     def rollout_pool(self, job: RolloutJob) -> Pool:
         """The actors that draw for this trainer's runs; they stay while runs start from the same model."""
+        if self.board is None:
+            self.board = make_board(self.board_name)
         if self.rollouts is None or needs(self.rollouts[0]) != needs(job):
             self.close_rollouts()
-            self.rollouts = (job, make_pool(job), make_board())
+            self.rollouts = (job, make_pool(replace(job, board=self.board_name)))
         return self.rollouts[1]
 
     def close_rollouts(self) -> None:
@@ -127,7 +132,7 @@ class Trainer:
         while True:
             if self.stop.asked:
                 raise Stopped("stopped at its newest checkpoint")
-            sized = self.sized(job)
+            sized = self.posted(self.sized(job))
             if self.group is None or self.group.shape != Shape.of(sized):
                 self.close()
                 self.group = Group.start(sized, self.max_failures)
@@ -143,6 +148,12 @@ class Trainer:
                 self.group.abandon()
                 self.group = None
                 raise
+
+    def posted(self, job: TrainJob) -> TrainJob:
+        """The job as its workers get it: they tell this trainer's board what they send."""
+        if job.rollouts is None:
+            return job
+        return replace(job, rollouts=replace(job.rollouts, board=self.board_name))
 
     def sized(self, job: TrainJob) -> TrainJob:
         """The job with the number of workers that it has now: those that are there, or as many as find room."""
@@ -182,6 +193,7 @@ class Trainer:
         """End everything that was started."""
         self.close()
         self.close_rollouts()
+        self.board = None
 
 
 def needs(job: RolloutJob) -> tuple[object, ...]:

@@ -48,15 +48,17 @@ class Board:
         return next((held[version] for held in self.held.values() if version in held), None)
 
 
-def make_board() -> ray.actor.ActorHandle:
-    """The one board of this driver's job, which lives as long as somebody holds what this returns."""
-    return ray.remote(Board).options(name=BOARD, get_if_exists=True, num_cpus=0).remote()
+def make_board(name: str = BOARD) -> ray.actor.ActorHandle:
+    """A board that lives as long as this process holds what this returns; no two of a job have the same name."""
+    return ray.remote(Board).options(name=name, num_cpus=0).remote()
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectStore:
     """Both ends of the way: the training worker sends, rollout actors fetch; travels between processes."""
 
+    board: str = BOARD
+    """The name of the actor that knows what was sent."""
     keep: int = 1
     """Versions that may be asked for at the same time."""
     direct: bool = False
@@ -66,7 +68,7 @@ class ObjectStore:
         """Make ``state`` known as the version that ``weights`` names."""
         sender = ray.get_runtime_context().get_worker_id()
         where = [ray.put(flat(state, copied), _tensor_transport="nixl") if self.direct else ray.put(flat(state))]
-        ray.get(ray.get_actor(BOARD).put.remote(sender, weights.version, where, self.keep), timeout=SECONDS)
+        ray.get(ray.get_actor(self.board).put.remote(sender, weights.version, where, self.keep), timeout=SECONDS)
 
     def fetch(self, weights: Weights) -> State | None:
         """Exactly these weights, as read-only views of shared memory; None where they are in their folder only.
@@ -75,7 +77,7 @@ class ObjectStore:
             WeightsGone: the process that sent them has died, and they are in no folder.
         """
         try:
-            where = ray.get(ray.get_actor(BOARD).get.remote(weights.version), timeout=SECONDS)
+            where = ray.get(ray.get_actor(self.board).get.remote(weights.version), timeout=SECONDS)
             found = ray.get(where[0], timeout=SECONDS) if where else None
         except (ray.exceptions.ObjectLostError, ray.exceptions.RayDirectTransportError):
             found = None

@@ -189,7 +189,7 @@ def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:
     """None leaves the folder: the processes of one engine that share its weights each read their part there."""
     if rollouts.spec.options.tensor_parallel > 1:
         return None
-    return ObjectStore(keep=rollouts.plan.lag + 1, direct=rollouts.direct_weights)
+    return ObjectStore(board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.direct_weights)
 
 
 def source_maker(spec: SourceSpec, strategy: Strategy, channel: ObjectStore | None = None) -> MakeSource:

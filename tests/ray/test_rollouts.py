@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import ray
 import safetensors.numpy
-from workspaces import Workspace, metrics, rayalign, weights
+from workspaces import Workspace, metrics, rayalign, wait_until, weights
 
 from rayalign.data.store import TokenStore
+from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.manifest import read_manifest
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
+from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
+from rayalign.runtime.trainer import Trainer
+from rayalign.runtime.weights import ObjectStore
+from rayalign.sources.weights import WeightsGone
 
 pytestmark = pytest.mark.ray
 
@@ -247,3 +254,37 @@ def test_an_elastic_pool_uses_the_room_there_is_and_gives_it_back(session: Sessi
         pool.release()
         assert (pool.actors, pool.idle, pool.pending) == ([], [], [])
         assert pool.call(7) == 7
+
+
+def test_a_trainer_that_ends_leaves_another_its_weights(session: Session, tmp_path: Path) -> None:
+    """Cells of a comparison are trained side by side, and one trainer runs out of them first."""
+    nothing = cast(Any, SimpleNamespace(engine="hf", policy=None))
+    job = RolloutJob(
+        spec=nothing,
+        plan=nothing,
+        folder=tmp_path,
+        most=1,
+        least=0,
+        share=Share(cpus=1, gpus=0, threads=1),
+        takes_turns=False,
+        python=None,
+        max_bad_fraction=0.0,
+    )
+    version = Weights(step=0, attempt="a", digest="0" * 64, directory=None, canary=(), num_bytes=0)
+    with Trainer() as other:
+        with Trainer() as first:
+            for trainer in (first, other):
+                trainer.rollout_pool(job)
+                assert ray.get(ray.get_actor(trainer.board_name).get.remote(version.version)) is None
+        gone = ObjectStore(board=first.board_name)
+        wait_until(lambda: not is_there(gone.board), "the end of the first trainer's board")
+        with pytest.raises(WeightsGone):  # which were never sent: the board is there, and says so
+            ObjectStore(board=other.board_name).fetch(version)
+
+
+def is_there(actor: str) -> bool:
+    try:
+        ray.get_actor(actor)
+    except ValueError:
+        return False
+    return True
