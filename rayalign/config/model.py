@@ -37,7 +37,7 @@ class ModelConfig(Block):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
-    """true: torch.compile the blocks for training; the first steps take minutes more, later ones less time each."""
+    """true: torch.compile the blocks for training; the first steps compile, which takes a while."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     from_scratch: bool = False

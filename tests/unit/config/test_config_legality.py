@@ -287,7 +287,7 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             ["strategy=deepspeed", "model.lora.rank=4"],
             ["this release does not run model.lora with strategy: deepspeed; write single, ddp or fsdp2"],
         ),
-        (["strategy=fsdp2", "model={compile: true, gradient_checkpointing: true}"], []),
+        (["strategy=fsdp2", "model.compile=true", "model.gradient_checkpointing=true"], []),
         (
             ["strategy=deepspeed", "model.compile=true"],
             ["this release does not run model.compile with strategy: deepspeed; write single, ddp or fsdp2"],

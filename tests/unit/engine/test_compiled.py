@@ -82,7 +82,6 @@ FORMS: dict[str, dict[str, Any]] = {
         "reference_in_place": True,
         "lr": 5e-3,
     },
-    "a reward model": {"method": "reward_model"},
 }
 
 
