@@ -67,6 +67,7 @@ def test_cells_share_their_stages(storage: Path) -> None:
     assert stages == ["reference", "rows", "rows", "rows", "tokens", "tokens"]
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_nothing(storage: Path) -> None:
     final = storage / "own-method" / "cells" / "dpo" / "final" / "MANIFEST.json"
     before = final.stat().st_mtime_ns

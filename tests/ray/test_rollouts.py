@@ -104,6 +104,7 @@ def test_a_run_trains_on_its_own_samples(undisturbed: Path) -> None:
         assert ledger["prompts"] == 16 and ledger["completions"] == ledger["scorer_calls"] == 32
 
 
+@pytest.mark.slow
 def test_what_a_dead_actor_left_is_drawn_again_bit_for_bit(
     workspace: Workspace, session: Session, undisturbed: Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_a_pool_answers_every_item_once(session: Session) -> None:
         assert list(pool.map(range(20))) == list(range(20))
 
 
+@pytest.mark.slow
 def test_an_elastic_pool_uses_the_room_there_is_and_gives_it_back(session: Session, monkeypatch) -> None:
     """Four actors of two thirds of the cluster each: one has a place, the others never get one."""
     cpus = session.num_cpus * 2 / 3

@@ -71,6 +71,7 @@ def test_reference_goes_on_after_its_process_was_killed(
     assert all(np.isfinite(whole[index].per_token["ref_token_logp"]).all() for index in range(len(whole)))
 
 
+@pytest.mark.slow
 def test_only_missing_shards_are_scored(
     workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def test_a_second_driver_is_refused_and_takes_over_from_a_dead_one(
     assert_equal_runs(directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_users_bug_ends_at_once(workspace: Workspace, session: Session) -> None:
     path = workspace.run("broken", method={"name": "my_methods:BROKEN"})
     failed = rayalign("train", path)
@@ -153,6 +154,7 @@ def test_a_users_bug_ends_at_once(workspace: Workspace, session: Session) -> Non
     assert (workspace.folder / "calls.txt").read_text() == "called\n"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_names_its_step(workspace: Workspace, session: Session) -> None:
     failed = rayalign("train", workspace.run("nan", method={"name": "my_methods:NAN"}))
     assert failed.code == 2

@@ -97,6 +97,7 @@ def check(parts: list[Part], scenario: Scenario, folder: Path) -> None:
     assert max(float((moments[0][name] - tensor).abs().max()) for name, tensor in moments[1].items()) <= 1e-3
 
 
+@pytest.mark.slow
 def test_one_two_one(scenario: Scenario, tmp_path: Path) -> None:
     """After 3 and 7 steps of 4 of 10 groups: in the middle of the second and of the third epoch."""
     check([(None, 1, 3), (FSDP2, 2, 7), (None, 1, 12)], scenario, tmp_path)

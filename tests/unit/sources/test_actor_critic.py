@@ -212,6 +212,7 @@ def worker(rank: int, folder: Path, run: OnPolicyRun) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_are_one(trained: OnPolicyRun, tmp_path: Path, model: Path, file: Path) -> None:
     run = ppo(tmp_path / "run", model, file)
     with serving(run.job, InProcess(), run.notes.append):
