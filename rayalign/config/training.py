@@ -136,8 +136,8 @@ class CheckpointConfig(Block):
     asynchronous: bool = False
     """true: training waits only until its state is copied into the host's memory; a thread writes the files."""
     mirror: MirrorAddress | None = None
-    """s3://bucket/folder, gs:// or file://: committed checkpoints are kept there too, and fetched from there where
-    storage_path has none as new. Credentials come from the environment."""
+    """s3://bucket/folder, gs:// or file://: committed checkpoints and the rounds that they need are kept there too, and
+    fetched from there where storage_path has none as new. Credentials come from the environment."""
     restart_optimizer: bool = False
     """true: go on from the weights with a new optimizer where its state cannot be read: from or to deepspeed, or by
     other workers of it; false refuses."""

@@ -1,8 +1,9 @@
 """Committed checkpoints also on an object store, so that a run goes on where its workspace is lost.
 
-``<uri>/<run>/checkpoints/<name>/…`` has the files of each local checkpoint, its manifest last: that one PUT is the
-commit there as the rename is here. ``metrics.jsonl`` goes before it, ``run.json`` when it changes. What comes back is
-believed as little as what lies here: names stay inside the folder, digests are verified, another run's is refused.
+Below ``<uri>/<run>/`` lie ``checkpoints/<name>/``, and in ``rounds/`` what a checkpoint's manifest names: the round in
+progress with the columns made of it, those that were drawn ahead, and the weights for those that were not. A round
+comes there before the checkpoint that needs it and goes after it. ``metrics.jsonl`` comes before a checkpoint too,
+``run.json`` when it changes. Another run's copies are refused.
 """
 
 from __future__ import annotations
@@ -11,104 +12,21 @@ import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from pyarrow import ArrowException
-from pyarrow.fs import FileSelector, FileSystem, FileType
-
 from rayalign.engine.checkpoint import NAME, Checkpointer, IncompatibleCheckpoint, differences, manifest_of, step_of
+from rayalign.engine.copies import Copies, Mirror, MirrorFailed, arriving, opened
 from rayalign.engine.disk import room_for
-from rayalign.errors import UserError, first_line
-from rayalign.manifest import MANIFEST, TornDirectory, committed, sync_directory, verify
+from rayalign.manifest import MANIFEST, TornDirectory, verify
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 METRICS, RUN = "metrics.jsonl", "run.json"
-CHUNK_BYTES = 8 * 1024 * 1024
-
-
-class MirrorFailed(UserError):
-    """The object store did not do what was asked; everything that is committed here is whole."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mirror:
-    """Where the copies of one run lie: plain values, so that they travel between processes.
-
-    Credentials are no part of it: the environment of each process has them, as its provider's own tools want them.
-    """
-
-    uri: str
-    """s3://, gs:// or file://; without user or key."""
-    folder: str
-    """The run's, below ``uri``."""
-
-    def __str__(self) -> str:
-        return f"{self.uri.partition('?')[0].rstrip('/')}/{self.folder}"
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """A mirror that is open."""
-
-    files: Any
-    root: str
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file of every checkpoint there, by its path below ``checkpoints/``."""
-        base = f"{self.root}/{CHECKPOINTS}"
-        found = self.files.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
-        return {
-            PurePosixPath(info.path).relative_to(base).as_posix(): info.size
-            for info in found
-            if info.type == FileType.File
-        }
-
-    def send(self, source: Path, name: str) -> None:
-        target = f"{self.root}/{name}"
-        if self.files.type_name == "local":  # an object store has no folders
-            self.files.create_dir(target.rpartition("/")[0], recursive=True)
-        with source.open("rb") as file, self.files.open_output_stream(target) as stream:
-            shutil.copyfileobj(file, stream, CHUNK_BYTES)
-
-    def fetch(self, name: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self.files.open_input_stream(f"{self.root}/{name}") as stream, target.open("wb") as file:
-            shutil.copyfileobj(stream, file, CHUNK_BYTES)
-
-    def has(self, name: str) -> bool:
-        return bool(self.files.get_file_info(f"{self.root}/{name}").type == FileType.File)
-
-    def remove(self, name: str) -> None:
-        """A checkpoint, its manifest first, so that what is left of it never counts."""
-        folder = f"{self.root}/{CHECKPOINTS}/{name}"
-        if self.has(f"{CHECKPOINTS}/{name}/{MANIFEST}"):
-            self.files.delete_file(f"{folder}/{MANIFEST}")
-        self.files.delete_dir(folder)
-
-
-@contextlib.contextmanager
-def opened(mirror: Mirror) -> Iterator[Copies]:
-    """The mirror's files; what the store says against it becomes a message.
-
-    Raises:
-        MirrorFailed: it does not answer, or refuses.
-    """
-    try:
-        files, root = FileSystem.from_uri(mirror.uri)
-        yield Copies(files, f"{root.rstrip('/')}/{mirror.folder}")
-    except UserError:
-        raise
-    except (OSError, ArrowException) as error:
-        raise MirrorFailed(
-            f"checkpoint.mirror: {mirror}: {first_line(error)}. Check the address, and that this machine's environment "
-            "has the credentials; what is committed in the workspace is whole, and the same command goes on"
-        ) from error
+ROUND = re.compile(r"rounds/(?:(?:weights|prepared)/)?\w[\w.-]*")
+"""The name of a folder that a checkpoint may need."""
 
 
 def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
@@ -120,26 +38,62 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
     Raises:
         MirrorFailed: not all of it could be sent.
     """
-    found = {path.name: path for path in (directory / CHECKPOINTS).glob("step_*") if NAME.fullmatch(path.name)}
-    local = {name: path for name, path in found.items() if manifest_of(path) is not None}
+    found = {path: manifest_of(path) for path in (directory / CHECKPOINTS).glob("step_*") if NAME.fullmatch(path.name)}
+    local = {path: manifest["facts"] for path, manifest in found.items() if manifest is not None}
     with opened(mirror) as copies:
-        there = copies.sizes()
-        for name in sorted(local, key=lambda name: step_of(local[name]), reverse=True):
-            manifest = local[name] / MANIFEST
-            if there.get(f"{name}/{MANIFEST}") == manifest.stat().st_size:
-                continue
+        for path in sorted(local, key=step_of, reverse=True):
+            name = f"{CHECKPOINTS}/{path.name}"
             try:
-                files = verify(local[name])["files"]
+                send_rounds(copies, directory, rounds_of(local[path]))
+                if not copies.holds(path, name):
+                    copies.send(directory / METRICS, METRICS)
+                    copies.send_folder(path, name)
             except TornDirectory as damage:
                 log.warning("not copied to %s, since it is not whole: %s", mirror, damage)
+        there = copies.sizes().keys()
+        for name in {place.split("/")[1] for place in there if place.startswith(f"{CHECKPOINTS}/")}:
+            if NAME.fullmatch(name) and step_of(Path(name)) <= step and directory / CHECKPOINTS / name not in local:
+                copies.remove(f"{CHECKPOINTS}/{name}")
+        needed = needed_rounds([rounds_of(facts) for facts in local.values()], there)
+        for name in {match.group() for place in there if (match := ROUND.match(place))} - needed:
+            copies.remove(name)
+
+
+def rounds_of(facts: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
+    """What a checkpoint's manifest says of rounds: see :func:`rayalign.engine.saving.named`."""
+    rounds: Mapping[str, Mapping[str, str]] = facts.get("rounds", {"begun": {}, "ahead": {}})
+    return rounds
+
+
+def send_rounds(copies: Copies, directory: Path, rounds: Mapping[str, Mapping[str, str]]) -> None:
+    """Send what a checkpoint needs; raises :class:`TornDirectory` where that is not whole here."""
+    for name in rounds["begun"]:
+        send_needed(copies, directory, name)
+    for name, weights in rounds["ahead"].items():
+        if manifest_of(directory / name) is None:
+            copies.withdraw(name)  # nobody here knows it
+            try:
+                send_needed(copies, directory, weights)
                 continue
-            for file in files:
-                copies.send(local[name] / file, f"{CHECKPOINTS}/{name}/{file}")
-            copies.send(directory / METRICS, METRICS)
-            copies.send(manifest, f"{CHECKPOINTS}/{name}/{MANIFEST}")
-        for name in {path.partition("/")[0] for path in there} - local.keys():
-            if NAME.fullmatch(name) and step_of(Path(name)) <= step:
-                copies.remove(name)
+            except (TornDirectory, FileNotFoundError) as error:
+                # The driver removes weights while this process reads them, but commits the round before.
+                if manifest_of(directory / name) is None:
+                    raise TornDirectory(f"{directory / name} is not drawn, and its weights are gone") from error
+        send_needed(copies, directory, name)
+
+
+def send_needed(copies: Copies, directory: Path, name: str) -> None:
+    if manifest_of(directory / name) is None:
+        raise TornDirectory(f"{directory / name} was never committed")
+    if not copies.holds(directory / name, name):
+        copies.send_folder(directory / name, name)
+
+
+def needed_rounds(kept: Sequence[Mapping[str, Mapping[str, str]]], there: Collection[str]) -> set[str]:
+    """The folders that checkpoints need; weights only as long as the round that is drawn with them is not ``there``."""
+    ahead = {name: weights for rounds in kept for name, weights in rounds["ahead"].items()}
+    waiting = {weights for name, weights in ahead.items() if f"{name}/{MANIFEST}" not in there}
+    return {name for rounds in kept for name in rounds["begun"]} | ahead.keys() | waiting
 
 
 def upload_run(mirror: Mirror, directory: Path) -> None:
@@ -154,9 +108,9 @@ def upload_run(mirror: Mirror, directory: Path) -> None:
 def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note: Callable[[str], None]) -> Path | None:
     """Fetch what ``directory`` lacks of the copies, where they have a newer whole checkpoint; the newest one's place.
 
-    With it come the rows of metrics before it, ``run.json`` where there is none here, and the older checkpoints that
-    retention had left. The newest comes last, so that a call that was killed is made good by the next one. A copy that
-    is not whole is skipped and told.
+    With it come the rounds that it needs, the rows of metrics before it, ``run.json`` where there is none here, and the
+    older checkpoints that retention had left. The newest comes last, so that a call that was killed is made good by the
+    next one. A copy that is not whole, or whose rounds are not, is skipped and told.
 
     Raises:
         MirrorFailed: the store does not answer.
@@ -167,7 +121,8 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
     have = here.step if here is not None else 0
     root, newest = directory / CHECKPOINTS, None
     with opened(mirror) as copies:
-        there = [path.partition("/")[0] for path in copies.sizes() if path.endswith(f"/{MANIFEST}")]
+        found = [place.split("/") for place in copies.sizes()]
+        there = [parts[1] for parts in found if parts[0] == CHECKPOINTS and parts[2:] == [MANIFEST]]
         places = sorted((root / name for name in there if NAME.fullmatch(name)), key=step_of)
         refuse_others(mirror, copies, [place.name for place in places if manifest_of(place) is None], checkpointer)
         if not places or step_of(places[-1]) <= have:
@@ -175,53 +130,53 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
         for place in places:
             if step_of(place) <= have and manifest_of(place) is not None:
                 continue
-            partial = root / f".fetching-{place.name}"
+            name = f"{CHECKPOINTS}/{place.name}"
             try:
-                fetch_checkpoint(mirror, copies, place.name, partial, checkpointer)
-                if newest is None:
-                    fetch_facts(copies, directory)
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(partial, place)
-                sync_directory(root)
+                _, manifest = copies.manifest(name)
+                refuse_other(mirror, name, manifest, checkpointer)
+                fetch_rounds(copies, directory, rounds_of(manifest["facts"]))
+                with arriving(place) as partial:
+                    copies.fetch_folder(name, partial)
+                    if newest is None:
+                        fetch_facts(copies, directory)
             except TornDirectory as damage:
-                note(f"skipping a copy that is not whole: {mirror}/{CHECKPOINTS}/{place.name}: {damage}")
+                note(f"skipping a copy that is not whole: {mirror}/{name}: {damage}")
             else:
                 newest = place
                 note(f"fetched {place.name} from {mirror}")
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+    if newest is not None:
+        checkpointer.choose({path: manifest_of(path) for path in checkpointer.directories()})
     return newest
+
+
+def fetch_rounds(copies: Copies, directory: Path, rounds: Mapping[str, Mapping[str, str]]) -> None:
+    """Fetch what a checkpoint needs and ``directory`` lacks; raises :class:`TornDirectory` where it is not there."""
+    for name, digest in rounds["begun"].items():
+        fetch_needed(copies, directory, name, digest)
+    for name, weights in rounds["ahead"].items():
+        drawn = manifest_of(directory / name) is not None or copies.has(f"{name}/{MANIFEST}")
+        fetch_needed(copies, directory, name if drawn else weights)
+
+
+def fetch_needed(copies: Copies, directory: Path, name: str, digest: str | None = None) -> None:
+    if not ROUND.fullmatch(name):
+        raise TornDirectory(f"its manifest names {name!r}, which is no round")
+    with contextlib.suppress(TornDirectory):
+        if digest in (None, verify(directory / name)["manifest_sha256"]):
+            return
+    with arriving(directory / name) as partial:
+        copies.fetch_folder(name, partial, digest=digest)
 
 
 def fetch_facts(copies: Copies, directory: Path) -> None:
     """The rows of metrics, and ``run.json`` where there is none."""
-    for name in (METRICS, *(() if (directory / RUN).exists() or not copies.has(RUN) else (RUN,))):
-        partial = directory / f".fetching-{name}"
-        copies.fetch(name, partial)
+    sizes = copies.sizes()
+    for name in (METRICS, *(() if (directory / RUN).exists() or RUN not in sizes else (RUN,))):
+        partial = directory / f".fetching-{name}" / name
+        with room_for(partial.parent, sizes.get(name, 0)):
+            copies.fetch(name, partial)
         os.replace(partial, directory / name)
-
-
-def fetch_checkpoint(mirror: Mirror, copies: Copies, name: str, target: Path, checkpointer: Checkpointer) -> None:
-    """Fetch a copy into ``target`` and verify it.
-
-    Raises:
-        TornDirectory: it is not what its manifest says, or its manifest names files elsewhere.
-        IncompatibleCheckpoint: it is another run's.
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    copies.fetch(f"{CHECKPOINTS}/{name}/{MANIFEST}", target / MANIFEST)
-    manifest = committed(target)
-    refuse_other(mirror, name, manifest, checkpointer)
-    files = manifest["files"]
-    for file in files:
-        refuse_outside(file)
-    with room_for(target, sum(int(facts["bytes"]) for facts in files.values())):
-        for file in files:
-            try:
-                copies.fetch(f"{CHECKPOINTS}/{name}/{file}", target / file)
-            except FileNotFoundError as error:
-                raise TornDirectory(f"{file} is missing") from error
-    verify(target)
+        partial.parent.rmdir()
 
 
 def refuse_others(mirror: Mirror, copies: Copies, names: Sequence[str], checkpointer: Checkpointer) -> None:
@@ -229,11 +184,9 @@ def refuse_others(mirror: Mirror, copies: Copies, names: Sequence[str], checkpoi
 
     A manifest that is not whole says nothing.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            copies.fetch(f"{CHECKPOINTS}/{name}/{MANIFEST}", Path(scratch) / MANIFEST)
-            with contextlib.suppress(TornDirectory):
-                refuse_other(mirror, name, committed(Path(scratch)), checkpointer)
+    for name in (f"{CHECKPOINTS}/{name}" for name in names):
+        with contextlib.suppress(TornDirectory):
+            refuse_other(mirror, name, copies.manifest(name)[1], checkpointer)
 
 
 def refuse_other(mirror: Mirror, name: str, manifest: Mapping[str, Any], checkpointer: Checkpointer) -> None:
@@ -241,13 +194,6 @@ def refuse_other(mirror: Mirror, name: str, manifest: Mapping[str, Any], checkpo
     changed = differences(manifest["identity"], json.loads(json.dumps(dict(checkpointer.identity))))
     if changed:
         raise IncompatibleCheckpoint(
-            f"{mirror}/{CHECKPOINTS}/{name} was written by another run: {'; '.join(changed)}. Give this run another "
+            f"{mirror}/{name} was written by another run: {'; '.join(changed)}. Give this run another "
             "name, or another checkpoint.mirror"
         )
-
-
-def refuse_outside(name: str) -> None:
-    """Raise :class:`TornDirectory` for the name of a file that is not below the folder that names it."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise TornDirectory(f"its manifest names {name!r}, which is no file of it")

@@ -32,6 +32,8 @@ from rayalign.errors import UserError
 
 FOLDER = Path("trainer")
 METADATA = FOLDER / ".metadata"
+EARLIER = FOLDER / "optimizer.pt"
+"""Where versions before torch's distributed checkpoints wrote all of it."""
 KNOWN = frozenset(
     [
         *(("torch", name) for name in ("Size", "float32", "float64", "bfloat16", "float16", "int64")),
@@ -110,13 +112,18 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Load what was saved in ``directory``, each parameter's part to where the parameter is. No collective.
 
     Raises:
-        UnreadableOptimizer: DeepSpeed saved it, or it is not what torch writes.
+        UnreadableOptimizer: DeepSpeed saved it, or an earlier version, or it is not what torch writes.
     """
     if not (directory / METADATA).exists():
+        what = (
+            f"an optimizer's state as an earlier version of rayalign wrote it, {EARLIER}. Continue with that version"
+            if (directory / EARLIER).exists()
+            else "DeepSpeed's own optimizer state, which only strategy: deepspeed reads, with the workers and the "
+            "stage that wrote it. Continue with those"
+        )
         raise UnreadableOptimizer(
-            f"{directory} holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads, with the "
-            "workers and the stage that wrote it. Continue with those; or go on from the weights alone, with an "
-            "optimizer that starts afresh: checkpoint.restart_optimizer=true"
+            f"{directory} holds {what}; or go on from the weights alone, with an optimizer that starts afresh: "
+            "checkpoint.restart_optimizer=true"
         )
     saved = read_metadata(directory / METADATA).state_dict_metadata
     state: dict[int, dict[str, Tensor]] = {}

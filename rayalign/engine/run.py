@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Best, Checkpointer
-from rayalign.engine.mirror import Mirror
+from rayalign.engine.copies import Mirror
 from rayalign.engine.model import ModelSpec
 from rayalign.engine.objective import Objective
 from rayalign.engine.optimizer import OptimizerSpec

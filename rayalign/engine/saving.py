@@ -17,13 +17,15 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from rayalign.engine.copies import Mirror, MirrorFailed
 from rayalign.engine.disk import num_training_bytes, room_for
-from rayalign.engine.mirror import Mirror, MirrorFailed, upload
+from rayalign.engine.mirror import upload
 from rayalign.engine.run import Run, TrainSpec
 from rayalign.engine.sending import copies, exportable
-from rayalign.engine.source import FollowsPolicy, GroupSource
+from rayalign.engine.source import FollowsPolicy, GroupSource, Rounds
 from rayalign.engine.strategy import Strategy
 from rayalign.errors import Stopped
+from rayalign.manifest import committed
 
 log = logging.getLogger(__name__)
 Write = Callable[[Path], None]
@@ -185,9 +187,22 @@ def facts_of(run: Run, source: GroupSource) -> dict[str, Any]:
     return {
         "num_tokens": run.num_tokens,
         "skipped": (run.skipped_steps, run.skipped_in_a_row),
-        "source": source.state() if isinstance(source, FollowsPolicy) else {},
+        "source": source.state(run.step) if isinstance(source, FollowsPolicy) else {},
+        "rounds": named(source.rounds(run.step) if isinstance(source, FollowsPolicy) else Rounds(), run.spec.directory),
         "environment": environment(run.strategy),
         "metrics": measurements(run),
+    }
+
+
+def named(rounds: Rounds, directory: Path) -> dict[str, dict[str, str]]:
+    """Rounds as a manifest names them, by their places in the run's ``directory``; those begun with their digests."""
+    begun = {path: committed(path)["manifest_sha256"] for path in rounds.begun}
+    return {
+        "begun": {path.relative_to(directory).as_posix(): digest for path, digest in begun.items()},
+        "ahead": {
+            path.relative_to(directory).as_posix(): weights.relative_to(directory).as_posix()
+            for path, weights in rounds.ahead.items()
+        },
     }
 
 

@@ -69,6 +69,16 @@ class Weights:
         return f"step_{self.step:06d}-{self.attempt}-{self.digest[:12]}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """The committed folders that a restart reads beside its checkpoint."""
+
+    begun: tuple[Path, ...] = ()
+    """The round in progress, and what was made of it: just these were trained on."""
+    ahead: Mapping[Path, Path] = field(default_factory=dict)
+    """Later rounds that were asked for, each with the weights that it is drawn with; those go once it is committed."""
+
+
 @runtime_checkable
 class FollowsPolicy(GroupSource, Protocol):
     """A source whose groups are drawn from the policy as it is trained. Every worker calls every method alike."""
@@ -97,8 +107,12 @@ class FollowsPolicy(GroupSource, Protocol):
         """Wait for the round of ``step``, outside any collective; False where ``stop`` says so before it is there."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that a restart asks for the same groups; plain JSON values."""
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after ``step`` steps must hold so that a restart asks for the same groups; plain JSON."""
+        ...
+
+    def rounds(self, step: int) -> Rounds:
+        """What must lie beside that checkpoint."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:

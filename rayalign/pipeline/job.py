@@ -13,7 +13,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import Best
-from rayalign.engine.mirror import Mirror
+from rayalign.engine.copies import Mirror
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.run import CriticSpec, TrainSpec

@@ -31,6 +31,12 @@ from rayalign.sources.streams import MixedStream, RoundStream, StoredStream
 if TYPE_CHECKING:
     from rayalign.pipeline.evaluate import Evaluation, Points
 
+LEDGER = {
+    "tokens_generated": "rollout/tokens",
+    "labels": "rollout/labels",
+    "scorer_calls": "rollout/scorer_calls",
+}
+"""What a round's ledger counts, as its rows of metrics call it."""
 CURVE_METRICS_EXCLUDED = frozenset({"seconds", "seconds_waiting_for_data", "seconds_saving"})
 KL_ESTIMATORS = (
     report.Measure(
@@ -244,7 +250,7 @@ def text(value: Any) -> str:
 
 def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> Cost:
     """What training used: every label that a step saw, each counted once."""
-    ledgers = drawn_ledgers(job)
+    ledgers = drawn_ledgers(job, rows)
     return Cost(
         tokens_trained=rows[-1]["num_tokens"],
         tokens_generated=sum(ledger["tokens_generated"] for ledger in ledgers),
@@ -259,10 +265,18 @@ def filter_record(job: TrainJob | None) -> report.Filter | None:
     return report.Filter.model_validate(facts) if facts is not None else None
 
 
-def drawn_ledgers(job: TrainJob) -> list[Mapping[str, Any]]:
-    """What drawing and scoring cost, of every store that was made so: rounds, and what was drawn or labelled once."""
+def drawn_ledgers(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What drawing and scoring cost, of every store that was made so: rounds, and what was drawn or labelled once.
+
+    Of a round that a lost workspace had, its rows tell.
+    """
     found = [committed(store)["meta"] for store in stores_of(job)]
-    return [meta["ledger"] for meta in found if "ledger" in meta]
+    here = {meta["request"]["number"] for meta in found if "request" in meta}
+    lost = {row["round"]: row for row in rows if row.get("round", -1) not in {-1, *here}}
+    return [
+        *(meta["ledger"] for meta in found if "ledger" in meta),
+        *({name: row[key] for name, key in LEDGER.items()} for row in lost.values()),
+    ]
 
 
 def stored_labels(job: TrainJob, steps: int) -> int:

@@ -61,6 +61,8 @@ class Ledger:
             "rollout/length": self.tokens_generated / drawn,
             "rollout/finished": self.finished / drawn,
             "rollout/labelled": self.labels / max(1, self.prompts),
+            "rollout/labels": self.labels,
+            "rollout/scorer_calls": self.scorer_calls,
             "rollout/tokens": self.tokens_generated,
             "rollout/seconds_generating": self.seconds_generating,
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
-from rayalign.engine.source import State, Weights
+from rayalign.engine.source import Rounds, State, Weights
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, committed, read_manifest
 from rayalign.sources.off_policy import Drawn
@@ -42,6 +42,8 @@ class FreshGroups:
         self.requests: dict[int, Request] = {}
         """By round: the weights that it must be drawn with."""
         self.opened: tuple[int, TokenStore, Mapping[str, int | float]] | None = None
+        self.read: tuple[Path, ...] = ()
+        """The folders of the round that is open."""
         sizes = tuple(len(TokenStore.open(store)) for store in stream.prompts.stores)
         self.order = Stream(
             name=stream.prompts.name,
@@ -98,14 +100,33 @@ class FreshGroups:
             wait_for(directory, self._failure, stop) for directory in self._directories(self.plan.round_of(step))
         )
 
-    def state(self) -> dict[str, Any]:
-        """The requests for rounds that are not trained on yet."""
-        return {str(number): request.to_json() for number, request in self.requests.items()}
+    def state(self, step: int) -> dict[str, Any]:
+        """The requests for rounds that are trained on from ``step`` on."""
+        return {str(number): request.to_json() for number, request in self._needed(step).items()}
+
+    def rounds(self, step: int) -> Rounds:
+        """Their folders."""
+        needed = self._needed(step)
+        begun = needed.pop(self.opened[0], None) if self.opened is not None else None
+        ahead = {}
+        for request in needed.values():
+            assert request.weights.directory is not None  # only a round that lags is needed before it is begun
+            ahead[self.folder.round(request)] = request.weights.directory
+        return Rounds(begun=self.read if begun is not None else (), ahead=ahead)
+
+    def _needed(self, step: int) -> dict[int, Request]:
+        """What later steps need and a restart does not ask for itself, as it does for what ``step``'s weights draw."""
+        first = self.plan.round_of(step) if step < self.plan.steps else self.plan.num_rounds
+        return {
+            number: request
+            for number, request in self.requests.items()
+            if number >= first and request.weights.step < step
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the run that had ``state``, and ask again: another attempt may have asked for other weights."""
         for value in state.values():
-            self._ask(Request.from_json(value))
+            self._ask(self.folder.here(Request.from_json(value)))
 
     # What a critic says of rounds.
 
@@ -125,6 +146,7 @@ class FreshGroups:
         wait_for(directory, self._failure)
         store, facts = self._open(number)
         self.opened = (number, store.with_columns(directory), {**facts, **committed(directory)["meta"]["facts"]})
+        self.read = (self.folder.round(self.requests[number]), directory)
 
     def _columns(self, step: int, version: str) -> Path:
         assert self.preparation is not None
@@ -147,6 +169,7 @@ class FreshGroups:
             for laid_over in columns:
                 store = store.with_columns(laid_over)
             self.opened = (number, store, manifest["meta"]["facts"])
+            self.read = (directory, *columns)
             self.requests = {later: request for later, request in self.requests.items() if later >= number}
         return self.opened[1], self.opened[2]
 

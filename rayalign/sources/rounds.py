@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,13 @@ class RoundFolder:
     def round(self, request: Request) -> Path:
         """The round's token store; other weights make another one, so that none is ever taken for another's."""
         return self.root / f"round_{request.number:06d}-{request.weights.digest[:12]}"
+
+    def here(self, request: Request) -> Request:
+        """A request that the run left, perhaps in another place: what it wrote came along."""
+        weights = request.weights
+        if weights.directory is None:
+            return request
+        return replace(request, weights=replace(weights, directory=self.weights / weights.directory.name))
 
     def prepared(self, request: Request, key: str) -> Path:
         """The columns that a method made of a round."""

@@ -13,7 +13,7 @@ from rayalign.data.pack import pack
 from rayalign.data.plan import MicroBatch, check_budget, count_step, plan_step
 from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
-from rayalign.engine.source import RoundWork, State, StreamWork, Weights
+from rayalign.engine.source import Rounds, RoundWork, State, StreamWork, Weights
 from rayalign.errors import UserError
 from rayalign.sources.hybrid import MixedGroups
 from rayalign.sources.off_policy import Drawn, StoredGroups
@@ -85,8 +85,11 @@ class StreamSource:
     def wait(self, step: int, stop: Callable[[], bool]) -> bool:
         return all(part.wait(step, stop) for part in self._fresh)
 
-    def state(self) -> dict[str, Any]:
-        return self._fresh[0].state() if self._fresh else {}
+    def state(self, step: int) -> dict[str, Any]:
+        return self._fresh[0].state(step) if self._fresh else {}
+
+    def rounds(self, step: int) -> Rounds:
+        return self._fresh[0].rounds(step) if self._fresh else Rounds()
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for part in self._fresh:

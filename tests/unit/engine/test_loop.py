@@ -386,8 +386,20 @@ def test_a_metric_that_no_row_has_ends_the_run_with_the_first_step(
     assert not (spec.directory / "checkpoints").exists()
 
 
-def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(dpo: Scenario, tmp_path: Path) -> None:
-    """The optimizer's state is none of ours, as DeepSpeed's is not; the new one has counted the steps since."""
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("zero-00001-of-00001.pt", "DeepSpeed's own optimizer state"),
+        (
+            "optimizer.pt",
+            r"as an earlier version of rayalign wrote it, trainer/optimizer\.pt\. Continue with",
+        ),
+    ],
+)
+def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(
+    file: str, told: str, dpo: Scenario, tmp_path: Path
+) -> None:
+    """The optimizer's state is none that we read, as DeepSpeed's is not; the new one has counted the steps since."""
     spec = train_spec(tmp_path / "run", dpo)
     with pytest.raises(Interrupted):
         train_alone(spec, dpo, on_step=interrupt_after(5))
@@ -395,9 +407,9 @@ def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(dpo: Scenario,
     facts = {name: value for name, value in verify(checkpoint).items() if name not in ("files", "manifest_sha256")}
     for path in (checkpoint / "trainer").iterdir():
         path.unlink()
-    (checkpoint / "trainer" / "zero-00001-of-00001.pt").write_bytes(b"")
+    (checkpoint / "trainer" / file).write_bytes(b"")
     commit(checkpoint, facts)
-    with pytest.raises(UserError, match=r"DeepSpeed's own optimizer state.*checkpoint\.restart_optimizer=true"):
+    with pytest.raises(UserError, match=rf"{told}.*checkpoint\.restart_optimizer=true"):
         train_alone(spec, dpo)
     seen: list[int] = []
     again = replace(spec, restart_optimizer=True)

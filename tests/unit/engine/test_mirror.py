@@ -6,26 +6,28 @@ On a folder (``file://``) always, and on a real S3 server where ``RAYALIGN_MOTO_
 from __future__ import annotations
 
 import json
-import os
+import resource
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mirrors
 import pytest
-from pyarrow.fs import FileSelector, FileSystem, FileType
-from s3_server import BUCKET, KEYS, VARIABLE, s3_server
+from mirrors import Lost, There, found_again, lost_after
+from s3_server import KEYS
 from tiny_runs import Scenario, objective, same_optimizer, save_tiny, store, synthetic_groups, train_alone, train_spec
 
-from rayalign.engine.checkpoint import IncompatibleCheckpoint, step_of
+from rayalign.engine.checkpoint import Best, IncompatibleCheckpoint, step_of
+from rayalign.engine.copies import Mirror, MirrorFailed, refuse_outside
+from rayalign.engine.disk import DiskFull
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.mirror import Mirror, MirrorFailed, refuse_outside, restore, upload
-from rayalign.engine.run import TrainSpec, checkpointer_of
+from rayalign.engine.mirror import upload
+from rayalign.engine.run import TrainSpec
 from rayalign.manifest import MANIFEST, TornDirectory, manifest_digest, verify
 
 STEPS = 6
-FOLDER = "comparison/cells/one"
+mirror, server = mirrors.mirror, mirrors.server
 
 
 @pytest.fixture(scope="module")
@@ -43,81 +45,8 @@ def whole(scenario: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Train
     return spec
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
-    executable = os.environ.get(VARIABLE)
-    if executable is None:
-        yield None
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in KEYS.items():
-            patch.setenv(name, value)
-        with s3_server(executable, tmp_path_factory.mktemp("moto")) as address:
-            yield address
-
-
-@pytest.fixture(params=["file", "s3"])
-def mirror(request: pytest.FixtureRequest, server: str | None, tmp_path: Path) -> Mirror:
-    if request.param == "file":
-        return Mirror(uri=f"file://{tmp_path}/copies", folder=FOLDER)
-    if server is None:
-        pytest.skip(f"needs {VARIABLE}: make test-s3")
-    place = f"s3://{BUCKET}/{tmp_path.name}?region=us-east-1&scheme=http&endpoint_override={server}"
-    return Mirror(uri=place, folder=FOLDER)
-
-
-class There:
-    """What a mirror holds, by a connection of the test's own."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        self.files, root = FileSystem.from_uri(mirror.uri)
-        self.root = f"{root}/{mirror.folder}"
-
-    def names(self) -> list[str]:
-        found = self.files.get_file_info(FileSelector(self.root, recursive=True, allow_not_found=True))
-        return sorted(info.path[len(self.root) + 1 :] for info in found if info.type == FileType.File)
-
-    def checkpoints(self) -> list[int]:
-        return sorted({step_of(Path(name.split("/")[1])) for name in self.names() if name.startswith("checkpoints/")})
-
-    def read(self, name: str) -> bytes:
-        with self.files.open_input_stream(f"{self.root}/{name}") as stream:
-            return bytes(stream.read())
-
-    def write(self, name: str, content: bytes) -> None:
-        with self.files.open_output_stream(f"{self.root}/{name}") as stream:
-            stream.write(content)
-
-    def of(self, step: int, file: str) -> str:
-        (found,) = (
-            name
-            for name in self.names()
-            if name.startswith(f"checkpoints/step_{step:06d}-") and name.endswith(f"/{file}")
-        )
-        return found
-
-
-class Lost(Exception):
-    """The machine is gone."""
-
-
-def lost_after(step: int) -> Any:
-    def on_step(row: Mapping[str, Any]) -> None:
-        if row["step"] == step:
-            raise Lost
-
-    return on_step
-
-
 def mirrored(directory: Path, scenario: Scenario, mirror: Mirror, **changes: Any) -> TrainSpec:
     return train_spec(directory, scenario, mirror=mirror, **changes)
-
-
-def found_again(spec: TrainSpec) -> tuple[Path | None, list[str]]:
-    """What a new workspace gets, and what is told meanwhile."""
-    notes: list[str] = []
-    assert spec.mirror is not None
-    return restore(spec.mirror, spec.directory, checkpointer_of(spec, attempt=""), note=notes.append), notes
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -310,3 +239,30 @@ def test_no_key_is_in_what_is_written(mirror: Mirror, scenario: Scenario, tmp_pa
     written = [path.read_bytes() for path in spec.directory.rglob("*") if path.is_file()]
     for content in [*written, *(there.read(name) for name in there.names()), str(mirror).encode()]:
         assert not any(value.encode() in content for name, value in KEYS.items() if name.startswith("AWS_SECRET"))
+
+
+def test_the_best_checkpoint_is_named_again(mirror: Mirror, scenario: Scenario, tmp_path: Path) -> None:
+    best = Best(metric="loss", mode="min")
+    spec = mirrored(tmp_path / "run", scenario, mirror, checkpoint_best=best)
+    train_alone(spec, scenario)
+    again = replace(spec, directory=tmp_path / "again")
+    found_again(again)
+    told = [(run.directory / "checkpoints" / "best.json").read_bytes() for run in (again, spec)]
+    assert told[0] == told[1]
+
+
+def test_a_disk_that_is_too_full_for_the_rows_is_said_to_be(mirror: Mirror, scenario: Scenario, tmp_path: Path) -> None:
+    """Of a process that may write files of at most 5 MB, into which all but the rows fit."""
+    spec = mirrored(tmp_path / "run", scenario, mirror)
+    train_alone(spec, scenario)
+    There(mirror).write("metrics.jsonl", b"x" * 6_000_000)
+    again = replace(spec, directory=tmp_path / "again")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, hard))
+    try:
+        with pytest.raises(DiskFull, match=r"metrics\.jsonl could not be written .*wants about 6,000,000 bytes"):
+            found_again(again)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(again.directory.rglob("step_*")) and not list(again.directory.rglob(".fetching-*"))
+    assert found_again(again)[0] is not None

@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 def ppo(directory: Path, model: Path, file: Path, *, plan: RoundPlan = PLAN, **parameters: Any) -> OnPolicyRun:
     method = objective("ppo", **{"kl_coef": KL_COEF, "gamma": GAMMA, "lam": LAM, **parameters})
-    return OnPolicyRun(directory, model, file, plan=plan, method=method, checkpoint_at=(4,))
+    return OnPolicyRun(directory, model, file, plan=plan, method=method, settings={"checkpoint_at": (4,)})
 
 
 @pytest.fixture(scope="module")
