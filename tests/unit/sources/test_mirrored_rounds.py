@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -69,13 +70,17 @@ def make(model: Path, file: Path) -> Make:
     return make
 
 
-@pytest.fixture(scope="module", params=PLANS)
-def undisturbed(
-    request: pytest.FixtureRequest, make: Make, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, OnPolicyRun]:
-    run = make(request.param, tmp_path_factory.mktemp("whole") / "run")
-    run.train()
-    return request.param, run
+@pytest.fixture(scope="module")
+def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OnPolicyRun]:
+    """``undisturbed(kind)``: a run that nothing happened to."""
+
+    @functools.cache
+    def finished(kind: str) -> OnPolicyRun:
+        run = make(kind, tmp_path_factory.mktemp("whole") / "run")
+        run.train()
+        return run
+
+    return finished
 
 
 def same_end(one: OnPolicyRun, other: OnPolicyRun) -> None:
@@ -120,11 +125,12 @@ def never(number: int) -> InProcess:
     return InProcess(leave)
 
 
+@pytest.mark.parametrize("kind", PLANS)
 def test_a_workspace_that_is_lost_after_every_step_changes_no_bit(
-    undisturbed: tuple[str, OnPolicyRun], make: Make, mirror: Mirror, tmp_path: Path
+    kind: str, undisturbed: Callable[[str], OnPolicyRun], make: Make, mirror: Mirror, tmp_path: Path
 ) -> None:
     """Each attempt, in a place of its own, gets one step further; rounds that came back are not drawn again."""
-    kind, whole = undisturbed
+    whole = undisturbed(kind)
     for step in range(2, whole.plan.steps + 2):
         run, pool = make(kind, tmp_path / f"{step}" / "run", mirror=mirror), InProcess()
         place, notes = found_again(run.spec())
@@ -143,11 +149,9 @@ def test_a_workspace_that_is_lost_after_every_step_changes_no_bit(
 
 
 def test_a_round_that_was_not_drawn_yet_is_drawn_with_its_own_weights(
-    make: Make, mirror: Mirror, tmp_path: Path
+    undisturbed: Callable[[str], OnPolicyRun], make: Make, mirror: Mirror, tmp_path: Path
 ) -> None:
     """The second round is asked for before the first step, and nobody draws it before the workspace is lost."""
-    whole = make("lag 1", tmp_path / "whole")
-    whole.train()
     run = make("lag 1", tmp_path / "first", mirror=mirror)
     with pytest.raises(Lost):
         run.train(never(1), on_step=lost_after(2))
@@ -161,7 +165,7 @@ def test_a_round_that_was_not_drawn_yet_is_drawn_with_its_own_weights(
     assert verify(weights)["step"] == 0
     run.train(pool)
     assert {name[:12] for name in pool.made} == {"round_000001", "round_000002"}
-    same_end(run, whole)
+    same_end(run, undisturbed("lag 1"))
 
 
 @pytest.mark.parametrize(
@@ -186,10 +190,10 @@ def test_copies_are_of_the_rounds_that_kept_checkpoints_need(
             assert there.read(name) == (run.directory / name).read_bytes()
 
 
-@pytest.fixture
-def lost(make: Make, mirror: Mirror, tmp_path: Path) -> OnPolicyRun:
-    """Checkpoints 1 to 5 are copied: the third is inside the second round, the fifth inside the third."""
-    run = make("synchronous", tmp_path / "lost", mirror=mirror, checkpoint_keep=9)
+@pytest.fixture(scope="module")
+def lost(make: Make, tmp_path_factory: pytest.TempPathFactory) -> OnPolicyRun:
+    """Checkpoints 1 to 5: the third is inside the second round, the fifth inside the third."""
+    run = make("synchronous", tmp_path_factory.mktemp("lost") / "run", checkpoint_keep=9)
     with pytest.raises(Lost):
         run.train(on_step=lost_after(6))
     return run
@@ -199,6 +203,7 @@ def lost(make: Make, mirror: Mirror, tmp_path: Path) -> OnPolicyRun:
 def test_a_checkpoint_whose_round_is_not_whole_is_skipped(
     damage: str, lost: OnPolicyRun, make: Make, mirror: Mirror, tmp_path: Path
 ) -> None:
+    upload(mirror, lost.directory, step=5)
     there, (_, second, third) = There(mirror), lost.rounds()
     base = f"rounds/{third.name}"
     if damage == "altered":
@@ -224,9 +229,11 @@ def test_a_checkpoint_whose_round_is_not_whole_is_skipped(
     assert place is not None and step_of(place) == 4
     assert "/checkpoints/step_000005-" in notes[-1] and "not whole" in notes[-1] and told in notes[-1]
     assert [path.name for path in run.rounds()] == [path.name for path in lost.rounds()[:2]]
-    run.train()
-    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
-    assert there.checkpoints() == [1, 2, 3, 4, 5, 6]
+    if damage == "another round":
+        run.train()
+        assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+        assert there.checkpoints() == [1, 2, 3, 4, 5, 6]
+        assert there.read(f"{base}/{MANIFEST}") == (run.rounds()[2] / MANIFEST).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -236,13 +243,14 @@ def test_a_checkpoint_that_needs_what_is_no_round_fetches_nothing(
     name: str, lost: OnPolicyRun, mirror: Mirror, tmp_path: Path
 ) -> None:
     """Its digests are right: whoever may write there made them."""
+    upload(mirror, lost.directory, step=5)
     there = There(mirror)
     place = there.of(5, MANIFEST)
     manifest = json.loads(there.read(place))
     manifest["facts"]["rounds"]["begun"] = {name: "0" * 64}
     del manifest["manifest_sha256"]
     there.write(place, json.dumps({**manifest, "manifest_sha256": manifest_digest(manifest)}).encode())
-    spec = replace(lost.spec(), directory=tmp_path / "deep" / "again")
+    spec = replace(lost.spec(), directory=tmp_path / "deep" / "again", mirror=mirror)
     found, notes = found_again(spec)
     assert found is not None and step_of(found) == 4
     assert f"names {name!r}, which is no round" in notes[-1]
@@ -255,7 +263,8 @@ def test_a_round_of_another_run_is_not_taken_for_one_that_is_still_to_be_drawn(
     """Equal initial weights give it the same name; that run never committed a checkpoint there."""
     other = make("lag 1", tmp_path / "other")
     other.scenario = replace(other.scenario, lr=3e-3)
-    other.train()
+    with pytest.raises(Lost):
+        other.train(on_step=lost_after(3))
     stale = other.rounds()[1]
     there = There(mirror)
     there.files.create_dir(f"{there.root}/rounds/{stale.name}", recursive=True)
@@ -271,24 +280,25 @@ def test_a_round_of_another_run_is_not_taken_for_one_that_is_still_to_be_drawn(
 
 
 def test_a_checkpoint_whose_round_is_not_whole_here_is_not_copied(
-    lost: OnPolicyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    lost: OnPolicyRun, mirror: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To a mirror that is new to the run; the checkpoints that do not need that round are copied."""
-    (lost.rounds()[2] / "0000000016.tokens").unlink()
-    fresh = Mirror(uri=f"file://{tmp_path}/new", folder="run")
-    upload(fresh, lost.directory, step=5)
-    assert There(fresh).checkpoints() == [1, 2, 3, 4] and copied(fresh) == {"round_000000", "round_000001"}
+    directory = tmp_path / "run"
+    shutil.copytree(lost.directory, directory)
+    (directory / "rounds" / lost.rounds()[2].name / "0000000016.tokens").unlink()
+    upload(mirror, directory, step=5)
+    assert There(mirror).checkpoints() == [1, 2, 3, 4] and copied(mirror) == {"round_000000", "round_000001"}
     assert "0000000016.tokens is missing" in caplog.text and "not copied to" in caplog.text
 
 
-def test_weights_that_go_while_they_are_sent_leave_their_round(make: Make, tmp_path: Path) -> None:
+def test_weights_that_go_while_they_are_sent_leave_their_round(
+    undisturbed: Callable[[str], OnPolicyRun], make: Make, mirror: Mirror, tmp_path: Path
+) -> None:
     """The driver commits the round, and removes them, at the worst moment: after the first file was sent."""
-    whole, run = make("lag 1", tmp_path / "whole"), make("lag 1", tmp_path / "run")
-    whole.train()
+    run = make("lag 1", tmp_path / "run")
     with pytest.raises(Lost):
         run.train(never(1), on_step=lost_after(2))
-    drawn, (weights,) = whole.rounds()[1], (run.directory / "rounds" / "weights").iterdir()
-    mirror = Mirror(uri=f"file://{tmp_path}/copies", folder="run")
+    drawn, (weights,) = undisturbed("lag 1").rounds()[1], (run.directory / "rounds" / "weights").iterdir()
 
     class Raced(Copies):
         def send(self, source: Path, name: str) -> None:
@@ -303,8 +313,10 @@ def test_weights_that_go_while_they_are_sent_leave_their_round(make: Make, tmp_p
         assert not copies.has(f"rounds/weights/{weights.name}/{MANIFEST}")
 
 
-def test_the_cost_of_a_lost_round_is_known_from_its_rows(lost: OnPolicyRun) -> None:
+def test_the_cost_of_a_lost_round_is_known_from_its_rows(lost: OnPolicyRun, tmp_path: Path) -> None:
     """Tokens, labels and calls of the scorer: as the rounds' own ledgers say."""
+    folder = tmp_path / "rounds"
+    shutil.copytree(lost.job.folder, folder)
     job = TrainJob(
         spec=lost.spec(),
         source=lost.scenario.source,
@@ -313,10 +325,10 @@ def test_the_cost_of_a_lost_round_is_known_from_its_rows(lost: OnPolicyRun) -> N
         workers=1,
         share=lost.job.share,
         run="",
-        rollouts=lost.job,
+        rollouts=replace(lost.job, folder=folder),
     )
     found = read_metrics(lost.directory / "metrics.jsonl")
     whole = cost(job, found)
     assert whole.scorer_calls == 3 * 8 * 3 and 0 < whole.labels_used <= 24 < whole.tokens_generated
-    shutil.rmtree(lost.rounds()[0])
+    shutil.rmtree(folder / lost.rounds()[0].name)
     assert cost(job, found) == whole
