@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_inside_a_round_goes_on_in_another_place(workspace:
         "rollout": {"engine": "hf", "samples": 2, "max_new_tokens": 12},
         "scorer": {"name": "rule", "function": "vowels:vowels"},
         "optim": {"lr": 1e-3, "steps": 9, "groups_per_step": 4, "tokens_per_micro_batch": 2048},
-        "checkpoint": {"every": 2, "mirror": f"file://{folder / 'copies'}"},
+        "checkpoint": {"every": 4, "mirror": f"file://{folder / 'copies'}"},
     }
     path = workspace.run("rounds", storage_path=str(folder / "first"), **blocks)
     hold.touch()
@@ -78,7 +78,7 @@ def test_a_run_that_is_killed_inside_a_round_goes_on_in_another_place(workspace:
     kept = {each.name[:12] for each in (folder / "second" / "rounds" / "rounds").glob("round_*")}
     assert kept == {"round_000001", "round_000002"}  # the first round is of no use any more
 
-    whole = workspace.run("whole", **{**blocks, "checkpoint": {"every": 2}})
+    whole = workspace.run("whole", **{**blocks, "checkpoint": {"every": 4}})
     done = rayalign("train", whole)
     assert done.code == 0, done.printed
     mine, theirs = folder / "second" / "rounds", workspace.directory("whole")

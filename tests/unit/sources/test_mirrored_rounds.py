@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +17,28 @@ import torch
 from mirrors import Lost, There, found_again, lost_after
 from safetensors.torch import load_file
 from tiny_rollouts import InProcess, OnPolicyRun
-from tiny_runs import objective, same_optimizer, store, synthetic_groups
+from tiny_runs import CPU, objective, same_optimizer, store, synthetic_groups
 
+from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import step_of
 from rayalign.engine.copies import Copies, Mirror, opened
+from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.mirror import rounds_of, send_rounds, upload
 from rayalign.engine.objective import MAIN_STREAM
-from rayalign.engine.strategy import StrategySpec
+from rayalign.engine.source import State, Weights
+from rayalign.engine.strategy import StrategySpec, make_strategy
+from rayalign.errors import Stopped
 from rayalign.manifest import MANIFEST, manifest_digest, verify
 from rayalign.pipeline.results import cost
 from rayalign.runtime.pool import PoolClosed
+from rayalign.runtime.rounds import serving
 from rayalign.runtime.worker import TrainJob
-from rayalign.sources.chunk import Chunk
+from rayalign.sources.chunk import Chunk, ChunkMaker
 from rayalign.sources.rounds import RoundPlan
+from rayalign.sources.source import StreamSource
 from rayalign.sources.streams import MixedStream
+from rayalign.sources.weights import WeightsGone
 
 mirror, server = mirrors.mirror, mirrors.server
 PLAN = RoundPlan(steps=6, refresh_every=2, lag=0, groups_per_step=4)
@@ -166,6 +174,55 @@ def test_a_round_that_was_not_drawn_yet_is_drawn_with_its_own_weights(
     run.train(pool)
     assert {name[:12] for name in pool.made} == {"round_000001", "round_000002"}
     same_end(run, undisturbed("lag 1"))
+
+
+class Memory:
+    """A way for weights that ends with its process."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, State] = {}
+
+    def send(self, weights: Weights, state: State) -> None:
+        self.held[weights.version] = {name: tensor.clone() for name, tensor in state.items()}
+
+    def fetch(self, weights: Weights) -> State | None:
+        if weights.version not in self.held and weights.directory is None:
+            raise WeightsGone(weights)
+        return self.held.get(weights.version)
+
+
+def train_through_memory(run: OnPolicyRun, pool: InProcess, **arguments: Any) -> None:
+    memory = Memory()
+    pool.maker = ChunkMaker(memory)
+
+    def make(layout: Layout, pad_id: int) -> StreamSource:
+        return StreamSource(run.scenario.source, layout=layout, pad_id=pad_id, channel=memory)
+
+    with serving(run.job, pool, run.notes.append):
+        train(run.spec(), make, make_strategy("single", CPU), **arguments)
+
+
+def test_a_stop_before_a_round_whose_weights_were_in_memory_alone(
+    undisturbed: Callable[[str], OnPolicyRun], make: Make, mirror: Mirror, tmp_path: Path
+) -> None:
+    """The checkpoint that the stop writes, at a boundary, needs no round: the next attempt sends the weights again."""
+    run, asked = make("synchronous", tmp_path / "first", mirror=mirror, checkpoint_every=4), threading.Event()
+
+    def leave(chunk: Chunk) -> None:
+        if chunk.directory.name.startswith("round_000001"):
+            asked.set()
+            raise PoolClosed
+
+    with pytest.raises(Stopped, match="stopped after step 2 of 6"):
+        train_through_memory(run, InProcess(leave), stop=asked.is_set)
+    assert not (run.directory / "rounds" / "weights").exists()
+    shutil.rmtree(run.directory)
+    assert There(mirror).checkpoints() == [2] and copied(mirror) == set()
+    run = make("synchronous", tmp_path / "second", mirror=mirror, checkpoint_every=4)
+    place, _ = found_again(run.spec())
+    assert place is not None and step_of(place) == 2
+    train_through_memory(run, InProcess())
+    same_end(run, undisturbed("synchronous"))
 
 
 @pytest.mark.parametrize(
