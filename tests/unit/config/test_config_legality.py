@@ -316,7 +316,7 @@ def test_what_this_release_does_not_run(settings: list[str], sentences: list[str
 
 @pytest.mark.parametrize("policy", ["on_policy", "hybrid"])
 def test_rounds_are_mirrored(policy: str) -> None:
-    settings = [*ON_POLICY, f"data_policy.name={policy}", "checkpoint.mirror=s3://bucket/runs"]
+    settings = [*ON_POLICY, f"data_policy={policy}", "checkpoint.mirror=s3://bucket/runs"]
     assert unsupported(load_run(None, [*OFFLINE, "method=dpo", *settings])) == []
 
 
