@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ SharedWrite = Callable[[Path, dist.ProcessGroup | None], None]
 """The same, called by every rank, with the group in which they meet; rank 0 returns when all have written."""
 
 
+@runtime_checkable
 class Beside(Protocol):
     """A model that is trained beside the policy, with an optimizer of its own."""
 

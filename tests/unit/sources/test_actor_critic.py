@@ -225,6 +225,7 @@ CHANGES = [
     ("zero3", "zero3"),
 ]
 """A run that is stopped inside its first round goes on under another strategy."""
+KEPT = {"checkpoint_keep": 9}
 
 
 def part_of_a_run(strategy: Strategy, run: OnPolicyRun, changes: Mapping[str, Any], last_step: int) -> None:
@@ -254,8 +255,8 @@ def teams(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -> 
     for before, after in CHANGES:
         if before in known:
             runs[f"{before} {after}"] = run = ppo(folder / f"{before}-{after}", model, file)
-            tasks[f"{before} {after} 1"] = Task(known[before], part_of_a_run, (run, {}, 3))
-            tasks[f"{before} {after} 2"] = Task(known[after], part_of_a_run, (run, {}, PLAN.steps + 1))
+            tasks[f"{before} {after} 1"] = Task(known[before], part_of_a_run, (run, KEPT, 3))
+            tasks[f"{before} {after} 2"] = Task(known[after], part_of_a_run, (run, KEPT, PLAN.steps + 1))
     results_of(folder, 2, tasks)
     return runs
 
