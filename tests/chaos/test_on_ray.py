@@ -7,10 +7,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM, Signals
+from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from faulty_modules import compared, faulty
 from incidents import Incident
 from workspaces import (
     Workspace,
-    kill_workers,
     metrics,
     num_rows,
     processes,
@@ -35,7 +33,6 @@ from rayalign.runtime.session import Session
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TWO: dict[str, Any] = {"strategy": {"name": "ddp", "workers": 2, "timeout_seconds": 30}}
-FSDP2: dict[str, Any] = {"strategy": {"name": "fsdp2", "workers": 2, "timeout_seconds": 30}}
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -49,94 +46,76 @@ def alone(workspace: Workspace, session: Session) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(workspace: Workspace, session: Session) -> dict[str, Path]:
-    """Runs of two workers that nobody touches."""
-    for name, blocks in {"ddp": TWO, "fsdp2": FSDP2}.items():
-        done = rayalign("train", workspace.run(name, method=faulty(), **blocks))
-        assert done.code == 0, done.printed
-    return {name: workspace.directory(name) for name in ("ddp", "fsdp2")}
-
-
-@pytest.mark.parametrize(("name", "blocks", "rank"), [("ddp", TWO, 0), ("ddp", TWO, 1), ("fsdp2", FSDP2, 1)])
-def test_a_worker_dies_inside_a_step(
-    name: str,
-    blocks: dict[str, Any],
-    rank: int,
-    two: dict[str, Path],
-    workspace: Workspace,
-    incidents: list[Incident],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    run = f"{name}-{rank}"
-    done = rayalign("train", workspace.run(run, method=faulty("die", run, at=7, rank=rank), **blocks))
+def two(workspace: Workspace, session: Session) -> Path:
+    """A run of two workers that nobody touches."""
+    done = rayalign("train", workspace.run("two", method=faulty(), **TWO))
     assert done.code == 0, done.printed
-    assert f"attempt 1 was lost after step 7 (worker {rank} (process " in caplog.text
-    compared(workspace, run, two[name], incidents, f"worker {rank} of {name} killed inside a step")
+    return workspace.directory("two")
 
 
-def test_a_worker_dies_while_its_checkpoint_is_written_beside_training(
-    alone: Path, workspace: Workspace, incidents: list[Incident]
-) -> None:
-    checkpoint = {"every": 5, "keep": 2, "asynchronous": True}
-    done = rayalign("train", workspace.run("late", method=faulty("save", "late", at=10), checkpoint=checkpoint))
-    assert done.code == 0 and "continues from step_000005" in done.printed, done.printed
-    compared(workspace, "late", alone, incidents, "worker killed, checkpoint written beside training")
-
-
-def test_the_controller_of_training_dies(
+def test_a_run_goes_on_as_often_as_it_comes_further(
     alone: Path, workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = workspace.directory("controller")
-
-    def kill() -> None:
-        wait_until(lambda: num_rows(directory) >= 6, "6 steps")
-        kill_workers("TrainController")
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    done = rayalign("train", workspace.run("controller", method=faulty()))
-    killer.join()
-    assert done.code == 0 and "attempt 1 was lost" in caplog.text, done.printed
-    compared(workspace, "controller", alone, incidents, "Ray Train's controller killed")
-
-
-@pytest.mark.parametrize(("number", "code"), [(SIGKILL, -SIGKILL), (SIGTERM, 143), (SIGINT, 130)])
-def test_the_driver_is_ended_and_started_again(
-    number: Signals, code: int, alone: Path, workspace: Workspace, incidents: list[Incident]
-) -> None:
-    """A signal that can be heard lets the step end and be saved; none loses a row."""
-    path, directory = workspace.run(number.name, method=faulty()), workspace.directory(number.name)
-    with started("train", path, environment={"RAY_ADDRESS": ray.get_runtime_context().gcs_address}) as process:
-        wait_until(lambda: num_rows(directory) >= 6, "6 steps")
-        process.send_signal(number)
-        printed, _ = process.communicate(timeout=120)
-    assert process.returncode == code, printed
-    if number != SIGKILL:
-        [told] = re.findall(r"stopped after step (\d+) of 24", printed)
-        assert int(told) == num_rows(directory) and not (directory / ".lease").exists()
-    done = rayalign("train", path)
-    assert done.code == 0 and "continues from step_0000" in done.printed, done.printed
-    compared(workspace, number.name, alone, incidents, f"{number.name} to the driver, the same command again")
+    """Four lost attempts, which is one more than a run has between two checkpoints; these are written beside it."""
+    method = faulty("lost", {"die": 2, "controller": 7, "damage": 13, "save": 20})
+    checkpoint = {"every": 5, "keep": 2, "asynchronous": True}
+    done = rayalign("train", workspace.run("lost", method=method, checkpoint=checkpoint))
+    assert done.code == 0, done.printed
+    lost = re.findall(r"attempt (\d) was lost after step (\d+) \((.*)", caplog.text)
+    assert [int(number) for number, _, _ in lost] == [1, 2, 3, 4] and lost[0][1] == "2"
+    assert all(lost[number][2].startswith("worker 0 (process ") for number in (0, 2, 3))
+    assert "skipping a checkpoint that is not whole" in done.printed
+    faults = {
+        "die": "worker killed inside a step",
+        "controller": "Ray Train's controller killed",
+        "damage": "newest checkpoint damaged, worker killed",
+        "save": "worker killed before it commits a checkpoint, beside training",
+    }
+    compared(workspace, "lost", alone, incidents, faults)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_next_command_goes_on(
+def test_whatever_ends_the_command_the_same_command_goes_on(
     alone: Path, workspace: Workspace, incidents: list[Incident]
 ) -> None:
-    path = workspace.run("spoilt", method=faulty("spoil", "spoilt", at=7))
-    failed = rayalign("train", path)
-    assert failed.code == 2 and "Nothing of this step is kept" in failed.printed.replace("\n", " "), failed.printed
-    saved = workspace.directory("spoilt") / "nonfinite" / "step_000008" / "rank_0.json"
+    """A mistake that is told, a full disk, and signals to the driver, one after the other."""
+    faults = {"spoil": 2, "fill": 6, "SIGKILL": 11, "SIGTERM": 16, "SIGINT": 20}
+    path, directory = workspace.run("ended", method=faulty("ended", faults)), workspace.directory("ended")
+
+    told = rayalign("train", path)
+    assert told.code == 2 and "Nothing of this step is kept" in told.printed.replace("\n", " "), told.printed
+    saved = directory / "nonfinite" / "step_000003" / "rank_0.json"
     assert len(json.loads(saved.read_text())["groups"]) == 8
+
+    told = rayalign("train", path)
+    said = told.printed.replace("\n", " ")
+    assert told.code == 2 and f"error: ended: {directory / 'checkpoints' / 'step_000010-a'}" in said, told.printed
+    assert "it wants about" in said
+    [kept] = (directory / "checkpoints").iterdir()
+    assert step_of(kept) == 5 and verify(kept)
+
+    for code, step in ((-SIGKILL, None), (128 + SIGTERM, 17), (128 + SIGINT, 21)):
+        with started("train", path, environment={"RAY_ADDRESS": ray.get_runtime_context().gcs_address}) as process:
+            (workspace.folder / "driver-ended").write_text(str(process.pid))
+            printed, _ = process.communicate(timeout=300)
+        assert process.returncode == code, printed
+        if step is not None:
+            assert f"stopped after step {step} of 24" in printed and num_rows(directory) == step
+
     done = rayalign("train", path)
-    assert done.code == 0 and "continues from step_000005" in done.printed, done.printed
-    compared(workspace, "spoilt", alone, incidents, "a loss that is not finite, once; the same command again")
+    assert done.code == 0 and "continues from step_000021" in done.printed, done.printed
+    titles = {
+        "spoil": "a loss that is not finite ends the command",
+        "fill": "disk full (largest file 20 kB) ends the command",
+        **{name: f"{name} to the driver" for name in ("SIGKILL", "SIGTERM", "SIGINT")},
+    }
+    compared(workspace, "ended", alone, incidents, titles)
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(
     alone: Path, workspace: Workspace, incidents: list[Incident]
 ) -> None:
     optim = {"lr": 1e-3, "steps": 24, "groups_per_step": 8, "tokens_per_micro_batch": 2048, "on_nonfinite": "skip"}
-    done = rayalign("train", workspace.run("skipped", method=faulty("spoil", "skipped", at=7), optim=optim))
+    done = rayalign("train", workspace.run("skipped", method=faulty("skipped", {"spoil": 7}), optim=optim))
     assert done.code == 0, done.printed
     rows, whole = metrics(workspace.directory("skipped")), metrics(alone)
     assert [row.pop("skipped_steps") for row in rows] == [0] * 7 + [1] * 17
@@ -144,40 +123,16 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(
     incidents.append(Incident(fault="Ray: a loss that is not finite, skipped", injected=1, recoveries=1, equal=None))
 
 
-def test_the_newest_checkpoint_is_damaged_and_the_worker_dies(
-    alone: Path, workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
+def test_one_of_two_workers_dies_and_then_hangs(
+    two: Path, workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = rayalign("train", workspace.run("damaged", method=faulty("damage", "damaged", at=12)))
+    """Stopped by SIGSTOP it is alive for the operating system, and silent."""
+    done = rayalign("train", workspace.run("silent", method=faulty("silent", {"die": 3, "hang": 12}, rank=1), **TWO))
     assert done.code == 0, done.printed
-    assert "attempt 1 was lost after step 12 (worker 0 (process " in caplog.text
-    assert "skipping a checkpoint that is not whole" in done.printed and "continues from step_000005" in done.printed
-    compared(workspace, "damaged", alone, incidents, "newest checkpoint damaged, worker killed")
-
-
-def test_a_full_disk_ends_the_run_and_the_next_command_goes_on(
-    alone: Path, workspace: Workspace, incidents: list[Incident]
-) -> None:
-    path, directory = workspace.run("full", method=faulty("fill", "full", at=7)), workspace.directory("full")
-    failed = rayalign("train", path)
-    assert failed.code == 2 and "Traceback" not in failed.printed, failed.printed
-    said = failed.printed.replace("\n", " ")
-    assert f"error: full: {directory / 'checkpoints' / 'step_000010-a'}" in said and "it wants about" in said
-    [kept] = (directory / "checkpoints").iterdir()
-    assert step_of(kept) == 5 and verify(kept)
-    done = rayalign("train", path)
-    assert done.code == 0 and "continues from step_000005" in done.printed, done.printed
-    compared(workspace, "full", alone, incidents, "disk full (largest file 20 kB)")
-
-
-def test_a_worker_that_hangs_is_given_up(
-    two: dict[str, Path], workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Stopped by SIGSTOP: alive for the operating system, and silent."""
-    done = rayalign("train", workspace.run("hanging", method=faulty("hang", "hanging", at=7, rank=1), **TWO))
-    assert done.code == 0, done.printed
-    assert "attempt 1 was lost after step 7" in caplog.text and "strategy.timeout_seconds" in caplog.text
-    assert "worker 1 (process " in caplog.text
-    compared(workspace, "hanging", two["ddp"], incidents, "worker stopped (SIGSTOP), 30 s time-out")
+    assert "attempt 1 was lost after step 3" in caplog.text and "worker 1 (process " in caplog.text
+    assert "attempt 2 was lost after step 12" in caplog.text and "strategy.timeout_seconds" in caplog.text
+    faults = {"die": "worker 1 of 2 killed inside a step", "hang": "worker 1 of 2 stopped (SIGSTOP), 30 s time-out"}
+    compared(workspace, "silent", two, incidents, faults)
 
 
 def test_the_driver_dies_while_a_stage_is_committed(
@@ -195,8 +150,11 @@ def test_the_driver_dies_while_a_stage_is_committed(
     done = rayalign("train", path)
     assert done.code == 0, done.printed
     verify(torn)
-    fault = "driver killed while committing a stage"
-    compared(workspace, "committed", alone, incidents, fault)
+    equal = weights(workspace.directory("committed")) == weights(alone)
+    incidents.append(
+        Incident(fault="Ray: driver killed while committing a stage", injected=1, recoveries=1, equal=equal)
+    )
+    assert equal
 
 
 def test_no_stopped_process_is_left(session: Session) -> None:
@@ -208,7 +166,7 @@ def test_no_stopped_process_is_left(session: Session) -> None:
     assert "T" not in states
 
 
-def test_a_node_is_lost(workspace: Workspace, incidents: list[Incident]) -> None:
+def test_a_node_is_lost(two: Path, workspace: Workspace, incidents: list[Incident]) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{FIXTURES}:{os.environ.get('PYTHONPATH', '')}",
@@ -222,8 +180,8 @@ def test_a_node_is_lost(workspace: Workspace, incidents: list[Incident]) -> None
     assert done.returncode == 0, done.stderr[-5000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert "was lost after step" in done.stderr and "continues from step_0000" in facts["log"]
-    lost, whole = (workspace.directory(name) for name in ("lost-node", "both-nodes"))
-    equal = weights(lost) == weights(whole) and metrics(lost) == metrics(whole)
+    lost = workspace.directory("lost-node")
+    equal = weights(lost) == weights(two) and metrics(lost) == metrics(two)
     incidents.append(
         Incident(fault="Ray: node lost", injected=1, recoveries=1, equal=equal, seconds=[facts["seconds"]])
     )

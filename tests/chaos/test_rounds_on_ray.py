@@ -34,34 +34,22 @@ def drawn(workspace: Workspace, session: Session) -> Path:
     return workspace.directory("drawn")
 
 
-def test_an_actor_dies_in_every_refresh(drawn: Path, workspace: Workspace, incidents: list[Incident]) -> None:
-    dying = scorer("dies_in_refresh", run="dropped", most=9)
-    done = rayalign("train", workspace.run("dropped", method=faulty(), scorer=dying, **ON_POLICY))
-    assert done.code == 0, done.printed
-    deaths = sorted(path.name for path in workspace.folder.glob("fault-actor-dropped-*"))
-    assert deaths == ["fault-actor-dropped-2", "fault-actor-dropped-4"]
-    compared(workspace, "dropped", drawn, incidents, "an actor killed in every weight refresh", injected=2)
-
-
-def test_trainer_and_actor_die_in_a_refresh(
+def test_trainer_and_actor_die_while_completions_are_drawn(
     drawn: Path, workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The trainer before it has sent round 2's weights; an actor when it has them in its engine, unchecked."""
-    dying = scorer("dies_in_refresh", run="refreshed", most=1)
-    disturbed = workspace.run("refreshed", method=faulty("send", "refreshed", at=4), scorer=dying, **ON_POLICY)
-    done = rayalign("train", disturbed)
-    assert done.code == 0, done.printed
-    assert (workspace.folder / "fault-actor-refreshed-2").exists() and "attempt 1 was lost after step 4" in caplog.text
-    fault = "trainer, and an actor, killed in a weight refresh"
-    compared(workspace, "refreshed", drawn, incidents, fault, injected=2)
-
-
-def test_the_trainer_dies_while_its_round_is_drawn(
-    drawn: Path, workspace: Workspace, incidents: list[Incident], caplog: pytest.LogCaptureFixture
-) -> None:
-    telling = scorer("told", run="waiting")
+    """An actor when it has new weights in its engine, unchecked, each time; the trainer in the middle of a round, and
+    before it has sent the next one's weights."""
+    method = faulty("dropped", {"wait": 2, "send": 4})
     done = rayalign(
-        "train", workspace.run("waiting", method=faulty("wait", "waiting", at=2), scorer=telling, **ON_POLICY)
+        "train", workspace.run("dropped", method=method, scorer=scorer("fragile", run="dropped"), **ON_POLICY)
     )
-    assert done.code == 0 and "attempt 1 was lost after step 2" in caplog.text, done.printed
-    compared(workspace, "waiting", drawn, incidents, "trainer killed in the middle of a round")
+    assert done.code == 0, done.printed
+    assert all(f"attempt {number} was lost after step {step} (" in caplog.text for number, step in ((1, 2), (2, 4)))
+    deaths = {path.name for path in workspace.folder.glob("fault-dropped-actor-*")}
+    assert deaths == {"fault-dropped-actor-2", "fault-dropped-actor-4"}
+    faults = {
+        "actor": "an actor killed in every refresh of weights",
+        "wait": "trainer killed in the middle of a round",
+        "send": "trainer killed in a refresh of weights",
+    }
+    compared(workspace, "dropped", drawn, incidents, faults)
