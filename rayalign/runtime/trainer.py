@@ -29,6 +29,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.util.placement_group import remove_placement_group
 
 from rayalign.engine.checkpoint import newest_step
 from rayalign.engine.disk import free_bytes, full_disk
@@ -279,7 +280,14 @@ class Group:
         self.abandon()
 
     def abandon(self) -> None:
-        """Remove the mailbox: workers that still live end with their job."""
+        """Free what the workers had, and remove the mailbox.
+
+        A controller that was killed frees nothing, and whoever should free it for it (Ray's PlacementGroupCleaner)
+        fails where the machine has a second Ray.
+        """
+        room = self.mailbox.reserved()
+        if room is not None:
+            remove_placement_group(room)
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
