@@ -43,15 +43,19 @@ from .common import arguments, machine, pairs_file, table, train_tokenizer
 PAIRS, TOKENS = 4, 64
 """Of every worker in a step; prompt and each completion."""
 LORA = LoraSpec(rank=16, alpha=32.0)
-SIDES: dict[str, tuple[StrategySpec, LoraSpec | None]] = {
-    "single": (StrategySpec(), None),
-    "ddp": (StrategySpec(name="ddp"), None),
-    "fsdp2": (StrategySpec(name="fsdp2"), None),
-    "deepspeed, ZeRO 2": (StrategySpec(name="deepspeed", zero_stage=2), None),
-    "deepspeed, ZeRO 3": (StrategySpec(name="deepspeed", zero_stage=3), None),
-    "ddp, LoRA": (StrategySpec(name="ddp"), LORA),
-    "fsdp2, LoRA": (StrategySpec(name="fsdp2"), LORA),
+SIDES: dict[str, tuple[StrategySpec, dict[str, Any]]] = {
+    "single": (StrategySpec(), {}),
+    "single, compiled": (StrategySpec(), {"compile": True}),
+    "single, checkpointed": (StrategySpec(), {"gradient_checkpointing": True}),
+    "ddp": (StrategySpec(name="ddp"), {}),
+    "fsdp2": (StrategySpec(name="fsdp2"), {}),
+    "fsdp2, checkpointed": (StrategySpec(name="fsdp2"), {"gradient_checkpointing": True}),
+    "deepspeed, ZeRO 2": (StrategySpec(name="deepspeed", zero_stage=2), {}),
+    "deepspeed, ZeRO 3": (StrategySpec(name="deepspeed", zero_stage=3), {}),
+    "ddp, LoRA": (StrategySpec(name="ddp"), {"lora": LORA}),
+    "fsdp2, LoRA": (StrategySpec(name="fsdp2"), {"lora": LORA}),
 }
+"""Each with what it changes of the model."""
 
 
 def main() -> None:
@@ -69,15 +73,15 @@ def main() -> None:
         folder = Path(name)
         os.environ["RAYALIGN_CACHE"] = str(folder / "cache")
         config = write_configuration(folder / "model", hidden=options.hidden, layers=options.layers)
-        for number, (side, (spec, lora)) in enumerate(SIDES.items()):
-            package = "deepspeed" if spec.name == "deepspeed" else "peft" if lora else "torch"
+        for number, (side, (spec, changes)) in enumerate(SIDES.items()):
+            package = "deepspeed" if spec.name == "deepspeed" else "peft" if "lora" in changes else "torch"
             if find_spec(package) is None:
                 rows.append([side, f"({package} is not installed)", "", "", ""])
                 continue
             workers = 1 if spec.name == "single" else options.workers
             room = folder / str(number)
             room.mkdir()
-            multiprocessing.spawn(worker, args=(room, workers, spec, lora, options.steps), nprocs=workers)
+            multiprocessing.spawn(worker, args=(room, workers, spec, changes, options.steps), nprocs=workers)
             rows.append(row(side, [json.loads(path.read_text()) for path in sorted(room.glob("*.json"))]))
     print(f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {options.workers} workers; MiB per worker")
     print(table(["strategy", "parameters", "while loading", "in steps", "tokens/s"], rows))
@@ -105,12 +109,12 @@ def write_configuration(folder: Path, *, hidden: int, layers: int) -> LlamaConfi
     return config
 
 
-def worker(rank: int, room: Path, workers: int, spec: StrategySpec, lora: LoraSpec | None, steps: int) -> None:
+def worker(rank: int, room: Path, workers: int, spec: StrategySpec, changes: dict[str, Any], steps: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     dist.init_process_group("gloo", init_method=f"file://{room}/meeting-point", rank=rank, world_size=workers)
     strategy = make_strategy(spec, torch.device("cpu"))
     imported = peak()
-    model, _ = strategy.load(ModelSpec(name=str(room.parent / "model"), from_scratch=True, lora=lora))
+    model, _ = strategy.load(ModelSpec(name=str(room.parent / "model"), from_scratch=True, **changes))
     optimizer_spec = OptimizerSpec(lr=1e-5, steps=steps)
     module, optimizer = strategy.wrap(root_module(model, layout="packed"), optimizer_spec)
     dpo = resolve("dpo")

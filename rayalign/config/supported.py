@@ -27,9 +27,6 @@ def unsupported(run: RunConfig) -> list[str]:
         "optim.on_nonfinite: skip with strategy: deepspeed, which may have updated already; write stop, or fsdp2": (
             run.optim.on_nonfinite == "skip" and run.strategy.name == "deepspeed"
         ),
-        f"method: {record.name} with strategy: {run.strategy.name}; write single or ddp": (
-            record.critic is not None and run.strategy.name in ("fsdp2", "deepspeed")
-        ),
         f"model.lora with method: {record.name}, which trains two models; remove it": (
             record.critic is not None and run.model.lora is not None
         ),

@@ -5,14 +5,13 @@ before the first step on it, it values all tokens of the round; the method prepa
 they are committed beside it, so that every worker and every restart trains on the same numbers. A new attempt that
 opens a round again values it again: the version of the values names the step and the attempt.
 
-Policy and critic have an optimizer each, and their gradients are clipped apart. A checkpoint of the policy holds the
-critic in ``critic/``; at the end it lies in ``final_critic/``.
+Policy and critic have an optimizer each, and their gradients are clipped apart; the strategy spreads both over the
+workers. A checkpoint of the policy holds the critic in ``critic/``; at the end it lies in ``final_critic/``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,22 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Checkpoint
+from rayalign.engine.disk import room_for
 from rayalign.engine.forward import root_module
-from rayalign.engine.loop import advance, awaited, begin, export
+from rayalign.engine.loop import advance, awaited, begin, export, layout_of, load_optimizer
 from rayalign.engine.metrics import open_sinks
-from rayalign.engine.model import load_policy, save_pretrained
+from rayalign.engine.model import save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import set_learning_rate
-from rayalign.engine.optimizer_state import named_state, save_state
-from rayalign.engine.parity import choose_layout
 from rayalign.engine.run import CriticSpec, MakeSource, Notices, Run, TrainSpec
-from rayalign.engine.saving import Write, Writer, checkpoint_is_due, refuse_stopped, save
-from rayalign.engine.sending import copies, offer_weights
+from rayalign.engine.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
+from rayalign.engine.sending import copies, num_bytes, offer_weights
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy
@@ -77,18 +76,17 @@ class Critic:
         self.stopped_at = tuple(state["stopped_at"]) if state["stopped_at"] else None
         self.skipped_steps = state["skipped_steps"]
 
-    def written(self, copied: bool) -> Write:
-        """What writes weights, tokenizer and optimizer below a checkpoint that is not committed yet.
-
-        ``copied``: as they are now, whatever later steps do.
-        """
-        state, held = self.model.state_dict(), named_state(self.optimizer)
+    def written(self, copied: bool) -> SharedWrite:
+        """What writes weights, tokenizer and optimizer: see :class:`rayalign.engine.saving.Beside`."""
+        strategy = self.runner.strategy
+        state, held = strategy.full_state(self.model), strategy.optimizer_state(self.optimizer)
         if copied:
-            state, held = copies(state), copies(held)
+            state, held = copies(state, of=self.model), copies(held)
 
-        def write(directory: Path) -> None:
-            save_state(held, directory / CRITIC, alone=True)
-            save_pretrained(self.model, self.tokenizer, directory / CRITIC, state=state)
+        def write(directory: Path, group: dist.ProcessGroup | None) -> None:
+            strategy.save_optimizer(held, directory / CRITIC, group=group)
+            if strategy.rank == 0:
+                save_pretrained(self.model, self.tokenizer, directory / CRITIC, state=state)
 
         return write
 
@@ -114,7 +112,7 @@ def train(
         source.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
-        keep = partial(save, run, writer, source, beside=critic.written)
+        keep = partial(save, run, writer, source, beside=critic)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
@@ -138,8 +136,7 @@ def train(
             if checkpoint_is_due(run):
                 keep(facts={CRITIC: critic.state()})
         refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
-    if strategy.rank == 0:
-        export_critic(run, critic)
+    export_critic(run, critic)
     export(run)
     return spec.directory / "final"
 
@@ -152,8 +149,8 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     place = resumed.directory / CRITIC if resumed is not None else None
     start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
     with of_the_critic():
-        model, tokenizer = load_policy(start, device=run.strategy.device)
-    run.layout = common_layout(run.layout, choose_layout(model))
+        model, tokenizer = run.strategy.load(start)
+    run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
         root_module(model, layout=run.layout), spec.optimizer, compute_dtype=run.runner.compute_dtype
     )
@@ -167,7 +164,7 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         optimizer=optimizer,
     )
     if resumed is not None and place is not None:
-        run.strategy.load_optimizer(critic.optimizer, place)
+        load_optimizer(run, critic.optimizer, place)
         critic.restore(resumed.facts[CRITIC])
     return critic
 
@@ -292,7 +289,10 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
 def export_critic(run: Run, critic: Critic) -> None:
     """Write ``final_critic/`` once, as :func:`rayalign.engine.loop.export` does ``final/``."""
     final = run.spec.directory / "final_critic"
-    if read_manifest(final) is None:
-        shutil.rmtree(final, ignore_errors=True)
-        save_pretrained(critic.model, critic.tokenizer, final)
-        commit(final, {"step": run.step, "identity": dict(run.spec.identity)})
+    if run.strategy.broadcast(read_manifest(final) is not None):
+        return
+    state = run.strategy.full_state(critic.model)
+    if run.strategy.rank == 0:
+        with room_for(final, num_bytes(state)):
+            save_pretrained(critic.model, critic.tokenizer, final, state=state)
+            commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.engine.model import save_pretrained
 from rayalign.engine.source import State
 from rayalign.errors import UserError
-from rayalign.manifest import TornDirectory, commit, read_manifest, verify, write_durably
+from rayalign.manifest import MANIFEST, TornDirectory, commit, read_manifest, verify, write_durably
 
 NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
 
@@ -178,6 +178,12 @@ def manifest_of(directory: Path) -> dict[str, Any] | None:
 
 def is_committed(directory: Path) -> bool:
     return manifest_of(directory) is not None
+
+
+def newest_step(root: Path) -> int:
+    """The step of the newest committed checkpoint below ``root``, damaged or not; 0 where there is none."""
+    steps = [step_of(path.parent) for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
+    return max(steps, default=0)
 
 
 def step_of(directory: Path) -> int:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from rayalign.data.rows import Layout
 from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
 from rayalign.engine.disk import room_for
 from rayalign.engine.first_step import check_initial_logratio
@@ -96,7 +98,7 @@ def begin(
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
     start = resumed_model(spec.model, found.directory) if found else spec.model
     model, tokenizer = strategy.load(start)
-    layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
+    layout = layout_of(model, strategy)
     computes = compute_dtype(spec.model, strategy.device)
     module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)
     notices = notices or NoNotices()
@@ -122,7 +124,7 @@ def begin(
         notices=notices,
     )
     if found is not None:
-        load_optimizer(run, found.directory)
+        load_optimizer(run, run.optimizer, found.directory)
         run.step, run.saved, run.num_tokens = found.step, found.step, found.facts["num_tokens"]
         run.skipped_steps, run.skipped_in_a_row = found.facts.get("skipped", (0, 0))
         changed = differences(found.facts["environment"], environment(strategy))
@@ -131,10 +133,16 @@ def begin(
     return run, found
 
 
-def load_optimizer(run: Run, directory: Path) -> None:
+def layout_of(model: PreTrainedModel, strategy: Strategy) -> Layout:
+    """The layout that ``model`` is proven to read; rank 0, which is sure to hold its weights, tries it for all."""
+    layout: Layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
+    return layout
+
+
+def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """The optimizer's state as a checkpoint has it, or, where it cannot be read and the user wants that, a new one."""
     try:
-        run.strategy.load_optimizer(run.optimizer, directory)
+        run.strategy.load_optimizer(optimizer, directory)
     except UnreadableOptimizer as error:
         if not run.spec.restart_optimizer:
             raise

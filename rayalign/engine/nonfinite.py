@@ -63,7 +63,7 @@ def with_groups(
     parts = [json.loads((folder / f"rank_{rank}.json").read_text("utf-8")) for rank in range(strategy.world_size)]
     suspects = [name for part in parts for name in part["suspects"]]
     return NonFiniteStep(
-        f"{error}; {told(suspects)}. No parameter was changed by this step. Its groups, with token ids and losses, are "
+        f"{error}; {told(suspects)}. Nothing of this step is kept. Its groups, with token ids and losses, are "
         f"in {folder}. Lower optim.lr, look at these data, or write optim.on_nonfinite: skip to go on without such "
         "steps",
         loss=error.loss,

@@ -10,12 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rayalign.engine.copies import Mirror, MirrorFailed
 from rayalign.engine.disk import num_training_bytes, room_for
@@ -29,7 +30,20 @@ from rayalign.manifest import committed
 
 log = logging.getLogger(__name__)
 Write = Callable[[Path], None]
-"""Writes something into a checkpoint's folder."""
+"""Writes something into a checkpoint's folder; rank 0 calls it."""
+SharedWrite = Callable[[Path, dist.ProcessGroup | None], None]
+"""The same, called by every rank, with the group in which they meet; rank 0 returns when all have written."""
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """A model that is trained beside the policy, with an optimizer of its own."""
+
+    model: PreTrainedModel
+
+    def written(self, copied: bool) -> SharedWrite:
+        """What writes both below a checkpoint, as they are now if ``copied``; all ranks call this alike."""
+        ...
 
 
 class Writer:
@@ -106,14 +120,14 @@ def save(
     writer: Writer,
     source: GroupSource,
     *,
-    beside: Callable[[bool], Write] | None = None,
+    beside: Beside | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Commit a checkpoint: every rank writes what it alone holds, rank 0 the rest.
 
     Where that happens beside training, the state is copied into the host's memory first, and this returns then; what
     was being saved before is committed by then. ``beside`` and ``facts`` are what the state of another loop has beyond
-    the policy's: ``beside(copied)`` gives what writes it, as it is now if ``copied``.
+    the policy's.
     """
     began = time.perf_counter()
     writer.wait()
@@ -121,19 +135,18 @@ def save(
     state, adapter = exportable(run, copied=later)
     held = strategy.optimizer_state(run.optimizer)
     run.saved = run.step
-    if strategy.rank != 0:
-        beside = None
     writer.submit(
         partial(
             write,
             run,
             directory=run.checkpointer.directory(run.step),
             step=run.step,
-            wanted=num_training_bytes(run.model),
+            wanted=sum(num_training_bytes(part.model) for part in (run, beside) if part is not None),
             state=state,
             held=copies(held) if later else held,
             group=writer.group,
-            parts=(adapter, *((beside(later),) if beside is not None else ())),
+            adapter=adapter,
+            beside=beside.written(later) if beside is not None else None,
             facts={**facts_of(run, source), **facts} if strategy.rank == 0 else {},
         )
     )
@@ -151,7 +164,8 @@ def write(
     state: Mapping[str, Tensor],
     held: Mapping[str, Tensor],
     group: dist.ProcessGroup | None,
-    parts: tuple[Write, ...],
+    adapter: Write,
+    beside: SharedWrite | None,
     facts: Mapping[str, Any],
 ) -> None:
     """This rank's part of one checkpoint; of ``run`` it reads what no step changes.
@@ -161,10 +175,11 @@ def write(
     """
     with room_for(directory, wanted):
         run.strategy.save_optimizer(held, directory, group=group)
+        if beside is not None:
+            beside(directory, group)
         if run.strategy.rank != 0:
             return
-        for part in parts:
-            part(directory)
+        adapter(directory)
         run.checkpointer.save(
             step, model=run.model, tokenizer=run.tokenizer, stop_ids=run.spec.stop_ids, facts=facts, state=state
         )

@@ -7,6 +7,7 @@ nothing that a later attempt needs, so every worker group gets a fresh one.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import logging
 import math
 import os
@@ -28,7 +29,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.util.placement_group import remove_placement_group
 
+from rayalign.engine.checkpoint import newest_step
 from rayalign.engine.disk import free_bytes, full_disk
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
@@ -91,11 +94,13 @@ class Trainer:
         checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once.
 
         Raises:
-            TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times.
+            TrainingFailed: the run failed by itself, or the cluster lost it ``job.retries`` + 1 times without a new
+                checkpoint between them.
             Stopped: that was asked for before the last step was done.
         """
-        name = job.spec.directory.name
-        for attempt in range(job.retries + 1):
+        name, checkpoints, in_vain = job.spec.directory.name, job.spec.directory / "checkpoints", 0
+        reached = newest_step(checkpoints)
+        for attempt in itertools.count(1):
             try:
                 return self.placed_attempt(job)
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
@@ -103,13 +108,16 @@ class Trainer:
                 done = last_step(job.spec.directory / "metrics.jsonl")
                 what = cluster_reason(failure, self.places)
                 lost(what)
-                if attempt == job.retries:
+                before, reached = reached, newest_step(checkpoints)
+                in_vain = 0 if reached > before else in_vain + 1
+                if in_vain > job.retries:
                     raise TrainingFailed(
-                        f"{name}: gave up after {attempt + 1} attempts, the last one lost after step {done}: {what}. "
-                        f"The same command continues from the newest checkpoint\n{failure}"
+                        f"{name}: gave up after {attempt} attempts, of which the last {in_vain} left no checkpoint; "
+                        f"the last one was lost after step {done}: {what}. The same command continues from the newest "
+                        f"checkpoint\n{failure}"
                     ) from failure
-                log.warning("%s: attempt %d was lost after step %d (%s); trying again", name, attempt + 1, done, what)
-                time.sleep(2**attempt)
+                log.warning("%s: attempt %d was lost after step %d (%s); trying again", name, attempt, done, what)
+                time.sleep(2**in_vain)
         raise AssertionError("unreachable: the loop returns or raises")
 
     def placed_attempt(self, job: TrainJob) -> Path:
@@ -272,7 +280,14 @@ class Group:
         self.abandon()
 
     def abandon(self) -> None:
-        """Remove the mailbox: workers that still live end with their job."""
+        """Free what the workers had, and remove the mailbox.
+
+        A controller that was killed frees nothing, and whoever should free it for it (Ray's PlacementGroupCleaner)
+        fails where the machine has a second Ray.
+        """
+        room = self.mailbox.reserved()
+        if room is not None:
+            remove_placement_group(room)
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 

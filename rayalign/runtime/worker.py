@@ -17,6 +17,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.train.torch import get_device
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from rayalign.data.rows import Layout
 from rayalign.engine import actor_critic
@@ -114,6 +115,15 @@ class Mailbox:
         """Where the workers are that have started."""
         return {int(path.stem): path.read_text() for path in self.folder.glob("*.worker")}
 
+    def reserve(self, room: PlacementGroup) -> None:
+        """Say which part of the cluster the workers are in."""
+        self._write("room", pickle.dumps(room))
+
+    def reserved(self) -> PlacementGroup | None:
+        """The part of the cluster that workers were in, if any have started."""
+        found = self._read("room")
+        return pickle.loads(found) if found else None
+
     def close(self) -> None:
         """Let the workers end when they are done with their job."""
         self._write("closed", b"")
@@ -149,7 +159,10 @@ class Mailbox:
 def worker_main(config: dict[str, Any]) -> None:
     """One Ray Train worker, from its start to the closing of the mailbox."""
     mailbox = Mailbox(Path(config["mailbox"]))
-    mailbox.register(ray.train.get_context().get_world_rank())
+    rank, room = ray.train.get_context().get_world_rank(), get_current_placement_group()
+    mailbox.register(rank)
+    if rank == 0 and room is not None:
+        mailbox.reserve(room)
     for number, job in mailbox.jobs():
         torch.set_num_threads(job.share.threads)
         strategy = make_strategy(job.strategy, get_device())

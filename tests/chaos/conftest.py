@@ -14,12 +14,13 @@ from workspaces import Workspace, make_workspace
 from rayalign.runtime.session import Session
 
 ELSEWHERE = (
-    "a rollout actor that dies again and again: tests/ray/test_rollouts.py",
-    "a worker, Ray Train's controller, the driver killed and started again: tests/ray/test_training.py",
-    "a worker of fsdp2, DeepSpeed, LoRA: tests/ray/test_strategies.py; of PPO: tests/ray/test_ppo_cli.py",
+    "a prompt that kills every actor: tests/ray/test_rollouts.py",
+    "a worker of DeepSpeed, of LoRA: tests/ray/test_strategies.py; of PPO: tests/ray/test_ppo_cli.py",
     "a process of a stage, torn shards: tests/ray/test_stages.py",
+    "the driver of a comparison: tests/ray/test_killed_comparison.py",
+    "a node lost for good: tests/ray/test_elastic.py; taken back: test_taken_back.py; of a pool: test_autoscaling.py",
+    "the whole workspace: tests/ray/test_mirror_cli.py; the head of the cluster: tests/ray/test_jobs.py",
 )
-
 
 HEADS = ["fault", "injected", "recoveries", "lost groups", "repeated", "curve", "seconds to recover (median / most)"]
 TABLE = pytest.StashKey[list[Incident]]()
@@ -31,14 +32,14 @@ def incidents(pytestconfig: pytest.Config) -> list[Incident]:
     return pytestconfig.stash.setdefault(TABLE, [])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def workspace(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Workspace:
     folder = tmp_path_factory.mktemp("workspace")
     write_modules(folder)
     return make_workspace(folder, test_data / "hh_harmless_test.jsonl.gz", num_pairs=200)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def session(workspace: Workspace) -> Iterator[Session]:
     with local_session(workspace.folder) as session:
         yield session

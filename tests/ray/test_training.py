@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -106,19 +105,6 @@ def test_another_configuration_under_one_name_is_refused(undisturbed: Path, work
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_answered_by_another_attempt(
-    undisturbed: Path, workspace: Workspace, address: dict[str, str]
-) -> None:
-    directory = workspace.directory("killed-worker")
-    with started("train", workspace.run("killed-worker"), environment=address) as process:
-        kill_after(directory, 6, "RayTrainWorker")
-        printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    assert "attempt 1 was lost" in printed and "continues from step_0000" in printed
-    assert_equal_runs(directory, undisturbed)
-
-
-@pytest.mark.slow
 def test_a_worker_restarted_inside_fit_continues_too(undisturbed: Path, workspace: Workspace, session: Session) -> None:
     job = job_of(workspace, session, "restarted-worker")
     killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "RayTrainWorker"))
@@ -176,35 +162,6 @@ def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace)
     assert "error: scorer.function: 'my_methods:unsure' returned nan for row 0" in failed.printed
     assert "Traceback" not in failed.printed
     wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "the evaluator's CPUs")
-
-
-@pytest.mark.slow
-def test_an_interrupted_command_fails_and_the_next_continues(
-    undisturbed: Path, workspace: Workspace, address: dict[str, str]
-) -> None:
-    path, directory = workspace.run("interrupted"), workspace.directory("interrupted")
-    with started("train", path, environment=address) as process:
-        wait_until(lambda: num_rows(directory) >= 6, "6 steps")
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=120)
-    assert process.returncode != 0, printed
-    assert not (directory / ".lease").exists()
-    assert rayalign("train", path).code == 0
-    assert_equal_runs(directory, undisturbed)
-
-
-@pytest.mark.slow
-def test_a_killed_controller_is_answered_by_another_attempt(
-    undisturbed: Path, workspace: Workspace, session: Session, caplog: pytest.LogCaptureFixture
-) -> None:
-    job = job_of(workspace, session, "killed-controller")
-    killer = threading.Thread(target=kill_after, args=(job.spec.directory, 6, "TrainController"))
-    killer.start()
-    with Trainer() as trainer:
-        trainer.fit(job)
-    killer.join()
-    assert "attempt 1 was lost" in caplog.text
-    assert_equal_runs(job.spec.directory, undisturbed)
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(dpo:
         train(spec, Poisoned(dpo, {5}), SINGLE)
     folder = spec.directory / "nonfinite" / "step_000006"
     assert str(caught.value).startswith("step 6: loss nan, gradient norm ")
-    assert f"; the loss is not finite on {name}. No parameter was changed" in str(caught.value)
+    assert f"; the loss is not finite on {name}. Nothing of this step is kept" in str(caught.value)
     assert str(folder) in str(caught.value) and "optim.on_nonfinite: skip" in str(caught.value)
     assert [row["step"] for row in rows(spec.directory)] == [1, 2, 3, 4, 5]
     assert checkpoint_of(spec.directory, 4)

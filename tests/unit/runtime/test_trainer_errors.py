@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +24,7 @@ from rayalign.engine.disk import DiskFull
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
-from rayalign.manifest import TornDirectory
+from rayalign.manifest import MANIFEST, TornDirectory
 from rayalign.runtime.failures import WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.trainer import Trainer, TrainingFailed
@@ -82,11 +83,13 @@ def test_failures_of_the_run(error: BaseException) -> None:
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What each attempt does: an error that it raises, or what it returns."""
+    """What each attempt does: an error that it raises, or what it returns, or what it calls for one of them."""
     outcomes: list[Any] = []
 
     def once(self: Trainer, job: TrainJob) -> Path:
         outcome = outcomes.pop(0)
+        if callable(outcome):
+            outcome = outcome()
         if isinstance(outcome, BaseException):
             raise outcome
         return Path(outcome)
@@ -108,10 +111,38 @@ def test_a_lost_worker_and_a_lost_controller_are_answered(
 def test_attempts_end(attempts: list[Any]) -> None:
     attempts += [worker_failure(r0=LOST)] * 3 + ["final"]
     with pytest.raises(
-        TrainingFailed, match="dpo-hh: gave up after 3 attempts, the last one lost after step 0: worker 0"
+        TrainingFailed,
+        match="dpo-hh: gave up after 3 attempts, of which the last 3 left no checkpoint; "
+        "the last one was lost after step 0: worker 0",
     ):
         Trainer().fit(JOB)
     assert attempts == ["final"]
+
+
+def test_attempts_that_leave_a_checkpoint_do_not_end(attempts: list[Any], tmp_path: Path) -> None:
+    """Two more in a row are allowed; a folder without a manifest is none."""
+
+    def losing(step: int, *, committed: bool = True) -> Callable[[], BaseException]:
+        def attempt() -> BaseException:
+            folder = tmp_path / "checkpoints" / f"step_{step:06d}-a1"
+            folder.mkdir(parents=True, exist_ok=True)
+            if committed:
+                (folder / MANIFEST).touch()
+            return worker_failure(r0=LOST)
+
+        return attempt
+
+    job = replace_directory(JOB, tmp_path)
+    attempts += [*[losing(5)] * 3, losing(10), *[losing(15)] * 3, losing(20), "final"]
+    assert Trainer().fit(job) == Path("final")
+    attempts += [losing(25), losing(30, committed=False), *[losing(25)] * 2, "final"]
+    with pytest.raises(TrainingFailed, match="gave up after 4 attempts, of which the last 3 left no checkpoint"):
+        Trainer().fit(job)
+    assert attempts == ["final"]
+
+
+def replace_directory(job: TrainJob, directory: Path) -> TrainJob:
+    return cast(TrainJob, SimpleNamespace(**{**vars(job), "spec": SimpleNamespace(directory=directory)}))
 
 
 def test_waiting_for_room_loses_no_attempt(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
+from teams import Task, results_of
 from tiny_rollouts import InProcess, OnPolicyRun
-from tiny_runs import join, objective, same_optimizer, store, synthetic_groups, train_with_critic
+from tiny_runs import objective, same_optimizer, store, synthetic_groups, train_with_critic
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.store import TokenStore
@@ -25,6 +26,7 @@ from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.run import CriticSpec
 from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.step import NonFiniteStep
+from rayalign.engine.strategy import Strategy, StrategySpec
 from rayalign.errors import Stopped
 from rayalign.manifest import read_manifest, verify
 from rayalign.runtime.rounds import serving
@@ -206,29 +208,110 @@ def test_a_stopped_trainer_ends_in_the_same_two_models(
     same_end(run, trained)
 
 
-def worker(rank: int, folder: Path, run: OnPolicyRun) -> None:
-    strategy = join(rank, 2, folder / "meeting-point")
-    train_with_critic(run.spec(), run.scenario, strategy)
-    dist.destroy_process_group()
+# Teams of two workers.
+
+SHARDED = {
+    "ddp": StrategySpec(name="ddp"),
+    "fsdp2": StrategySpec(name="fsdp2"),
+    "zero2": StrategySpec(name="deepspeed", zero_stage=2),
+    "zero3": StrategySpec(name="deepspeed", zero_stage=3),
+}
+CHANGES = [
+    ("ddp", "ddp"),
+    ("fsdp2", "fsdp2"),
+    ("fsdp2", "ddp"),
+    ("ddp", "fsdp2"),
+    ("zero2", "zero2"),
+    ("zero3", "zero3"),
+]
+"""A run that is stopped inside its first round goes on under another strategy."""
+KEPT = {"checkpoint_keep": 9}
+
+
+def part_of_a_run(strategy: Strategy, run: OnPolicyRun, changes: Mapping[str, Any], last_step: int) -> None:
+    """Train up to ``last_step``; rank 0's process draws the rounds."""
+
+    def stop() -> bool:
+        return (run.directory / "metrics.jsonl").exists() and len(rows(run)) == last_step - 1
+
+    with contextlib.ExitStack() as stack:
+        if strategy.rank == 0:
+            stack.enter_context(serving(run.job, InProcess(), run.notes.append))
+        with contextlib.suppress(Stopped):
+            train_with_critic(run.spec(**changes), run.scenario, strategy, stop=stop)
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -> dict[str, OnPolicyRun]:
+    """What two workers did: whole runs, whole runs that save beside training, runs in two parts."""
+    folder = tmp_path_factory.mktemp("teams")
+    known = {name: spec for name, spec in SHARDED.items() if spec.name != "deepspeed" or find_spec("deepspeed")}
+    runs, tasks = {}, {}
+    for name, spec in known.items():
+        for way in ("whole", "late"):
+            runs[f"{name} {way}"] = run = ppo(folder / f"{name}-{way}", model, file)
+            changes = {"checkpoint_asynchronous": way == "late"}
+            tasks[f"{name} {way}"] = Task(spec, part_of_a_run, (run, changes, PLAN.steps + 1))
+    for before, after in CHANGES:
+        if before in known:
+            runs[f"{before} {after}"] = run = ppo(folder / f"{before}-{after}", model, file)
+            tasks[f"{before} {after} 1"] = Task(known[before], part_of_a_run, (run, KEPT, 3))
+            tasks[f"{before} {after} 2"] = Task(known[after], part_of_a_run, (run, KEPT, PLAN.steps + 1))
+    results_of(folder, 2, tasks)
+    return runs
+
+
+def of_teams(teams: Mapping[str, OnPolicyRun], name: str) -> OnPolicyRun:
+    if name not in teams:
+        pytest.skip("needs deepspeed: make test-slow installs it")
+    return teams[name]
 
 
 @pytest.mark.slow
-def test_two_workers_are_one(trained: OnPolicyRun, tmp_path: Path, model: Path, file: Path) -> None:
-    run = ppo(tmp_path / "run", model, file)
-    with serving(run.job, InProcess(), run.notes.append):
-        multiprocessing.spawn(worker, args=(tmp_path, run), nprocs=2)
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_workers_are_one(name: str, teams: Mapping[str, OnPolicyRun], trained: OnPolicyRun) -> None:
+    run = of_teams(teams, f"{name} whole")
     for number in range(2):
         mine, theirs = (opened(each, number) for each in (run, trained))
-        for name in ("old_value", "advantage", "return"):
-            left, right = (np.concatenate([each[row].per_token[name] for row in range(8)]) for each in (mine, theirs))
+        for column in ("old_value", "advantage", "return"):
+            left, right = (np.concatenate([each[row].per_token[column] for row in range(8)]) for each in (mine, theirs))
             assert left == pytest.approx(right, abs=2e-4)
-    for mine, theirs in zip(rows(run), rows(trained), strict=True):
+    equal_up_to_rounding(run, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_both_models_are_saved_beside_training(name: str, teams: Mapping[str, OnPolicyRun]) -> None:
+    same_models(of_teams(teams, f"{name} late"), of_teams(teams, f"{name} whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_both_models_go_on_under_another_strategy(
+    before: str, after: str, teams: Mapping[str, OnPolicyRun], trained: OnPolicyRun
+) -> None:
+    run = of_teams(teams, f"{before} {after}")
+    assert (checkpoint(run, 3) / "critic" / "model.safetensors").exists()
+    if before == after:
+        same_models(run, of_teams(teams, f"{before} whole"))
+    equal_up_to_rounding(run, trained)
+
+
+def same_models(one: OnPolicyRun, other: OnPolicyRun) -> None:
+    for place in ("final", "final_critic"):
+        mine, theirs = (load_file(each.directory / place / "model.safetensors") for each in (one, other))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [row["loss"] for row in rows(one)] == [row["loss"] for row in rows(other)]
+
+
+def equal_up_to_rounding(run: OnPolicyRun, alone: OnPolicyRun) -> None:
+    for mine, theirs in zip(rows(run), rows(alone), strict=True):
         assert mine.keys() == theirs.keys()
         for name in ("loss", "critic/loss", "critic/value", "critic/return", "kl/behavior_k3"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
         assert mine["critic/grad_norm"] == pytest.approx(theirs["critic/grad_norm"], rel=1e-3)
     for place in ("final", "final_critic"):
-        one, two = (load_file(each.directory / place / "model.safetensors") for each in (run, trained))
+        one, two = (load_file(each.directory / place / "model.safetensors") for each in (run, alone))
         assert max(float((one[name] - two[name]).abs().max()) for name in two) <= 3e-4  # a third of the rate
 
 
