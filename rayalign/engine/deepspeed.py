@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.engine.disk import save_object
 from rayalign.engine.forward import Policy, RootModule
-from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.model import ModelSpec
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
 from rayalign.engine.optimizer_state import FOLDER, Held, UnreadableOptimizer
+from rayalign.engine.skeleton import CPU, load_on_rank_0, replace_parameters, spread_buffers
 from rayalign.engine.source import State
 from rayalign.engine.strategy import StrategySpec, from_rank_0, sum_over_ranks
 from rayalign.engine.zero_config import zero_config
@@ -34,7 +35,7 @@ NAMES = tuple(field.name for field in fields(Scores))
 
 @dataclass(frozen=True, slots=True)
 class DeepSpeed:
-    """Every rank reads the model into the host's memory; DeepSpeed takes it apart."""
+    """Rank 0 reads the model into the host's memory; DeepSpeed sends its parameters, one after the other."""
 
     device: torch.device
     rank: int
@@ -42,7 +43,7 @@ class DeepSpeed:
     spec: StrategySpec
 
     def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_policy(spec, device=self.device, place=torch.device("cpu"))
+        return load_on_rank_0(spec, self.device, self.rank)
 
     def wrap(
         self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
@@ -50,6 +51,9 @@ class DeepSpeed:
         deepspeed = imported()
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         config = zero_config(self.spec, optimizer, bfloat16=compute_dtype == torch.bfloat16)
+        if self.rank != 0:  # room that no memory is taken for before something is written there
+            replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=CPU))
+        spread_buffers(policy, over=self.device, to=CPU)
         tuples = Tuples(policy)
         adam = make_optimizer(policy, optimizer)
         engine, *_ = deepspeed.initialize(model=tuples, optimizer=adam, config=config, dist_init_required=False)

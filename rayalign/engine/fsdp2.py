@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.engine.compiled import blocks
 from rayalign.engine.forward import RootModule
-from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.model import ModelSpec
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
 from rayalign.engine.optimizer_state import Held, load_state, named_state, save_state
+from rayalign.engine.skeleton import CPU, META, load_on_rank_0, replace_parameters, spread_buffers
 from rayalign.engine.source import State
 from rayalign.engine.strategy import StrategySpec, clip_gradient, from_rank_0, sum_over_ranks
 
 log = logging.getLogger(__name__)
-CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class FSDP2:
 
     def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Whole on rank 0, in the host's memory; a skeleton without weights on the others."""
-        return load_policy(spec, device=self.device, place=CPU if self.rank == 0 else META)
+        return load_on_rank_0(spec, self.device, self.rank)
 
     def wrap(
         self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
@@ -147,15 +147,7 @@ class FSDP2:
             return spread.to(CPU) if offloaded else spread
 
         replace_parameters(policy, part)
-        for module in policy.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = self._constant(buffer)
-
-    def _constant(self, buffer: Tensor) -> Tensor:
-        held = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.detach().to(self.device)
-        dist.broadcast(held, src=0)
-        return held
+        spread_buffers(policy, over=self.device, to=self.device)
 
 
 def vector_modules(block: nn.Module) -> Iterator[nn.Module]:
@@ -164,17 +156,3 @@ def vector_modules(block: nn.Module) -> Iterator[nn.Module]:
         own = list(module.parameters(recurse=False))
         if own and all(parameter.ndim < 2 for parameter in own):
             yield module
-
-
-def replace_parameters(module: nn.Module, replacement: Callable[[nn.Parameter], Tensor]) -> None:
-    """Put ``replacement(parameter)`` where each parameter is; one that has several places stays one."""
-    made: dict[int, nn.Parameter] = {}
-    replaced = []  # held, so that no two of them ever have one id
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                replaced.append(parameter)
-                made[id(parameter)] = nn.Parameter(replacement(parameter), requires_grad=parameter.requires_grad)
-            owner._parameters[name] = made[id(parameter)]

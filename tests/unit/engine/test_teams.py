@@ -136,6 +136,7 @@ FORMS = {
     "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
+SHARDED = ("fsdp2", "zero2", "zero3")
 LATE = ("ddp", "fsdp2", "zero2", "zero3")
 DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
 ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
@@ -203,7 +204,11 @@ def pair(
 ):
     """What two workers did."""
     low = replace(scenarios["dpo"], dtype="bfloat16")
-    tasks = {f"load {name}": Task(FSDP2, loaded_state, (spec,)) for name, spec in models.items()}
+    tasks = {
+        f"load {team} {name}": Task(TEAMS[team], loaded_state, (spec,))
+        for team in SHARDED
+        for name, spec in models.items()
+    }
     tasks |= {"bfloat16": Task(FSDP2, token_logps, (low,)), "float32": Task(FSDP2, token_logps, (scenarios["dpo"],))}
     tasks |= {"low run": Task(FSDP2, run_in_shares, (replace(low, steps=5),))}
     for before, after in CHANGES:
@@ -243,10 +248,11 @@ def pair(
     return found
 
 
+@pytest.mark.parametrize("team", SHARDED)
 @pytest.mark.parametrize("name", [*LOADED, "scratch", "reward model"])
-def test_loaded_in_shards_and_gathered_again(name: str, models: dict[str, ModelSpec], pair) -> None:
+def test_loaded_in_shards_and_gathered_again(team: str, name: str, models: dict[str, ModelSpec], pair) -> None:
     model, _ = load_policy(models[name])
-    state, elsewhere = pair[f"load {name}"]
+    state, elsewhere = pair[f"load {team} {name}"]
     assert list(state) == list(model.state_dict())
     assert state_digest(state) == weights_digest(model)
     assert all(tensor.numel() == 0 for tensor in elsewhere.values())
