@@ -21,9 +21,6 @@ def unsupported(run: RunConfig) -> list[str]:
         f"checkpoint.mirror with data_policy: {run.data_policy.name}, whose rounds it does not hold; remove it": (
             run.checkpoint.mirror is not None and run.data_policy.name != "off_policy"
         ),
-        "model.lora with strategy: deepspeed; write single, ddp or fsdp2": (
-            run.model.lora is not None and run.strategy.name == "deepspeed"
-        ),
         "model.compile with strategy: deepspeed; write single, ddp or fsdp2": (
             run.model.compile and run.strategy.name == "deepspeed"
         ),

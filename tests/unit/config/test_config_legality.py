@@ -283,10 +283,7 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             [*ON_POLICY, "rollout.actors=[1, 2]", "rollout.placement=separate"],
             [],
         ),
-        (
-            ["strategy=deepspeed", "model.lora.rank=4"],
-            ["this release does not run model.lora with strategy: deepspeed; write single, ddp or fsdp2"],
-        ),
+        (["strategy={name: deepspeed, zero_stage: 3}", "model.lora.rank=4", "reference.place=trainer"], []),
         (["strategy=fsdp2", "model.compile=true", "model.gradient_checkpointing=true"], []),
         (
             ["strategy=deepspeed", "model.compile=true"],

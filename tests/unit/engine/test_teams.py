@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from teams import Task, drawn_run, loaded_state, refused_run, results_of, run_in_shares, token_logps, whole_run
 from test_equivalence import assert_equivalent
@@ -27,6 +28,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from rayalign.engine.lora import ADAPTER as ADAPTER_FOLDER
 from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_digest
@@ -43,6 +45,8 @@ pytestmark = [
 SINGLE = make_strategy("single", CPU)
 DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
 ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2, 3))
+GATHERING = replace(ZERO3, config='{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+"""Of a tiny model, too, every parameter is whole only while it is used."""
 TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
 METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora")
 
@@ -100,7 +104,6 @@ def shared(folder: Path, scenarios: dict[str, Scenario]) -> dict[str, list[tuple
         f"{team}-{name}": Task(spec, run_in_shares, (scenario,))
         for team, spec in TEAMS.items()
         for name, scenario in scenarios.items()
-        if scenario.lora is None or spec.name != "deepspeed"
     }
     return results_of(folder, 3, tasks)
 
@@ -108,8 +111,6 @@ def shared(folder: Path, scenarios: dict[str, Scenario]) -> dict[str, list[tuple
 @pytest.mark.parametrize("team", TEAMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_unequal_shares(team: str, name: str, scenarios: dict[str, Scenario], shared) -> None:
-    if name == "lora" and TEAMS[team].name == "deepspeed":
-        return  # refused: see the legality of configurations
     alone, _ = run_in_shares(SINGLE, scenarios[name])
     found = shared[f"{team}-{name}"]
     assert (3, 1, 0) in zip(*(held for _, held in found), strict=True)
@@ -128,17 +129,30 @@ REFUSED = {
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
     ("fsdp2", "zero2"): r"\.metadata, __0_0\.distcp, __1_0\.distcp, which deepspeed with 2 workers cannot read",
 }
+ADAPTER = {"lora": LoraSpec(rank=3, alpha=6.0), "reference_in_place": True}
 FORMS = {
     "checkpointing": (FSDP2, {"gradient_checkpointing": True}),
     "checkpointing in bfloat16": (FSDP2, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
     "offload 2": (replace(ZERO2, cpu_offload=True), {}),
     "offload 3": (replace(ZERO3, cpu_offload=True), {}),
     "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
+    "gathered": (GATHERING, {}),
+    "adapter": (GATHERING, ADAPTER),
+    "adapter, checkpointing": (GATHERING, {**ADAPTER, "gradient_checkpointing": True}),
+    "adapter, offload 2": (replace(ZERO2, cpu_offload=True), ADAPTER),
+    "adapter, offload 3": (replace(GATHERING, cpu_offload=True), ADAPTER),
+    "adapter in bfloat16": (GATHERING, {**ADAPTER, "dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
 LATE = ("ddp", "fsdp2", "zero2", "zero3")
-DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
-ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
+LORA = LoraSpec(rank=2, alpha=4.0)
+DRAWN = {
+    "drawn": (FSDP2, None),
+    "drawn by an adapter": (FSDP2, LORA),
+    "drawn by an adapter of zero2": (ZERO2, LORA),
+    "drawn by an adapter of zero3": (GATHERING, LORA),
+}
+ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3")]
 CHANGES = [
     ("fsdp2", "fsdp2"),
     ("fsdp2", "ddp"),
@@ -231,11 +245,14 @@ def pair(
         directory = folder / f"lora-{before}-{after}"
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
-    tasks["whole lora"] = Task(FSDP2, whole_run, (spec_of(folder / "whole-lora", adapting), adapting))
+    for name in {before for before, after in ADAPTED if before == after}:
+        tasks[f"whole lora {name}"] = Task(
+            TEAMS[name], whole_run, (spec_of(folder / f"whole-lora-{name}", adapting), adapting)
+        )
     for name, (spec, change) in FORMS.items():
         tasks[name] = Task(spec, run_in_shares, (replace(scenarios["dpo"], steps=4, **change),))
-    for name, lora in DRAWN.items():
-        tasks[name] = Task(FSDP2, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
+    for name, (spec, lora) in DRAWN.items():
+        tasks[name] = Task(spec, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
     (folder / "two").mkdir()
     found = results_of(folder / "two", 2, tasks)
     for before, _ in [change for change in CHANGES if change[1] == "single"]:
@@ -305,7 +322,25 @@ def test_checkpoints_that_are_written_beside_training(name: str, folder: Path, p
 
 @pytest.mark.parametrize(("before", "after"), ADAPTED)
 def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
-    assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora", exactly=before == after)
+    whole = after if before == after else "fsdp2"
+    assert_same_run(folder / f"lora-{before}-{after}", folder / f"whole-lora-{whole}", exactly=before == after)
+    assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora-fsdp2", exactly=False)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_an_adapter_that_deepspeed_trained_is_exported(name: str, folder: Path, adapting: Scenario, pair) -> None:
+    """Merged and alone, and the base is as it was: what differs from it has rank 2."""
+    final = folder / f"whole-lora-{name}" / "final"
+    verify(final)
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (adapting.model, final))
+    moved = {key: weight - base.state_dict()[key] for key, weight in merged.state_dict().items()}
+    changed = {key: change for key, change in moved.items() if change.any()}
+    assert changed and all("_proj." in key for key in changed)
+    assert all(torch.linalg.matrix_rank(change, rtol=1e-3) <= 2 for change in changed.values())
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        expected = merged(ids).logits
+        assert torch.allclose(PeftModel.from_pretrained(base, final / ADAPTER_FOLDER)(ids).logits, expected, atol=2e-5)
 
 
 def assert_same_run(directory: Path, whole: Path, *, exactly: bool) -> None:
@@ -341,7 +376,7 @@ def test_a_checkpoint_of_shards_is_a_model_and_whole(folder: Path, pair) -> None
 def test_rounds_are_drawn_with_gathered_weights(name: str, folder: Path, resumed: Scenario, pair) -> None:
     """The actor takes the weights only if it scores the canary as the wrapped policy does."""
     alone = folder / f"{name} alone"
-    drawn_run(SINGLE, alone, resumed.model, prompts(folder), DRAWN[name])
+    drawn_run(SINGLE, alone, resumed.model, prompts(folder), DRAWN[name][1])
     mine, theirs = (read_metrics(run / "metrics.jsonl") for run in (folder / name, alone))
     assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
     assert [row["rollout/reward"] for row in mine] == [row["rollout/reward"] for row in theirs]
