@@ -15,9 +15,6 @@ def unsupported(run: RunConfig) -> list[str]:
         "elastic workers with strategy: deepspeed, whose checkpoints need as many workers; write one number": (
             isinstance(run.strategy.workers, tuple) and run.strategy.name == "deepspeed"
         ),
-        f"model.lora with {record.name}; remove it to train all weights": (
-            run.model.lora is not None and record.trains == "scalar"
-        ),
         f"checkpoint.mirror with data_policy: {run.data_policy.name}, whose rounds it does not hold; remove it": (
             run.checkpoint.mirror is not None and run.data_policy.name != "off_policy"
         ),

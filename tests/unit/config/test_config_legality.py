@@ -315,6 +315,7 @@ def test_reward_models_run_and_a_policy_with_a_head_of_its_own_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert unsupported(load_run(None, [*OFFLINE, "method=reward_model", "evaluate.every=5", "data.eval=e.jsonl"])) == []
+    assert unsupported(load_run(None, [*OFFLINE, "method=reward_model", "strategy=fsdp2", "model.lora.rank=4"])) == []
     (tmp_path / "two_heads.py").write_text(
         "from dataclasses import replace\n"
         "from rayalign.methods.dpo import METHOD as DPO\n"

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from rayalign.data.rank import ranked
 from rayalign.engine.lora import ADAPTER as ADAPTER_FOLDER
 from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
@@ -48,7 +50,7 @@ ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2
 GATHERING = replace(ZERO3, config='{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
 """Of a tiny model, too, every parameter is whole only while it is used."""
 TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
-METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora")
+METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora", "lora_rewards")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
     rounds = drawn(store(folder / "drawn", four, reference=model, groups_per_step=4), rloo)
     small = {"tokens_per_micro_batch": 40, "row_tokens": 40}
     bare = replace(stored, columns=((),))
+    ordered = store(
+        folder / "ordered", [own for group in pairs for own in ranked(group, by_reward=True)], groups_per_step=4
+    )
     return {
         "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),), **small),
         "lora": Scenario(
@@ -85,6 +90,14 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             lr=5e-3,
             lora=LoraSpec(rank=3, alpha=6.0),
             reference_in_place=True,
+            **small,
+        ),
+        "lora_rewards": Scenario(
+            model=calm,
+            streams=(ordered,),
+            objectives=(objective("reward_model", center=0.01),),
+            lr=5e-3,
+            lora=LoraSpec(rank=3, alpha=6.0),
             **small,
         ),
         "exo_rw": Scenario(
@@ -186,16 +199,15 @@ def resumed(folder: Path) -> Scenario:
 
 
 @pytest.fixture(scope="module")
-def adapting(resumed: Scenario) -> Scenario:
-    """DPO of an adapter, beside a reference in place."""
+def adapting(folder: Path, resumed: Scenario) -> dict[str, Scenario]:
+    """DPO of an adapter, beside a reference in place; and a reward model's adapter, beside its head."""
     bare = replace(resumed.streams[0], columns=((),))
-    return replace(
-        resumed,
-        streams=(bare,),
-        objectives=(objective("dpo"),),
-        lora=LoraSpec(rank=2, alpha=4.0, dropout=0.1),
-        reference_in_place=True,
-    )
+    lora = LoraSpec(rank=2, alpha=4.0, dropout=0.1)
+    pairs = [own for group in synthetic_groups([2] * 10) for own in ranked(group, by_reward=True)]
+    ordered = store(folder / "resumed-ordered", pairs, groups_per_step=4)
+    dpo = replace(resumed, streams=(bare,), objectives=(objective("dpo"),), lora=lora, reference_in_place=True)
+    rewards = replace(resumed, streams=(ordered,), objectives=(objective("reward_model"),), lora=lora)
+    return {"lora": dpo, "rewards": rewards}
 
 
 def prompts(folder: Path) -> Path:
@@ -213,7 +225,11 @@ def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> Trai
 
 @pytest.fixture(scope="module")
 def pair(
-    folder: Path, models: dict[str, ModelSpec], scenarios: dict[str, Scenario], resumed: Scenario, adapting: Scenario
+    folder: Path,
+    models: dict[str, ModelSpec],
+    scenarios: dict[str, Scenario],
+    resumed: Scenario,
+    adapting: dict[str, Scenario],
 ):
     """What two workers did."""
     low = replace(scenarios["dpo"], dtype="bfloat16")
@@ -241,14 +257,13 @@ def pair(
     for name in LATE:
         late = replace(spec_of(folder / f"late-{name}", resumed), checkpoint_asynchronous=True)
         tasks[f"late {name}"] = Task(TEAMS[name], whole_run, (late, resumed))
-    for before, after in ADAPTED:
-        directory = folder / f"lora-{before}-{after}"
-        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
-        tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
-    for name in {before for before, after in ADAPTED if before == after}:
-        tasks[f"whole lora {name}"] = Task(
-            TEAMS[name], whole_run, (spec_of(folder / f"whole-lora-{name}", adapting), adapting)
-        )
+    for (before, after), (kind, scenario) in product(ADAPTED, adapting.items()):
+        directory = folder / f"{kind}-{before}-{after}"
+        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, scenario, STEPS), scenario))
+        tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, scenario), scenario))
+    for name, (kind, scenario) in product({before for before, after in ADAPTED if before == after}, adapting.items()):
+        directory = folder / f"whole-{kind}-{name}"
+        tasks[directory.name] = Task(TEAMS[name], whole_run, (spec_of(directory, scenario), scenario))
     for name, (spec, change) in FORMS.items():
         tasks[name] = Task(spec, run_in_shares, (replace(scenarios["dpo"], steps=4, **change),))
     for name, (spec, lora) in DRAWN.items():
@@ -320,19 +335,22 @@ def test_checkpoints_that_are_written_beside_training(name: str, folder: Path, p
     assert_same_run(folder / f"late-{name}", folder / f"whole-{name}", exactly=True)
 
 
+@pytest.mark.parametrize("kind", ["lora", "rewards"])
 @pytest.mark.parametrize(("before", "after"), ADAPTED)
-def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
+def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, kind: str, folder: Path, pair) -> None:
     whole = after if before == after else "fsdp2"
-    assert_same_run(folder / f"lora-{before}-{after}", folder / f"whole-lora-{whole}", exactly=before == after)
-    assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora-fsdp2", exactly=False)
+    assert_same_run(folder / f"{kind}-{before}-{after}", folder / f"whole-{kind}-{whole}", exactly=before == after)
+    assert_same_run(folder / f"{kind}-{before}-{after}", folder / f"whole-{kind}-fsdp2", exactly=False)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_an_adapter_that_deepspeed_trained_is_exported(name: str, folder: Path, adapting: Scenario, pair) -> None:
+def test_an_adapter_that_deepspeed_trained_is_exported(
+    name: str, folder: Path, adapting: dict[str, Scenario], pair
+) -> None:
     """Merged and alone, and the base is as it was: what differs from it has rank 2."""
     final = folder / f"whole-lora-{name}" / "final"
     verify(final)
-    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (adapting.model, final))
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (adapting["lora"].model, final))
     moved = {key: weight - base.state_dict()[key] for key, weight in merged.state_dict().items()}
     changed = {key: change for key, change in moved.items() if change.any()}
     assert changed and all("_proj." in key for key in changed)
