@@ -27,9 +27,6 @@ def unsupported(run: RunConfig) -> list[str]:
         f"method: {record.name} with strategy: {run.strategy.name}; write single or ddp": (
             record.critic is not None and run.strategy.name in ("fsdp2", "deepspeed")
         ),
-        f"model.lora with method: {record.name}, which trains two models; remove it": (
-            record.critic is not None and run.model.lora is not None
-        ),
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
             record.trains == "policy" and bool(record.needs & {"value", "score"})
         ),

@@ -275,6 +275,10 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
         (["strategy=ddp", "optim.steps=3", "model.from_scratch=true"], []),
         (["strategy={name: deepspeed, workers: 2, zero_stage: 3, cpu_offload: true, config: ds.json}"], []),
         (["model.lora.rank=4", "reference.place=trainer"], []),
+        (
+            ["model.lora.rank=4", "method=ppo", "data_policy=on_policy", "rollout.samples=1", f"scorer={RULE}"],
+            [],
+        ),
         (["strategy={name: ddp, workers: [1, 2]}"], []),
         (["strategy={name: fsdp2, workers: 2, cpu_offload: true, sync_every_micro_batch: true}"], []),
         (ON_POLICY, []),
