@@ -13,7 +13,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from teams import Task, drawn_run, loaded_state, refused_run, results_of, run_in_shares, token_logps, whole_run
+from teams import (
+    Task,
+    drawn_run,
+    loaded_state,
+    refused_run,
+    results_of,
+    run_in_shares,
+    states_around_an_evaluation,
+    token_logps,
+    whole_run,
+)
 from test_equivalence import assert_equivalent
 from tiny_runs import (
     CPU,
@@ -49,7 +59,7 @@ DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
 ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2, 3))
 GATHERING = replace(ZERO3, config='{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
 """Of a tiny model, too, every parameter is whole only while it is used."""
-TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
+TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": GATHERING}
 METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora", "lora_rewards")
 
 
@@ -157,6 +167,7 @@ FORMS = {
     "adapter in bfloat16": (GATHERING, {**ADAPTER, "dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
+EVALUATED = ("dpo", "lora_rewards")
 LATE = ("ddp", "fsdp2", "zero2", "zero3")
 LORA = LoraSpec(rank=2, alpha=4.0)
 DRAWN = {
@@ -235,6 +246,10 @@ def pair(
     low = replace(scenarios["dpo"], dtype="bfloat16")
     tasks = {f"load {name}": Task(FSDP2, loaded_state, (spec,)) for name, spec in models.items()}
     tasks |= {"bfloat16": Task(FSDP2, token_logps, (low,)), "float32": Task(FSDP2, token_logps, (scenarios["dpo"],))}
+    tasks |= {
+        f"evaluated {team} {name}": Task(spec, states_around_an_evaluation, (scenarios[name],))
+        for (team, spec), name in product(TEAMS.items(), EVALUATED)
+    }
     tasks |= {"low run": Task(FSDP2, run_in_shares, (replace(low, steps=5),))}
     for before, after in CHANGES:
         directory = folder / f"{before}-{after}"
@@ -296,6 +311,14 @@ def test_a_skeleton_holds_no_weights(models: dict[str, ModelSpec]) -> None:
 def test_a_forward_gives_the_very_bits_of_single(dtype: str, scenarios: dict[str, Scenario], pair) -> None:
     expected = token_logps(SINGLE, replace(scenarios["dpo"], dtype=dtype))
     assert all(torch.equal(found, expected) for found in pair[dtype])
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("name", EVALUATED)
+def test_weights_are_gathered_after_an_evaluation_too(team: str, name: str, pair) -> None:
+    """Which reads them, and ends without the backward that would put them back in parts."""
+    (before, after), nothing = pair[f"evaluated {team} {name}"]
+    assert before == after and nothing == []
 
 
 def test_steps_computed_in_bfloat16_stay_close(scenarios: dict[str, Scenario], pair) -> None:
