@@ -54,6 +54,7 @@ SIDES: dict[str, tuple[StrategySpec, dict[str, Any]]] = {
     "deepspeed, ZeRO 3": (StrategySpec(name="deepspeed", zero_stage=3), {}),
     "ddp, LoRA": (StrategySpec(name="ddp"), {"lora": LORA}),
     "fsdp2, LoRA": (StrategySpec(name="fsdp2"), {"lora": LORA}),
+    "deepspeed, ZeRO 3, LoRA": (StrategySpec(name="deepspeed", zero_stage=3), {"lora": LORA}),
 }
 """Each with what it changes of the model."""
 

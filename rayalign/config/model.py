@@ -10,7 +10,7 @@ from rayalign.config.fields import Block, ModelPath
 
 
 class LoraConfig(Block):
-    """Low-rank adapters instead of all weights."""
+    """Low-rank adapters instead of all weights; a reward model's head is trained whole beside them."""
 
     rank: int = Field(default=16, ge=1)
     """Inner dimension of an adapter."""

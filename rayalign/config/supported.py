@@ -15,20 +15,11 @@ def unsupported(run: RunConfig) -> list[str]:
         "elastic workers with strategy: deepspeed, whose checkpoints need as many workers; write one number": (
             isinstance(run.strategy.workers, tuple) and run.strategy.name == "deepspeed"
         ),
-        f"model.lora with {record.name}; remove it to train all weights": (
-            run.model.lora is not None and record.trains == "scalar"
-        ),
-        "model.lora with strategy: deepspeed; write single, ddp or fsdp2": (
-            run.model.lora is not None and run.strategy.name == "deepspeed"
-        ),
         "model.compile with strategy: deepspeed; write single, ddp or fsdp2": (
             run.model.compile and run.strategy.name == "deepspeed"
         ),
         "optim.on_nonfinite: skip with strategy: deepspeed, which may have updated already; write stop, or fsdp2": (
             run.optim.on_nonfinite == "skip" and run.strategy.name == "deepspeed"
-        ),
-        f"model.lora with method: {record.name}, which trains two models; remove it": (
-            record.critic is not None and run.model.lora is not None
         ),
         f"method: {record.name}, which needs a scalar head beside the policy's log-probabilities": (
             record.trains == "policy" and bool(record.needs & {"value", "score"})

@@ -89,10 +89,11 @@ class FSDP2:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        held = model.state_dict()  # reshards what a forward without a backward left whole, the root's part too
         sharded = dict(model.named_parameters(remove_duplicate=False))
         gathered: dict[int, Tensor] = {}
         state: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in held.items():
             key = id(sharded.get(name, tensor))
             if key not in gathered:
                 gathered[key] = self._gathered(sharded.get(name, tensor))

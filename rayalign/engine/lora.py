@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W x + (α / r) B A x, of which only A and B are trained.
 
 Peft puts the layers into the model, which stays of its own class. Whoever samples, scores or loads the model gets W +
-(α / r) B A as one matrix; the adapter alone is written beside it, in peft's layout.
+(α / r) B A as one matrix; the adapter alone is written beside it, in peft's layout. A scalar head is small, and new as
+a rule: it is trained whole, and written as a part of the adapter.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rayalign.engine.scalar import HEAD, HEAD_WEIGHT, is_scalar
 from rayalign.errors import MissingExtra, UserError
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch
@@ -40,7 +42,7 @@ class LoraSpec:
     alpha: float
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
-    """Names of the layers; empty: every linear layer but the LM head."""
+    """Names of the layers; empty: every linear layer but the head."""
 
 
 class GradientDropout(nn.Dropout):
@@ -57,7 +59,7 @@ def refuse_missing_peft() -> None:
 
 
 def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: Path | None = None) -> None:
-    """Put an adapter into ``model`` and freeze everything else; ``trained`` holds one to go on from.
+    """Put an adapter into ``model`` and freeze all but a scalar head; ``trained`` holds one to go on from.
 
     Raises:
         UserError: ``target_modules`` names what is no linear layer of the blocks.
@@ -84,12 +86,14 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: P
     for layer in adapted(model).values():
         if spec.dropout:
             layer.lora_dropout[NAME] = GradientDropout(spec.dropout)
+    if is_scalar(model):
+        model.get_parameter(HEAD_WEIGHT).requires_grad_(True)
     if trained is not None and not skeleton:
         load_adapter(model, trained)
 
 
-def peft_config(spec: LoraSpec, *, transposed: bool) -> Any:
-    """``transposed``: the layers hold their matrices as GPT-2's do."""
+def peft_config(spec: LoraSpec, *, transposed: bool, head: str | None = None) -> Any:
+    """``transposed``: the layers hold their matrices as GPT-2's do; ``head`` is trained whole, and scores sequences."""
     import peft
 
     return peft.LoraConfig(
@@ -98,18 +102,24 @@ def peft_config(spec: LoraSpec, *, transposed: bool) -> Any:
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules),
         fan_in_fan_out=transposed,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        modules_to_save=[head] if head else None,
     )
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers that an adapter may change, by name: the head's weight is used in its own way."""
-    head = model.get_output_embeddings()
+    head = getattr(model, HEAD) if is_scalar(model) else model.get_output_embeddings()
     return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_trained(name: str) -> bool:
+    """Whether a parameter of a model with an adapter is trained, and written as the adapter."""
+    return ".lora_" in name or name == HEAD_WEIGHT
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
@@ -151,17 +161,21 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_adapter(spec: LoraSpec, model: nn.Module, state: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
-    """The adapter in ``state`` as ``peft.PeftModel.from_pretrained`` loads it onto the model ``base``."""
+    """The adapter in ``state`` as ``peft.PeftModel.from_pretrained`` loads it onto the model ``base``.
+
+    With a scalar head that is ``base`` as a model for sequence classification, with one label.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     suffixes = spec.target_modules or tuple(sorted({name.rpartition(".")[2] for name in adapted(model)}))
     transposed = any(layer.fan_in_fan_out for layer in adapted(model).values())
-    config = peft_config(replace(spec, target_modules=suffixes), transposed=transposed)
+    head = HEAD if is_scalar(model) else None
+    config = peft_config(replace(spec, target_modules=suffixes), transposed=transposed, head=head)
     config.base_model_name_or_path = base
     config.save_pretrained(folder)
     tensors = {
         PREFIX + key.replace(f".{NAME}.", "."): tensor.detach().cpu().contiguous()
         for key, tensor in state.items()
-        if ".lora_" in key
+        if is_trained(key)
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -171,7 +185,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Take the adapter's weights from ``folder``; its shape is the model's."""
     tensors = load_file(folder / WEIGHTS)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if is_trained(name):
             parameter.copy_(tensors.pop(PREFIX + name.replace(f".{NAME}.", ".")))
     if tensors:
         raise UserError(f"model.lora: {folder} holds weights that the model has no layer for: {', '.join(tensors)}")

@@ -64,7 +64,7 @@ class ModelSpec:
     head: ScalarHead | None = None
     """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
     lora: LoraSpec | None = None
-    """An adapter, drawn with ``seed``, that is trained instead of the weights."""
+    """An adapter, drawn with ``seed``, that is trained instead of the weights, beside a whole ``head``."""
     adapter: Path | None = None
     """Where a trained adapter lies, to go on from."""
 

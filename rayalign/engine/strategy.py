@@ -172,12 +172,10 @@ class DDP:
         self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        module = DistributedDataParallel(
-            policy,
-            device_ids=device_ids,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # they are constants, and sending them would be a collective in every forward
-        )
+        module = DistributedDataParallel(policy, device_ids=device_ids, gradient_as_bucket_view=True)
+        # They are constants, and sending them would be a collective in every forward. Set here since the argument's
+        # name is another one in newer versions of torch.
+        module.broadcast_buffers = False
         return module, make_optimizer(policy, optimizer)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:

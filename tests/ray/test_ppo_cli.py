@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import save_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from workspaces import Workspace, kill_workers, metrics, num_rows, rayalign, wait_until, weights
@@ -99,6 +100,25 @@ def test_two_workers_and_a_limit(undisturbed: Path, workspace: Workspace, sessio
     assert ["loss" in row for row in rows] == [True, True, False, False] * 2
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 2, 3, 4]
     assert torch.isfinite(torch.tensor([row["loss"] for row in rows if "loss" in row])).all()
+
+
+def test_a_policy_with_an_adapter(workspace: Workspace, session: Session) -> None:
+    """The base is as it was, but for the adapted layers; the critic, which starts from it, is trained whole."""
+    lora = {"name": "model", "lora": {"rank": 4, "alpha": 8}}
+    blocks = ppo(model=lora, critic={"lr": 3e-3}, strategy={"name": "ddp", "workers": 2})
+    done = rayalign("train", workspace.run("adapter", **blocks))
+    assert done.code == 0, done.printed
+    directory = workspace.directory("adapter")
+    start, end, critic = (
+        load_file(path / "model.safetensors")
+        for path in (workspace.folder / "model", directory / "final", directory / "final_critic")
+    )
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved and all("_proj." in name for name in moved)
+    assert all(".lora_" in name for name in load_file(directory / "final" / "adapter" / "adapter_model.safetensors"))
+    shared = start.keys() & critic.keys()
+    assert "score.weight" in critic and len(shared) > len(moved)
+    assert all(not torch.equal(start[name], critic[name]) for name in shared)
 
 
 def test_what_a_critic_cannot_be_is_refused(workspace: Workspace, session: Session) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from workspaces import Workspace, metrics, rayalign
 
@@ -93,6 +94,29 @@ def test_the_pool_scores_with_it_unchanged(final: Path, workspace: Workspace) ->
         replies = [reply_text(tokenizer, own.ids.tolist()) for own in group.candidates]
         expected = scorer.score([prompts[index]] * len(replies), replies)
         np.testing.assert_allclose(group.per_candidate["reward"], expected, atol=1e-5)
+
+
+def test_an_adapter_beside_a_head_is_one_model_in_the_end(final: Path, workspace: Workspace) -> None:
+    """Two workers in shards, and the command that measures it, which knows of no adapter."""
+    run = workspace.run(
+        "adapter",
+        method={"name": "reward_model", "center": 0.01},
+        model={"name": "model", "lora": {"rank": 4, "alpha": 8}},
+        data={"train": ["order.jsonl"], "eval": ["held.jsonl"], "max_prompt_tokens": 24, "max_tokens": 48},
+        strategy={"name": "fsdp2", "workers": 2},
+        optim=OPTIM,
+    )
+    done = rayalign("train", run, "evaluate.every=12")
+    assert done.code == 0, done.printed
+    (row,) = (row for row in metrics(workspace.directory("adapter")) if "eval_loss" in row)
+    assert row["eval_rewards/accuracies"] > 0.9
+    found = workspace.directory("adapter") / "final"
+    assert "score.weight" in " ".join(load_file(found / "adapter" / "adapter_model.safetensors"))
+    done = rayalign("evaluate", found, "--pairs", str(workspace.folder / "held.jsonl"), "--json")
+    assert done.code == 0, done.printed
+    said = json.loads(done.printed[done.printed.index("{") :])
+    assert said["accuracy"]["mean"] == pytest.approx(row["eval_rewards/accuracies"])
+    assert said["margin_mean"] == pytest.approx(row["eval_rewards/margins"], abs=1e-5)
 
 
 def test_stored_answers_are_ordered_by_a_scorer(final: Path, workspace: Workspace) -> None:

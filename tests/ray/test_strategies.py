@@ -21,8 +21,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp2": {"strategy": {"name": "fsdp2", "workers": 2}},
     "deepspeed": {"strategy": {"name": "deepspeed", "workers": 2, "zero_stage": 3}},
     "lora": {"strategy": {"name": "ddp", "workers": 2}, **LORA},
+    "lora-deepspeed": {"strategy": {"name": "deepspeed", "workers": 2, "zero_stage": 3}, **LORA},
 }
-NAMES = [name for name in RUNS if name != "deepspeed" or find_spec("deepspeed") is not None]
+NAMES = [name for name in RUNS if "deepspeed" not in name or find_spec("deepspeed") is not None]
 
 
 @pytest.mark.parametrize("name", NAMES)

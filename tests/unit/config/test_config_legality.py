@@ -275,6 +275,10 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
         (["strategy=ddp", "optim.steps=3", "model.from_scratch=true"], []),
         (["strategy={name: deepspeed, workers: 2, zero_stage: 3, cpu_offload: true, config: ds.json}"], []),
         (["model.lora.rank=4", "reference.place=trainer"], []),
+        (
+            ["model.lora.rank=4", "method=ppo", "data_policy=on_policy", "rollout.samples=1", f"scorer={RULE}"],
+            [],
+        ),
         (["strategy={name: ddp, workers: [1, 2]}"], []),
         (["strategy={name: fsdp2, workers: 2, cpu_offload: true, sync_every_micro_batch: true}"], []),
         (ON_POLICY, []),
@@ -283,10 +287,7 @@ def test_legal_runs_and_what_tables_call_them(settings: list[str], name: str) ->
             [*ON_POLICY, "rollout.actors=[1, 2]", "rollout.placement=separate"],
             [],
         ),
-        (
-            ["strategy=deepspeed", "model.lora.rank=4"],
-            ["this release does not run model.lora with strategy: deepspeed; write single, ddp or fsdp2"],
-        ),
+        (["strategy={name: deepspeed, zero_stage: 3}", "model.lora.rank=4", "reference.place=trainer"], []),
         (["strategy=fsdp2", "model.compile=true", "model.gradient_checkpointing=true"], []),
         (
             ["strategy=deepspeed", "model.compile=true"],
@@ -324,6 +325,7 @@ def test_reward_models_run_and_a_policy_with_a_head_of_its_own_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert unsupported(load_run(None, [*OFFLINE, "method=reward_model", "evaluate.every=5", "data.eval=e.jsonl"])) == []
+    assert unsupported(load_run(None, [*OFFLINE, "method=reward_model", "strategy=fsdp2", "model.lora.rank=4"])) == []
     (tmp_path / "two_heads.py").write_text(
         "from dataclasses import replace\n"
         "from rayalign.methods.dpo import METHOD as DPO\n"

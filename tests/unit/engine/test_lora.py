@@ -1,4 +1,7 @@
-"""Adapters: the model that they start from, what is trained, and what becomes of them in files."""
+"""Adapters: the model that they start from, what is trained, and what becomes of them in files.
+
+Those of reward models, too, whose head is trained whole.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,28 @@ from peft import PeftModel
 from random_groups import random_groups
 from safetensors.torch import load_file
 from test_loop import Interrupted, checkpoint_of, interrupt_after, rows
+from tiny_models import tiny
 from tiny_runs import (
     Scenario,
     objective,
     prepared,
     run,
+    same_optimizer,
     save_tiny,
     store,
     synthetic_groups,
     train_alone,
     train_spec,
 )
+from tiny_tokenizers import CHATML, byte_level
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rayalign.engine.forward import Policy
+from rayalign.data.rank import ranked
+from rayalign.engine.forward import Policy, ScalarModel
 from rayalign.engine.lora import ADAPTER, LoraSpec, adapted, adapter_off, merged
-from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.scalar import ScalarHead
 from rayalign.engine.strategy import make_strategy
 from rayalign.errors import UserError
 
@@ -218,3 +226,95 @@ def test_resume_is_exact(dropout: float, scenario: Scenario, tmp_path: Path) -> 
         mine, theirs = ((spec.directory / "final" / file).read_bytes() for spec in (interrupted, straight))
         assert mine == theirs
     assert (checkpoint_of(straight.directory, STEPS) / ADAPTER / "adapter_config.json").exists()
+
+
+# Reward models
+
+HEADED = ("llama_tied", "gpt2", "qwen3_moe")
+
+
+@torch.no_grad()
+def rewards(model: PreTrainedModel) -> Tensor:
+    scores = ScalarModel(model)(packed(GROUPS), needs=frozenset({"score"})).score
+    assert scores is not None
+    return scores
+
+
+@pytest.fixture(scope="module")
+def rankings(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    """The tokenizer of ``padded`` pads with the end of an answer, so that a reward model's embedding grows by a row."""
+    folder = tmp_path_factory.mktemp("rankings")
+    tokenizer = byte_level(template=CHATML, eos="<|im_end|>")
+    tokenizer.pad_token = "<|im_end|>"
+    save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, folder / "padded")
+    groups = [own for group in synthetic_groups([2, 3] * 6) for own in ranked(group, by_reward=True)]
+    pairs = store(folder / "pairs", groups)
+    main = objective("reward_model", center=0.01)
+    bases = {name: models[name] for name in HEADED} | {"padded": folder / "padded"}
+    return {
+        name: Scenario(model=base, streams=(pairs,), objectives=(main,), lr=1e-2, steps=STEPS, lora=LORA)
+        for name, base in bases.items()
+    }
+
+
+@pytest.mark.parametrize("family", HEADED)
+def test_a_new_adapter_changes_no_reward(family: str, models: dict[str, Path]) -> None:
+    base, _ = load_policy(ModelSpec(name=str(models[family]), head=ScalarHead(), seed=3))
+    model, _ = load_policy(ModelSpec(name=str(models[family]), head=ScalarHead(), seed=3, lora=LORA))
+    assert torch.equal(rewards(model), rewards(base))
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "score.weight" in names and all(".lora_" in name for name in names - {"score.weight"})
+    assert adapted(model) and "score" not in adapted(model)
+    with pytest.raises(UserError, match="model.lora.target_modules: score: an adapter goes onto linear layers of the"):
+        load_policy(
+            ModelSpec(name=str(models[family]), head=ScalarHead(), lora=replace(LORA, target_modules=("score",)))
+        )
+
+
+@pytest.mark.parametrize("family", [*HEADED, "padded"])
+def test_a_reward_models_adapter_and_head_are_trained_and_exported(
+    family: str, rankings: dict[str, Scenario], tmp_path: Path
+) -> None:
+    """``final/`` for transformers, and ``adapter/`` for peft on the base, say what the trained model says."""
+    scenario = rankings[family]
+    final = train_alone(train_spec(tmp_path / "run", scenario), scenario)
+    start, _ = load_policy(scenario.model_spec)
+    model, _ = load_policy(replace(scenario.model_spec, adapter=final / ADAPTER))
+    merged_model = AutoModelForSequenceClassification.from_pretrained(final)
+    assert torch.allclose(rewards(merged_model), rewards(model), atol=2e-5)
+    assert (rewards(model) - rewards(start)).abs().max() > 1e-2
+    before, after = start.state_dict(), model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "score.weight" in moved and all(".lora_" in name for name in moved - {"score.weight"})
+
+    base = AutoModelForSequenceClassification.from_pretrained(scenario.model, num_labels=1)
+    loaded = PeftModel.from_pretrained(base, final / ADAPTER)
+    assert loaded.peft_config["default"].task_type == "SEQ_CLS"
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, merged_model(input_ids=ids).logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["padded", "gpt2"])
+def test_a_reward_models_resume_is_exact(family: str, rankings: dict[str, Scenario], tmp_path: Path) -> None:
+    scenario = replace(rankings[family], lora=replace(LORA, dropout=0.3))
+    straight, interrupted = (train_spec(tmp_path / name, scenario) for name in ("straight", "interrupted"))
+    train_alone(straight, scenario)
+    with pytest.raises(Interrupted):
+        train_alone(interrupted, scenario, on_step=interrupt_after(3))
+    train_alone(interrupted, scenario)
+    assert rows(interrupted.directory) == rows(straight.directory)
+    for path in (path for path in (straight.directory / "final").rglob("*") if path.is_file()):
+        mine = interrupted.directory / path.relative_to(straight.directory)
+        assert path.name == "README.md" or mine.read_bytes() == path.read_bytes(), path
+    assert same_optimizer(*(checkpoint_of(spec.directory, STEPS) for spec in (straight, interrupted)))
+
+
+def test_a_trained_reward_model_goes_on_with_an_adapter(rankings: dict[str, Scenario], tmp_path: Path) -> None:
+    """From the head that it has."""
+    scenario = rankings["llama_tied"]
+    first = train_alone(train_spec(tmp_path / "first", replace(scenario, lora=None)), replace(scenario, lora=None))
+    model, _ = load_policy(ModelSpec(name=str(first), head=ScalarHead(), seed=9, lora=LORA))
+    base, _ = load_policy(ModelSpec(name=str(first), head=ScalarHead()))
+    assert torch.equal(rewards(model), rewards(base))
+    assert torch.equal(base.score.weight, AutoModelForSequenceClassification.from_pretrained(first).score.weight)

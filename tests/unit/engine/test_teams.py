@@ -6,12 +6,24 @@ import json
 import re
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from teams import Task, drawn_run, loaded_state, refused_run, results_of, run_in_shares, token_logps, whole_run
+from teams import (
+    Task,
+    drawn_run,
+    loaded_state,
+    refused_run,
+    results_of,
+    run_in_shares,
+    states_around_an_evaluation,
+    token_logps,
+    whole_run,
+)
 from test_equivalence import assert_equivalent
 from tiny_runs import (
     CPU,
@@ -27,6 +39,8 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from rayalign.data.rank import ranked
+from rayalign.engine.lora import ADAPTER as ADAPTER_FOLDER
 from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_digest
@@ -43,8 +57,10 @@ pytestmark = [
 SINGLE = make_strategy("single", CPU)
 DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
 ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2, 3))
-TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
-METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora")
+GATHERING = replace(ZERO3, config='{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+"""Of a tiny model, too, every parameter is whole only while it is used."""
+TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": GATHERING}
+METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora", "lora_rewards")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +88,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
     rounds = drawn(store(folder / "drawn", four, reference=model, groups_per_step=4), rloo)
     small = {"tokens_per_micro_batch": 40, "row_tokens": 40}
     bare = replace(stored, columns=((),))
+    ordered = store(
+        folder / "ordered", [own for group in pairs for own in ranked(group, by_reward=True)], groups_per_step=4
+    )
     return {
         "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),), **small),
         "lora": Scenario(
@@ -81,6 +100,14 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             lr=5e-3,
             lora=LoraSpec(rank=3, alpha=6.0),
             reference_in_place=True,
+            **small,
+        ),
+        "lora_rewards": Scenario(
+            model=calm,
+            streams=(ordered,),
+            objectives=(objective("reward_model", center=0.01),),
+            lr=5e-3,
+            lora=LoraSpec(rank=3, alpha=6.0),
             **small,
         ),
         "exo_rw": Scenario(
@@ -100,7 +127,6 @@ def shared(folder: Path, scenarios: dict[str, Scenario]) -> dict[str, list[tuple
         f"{team}-{name}": Task(spec, run_in_shares, (scenario,))
         for team, spec in TEAMS.items()
         for name, scenario in scenarios.items()
-        if scenario.lora is None or spec.name != "deepspeed"
     }
     return results_of(folder, 3, tasks)
 
@@ -108,8 +134,6 @@ def shared(folder: Path, scenarios: dict[str, Scenario]) -> dict[str, list[tuple
 @pytest.mark.parametrize("team", TEAMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_unequal_shares(team: str, name: str, scenarios: dict[str, Scenario], shared) -> None:
-    if name == "lora" and TEAMS[team].name == "deepspeed":
-        return  # refused: see the legality of configurations
     alone, _ = run_in_shares(SINGLE, scenarios[name])
     found = shared[f"{team}-{name}"]
     assert (3, 1, 0) in zip(*(held for _, held in found), strict=True)
@@ -128,18 +152,32 @@ REFUSED = {
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
     ("fsdp2", "zero2"): r"\.metadata, __0_0\.distcp, __1_0\.distcp, which deepspeed with 2 workers cannot read",
 }
+ADAPTER = {"lora": LoraSpec(rank=3, alpha=6.0), "reference_in_place": True}
 FORMS = {
     "checkpointing": (FSDP2, {"gradient_checkpointing": True}),
     "checkpointing in bfloat16": (FSDP2, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
     "offload 2": (replace(ZERO2, cpu_offload=True), {}),
     "offload 3": (replace(ZERO3, cpu_offload=True), {}),
     "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
+    "gathered": (GATHERING, {}),
+    "adapter": (GATHERING, ADAPTER),
+    "adapter, checkpointing": (GATHERING, {**ADAPTER, "gradient_checkpointing": True}),
+    "adapter, offload 2": (replace(ZERO2, cpu_offload=True), ADAPTER),
+    "adapter, offload 3": (replace(GATHERING, cpu_offload=True), ADAPTER),
+    "adapter in bfloat16": (GATHERING, {**ADAPTER, "dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
 SHARDED = ("fsdp2", "zero2", "zero3")
+EVALUATED = ("dpo", "lora_rewards")
 LATE = ("ddp", "fsdp2", "zero2", "zero3")
-DRAWN = {"drawn": None, "drawn by an adapter": LoraSpec(rank=2, alpha=4.0)}
-ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
+LORA = LoraSpec(rank=2, alpha=4.0)
+DRAWN = {
+    "drawn": (FSDP2, None),
+    "drawn by an adapter": (FSDP2, LORA),
+    "drawn by an adapter of zero2": (ZERO2, LORA),
+    "drawn by an adapter of zero3": (GATHERING, LORA),
+}
+ADAPTED = [("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3")]
 CHANGES = [
     ("fsdp2", "fsdp2"),
     ("fsdp2", "ddp"),
@@ -173,16 +211,15 @@ def resumed(folder: Path) -> Scenario:
 
 
 @pytest.fixture(scope="module")
-def adapting(resumed: Scenario) -> Scenario:
-    """DPO of an adapter, beside a reference in place."""
+def adapting(folder: Path, resumed: Scenario) -> dict[str, Scenario]:
+    """DPO of an adapter, beside a reference in place; and a reward model's adapter, beside its head."""
     bare = replace(resumed.streams[0], columns=((),))
-    return replace(
-        resumed,
-        streams=(bare,),
-        objectives=(objective("dpo"),),
-        lora=LoraSpec(rank=2, alpha=4.0, dropout=0.1),
-        reference_in_place=True,
-    )
+    lora = LoraSpec(rank=2, alpha=4.0, dropout=0.1)
+    pairs = [own for group in synthetic_groups([2] * 10) for own in ranked(group, by_reward=True)]
+    ordered = store(folder / "resumed-ordered", pairs, groups_per_step=4)
+    dpo = replace(resumed, streams=(bare,), objectives=(objective("dpo"),), lora=lora, reference_in_place=True)
+    rewards = replace(resumed, streams=(ordered,), objectives=(objective("reward_model"),), lora=lora)
+    return {"lora": dpo, "rewards": rewards}
 
 
 def prompts(folder: Path) -> Path:
@@ -200,7 +237,11 @@ def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> Trai
 
 @pytest.fixture(scope="module")
 def pair(
-    folder: Path, models: dict[str, ModelSpec], scenarios: dict[str, Scenario], resumed: Scenario, adapting: Scenario
+    folder: Path,
+    models: dict[str, ModelSpec],
+    scenarios: dict[str, Scenario],
+    resumed: Scenario,
+    adapting: dict[str, Scenario],
 ):
     """What two workers did."""
     low = replace(scenarios["dpo"], dtype="bfloat16")
@@ -210,6 +251,10 @@ def pair(
         for name, spec in models.items()
     }
     tasks |= {"bfloat16": Task(FSDP2, token_logps, (low,)), "float32": Task(FSDP2, token_logps, (scenarios["dpo"],))}
+    tasks |= {
+        f"evaluated {team} {name}": Task(spec, states_around_an_evaluation, (scenarios[name],))
+        for (team, spec), name in product(TEAMS.items(), EVALUATED)
+    }
     tasks |= {"low run": Task(FSDP2, run_in_shares, (replace(low, steps=5),))}
     for before, after in CHANGES:
         directory = folder / f"{before}-{after}"
@@ -232,15 +277,17 @@ def pair(
     for name in LATE:
         late = replace(spec_of(folder / f"late-{name}", resumed), checkpoint_asynchronous=True)
         tasks[f"late {name}"] = Task(TEAMS[name], whole_run, (late, resumed))
-    for before, after in ADAPTED:
-        directory = folder / f"lora-{before}-{after}"
-        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, adapting, STEPS), adapting))
-        tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, adapting), adapting))
-    tasks["whole lora"] = Task(FSDP2, whole_run, (spec_of(folder / "whole-lora", adapting), adapting))
+    for (before, after), (kind, scenario) in product(ADAPTED, adapting.items()):
+        directory = folder / f"{kind}-{before}-{after}"
+        tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, scenario, STEPS), scenario))
+        tasks[f"{directory.name} 2"] = Task(TEAMS[after], whole_run, (spec_of(directory, scenario), scenario))
+    for name, (kind, scenario) in product({before for before, after in ADAPTED if before == after}, adapting.items()):
+        directory = folder / f"whole-{kind}-{name}"
+        tasks[directory.name] = Task(TEAMS[name], whole_run, (spec_of(directory, scenario), scenario))
     for name, (spec, change) in FORMS.items():
         tasks[name] = Task(spec, run_in_shares, (replace(scenarios["dpo"], steps=4, **change),))
-    for name, lora in DRAWN.items():
-        tasks[name] = Task(FSDP2, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
+    for name, (spec, lora) in DRAWN.items():
+        tasks[name] = Task(spec, drawn_run, (folder / name, resumed.model, prompts(folder), lora))
     (folder / "two").mkdir()
     found = results_of(folder / "two", 2, tasks)
     for before, _ in [change for change in CHANGES if change[1] == "single"]:
@@ -270,6 +317,14 @@ def test_a_skeleton_holds_no_weights(models: dict[str, ModelSpec]) -> None:
 def test_a_forward_gives_the_very_bits_of_single(dtype: str, scenarios: dict[str, Scenario], pair) -> None:
     expected = token_logps(SINGLE, replace(scenarios["dpo"], dtype=dtype))
     assert all(torch.equal(found, expected) for found in pair[dtype])
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("name", EVALUATED)
+def test_weights_are_gathered_after_an_evaluation_too(team: str, name: str, pair) -> None:
+    """Which reads them, and ends without the backward that would put them back in parts."""
+    (before, after), nothing = pair[f"evaluated {team} {name}"]
+    assert before == after and nothing == []
 
 
 def test_steps_computed_in_bfloat16_stay_close(scenarios: dict[str, Scenario], pair) -> None:
@@ -309,9 +364,30 @@ def test_checkpoints_that_are_written_beside_training(name: str, folder: Path, p
     assert_same_run(folder / f"late-{name}", folder / f"whole-{name}", exactly=True)
 
 
+@pytest.mark.parametrize("kind", ["lora", "rewards"])
 @pytest.mark.parametrize(("before", "after"), ADAPTED)
-def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, folder: Path, pair) -> None:
-    assert_same_run(folder / f"lora-{before}-{after}", folder / "whole-lora", exactly=before == after)
+def test_an_adapter_goes_on_under_another_strategy(before: str, after: str, kind: str, folder: Path, pair) -> None:
+    whole = after if before == after else "fsdp2"
+    assert_same_run(folder / f"{kind}-{before}-{after}", folder / f"whole-{kind}-{whole}", exactly=before == after)
+    assert_same_run(folder / f"{kind}-{before}-{after}", folder / f"whole-{kind}-fsdp2", exactly=False)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_an_adapter_that_deepspeed_trained_is_exported(
+    name: str, folder: Path, adapting: dict[str, Scenario], pair
+) -> None:
+    """Merged and alone, and the base is as it was: what differs from it has rank 2."""
+    final = folder / f"whole-lora-{name}" / "final"
+    verify(final)
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (adapting["lora"].model, final))
+    moved = {key: weight - base.state_dict()[key] for key, weight in merged.state_dict().items()}
+    changed = {key: change for key, change in moved.items() if change.any()}
+    assert changed and all("_proj." in key for key in changed)
+    assert all(torch.linalg.matrix_rank(change, rtol=1e-3) <= 2 for change in changed.values())
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        expected = merged(ids).logits
+        assert torch.allclose(PeftModel.from_pretrained(base, final / ADAPTER_FOLDER)(ids).logits, expected, atol=2e-5)
 
 
 def assert_same_run(directory: Path, whole: Path, *, exactly: bool) -> None:
@@ -347,7 +423,7 @@ def test_a_checkpoint_of_shards_is_a_model_and_whole(folder: Path, pair) -> None
 def test_rounds_are_drawn_with_gathered_weights(name: str, folder: Path, resumed: Scenario, pair) -> None:
     """The actor takes the weights only if it scores the canary as the wrapped policy does."""
     alone = folder / f"{name} alone"
-    drawn_run(SINGLE, alone, resumed.model, prompts(folder), DRAWN[name])
+    drawn_run(SINGLE, alone, resumed.model, prompts(folder), DRAWN[name][1])
     mine, theirs = (read_metrics(run / "metrics.jsonl") for run in (folder / name, alone))
     assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], abs=1e-4)
     assert [row["rollout/reward"] for row in mine] == [row["rollout/reward"] for row in theirs]

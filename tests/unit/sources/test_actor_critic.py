@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import step_of
+from rayalign.engine.lora import ADAPTER, LoraSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.optimizer import OptimizerSpec
@@ -252,6 +253,8 @@ def teams(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -> 
             runs[f"{name} {way}"] = run = ppo(folder / f"{name}-{way}", model, file)
             changes = {"checkpoint_asynchronous": way == "late"}
             tasks[f"{name} {way}"] = Task(spec, part_of_a_run, (run, changes, PLAN.steps + 1))
+        runs[f"{name} adapter"] = run = adapting(folder / f"{name}-adapter", model, file, dropout=0.0)
+        tasks[f"{name} adapter"] = Task(spec, part_of_a_run, (run, {}, PLAN.steps + 1))
     for before, after in CHANGES:
         if before in known:
             runs[f"{before} {after}"] = run = ppo(folder / f"{before}-{after}", model, file)
@@ -277,6 +280,16 @@ def test_two_workers_are_one(name: str, teams: Mapping[str, OnPolicyRun], traine
             left, right = (np.concatenate([each[row].per_token[column] for row in range(8)]) for each in (mine, theirs))
             assert left == pytest.approx(right, abs=2e-4)
     equal_up_to_rounding(run, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_workers_are_one_with_an_adapter(
+    name: str, teams: Mapping[str, OnPolicyRun], tmp_path: Path, model: Path, file: Path
+) -> None:
+    alone = adapting(tmp_path, model, file, dropout=0.0)
+    alone.train(InProcess())
+    equal_up_to_rounding(of_teams(teams, f"{name} adapter"), alone)
 
 
 @pytest.mark.slow
@@ -423,6 +436,61 @@ def test_a_stop_survives_a_kill(stopped: OnPolicyRun, tmp_path: Path, model: Pat
     for place in ("final", "final_critic"):
         mine, theirs = (load_file(each.directory / place / "model.safetensors") for each in (run, stopped))
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+# A policy with an adapter.
+
+
+def adapting(directory: Path, model: Path, file: Path, *, dropout: float = 0.1) -> OnPolicyRun:
+    run = ppo(directory, model, file)
+    run.scenario = replace(run.scenario, lora=LoraSpec(rank=3, alpha=6.0, dropout=dropout))
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -> OnPolicyRun:
+    run = adapting(tmp_path_factory.mktemp("adapted"), model, file)
+    run.train(InProcess())
+    return run
+
+
+def test_an_adapter_learns_beside_a_critic_that_is_trained_whole(
+    adapted: OnPolicyRun, trained: OnPolicyRun, model: Path
+) -> None:
+    """The first round, its values included, is that of a policy that is trained whole."""
+    for name in ("old_value", "advantage", "return", "behavior_token_logp"):
+        left, right = (
+            np.concatenate([store[row].per_token[name] for row in range(8)])
+            for store in (opened(adapted, 0), opened(trained, 0))
+        )
+        assert np.array_equal(left, right), name
+    final = adapted.directory / "final"
+    start, end = (load_file(path / "model.safetensors") for path in (model, final))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert start.keys() == end.keys() and moved and all("_proj." in name for name in moved)
+    assert all(torch.linalg.matrix_rank(end[name] - start[name], rtol=1e-3) <= 3 for name in moved)
+    assert all(".lora_" in name for name in load_file(final / ADAPTER / "adapter_model.safetensors"))
+    before = first_critic(model).state_dict()
+    critic = load_file(adapted.directory / "final_critic" / "model.safetensors")
+    assert critic.keys() == before.keys()
+    assert all(not torch.equal(critic[name], before[name]) for name in critic if name.endswith("weight"))
+    assert not (adapted.directory / "final_critic" / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("last_step", [3, 5])
+def test_a_killed_trainer_of_an_adapter_ends_in_the_same_two_models(
+    adapted: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int
+) -> None:
+    """Inside the first round, and inside the second, which the merged weights have drawn."""
+    run = adapting(tmp_path, model, file)
+    with pytest.raises(Interrupted):
+        run.train(on_step=interrupt_after(last_step))
+    run.train()
+    same_end(run, adapted)
+    mine, theirs = (
+        load_file(each.directory / "final" / ADAPTER / "adapter_model.safetensors") for each in (run, adapted)
+    )
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 # What a critic starts from, and beside what it trains.
