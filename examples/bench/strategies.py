@@ -40,7 +40,7 @@ from rayalign.methods import resolve
 
 from .common import arguments, machine, pairs_file, table, train_tokenizer
 
-PAIRS, TOKENS = 4, 64
+PAIRS, TOKENS = 2, 64
 """Of every worker in a step; prompt and each completion."""
 LORA = LoraSpec(rank=16, alpha=32.0)
 SIDES: dict[str, tuple[StrategySpec, dict[str, Any]]] = {
@@ -62,9 +62,9 @@ SIDES: dict[str, tuple[StrategySpec, dict[str, Any]]] = {
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
     if options.quick:
         options.steps, options.hidden, options.layers = 3, 256, 4
@@ -73,6 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rayalign-bench-") as name:
         folder = Path(name)
         os.environ["RAYALIGN_CACHE"] = str(folder / "cache")
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what a worker frees is the machine's again, and not counted
         config = write_configuration(folder / "model", hidden=options.hidden, layers=options.layers)
         for number, (side, (spec, changes)) in enumerate(SIDES.items()):
             package = "deepspeed" if spec.name == "deepspeed" else "peft" if "lora" in changes else "torch"
