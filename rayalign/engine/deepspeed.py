@@ -23,7 +23,7 @@ from rayalign.engine.optimizer_state import FOLDER, Held, UnreadableOptimizer
 from rayalign.engine.skeleton import CPU, load_on_rank_0, replace_parameters, spread_buffers
 from rayalign.engine.source import State
 from rayalign.engine.strategy import StrategySpec, from_rank_0, sum_over_ranks
-from rayalign.engine.zero_config import zero_config
+from rayalign.engine.zero_config import with_buckets, zero_config
 from rayalign.errors import MissingExtra
 from rayalign.types import PackedBatch, Scores
 
@@ -50,7 +50,10 @@ class DeepSpeed:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         deepspeed = imported()
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
-        config = zero_config(self.spec, optimizer, bfloat16=compute_dtype == torch.bfloat16)
+        config = with_buckets(
+            zero_config(self.spec, optimizer, bfloat16=compute_dtype == torch.bfloat16),
+            policy.model.config.get_text_config().hidden_size,
+        )
         if self.rank != 0:  # room that no memory is taken for before something is written there
             replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=CPU))
         spread_buffers(policy, over=self.device, to=CPU)

@@ -58,6 +58,24 @@ def zero_config(spec: StrategySpec, optimizer: OptimizerSpec, *, bfloat16: bool)
     return merged
 
 
+def with_buckets(config: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    """``config`` with what is sent at a time by the model's width (as transformers fills in ``auto``) where it is open.
+
+    DeepSpeed's own portions are of 5e8 elements, 2 GB in float32, whatever the model is.
+    """
+    width = hidden_size**2
+    by_stage = {
+        2: {"reduce_bucket_size": width, "allgather_bucket_size": width},
+        3: {
+            "reduce_bucket_size": width,
+            "stage3_prefetch_bucket_size": int(0.9 * width),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        },
+    }
+    zero = config["zero_optimization"]
+    return {**config, "zero_optimization": {**by_stage[zero["stage"]], **zero}}
+
+
 def user_config(text: str | None) -> dict[str, Any]:
     """The user's object without what is ``auto``, which leaves the choice to whoever runs it."""
     if text is None:

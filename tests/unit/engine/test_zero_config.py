@@ -9,7 +9,7 @@ import pytest
 
 from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.strategy import StrategySpec
-from rayalign.engine.zero_config import zero_config
+from rayalign.engine.zero_config import with_buckets, zero_config
 from rayalign.errors import UserError
 
 OPTIMIZER = OptimizerSpec(lr=1e-3, steps=10, max_grad_norm=0.5)
@@ -50,6 +50,21 @@ def test_a_file_says_what_the_yaml_leaves_open() -> None:
     config = told(user)
     assert config["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1000}
     assert config["wall_clock_breakdown"] is True and "optimizer" not in config
+
+
+def test_portions_are_of_the_models_width_where_the_file_does_not_say() -> None:
+    assert with_buckets(told(), 64)["zero_optimization"] == {
+        "stage": 2,
+        "reduce_bucket_size": 4096,
+        "allgather_bucket_size": 4096,
+    }
+    user = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": "auto"}}
+    assert with_buckets(told(user), 64)["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 1000,
+        "stage3_prefetch_bucket_size": 3686,
+        "stage3_param_persistence_threshold": 640,
+    }
 
 
 @pytest.mark.parametrize(
