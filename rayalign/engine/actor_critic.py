@@ -81,7 +81,9 @@ class Critic:
         strategy = self.runner.strategy
         state, held = strategy.full_state(self.model), strategy.optimizer_state(self.optimizer)
         if copied:
-            state, held = copies(state, of=self.model), copies(held)
+            held = copies(held)
+        if copied and strategy.rank == 0:
+            state = copies(state, of=self.model)
 
         def write(directory: Path, group: dist.ProcessGroup | None) -> None:
             strategy.save_optimizer(held, directory / CRITIC, group=group)
@@ -150,7 +152,7 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
     with of_the_critic():
         model, tokenizer = run.strategy.load(start)
-    run.layout = common_layout(run.layout, layout_of(model, run.strategy))
+        run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
         root_module(model, layout=run.layout), spec.optimizer, compute_dtype=run.runner.compute_dtype
     )
@@ -243,7 +245,10 @@ def step(run: Run, critic: Critic, source: TakesValues) -> dict[str, Any]:
 
 
 def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
-    """The gradients of both models on the same groups, then both updates: none where one gradient is not finite."""
+    """The gradients of both models on the same groups, then both updates: none where one gradient is not finite.
+
+    DeepSpeed updates the policy before the critic's gradient is known; there such a step ends the run, and is not kept.
+    """
     own = [part for part in work if part.stream == MAIN_STREAM]
     most = run.spec.optimizer.max_grad_norm
     rate = critic.spec.optimizer.learning_rate(run.step)

@@ -75,6 +75,8 @@ class Copies:
         target.parent.mkdir(parents=True, exist_ok=True)
         with self.files.open_input_stream(f"{self.root}/{name}") as stream, target.open("wb") as file:
             shutil.copyfileobj(stream, file, CHUNK_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
 
     def manifest_text(self, name: str) -> bytes | None:
         """What says that the copy of a folder is whole; None where it is not there."""

@@ -149,7 +149,7 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) 
         log.warning(
             "%s goes on from the weights of %s alone: its optimizer starts afresh, as checkpoint.restart_optimizer "
             "asks (%s), so that the curve is not that of an uninterrupted run",
-            run.spec.directory.name, directory.name, error,
+            run.spec.directory.name, directory.relative_to(run.checkpointer.root), error,
         )  # fmt: skip
 
 

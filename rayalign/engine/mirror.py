@@ -25,8 +25,10 @@ from rayalign.manifest import MANIFEST, TornDirectory, verify
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 METRICS, RUN = "metrics.jsonl", "run.json"
-ROUND = re.compile(r"rounds/(?:(?:weights|prepared)/)?\w[\w.-]*")
+ROUND = re.compile(r"rounds/(?:round_\d+-\w+|weights/step_\d+-\w+|prepared/round_\d+-\w[\w.-]*)")
 """The name of a folder that a checkpoint may need."""
+Rounds = Mapping[str, Mapping[str, str]]
+"""``begun`` (name → digest) and ``ahead`` (name → name of the weights) of a checkpoint."""
 
 
 def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
@@ -40,11 +42,13 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
     """
     found = {path: manifest_of(path) for path in (directory / CHECKPOINTS).glob("step_*") if NAME.fullmatch(path.name)}
     local = {path: manifest["facts"] for path, manifest in found.items() if manifest is not None}
+    rounds: list[Rounds] = []
     with opened(mirror) as copies:
         for path in sorted(local, key=step_of, reverse=True):
             name = f"{CHECKPOINTS}/{path.name}"
             try:
-                send_rounds(copies, directory, rounds_of(local[path]))
+                rounds.append(rounds_of(local[path]))
+                send_rounds(copies, directory, rounds[-1])
                 if not copies.holds(path, name):
                     copies.send(directory / METRICS, METRICS)
                     copies.send_folder(path, name)
@@ -54,24 +58,33 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
         for name in {place.split("/")[1] for place in there if place.startswith(f"{CHECKPOINTS}/")}:
             if NAME.fullmatch(name) and step_of(Path(name)) <= step and directory / CHECKPOINTS / name not in local:
                 copies.remove(f"{CHECKPOINTS}/{name}")
-        needed = needed_rounds([rounds_of(facts) for facts in local.values()], there)
+        needed = needed_rounds(rounds, there)
         for name in {match.group() for place in there if (match := ROUND.match(place))} - needed:
             copies.remove(name)
 
 
-def rounds_of(facts: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
-    """What a checkpoint's manifest says of rounds: see :func:`rayalign.engine.saving.named`."""
-    rounds: Mapping[str, Mapping[str, str]] = facts.get("rounds", {"begun": {}, "ahead": {}})
-    return rounds
+def rounds_of(facts: Mapping[str, Any]) -> Rounds:
+    """What a checkpoint's manifest says of rounds: see :func:`rayalign.engine.saving.named`.
+
+    Raises:
+        TornDirectory: it does not name the rounds that it needs, as those of earlier versions do not.
+    """
+    if not facts.get("source"):
+        return {"begun": {}, "ahead": {}}
+    try:
+        return {kind: dict(facts["rounds"][kind]) for kind in ("begun", "ahead")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise TornDirectory("its manifest does not name the rounds that it needs") from error
 
 
-def send_rounds(copies: Copies, directory: Path, rounds: Mapping[str, Mapping[str, str]]) -> None:
+def send_rounds(copies: Copies, directory: Path, rounds: Rounds) -> None:
     """Send what a checkpoint needs; raises :class:`TornDirectory` where that is not whole here."""
     for name in rounds["begun"]:
         send_needed(copies, directory, name)
     for name, weights in rounds["ahead"].items():
         if manifest_of(directory / name) is None:
-            copies.withdraw(name)  # nobody here knows it
+            if manifest_of(directory / weights) is not None:
+                copies.withdraw(name)  # it is drawn again here, and may differ
             try:
                 send_needed(copies, directory, weights)
                 continue
@@ -89,7 +102,7 @@ def send_needed(copies: Copies, directory: Path, name: str) -> None:
         copies.send_folder(directory / name, name)
 
 
-def needed_rounds(kept: Sequence[Mapping[str, Mapping[str, str]]], there: Collection[str]) -> set[str]:
+def needed_rounds(kept: Sequence[Rounds], there: Collection[str]) -> set[str]:
     """The folders that checkpoints need; weights only as long as the round that is drawn with them is not ``there``."""
     ahead = {name: weights for rounds in kept for name, weights in rounds["ahead"].items()}
     waiting = {weights for name, weights in ahead.items() if f"{name}/{MANIFEST}" not in there}
@@ -108,9 +121,10 @@ def upload_run(mirror: Mirror, directory: Path) -> None:
 def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note: Callable[[str], None]) -> Path | None:
     """Fetch what ``directory`` lacks of the copies, where they have a newer whole checkpoint; the newest one's place.
 
-    With it come the rounds that it needs, the rows of metrics before it, ``run.json`` where there is none here, and the
-    older checkpoints that retention had left. The newest comes last, so that a call that was killed is made good by the
-    next one. A copy that is not whole, or whose rounds are not, is skipped and told.
+    Rounds that the newest one here lacks come in any case. With a newer one come the rounds that it needs, the rows of
+    metrics before it, ``run.json`` where there is none here, and the older checkpoints that retention had left. It
+    comes last, so that a call that was killed is made good by the next one. A copy that is not whole, or whose rounds
+    are not, is skipped and told.
 
     Raises:
         MirrorFailed: the store does not answer.
@@ -121,6 +135,11 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
     have = here.step if here is not None else 0
     root, newest = directory / CHECKPOINTS, None
     with opened(mirror) as copies:
+        if here is not None:
+            try:
+                fetch_rounds(copies, directory, rounds_of(here.facts))
+            except TornDirectory as damage:
+                note(f"{here.directory.name} lacks rounds, and {mirror} does not have them: {damage}")
         found = [place.split("/") for place in copies.sizes()]
         there = [parts[1] for parts in found if parts[0] == CHECKPOINTS and parts[2:] == [MANIFEST]]
         places = sorted((root / name for name in there if NAME.fullmatch(name)), key=step_of)
@@ -136,7 +155,7 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
                 refuse_other(mirror, name, manifest, checkpointer)
                 fetch_rounds(copies, directory, rounds_of(manifest["facts"]))
                 with arriving(place) as partial:
-                    copies.fetch_folder(name, partial)
+                    copies.fetch_folder(name, partial, digest=manifest["manifest_sha256"])
                     if newest is None:
                         fetch_facts(copies, directory)
             except TornDirectory as damage:
@@ -149,7 +168,7 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
     return newest
 
 
-def fetch_rounds(copies: Copies, directory: Path, rounds: Mapping[str, Mapping[str, str]]) -> None:
+def fetch_rounds(copies: Copies, directory: Path, rounds: Rounds) -> None:
     """Fetch what a checkpoint needs and ``directory`` lacks; raises :class:`TornDirectory` where it is not there."""
     for name, digest in rounds["begun"].items():
         fetch_needed(copies, directory, name, digest)

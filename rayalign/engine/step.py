@@ -19,7 +19,7 @@ from rayalign.types import PackedBatch, Scored
 
 
 class NonFiniteStep(FloatingPointError):
-    """The loss or its gradient is NaN or infinite, on every worker alike; nothing has moved.
+    """The loss or its gradient is NaN or infinite, on every worker alike; nothing has moved (DeepSpeed may have).
 
     The message names the step; ``suspects`` are the groups of this worker whose micro-batch's loss is not finite, and
     ``stop`` and ``ask`` are those of :class:`StepResult`.

@@ -15,7 +15,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
-from rayalign.manifest import committed
+from rayalign.manifest import committed, read_manifest
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.baseline import baseline_label
 from rayalign.pipeline.job import training_configuration
@@ -270,9 +270,10 @@ def drawn_ledgers(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> list[Mapp
 
     Of a round that a lost workspace had, its rows tell.
     """
-    found = [committed(store)["meta"] for store in stores_of(job)]
+    found = [manifest["meta"] for store in stores_of(job) if (manifest := read_manifest(store)) is not None]
     here = {meta["request"]["number"] for meta in found if "request" in meta}
-    lost = {row["round"]: row for row in rows if row.get("round", -1) not in {-1, *here}}
+    told = [row for row in rows if row.keys() >= {"round", *LEDGER.values()}]
+    lost = {row["round"]: row for row in told if row["round"] not in here}
     return [
         *(meta["ledger"] for meta in found if "ledger" in meta),
         *({name: row[key] for name, key in LEDGER.items()} for row in lost.values()),

@@ -7,7 +7,7 @@ nothing that a later attempt needs, so every worker group gets a fresh one.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
+import contextlib
 import logging
 import math
 import os
@@ -100,7 +100,9 @@ class Trainer:
         """
         name, checkpoints, in_vain = job.spec.directory.name, job.spec.directory / "checkpoints", 0
         reached = newest_step(checkpoints)
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return self.placed_attempt(job)
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
@@ -118,7 +120,6 @@ class Trainer:
                     ) from failure
                 log.warning("%s: attempt %d was lost after step %d (%s); trying again", name, attempt, done, what)
                 time.sleep(2**in_vain)
-        raise AssertionError("unreachable: the loop returns or raises")
 
     def placed_attempt(self, job: TrainJob) -> Path:
         """An attempt, once others leave room for it: until then nothing has begun that could be lost.
@@ -152,9 +153,9 @@ class Trainer:
                 if self.stop.asked:
                     raise
             except BaseException:
-                self.places = self.group.mailbox.places()
-                self.group.abandon()
-                self.group = None
+                group, self.group = self.group, None
+                self.places = group.mailbox.places()
+                group.abandon()
                 raise
 
     def posted(self, job: TrainJob) -> TrainJob:
@@ -280,14 +281,15 @@ class Group:
         self.abandon()
 
     def abandon(self) -> None:
-        """Free what the workers had, and remove the mailbox.
+        """Free what workers that began have, and remove the mailbox: those that still live end with their job.
 
-        A controller that was killed frees nothing, and whoever should free it for it (Ray's PlacementGroupCleaner)
-        fails where the machine has a second Ray.
+        A controller that was killed frees nothing, and what should free it instead (Ray's PlacementGroupCleaner) fails
+        where the machine has a second Ray.
         """
         room = self.mailbox.reserved()
         if room is not None:
-            remove_placement_group(room)
+            with contextlib.suppress(ray.exceptions.RayError):  # where Ray itself is gone, so is the room
+                remove_placement_group(room)
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 

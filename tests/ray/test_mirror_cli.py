@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 from held_runs import GATED
-from workspaces import Workspace, metrics, processes, rayalign, started, wait_until, weights
+from workspaces import Workspace, metrics, own_workers, rayalign, started, wait_until, weights
 
 from rayalign.runtime.session import Session
 
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_inside_a_round_goes_on_in_another_place(workspace:
         assert driver.poll() is None, driver.communicate()[0]
         driver.kill()
         driver.wait()
-    wait_until(lambda: not any("ray::RayTrainWorker" in command for *_, command in processes()), "its workers to end")
+    wait_until(lambda: not own_workers("RayTrainWorker"), "its workers to end")
     shutil.rmtree(folder / "first")
     hold.unlink()
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,17 @@ def test_two_workers_are_one_with_an_adapter(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_both_models_are_saved_beside_training(name: str, teams: Mapping[str, OnPolicyRun]) -> None:
-    same_models(of_teams(teams, f"{name} late"), of_teams(teams, f"{name} whole"))
+    late, whole = (of_teams(teams, f"{name} {way}") for way in ("late", "whole"))
+    same_models(late, whole)
+    for step, folder in product((4, PLAN.steps), (Path(), Path("critic"))):
+        mine, theirs = (checkpoint(run, step) / folder for run in (late, whole))
+        assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        if SHARDED[name].name == "deepspeed":
+            names = sorted(path.name for path in (theirs / "trainer").iterdir())
+            parts = ([torch.load(place / "trainer" / name) for name in names] for place in (mine, theirs))
+            assert all(torch.equal(a[key], b[key]) for a, b in zip(*parts, strict=True) for key in b)
+        else:
+            assert same_optimizer(mine, theirs)
 
 
 @pytest.mark.slow

@@ -294,7 +294,18 @@ def test_a_checkpoint_whose_round_is_not_whole_is_skipped(
 
 
 @pytest.mark.parametrize(
-    "name", ["rounds/../final", "rounds/..", "final", "checkpoints/step_000001-a0", "/tmp/escaped"]
+    "name",
+    [
+        "rounds/../final",
+        "rounds/..",
+        "final",
+        "checkpoints/step_000001-a0",
+        "/tmp/escaped",
+        "rounds/failure.txt",
+        "rounds/requests",
+        "rounds/weights",
+        "rounds/prepared",
+    ],
 )
 def test_a_checkpoint_that_needs_what_is_no_round_fetches_nothing(
     name: str, lost: OnPolicyRun, mirror: Mirror, tmp_path: Path
@@ -312,6 +323,36 @@ def test_a_checkpoint_that_needs_what_is_no_round_fetches_nothing(
     assert found is not None and step_of(found) == 4
     assert f"names {name!r}, which is no round" in notes[-1]
     assert sorted(path.name for path in spec.directory.iterdir()) == ["checkpoints", "metrics.jsonl", "rounds"]
+
+
+def test_a_checkpoint_that_does_not_name_its_rounds_is_not_fetched(
+    lost: OnPolicyRun, mirror: Mirror, tmp_path: Path
+) -> None:
+    upload(mirror, lost.directory, step=5)
+    there = There(mirror)
+    place = there.of(5, MANIFEST)
+    manifest = json.loads(there.read(place))
+    del manifest["facts"]["rounds"], manifest["manifest_sha256"]
+    there.write(place, json.dumps({**manifest, "manifest_sha256": manifest_digest(manifest)}).encode())
+    found, notes = found_again(replace(lost.spec(), directory=tmp_path / "again", mirror=mirror))
+    assert found is not None and step_of(found) == 4 and "does not name the rounds that it needs" in notes[-1]
+
+
+@pytest.mark.parametrize("kind", ["synchronous", "lag 1"])
+def test_rounds_that_are_lost_alone_come_back(kind: str, make: Make, mirror: Mirror, tmp_path: Path) -> None:
+    """The newest checkpoint is here; sending what is here takes nothing from the mirror."""
+    run = make(kind, tmp_path / "run", mirror=mirror)
+    with pytest.raises(Lost):
+        run.train(on_step=lost_after(4))
+    needed = copied(mirror)
+    before = {path.name: (path / MANIFEST).read_bytes() for path in run.rounds()}
+    shutil.rmtree(run.directory / "rounds")
+    newest = max(step_of(path) for path in (run.directory / "checkpoints").glob("step_*"))
+    upload(mirror, run.directory, step=newest)
+    assert copied(mirror) == needed
+    assert found_again(run.spec()) == (None, [])
+    rounds = {path.name: (path / MANIFEST).read_bytes() for path in run.rounds()}
+    assert rounds and rounds.items() <= before.items()
 
 
 def test_a_round_of_another_run_is_not_taken_for_one_that_is_still_to_be_drawn(
