@@ -86,9 +86,6 @@ class FSDP2:
 
     def full_state(self, model: PreTrainedModel) -> State:
         """Gathered one parameter at a time, into rank 0's host memory."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
         held = model.state_dict()  # reshards what a forward without a backward left whole, the root's part too
         sharded = dict(model.named_parameters(remove_duplicate=False))
         gathered: dict[int, Tensor] = {}

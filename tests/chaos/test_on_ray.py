@@ -31,7 +31,7 @@ from rayalign.manifest import MANIFEST, verify
 from rayalign.runtime.session import Session
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-TWO: dict[str, Any] = {"strategy": {"name": "ddp", "workers": 2, "timeout_seconds": 30}}
+TWO: dict[str, Any] = {"strategy": {"name": "ddp", "workers": 2, "timeout_seconds": 20}}
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -137,7 +137,7 @@ def test_one_of_two_workers_dies_and_then_hangs(
     wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "all CPUs")
     stopped = int((workspace.folder / "fault-silent-hang").read_text())
     wait_until(lambda: not Path(f"/proc/{stopped}").exists(), "the stopped process to be gone")
-    faults = {"die": "worker 1 of 2 killed inside a step", "hang": "worker 1 of 2 stopped (SIGSTOP), 30 s time-out"}
+    faults = {"die": "worker 1 of 2 killed inside a step", "hang": "worker 1 of 2 stopped (SIGSTOP), 20 s time-out"}
     compared(workspace, "silent", two, incidents, faults)
 
 
