@@ -303,7 +303,9 @@ def test_both_models_are_saved_beside_training(name: str, teams: Mapping[str, On
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
         if SHARDED[name].name == "deepspeed":
             names = sorted(path.name for path in (theirs / "trainer").iterdir())
-            parts = ([torch.load(place / "trainer" / name) for name in names] for place in (mine, theirs))
+            parts = (
+                [torch.load(place / "trainer" / name, weights_only=True) for name in names] for place in (mine, theirs)
+            )
             assert all(torch.equal(a[key], b[key]) for a, b in zip(*parts, strict=True) for key in b)
         else:
             assert same_optimizer(mine, theirs)
