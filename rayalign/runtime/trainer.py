@@ -119,6 +119,7 @@ class Trainer:
                         f"checkpoint\n{failure}"
                     ) from failure
                 log.warning("%s: attempt %d was lost after step %d (%s); trying again", name, attempt, done, what)
+                # A node that is going may take the next attempt too; more and more patience where none gets further.
                 time.sleep(2**in_vain)
 
     def placed_attempt(self, job: TrainJob) -> Path:
