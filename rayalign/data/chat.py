@@ -7,7 +7,8 @@ answer alone; it is tokenized apart from the prompt, exactly as a rollout contin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +18,8 @@ from rayalign.data.schema import Example, RowProblem, Turns, assistant, is_assis
 from rayalign.data.split import transcript
 from rayalign.errors import UserError
 
+TODAY = date(2024, 7, 26)
+"""What templates write that ask for today's date, so that a row has the same tokens every day."""
 _PROBE = "rayalign"
 _MARK = "\ue000rayalign\ue001"
 """Stands in nobody's text: the characters are of Unicode's private use."""
@@ -49,6 +52,10 @@ class Chat:
     has_template: bool
     template: str | None
     """A Jinja template in place of the tokenizer's own."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template that hold for every row; a row's own ``chat_template_kwargs`` win."""
+    date: date = TODAY
+    """Stands for today's in templates that ask."""
     end_id: int
     """The one token that ends a response: what training appends and rollouts stop at."""
     end_text: str
@@ -123,13 +130,21 @@ class Chat:
                 turns,
                 generation_prompt,
                 tools=list(example.tools) if example.tools else None,
-                **example.template_kwargs,
+                strftime_now=self.date.strftime,
+                **{**self.template_kwargs, **example.template_kwargs},
             )
         except _REFUSALS as error:
             raise RowProblem("", f"the chat template refuses these messages: {error}") from error
 
 
-def make_chat(tokenizer: Any, *, template: str = "auto", stop: str = "auto") -> Chat:
+def make_chat(
+    tokenizer: Any,
+    *,
+    template: str = "auto",
+    stop: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+    date: date = TODAY,
+) -> Chat:
     """How this tokenizer writes conversations, found by rendering a probe.
 
     Args:
@@ -137,6 +152,8 @@ def make_chat(tokenizer: Any, *, template: str = "auto", stop: str = "auto") -> 
         template: ``auto`` is the tokenizer's chat template, or raw text where it has none; ``none`` is raw text; else
             the path of a Jinja file.
         stop: ``auto`` is the token that ends a turn in the template, or the end-of-sequence token; else a token.
+        template_kwargs: variables of the template, such as ``enable_thinking``; a row's own win.
+        date: what templates write that ask for today's date.
 
     Raises:
         UserError: the template refuses a plain conversation, or there is no token that ends a response.
@@ -150,6 +167,8 @@ def make_chat(tokenizer: Any, *, template: str = "auto", stop: str = "auto") -> 
         tokenizer=tokenizer,
         has_template=own,
         template=source,
+        template_kwargs=dict(template_kwargs or {}),
+        date=date,
         end_id=end_id,
         end_text=end_text,
         after_end=tail.partition(end_text)[2] if end_text in tail else tail,
