@@ -32,6 +32,7 @@ from rayalign.data.schema import (
     Turns,
     assistant,
     bad_row,
+    finished,
     is_assistant,
     number,
     numbers,
@@ -80,6 +81,7 @@ def parse_row(row: RawRow, *, format: str = "auto", columns: Mapping[str, str] |
             candidates=body.candidates,
             columns=body.columns,
             continues=body.continues,
+            finished=finished(fields, len(body.candidates)),
             tools=tools(fields),
             template_kwargs=template_kwargs(fields),
             source=row.source,
@@ -110,8 +112,8 @@ def detect_format(row: Fields) -> str:
 
 def _preference(row: Fields) -> Body:
     prompt = text_or_turns(row, "prompt")
-    pair = {name: text_or_turns(row, name) for name in ("chosen", "rejected")}
-    prompt, (chosen, rejected) = _aligned(prompt, pair)
+    pair = {name: text_or_turns(row, name, may_be_empty="finished" in row) for name in ("chosen", "rejected")}
+    prompt, (chosen, rejected) = _aligned(prompt, pair, may_be_empty="finished" in row)
     if not isinstance(prompt, str):
         prompt, chosen, rejected = split_turns((*prompt, *chosen), (*prompt, *rejected))
     return Body(prompt, (chosen, rejected), _pair_columns(row))
@@ -152,8 +154,8 @@ def _ranked(row: Fields) -> Body:
         raise RowProblem("completions", "completions must be a list of at least one answer")
     named = {f"completions[{index}]": value for index, value in enumerate(completions)}
     try:
-        values = {name: text_or_turns(named, name) for name in named}
-        prompt, candidates = _aligned(text_or_turns(row, "prompt"), values)
+        values = {name: text_or_turns(named, name, may_be_empty=True) for name in named}
+        prompt, candidates = _aligned(text_or_turns(row, "prompt"), values, may_be_empty=True)
     except RowProblem as problem:
         raise RowProblem(problem.field.partition("[")[0], problem.reason) from problem
     found = {
@@ -171,8 +173,8 @@ def _unpaired_preference(row: Fields) -> Body:
 
 
 def _prompt_completion(row: Fields) -> Body:
-    completion = {"completion": text_or_turns(row, "completion")}
-    return Body(*_aligned(text_or_turns(row, "prompt"), completion))
+    completion = {"completion": text_or_turns(row, "completion", may_be_empty="finished" in row)}
+    return Body(*_aligned(text_or_turns(row, "prompt"), completion, may_be_empty="finished" in row))
 
 
 def _messages(row: Fields) -> Body:
@@ -221,30 +223,32 @@ def _renamed(row: Fields, columns: Mapping[str, str]) -> dict[str, object]:
     return {**kept, **moved}
 
 
-def _aligned(prompt: Texts, candidates: Mapping[str, Texts]) -> tuple[Texts, tuple[Texts, ...]]:
+def _aligned(
+    prompt: Texts, candidates: Mapping[str, Texts], *, may_be_empty: bool = False
+) -> tuple[Texts, tuple[Texts, ...]]:
     """Prompt and candidates as all texts, or else as all turns."""
     if isinstance(prompt, str):
         if all(isinstance(value, str) for value in candidates.values()):
             return prompt, tuple(candidates.values())
         prompt = user(prompt)
-    return prompt, tuple(_after(prompt, value, name) for name, value in candidates.items())
+    return prompt, tuple(_after(prompt, value, name, may_be_empty=may_be_empty) for name, value in candidates.items())
 
 
-def _after(prompt: Turns, value: Texts, name: str) -> Turns:
+def _after(prompt: Turns, value: Texts, name: str, *, may_be_empty: bool = False) -> Turns:
     """A candidate as the turns that follow the prompt; a whole conversation loses the prompt that it repeats."""
     answer = assistant(value) if isinstance(value, str) else value
     if answer[: len(prompt)] == prompt:
         answer = answer[len(prompt) :]
     if not answer or not is_assistant(answer[0]):
         raise RowProblem(name, f"{name} must start with a turn of the assistant, or repeat the prompt before it")
-    return _answered(answer, name)
+    return _answered(answer, name, may_be_empty=may_be_empty)
 
 
-def _answered(answer: Turns, name: str) -> Turns:
+def _answered(answer: Turns, name: str, *, may_be_empty: bool = False) -> Turns:
     last = answer[-1]
     if not is_assistant(last):
         raise RowProblem(name, f"{name} ends in a turn of {last['role']}: the last turn must be the assistant's")
-    if not last["content"].strip() and not last.get("tool_calls"):
+    if not may_be_empty and not last["content"].strip() and not last.get("tool_calls"):
         raise RowProblem(name, f"{name} is empty: its last turn says nothing")
     return answer
 

@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from rayalign.data.lines import open_binary, read_lines
 from rayalign.data.records import EmptyFile, RawRow, Row
+from rayalign.data.schema import from_arrow
 from rayalign.errors import MissingExtra, UserError
 
 LINE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".gz")
@@ -40,7 +41,7 @@ def read_parquet(path: str) -> Iterator[Row]:
         for batch in table.iter_batches():
             for value in batch.to_pylist():
                 line += 1
-                yield RawRow(source=path, line=line, value=value)
+                yield RawRow(source=path, line=line, value=from_arrow(value))
     if line == 0:
         raise EmptyFile(path)
 
@@ -65,4 +66,4 @@ def read_dataset(path: str, *, split: str = "train", revision: str | None = None
     if len(dataset) == 0:
         raise EmptyFile(source)
     for index, value in enumerate(dataset):
-        yield RawRow(source=source, line=index + 1, value=value)
+        yield RawRow(source=source, line=index + 1, value=from_arrow(value))

@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rayalign.data.chat import closing_template, make_chat
+from rayalign.data.chat import make_chat
+from rayalign.data.closing import closing_template
 from rayalign.errors import UserError
 
 HEAD = "score"
