@@ -17,7 +17,7 @@ from rayalign.data.marks import Marks
 from rayalign.data.render import Rendered, render
 from rayalign.data.said import Endings, Speaker
 from rayalign.data.schema import Example, user
-from rayalign.data.spelled import SHIELD, control_tokens
+from rayalign.data.spelled import SHIELD, ControlTokens, control_tokens
 from rayalign.data.template import PROBE, TODAY, Context, Template, find_forms, turn_tail
 from rayalign.errors import UserError
 
@@ -104,9 +104,10 @@ def make_chat(
         )
     written = replace(written, forms=find_forms(written))
     tail = turn_tail(written)
-    own, after = _split_tail(tokenizer, tail)
+    header, opening = _turn_parts(written)
+    controls = control_tokens(tokenizer, tags=written.tags, user_header=header, opening=opening)
+    own, after = _split_tail(tail, tokenizer, controls)
     end_id = _end_id(tokenizer, own, stop)
-    controls = control_tokens(tokenizer, tags=written.tags, **_turn_parts(written))
     endings = Endings(run=str(tokenizer.convert_ids_to_tokens(end_id)), own=own, after=after, controls=controls)
     speaker = Speaker(template=written, endings=endings, encode=partial(_encode_one, tokenizer))
     return Chat(
@@ -125,14 +126,19 @@ def _read_template(path: str) -> str:
         return stream.read().decode("utf-8")
 
 
-def _split_tail(tokenizer: Any, tail: str) -> tuple[str, str]:
-    """(what ends an answer, what comes after that), of what the template writes after one; the first may be empty."""
-    added = {*map(str, tokenizer.all_special_tokens), *map(str, tokenizer.get_added_vocab())}
-    found = [(tail.index(token), token) for token in added if token and token in tail]
-    if not found:
+def _split_tail(tail: str, tokenizer: Any, controls: ControlTokens) -> tuple[str, str]:
+    """(what ends an answer, what comes after that), of what the template writes after one; the first may be empty.
+
+    The first added token ends it, unless it closes what the generation prompt opened for the answer alone, as
+    ``<|END_RESPONSE|>`` does.
+    """
+    added = {*map(str, tokenizer.all_special_tokens), *map(str, tokenizer.get_added_vocab())} - {""}
+    found = sorted((tail.index(token), -len(token), token) for token in added if token in tail)
+    ends = [(start, token) for start, _, token in found if not controls.closes_response(token)]
+    if not ends:
         return "", tail
-    first, token = min(found, key=lambda own: (own[0], -len(own[1])))
-    end = first + len(token)
+    start, token = ends[0]
+    end = start + len(token)
     return tail[:end], tail[end:]
 
 
@@ -148,14 +154,13 @@ def _end_id(tokenizer: Any, own: str, stop: str) -> int:
     return int(ends)
 
 
-def _turn_parts(template: Template) -> dict[str, str]:
+def _turn_parts(template: Template) -> tuple[str, str]:
     """What the template writes before a user's words, and before an answer; empty for transcripts."""
     if not template.exists:
-        return {}
+        return "", ""
     asked = template.write(user(PROBE), Context(), generation_prompt=False)
     header, _, _ = asked.rpartition(PROBE)
-    opening = template.write(user(PROBE), Context(), generation_prompt=True).removeprefix(asked)
-    return {"user_header": header, "opening": opening}
+    return header, template.write(user(PROBE), Context(), generation_prompt=True).removeprefix(asked)
 
 
 def _lead_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from rayalign.data.schema import Message, RowProblem, Turns, is_assistant
 from rayalign.data.spelled import THOUGHT_TAGS, ControlTokens
 from rayalign.data.template import THOUGHTS, Context, Template
 
+_TAGS = (*THOUGHT_TAGS, *THOUGHT_TAGS.values())
+
 
 class Said(NamedTuple):
     """One answer, within everything before it."""
@@ -100,7 +102,8 @@ class Speaker:
             closing = self.endings.split(whole)[1]
             return Said(opening + thought + closing, len(opening), len(opening) + len(thought), "thought")
         parted = len(os.path.commonprefix([opening, whole]))
-        if parted >= len(os.path.commonprefix([opening, self._whole(before, context)])):
+        asks = len(os.path.commonprefix([opening, self._whole(before, context)]))
+        if parted >= asks and self._may_go(opening[parted:], whole[parted:]):
             return self._ended(whole, self.boundary(opening, parted))._replace(rule="cut")
         for bare in _without_what_is_dropped(before):
             told = self.opening(bare, context)
@@ -129,6 +132,17 @@ class Speaker:
             if whole[: len(ids)] == ids:
                 return place
         return 0
+
+    def _may_go(self, rest: str, answer: str) -> bool:
+        """Whether the ``rest`` of a generation prompt, which ``answer`` does not continue, is no header of its turn.
+
+        A header begins as those of other turns do, or comes later in the answer: then something was put before it.
+        """
+        if self.endings.controls.begins_turn(rest):
+            return False
+        for tag in _TAGS:  # an answer may spell a thought of its own
+            rest = rest.replace(tag, "")
+        return not rest.strip() or rest.strip() not in answer
 
     def _whole(self, turns: Turns, context: Context) -> str:
         return self.template.write(turns, context, generation_prompt=False)

@@ -92,6 +92,14 @@ class ControlTokens:
         """Whether ``token`` closes what a token in ``text`` opens, as ``<|call_end|>`` closes ``<|call_begin|>``."""
         return any(match[0] != token and _core(match[0]) == _core(token) for match in self._matches(text))
 
+    def begins_turn(self, text: str) -> bool:
+        """Whether the text holds a control token that begins a user's turn."""
+        return any(match[0] in text for match in self._matches(self.user_header))
+
+    def closes_response(self, token: str) -> bool:
+        """Whether ``token`` closes what opens an answer and no other turn."""
+        return self.closes(token, self.opening) and not self.closes(token, self.user_header)
+
     def _matches(self, text: str) -> list[re.Match[str]]:
         return list(self.ends.finditer(text)) if self.ends is not None else []
 
