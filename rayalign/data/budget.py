@@ -11,6 +11,8 @@ import numpy as np
 from rayalign.data.group import Candidate
 from rayalign.errors import UserError
 
+Completed = Literal["no", "alone", "beside"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeSettings:
@@ -25,8 +27,9 @@ class TokenizeSettings:
     replaces the last one kept."""
     long_prompts: Literal["cut", "drop"] = "cut"
     """drop: a group goes whose prompt would have to be cut."""
-    completed: bool = False
-    """Fresh completions are drawn for the prompts, beside what the rows have."""
+    completed: Completed = "no"
+    """Whether fresh completions will follow the prompts: alone, so that the rows' own answers are left out, or beside
+    these."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_prompt_tokens < self.max_tokens:
@@ -89,7 +92,7 @@ def fit(
 
 
 def _kept_of_prompt(length: int, answers: Sequence[Answer], settings: TokenizeSettings) -> int:
-    if settings.completed or not answers:
+    if settings.completed != "no" or not answers:
         return min(length, settings.max_prompt_tokens)
     longest = max(len(answer.ids) for answer in answers)
     return min(length, max(settings.max_prompt_tokens, settings.max_tokens - longest))

@@ -54,7 +54,7 @@ class Example:
 
     @property
     def whether_finished(self) -> tuple[bool, ...]:
-        return self.finished or (True,) * len(self.candidates)
+        return (self.candidates and self.finished) or (True,) * len(self.candidates)
 
 
 def bad_row(row: RawRow, problem: RowProblem) -> BadRow:

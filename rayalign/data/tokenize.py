@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,16 @@ from rayalign.data.records import BadRow, Row, excerpt_of
 from rayalign.data.render import Rendered, Written
 from rayalign.data.schema import MISSING, Example, RowProblem
 
-__all__ = ["TokenizeSettings", "Truncation"]
+__all__ = [
+    "DroppedRow",
+    "Outcome",
+    "TokenizeSettings",
+    "Tokenized",
+    "Truncation",
+    "rows_to_groups",
+    "to_group",
+    "to_groups",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +78,10 @@ def to_groups(examples: Sequence[Example], chat: Chat, settings: TokenizeSetting
 
 
 def _render(example: Example, chat: Chat, settings: TokenizeSettings) -> Rendered | BadRow:
+    if settings.completed == "alone":
+        example = replace(example, candidates=(), columns={}, finished=None)
     try:
-        return chat.render(example, completed=settings.completed)
+        return chat.render(example, completed=settings.completed == "beside")
     except RowProblem as problem:
         return _bad(example, problem)
 

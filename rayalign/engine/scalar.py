@@ -129,9 +129,8 @@ def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
     model.get_input_embeddings().padding_idx = None
     text = model.config.get_text_config()
     text.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    setattr(
-        model.config, WRITTEN, asdict(ScalarHead(template="auto" if chat.has_template else "none", stop=chat.end_text))
-    )
+    template = "none" if head.template == "none" else "auto"
+    setattr(model.config, WRITTEN, asdict(ScalarHead(template=template, stop=chat.end_text)))
 
 
 def written_as(config: PretrainedConfig) -> ScalarHead | None:

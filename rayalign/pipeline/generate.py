@@ -57,7 +57,7 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
         shape, _ = SHAPES[kind]
-        sources = [prompt_store(source, run, stages) for source in run.data.train]
+        sources = [prompt_store(source, run, stages, draws=draws) for source in run.data.train]
         stores = [made_store(source, run, stages, shape, draws=draws) for source in sources]
         rows = [row for store in stores for row in rows_of(store, run, draws=draws)]
     if kind == "pairs":

@@ -10,8 +10,8 @@ from rayalign.config.compare import INITIAL
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
+from rayalign.data.budget import Completed, TokenizeSettings
 from rayalign.data.chat import make_chat
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.lora import LoraSpec
@@ -116,7 +116,7 @@ def row_tokens(session: Session) -> int | None:
     return None if session.num_gpus else CPU_ROW_TOKENS
 
 
-def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
+def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerSpec:
     """The policy's tokenizer and how it writes conversations."""
     return TokenizerSpec(
         name=run.model.name,
@@ -128,6 +128,8 @@ def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
             max_prompt_tokens=run.data.max_prompt_tokens,
             max_tokens=run.data.max_tokens,
             truncated=run.data.truncated,
+            long_prompts=run.data.long_prompts,
+            completed=completed,
         ),
     )
 

@@ -54,7 +54,8 @@ def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]
     chat = make_chat(tokenizer, template=spec.template, stop=spec.stop)
     examples = list(examples)
     prompts = []
-    for example, outcome in zip(examples, to_groups(examples, chat, spec.settings), strict=True):
+    settings = replace(spec.settings, truncated="keep", long_prompts="cut")  # every prompt is measured
+    for example, outcome in zip(examples, to_groups(examples, chat, settings), strict=True):
         if not isinstance(outcome, Tokenized):
             raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
         prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), prompt=outcome.example.prompt))

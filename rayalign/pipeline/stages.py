@@ -15,6 +15,7 @@ from rayalign.config.data import DataConfig, DataSource
 from rayalign.config.dump import redact
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
+from rayalign.data.budget import Completed
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
 from rayalign.data.select import scores_of, select, write_rows
@@ -68,9 +69,9 @@ class Stages:
 
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
 
-    def tokens(self, source: DataSource, run: RunConfig, shape: Shape) -> Path:
-        """The token store of one source."""
-        tokenizer = tokenizer_spec(run)
+    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Path:
+        """The token store of one source; ``completed`` as of :class:`rayalign.data.budget.TokenizeSettings`."""
+        tokenizer = tokenizer_spec(run, completed=completed)
         units = source_units(source, run.data, self)
         inputs = {
             "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],

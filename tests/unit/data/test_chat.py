@@ -177,7 +177,7 @@ def test_the_prompt_of_a_pair_ends_where_the_first_answer_parts_from_it() -> Non
         "So<|im_end|>",
     ]
     assert all(own.mask.all() for own in group.candidates)
-    (fresh,) = to_groups([pair], chat, replace(SETTINGS, completed=True))
+    (fresh,) = to_groups([pair], chat, replace(SETTINGS, completed="beside"))
     assert isinstance(fresh, BadRow) and "fresh answers will follow the generation prompt" in fresh.reason
 
 

@@ -79,7 +79,7 @@ def test_a_prompt_gives_way_to_the_response_as_far_as_needed(
     assert outcome.truncation.responses[0] == cut
     alone = tokenized(replace(PAIR, candidates=()), settings).group
     assert len(alone.prompt_ids) == min(11, max_prompt_tokens)
-    completed = tokenized(PAIR, replace(settings, completed=True)).group
+    completed = tokenized(PAIR, replace(settings, completed="beside")).group
     assert completed.prompt_ids.tolist() == alone.prompt_ids.tolist()
     for policy in ({"truncated": "drop"}, {"long_prompts": "drop"}):
         dropped = to_group(PAIR, RAW, replace(settings, **policy))

@@ -88,7 +88,7 @@ def test_rows_are_shown_as_tokens_in_the_colours_of_their_roles(tmp_path: Path, 
     turns = [{"role": "user", "content": "pqr"}, {"role": "assistant", "content": "xyz"}]
     path.write_text(json.dumps({"messages": [*turns, *turns]}) + "\n" + json.dumps({"messages": turns}))
     console = Console(file=io.StringIO(), width=400, force_terminal=True, color_system="standard")
-    settings = TokenizeSettings(max_prompt_tokens=5, max_tokens=200)
+    settings = TokenizeSettings(max_prompt_tokens=5, max_tokens=30)
     check([str(path)], model=model, show=1, settings=settings, quarantine=tmp_path / "q", console=console)
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
