@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.rank import ranked
 from rayalign.data.records import BadRow, RawRow, Row
-from rayalign.data.schema import Example, Turns
-from rayalign.data.shard import ShardInfo, write_shard
+from rayalign.data.schema import Example
+from rayalign.data.shard import Said, ShardInfo, write_shard
 from rayalign.data.tables import LINE_SUFFIXES, read_rows
+from rayalign.data.texts import kept_answers, said
 from rayalign.data.tokenize import DroppedRow, Tokenized, TokenizeSettings, rows_to_groups
 from rayalign.data.unpair import unpair
 
@@ -52,6 +54,8 @@ class ShardReport:
     dropped: int
     truncated_prompts: int
     truncated_responses: int
+    rules: Mapping[str, int]
+    """Of :data:`rayalign.data.render.RULES`: in how many rows each."""
 
 
 def read_chunks(unit: Unit) -> Iterator[list[Row]]:
@@ -83,9 +87,10 @@ def prepare_chunk(
     """Parse, tokenize and write one chunk as shard ``name``."""
     outcomes = rows_to_groups(rows, chat, settings, format=unit.format, columns=unit.columns)
     groups: list[Group] = []
-    prompts: list[str | Turns] = []
+    prompts: list[Said] = []
     bad: list[BadRow] = []
     cut_prompts = cut_responses = dropped = 0
+    rules: Counter[str] = Counter()
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, BadRow):
             bad.append(outcome)
@@ -97,10 +102,13 @@ def prepare_chunk(
             assert isinstance(outcome, Tokenized)
             cut_prompts += outcome.truncation.prompt > 0
             cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
+            rules.update(outcome.rules)
             made = shaped(outcome.group, shape, format=outcome.example.format)
             dropped += not made
             groups.extend(made)
-            prompts.extend([outcome.example.prompt] * len(made))
+            for group in made:
+                answers = kept_answers(outcome.example, outcome.group, group)
+                prompts.append(said(outcome.example, chat.speaker.template.variables, answers))
     return ShardReport(
         shard=write_shard(directory, name, groups, prompts=prompts) if groups else None,
         rows=len(rows),
@@ -108,6 +116,7 @@ def prepare_chunk(
         dropped=dropped,
         truncated_prompts=cut_prompts,
         truncated_responses=cut_responses,
+        rules=dict(sorted(rules.items())),
     )
 
 

@@ -11,7 +11,8 @@ from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.budget import Completed, TokenizeSettings
-from rayalign.data.chat import make_chat
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.closing import policy_template
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.lora import LoraSpec
@@ -156,12 +157,20 @@ def template_digest(template: str) -> str:
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:
     """The token that training appends, rollouts stop at and generation_config names."""
-    if run.model.name == INITIAL:
-        return ()
+    return () if run.model.name == INITIAL else (chat_of(run).end_id,)
+
+
+def chat_template(run: RunConfig) -> str | None:
+    """What the saved policy writes conversations with; None: what its tokenizer does already."""
+    return None if run.model.name == INITIAL else policy_template(chat_of(run))
+
+
+def chat_of(run: RunConfig) -> Chat:
+    """How the policy's tokenizer writes conversations in this run."""
     tokenizer = load_tokenizer(
         model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
     )
-    return (make_chat(tokenizer, template=run.data.template, stop=run.data.stop).end_id,)
+    return make_chat(tokenizer, template=run.data.template, stop=run.data.stop)
 
 
 def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -18,6 +19,7 @@ from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
+from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select, write_rows
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
@@ -91,7 +93,10 @@ class Stages:
             append_quarantine(directory / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
             shards = [report.shard for report in found.reports if report.shard is not None]
-            commit_store(directory, shards, meta={"inputs": inputs, "preparation": summary(found)})
+            facts = summary(found)
+            for rule, count in facts["rules"].items():
+                self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
+            commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
 
         return self.artifacts.stage("tokens", inputs, build)
 
@@ -248,6 +253,7 @@ def summary(found: Preparation) -> dict[str, Any]:
         "dropped": sum(report.dropped for report in found.reports),
         "truncated_prompts": sum(report.truncated_prompts for report in found.reports),
         "truncated_responses": sum(report.truncated_responses for report in found.reports),
+        "rules": dict(sum((Counter(report.rules) for report in found.reports), Counter())),
         "shards": sum(report.shard is not None for report in found.reports),
         "bytes_by_node": found.bytes_by_node,
     }
