@@ -118,7 +118,11 @@ class Marks:
         """Whether an answer that a history writes otherwise has the mark when it is said."""
         if mark.turn < 0 or not is_assistant(turns[mark.turn]):
             return False
-        said = self.speaker.said(turns[: mark.turn + 1], context)
+        upto = turns[: mark.turn + 1]
+        try:
+            said = self.speaker.said(upto, context)
+        except RowProblem:  # nothing follows what inference shows, yet its words may be written
+            return mark.text in self.speaker.template.write(upto, context, generation_prompt=False)
         return mark.text in said.text[said.start :]
 
     def _turn(self, turn: Message, place: int, marker: _Marker) -> Message:

@@ -90,8 +90,7 @@ def _render_texts(example: Example, speaker: Speaker) -> Rendered:
     written = []
     for answer, finished in zip(example.candidates, example.whether_finished, strict=True):
         assert isinstance(answer, str)
-        last = speaker.endings.controls.last(answer.rstrip()) if finished else ""
-        text = answer.rstrip() if last else answer
+        text, last = speaker.endings.once(answer) if finished else (answer, "")
         inside = next((end for end in (last, speaker.endings.run) if end and end in text.removesuffix(last)), None)
         if inside:
             raise RowProblem("", f"an answer holds the end token {inside!r} in its text")

@@ -57,6 +57,18 @@ class Endings:
             return len(bare) - len(last), last
         return len(answer), ""
 
+    def once(self, text: str) -> tuple[str, str]:
+        """(text, what ends it) of a text that is rendered already: of several end tokens at its end the first."""
+        bare = text.rstrip()
+        last = self.controls.last(bare)
+        while last:
+            before = bare.removesuffix(last).rstrip()
+            earlier = self.controls.last(before)
+            if not earlier or self.controls.closes(earlier, before):
+                return bare, last
+            bare, last = before, earlier
+        return text, ""
+
     def final(self, closing: str) -> str:
         """What ends a conversation; empty: the run's end token is appended. A ``data.stop`` replaces the own end."""
         return "" if closing == self.own and not self._is_the_runs(closing) else closing

@@ -39,6 +39,8 @@ _HEADERS = (
 )
 _RENDERED = re.compile("|".join(_HEADERS))
 """How the turns of well-known families begin."""
+_WAITING = re.compile(r"(?s)(USER:|### (?:Instruction|Human|User):).*(?:ASSISTANT|### (?:Response|Assistant)):\s*\Z")
+"""Prompts of families that write turns in plain words (Vicuna, Alpaca): they wait for an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +125,8 @@ class ControlTokens:
             )
 
     def _rendered(self, text: str) -> str:
-        if match := _RENDERED.search(text):
-            return match[0]
+        if match := _RENDERED.search(text) or _WAITING.search(text):
+            return match[match.lastindex or 0]
         words = text.strip()
         if self.begin and words.startswith(self.begin):
             return self.begin
