@@ -18,6 +18,8 @@ Turns = tuple[Message, ...]
 MISSING = math.nan
 WEIGHT = "weight"
 """Field of a turn: 0 where it is not to be trained."""
+PLAIN = frozenset({"role", "content"})
+"""Fields of a turn that is words alone."""
 _WEIGHTS = (WEIGHT, "train", "trainable", "loss")
 """Names under which files say so."""
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content)'")
