@@ -39,8 +39,9 @@ _HEADERS = (
 )
 _RENDERED = re.compile("|".join(_HEADERS))
 """How the turns of well-known families begin."""
-_WAITING = re.compile(r"(?s)(USER:|### (?:Instruction|Human|User):).*(?:ASSISTANT|### (?:Response|Assistant)):\s*\Z")
-"""Prompts of families that write turns in plain words (Vicuna, Alpaca): they wait for an answer."""
+_ASKED = re.compile(r"USER:|### (?:Instruction|Human|User):")
+_WAITS = ("ASSISTANT:", "### Response:", "### Assistant:")
+"""Prompts of families that write turns in plain words (Vicuna, Alpaca): somebody asks, and they wait for an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +131,9 @@ class ControlTokens:
             )
 
     def _rendered(self, text: str) -> str:
-        if match := _RENDERED.search(text) or _WAITING.search(text):
-            return match[match.lastindex or 0]
+        waits = text.rstrip().endswith(_WAITS)
+        if match := _RENDERED.search(text) or (_ASKED.search(text) if waits else None):
+            return match[0]
         words = text.strip()
         if self.begin and words.startswith(self.begin):
             return self.begin
@@ -180,5 +182,15 @@ def control_tokens(
 
 
 def _any(tokens: list[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if tokens else None
+    return re.compile(_branches(tokens)) if tokens else None
+
+
+def _branches(words: Collection[str]) -> str:
+    """A pattern of any of the words, the longest first; a tree, since some tokenizers have a thousand of them."""
+    rests: dict[str, list[str]] = {}
+    for word in words:
+        rests.setdefault(word[:1], []).append(word[1:])
+    branches = [re.escape(first) + _branches(rest) for first, rest in rests.items() if first]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)}){'?' if '' in rests else ''}"
