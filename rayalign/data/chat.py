@@ -33,6 +33,8 @@ class Chat:
     """The one token that ends a response where the template writes none: training appends it, rollouts stop at it."""
     lead_ids: tuple[int, ...]
     """What the tokenizer puts in front of raw text: one beginning-of-sequence token, or nothing."""
+    leads: bool
+    """True where a space is put before a text, but not before one that follows a control token."""
     splits_cleanly: bool
     """True where a text has the same tokens alone as after a line end, so that nothing needs context."""
     rendered: bool
@@ -58,6 +60,13 @@ class Chat:
         ids = dict(zip(plain, _encode(self.tokenizer, plain), strict=True))
         return {text: ids[text] if text in ids else self._encode_shielded(text) for text in unique}
 
+    def encode_after(self, text: str) -> list[int]:
+        """Token ids of a text that stands after another, without the space that some tokenizers put before every text.
+
+        The other text's own last tokens would change with it, so that it is tokenized after something else.
+        """
+        return self._encode_shielded(text) if SHIELD in text else _encode_one(self.tokenizer, text, follows=True)
+
     def render(self, example: Example, *, completed: bool = False) -> Rendered:
         """The texts of one example; ``completed``: fresh answers will follow the same prompt.
 
@@ -67,7 +76,12 @@ class Chat:
         return render(example, self.speaker, self.marks, rendered=self.rendered, completed=completed)
 
     def _encode_shielded(self, text: str) -> list[int]:
-        return self.speaker.endings.controls.encode(text, partial(_encode_one, self.tokenizer))
+        """Token ids of a text in which words spell control tokens: only those that the template wrote are such."""
+        ids: list[int] = []
+        for segment in self.speaker.endings.controls.segments(text):
+            words, spelled = segment.replace(SHIELD, ""), SHIELD in segment
+            ids += _encode_one(self.tokenizer, words, split_special_tokens=spelled, follows=bool(ids) and self.leads)
+        return ids
 
 
 def make_chat(
@@ -116,6 +130,7 @@ def make_chat(
         marks=Marks(speaker),
         end_id=end_id,
         lead_ids=_lead_ids(tokenizer),
+        leads=_leads(tokenizer, own),
         splits_cleanly=_splits_cleanly(tokenizer),
         rendered=template == "none",
     )
@@ -176,7 +191,17 @@ def _splits_cleanly(tokenizer: Any) -> bool:
     return all(whole[-len(ids) :] == ids for ids, whole in zip(alone, after, strict=True))
 
 
-def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> list[int]:
+def _leads(tokenizer: Any, end: str) -> bool:
+    alone, after = _encode_one(tokenizer, "Yes"), _encode_one(tokenizer, end + "Yes")
+    return bool(end) and after[-len(alone) :] != alone
+
+
+def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False, follows: bool = False) -> list[int]:
+    """Of one text, control tokens in it as text or not; ``follows``: as it is after another, whatever that is."""
+    for before in ("\n", "a", ".") if follows else ():
+        head, whole = _encode(tokenizer, [before, before + text], split_special_tokens=split_special_tokens)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
     return _encode(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
 
 

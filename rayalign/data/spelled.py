@@ -69,15 +69,7 @@ class ControlTokens:
         """The value as it was before :meth:`shield`."""
         return _mapped(value, lambda text: text.replace(SHIELD, ""))
 
-    def encode(self, text: str, encode: Callable[..., list[int]]) -> list[int]:
-        """Token ids of a shielded text; ``encode`` takes a text and ``split_special_tokens``."""
-        assert self.special is not None
-        ids: list[int] = []
-        for segment in self._segments(text):
-            ids += encode(segment.replace(SHIELD, ""), split_special_tokens=SHIELD in segment)
-        return ids
-
-    def _segments(self, text: str) -> Iterator[str]:
+    def segments(self, text: str) -> Iterator[str]:
         """Special tokens and what stands between them."""
         assert self.special is not None
         end = 0
