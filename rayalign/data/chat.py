@@ -16,7 +16,7 @@ from rayalign.data.lines import open_binary
 from rayalign.data.marks import Marks
 from rayalign.data.render import Rendered, render
 from rayalign.data.said import Endings, Speaker
-from rayalign.data.schema import Example, user
+from rayalign.data.schema import Example, RowProblem, user
 from rayalign.data.spelled import SHIELD, ControlTokens, control_tokens
 from rayalign.data.template import PROBE, TODAY, Context, Template, find_forms, turn_tail
 from rayalign.errors import UserError
@@ -121,6 +121,7 @@ def make_chat(
     header, opening = _turn_parts(written)
     controls = control_tokens(tokenizer, tags=written.tags, user_header=header, opening=opening)
     own, after = _split_tail(tail, tokenizer, controls)
+    controls = controls.after_turn(own)
     end_id = _end_id(tokenizer, own, stop)
     endings = Endings(run=str(tokenizer.convert_ids_to_tokens(end_id)), own=own, after=after, controls=controls)
     speaker = Speaker(template=written, endings=endings, encode=partial(_encode_one, tokenizer), asks=opening)
@@ -173,9 +174,12 @@ def _turn_parts(template: Template) -> tuple[str, str]:
     """What the template writes before a user's words, and before an answer; empty for transcripts."""
     if not template.exists:
         return "", ""
-    asked = template.write(user(PROBE), Context(), generation_prompt=False)
-    header, _, _ = asked.rpartition(PROBE)
-    return header, template.write(user(PROBE), Context(), generation_prompt=True).removeprefix(asked)
+    try:
+        asked = template.write(user(PROBE), Context(), generation_prompt=False)
+        waiting = template.write(user(PROBE), Context(), generation_prompt=True)
+    except RowProblem as problem:
+        raise UserError(f"{problem.reason}, a question alone; name another in data.template") from problem
+    return asked.rpartition(PROBE)[0], waiting.removeprefix(asked)
 
 
 def _lead_ids(tokenizer: Any) -> tuple[int, ...]:

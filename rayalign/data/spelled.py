@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayalign.data.schema import RowProblem
@@ -60,6 +60,11 @@ class ControlTokens:
     """What it writes before an answer."""
     begin: str
     """The token that begins a text; empty: none."""
+
+    def after_turn(self, end: str) -> ControlTokens:
+        """The same where a user's turn begins after ``end``: some templates write words of their own before it."""
+        header = self.user_header.rpartition(end)[2] if end else self.user_header
+        return replace(self, user_header=header.strip() or self.user_header)
 
     def shield(self, value: Any) -> Any:
         """The value in whose texts control tokens are broken, so that a tokenizer takes them for text."""
