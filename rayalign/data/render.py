@@ -72,7 +72,8 @@ def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, 
     given = begun_once(given, controls.begin)
     rules = {"transcript"} if asked is not example else set()
     if not rendered:
-        refuse_rendered(given, controls, end=speaker.endings.run)
+        if not example.drawn:
+            refuse_rendered(given, controls, end=speaker.endings.run)
         words = shielded(given, controls)
         rules |= {"spelled"} if words is not given else set()
         given = words

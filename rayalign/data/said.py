@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rayalign.data.schema import Message, RowProblem, Turns, is_assistant
 from rayalign.data.spelled import THOUGHT_TAGS, ControlTokens
@@ -135,7 +135,7 @@ class Speaker:
             said = self.said(turns, context, opening=opening)
             return Said(said.text[: said.body], said.start, said.body, "unfinished")
         opening = self.opening(turns[:-1], context) if opening is None else opening
-        text = opening + str(turns[-1]["content"])
+        text = opening + _after_tag(str(turns[-1]["content"]), opening)
         return Said(text, len(opening), len(text), "unfinished")
 
     def boundary(self, text: str, limit: int) -> int:
@@ -186,15 +186,26 @@ def continued_thought(answer: Message, opening: str) -> str | None:
 
     The words are the row's: those of ``<think>…</think>…`` after the first tag, or of ``…</think>…`` as they are.
     """
-    opened = next((tag for tag in THOUGHT_TAGS if opening.rstrip().endswith(tag)), None)
-    content: Any = answer["content"]
+    opened = _opened(opening)
+    content = str(answer["content"])
     if opened is None or answer.get("tool_calls") or THOUGHT_TAGS[opened] not in content:
         return None
-    thought = content.partition(THOUGHT_TAGS[opened])[0]
-    if opened not in thought:
-        return str(content)
-    before, _, words = content.partition(opened)
-    return None if before.strip() else str(words.removeprefix(opening[len(opening.rstrip()) :]))
+    if opened not in content.partition(THOUGHT_TAGS[opened])[0]:
+        return content
+    return None if content.partition(opened)[0].strip() else _after_tag(content, opening)
+
+
+def _opened(opening: str) -> str | None:
+    """The tag of a thought that a generation prompt ends with."""
+    return next((tag for tag in THOUGHT_TAGS if opening.rstrip().endswith(tag)), None)
+
+
+def _after_tag(content: str, opening: str) -> str:
+    """The words without a tag that they repeat from the end of ``opening``, and without the white space after it."""
+    opened = _opened(opening)
+    if opened is None or not content.lstrip().startswith(opened):
+        return content
+    return content.lstrip().removeprefix(opened).removeprefix(opening[len(opening.rstrip()) :])
 
 
 def _without_what_is_dropped(turns: Turns) -> Iterator[Turns]:

@@ -47,6 +47,8 @@ class Example:
     """reward, label, margin, soft_label, behavior_logp: one number per candidate, NaN = missing."""
     continues: bool = False
     """The candidates carry on the prompt's text: never wrapped as turns, whatever the template."""
+    drawn: bool = False
+    """Its words are a model's or somebody's at a prompt, of no file: whatever stands in them is words."""
     finished: tuple[bool, ...] | None = None
     """Of every candidate: False for one that was cut off, which has no end token; None: all are finished."""
     tools: tuple[Fields, ...] | None = None

@@ -87,7 +87,7 @@ class LocalModel:
 
     def _prompt_ids(self, question: str, chat: Chat) -> list[int]:
         """The question as one turn of a user."""
-        example = Example(format="prompt_only", prompt=question, candidates=())
+        example = Example(format="prompt_only", prompt=question, candidates=(), drawn=True)
         group = to_group(example, chat, NOTHING_IS_CUT)
         if not isinstance(group, Group):
             raise ScorerUnusable(f"{self.field}.model: {self.directory} cannot be asked: {group}")

@@ -42,9 +42,14 @@ class Speaker:
         model, tokenizer = load_policy(ModelSpec(name=name), device=device)
         return cls(name=name, chat=make_chat(tokenizer), engine=HfEngine(model))
 
-    def answers(self, prompts: Sequence[str | Turns], params: SamplingParams) -> list[list[str]]:
-        """Texts by prompt and sample; a prompt's noise is that of its place, whoever answers."""
-        examples = [Example(format="prompt_only", prompt=prompt, candidates=()) for prompt in prompts]
+    def answers(
+        self, prompts: Sequence[str | Turns], params: SamplingParams, *, typed: bool = False
+    ) -> list[list[str]]:
+        """Texts by prompt and sample; a prompt's noise is that of its place, whoever answers.
+
+        ``typed``: the prompts are of no file, and whatever stands in them is words.
+        """
+        examples = [Example(format="prompt_only", prompt=prompt, candidates=(), drawn=typed) for prompt in prompts]
         ids = []
         for example, outcome in zip(examples, to_groups(examples, self.chat, SETTINGS), strict=True):
             if not isinstance(outcome, Tokenized):
@@ -99,7 +104,7 @@ def converse(speakers: Sequence[Speaker], params: SamplingParams, console: Conso
             continue
         for place, speaker in enumerate(speakers):
             talks[place] = (*talks[place], *user(said))
-            ((reply, *_),) = speaker.answers([talks[place]], replace(params, num_samples=1))
+            ((reply, *_),) = speaker.answers([talks[place]], replace(params, num_samples=1), typed=True)
             talks[place] = (*talks[place], *assistant(reply))
             console.print(f"{speaker.name}: {printable(reply)}", markup=False, highlight=False)
 

@@ -16,8 +16,9 @@ from shapes import ASK, LOOK, SEEN, SKY, SKY_TEXT, TOOLS, answer, call, pair, re
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow, RawRow
+from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
-from rayalign.data.tokenize import Outcome, Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Outcome, Tokenized, TokenizeSettings, rows_to_groups, to_groups
 
 SETTINGS = TokenizeSettings(max_prompt_tokens=10_000, max_tokens=20_000)
 CHATML = make_chat(tiny.byte_level(template=tiny.CHATML))
@@ -138,6 +139,23 @@ def test_a_thought_is_the_same_whatever_its_tags_are_to_the_tokenizer(special: b
     assert isinstance(outcome, Tokenized)
     if special is not None:
         assert tokenizer.convert_tokens_to_ids("</think>") in outcome.group.candidates[0].ids
+
+
+def test_what_a_model_wrote_is_words_whatever_stands_in_it() -> None:
+    """A scorer reads replies of any policy, and a judge is asked about them."""
+    for text in ("<|im_start|>user\nhi<|im_end|>", "[INST] a [/INST]", "ends<|im_end|>"):
+        drawn = Example(format="preference", prompt=text, candidates=(text,), drawn=True)
+        (outcome,) = to_groups([drawn], CHATML, SETTINGS)
+        assert isinstance(outcome, Tokenized)
+        assert texts_of(outcome.group, CHATML)[1] == f"{text}<|im_end|>"
+        assert outcome.group.candidates[0].ids.tolist().count(CHATML.end_id) == 1
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm and", "hm and", "<think>hm and"])
+def test_a_thought_that_was_cut_off_continues_the_generation_prompt(text: str) -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.THINKING))
+    row = {"prompt": "What is it?", "completion": text, "finished": False}
+    assert read(row, chat) == [ASKED + "<think>\n", "hm and"]
 
 
 def test_a_transcript_that_waits_for_an_answer_is_turns() -> None:
