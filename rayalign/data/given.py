@@ -65,10 +65,13 @@ def shown(example: Example, controls: ControlTokens) -> Example:
 
 
 def refuse_rendered(example: Example, controls: ControlTokens, *, end: str) -> None:
-    """Raise :class:`RowProblem` where a text is a rendered conversation, or an answer ends in the ``end`` token."""
+    """Raise :class:`RowProblem` where a text is a rendered conversation, or an answer ends in the ``end`` token.
+
+    Answers of which the row says whether they were finished were drawn: what stands in them is what a model wrote.
+    """
     for words in _words(example.prompt):
         controls.refuse_rendered(words, may_begin=isinstance(example.prompt, str))
-    for answer in example.candidates:
+    for answer in example.candidates if example.finished is None else ():
         for words in _words(answer):
             controls.refuse_rendered(words, end=end)
 

@@ -149,6 +149,7 @@ def test_what_a_model_wrote_is_words_whatever_stands_in_it() -> None:
         assert isinstance(outcome, Tokenized)
         assert texts_of(outcome.group, CHATML)[1] == f"{text}<|im_end|>"
         assert outcome.group.candidates[0].ids.tolist().count(CHATML.end_id) == 1
+        assert "<|im_end|>" in read({"prompt": "a", "completion": text, "finished": True})[1]
 
 
 @pytest.mark.parametrize("text", ["<think>\nhm and", "hm and", "<think>hm and"])
