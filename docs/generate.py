@@ -6,6 +6,7 @@ of ``files.md`` between its markers from the report's own description of ``resul
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ KINDS: Mapping[object, str] = {
     int: "whole number",
     float: "number",
     str: "text",
+    datetime.date: "date",
     Any: "anything",
 }
 CHECKED = {

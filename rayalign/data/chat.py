@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from rayalign.data.lines import open_binary
+from rayalign.data.files import open_binary
 from rayalign.data.schema import Example, RowProblem, Turns, assistant, is_assistant, user
 from rayalign.data.split import transcript
 from rayalign.errors import UserError

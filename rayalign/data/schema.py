@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rayalign.data.records import BadRow, RawRow, excerpt_of
 
@@ -15,6 +15,8 @@ Message = Mapping[str, Any]
 """One turn: ``role``, ``content`` and whatever else the chat template may read (``tool_calls``, ``name`` …)."""
 Turns = tuple[Message, ...]
 MISSING = math.nan
+Preference = Literal["stored", "rewards", "ranks", "unstated", "undecided"]
+"""How candidates are ordered: as they stand, by ``reward``, by ``rank``, not said, or said to be equal (or null)."""
 
 
 class RowProblem(Exception):
@@ -38,8 +40,13 @@ class Example:
     """reward, label, margin, soft_label, behavior_logp: one number per candidate, NaN = missing."""
     continues: bool = False
     """The candidates carry on the prompt's text: never wrapped as turns, whatever the template."""
+    preference: Preference = "stored"
     tools: tuple[Fields, ...] | None = None
     template_kwargs: Fields = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    """Columns that hold something and were not read."""
+    metadata: tuple[str, ...] = ()
+    """Further columns that were not read: they describe the row, or repeat it."""
     source: str = ""
     line: int = 0
 

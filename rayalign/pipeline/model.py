@@ -10,7 +10,6 @@ from rayalign.config.compare import INITIAL
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
-from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
@@ -22,7 +21,7 @@ from rayalign.imports import source_digest
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
 from rayalign.pipeline.artifacts import PENDING, digest_of
-from rayalign.runtime.datasets import TokenizerSpec
+from rayalign.runtime.datasets import TokenizerSpec, chat_of
 from rayalign.runtime.session import Session
 
 CPU_ROW_TOKENS = 2048
@@ -129,6 +128,8 @@ def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
             max_tokens=run.data.max_tokens,
             truncated=run.data.truncated,
         ),
+        template_kwargs=run.data.chat_template_kwargs,
+        date=run.data.date,
     )
 
 
@@ -156,10 +157,7 @@ def stop_ids(run: RunConfig) -> tuple[int, ...]:
     """The token that training appends, rollouts stop at and generation_config names."""
     if run.model.name == INITIAL:
         return ()
-    tokenizer = load_tokenizer(
-        model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
-    )
-    return (make_chat(tokenizer, template=run.data.template, stop=run.data.stop).end_id,)
+    return (chat_of(tokenizer_spec(run)).end_id,)
 
 
 def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:

@@ -14,8 +14,8 @@ from rayalign.data.prepare import Unit
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.reads import with_format
 from rayalign.pipeline.stages import Stages, input_digest, source_units
-from rayalign.pipeline.streams import with_format
 from rayalign.pipeline.train import refuse_unsupported
 from rayalign.runtime.session import Node, Session
 
@@ -36,11 +36,24 @@ def test_the_manifest_of_made_rows_has_no_secret(tmp_path: Path) -> None:
     assert not [path for path in made.parent.rglob("*") if path.is_file() and "sk-planted" in path.read_text()]
 
 
-def test_splits_of_a_dataset_folder_are_different_rows(tmp_path: Path) -> None:
-    (tmp_path / "dataset_dict.json").write_text("{}")
-    units = [Unit(path=str(tmp_path), split=split) for split in ("train", "test")]
-    assert input_digest(units[0]) != input_digest(units[1])
-    assert input_digest(units[0]) == input_digest(Unit(path=str(tmp_path), split="train"))
+def test_a_key_is_of_a_files_content_and_of_the_rows_that_are_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a"}\n')
+    whole, same = (Unit(path=str(tmp_path / f"{name}.jsonl")) for name in ("a", "b"))
+    part = Unit(path=whole.path, first=0, last=1)
+    assert input_digest(whole) == input_digest(same) != input_digest(part)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "b"}\n')
+    assert input_digest(whole) != input_digest(same)
+
+
+def test_a_version_makes_rows_again(tmp_path: Path) -> None:
+    """Of what a function reads besides its own file, which nothing else could tell."""
+    (tmp_path / "maker.py").write_text("def rows():\n    yield {'prompt': 'a'}\n")
+    made = [
+        stages_of(tmp_path).rows(DataSource(function=f"{tmp_path}/maker.py:rows", version=version))
+        for version in (None, 1, "2024-05-01", 1)
+    ]
+    assert len({*made}) == 3 and made[1] == made[3]
 
 
 def test_a_folder_with_brackets_is_no_pattern(tmp_path: Path) -> None:

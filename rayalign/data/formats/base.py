@@ -1,0 +1,174 @@
+"""What a format is: which columns a row has, and how they become a prompt with its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from rayalign.data.formats.turns import said
+from rayalign.data.schema import (
+    MISSING,
+    Fields,
+    Preference,
+    RowProblem,
+    Turns,
+    assistant,
+    is_assistant,
+    number,
+    required,
+    user,
+)
+from rayalign.data.split import is_transcript, transcript_turns
+
+Texts = str | Turns
+SYSTEM = ("system", "system_prompt")
+CONVERSATION = (*SYSTEM, "tools", "functions", "chat_template_kwargs")
+"""Columns that every format of conversations may have."""
+SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+OF_PAIRS = (*SCORES[0], *SCORES[1], "margin", "soft_label")
+
+
+class Body(NamedTuple):
+    """What one format says about one row."""
+
+    prompt: Texts
+    candidates: tuple[Texts, ...]
+    columns: Mapping[str, tuple[float, ...]] = MappingProxyType({})
+    continues: bool = False
+    preference: Preference = "stored"
+    tools: Any = None
+    """Where the format keeps tools elsewhere than in ``tools``."""
+
+
+def always(_row: Fields) -> bool:
+    return True
+
+
+def never(_row: Fields) -> bool:
+    """Found by name alone: its columns are those of other data too."""
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """The columns of a row of one kind, and the function that reads them."""
+
+    read: Callable[[Fields], Body]
+    needs: tuple[str, ...]
+    """Columns that such a row has; ``question|input`` is exactly one of the two."""
+    may: tuple[str, ...] = ()
+    """Columns that are read where a row has them."""
+    leaves: tuple[str, ...] = ()
+    """Columns that such data have and that mean nothing for training."""
+    verdicts: tuple[str, ...] = ()
+    """Of ``needs``, those that may be null: nobody gave a preference."""
+    is_found: Callable[[Fields], bool] = always
+    """Whether a row that has these columns is certainly of this kind."""
+    ask: str = ""
+    """What to write where a row has the columns, and it is not certain what they mean."""
+    guesses_prompt: bool = False
+    """The prompt is found by elimination: another column that could be it leaves no certainty."""
+    is_conversation: bool = True
+    """False for raw text, which has no system turn and no tools."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        common = CONVERSATION if self.is_conversation else ()
+        return frozenset({*(name for need in self.needs for name in need.split("|")), *self.may, *common})
+
+    def read_of(self, held: Iterable[str]) -> frozenset[str]:
+        """Of a row's columns, those that are read: one of every choice."""
+        names = {*held}
+        chosen = (next((name for name in need.split("|") if name in names), "") for need in self.needs)
+        common = CONVERSATION if self.is_conversation else ()
+        return frozenset({*chosen, *self.may, *common})
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Whether a row with these columns has what the format needs."""
+        held = {*names}
+        return all(held & {*need.split("|")} for need in self.needs)
+
+
+def one_of(row: Fields, *names: str) -> str:
+    """The only one of ``names`` that the row has; raises RowProblem where it has none or several."""
+    found = [name for name in names if name in row]
+    if len(found) > 1:
+        raise RowProblem(found[1], f"{found[0]} and {found[1]} could both be meant: name one with `columns`")
+    return found[0] if found else names[0]
+
+
+def aligned(prompt: Texts, candidates: Mapping[str, Texts]) -> tuple[Texts, tuple[Texts, ...]]:
+    """Prompt and candidates as all texts, or else as all turns.
+
+    A text that is a transcript up to ``Assistant:`` becomes the turns that it is, and its answers lose outer spaces.
+    """
+    if isinstance(prompt, str) and (begun := begun_transcript(prompt)):
+        prompt = begun
+        candidates = {name: value.strip() if isinstance(value, str) else value for name, value in candidates.items()}
+    if isinstance(prompt, str):
+        if all(isinstance(value, str) for value in candidates.values()):
+            return prompt, tuple(candidates.values())
+        prompt = user(prompt)
+    return prompt, tuple(after(prompt, value, name) for name, value in candidates.items())
+
+
+def begun_transcript(prompt: str) -> Turns:
+    """The turns of a transcript that waits for an answer; none for any other text."""
+    if not is_transcript(prompt) or not prompt.rstrip().endswith("\n\nAssistant:"):
+        return ()
+    return transcript_turns(prompt, "prompt")[:-1]
+
+
+def after(prompt: Turns, value: Texts, name: str) -> Turns:
+    """A candidate as the turns that follow the prompt; a whole conversation loses the prompt that it repeats."""
+    answer = assistant(value) if isinstance(value, str) else value
+    if answer[: len(prompt)] == prompt:
+        answer = answer[len(prompt) :]
+    if not answer or not is_assistant(answer[0]):
+        raise RowProblem(name, f"{name} must start with a turn of the assistant, or repeat the prompt before it")
+    return answered(answer, name)
+
+
+def answered(answer: Turns, name: str) -> Turns:
+    last = answer[-1]
+    if not is_assistant(last):
+        raise RowProblem(name, f"{name} ends in a turn of {last['role']}: the last turn must be the assistant's")
+    if not last["content"].strip() and not last.get("tool_calls"):
+        raise RowProblem(name, f"{name} is empty: its last turn says nothing")
+    return answer
+
+
+def pair_columns(row: Fields) -> dict[str, tuple[float, ...]]:
+    """Scores, margin and soft label of a pair."""
+    columns: dict[str, tuple[float, ...]] = {}
+    for chosen, rejected in SCORES:
+        if chosen in row or rejected in row:
+            required(row, chosen), required(row, rejected)
+            columns["reward"] = (number(row, chosen), number(row, rejected))
+    if "margin" in row:
+        columns["margin"] = (number(row, "margin"), MISSING)
+    if "soft_label" in row:
+        columns["soft_label"] = (number(row, "soft_label"), MISSING)
+        if not 0 <= columns["soft_label"][0] <= 1:
+            raise RowProblem("soft_label", f"soft_label is {row['soft_label']}: a probability lies in [0, 1]")
+    return columns
+
+
+def compared(prompt: Texts, answers: Mapping[str, Texts], *, better: int | None, rewards: Iterable[float] = ()) -> Body:
+    """Two answers, of which ``better`` (0 or 1) is preferred; None: neither is."""
+    prompt, (first, second) = aligned(prompt, answers)
+    numbers = tuple(rewards)
+    if better == 1:
+        first, second, numbers = second, first, numbers[::-1]
+    columns = {"reward": numbers} if numbers else {}
+    return Body(prompt, (first, second), columns, preference="stored" if better is not None else "undecided")
+
+
+def answer_of(row: Fields, name: str) -> Texts:
+    """One answer; a single turn stands for a list of it."""
+    value = said(row, name)
+    if not isinstance(value, str) and not is_assistant(value[0]):
+        raise RowProblem(name, f"{name} starts with a turn of {value[0]['role']}: it must be the assistant's")
+    return value
