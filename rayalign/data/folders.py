@@ -16,6 +16,7 @@ import fsspec
 
 from rayalign.config.suffixes import READ, data_suffix, file_name
 from rayalign.data.hub import hub_folder
+from rayalign.data.records import QUARANTINE
 from rayalign.errors import MissingExtra, UserError, first_line
 
 if TYPE_CHECKING:
@@ -52,6 +53,27 @@ def dataset_files(origin: Origin) -> Splits:
     for files in splits.values():
         refuse_missing_shards(files)
     return splits
+
+
+def _refuse_files_of_no_split(folder: str, splits: Splits) -> None:
+    """Where a folder's files have names of splits, one with another name would not be read, without a word."""
+    read = {Path(path).resolve() for files in splits.values() for path in files}
+    names = (path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.resolve() not in read)
+    left = next((name for name in names if _is_of_rows(name) and (folder / name).is_file()), None)
+    if left is not None:
+        raise UserError(
+            f"{folder}: {left} is of no split, but other files are named as {', '.join(splits)}; write split: "
+            f"{next(iter(splits))} to leave it out, or name files in data_files"
+        )
+
+
+def _is_of_rows(name: Path) -> bool:
+    is_hidden = any(part.startswith((".", "__")) for part in name.parts)
+    return not is_hidden and data_suffix(name.name) is not None and name.name not in _BESIDE
+
+
+_BESIDE = frozenset({QUARANTINE, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json"})
+"""Files beside rows that look like some."""
 
 
 def _refuse_reader(origin: Origin) -> None:
@@ -121,9 +143,12 @@ def _listed(folder: str, origin: Origin) -> Splits:
             if configuration is not None and configuration.get("data_dir"):
                 below = f"{folder}/{configuration['data_dir']}"
             patterns = get_data_patterns(below)
-        return {str(split): _matched(own, below) for split, own in patterns.items()}
+        found = {str(split): _matched(own, below) for split, own in patterns.items()}
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{origin.path}: {first_line(error)}{_remedy(folder)}") from error
+    if configuration is None and not origin.data_files and not origin.splits and Path(below).is_dir():
+        _refuse_files_of_no_split(below, found)
+    return found
 
 
 def _remedy(folder: str) -> str:
@@ -142,7 +167,7 @@ def _matched(patterns: Sequence[str], folder: str) -> tuple[str, ...]:
         except FileNotFoundError:
             if not any(mark in pattern for mark in "*?["):
                 raise
-    return tuple(path for path in found if file_name(path) != "quarantine.jsonl")
+    return tuple(path for path in found if file_name(path) != QUARANTINE)
 
 
 def _configuration(folder: str, origin: Origin) -> Mapping[str, Any] | None:

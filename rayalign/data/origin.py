@@ -13,11 +13,10 @@ import fsspec
 from rayalign.config.suffixes import data_suffix, file_name
 from rayalign.data.files import is_web, suffix_of
 from rayalign.data.folders import dataset_files
+from rayalign.data.records import QUARANTINE
 from rayalign.data.tables import count_rows
 from rayalign.errors import MissingExtra, UserError, first_line
 
-QUARANTINE = "quarantine.jsonl"
-"""Never read as data, whatever pattern matches it."""
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[.*\])?")
 
 

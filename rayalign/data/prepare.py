@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayalign.data.chat import Chat
-from rayalign.data.formats import NUMBERS, parse_row
+from rayalign.data.formats import ANSWERS, NUMBERS, best, parse_row
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.rank import ranked
@@ -176,6 +176,9 @@ def misfit(example: Example, shape: Shape) -> str:
         return f"a pairwise method needs chosen and rejected, and this row has {found} completion(s){told}"
     if shape == "one" and found != 1:
         return f"this method needs one completion, and this row has {found}; use `columns: {{completion: chosen}}`"
+    if shape == "one" and example.preference == "undecided":
+        plain = "messages" if example.format == "labelled_messages" else "prompt_completion"
+        return f"this method learns every completion, and this row's label is null: write format: {plain}"
     if shape == "one" and ("label" in example.columns or example.preference != "stored"):
         return (
             "this method learns every completion that it is given, and this row's has a label or a score: keep what "
@@ -201,7 +204,10 @@ def _unread(example: Example, shape: Shape) -> str:
     """The columns that may be what is missing."""
     if not example.unread:
         return ""
-    return f"; not read: {', '.join(example.unread)}. Name what is meant: columns: {{{_WANTED[shape]}}}"
+    wanted, answer = _WANTED[shape], best(example.unread, ANSWERS)
+    if shape == "one" and answer is not None:
+        wanted = f"completion: {answer}"
+    return f"; not read: {', '.join(example.unread)}. Name what is meant: columns: {{{wanted}}}"
 
 
 def shaped(group: Group, shape: Shape, *, preference: Preference = "stored") -> tuple[Group, ...]:

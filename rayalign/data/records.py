@@ -11,6 +11,8 @@ from typing import Any
 from rayalign.errors import UserError
 
 EXCERPT_CHARACTERS = 200
+QUARANTINE = "quarantine.jsonl"
+"""What files of bad rows are called; no pattern and no folder reads one as data."""
 
 
 class EmptyFile(UserError):

@@ -34,14 +34,14 @@ def plain_counts(counts: Counter[str]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def warning(facts: Mapping[str, Any]) -> str:
+def warning(label: str, facts: Mapping[str, Any]) -> str:
     """One line that names the columns which hold something and were not read; empty where there is none."""
     unread: Mapping[str, int] = facts.get("not_read", {})
     if not unread:
         return ""
     rows = facts["rows"]
     named = ", ".join(f"{name} ({count:,} of {rows:,} rows)" for name, count in unread.items())
-    return f"warning: {facts['source']}: not read: {named}; name what is meant with `columns`"
+    return f"warning: {label}: not read: {named}; name what is meant with `columns`"
 
 
 def refuse_columns_of_nobody(source: DataSource, found: Preparation) -> None:

@@ -102,7 +102,7 @@ class Stages:
 
         directory = self.artifacts.stage("tokens", inputs, build)
         manifest = read_manifest(directory)
-        told = warning(manifest["meta"].get("preparation", {})) if manifest is not None else ""
+        told = warning(source.label, manifest["meta"].get("preparation", {})) if manifest is not None else ""
         if told:
             self.artifacts.note(told)
         return directory

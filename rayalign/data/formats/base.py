@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def never(_row: Fields) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """The columns of a row of one kind, and the function that reads them."""
 
@@ -73,22 +74,35 @@ class Format:
     is_conversation: bool = True
     """False for raw text, which has no system turn and no tools."""
 
-    @property
+    @cached_property
+    def choices(self) -> tuple[tuple[str, ...], ...]:
+        """``needs``, of each the columns that it may be."""
+        return tuple(tuple(need.split("|")) for need in self.needs)
+
+    @cached_property
+    def _sets(self) -> tuple[frozenset[str], ...]:
+        return tuple(map(frozenset, self.choices))
+
+    @cached_property
     def reads(self) -> frozenset[str]:
-        common = CONVERSATION if self.is_conversation else ()
-        return frozenset({*(name for need in self.needs for name in need.split("|")), *self.may, *common})
+        """Every column that is ever read."""
+        return frozenset({*(name for choice in self.choices for name in choice), *self._besides})
 
-    def read_of(self, held: Iterable[str]) -> frozenset[str]:
+    @cached_property
+    def _besides(self) -> frozenset[str]:
+        return frozenset({*self.may, *(CONVERSATION if self.is_conversation else ())})
+
+    def read_of(self, held: Collection[str]) -> frozenset[str]:
         """Of a row's columns, those that are read: one of every choice."""
-        names = {*held}
-        chosen = (next((name for name in need.split("|") if name in names), "") for need in self.needs)
-        common = CONVERSATION if self.is_conversation else ()
-        return frozenset({*chosen, *self.may, *common})
+        return self._besides.union(next((name for name in choice if name in held), "") for choice in self.choices)
 
-    def fits(self, names: Iterable[str]) -> bool:
+    def holds(self, row: Collection[str]) -> bool:
+        """Whether a row holds any of what the format needs."""
+        return any(name in row for choice in self.choices for name in choice)
+
+    def fits(self, names: Collection[str]) -> bool:
         """Whether a row with these columns has what the format needs."""
-        held = {*names}
-        return all(held & {*need.split("|")} for need in self.needs)
+        return all(not choice.isdisjoint(names) for choice in self._sets)
 
 
 def one_of(row: Fields, *names: str) -> str:

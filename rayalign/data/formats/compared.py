@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rayalign.data.formats.base import Body, Format, Texts, compared, one_of
+from rayalign.data.formats.scored import helpsteer_prompt
 from rayalign.data.formats.turns import said
 from rayalign.data.schema import Fields, RowProblem, number, required, text
 
@@ -29,9 +30,8 @@ def _helpsteer_preference(row: Fields) -> Body:
     if not -3 <= strength <= 3:
         raise RowProblem(name, f"{name} is {row[name]!r}: it must lie between -3 (first) and 3 (second)")
     answers = _side_by_side(row, one_of(row, "response_1", "response1"), one_of(row, "response_2", "response2"))
-    return compared(
-        said(row, one_of(row, "prompt", "context")), answers, better=int(strength > 0) if strength else None
-    )
+    prompt = helpsteer_prompt(row, one_of(row, "prompt", "context"))
+    return compared(prompt, answers, better=int(strength > 0) if strength else None)
 
 
 def _safe_rlhf(row: Fields) -> Body:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from rayalign.data.formats.advice import nothing_found
 from rayalign.data.formats.base import Body, Format
 from rayalign.data.formats.compared import COMPARED
 from rayalign.data.formats.names import (
-    ANSWERS,
     MEDIA,
     PROMPTS,
     QUARANTINE,
@@ -21,11 +21,11 @@ from rayalign.data.formats.scored import SCORED
 from rayalign.data.formats.single import SINGLE
 from rayalign.data.schema import Fields, RowProblem
 
-FORMATS: Final[Mapping[str, Format]] = MappingProxyType({**COMPARED, **SCORED, **PAIRS, **SINGLE})
+FORMATS: Final[Mapping[str, Format]] = MappingProxyType({**PAIRS, **COMPARED, **SCORED, **SINGLE})
 """Name → format, in the order in which a row is held against them."""
 
 
-def detect_format(row: Fields, *, nulls: Collection[str] = (), named: Collection[str] = ()) -> str:
+def detect_format(row: Fields, *, nulls: frozenset[str] = frozenset(), named: Collection[str] = ()) -> str:
     """The format of a row with these columns.
 
     Args:
@@ -39,26 +39,30 @@ def detect_format(row: Fields, *, nulls: Collection[str] = (), named: Collection
     if not named:
         _refuse_half_a_pair(row, nulls)
     for name, form in FORMATS.items():
-        if not {*named} <= form.reads:
+        if named and not {*named} <= form.reads:
             continue
-        seen = {**row, **{verdict: None for verdict in form.verdicts if verdict in nulls}}
+        seen = {**row, **dict.fromkeys(nulls & {*form.verdicts})} if nulls and form.verdicts else row
         if not form.fits(seen):
             continue
         if form.is_found(seen):
             return name
         if form.ask:
             raise RowProblem("", form.ask)
-    raise RowProblem("", _nothing_found(row, named))
+    null = _null_that_is_needed(row, nulls)
+    if null is not None and not named:
+        raise RowProblem(null, f"{null} is null")
+    raise RowProblem("", nothing_found(row, named))
 
 
 def refuse_what_none_learns(row: Fields) -> None:
     """Raise RowProblem for a row of media, of judged steps, or of a quarantine, which is no data."""
-    for name in MEDIA:
-        if row.get(name):
+    for name in row:
+        if MEDIA.fullmatch(name) and row[name]:
             raise RowProblem(name, f"{name} is no text: rayalign trains on text alone; leave rows with {name} out")
-    if "completions" in row and "labels" in row:
+    steps = next((name for name in ("completions", "steps") if isinstance(row.get(name), list)), None)
+    if steps is not None and isinstance(row.get("labels"), list):
         raise RowProblem(
-            "labels", "labels beside completions judge the steps of one answer: no method here learns from steps"
+            "labels", f"labels beside {steps} judge the steps of one answer: no method here learns from steps"
         )
     if row.keys() == QUARANTINE:
         raise RowProblem("", "the row is of a quarantine, a list of bad rows, and no data; leave the file out")
@@ -91,15 +95,16 @@ def _refuse_half_a_pair(row: Fields, nulls: Collection[str]) -> None:
             raise RowProblem(other, f"{other} is {missing}")
 
 
-def _nothing_found(row: Fields, named: Collection[str]) -> str:
-    listed = ", ".join(sorted(row)) or "none"
-    if named:
-        return f"no format has these columns: {listed}, and reads {', '.join(sorted(named))}, as `columns` names them"
-    prompt, answer = best(row, PROMPTS), best(row, ANSWERS)
-    if prompt and answer:
-        write = f"such as columns: {{prompt: {prompt}, completion: {answer}}}"
-    elif prompt:
-        write = f"such as columns: {{prompt: {prompt}}}"
-    else:
-        write = "columns: {prompt: …, completion: …} or columns: {prompt: …, chosen: …, rejected: …}"
-    return f"no format has these columns: {listed}; name them, {write}"
+def _null_that_is_needed(row: Fields, nulls: frozenset[str]) -> str | None:
+    """The column without which a row is of no format, though it would be of one if it held something there."""
+    lacking = [
+        sorted(_nulls_of(form, row, nulls))
+        for form in FORMATS.values()
+        if form.fits({*row, *nulls}) and form.holds(row)
+    ]
+    return min(lacking, key=len)[0] if any(lacking) else None
+
+
+def _nulls_of(form: Format, row: Fields, nulls: frozenset[str]) -> set[str]:
+    """Of what a format needs, what is null; of a choice, any that is."""
+    return {name for choice in form.choices if not row.keys() & {*choice} for name in choice if name in nulls}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, Final
 
 from rayalign.data.schema import Fields
@@ -15,11 +16,13 @@ PROMPTS: Final = (
 )  # fmt: skip
 """Columns that may be a prompt or a part of one, the likeliest first."""
 ANSWERS: Final = (
-    "completion", "completions", "response", "responses", "answer", "answers", "output", "outputs", "chosen",
-    "rejected", "label", "labels", "reply", "solution", "solutions", "target", "targets", "summary", "summaries",
-    "generation", "generations", "generated_text", "gpt", "assistant", "choice", "kto_tag", "reference_answer",
+    "completion", "response", "answer", "output", "reply", "solution", "target", "summary", "generation",
+    "generated_text", "gpt", "assistant", "completions", "responses", "answers", "outputs", "solutions", "targets",
+    "summaries", "generations", "reference_answer",
 )  # fmt: skip
-"""Columns that may be an answer, or say which is better."""
+"""Columns that may be an answer, the likeliest first."""
+VERDICTS: Final = frozenset({"chosen", "rejected", "label", "labels", "choice", "kto_tag", "preference", "winner"})
+"""Columns that say which answer is better, or how good one is."""
 _NUMBERED = re.compile(r"(response|answer|completion|output|reply|candidate|summary|text)_?([0-9]|[a-dA-D])")
 """response_1, answer_B …: answers side by side."""
 NUMBERS: Final = (
@@ -28,7 +31,8 @@ NUMBERS: Final = (
     "labels", "score_A", "score_B", "score_0", "score_1", "helpfulness", "reward",
 )  # fmt: skip
 """Columns that hold numbers or truth values; in a CSV file every other cell is a text."""
-MEDIA: Final = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
+MEDIA: Final = re.compile(r"(image|video|audio)s?(_(path|file|url|uri|byte|data)s?)?|pixel_values")
+"""Columns of what is no text."""
 QUARANTINE: Final = frozenset({"file", "line", "reason", "field", "excerpt"})
 _METADATA: Final = re.compile(
     r"(.*[_-])?(id|ids|uuid|hash|sha256|index|idx|source|sources|dataset|dataset_name|model|models|url|urls|link|links"
@@ -39,17 +43,20 @@ _METADATA: Final = re.compile(
 )
 
 
+@cache
 def is_metadata(name: str) -> bool:
     """Whether a column only describes its row, by its name: told, but not loudly."""
     return _METADATA.fullmatch(name.lower()) is not None
 
 
 def is_answer_like(name: str) -> bool:
-    return name.lower() in ANSWERS or _NUMBERED.fullmatch(name) is not None
+    return name.lower() in ANSWERS or name.lower() in VERDICTS or _NUMBERED.fullmatch(name) is not None
 
 
-def has_answers(row: Fields) -> bool:
-    return any(map(is_answer_like, row))
+def is_text_alone(row: Fields) -> bool:
+    """Whether no column beside ``text`` could be a prompt or an answer."""
+    others = (name for name in row if name != "text")
+    return not any(is_answer_like(name) or name.lower() in PROMPTS for name in others)
 
 
 def best(names: Iterable[str], known: tuple[str, ...]) -> str | None:

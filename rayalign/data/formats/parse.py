@@ -136,8 +136,7 @@ def _contents(part: Texts) -> list[str]:
 
 
 def _refuse_nulls(form: Format, fields: Fielded, *, is_found: bool) -> None:
-    for need in form.needs:
-        names = need.split("|")
+    for names in form.choices if fields.nulls else ():
         null = next((name for name in names if name in fields.nulls and name not in form.verdicts), None)
         if null is not None and not any(name in fields.held for name in names):
             raise RowProblem(null, f"{null} is null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from rayalign.data.formats.base import Body, Format, Texts, aligned
 from rayalign.data.formats.turns import said
 from rayalign.data.schema import Fields, RowProblem, number, numbers, required, text
+
+_SPEAKER = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def _ranked(row: Fields) -> Body:
@@ -32,10 +35,22 @@ def _ranked(row: Fields) -> Body:
 
 def _helpsteer(row: Fields) -> Body:
     """One answer with attributes; ``helpfulness`` is its reward, unless ``columns`` names another as ``reward``."""
-    prompt, answers = aligned(said(row, "prompt"), {"response": said(row, "response")})
+    prompt, answers = aligned(helpsteer_prompt(row, "prompt"), {"response": said(row, "response")})
     score = "reward" if "reward" in row else "helpfulness"
     required(row, score)
     return Body(prompt, answers, {"reward": (number(row, score),)}, preference="rewards")
+
+
+def helpsteer_prompt(row: Fields, name: str) -> Texts:
+    """A prompt as HelpSteer2 writes it: from the second turn on, ``<extra_id_1>`` and the speaker stand before each."""
+    prompt = said(row, name)
+    if not isinstance(prompt, str) or not (pieces := _SPEAKER.split(prompt))[1:]:
+        return prompt
+    speakers = ["User", *pieces[1::2]]
+    return tuple(
+        {"role": speaker.lower(), "content": words.strip()}
+        for speaker, words in zip(speakers, pieces[::2], strict=True)
+    )
 
 
 def _nectar(row: Fields) -> Body:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rayalign.data.formats.base import Body, Format, Texts, aligned, answered, never, one_of
-from rayalign.data.formats.names import has_answers
+from rayalign.data.formats.names import is_text_alone
 from rayalign.data.formats.turns import said, turns_said
 from rayalign.data.schema import Fields, RowProblem, Turns, assistant, is_assistant, text, user
 
@@ -133,11 +133,11 @@ SINGLE: Mapping[str, Format] = MappingProxyType(
             guesses_prompt=True,
         ),
         "sharegpt": Format(read=_sharegpt, needs=("conversations|conversation",)),
-        "messages": Format(read=_messages, needs=("messages",), leaves=("prompt", "prompt_id")),
+        "messages": Format(read=_messages, needs=("messages",), leaves=("prompt_id",)),
         "question_answer": Format(
             read=_question_answer, needs=("question|query", "answer|response"), is_found=never, ask=ASK_QUESTION
         ),
-        "text": Format(read=_text, needs=("text",), is_found=lambda row: not has_answers(row), is_conversation=False),
+        "text": Format(read=_text, needs=("text",), is_found=is_text_alone, is_conversation=False),
         "prompt_only": Format(read=_prompt_only, needs=("prompt",)),
     }
 )

@@ -68,6 +68,10 @@ def our_turns(item: Any, place: str, name: str) -> Iterator[Any]:
         yield {"role": "assistant", "content": "", "tool_calls": _calls(turn.get("content"), place, name)}
         return
     turn["role"] = _our_role(role, place, name)
+    if "content" not in turn and "refusal" in turn:
+        raise RowProblem(name, f"{place} has a refusal in place of content: write it as content")
+    if "function_call" in turn:
+        turn["tool_calls"] = _calls(turn.pop("function_call"), place, name)
     if isinstance(turn.get("content"), list):
         yield from from_parts(turn, place, name)
     else:

@@ -139,7 +139,7 @@ def test_columns_are_renamed() -> None:
 def test_a_fixed_format_is_not_guessed() -> None:
     bad = refused({"prompt": "Q", "completion": "A"}, format="preference")
     assert (bad.field, bad.line, bad.excerpt) == ("chosen", 3, '{"prompt": "Q", "completion": "A"}')
-    with pytest.raises(UserError, match="data.format: 'dpo' is not a format; take auto or one of tldr, "):
+    with pytest.raises(UserError, match="data.format: 'dpo' is not a format; take auto or one of openai_preference, "):
         parse_row(RawRow(source="", line=1, value={}), format="dpo")
 
 

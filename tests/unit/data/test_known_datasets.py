@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a null prompt beside a question": (
         {"prompt": None, "question": "Q", "chosen": "A", "rejected": "B"}, "prompt is null",
     ),
-    "a null prompt before a completion": ({"prompt": None, "completion": "A"}, "name them"),
+    "a null prompt before a completion": ({"prompt": None, "completion": "A"}, "prompt is null"),
     "an unknown column before texts": (
         {"riddle": "Q", "chosen": "The A", "rejected": "The B"},
         "riddle could be the prompt, or a part of it: write columns: {prompt: riddle}",
@@ -173,6 +173,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"question": "Q", "input": "R", "chosen": "A", "rejected": "B"}, "question and input could both be meant",
     ),
     "steps": ({"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}, "no method here learns from steps"),
+    "steps in their own column": (
+        {"question": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels beside steps judge the steps of one answer",
+    ),
+    "a path of an image": ({"image_path": "a.png", "prompt": "Q", "completion": "A"}, "image_path is no text"),
+    "a context beside an instruction": (
+        {"instruction": "Q", "context": "C", "response": "A"},
+        "columns: {prompt: instruction, completion: response} (which leaves out context: put what belongs together",
+    ),
+    "sides by other names": (
+        {"instruction": "Q", "chosen_rating": 5, "chosen_response": "A", "rejected_response": "B"},
+        "columns: {prompt: instruction, chosen: chosen_response, rejected: rejected_response}",
+    ),
+    "a title beside a text": ({"title": "T", "text": "X"}, "or write format: text to learn that text alone"),
+    "a refusal": (
+        {"messages": [*said("Q"), {"role": "assistant", "content": None, "refusal": "No."}]},
+        "messages[1] has a refusal in place of content",
+    ),
     "images": ({"images": ["a.png"], "prompt": "<image> What?", "chosen": "A", "rejected": "B"}, "images is no text"),
     "an image among the parts": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}, *reply("A")]},

@@ -96,6 +96,15 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     assert "train-00000-of-00002.jsonl is missing; fetch the dataset again" in refusal(tmp_path)
 
 
+def test_a_file_of_no_split_is_not_left_out_without_a_word(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "a")
+    write(tmp_path / "more.jsonl", "b")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert "more.jsonl is of no split, but other files are named as train; write split: train" in refusal(tmp_path)
+    assert prompts(tmp_path, splits=("train",)) == ["a"]
+    assert prompts(tmp_path, data_files=("*.jsonl",)) == ["b", "a"]
+
+
 def test_slices_of_a_split(tmp_path: Path) -> None:
     write(tmp_path / "train-0.jsonl", *"abcdef")
     write(tmp_path / "train-1.parquet", *"ghij")

@@ -130,7 +130,11 @@ MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"prompt": "Q", "answer": "A", "rating": 1},
         "the row has a prompt alone; not read: answer, rating. Name what is meant: columns: {chosen: …, rejected: …}",
     ),
-    "a prompt for sft": ("sft", {"prompt": "Q", "response": "A"}, "Name what is meant: columns: {completion: …}"),
+    "a prompt for sft": (
+        "sft",
+        {"prompt": "Q", "response": "A"},
+        "Name what is meant: columns: {completion: response}",
+    ),
     "a label for sft": ("sft", {"prompt": "Q", "completion": "A", "label": False}, "has a label or a score"),
     "a score for sft": ("sft", {"prompt": "Q", "response": "A", "helpfulness": 0}, "has a label or a score"),
     "a conversation with a label for sft": (
