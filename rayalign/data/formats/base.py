@@ -56,6 +56,8 @@ def never(_row: Fields) -> bool:
 class Format:
     """The columns of a row of one kind, and the function that reads them."""
 
+    says: str
+    """What such a row is, for people."""
     read: Callable[[Fields], Body]
     needs: tuple[str, ...]
     """Columns that such a row has; ``question|input`` is exactly one of the two."""

@@ -103,8 +103,15 @@ def _has_signed_strength(row: Fields) -> bool:
 
 COMPARED: Mapping[str, Format] = MappingProxyType(
     {
-        "tldr": Format(read=_tldr, needs=("info", "summaries", "choice"), verdicts=("choice",), leaves=("extra",)),
+        "tldr": Format(
+            says="Two summaries of a post and a choice (summarize_from_feedback, comparisons).",
+            read=_tldr,
+            needs=("info", "summaries", "choice"),
+            verdicts=("choice",),
+            leaves=("extra",),
+        ),
         "shp": Format(
+            says="Two answers to a post; ``labels`` 1 prefers A. Scores become rewards.",
             read=_shp,
             needs=("history", "human_ref_A", "human_ref_B", "labels"),
             may=("score_A", "score_B"),
@@ -112,12 +119,14 @@ COMPARED: Mapping[str, Format] = MappingProxyType(
             verdicts=("labels",),
         ),
         "webgpt": Format(
+            says="Two answers and their scores, of which the higher is preferred; equal scores are a tie.",
             read=_webgpt,
             needs=("question", "answer_0", "answer_1", "score_0", "score_1"),
             leaves=("quotes_0", "quotes_1", "tokens_0", "tokens_1"),
             verdicts=("score_0", "score_1"),
         ),
         "safe_rlhf": Format(
+            says="Two answers and the number of the better one; of two such columns, the one named ``preferred``.",
             read=_safe_rlhf,
             needs=("prompt", "response_0", "response_1", "|".join(IDS)),
             verdicts=IDS,
@@ -125,6 +134,7 @@ COMPARED: Mapping[str, Format] = MappingProxyType(
             ask=ASK_WHICH,
         ),
         "helpsteer_preference": Format(
+            says="Two answers; a negative number prefers the first, a positive one the second, 0 is a tie.",
             read=_helpsteer_preference,
             needs=("prompt|context", "response_1|response1", "response_2|response2", "|".join(STRENGTHS)),
             leaves=("preference_statement", "preference_elaboration", "individual_preference"),

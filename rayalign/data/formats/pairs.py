@@ -122,20 +122,39 @@ def _is_hh(row: Fields) -> bool:
 PAIRS: Mapping[str, Format] = MappingProxyType(
     {
         "openai_preference": Format(
-            read=_openai_preference, needs=("input", "preferred_output", "non_preferred_output")
+            says="OpenAI's files of preferences: a conversation with its tools, and two outputs.",
+            read=_openai_preference,
+            needs=("input", "preferred_output", "non_preferred_output"),
         ),
-        "hh": Format(read=_hh, needs=("chosen", "rejected"), may=OF_PAIRS, is_found=_is_hh),
+        "hh": Format(
+            says="Transcripts of Human: and Assistant: (HH-RLHF); the prompt is what both begin with.",
+            read=_hh,
+            needs=("chosen", "rejected"),
+            may=OF_PAIRS,
+            is_found=_is_hh,
+        ),
         "ultrafeedback": Format(
-            read=_ultrafeedback, needs=("prompt", "chosen", "rejected"), may=OF_PAIRS, is_found=_is_whole
+            says="The prompt as text, the answers as whole conversations (UltraFeedback-binarized, Tulu 3).",
+            read=_ultrafeedback,
+            needs=("prompt", "chosen", "rejected"),
+            may=OF_PAIRS,
+            is_found=_is_whole,
         ),
-        "preference": Format(read=_preference, needs=("prompt", "chosen", "rejected"), may=OF_PAIRS),
+        "preference": Format(
+            says="A prompt and two answers, texts or turns.",
+            read=_preference,
+            needs=("prompt", "chosen", "rejected"),
+            may=OF_PAIRS,
+        ),
         "conversation_preference": Format(
+            says="The conversation is the prompt, the answers are its next turn (LLaMA-Factory).",
             read=_conversation_preference,
             needs=("|".join(CONVERSATIONS), "chosen", "rejected"),
             may=OF_PAIRS,
             is_found=_asks_before,
         ),
         "alpaca_preference": Format(
+            says="The prompt is the instruction, its input on the next line.",
             read=_alpaca_preference,
             needs=("instruction", "chosen", "rejected"),
             may=("input", "history", *OF_PAIRS),
@@ -143,6 +162,7 @@ PAIRS: Mapping[str, Format] = MappingProxyType(
             guesses_prompt=True,
         ),
         "orca": Format(
+            says="The prompt is the question, or what stands in its place (Orca and Intel pairs).",
             read=_orca,
             needs=("|".join(QUESTIONS), "chosen", "rejected"),
             may=OF_PAIRS,
@@ -150,7 +170,11 @@ PAIRS: Mapping[str, Format] = MappingProxyType(
             guesses_prompt=True,
         ),
         "implicit_preference": Format(
-            read=_implicit_preference, needs=("chosen", "rejected"), may=OF_PAIRS, guesses_prompt=True
+            says="The prompt is what both begin with (Skywork, Capybara).",
+            read=_implicit_preference,
+            needs=("chosen", "rejected"),
+            may=OF_PAIRS,
+            guesses_prompt=True,
         ),
     }
 )

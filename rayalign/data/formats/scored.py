@@ -101,24 +101,28 @@ def _holds(value: Any, *keys: str) -> bool:
 SCORED: Mapping[str, Format] = MappingProxyType(
     {
         "helpsteer": Format(
+            says="One answer with attributes; ``helpfulness`` is its reward, or what ``columns`` names as ``reward``.",
             read=_helpsteer,
             needs=("prompt", "response", "helpfulness"),
             may=("reward",),
             leaves=("correctness", "coherence", "complexity", "verbosity"),
         ),
         "nectar": Format(
+            says="Answers with ranks, 1 is the best; the prompt may be a transcript.",
             read=_nectar,
             needs=("prompt", "answers"),
             leaves=("num_responses",),
             is_found=lambda row: _holds(row["answers"], "answer", "rank"),
         ),
         "ultrafeedback_raw": Format(
+            says="Completions, each with its ``overall_score``, which becomes its reward.",
             read=_ultrafeedback_raw,
             needs=("instruction", "completions"),
             leaves=("correct_answers", "incorrect_answers"),
             is_found=lambda row: _holds(row["completions"], "response", "overall_score"),
         ),
         "ranked": Format(
+            says="K answers with rewards.",
             read=_ranked,
             needs=("prompt", "completions"),
             may=("rewards", "behavior_logps"),

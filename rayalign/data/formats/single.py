@@ -115,29 +115,52 @@ def _is_labelled(row: Fields) -> bool:
 SINGLE: Mapping[str, Format] = MappingProxyType(
     {
         "labelled_messages": Format(
+            says="A conversation, liked or not; the label judges what follows the last turn of the user.",
             read=_labelled_messages,
             needs=("|".join(CONVERSATIONS), "|".join(LABELS)),
             verdicts=LABELS,
         ),
         "unpaired_preference": Format(
-            read=_unpaired_preference, needs=("prompt", "completion", "|".join(LABELS)), verdicts=LABELS
+            says="One answer, liked or not; a label that is null is no verdict.",
+            read=_unpaired_preference,
+            needs=("prompt", "completion", "|".join(LABELS)),
+            verdicts=LABELS,
         ),
         "prompt_completion": Format(
-            read=_prompt_completion, needs=("prompt", "completion"), leaves=("completion_score", "sampling")
+            says="A prompt and its answer.",
+            read=_prompt_completion,
+            needs=("prompt", "completion"),
+            leaves=("completion_score", "sampling"),
         ),
         "alpaca": Format(
+            says="An instruction, its input on the next line, and its output; with a label for ``kto``.",
             read=_alpaca,
             needs=("instruction", "output"),
             may=("input", "history", *LABELS),
             leaves=("text",),
             guesses_prompt=True,
         ),
-        "sharegpt": Format(read=_sharegpt, needs=("conversations|conversation",)),
-        "messages": Format(read=_messages, needs=("messages",), leaves=("prompt_id",)),
-        "question_answer": Format(
-            read=_question_answer, needs=("question|query", "answer|response"), is_found=never, ask=ASK_QUESTION
+        "sharegpt": Format(
+            says="A conversation in turns of ``from`` and ``value``, of which every answer is learned.",
+            read=_sharegpt,
+            needs=("conversations|conversation",),
         ),
-        "text": Format(read=_text, needs=("text",), is_found=is_text_alone, is_conversation=False),
-        "prompt_only": Format(read=_prompt_only, needs=("prompt",)),
+        "messages": Format(
+            says="A conversation, of which every answer is learned.",
+            read=_messages,
+            needs=("messages",),
+            leaves=("prompt_id",),
+        ),
+        "question_answer": Format(
+            says="A question and its answer (GSM8K).",
+            read=_question_answer,
+            needs=("question|query", "answer|response"),
+            is_found=never,
+            ask=ASK_QUESTION,
+        ),
+        "text": Format(
+            says="A whole text.", read=_text, needs=("text",), is_found=is_text_alone, is_conversation=False
+        ),
+        "prompt_only": Format(says="A prompt to complete.", read=_prompt_only, needs=("prompt",)),
     }
 )
