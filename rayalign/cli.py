@@ -300,9 +300,9 @@ def trl_pairs(
     out: Annotated[Path, typer.Option(help="The file to write: .jsonl or .parquet.")] = Path("pairs.jsonl"),
     model: Annotated[str | None, typer.Option(help="Whose tokens these are, where no run.json says so.")] = None,
 ) -> None:
-    """Pairs with TRL's columns: prompt, chosen, rejected."""
-    from rayalign.pipeline.export import told
-    from rayalign.pipeline.export import trl_pairs as run_export
+    """Pairs with TRL's columns, which TRL tokenizes as they were: prompt, chosen, rejected, tools …"""
+    from rayalign.pipeline.export_trl import told
+    from rayalign.pipeline.export_trl import trl_pairs as run_export
 
     for line in told(run_export(store, out, model=model), out):
         print(line)

@@ -153,7 +153,8 @@ class DataConfig(Block):
     format: Format = "auto"
     """What the rows are; auto: found by their fields, row by row."""
     template: TemplatePath = "auto"
-    """auto: the tokenizer's chat template, or plain text where it has none; else a Jinja file."""
+    """auto: the tokenizer's chat template, or plain text where it has none. none: texts of rows are rendered already.
+    Else a Jinja file."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the template, such as ``enable_thinking: false``; a row's own column of this name wins."""
     date: datetime.date = datetime.date(2024, 7, 26)
@@ -163,11 +164,15 @@ class DataConfig(Block):
     stop: str = "auto"
     """The token that ends a response. auto: what ends a turn in the template."""
     max_prompt_tokens: int = Field(default=512, ge=1)
-    """Longer prompts lose their beginning."""
+    """What a prompt keeps at least where prompt and response do not fit: its beginning goes. A rollout's prompt keeps
+    no more."""
     max_tokens: int = Field(default=1024, ge=2)
-    """Prompt and response together; longer responses lose their end."""
+    """Prompt and response together; beside what the prompt keeps, a longer response loses its end."""
     truncated: Literal["keep", "drop", "close"] = "keep"
-    """A response cut at the limit: train on it without an end token, drop its group, or close it with one."""
+    """A response cut at the limit: train on it without an end token, drop its group, or close it with one. drop also
+    drops a group whose prompt would be cut."""
+    long_prompts: Literal["cut", "drop"] = "cut"
+    """A prompt that would be cut: cut it, or drop its group."""
     on_bad_row: Literal["quarantine", "fail"] = "quarantine"
     """quarantine: write the row and the reason to quarantine.jsonl and go on."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)

@@ -96,7 +96,7 @@ def check_function(value: str, info: ValidationInfo) -> str:
 
 
 def _resolve_template(value: str, info: ValidationInfo) -> str:
-    return value if value == "auto" else _resolve_path(value, info)
+    return value if value in ("auto", "none") else _resolve_path(value, info)
 
 
 def _mirror(value: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from rayalign.data.chat import Chat
 from rayalign.data.records import BadRow
+from rayalign.data.render import RULES
 from rayalign.data.schema import Example, Message, Turns, is_assistant
 from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized
 
@@ -28,11 +29,12 @@ FINDINGS: Mapping[str, str] = MappingProxyType(
         "tied_scores": "chosen and rejected have the same score",
         "empty": "an answer without text: its response is the end token alone",
         "double_bos": "the text itself starts with the tokenizer's beginning-of-sequence token; one is kept",
-        "long_prompts": "cut from the left to max_prompt_tokens",
-        "long_responses": "cut from the right to max_tokens",
+        "long_prompts": "cut from the left, since prompt and response do not fit max_tokens",
+        "long_responses": "cut from the right, at max_tokens",
         "no_end": "rows with a response that has no end token",
-        "dropped": "left out by `truncated: drop`",
+        "dropped": "left out: it does not fit",
         "in_eval": "the prompt is also in the held-out files",
+        **RULES,
     }
 )
 """Name of every count → what it counts, in rows."""
@@ -129,6 +131,7 @@ class FileFindings:
         self.counts["long_prompts"] += truncation.prompt > 0
         self.counts["long_responses"] += any(truncation.responses)
         self.counts["dropped"] += isinstance(outcome, DroppedRow)
+        self.counts.update(outcome.rules if isinstance(outcome, Tokenized) else ())
         bos = chat.tokenizer.bos_token
         self.counts["double_bos"] += bool(bos) and _first_text(example).lstrip().startswith(bos)
         if isinstance(outcome, Tokenized):

@@ -1,140 +1,73 @@
-"""Where a prompt ends: the only place that decides it, from the chat template or from raw text.
+"""A tokenizer and how conversations are written in its tokens: the only place that knows both.
 
-The text of a candidate is the rendered whole minus the rendered prompt where the template is prefix-stable, else the
-answer alone; it is tokenized apart from the prompt, exactly as a rollout continues the prompt's token ids.
+The text of an example comes from :mod:`rayalign.data.render`; a candidate's text is tokenized apart from the prompt,
+exactly as a rollout continues the prompt's token ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any, NamedTuple
-
-from jinja2 import TemplateError
+from functools import partial
+from typing import Any
 
 from rayalign.data.files import open_binary
-from rayalign.data.schema import Example, RowProblem, Turns, assistant, is_assistant, user
-from rayalign.data.split import transcript
+from rayalign.data.marks import Marks
+from rayalign.data.render import Rendered, render
+from rayalign.data.said import Endings, Speaker
+from rayalign.data.schema import Example, user
+from rayalign.data.spelled import SHIELD, ControlTokens, control_tokens
+from rayalign.data.template import PROBE, TODAY, Context, Template, find_forms, turn_tail
 from rayalign.errors import UserError
-
-TODAY = date(2024, 7, 26)
-"""What templates write that ask for today's date, so that a row has the same tokens every day."""
-_PROBE = "rayalign"
-_MARK = "\ue000rayalign\ue001"
-"""Stands in nobody's text: the characters are of Unicode's private use."""
-_REFUSALS = (TemplateError, TypeError, ValueError)
-"""What templates raise, on purpose and otherwise: they concatenate what may be no text."""
-
-
-class Piece(NamedTuple):
-    """A stretch of a candidate's text: an answer, or what stands between two answers."""
-
-    text: str
-    predicted: bool
-
-
-class Rendered(NamedTuple):
-    """One example as text."""
-
-    prompt: str
-    candidates: tuple[tuple[Piece, ...], ...]
-    """Answers and what stands between them, in turn; the first and the last piece are answers."""
-    raw: bool
-    """No template: the tokenizer's own beginning-of-sequence token goes in front."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A tokenizer and how conversations are written in its tokens; made by :func:`make_chat`."""
+    """Made by :func:`make_chat`."""
 
     tokenizer: Any
-    has_template: bool
-    template: str | None
-    """A Jinja template in place of the tokenizer's own."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the template that hold for every row; a row's own ``chat_template_kwargs`` win."""
-    date: date = TODAY
-    """Stands for today's in templates that ask."""
+    speaker: Speaker
+    marks: Marks
     end_id: int
-    """The one token that ends a response: what training appends and rollouts stop at."""
-    end_text: str
-    after_end: str
-    """What the template writes after an answer that is no part of it, such as a line end."""
+    """The one token that ends a response where the template writes none: training appends it, rollouts stop at it."""
     lead_ids: tuple[int, ...]
     """What the tokenizer puts in front of raw text: one beginning-of-sequence token, or nothing."""
     splits_cleanly: bool
     """True where a text has the same tokens alone as after a line end, so that nothing needs context."""
+    rendered: bool
+    """``template: none``: texts of rows are rendered already, and control tokens in them count."""
+
+    @property
+    def has_template(self) -> bool:
+        return self.speaker.template.exists
+
+    @property
+    def end_text(self) -> str:
+        return self.speaker.endings.run
+
+    @property
+    def after_end(self) -> str:
+        """What the template writes after an answer that is no part of it, such as a line end."""
+        return self.speaker.endings.after
 
     def encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Token ids of every text, without special tokens of the tokenizer's own."""
         unique = list(dict.fromkeys(texts))
-        return dict(zip(unique, _encode(self.tokenizer, unique), strict=True))
+        plain = [text for text in unique if SHIELD not in text]
+        ids = dict(zip(plain, _encode(self.tokenizer, plain), strict=True))
+        return {text: ids[text] if text in ids else self._encode_shielded(text) for text in unique}
 
-    def render(self, example: Example) -> Rendered:
-        """The texts of one example; raises :class:`RowProblem` when the template refuses its messages."""
-        prompt, candidates = example.prompt, example.candidates
-        if isinstance(prompt, str):
-            if not self.has_template or example.continues:
-                answers = tuple((Piece(answer, True),) for answer in candidates if isinstance(answer, str))
-                return Rendered(prompt, answers, raw=True)
-            prompt = user(prompt)
-        opening = self._write(prompt, example, generation_prompt=True)
-        turns = (assistant(answer) if isinstance(answer, str) else answer for answer in candidates)
-        pieces = tuple(tuple(self._pieces(prompt, opening, answer, example)) for answer in turns)
-        return Rendered(opening, pieces, raw=not self.has_template)
+    def render(self, example: Example, *, completed: bool = False) -> Rendered:
+        """The texts of one example; ``completed``: fresh answers will follow the same prompt.
 
-    def _pieces(self, prompt: Turns, opening: str, answer: Turns, example: Example) -> Iterator[Piece]:
-        """An answer's turns as text; ``opening`` is everything up to where the first of them starts."""
-        places = [place for place, turn in enumerate(answer) if is_assistant(turn)]
-        for place, following in zip(places, [*places[1:], None], strict=True):
-            said = self._said((*prompt, *answer[: place + 1]), opening, example)
-            yield Piece(said, True)
-            if following is not None:
-                whole = self._write((*prompt, *answer[:following]), example, generation_prompt=True)
-                if whole.startswith(opening + said):
-                    yield Piece(whole[len(opening) + len(said) :], False)
-                else:
-                    yield Piece(self._after(len(prompt) + place, (*prompt, *answer[:following]), whole, example), False)
-                opening = whole
-
-    def _said(self, turns: Turns, opening: str, example: Example) -> str:
-        """The last turn's text, up to and including its end token where the template writes one."""
-        whole = self._write(turns, example, generation_prompt=False)
-        if whole.startswith(opening):
-            return whole[len(opening) :].removesuffix(self.after_end)
-        if turns[-1].get("tool_calls"):
-            raise RowProblem("", "the chat template rewrites the prompt when a tool call follows it")
-        return str(turns[-1]["content"])
-
-    def _after(self, place: int, turns: Turns, whole: str, example: Example) -> str:
-        """What stands after the answer ``turns[place]`` in ``whole``, where what stands before it is written anew.
-
-        The place is found by writing a mark instead of the answer: the answer's own words may stand elsewhere too.
+        Raises:
+            RowProblem: the template refuses its turns or leaves something out, or a text is rendered already.
         """
-        marked = self._write((*turns[:place], *assistant(_MARK), *turns[place + 1 :]), example, generation_prompt=True)
-        head, _, rest = marked.partition(_MARK)
-        answer = whole[len(head) : len(whole) - len(rest)]
-        if head + answer + rest != whole or answer.strip() != turns[place]["content"].strip():
-            raise RowProblem("", "the chat template rewrites an earlier answer, so the turns after it have no place")
-        before, found, beyond = rest.partition(self.end_text)
-        return beyond if found and not before.strip() else rest
+        return render(example, self.speaker, self.marks, rendered=self.rendered, completed=completed)
 
-    def _write(self, turns: Turns, example: Example, *, generation_prompt: bool) -> str:
-        if not self.has_template:
-            return transcript(turns, generation_prompt=generation_prompt)
-        try:
-            return _apply(
-                self.tokenizer,
-                self.template,
-                turns,
-                generation_prompt,
-                tools=list(example.tools) if example.tools else None,
-                strftime_now=self.date.strftime,
-                **{**self.template_kwargs, **example.template_kwargs},
-            )
-        except _REFUSALS as error:
-            raise RowProblem("", f"the chat template refuses these messages: {error}") from error
+    def _encode_shielded(self, text: str) -> list[int]:
+        return self.speaker.endings.controls.encode(text, partial(_encode_one, self.tokenizer))
 
 
 def make_chat(
@@ -145,56 +78,46 @@ def make_chat(
     template_kwargs: Mapping[str, Any] | None = None,
     date: date = TODAY,
 ) -> Chat:
-    """How this tokenizer writes conversations, found by rendering a probe.
+    """How this tokenizer writes conversations, found by rendering probes.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        template: ``auto`` is the tokenizer's chat template, or raw text where it has none; ``none`` is raw text; else
-            the path of a Jinja file.
+        template: ``auto`` is the tokenizer's chat template, or raw text where it has none; ``none`` is raw text that
+            is rendered already; else the path of a Jinja file.
         stop: ``auto`` is the token that ends a turn in the template, or the end-of-sequence token; else a token.
         template_kwargs: variables of the template, such as ``enable_thinking``; a row's own win.
         date: what templates write that ask for today's date.
 
     Raises:
-        UserError: the template refuses a plain conversation, or there is no token that ends a response.
+        UserError: the template refuses a plain conversation or does not read a variable, or there is no token that
+            ends a response.
     """
-    own = tokenizer.chat_template is not None if template == "auto" else template != "none"
+    exists = tokenizer.chat_template is not None if template == "auto" else template != "none"
     source = None if template in ("auto", "none") else _read_template(template)
-    tail = _turn_tail(tokenizer, source) if own else ""
-    end_id = _end_id(tokenizer, tail, stop)
-    end_text = str(tokenizer.convert_ids_to_tokens(end_id))
+    written = Template(
+        tokenizer=tokenizer, exists=exists, source=source, variables=dict(template_kwargs or {}), date=date
+    )
+    if exists and (unread := written.unread(list(written.variables))):
+        raise UserError(
+            f"data.chat_template_kwargs: the chat template does not read {', '.join(unread)}; leave it out, or name "
+            "another template in data.template"
+        )
+    written = replace(written, forms=find_forms(written))
+    tail = turn_tail(written)
+    header, opening = _turn_parts(written)
+    controls = control_tokens(tokenizer, tags=written.tags, user_header=header, opening=opening)
+    own, after = _split_tail(tail, tokenizer, controls)
+    end_id = _end_id(tokenizer, own, stop)
+    endings = Endings(run=str(tokenizer.convert_ids_to_tokens(end_id)), own=own, after=after, controls=controls)
+    speaker = Speaker(template=written, endings=endings, encode=partial(_encode_one, tokenizer))
     return Chat(
         tokenizer=tokenizer,
-        has_template=own,
-        template=source,
-        template_kwargs=dict(template_kwargs or {}),
-        date=date,
+        speaker=speaker,
+        marks=Marks(speaker),
         end_id=end_id,
-        end_text=end_text,
-        after_end=tail.partition(end_text)[2] if end_text in tail else tail,
         lead_ids=_lead_ids(tokenizer),
         splits_cleanly=_splits_cleanly(tokenizer),
-    )
-
-
-def closing_template(chat: Chat) -> str | None:
-    """The chat template, but a conversation ends with the end token of its last answer; None for raw text.
-
-    Many templates write a line end after it, and one that writes no end token gets it: a text then ends where a
-    tokenized candidate does.
-    """
-    if not chat.has_template:
-        return None
-    source = chat.template or str(chat.tokenizer.get_chat_template())
-    tail = _turn_tail(chat.tokenizer, chat.template)
-    closing = tail[: len(tail) - len(chat.after_end)] or chat.end_text
-    if closing == tail:
-        return source
-    return (
-        f"{{% set conversation %}}{source.removesuffix(chr(10))}{{% endset %}}"
-        "{% if not add_generation_prompt and messages[-1].role == 'assistant' and conversation.endswith("
-        f"{tail!r}) %}}{{{{ conversation[:(conversation | length) - {len(tail)}] + {closing!r} }}}}"
-        "{% else %}{{ conversation }}{% endif %}"
+        rendered=template == "none",
     )
 
 
@@ -203,35 +126,45 @@ def _read_template(path: str) -> str:
         return stream.read().decode("utf-8")
 
 
-def _turn_tail(tokenizer: Any, template: str | None) -> str:
-    """What the template writes after an answer."""
-    probe = (*user(_PROBE), *assistant(_PROBE))
-    try:
-        whole = _apply(tokenizer, template, probe, False)
-    except _REFUSALS as error:
-        raise UserError(f"the chat template refuses one user turn and one assistant turn: {error}") from error
-    before, found, tail = whole.rpartition(_PROBE)
-    if not found or _PROBE not in before:
-        raise UserError("the chat template does not write what was said; name another in data.template")
-    return tail
+def _split_tail(tail: str, tokenizer: Any, controls: ControlTokens) -> tuple[str, str]:
+    """(what ends an answer, what comes after that), of what the template writes after one; the first may be empty.
+
+    The first added token ends it, unless it closes what the generation prompt opened for the answer alone, as
+    ``<|END_RESPONSE|>`` does.
+    """
+    added = {*map(str, tokenizer.all_special_tokens), *map(str, tokenizer.get_added_vocab())} - {""}
+    found = sorted((tail.index(token), -len(token), token) for token in added if token in tail)
+    ends = [(start, token) for start, _, token in found if not controls.closes_response(token)]
+    if not ends:
+        return "", tail
+    start, token = ends[0]
+    end = start + len(token)
+    return tail[:end], tail[end:]
 
 
-def _end_id(tokenizer: Any, tail: str, stop: str) -> int:
+def _end_id(tokenizer: Any, own: str, stop: str) -> int:
     if stop != "auto":
-        (ids,) = _encode(tokenizer, [stop])
+        ids = _encode_one(tokenizer, stop)
         if len(ids) != 1:
             raise UserError(f"data.stop: {stop!r} is {len(ids)} tokens of this tokenizer; name one token")
         return ids[0]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    (ids,) = _encode(tokenizer, [tail])
-    ends = next((token for token in ids if token in special), tokenizer.eos_token_id)
+    ends = _encode_one(tokenizer, own)[-1] if own else tokenizer.eos_token_id
     if ends is None:
         raise UserError("the tokenizer has no end-of-sequence token; name the token that ends a response in data.stop")
     return int(ends)
 
 
+def _turn_parts(template: Template) -> tuple[str, str]:
+    """What the template writes before a user's words, and before an answer; empty for transcripts."""
+    if not template.exists:
+        return "", ""
+    asked = template.write(user(PROBE), Context(), generation_prompt=False)
+    header, _, _ = asked.rpartition(PROBE)
+    return header, template.write(user(PROBE), Context(), generation_prompt=True).removeprefix(asked)
+
+
 def _lead_ids(tokenizer: Any) -> tuple[int, ...]:
-    (dressed,) = _encode(tokenizer, [_PROBE], add_special_tokens=True)
+    (dressed,) = _encode(tokenizer, [PROBE], add_special_tokens=True)
     bos = tokenizer.bos_token_id
     return (bos,) if bos is not None and dressed[:1] == [bos] else ()
 
@@ -243,26 +176,18 @@ def _splits_cleanly(tokenizer: Any) -> bool:
     return all(whole[-len(ids) :] == ids for ids, whole in zip(alone, after, strict=True))
 
 
-def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> list[int]:
+    return _encode(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
+
+
+def _encode(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
     if not texts:
         return []
     encoded: Mapping[str, list[list[int]]] = tokenizer(
         texts,
-        add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
+        **{"add_special_tokens": False, **options},
     )
     return encoded["input_ids"]
-
-
-def _apply(tokenizer: Any, template: str | None, turns: Turns, generation_prompt: bool, **kwargs: Any) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            list(turns),
-            chat_template=template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **kwargs,
-        )
-    )

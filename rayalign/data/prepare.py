@@ -15,9 +15,10 @@ from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.rank import ranked
 from rayalign.data.records import BadRow, LeftOut, RawRow, Row
-from rayalign.data.schema import Example, Preference, Turns
-from rayalign.data.shard import ShardInfo, write_shard
+from rayalign.data.schema import Example, Preference
+from rayalign.data.shard import Said, ShardInfo, write_shard
 from rayalign.data.tables import read_rows
+from rayalign.data.texts import kept_answers, said
 from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized, TokenizeSettings, to_groups
 from rayalign.data.unpair import unpair
 
@@ -61,6 +62,8 @@ class ShardReport:
     """Of those that were dropped: nothing is preferred."""
     truncated_prompts: int
     truncated_responses: int
+    rules: Mapping[str, int]
+    """Of :data:`rayalign.data.render.RULES`: in how many rows each."""
     formats: Counter[str]
     unread: Counter[str]
     """Columns that hold something and were not read, in how many rows."""
@@ -122,16 +125,20 @@ def prepare_chunk(
     examples = [parsed(row, unit) for row in rows]
     outcomes = tokenized([fitted(example, shape) for example in examples], chat, settings)
     groups: list[Group] = []
-    prompts: list[str | Turns] = []
+    prompts: list[Said] = []
+    rules: Counter[str] = Counter()
     cut_prompts = cut_responses = undecided = dropped = 0
     for outcome in outcomes:
         if isinstance(outcome, Tokenized):
             cut_prompts += outcome.truncation.prompt > 0
             cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
+            rules.update(outcome.rules)
             made = shaped(outcome.group, shape, preference=outcome.example.preference)
             undecided += not made
             groups.extend(made)
-            prompts.extend([outcome.example.prompt] * len(made))
+            for group in made:
+                answers = kept_answers(outcome.example, outcome.group, group)
+                prompts.append(said(outcome.example, chat.speaker.template.variables, answers))
         else:
             dropped += isinstance(outcome, DroppedRow)
             undecided += isinstance(outcome, LeftOut)
@@ -144,6 +151,7 @@ def prepare_chunk(
         undecided=undecided,
         truncated_prompts=cut_prompts,
         truncated_responses=cut_responses,
+        rules=dict(sorted(rules.items())),
         formats=Counter(example.format for example in good),
         unread=Counter(name for example in good for name in example.unread),
         metadata=Counter(name for example in good for name in example.metadata),

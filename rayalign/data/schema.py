@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,12 @@ Turns = tuple[Message, ...]
 MISSING = math.nan
 Preference = Literal["stored", "rewards", "ranks", "unstated", "undecided"]
 """How candidates are ordered: as they stand, by ``reward``, by ``rank``, not said, or said to be equal (or null)."""
+WEIGHT = "weight"
+"""Field of a turn: 0 where it is not to be trained."""
+_WEIGHTS = (WEIGHT, "train", "trainable", "loss")
+"""Names under which files say so."""
+_PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content)'")
+"""How a list of turns begins that Python printed."""
 
 
 class RowProblem(Exception):
@@ -40,6 +47,8 @@ class Example:
     """reward, label, margin, soft_label, behavior_logp: one number per candidate, NaN = missing."""
     continues: bool = False
     """The candidates carry on the prompt's text: never wrapped as turns, whatever the template."""
+    finished: tuple[bool, ...] | None = None
+    """Of every candidate: False for one that was cut off, which has no end token; None: all are finished."""
     preference: Preference = "stored"
     tools: tuple[Fields, ...] | None = None
     template_kwargs: Fields = field(default_factory=dict)
@@ -49,6 +58,10 @@ class Example:
     """Further columns that were not read: they describe the row, or repeat it."""
     source: str = ""
     line: int = 0
+
+    @property
+    def whether_finished(self) -> tuple[bool, ...]:
+        return (self.candidates and self.finished) or (True,) * len(self.candidates)
 
 
 def bad_row(row: RawRow, problem: RowProblem) -> BadRow:
@@ -70,28 +83,43 @@ def required(row: Fields, name: str) -> Any:
 def text(row: Fields, name: str) -> str:
     value = required(row, name)
     if not isinstance(value, str):
-        raise RowProblem(name, f"{name} must be a text, not a {_kind(value)}")
+        raise RowProblem(name, f"{name} must be a text, not a {kind(value)}")
     if not value.strip():
         raise RowProblem(name, f"{name} is empty")
     return value
 
 
 def turns(row: Fields, name: str) -> Turns:
-    value = required(row, name)
+    value = _decoded(required(row, name), name)
     if not isinstance(value, list | tuple):
-        raise RowProblem(name, f"{name} must be a list of turns, not a {_kind(value)}")
+        raise RowProblem(name, f"{name} must be a list of turns, not a {kind(value)}")
     if not value:
         raise RowProblem(name, f"{name} is empty")
-    return tuple(_message(item, f"{name}[{index}]", name) for index, item in enumerate(value))
+    return tuple(message(item, f"{name}[{index}]", name) for index, item in enumerate(value))
 
 
-def text_or_turns(row: Fields, name: str) -> str | Turns:
-    value = required(row, name)
+def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
+    """``may_be_empty``: an empty text is an answer too, which ends at once."""
+    value = _decoded(required(row, name), name)
     if isinstance(value, str):
-        return text(row, name)
+        return value if may_be_empty else text(row, name)
     if isinstance(value, list | tuple):
-        return turns(row, name)
-    raise RowProblem(name, f"{name} must be a text or a list of turns, not a {_kind(value)}")
+        return turns({name: value}, name)
+    raise RowProblem(name, f"{name} must be a text or a list of turns, not a {kind(value)}")
+
+
+def _decoded(value: Any, name: str) -> Any:
+    """A conversation that is written as JSON text, as a conversation; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    if _PYTHON.match(value):
+        raise RowProblem(name, f"{name} is a list of turns as Python prints it; write it as JSON (json.dumps)")
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    is_conversation = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
+    return found if is_conversation and any("role" in turn for turn in found) else value
 
 
 def number(row: Fields, name: str) -> float:
@@ -100,36 +128,57 @@ def number(row: Fields, name: str) -> float:
 
 
 def numbers(row: Fields, name: str, count: int) -> tuple[float, ...] | None:
-    """``count`` finite numbers, or None where the field is absent."""
+    """``count`` finite numbers, NaN for nulls; or None where the field is absent."""
     if name not in row:
         return None
     value = row[name]
     if not isinstance(value, list | tuple) or len(value) != count:
-        found = f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {_kind(value)}"
+        found = f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {kind(value)}"
         raise RowProblem(name, f"{name} must be a list of {count} numbers, one per completion, not {found}")
-    return tuple(_finite(item, f"{name}[{index}]", name) for index, item in enumerate(value))
+    return tuple(
+        MISSING if item is None else _finite(item, f"{name}[{index}]", name) for index, item in enumerate(value)
+    )
+
+
+def finished(row: Fields, count: int) -> tuple[bool, ...] | None:
+    """Whether each of ``count`` candidates was finished; None where the row does not say."""
+    value = row.get("finished")
+    if value is None:
+        return None
+    found = [value] if isinstance(value, bool) else value
+    if not isinstance(found, list | tuple) or len(found) != count or not all(isinstance(one, bool) for one in found):
+        raise RowProblem("finished", f"finished must say true or false of each of {count} completions, not {value!r}")
+    return tuple(found)
 
 
 def tools(row: Fields) -> tuple[Fields, ...] | None:
     """Tool schemas: a list of objects, or that list as JSON text (Arrow cannot hold objects of mixed shape)."""
-    if "tools" not in row:
+    value = _from_json(row.get("tools"), "tools")
+    if value in (None, [], {}):
         return None
-    value = row["tools"]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowProblem("tools", f"tools is not valid JSON: {error}") from error
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise RowProblem("tools", "tools must be a list of JSON schemas")
     return tuple(value)
 
 
 def template_kwargs(row: Fields) -> Fields:
-    value = row.get("chat_template_kwargs", {})
+    """Variables of the template: an object, or one as JSON text."""
+    value = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if value in (None, [], {}):
+        return {}
     if not isinstance(value, dict):
-        raise RowProblem("chat_template_kwargs", f"chat_template_kwargs must be an object, not a {_kind(value)}")
+        raise RowProblem("chat_template_kwargs", f"chat_template_kwargs must be an object, not a {kind(value)}")
     return value
+
+
+def _from_json(value: Any, name: str) -> Any:
+    """A value, or the value that a text is as JSON; None for an empty text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise RowProblem(name, f"{name} is not valid JSON: {error}") from error
 
 
 def user(content: str) -> Turns:
@@ -144,24 +193,80 @@ def is_assistant(message: Message) -> bool:
     return bool(message["role"] == "assistant")
 
 
-def _message(value: Any, place: str, name: str) -> Message:
+def is_trained(message: Message) -> bool:
+    """Whether an answer is to be learned."""
+    return bool(message.get(WEIGHT, 1))
+
+
+def message(value: Any, place: str, name: str) -> Message:
+    """One turn, checked; ``place`` names it and ``name`` its field.
+
+    Nulls and an empty list of tool calls are left out, content parts become one text, and all ways of saying that an
+    answer is not to be trained become ``weight: 0``.
+    """
     if not isinstance(value, dict):
-        raise RowProblem(name, f"{place} must be an object with role and content, not a {_kind(value)}")
-    message = {key: item for key, item in value.items() if item is not None}
-    if not isinstance(message.get("role"), str):
+        raise RowProblem(name, f"{place} must be an object with role and content, not a {kind(value)}")
+    fields = {key: item for key, item in value.items() if item is not None}
+    if not isinstance(fields.get("role"), str):
         raise RowProblem(name, f"{place} has no role")
-    content = message.get("content", "" if "tool_calls" in message else None)
+    trained = [_weight(fields.pop(key), f"{place}.{key}", name) for key in _WEIGHTS if key in fields]
+    calls = _calls(fields.pop("tool_calls", None), place, name)
+    content = fields.get("content", "" if calls else None)
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
-        found = "missing" if content is None else f"a {_kind(content)}"
+        found = "missing" if content is None else f"a {kind(content)}"
         raise RowProblem(name, f"{place}.content must be a text, but is {found}")
-    return {**message, "content": content}
+    called = {"tool_calls": calls} if calls else {}
+    return {**fields, "content": content, **called, **({} if all(trained) else {WEIGHT: 0})}
+
+
+def _weight(value: Any, place: str, name: str) -> bool:
+    if value not in (0, 1):
+        raise RowProblem(name, f"{place} must be 0 or 1, not {value!r}: an answer is learned, or only seen")
+    return bool(value)
+
+
+def _calls(value: Any, place: str, name: str) -> list[Fields]:
+    """Tool calls, each with its ``function``; arguments stay as they are, an object or the text of one."""
+    found = _from_json(value, name)
+    if found in (None, [], {}, ()):
+        return []
+    if not isinstance(found, list | tuple):
+        raise RowProblem(name, f"{place}.tool_calls must be a list of calls, not a {kind(found)}")
+    return [_tool_call(call, f"{place}.tool_calls[{index}]", name) for index, call in enumerate(found)]
+
+
+def _tool_call(value: Any, place: str, name: str) -> Fields:
+    if not isinstance(value, dict):
+        raise RowProblem(name, f"{place} must be an object, not a {kind(value)}")
+    call = {key: item for key, item in value.items() if item is not None}
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowProblem(name, f"{place} names no function")
+    arguments = _from_json(function.get("arguments"), f"{place}.function.arguments")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise RowProblem(name, f"{place}.function.arguments must be an object, not a {kind(arguments)}")
+    if "function" in call:
+        return {"type": "function", **call}
+    named = {"id": call["id"]} if "id" in call else {}
+    return {**named, "type": "function", "function": {key: call[key] for key in ("name", "arguments") if key in call}}
+
+
+def from_arrow(row: Fields) -> Fields:
+    """A row of a table without the fields of objects that are null: Arrow fills in those that other rows have."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _finite(value: Any, place: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowProblem(name, f"{place} must be a number, not a {_kind(value)}")
+        raise RowProblem(name, f"{place} must be a number, not a {kind(value)}")
     try:
         result = float(value)
     except OverflowError:
@@ -171,6 +276,6 @@ def _finite(value: Any, place: str, name: str) -> float:
     return result
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     names = {dict: "object", list: "list", tuple: "list", str: "text", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), type(value).__name__)

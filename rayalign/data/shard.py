@@ -34,7 +34,9 @@ from rayalign.manifest import file_digest
 Words = NDArray[np.int32]
 _SIDECAR = ".shard.json"
 PROMPTS = ".prompts"
-"""Ending of the file with the prompts as rows have them, texts or turns: a JSON list."""
+"""Ending of the file with what rows say, a JSON list of :data:`Said`."""
+Said = str | Turns | Mapping[str, Any]
+"""A prompt; or an object of it and what a row says besides: ``tools``, ``chat_template_kwargs``, ``answers``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +59,10 @@ class ShardInfo:
         return cls(**fields)
 
 
-def write_shard(
-    directory: Path, name: str, groups: Sequence[Group], *, prompts: Sequence[str | Turns] = ()
-) -> ShardInfo:
+def write_shard(directory: Path, name: str, groups: Sequence[Group], *, prompts: Sequence[Said] = ()) -> ShardInfo:
     """Store groups, in order, as the shard ``name`` of an uncommitted directory.
 
-    ``prompts`` are the prompts as rows have them, one per group, for scorers and for people.
+    ``prompts`` are the prompts as rows have them, one per group, for scorers and for people, with what else is said.
     Equal groups make equal bytes. Writing a shard again replaces it. Raises ValueError for a malformed group.
     """
     for group in groups:
@@ -89,7 +89,7 @@ def write_shard(
     }
     if prompts:
         texts = [prompt for prompt, _ in zip(prompts, groups, strict=True)]
-        files[f"{name}{PROMPTS}"] = json.dumps(texts, ensure_ascii=False).encode()
+        files[f"{name}{PROMPTS}"] = json.dumps(texts, ensure_ascii=False, default=str).encode()
     facts = {"sources": sources, "per_candidate": per_candidate, "per_token": per_token}
     return _commit_shard(directory, name, files, groups=len(groups), **facts)
 

@@ -60,6 +60,14 @@ def transcript_turns(value: str, name: str) -> Turns:
     return tuple({"role": _ROLES[speaker], "content": said} for speaker, said in merged)
 
 
+def asked_transcript(value: str) -> Turns | None:
+    """The turns of a transcript that waits for the assistant, ``Human: … \\n\\nAssistant:``; None for other texts."""
+    if not value.lstrip().startswith("Human:") or not value.rstrip().endswith("\n\nAssistant:"):
+        return None
+    turns = transcript_turns(value, "prompt")
+    return turns[:-1] if len(turns) > 1 and not turns[-1]["content"] else None
+
+
 def transcript(turns: Turns, *, generation_prompt: bool) -> str:
     """Turns as a transcript: how a conversation reads for a tokenizer without a chat template."""
     lines = []

@@ -15,6 +15,7 @@ from rayalign.config.suffixes import ARROW, LINES, PARQUET
 from rayalign.data.files import open_raw, open_rows, suffix_of
 from rayalign.data.lines import read_lines
 from rayalign.data.records import BadRow, EmptyFile, RawRow, Row, excerpt_of
+from rayalign.data.schema import Fields, from_arrow
 from rayalign.errors import UserError, first_line
 
 BATCH_ROWS = 512
@@ -87,9 +88,9 @@ def _batched(path: str, kind: str, batches: Callable[[], Iterator[pyarrow.Record
         raise EmptyFile(path)
 
 
-def rows_of(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = batch.to_pylist()
-    return found
+def rows_of(batch: pyarrow.RecordBatch) -> list[Fields]:
+    """A batch as rows, without the nulls that Arrow fills objects with."""
+    return [from_arrow(row) for row in batch.to_pylist()]
 
 
 @contextmanager

@@ -1,19 +1,55 @@
-"""The prompts of a token store as its rows had them: for scorers and people, where the model reads token ids."""
+"""What the rows of a token store say: their prompts, for scorers and people, and what else is not in the tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from rayalign.data.schema import Turns
-from rayalign.data.shard import PROMPTS
+import numpy as np
+
+from rayalign.data.group import Candidate, Group
+from rayalign.data.schema import Example, Turns
+from rayalign.data.shard import PROMPTS, Said
 from rayalign.data.split import prompt_text
 from rayalign.data.store import TokenStore
 from rayalign.manifest import TornDirectory
 
 SHARDS_IN_MEMORY = 8
+ANSWERS = "answers"
+
+
+def said(example: Example, variables: Mapping[str, Any], answers: Sequence[str | Turns]) -> Said:
+    """What is kept of an example: its prompt, tools and variables, and ``answers`` that are more than plain words.
+
+    ``variables`` hold for every row; plain words can be read off the tokens.
+    """
+    kept: dict[str, Any] = {}
+    if example.tools:
+        kept["tools"] = list(example.tools)
+    if variables or example.template_kwargs:
+        kept["chat_template_kwargs"] = {**variables, **example.template_kwargs}
+    if not all(map(_is_plain, answers)):
+        kept[ANSWERS] = list(answers)
+    return {"prompt": example.prompt, **kept} if kept else example.prompt
+
+
+def kept_answers(example: Example, whole: Group, group: Group) -> list[str | Turns]:
+    """The answers of ``group``, which holds some candidates of the ``whole`` group of an example."""
+    place = {id(candidate): number for number, candidate in enumerate(whole.candidates)}
+    return [example.candidates[place[id(own)]] for own in group.candidates if id(own) in place]
+
+
+def _answer(candidate: Candidate, stored: Group, answers: Sequence[Any]) -> Any:
+    """What the row said for this candidate; None where it is none of the stored ones."""
+    of = zip(stored.candidates, answers, strict=True)
+    return next((said for own, said in of if np.array_equal(own.ids, candidate.ids)), None)
+
+
+def _is_plain(answer: str | Turns) -> bool:
+    return isinstance(answer, str) or (len(answer) == 1 and answer[0].keys() <= {"role", "content"})
 
 
 class Prompts:
@@ -24,19 +60,34 @@ class Prompts:
 
     def __init__(self, store: TokenStore) -> None:
         self.tokens = store.tokens
-        self._shard = lru_cache(maxsize=SHARDS_IN_MEMORY)(read_prompts)
+        self._shard = lru_cache(maxsize=SHARDS_IN_MEMORY)(read_said)
 
     def __getitem__(self, row: int) -> str | Turns:
+        prompt: str | Turns = self.said(row)["prompt"]
+        return prompt
+
+    def said(self, row: int) -> Mapping[str, Any]:
+        """``prompt``, and where the row has them ``tools``, ``chat_template_kwargs`` and ``answers``."""
         number = self.tokens.shard_of(row)
-        return self._shard(self.tokens.paths[number].with_suffix(PROMPTS))[row - self.tokens.shards[number].first]
+        found = self._shard(self.tokens.paths[number].with_suffix(PROMPTS))[row - self.tokens.shards[number].first]
+        return found if isinstance(found, Mapping) else {"prompt": found}
+
+    def again(self, row: int, stored: Group, made: Group) -> Said:
+        """The same for a group that holds some of the ``stored`` candidates, and others: null stands for these."""
+        found = dict(self.said(row))
+        if answers := found.pop(ANSWERS, None):
+            kept = [_answer(candidate, stored, answers) for candidate in made.candidates]
+            found |= {ANSWERS: kept} if any(kept) else {}
+        prompt: Said = found["prompt"]
+        return found if len(found) > 1 else prompt
 
     def text(self, row: int) -> str:
         """What a scorer reads."""
         return prompt_text(self[row])
 
 
-def read_prompts(path: Path) -> Sequence[str | Turns]:
+def read_said(path: Path) -> Sequence[Said]:
     if not path.is_file():
         raise TornDirectory(f"{path} is missing: make the store again with --fresh tokens")
-    prompts: list[str | Turns] = json.loads(path.read_text(encoding="utf-8"))
-    return prompts
+    rows: list[Said] = json.loads(path.read_text(encoding="utf-8"))
+    return rows

@@ -98,6 +98,8 @@ def begin(
     found = strategy.broadcast(resume_point(spec, checkpointer) if strategy.rank == 0 else None)
     start = resumed_model(spec.model, found.directory) if found else spec.model
     model, tokenizer = strategy.load(start)
+    if spec.chat_template is not None and spec.model.head is None:
+        tokenizer.chat_template = spec.chat_template
     layout = layout_of(model, strategy)
     computes = compute_dtype(spec.model, strategy.device)
     module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)

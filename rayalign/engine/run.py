@@ -56,6 +56,8 @@ class TrainSpec:
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    """What the saved tokenizer writes conversations with; None: its own. A model with a scalar head has its own."""
     track: tuple[str, ...] = ()
     critic: CriticSpec | None = None
     """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""

@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rayalign.data.chat import closing_template, make_chat
+from rayalign.data.chat import make_chat
+from rayalign.data.closing import closing_template
 from rayalign.errors import UserError
 
 HEAD = "score"
@@ -128,9 +129,8 @@ def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
     model.get_input_embeddings().padding_idx = None
     text = model.config.get_text_config()
     text.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    setattr(
-        model.config, WRITTEN, asdict(ScalarHead(template="auto" if chat.has_template else "none", stop=chat.end_text))
-    )
+    template = "none" if head.template == "none" else "auto"
+    setattr(model.config, WRITTEN, asdict(ScalarHead(template=template, stop=chat.end_text)))
 
 
 def written_as(config: PretrainedConfig) -> ScalarHead | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rayalign.data.analysis import FileFindings, Seen, prompt_key
+from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
 from rayalign.data.group import Group
 from rayalign.data.prepare import Shape, Unit, fitted, named_in, parsed, shaped, tokenized
@@ -42,6 +43,8 @@ class Checked:
     """What every row must have."""
     columns: Mapping[str, str] = field(default_factory=dict)
     max_bad_fraction: float = 0.0
+    completed: Completed = "no"
+    """Whether fresh completions follow the prompts."""
     is_scored: bool = False
     """Whether ``filter`` chooses among its rows."""
     is_held_out: bool = False
@@ -106,7 +109,7 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
         examples = [_fitted(row, unit, source.shape) for row in rows]
         for row, example in zip(rows[:left], examples[:left], strict=True):
             assert how.chat is not None
-            for text in shown(row, example, how.chat, how.settings):
+            for text in shown(row, example, how.chat, replace(how.settings, completed=source.completed)):
                 console.print(text, soft_wrap=True)
         left = max(0, left - len(rows))
         bad = _count(examples, source, found, seen, how)
@@ -137,7 +140,7 @@ def _count(
     bad = [example for example in examples if isinstance(example, BadRow)]
     if how.chat is None:
         return bad
-    outcomes = tokenized(examples, how.chat, how.settings)
+    outcomes = tokenized(examples, how.chat, replace(how.settings, completed=source.completed))
     groups: list[Group] = []
     for example, outcome in zip(examples, outcomes, strict=True):
         if isinstance(example, Example) and not isinstance(outcome, LeftOut):

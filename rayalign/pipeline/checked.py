@@ -60,21 +60,16 @@ def check_given(given: Sequence[str], options: Options, console: Console) -> int
 
 def check_run(path: Path, overrides: Sequence[str], options: Options, console: Console) -> int:
     """Check every source that a run reads, as it reads them."""
-    from rayalign.pipeline.model import (
-        model_spec,
-        tokenizer_spec,
-    )  # with these Ray is imported, which files do not need
-    from rayalign.runtime.datasets import chat_of
+    from rayalign.pipeline.model import chat_of, model_spec, tokenizer_spec  # imports Ray, which files do not need
 
     if options.of_files:
         name = next(iter(options.of_files)).replace("_", "-")
         raise UserError(f"--{name} is of files; a run says it in its YAML, or behind it: {path} data.max_tokens=512")
     run = load_run(path, overrides)
-    tokenizer = tokenizer_spec(run)
     sources = [_of_run(read, run, options) for read in reads(run)]
     how = Checking(
-        chat=chat_of(tokenizer),
-        settings=tokenizer.settings,
+        chat=chat_of(run),
+        settings=tokenizer_spec(run).settings,
         show=options.show,
         held_out=[source for source in sources if source.is_held_out],
         quarantine=options.quarantine,
@@ -99,6 +94,7 @@ def _of_run(read: Read, run: RunConfig, options: Options) -> Checked:
         max_bad_fraction=0.0 if is_strict else most,
         is_scored=run.filter is not None and read.field.startswith("data.train"),
         is_held_out=read.field.startswith(("data.eval", "evaluate.prompts")),
+        completed=read.completed,
     )
 
 

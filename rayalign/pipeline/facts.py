@@ -21,6 +21,7 @@ def summary(found: Preparation) -> dict[str, Any]:
         "undecided": sum(report.undecided for report in reports),
         "truncated_prompts": sum(report.truncated_prompts for report in reports),
         "truncated_responses": sum(report.truncated_responses for report in reports),
+        "rules": plain_counts(sum((Counter(report.rules) for report in reports), Counter())),
         "formats": plain_counts(sum((report.formats for report in reports), Counter())),
         "not_read": plain_counts(sum((report.unread for report in reports), Counter())),
         "metadata_not_read": plain_counts(sum((report.metadata for report in reports), Counter())),

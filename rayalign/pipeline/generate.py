@@ -16,24 +16,27 @@ from rich.console import Console
 from rayalign.config.document import override, read_document
 from rayalign.config.load import empty_document, parse_run
 from rayalign.config.run import RunConfig
+from rayalign.data.chat import make_chat
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore
-from rayalign.data.texts import Prompts
+from rayalign.data.texts import ANSWERS, Prompts
 from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.model import model_spec, spec_digest
+from rayalign.pipeline.model import model_spec, spec_digest, tokenizer_spec
 from rayalign.pipeline.rollouts import drawn_once, prompt_store, prompts_of, relabelled, sampling
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
 from rayalign.runtime.session import connect
-from rayalign.sources.answers import reply_text
+from rayalign.sources.answers import written_back
 
 BLOCKS = ("name", "seed", "storage_path", "model", "data", "rollout", "scorer", "optim")
 """What these commands read of a run's YAML."""
 
 NO_SCORE = "rayalign.judge.rule:no_score"
+KEPT = ("finished", "tools", "chat_template_kwargs", "model", "sampling")
+"""Columns that every kind of row has, where they are known."""
 Row = dict[str, Any]
 Kind = Literal["all", "pairs", "best"]
 """Every completion of a prompt, chosen and rejected, or the one with the highest score."""
@@ -57,7 +60,7 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
         shape, _ = SHAPES[kind]
-        sources = [prompt_store(source, run, stages) for source in run.data.train]
+        sources = [prompt_store(source, run, stages, draws=draws) for source in run.data.train]
         stores = [made_store(source, run, stages, shape, draws=draws) for source in sources]
         rows = [row for store in stores for row in rows_of(store, run, draws=draws)]
     if kind == "pairs":
@@ -96,40 +99,47 @@ def pair_of(row: Row) -> Row:
     """A labelled pair as ``chosen`` and ``rejected``; a prompt without a preference has no such row."""
     (chosen, rejected), (chosen_score, rejected_score) = row["completions"], row["rewards"]
     named = {"chosen": chosen, "rejected": rejected, "chosen_score": chosen_score, "rejected_score": rejected_score}
-    return {"prompt": row["prompt"], **named, **{name: row[name] for name in ("model", "sampling") if name in row}}
+    return {"prompt": row["prompt"], **named, **{name: row[name] for name in KEPT if name in row}}
 
 
 def best_of(row: Row) -> Row:
     """The best completion as a row to fine-tune on; a prompt that the scorer failed on has no such row."""
     [completion], [score] = row["completions"], row["rewards"]
     named = {"completion": completion, "completion_score": score}
-    return {"prompt": row["prompt"], **named, **{name: row[name] for name in ("model", "sampling") if name in row}}
+    return {"prompt": row["prompt"], **named, **{name: row[name] for name in KEPT if name in row}}
 
 
 def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
-    """One row per prompt, in the order of the source: K-way columns that ``data.train`` and TRL's tools understand."""
+    """One row per prompt, in the order of the source: K-way columns that ``data.train`` and TRL's tools understand.
+
+    Log-probabilities belong to tokens: a completion whose text is not read back to those that were drawn has none.
+    """
     opened, prompts = TokenStore.open(store), Prompts(TokenStore.open(store))
-    tokenizer = load_tokenizer(
-        model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
-    )
+    spec = tokenizer_spec(run)
+    tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
+    chat = make_chat(tokenizer, template=spec.template, stop=spec.stop)
     scored = run.scorer is not None and getattr(run.scorer, "function", "") != NO_SCORE
     made_with: Row = {}
     if draws:
         kept = {name: value for name, value in asdict(sampling(run)).items() if name not in ("stop_ids",)}
         made_with = {"model": spec_digest(model_spec(run)), "sampling": kept}
     for row in np.argsort(opened.index.line, kind="stable").tolist():
-        group = opened[row]
+        group, said = opened[row], prompts.said(row)
+        texts, same = written_back(group, said, chat)
+        answers = said.get(ANSWERS) or [None] * len(texts)
         made: Row = {
-            "prompt": prompts[row],
-            "completions": [reply_text(tokenizer, candidate.ids.tolist()) for candidate in group.candidates],
+            "prompt": said["prompt"],
+            "completions": [answer or text for answer, text in zip(answers, texts, strict=True)],
             "finished": [candidate.finished for candidate in group.candidates],
+            **{name: said[name] for name in ("tools", "chat_template_kwargs") if name in said},
         }
         if scored:
             made["rewards"] = numbers(group.per_candidate["reward"])
         if draws:
             ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])
             parts = np.split(group.per_token["behavior_token_logp"].astype(np.float64), ends)[:-1]
-            made["behavior_logps"] = numbers([part.sum() for part in parts])
+            sums = [float(part.sum()) if kept else math.nan for part, kept in zip(parts, same, strict=True)]
+            made["behavior_logps"] = numbers(sums)
         yield made | made_with
 
 

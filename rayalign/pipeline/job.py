@@ -27,6 +27,7 @@ from rayalign.methods._base import Method
 from rayalign.methods.composition import compose
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import (
+    chat_template,
     critic_model,
     model_spec,
     reference_spec,
@@ -97,6 +98,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         checkpoint_best=checkpoint_best(run, steps),
         evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
+        chat_template=chat_template(run),
         track=run.track,
         reference_in_place=run.reference.place == "trainer",
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,

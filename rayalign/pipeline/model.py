@@ -10,7 +10,9 @@ from rayalign.config.compare import INITIAL
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
-from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.budget import Completed, TokenizeSettings
+from rayalign.data.chat import Chat
+from rayalign.data.closing import policy_template
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.lora import LoraSpec
@@ -21,7 +23,7 @@ from rayalign.imports import source_digest
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
 from rayalign.pipeline.artifacts import PENDING, digest_of
-from rayalign.runtime.datasets import TokenizerSpec, chat_of
+from rayalign.runtime.datasets import TokenizerSpec, load_chat
 from rayalign.runtime.session import Session
 
 CPU_ROW_TOKENS = 2048
@@ -115,7 +117,7 @@ def row_tokens(session: Session) -> int | None:
     return None if session.num_gpus else CPU_ROW_TOKENS
 
 
-def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
+def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerSpec:
     """The policy's tokenizer and how it writes conversations."""
     return TokenizerSpec(
         name=run.model.name,
@@ -127,6 +129,8 @@ def tokenizer_spec(run: RunConfig) -> TokenizerSpec:
             max_prompt_tokens=run.data.max_prompt_tokens,
             max_tokens=run.data.max_tokens,
             truncated=run.data.truncated,
+            long_prompts=run.data.long_prompts,
+            completed=completed,
         ),
         template_kwargs=run.data.chat_template_kwargs,
         date=run.data.date,
@@ -155,9 +159,17 @@ def template_digest(template: str) -> str:
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:
     """The token that training appends, rollouts stop at and generation_config names."""
-    if run.model.name == INITIAL:
-        return ()
-    return (chat_of(tokenizer_spec(run)).end_id,)
+    return () if run.model.name == INITIAL else (chat_of(run).end_id,)
+
+
+def chat_template(run: RunConfig) -> str | None:
+    """What the saved policy writes conversations with; None: what its tokenizer does already."""
+    return None if run.model.name == INITIAL else policy_template(chat_of(run))
+
+
+def chat_of(run: RunConfig) -> Chat:
+    """How the policy's tokenizer writes conversations in this run."""
+    return load_chat(tokenizer_spec(run))
 
 
 def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:

@@ -167,7 +167,7 @@ def ask_for_stages(run: RunConfig, stages: Stages) -> None:
     """Ask for every stage that :func:`rayalign.pipeline.job.make_job` asks for, without looking into any."""
     method, policy = method_of(run), run.data_policy
     if policy.name != "off_policy":
-        prompts = [prompt_store(source, run, stages) for source in prompt_sources(run)]
+        prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
         if policy.refresh_every == "never":
             ask_for_drawn(prompts, run, method, stages)
     if policy.name == "off_policy" or fresh_fraction(run) < 1:
@@ -185,7 +185,7 @@ def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], method: Method
     """The stores of stored groups, with their reference log-probs."""
     shape = shape_of(method)
     if run.label is not None and run.label.relabel:
-        prompts = [prompt_store(source, run, stages) for source in sources]
+        prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
         specs = [roll(run, [store], [1.0], method, stages, draws=False) for store in prompts]
         stores = [rollout_stage(spec, run, stages) for spec in specs]
     else:
@@ -209,7 +209,8 @@ def ask_for_drawn(prompts: list[Path], run: RunConfig, method: Method, stages: S
 
 def drawn_once_spec(run: RunConfig, stages: Stages) -> ChunkSpec:
     """How the completions that a run draws once are drawn."""
-    return once(run, [prompt_store(source, run, stages) for source in prompt_sources(run)], method_of(run), stages)
+    prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
+    return once(run, prompts, method_of(run), stages)
 
 
 def once(run: RunConfig, prompts: list[Path], method: Method, stages: Stages) -> ChunkSpec:

@@ -16,7 +16,7 @@ from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.pipeline.model import tokenizer_spec
 from rayalign.pipeline.stages import Stages, source_units
-from rayalign.runtime.datasets import chat_of
+from rayalign.runtime.datasets import load_chat
 
 
 def prompt_sets(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
@@ -48,10 +48,11 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
 def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
     """The prompts as training writes them."""
     spec = tokenizer_spec(run)
-    chat = chat_of(spec)
+    chat = load_chat(spec)
     examples = list(examples)
     prompts = []
-    for example, outcome in zip(examples, to_groups(examples, chat, spec.settings), strict=True):
+    settings = replace(spec.settings, truncated="keep", long_prompts="cut")  # every prompt is measured
+    for example, outcome in zip(examples, to_groups(examples, chat, settings), strict=True):
         if not isinstance(outcome, Tokenized):
             raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
         prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), prompt=outcome.example.prompt))

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
+from rayalign.data.budget import Completed
 from rayalign.data.prepare import Shape
 from rayalign.methods._base import Method
 
@@ -34,6 +35,8 @@ class Read:
     shape: Shape
     needs: frozenset[str] = frozenset()
     """Columns that every row has to have, and ``completion`` where prompts alone do not do."""
+    completed: Completed = "no"
+    """Whether fresh completions follow the prompts."""
     is_strict: bool = False
     """One bad row ends the run, whatever ``data.max_bad_fraction`` is."""
 
@@ -48,14 +51,16 @@ def reads(run: RunConfig) -> Iterator[Read]:
         yield from _listed("data.train", run.data.train, shape, needs)
     elif policy.prompts is None:
         stored = needs & {"behavior_logp"} if policy.name == "hybrid" else frozenset[str]()
-        yield from _listed("data.train", run.data.train, "prompt", stored)
+        completed: Completed = "beside" if policy.name == "hybrid" else "alone"
+        yield from _listed("data.train", run.data.train, "prompt", stored, completed)
     if run.data.eval and record.round_prepare is None:
         yield from _listed("data.eval", run.data.eval, shape, needs)
     for number, auxiliary in enumerate(run.auxiliary or ()):
         sources = [with_format(source, auxiliary.term) for source in auxiliary.data]
         yield from _listed(f"auxiliary[{number}].data", sources, "one", frozenset())
     if policy.name != "off_policy" and policy.prompts is not None:
-        yield Read(field="data_policy.prompts", source=_of_any_format(policy.prompts), shape="prompt")
+        source = _of_any_format(policy.prompts)
+        yield Read(field="data_policy.prompts", source=source, shape="prompt", completed="alone")
     if run.evaluate is not None:
         for number, source in enumerate(run.evaluate.prompts):
             yield Read(
@@ -63,9 +68,11 @@ def reads(run: RunConfig) -> Iterator[Read]:
             )
 
 
-def _listed(field: str, sources: Sequence[DataSource], shape: Shape, needs: frozenset[str]) -> Iterator[Read]:
+def _listed(
+    field: str, sources: Sequence[DataSource], shape: Shape, needs: frozenset[str], completed: Completed = "no"
+) -> Iterator[Read]:
     for number, source in enumerate(sources):
-        yield Read(field=f"{field}[{number}]", source=source, shape=shape, needs=needs)
+        yield Read(field=f"{field}[{number}]", source=source, shape=shape, needs=needs, completed=completed)
 
 
 def _of_any_format(source: DataSource) -> DataSource:

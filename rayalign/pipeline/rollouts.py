@@ -12,6 +12,7 @@ from rayalign.config.data import DataSource
 from rayalign.config.fields import portable
 from rayalign.config.policy import HybridConfig, LabelConfig
 from rayalign.config.run import RunConfig
+from rayalign.data.budget import Completed
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
@@ -34,15 +35,16 @@ from rayalign.sources.rounds import RoundPlan
 from rayalign.sources.streams import StoredStream
 
 
-def prompt_store(source: DataSource, run: RunConfig, stages: Stages) -> Path:
-    """Every row of a source as a prompt, with whatever completions it has."""
-    return stages.tokens(source, run, "prompt")
+def prompt_store(source: DataSource, run: RunConfig, stages: Stages, *, draws: bool) -> Path:
+    """Every row of a source as a prompt: with whatever completions it has, unless fresh ones take their place."""
+    completed: Completed = "no" if not draws else "beside" if keeps_stored(run) else "alone"
+    return stages.tokens(source, run, "prompt", completed=completed)
 
 
 def prompt_stream(run: RunConfig, stages: Stages, *, groups_per_step: int) -> StoredStream:
     """The prompts that completions are drawn for: ``data_policy.prompts``, or those of ``data.train``."""
     sources = prompt_sources(run)
-    stores = [prompt_store(source, run, stages) for source in sources]
+    stores = [prompt_store(source, run, stages, draws=True) for source in sources]
     return prompts_of(stores, weights=[source.weight for source in sources], groups_per_step=groups_per_step)
 
 

@@ -49,17 +49,22 @@ def _lines(full: Tokenized, cut: Tokenized, chat: Chat) -> Iterator[Text]:
     for name, answer, num_cut in zip(names, full.group.candidates, cut.truncation.responses, strict=True):
         yield Text(f"  {name}")
         ids, kept = answer.ids.tolist(), len(answer.ids) - num_cut
-        roles = [
-            "cut" if place >= kept else "seen" if not trained else "end" if token in chat_ends(chat) else "trained"
-            for place, (token, trained) in enumerate(zip(ids, answer.mask.tolist(), strict=True))
-        ]
+        roles = _roles(ids, answer.mask.tolist(), kept=kept, special=special_ids(chat))
         for turn in _turns(_runs(ids, roles, chat)):
             yield _line("    ", turn)
 
 
-def chat_ends(chat: Chat) -> frozenset[int]:
-    """Tokens that end an answer."""
-    return frozenset({chat.end_id})
+def special_ids(chat: Chat) -> frozenset[int]:
+    """Tokens that are no words."""
+    return frozenset({chat.end_id, *chat.tokenizer.all_special_ids, *chat.tokenizer.added_tokens_decoder})
+
+
+def _roles(ids: Sequence[int], mask: Sequence[bool], *, kept: int, special: frozenset[int]) -> list[str]:
+    """What becomes of every token of an answer; a token that is no word ends a stretch that is learned."""
+    following = [*mask[1:], False]
+    ends = [own and not after and token in special for token, own, after in zip(ids, mask, following, strict=True)]
+    learned = ["end" if end else "trained" if own else "seen" for own, end in zip(mask, ends, strict=True)]
+    return [*learned[:kept], *("cut" for _ in learned[kept:])]
 
 
 def _names(example: Example) -> list[str]:
@@ -90,7 +95,7 @@ def _prompt(full: Tokenized, cut: Tokenized, chat: Chat) -> Iterator[list[Marked
 def _turn_ends(ids: Sequence[int], chat: Chat) -> Iterator[int]:
     """Places behind an end token and the space that follows it."""
     for place, token in enumerate(ids):
-        if token in chat_ends(chat):
+        if token == chat.end_id:
             end = place + 1
             while end < len(ids) and not chat.tokenizer.decode([ids[end]]).strip():
                 end += 1

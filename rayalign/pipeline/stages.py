@@ -14,10 +14,12 @@ from rayalign.config.data import DataConfig, DataSource
 from rayalign.config.dump import redact
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
+from rayalign.data.budget import Completed
 from rayalign.data.content import content_key, plain
 from rayalign.data.origin import Origin, Part, find
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
+from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select, write_rows
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
@@ -74,9 +76,9 @@ class Stages:
 
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
 
-    def tokens(self, source: DataSource, run: RunConfig, shape: Shape) -> Path:
-        """The token store of one source."""
-        tokenizer = tokenizer_spec(run)
+    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Path:
+        """The token store of one source; ``completed`` as of :class:`rayalign.data.budget.TokenizeSettings`."""
+        tokenizer = tokenizer_spec(run, completed=completed)
         units = source_units(source, run.data, self)
         inputs = {
             "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
@@ -98,6 +100,8 @@ class Stages:
             refuse_columns_of_nobody(source, found)
             shards = [report.shard for report in found.reports if report.shard is not None]
             facts = {"source": source.label, "files": files_of(units)} | summary(found)
+            for rule, count in facts["rules"].items():
+                self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
             commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
 
         directory = self.artifacts.stage("tokens", inputs, build)

@@ -104,7 +104,7 @@ def stored_stream(
     """Stored groups with their columns: labels of the data or, with ``label.relabel``, of the run's own scorer."""
     shape = shape_of(method)
     if run.label is not None and run.label.relabel:
-        stores = [relabelled(prompt_store(source, run, stages), run, shape, stages) for source in sources]
+        stores = [relabelled(prompt_store(source, run, stages, draws=False), run, shape, stages) for source in sources]
     else:
         stores = [stages.tokens(source, run, shape) for source in sources]
         if "mismatched" in method.needs:

@@ -15,9 +15,10 @@ from typing import Any
 
 import ray
 
-from rayalign.data.chat import TODAY, Chat, make_chat
+from rayalign.data.chat import Chat, make_chat
 from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk
 from rayalign.data.records import BadRow
+from rayalign.data.template import TODAY
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
@@ -66,7 +67,7 @@ class Written:
     num_bytes: int
 
 
-def chat_of(spec: TokenizerSpec) -> Chat:
+def load_chat(spec: TokenizerSpec) -> Chat:
     """The tokenizer, loaded, and how it writes conversations."""
     tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
     return make_chat(
@@ -78,7 +79,7 @@ class ChunkWriter:
     """One worker of the tokenization stage; loads the tokenizer once."""
 
     def __init__(self, tokenizer: TokenizerSpec, shape: Shape, directory: Path) -> None:
-        self.chat = chat_of(tokenizer)
+        self.chat = load_chat(tokenizer)
         self.settings = tokenizer.settings
         self.shape: Shape = shape
         self.directory = directory

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from rayalign.data.budget import TokenizeSettings
+from rayalign.data.chat import Chat
 from rayalign.data.group import Candidate, Column, Group
+from rayalign.data.schema import Example, assistant
+from rayalign.data.tokenize import to_group
 from rayalign.rollout.base import Completion
 from rayalign.sources.label import Labelled
 from rayalign.sources.off_policy import Drawn
+
+UNCUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,3 +89,34 @@ def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """A completion as scorers and readers see it."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text.strip()
+
+
+def written_back(group: Group, said: Mapping[str, Any], chat: Chat) -> tuple[list[str], list[bool]]:
+    """(the completions as texts, whether each is read back to its tokens); with white space where that alone does."""
+    ids = [candidate.ids.tolist() for candidate in group.candidates]
+    stripped = [reply_text(chat.tokenizer, own) for own in ids]
+    as_drawn = [str(chat.tokenizer.decode(own, skip_special_tokens=True)) for own in ids]
+    plainly, exactly = (read_back(group, said, texts, chat) for texts in (stripped, as_drawn))
+    texts = [
+        exact if drawn and not plain else text
+        for text, exact, plain, drawn in zip(stripped, as_drawn, plainly, exactly, strict=True)
+    ]
+    return texts, [plain or drawn for plain, drawn in zip(plainly, exactly, strict=True)]
+
+
+def read_back(group: Group, said: Mapping[str, Any], texts: Sequence[str], chat: Chat) -> list[bool]:
+    """Whether each text, read as a row's completion after the row's prompt, is the tokens of the group."""
+    prompt = said["prompt"]
+    turns = prompt if isinstance(prompt, str) else tuple(prompt)
+    example = Example(
+        format="ranked",
+        prompt=turns,
+        candidates=tuple(texts) if isinstance(prompt, str) else tuple(assistant(text) for text in texts),
+        finished=tuple(candidate.finished for candidate in group.candidates),
+        tools=tuple(said["tools"]) if "tools" in said else None,
+        template_kwargs=said.get("chat_template_kwargs", {}),
+    )
+    found = to_group(example, chat, UNCUT)
+    if not isinstance(found, Group) or not np.array_equal(found.prompt_ids, group.prompt_ids):
+        return [False] * len(texts)
+    return [np.array_equal(own.ids, theirs.ids) for own, theirs in zip(found.candidates, group.candidates, strict=True)]

@@ -145,10 +145,14 @@ class ChunkMaker:
         ]
         scores = self._score(drawn, prompts, candidates, quarantined)
         groups, labels = self._groups(spec, chunk, drawn, candidates, scores)
+        said = [
+            self.texts[id(group.store)].again(group.row, group.read(), own)
+            for group, own in zip(drawn, groups, strict=True)
+        ]
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
         counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
         return ChunkReport(
-            shard=write_shard(chunk.directory, chunk.name, groups, prompts=prompts),
+            shard=write_shard(chunk.directory, chunk.name, groups, prompts=said),
             prompts=len(drawn),
             completions=sum(map(len, fresh)),
             tokens_generated=sum(len(answer.ids) for answers in fresh for answer in answers),

@@ -21,13 +21,14 @@ from rayalign.data.schema import (
     required,
     user,
 )
-from rayalign.data.split import is_transcript, transcript_turns
 
 Texts = str | Turns
 SYSTEM = ("system", "system_prompt")
 CONVERSATION = (*SYSTEM, "tools", "functions", "chat_template_kwargs")
 """Columns that every format of conversations may have."""
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+FINISHED = "finished"
+"""Of answers that were drawn: whether each ended by itself; such an answer may be empty."""
 OF_PAIRS = (*SCORES[0], *SCORES[1], "margin", "soft_label")
 
 
@@ -115,43 +116,33 @@ def one_of(row: Fields, *names: str) -> str:
     return found[0] if found else names[0]
 
 
-def aligned(prompt: Texts, candidates: Mapping[str, Texts]) -> tuple[Texts, tuple[Texts, ...]]:
-    """Prompt and candidates as all texts, or else as all turns.
-
-    A text that is a transcript up to ``Assistant:`` becomes the turns that it is, and its answers lose outer spaces.
-    """
-    if isinstance(prompt, str) and (begun := begun_transcript(prompt)):
-        prompt = begun
-        candidates = {name: value.strip() if isinstance(value, str) else value for name, value in candidates.items()}
+def aligned(
+    prompt: Texts, candidates: Mapping[str, Texts], *, may_be_empty: bool = False
+) -> tuple[Texts, tuple[Texts, ...]]:
+    """Prompt and candidates as all texts, or else as all turns."""
     if isinstance(prompt, str):
         if all(isinstance(value, str) for value in candidates.values()):
             return prompt, tuple(candidates.values())
         prompt = user(prompt)
-    return prompt, tuple(after(prompt, value, name) for name, value in candidates.items())
+    return prompt, tuple(after(prompt, value, name, may_be_empty=may_be_empty) for name, value in candidates.items())
 
 
-def begun_transcript(prompt: str) -> Turns:
-    """The turns of a transcript that waits for an answer; none for any other text."""
-    if not is_transcript(prompt) or not prompt.rstrip().endswith("\n\nAssistant:"):
-        return ()
-    return transcript_turns(prompt, "prompt")[:-1]
-
-
-def after(prompt: Turns, value: Texts, name: str) -> Turns:
+def after(prompt: Turns, value: Texts, name: str, *, may_be_empty: bool = False) -> Turns:
     """A candidate as the turns that follow the prompt; a whole conversation loses the prompt that it repeats."""
     answer = assistant(value) if isinstance(value, str) else value
     if answer[: len(prompt)] == prompt:
         answer = answer[len(prompt) :]
     if not answer or not is_assistant(answer[0]):
         raise RowProblem(name, f"{name} must start with a turn of the assistant, or repeat the prompt before it")
-    return answered(answer, name)
+    return answered(answer, name, may_be_empty=may_be_empty)
 
 
-def answered(answer: Turns, name: str) -> Turns:
+def answered(answer: Turns, name: str, *, may_be_empty: bool = False) -> Turns:
+    """Turns that end in an answer that says something; ``may_be_empty``: or nothing, as a sample that ended at once."""
     last = answer[-1]
     if not is_assistant(last):
         raise RowProblem(name, f"{name} ends in a turn of {last['role']}: the last turn must be the assistant's")
-    if not last["content"].strip() and not last.get("tool_calls"):
+    if not may_be_empty and not last["content"].strip() and not last.get("tool_calls"):
         raise RowProblem(name, f"{name} is empty: its last turn says nothing")
     return answer
 

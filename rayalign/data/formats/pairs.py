@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rayalign.data.formats.base import (
+    FINISHED,
     OF_PAIRS,
     Body,
     Format,
@@ -26,12 +27,13 @@ QUESTIONS = ("question", "query", "input")
 
 
 def _preference(row: Fields) -> Body:
-    return _pair(said(row, "prompt"), row)
+    return _pair(said(row, "prompt"), row, drawn=FINISHED in row)
 
 
-def _pair(prompt: Texts, row: Fields) -> Body:
+def _pair(prompt: Texts, row: Fields, *, drawn: bool = False) -> Body:
     """Chosen and rejected after ``prompt``; turns that both share belong to the prompt."""
-    prompt, (chosen, rejected) = aligned(prompt, {name: said(row, name) for name in ("chosen", "rejected")})
+    pair = {name: said(row, name, may_be_empty=drawn) for name in ("chosen", "rejected")}
+    prompt, (chosen, rejected) = aligned(prompt, pair, may_be_empty=drawn)
     if not isinstance(prompt, str):
         prompt, chosen, rejected = split_turns((*prompt, *chosen), (*prompt, *rejected))
     return Body(prompt, (chosen, rejected), pair_columns(row))
@@ -144,7 +146,7 @@ PAIRS: Mapping[str, Format] = MappingProxyType(
             says="A prompt and two answers, texts or turns.",
             read=_preference,
             needs=("prompt", "chosen", "rejected"),
-            may=OF_PAIRS,
+            may=(*OF_PAIRS, FINISHED),
         ),
         "conversation_preference": Format(
             says="The conversation is the prompt, the answers are its next turn (LLaMA-Factory).",

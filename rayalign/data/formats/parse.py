@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayalign.data.formats.base import CONVERSATION, Body, Format, Texts
+from rayalign.data.formats.base import CONVERSATION, FINISHED, Body, Format, Texts
 from rayalign.data.formats.detect import (
     FORMATS,
     detect_format,
@@ -17,7 +17,7 @@ from rayalign.data.formats.names import is_metadata, is_said
 from rayalign.data.formats.system import system_of, with_system
 from rayalign.data.formats.tools import tools_of
 from rayalign.data.records import BadRow, RawRow
-from rayalign.data.schema import Example, Fields, RowProblem, bad_row
+from rayalign.data.schema import Example, Fields, RowProblem, bad_row, finished
 from rayalign.data.schema import template_kwargs as row_kwargs
 from rayalign.errors import UserError
 
@@ -87,6 +87,7 @@ def _example(
         columns=body.columns,
         continues=body.continues,
         preference=body.preference,
+        finished=finished(fields.held, len(candidates)) if FINISHED in form.may else None,
         tools=tools_of(fields.held, body.tools) if form.is_conversation else None,
         template_kwargs={**defaults, **row_kwargs(fields.held)} if form.is_conversation else {},
         unread=tuple(unread),

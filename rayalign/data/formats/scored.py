@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rayalign.data.formats.base import Body, Format, Texts, aligned
+from rayalign.data.formats.base import FINISHED, Body, Format, Texts, aligned
 from rayalign.data.formats.turns import said
 from rayalign.data.schema import Fields, RowProblem, number, numbers, required, text
 
@@ -20,7 +20,8 @@ def _ranked(row: Fields) -> Body:
         raise RowProblem("completions", "completions must be a list of at least one answer")
     named = {f"completions[{index}]": value for index, value in enumerate(completions)}
     try:
-        prompt, candidates = aligned(said(row, "prompt"), {name: said(named, name) for name in named})
+        answers = {name: said(named, name, may_be_empty=True) for name in named}
+        prompt, candidates = aligned(said(row, "prompt"), answers, may_be_empty=True)
     except RowProblem as problem:
         raise RowProblem(problem.field.partition("[")[0], problem.reason) from problem
     found = {
@@ -125,8 +126,8 @@ SCORED: Mapping[str, Format] = MappingProxyType(
             says="K answers with rewards.",
             read=_ranked,
             needs=("prompt", "completions"),
-            may=("rewards", "behavior_logps"),
-            leaves=("finished", "sampling"),
+            may=("rewards", "behavior_logps", FINISHED),
+            leaves=("sampling",),
         ),
     }
 )

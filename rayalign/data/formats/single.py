@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rayalign.data.formats.base import Body, Format, Texts, aligned, answered, never, one_of
+from rayalign.data.formats.base import FINISHED, Body, Format, Texts, aligned, answered, never, one_of
 from rayalign.data.formats.names import is_text_alone
 from rayalign.data.formats.turns import said, turns_said
 from rayalign.data.schema import Fields, RowProblem, Turns, assistant, is_assistant, text, user
@@ -20,7 +20,9 @@ ASK_QUESTION = (
 
 
 def _prompt_completion(row: Fields) -> Body:
-    return Body(*aligned(said(row, "prompt"), {"completion": said(row, "completion")}))
+    drawn = FINISHED in row
+    completion = {"completion": said(row, "completion", may_be_empty=drawn)}
+    return Body(*aligned(said(row, "prompt"), completion, may_be_empty=drawn))
 
 
 def _unpaired_preference(row: Fields) -> Body:
@@ -124,12 +126,14 @@ SINGLE: Mapping[str, Format] = MappingProxyType(
             says="One answer, liked or not; a label that is null is no verdict.",
             read=_unpaired_preference,
             needs=("prompt", "completion", "|".join(LABELS)),
+            may=(FINISHED,),
             verdicts=LABELS,
         ),
         "prompt_completion": Format(
             says="A prompt and its answer.",
             read=_prompt_completion,
             needs=("prompt", "completion"),
+            may=(FINISHED,),
             leaves=("completion_score", "sampling"),
         ),
         "alpaca": Format(

@@ -7,6 +7,7 @@ from typing import Any
 from rayalign.data.formats.base import SYSTEM, Texts, one_of
 from rayalign.data.formats.parts import texts_joined
 from rayalign.data.schema import Fields, RowProblem, assistant, user
+from rayalign.data.split import asked_transcript
 
 ROLES = ("system", "developer")
 
@@ -36,6 +37,9 @@ def with_system(
     text = own or default
     if not text:
         return prompt, candidates
-    turns = user(prompt) if isinstance(prompt, str) else prompt
-    answers = tuple(assistant(answer) if isinstance(answer, str) else answer for answer in candidates)
+    if isinstance(prompt, str) and (turns := asked_transcript(prompt)):
+        answers = tuple(assistant(answer.strip()) if isinstance(answer, str) else answer for answer in candidates)
+    else:
+        turns = user(prompt) if isinstance(prompt, str) else prompt
+        answers = tuple(assistant(answer) if isinstance(answer, str) else answer for answer in candidates)
     return ({"role": "system", "content": text}, *turns), answers

@@ -28,7 +28,7 @@ CALLS: Final = "function_call"
 """ShareGPT's turn of the assistant whose value is a call, or a list of calls, as JSON text."""
 
 
-def said(row: Fields, name: str) -> str | Turns:
+def said(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
     """A text, or turns in our form; a single turn stands for a list of it."""
     value = required(row, name)
     if isinstance(value, dict):
@@ -38,7 +38,7 @@ def said(row: Fields, name: str) -> str | Turns:
         if not value:
             raise RowProblem(name, f"{name} is empty")
         value = _with_names(value)
-    return text_or_turns({name: value}, name)
+    return text_or_turns({name: value}, name, may_be_empty=may_be_empty)
 
 
 def turns_said(row: Fields, name: str) -> Turns:

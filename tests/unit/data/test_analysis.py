@@ -87,16 +87,16 @@ def test_findings_in_tokens() -> None:
         example(prompt="12345678", completion="a"),
         example(prompt="1", completion="abcdefghij"),
         example(prompt="<s>1", completion="a"),
-        example(prompt="1", completion="a</s>b"),
+        example(prompt="1", completion="</s>b"),
     ]
     found = FileFindings(source="f")
     for each, outcome in zip(examples, to_groups(examples, chat, settings), strict=True):
         found.add_text(each, Seen())
         found.add_tokens(each, outcome, chat)
-    assert (found.good, found.bad) == (3, 1)
+    assert (found.good, found.bad) == (4, 0)
     counts = {name: count for name, count in found.counts.items() if count}
-    assert counts == {"long_prompts": 1, "long_responses": 1, "no_end": 1, "double_bos": 1}
-    assert found.lengths["prompt_tokens"] == [9, 2, 2] and found.lengths["response_tokens"] == [2, 11, 2]
+    assert counts == {"long_prompts": 1, "long_responses": 1, "no_end": 1, "double_bos": 1, "spelled": 1}
+    assert found.lengths["prompt_tokens"] == [9, 2, 2, 2] and found.lengths["response_tokens"] == [2, 11, 2, 6]
     report = found.as_json()
     assert report["rows"] == 4 and report["long_prompts"] == 1 and set(FINDINGS) <= set(report)
 

@@ -210,7 +210,8 @@ def test_turns_lose_nulls_and_join_text_parts() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
     example = parse({"messages": [{"role": "user", "content": parts, "tool_calls": None}, call]})
     assert example.prompt == ({"role": "user", "content": "What now?"},)
-    assert example.candidates == (({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},),)
+    wrapped = [{"type": "function", "function": {"name": "f"}}]
+    assert example.candidates == (({"role": "assistant", "content": "", "tool_calls": wrapped},),)
     bad = refused({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
     assert bad.reason.startswith("messages[0].content[0] is image, which is no text")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,41 @@ def test_nothing_is_cut_within_the_budget() -> None:
 
 
 def test_prompt_is_cut_from_the_left_and_keeps_its_beginning_token() -> None:
-    outcome = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=4, max_tokens=30))
+    outcome = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=4, max_tokens=13))
     assert outcome.group.prompt_ids.tolist() == [BOS, *ids("789")]
     assert outcome.truncation.prompt == 7 and outcome.truncation.responses == (0, 0)
     plain = make_chat(tiny.byte_level())
-    group = to_group(PAIR, plain, TokenizeSettings(max_prompt_tokens=4, max_tokens=30))
+    group = to_group(PAIR, plain, TokenizeSettings(max_prompt_tokens=4, max_tokens=13))
     assert isinstance(group, Group) and group.prompt_ids.tolist() == ids("6789")
+
+
+@pytest.mark.parametrize(
+    ("max_prompt_tokens", "max_tokens", "kept", "cut"),
+    [
+        (4, 20, 11, 0),  # prompt and response fit together: nothing is cut, however long the prompt
+        (4, 19, 10, 0),  # one token too many: the prompt loses it, and no more
+        (4, 13, 4, 0),
+        (4, 12, 4, 1),  # the prompt keeps its four, and the response loses its end
+        (11, 19, 11, 1),  # a prompt within max_prompt_tokens is never cut
+        (12, 13, 11, 7),
+    ],
+)
+def test_a_prompt_gives_way_to_the_response_as_far_as_needed(
+    max_prompt_tokens: int, max_tokens: int, kept: int, cut: int
+) -> None:
+    """The prompt has 11 tokens, the longer response 9."""
+    settings = TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
+    outcome = tokenized(PAIR, settings)
+    assert len(outcome.group.prompt_ids) == kept == 11 - outcome.truncation.prompt
+    assert outcome.truncation.responses[0] == cut
+    alone = tokenized(replace(PAIR, candidates=()), settings).group
+    assert len(alone.prompt_ids) == min(11, max_prompt_tokens)
+    completed = tokenized(PAIR, replace(settings, completed="beside")).group
+    assert completed.prompt_ids.tolist() == alone.prompt_ids.tolist()
+    for policy in ({"truncated": "drop"}, {"long_prompts": "drop"}):
+        dropped = to_group(PAIR, RAW, replace(settings, **policy))
+        wanted = kept < 11 or (cut > 0 and "truncated" in policy)
+        assert isinstance(dropped, DroppedRow) == wanted
 
 
 def test_response_is_cut_from_the_right_and_has_no_end_token() -> None:
@@ -86,20 +116,40 @@ def test_dropped_rows_are_told_apart_from_bad_ones() -> None:
 
 
 def test_what_is_left_of_a_conversation_ends_in_a_predicted_token() -> None:
+    chat = make_chat(tiny.byte_level(template=tiny.ZEPHYR))
     turns = tuple(
         {"role": role, "content": text} for role, text in [("assistant", "ab"), ("user", "c"), ("assistant", "d")]
     )
     example = Example(format="messages", prompt=({"role": "user", "content": "q"},), candidates=(turns,))
-    whole = tokenized(example, UNLIMITED).group
-    first_end = whole.candidates[0].ids.tolist().index(END) + 1
+    whole = to_group(example, chat, UNLIMITED)
+    assert isinstance(whole, Group)
+    first_end = len(ids("ab")) + 1
     masked = len(whole.candidates[0].ids) - whole.candidates[0].num_predicted
-    assert first_end == len(ids(" ab")) + 1 and masked == len(ids("\n\nHuman: c\n\nAssistant:"))
+    assert whole.candidates[0].ids[first_end - 1] == chat.end_id and whole.candidates[0].num_predicted == first_end + 2
     for room in range(1, len(whole.candidates[0].ids) + 1):
         settings = TokenizeSettings(max_prompt_tokens=len(whole.prompt_ids), max_tokens=len(whole.prompt_ids) + room)
-        (answer,) = tokenized(example, settings).group.candidates
+        cut = to_group(example, chat, settings)
+        assert isinstance(cut, Group)
         expected = min(room, first_end) if room <= first_end + masked else room
+        (answer,) = cut.candidates
         assert answer.ids.tolist() == whole.candidates[0].ids[:expected].tolist()
-        assert answer.mask[-1] and answer.finished == (answer.ids[-1] == END)
+        assert answer.mask[-1] and answer.finished == (answer.ids[-1] == chat.end_id)
+
+
+def test_a_row_of_which_no_predicted_token_fits_is_left_out() -> None:
+    """Both first answers are only seen, since Mistral's template moves the system's words; they fill the budget."""
+    chat = make_chat(tiny.byte_level(template=tiny.MISTRAL, bos="<s>"))
+    system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
+    answers = tuple(
+        ({"role": "assistant", "content": text}, question, {"role": "assistant", "content": "d"})
+        for text in ("ab", "cd")
+    )
+    example = Example(format="preference", prompt=(system, question), candidates=answers)
+    whole = to_group(example, chat, UNLIMITED)
+    assert isinstance(whole, Group) and whole.candidates[0].mask.tolist()[:3] == [False] * 3
+    room = len(whole.prompt_ids) + 3
+    settings = TokenizeSettings(max_prompt_tokens=len(whole.prompt_ids), max_tokens=room)
+    assert isinstance(to_group(example, chat, settings), DroppedRow)
 
 
 @given(
@@ -121,7 +171,9 @@ def test_budgets_hold_and_nothing_becomes_empty(
     )
     whole, outcome = tokenized(example, UNLIMITED).group, tokenized(example, budget)
     group = outcome.group
-    assert 1 <= len(group.prompt_ids) <= max_prompt_tokens and group.prompt_ids[0] == BOS
+    longest = max(len(answer.ids) for answer in whole.candidates)
+    room_beside = max(max_prompt_tokens, budget.max_tokens - longest)
+    assert len(group.prompt_ids) == min(len(whole.prompt_ids), room_beside) and group.prompt_ids[0] == BOS
     assert len(group.prompt_ids) + outcome.truncation.prompt == len(whole.prompt_ids)
     for answer, full, cut in zip(group.candidates, whole.candidates, outcome.truncation.responses, strict=True):
         assert 1 <= answer.num_predicted <= len(answer.ids) <= budget.max_tokens - len(group.prompt_ids)
@@ -151,7 +203,7 @@ def test_rows_and_outcomes_stand_side_by_side() -> None:
         BadRow(source="f", line=2, reason="torn"),
         RawRow(source="f", line=3, value={"prompt": "a"}),
         RawRow(source="f", line=4, value={"prompt": "a", "completion": ""}),
-        RawRow(source="f", line=5, value={"prompt": "a", "completion": "b</s>c"}),
+        RawRow(source="f", line=5, value={"prompt": "a", "completion": "bc</s>"}),
     ]
     outcomes = rows_to_groups(rows, RAW, UNLIMITED)
     assert [type(outcome) for outcome in outcomes] == [Tokenized, BadRow, Tokenized, BadRow, BadRow]

@@ -166,6 +166,15 @@ def test_what_is_written_loads_as_a_model(scenario: Scenario, whole: Path, capfd
     assert "lm_head.weight" not in load_file(whole / "final" / "model.safetensors")
 
 
+def test_the_template_of_the_run_is_saved_with_every_model(scenario: Scenario, tmp_path: Path) -> None:
+    """The model is asked as it was trained, wherever it is served or trained further."""
+    spec = train_spec(tmp_path, scenario, checkpoint_every=1, chat_template="{{ messages[0].content }}</s>")
+    final = train_alone(replace(spec, optimizer=replace(spec.optimizer, steps=1)), scenario)
+    for folder in (final, *(tmp_path / "checkpoints").glob("step_*")):
+        saved = AutoTokenizer.from_pretrained(folder)
+        assert saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a</s>"
+
+
 def test_retention_keeps_the_newest_and_what_is_asked_for(scenario: Scenario, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", scenario, checkpoint_at=(3, 7), checkpoint_every=4, checkpoint_keep=1)
     train_alone(spec, scenario)

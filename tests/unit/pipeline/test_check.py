@@ -351,7 +351,7 @@ def test_a_run_is_checked_with_its_own_sources(tmp_path: Path, weights: str) -> 
                 }
             ],
             "max_prompt_tokens": 5,
-            "max_tokens": 40,
+            "max_tokens": 10,
         },
         auxiliary=[{"name": "sft", "data": ["sft.jsonl"]}],
         evaluate={"prompts": ["ask.jsonl"], "scorers": [{"name": "rule", "function": "score.py:length"}]},

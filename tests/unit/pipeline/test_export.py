@@ -24,7 +24,8 @@ from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.engine.model import load_tokenizer, tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.pipeline.card import base_of, model_card
-from rayalign.pipeline.export import alpaca_eval, trl_pairs
+from rayalign.pipeline.export import alpaca_eval
+from rayalign.pipeline.export_trl import trl_pairs
 
 CONFIGURATION = {
     "name": "mine",

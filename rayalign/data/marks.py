@@ -1,0 +1,210 @@
+"""Whether a template writes all that is said: a mark in the place of every word must come out again.
+
+What a template leaves out depends on the structure of a conversation (roles, fields, thoughts, tools), hardly on its
+words. So every structure is tried once, with marks for words, and remembered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rayalign.data.said import Speaker
+from rayalign.data.schema import WEIGHT, Fields, Message, RowProblem, Turns, is_assistant
+from rayalign.data.spelled import THOUGHT_TAGS
+from rayalign.data.template import THOUGHTS, Context
+
+LABELS = frozenset({"role", "id", "tool_call_id", "type", WEIGHT})
+"""Fields of a turn that say who speaks of what to whom: they stand as they are, and a template may leave them out."""
+SPEECH = frozenset({"function_call", "refusal", "images", "image", "audio", "video", "documents"})
+"""Fields of a turn that are part of what is said, whether or not a template knows them."""
+THOUGHT = "the thought of"
+_REMEMBERED = 4096
+_THOUGHT_WORDS = frozenset({*THOUGHT_TAGS, *THOUGHT_TAGS.values()})
+
+
+class Mark(NamedTuple):
+    """A word of nobody's, in the place of words."""
+
+    text: str
+    turn: int
+    """-1: none, it is in the tools."""
+    what: str
+    """For a person."""
+    needed: bool = True
+    """A template may leave out names, and fields that no template is known to read."""
+
+
+class Verdict(NamedTuple):
+    """What became of the marks of one structure."""
+
+    lost: str
+    """What the template leaves out and what to do, for a person; empty: nothing."""
+    unnamed: bool
+    """It leaves out a name or an unknown field."""
+
+
+@dataclass(slots=True)
+class _Marker:
+    """Puts marks, numbered in the order of the structure, so that equal structures are marked alike."""
+
+    marks: list[Mark] = field(default_factory=list)
+
+    def put(self, turn: int, what: str, *, needed: bool = True) -> str:
+        mark = Mark(f"Zq{len(self.marks):04d}qz", turn, what, needed)
+        self.marks.append(mark)
+        return mark.text
+
+    def data(self, turn: int, what: str, value: Any, *, needed: bool = True) -> Any:
+        """Any value, the keys of objects marked too; true, false, null and an empty text stand as they are."""
+        if isinstance(value, dict):
+            return {
+                self.put(turn, what, needed=needed): self.data(turn, what, item, needed=needed)
+                for item in value.values()
+            }
+        if isinstance(value, list | tuple):
+            return [self.data(turn, what, item, needed=needed) for item in value]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return self._number(turn, what, value, needed=needed)
+        return self.put(turn, what, needed=needed) if isinstance(value, str) and value.strip() else value
+
+    def _number(self, turn: int, what: str, value: float, *, needed: bool) -> float:
+        number = 7_310_000 + len(self.marks)
+        self.marks.append(Mark(str(number), turn, what, needed))
+        return number if isinstance(value, int) else number + 0.5
+
+
+class Marks:
+    """The verdicts of one speaker."""
+
+    def __init__(self, speaker: Speaker) -> None:
+        self.speaker = speaker
+        tags = sorted({*speaker.template.tags, *THOUGHT_TAGS, *THOUGHT_TAGS.values()}, key=len, reverse=True)
+        self.tags = re.compile(f"({'|'.join(map(re.escape, tags))})")
+        self.verdicts: dict[str, Verdict] = {}
+
+    def check(self, turns: Turns, context: Context, text: str, *, answered: bool) -> frozenset[str]:
+        """Of :data:`rayalign.data.render.RULES` what a row breaks: ``names``, or nothing.
+
+        ``text`` is what is written of the turns; ``answered``: the last of them is an answer that is trained on.
+
+        Raises:
+            RowProblem: the template leaves out something that is said.
+        """
+        marker = _Marker()
+        marked = tuple(self._turn(turn, place, marker) for place, turn in enumerate(turns))
+        tools = tuple(_tool(tool, marker) for tool in context.tools) if context.tools else None
+        key = json.dumps([answered, marked, tools, dict(context.variables)], sort_keys=True, default=str)
+        if key not in self.verdicts:
+            if len(self.verdicts) == _REMEMBERED:
+                self.verdicts.clear()
+            self.verdicts[key] = self._verdict(marked, Context(tools, context.variables), marker.marks, answered)
+        verdict = self.verdicts[key]
+        if verdict.lost:
+            raise RowProblem("", verdict.lost)
+        refuse_other_words(turns, text, self.tags)
+        return frozenset({"names"} if verdict.unnamed else ())
+
+    def _verdict(self, turns: Turns, context: Context, marks: Sequence[Mark], answered: bool) -> Verdict:
+        whole = self.speaker.said(turns, context).text if answered else self.speaker.opening(turns, context)
+        absent = [mark for mark in marks if mark.text not in whole]
+        lost = next((mark for mark in absent if mark.needed and not self._is_said(mark, turns, context)), None)
+        return Verdict(_told(lost, turns) if lost else "", any(not mark.needed for mark in absent))
+
+    def _is_said(self, mark: Mark, turns: Turns, context: Context) -> bool:
+        """Whether an answer that a history writes otherwise has the mark when it is said."""
+        if mark.turn < 0 or not is_assistant(turns[mark.turn]):
+            return False
+        upto = turns[: mark.turn + 1]
+        try:
+            said = self.speaker.said(upto, context)
+        except RowProblem:  # nothing follows what inference shows, yet its words may be written
+            return mark.text in self.speaker.template.write(upto, context, generation_prompt=False)
+        return mark.text in said.text[said.start :]
+
+    def _turn(self, turn: Message, place: int, marker: _Marker) -> Message:
+        marked: dict[str, Any] = {}
+        for name, value in sorted(turn.items()):
+            if name == "content":
+                marked[name] = self._content(turn, place, marker)
+            elif name == "tool_calls":
+                marked[name] = [_call(call, place, marker) for call in value]
+            elif name in LABELS or (name == "name" and turn["role"] == "tool"):
+                marked[name] = value
+            elif value not in ("", [], {}):
+                needed = name in THOUGHTS or name in SPEECH
+                marked[name] = marker.data(place, _field(name), value, needed=needed)
+        return marked
+
+    def _content(self, turn: Message, place: int, marker: _Marker) -> str:
+        """The content with a mark for every stretch between tags that the template, or a thought, may know."""
+        parts = self.tags.split(turn["content"])
+        beside = "the words beside the tool call of" if turn.get("tool_calls") else ""
+        return "".join(
+            part if index % 2 or not part.strip() else marker.put(place, beside or _kind(parts, index))
+            for index, part in enumerate(parts)
+        ).strip()
+
+
+def _kind(parts: Sequence[str], index: int) -> str:
+    """Whether a stretch of a content is a thought: what ends one comes after it, before what begins one."""
+    following = next((tag for tag in parts[index + 1 :: 2] if tag in _THOUGHT_WORDS), "")
+    return THOUGHT if following in THOUGHT_TAGS.values() else ""
+
+
+def _field(name: str) -> str:
+    return THOUGHT if name in THOUGHTS else f"{name} of"
+
+
+def _call(call: Fields, place: int, marker: _Marker) -> Fields:
+    function = call["function"]
+    arguments = function.get("arguments")
+    given = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    named = marker.put(place, "the tool call of")
+    marked = marker.data(place, "an argument of the tool call of", given)
+    kept = {name: value for name, value in call.items() if name in LABELS}
+    return {**kept, "function": {"name": named, "arguments": marked}}
+
+
+def _tool(tool: Fields, marker: _Marker) -> Fields:
+    """A tool of the same outline: templates write whole schemas, or the parts that are marked here."""
+    function = tool.get("function", tool)
+    marked: dict[str, Any] = {"name": marker.put(-1, "the tools")}
+    if function.get("description"):
+        marked["description"] = marker.put(-1, "the tools")
+    if function.get("parameters"):
+        properties = {marker.put(-1, "the tools"): {"type": "string", "description": marker.put(-1, "the tools")}}
+        marked["parameters"] = {"type": "object", "properties": properties, "required": []}
+    return {**tool, "function": marked} if "function" in tool else marked
+
+
+def _told(mark: Mark, turns: Turns) -> str:
+    """What is left out, and what to do."""
+    whose = f"turn {mark.turn + 1} ({turns[mark.turn]['role']})" if mark.turn >= 0 else ""
+    left_out = " ".join(part for part in (mark.what, whose) if part)
+    remedy = "write it into the content as <think>…</think>, or " if mark.what == THOUGHT else ""
+    return f"the chat template leaves out {left_out}: {remedy}name a template that writes it in data.template"
+
+
+def refuse_other_words(turns: Turns, text: str, tags: re.Pattern[str]) -> None:
+    """Raise :class:`RowProblem` unless every content stands in ``text`` as it is, or as JSON.
+
+    Marks have told that this structure is written; a template may still do something to certain words. What a history
+    drops of earlier answers is left aside.
+    """
+    for place, turn in enumerate(turns):
+        earlier = place < len(turns) - 1 and is_assistant(turn)
+        if earlier and turn.get("tool_calls"):
+            continue
+        parts = tags.split(turn["content"])
+        for index in range(0, len(parts), 2):
+            word = parts[index].strip()
+            dropped = earlier and _kind(parts, index)
+            if word not in text and not dropped and json.dumps(word, ensure_ascii=False)[1:-1] not in text:
+                reason = (
+                    f"the chat template writes turn {place + 1} ({turn['role']}) otherwise: {word[:60]!r} is not in it"
+                )
+                raise RowProblem("", reason)
