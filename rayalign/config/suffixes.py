@@ -11,7 +11,7 @@ SEPARATED: Final = (".csv", ".tsv")
 PARQUET: Final = (".parquet", ".pq")
 ARROW: Final = (".arrow", ".feather")
 _COMPRESSED = (*LINES, *SEPARATED)
-_ARCHIVES = (".tar", ".zip")
+_NEVER_COMPRESSED = (".tar", ".zip", *PARQUET, *ARROW)
 READ: Final = "JSON (.jsonl, .json, .ndjson), CSV (.csv, .tsv), both also .gz, .bz2, .xz or .zst, Parquet and Arrow"
 """What a message says of the files that are read."""
 
@@ -32,7 +32,7 @@ def data_suffix(path: str) -> Suffix | None:
     kind = next((ending for ending in known if inner.endswith(ending)), "")
     if kind:
         return Suffix(kind, compression)
-    return Suffix(LINES[0], compression) if compression and not inner.endswith(_ARCHIVES) else None
+    return Suffix(LINES[0], compression) if compression and not inner.endswith(_NEVER_COMPRESSED) else None
 
 
 def file_name(path: str) -> str:

@@ -21,6 +21,7 @@ from rayalign.data.tables import read_rows
 from rayalign.data.texts import kept_answers, said
 from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized, TokenizeSettings, to_groups
 from rayalign.data.unpair import unpair
+from rayalign.errors import UserError
 
 Shape = Literal["one", "pair", "ranking", "group", "labelled", "prompt"]
 """What a method learns from: one completion, two, two or more in an order, any number, one with a label; or a prompt
@@ -121,7 +122,12 @@ def prepare_chunk(
     directory: Path,
     name: str,
 ) -> ShardReport:
-    """Parse, tokenize and write one chunk as shard ``name``."""
+    """Parse, tokenize and write one chunk as shard ``name``.
+
+    Raises:
+        UserError: the unit sets a variable that the chat template does not read.
+    """
+    refuse_unread_variables(unit, chat)
     examples = [parsed(row, unit) for row in rows]
     outcomes = tokenized([fitted(example, shape) for example in examples], chat, settings)
     groups: list[Group] = []
@@ -157,6 +163,14 @@ def prepare_chunk(
         metadata=Counter(name for example in good for name in example.metadata),
         named=named_in(rows, unit),
     )
+
+
+def refuse_unread_variables(unit: Unit, chat: Chat) -> None:
+    """Raise UserError where the unit sets a variable of the chat template that it does not read."""
+    template = chat.speaker.template
+    unread = template.unread(list(unit.template_kwargs)) if template.exists else list(unit.template_kwargs)
+    if unread:
+        raise UserError(f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; leave it out")
 
 
 def named_in(rows: Sequence[Row], unit: Unit) -> frozenset[str]:

@@ -15,7 +15,7 @@ from rayalign.data.analysis import FileFindings, Seen, prompt_key
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
 from rayalign.data.group import Group
-from rayalign.data.prepare import Shape, Unit, fitted, named_in, parsed, shaped, tokenized
+from rayalign.data.prepare import Shape, Unit, fitted, named_in, parsed, refuse_unread_variables, shaped, tokenized
 from rayalign.data.records import BadRow, LeftOut, Row, append_quarantine
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings
@@ -106,6 +106,8 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
     left, named = how.show if how.chat and not how.as_json else 0, frozenset[str]()
     for unit, rows in source.chunks():
         named |= named_in(rows, unit)
+        if how.chat is not None:
+            refuse_unread_variables(unit, how.chat)
         examples = [_fitted(row, unit, source.shape) for row in rows]
         for row, example in zip(rows[:left], examples[:left], strict=True):
             assert how.chat is not None

@@ -44,7 +44,17 @@ def model_spec(run: RunConfig) -> ModelSpec:
         gradient_checkpointing=model.gradient_checkpointing,
         from_scratch=model.from_scratch,
         seed=run.seed,
-        head=ScalarHead(template=run.data.template, stop=run.data.stop) if scalar else None,
+        head=scalar_head(run) if scalar else None,
+    )
+
+
+def scalar_head(run: RunConfig) -> ScalarHead:
+    """A scalar head, which reads conversations as the run writes them."""
+    return ScalarHead(
+        template=run.data.template,
+        stop=run.data.stop,
+        template_kwargs=run.data.chat_template_kwargs,
+        date=run.data.date,
     )
 
 
@@ -72,7 +82,7 @@ def critic_model(run: RunConfig) -> ModelSpec:
     Raises:
         UserError: ``critic.model`` reads other token ids than the policy.
     """
-    head = ScalarHead(template=run.data.template, stop=run.data.stop)
+    head = scalar_head(run)
     own = run.critic.model if run.critic is not None else None
     if own is None:
         return replace(model_spec(run), compile=run.model.compile, head=head)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_runs import save_tiny
 
 from rayalign.config import load_run
 from rayalign.config.data import DataSource
@@ -14,6 +15,7 @@ from rayalign.data.prepare import Unit
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.plan import Plan
 from rayalign.pipeline.reads import with_format
 from rayalign.pipeline.stages import Stages, input_digest, source_units
 from rayalign.pipeline.train import refuse_unsupported
@@ -44,6 +46,37 @@ def test_a_key_is_of_a_files_content_and_of_the_rows_that_are_read(tmp_path: Pat
     assert input_digest(whole) == input_digest(same) != input_digest(part)
     (tmp_path / "b.jsonl").write_text('{"prompt": "b"}\n')
     assert input_digest(whole) != input_digest(same)
+
+
+def test_whatever_changes_tokens_changes_their_key(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
+
+    def key(*settings: str) -> str:
+        run = load_run(None, [f"model.name={model}", "method.name=dpo", f"data.train={rows}", *settings])
+        plan = Plan(root=tmp_path / "artifacts")
+        session = stages_of(tmp_path).session
+        return Stages(artifacts=plan, session=session).tokens(run.data.train[0], run, "pair").name
+
+    source = f"data.train=[{{path: {rows}, %s}}]"
+    keys = [
+        key(*settings)
+        for settings in (
+            [],
+            ["data.system=Be brief."],
+            ["data.date=2025-01-01"],
+            ["data.chat_template_kwargs={a: 1}"],
+            ["data.format=preference"],
+            [source % "system: Be kind."],
+            [source % "chat_template_kwargs: {a: 1}"],
+            [source % "max_samples: 2"],
+            [source % "columns: {margin: m}"],
+        )
+    ]
+    assert len({*keys}) == len(keys) and key() == keys[0] == key(source % "weight: 2")
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
+    assert key() != keys[0]
 
 
 def test_a_version_makes_rows_again(tmp_path: Path) -> None:
