@@ -82,11 +82,7 @@ class FileFindings:
 
     def add_text(self, example: Example, seen: Seen) -> None:
         """Count what the text of one good row shows."""
-        self.good += 1
-        self.formats[example.format if isinstance(example.prompt, str) else f"{example.format} (turns)"] += 1
-        self.unread.update(example.unread)
-        self.metadata.update(example.metadata)
-        self._judge(example)
+        self._describe(example)
         answers = [plain(answer) for answer in example.candidates]
         self._measure("prompt_characters", [len(plain(example.prompt))])
         self._measure("response_characters", [len(answer) for answer in answers])
@@ -98,11 +94,10 @@ class FileFindings:
         if earlier is not ordered:
             self.counts["duplicates" if earlier == ordered else "conflicts"] += 1
 
-    def add_left_out(self) -> None:
+    def add_left_out(self, example: Example) -> None:
         """Count a good row in which nothing is preferred, for a method that learns preferences."""
-        self.good += 1
         self.left_out += 1
-        self.counts["undecided"] += 1
+        self._describe(example)
 
     def add_lacking(self, example: Example, needs: Iterable[str]) -> None:
         """Count what a method needs of every row and this one lacks."""
@@ -111,8 +106,12 @@ class FileFindings:
             held = bool(example.candidates) if name == "completion" else values and not any(map(math.isnan, values))
             self.lacking[name] += not held
 
-    def _judge(self, example: Example) -> None:
-        """Count what the row says of its answers."""
+    def _describe(self, example: Example) -> None:
+        """Count a good row by its format, the columns that were not read, and what it says of its answers."""
+        self.good += 1
+        self.formats[example.format if isinstance(example.prompt, str) else f"{example.format} (turns)"] += 1
+        self.unread.update(example.unread)
+        self.metadata.update(example.metadata)
         self.counts["undecided"] += example.preference == "undecided"
         for value in example.columns.get("label", ()):
             self.labels["desirable" if value else "undesirable"] += 1

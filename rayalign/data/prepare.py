@@ -14,7 +14,7 @@ from rayalign.data.formats import ANSWERS, NUMBERS, best, parse_row
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.rank import ranked
-from rayalign.data.records import BadRow, LeftOut, RawRow, Row
+from rayalign.data.records import BadRow, RawRow, Row
 from rayalign.data.schema import Example, Preference
 from rayalign.data.shard import Said, ShardInfo, write_shard
 from rayalign.data.tables import read_rows
@@ -45,6 +45,13 @@ class Unit:
     columns: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A good row that teaches this method nothing: nobody said which of its answers is better."""
+
+    example: Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +106,7 @@ def fitted(found: Example | BadRow, shape: Shape) -> Example | BadRow | LeftOut:
     if isinstance(found, BadRow):
         return found
     if found.preference == "undecided" and shape in ("pair", "ranking", "labelled"):
-        return LeftOut(source=found.source, line=found.line)
+        return LeftOut(found)
     problem = misfit(found, shape)
     return BadRow(source=found.source, line=found.line, reason=problem) if problem else found
 

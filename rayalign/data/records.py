@@ -52,14 +52,6 @@ class BadRow:
 Row = RawRow | BadRow
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
-    """A good row that teaches this method nothing: nobody said which of its answers is better."""
-
-    source: str
-    line: int
-
-
 def excerpt_of(value: object) -> str:
     """The beginning of a row as one line of text, for a person to recognise it by."""
     if isinstance(value, bytes):

@@ -15,8 +15,18 @@ from rayalign.data.analysis import FileFindings, Seen, prompt_key
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
 from rayalign.data.group import Group
-from rayalign.data.prepare import Shape, Unit, fitted, named_in, parsed, refuse_unread_variables, shaped, tokenized
-from rayalign.data.records import BadRow, LeftOut, Row, append_quarantine
+from rayalign.data.prepare import (
+    LeftOut,
+    Shape,
+    Unit,
+    fitted,
+    named_in,
+    parsed,
+    refuse_unread_variables,
+    shaped,
+    tokenized,
+)
+from rayalign.data.records import BadRow, Row, append_quarantine
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings
 from rayalign.errors import UserError
@@ -135,7 +145,7 @@ def _count(
         if isinstance(example, BadRow):
             found.add_bad(example)
         elif isinstance(example, LeftOut):
-            found.add_left_out()
+            found.add_left_out(example.example)
         else:
             found.add_text(example, seen)
             found.add_lacking(example, source.needs)

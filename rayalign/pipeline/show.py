@@ -9,7 +9,8 @@ from itertools import groupby
 from rich.text import Text
 
 from rayalign.data.chat import Chat
-from rayalign.data.records import BadRow, LeftOut, Row
+from rayalign.data.prepare import LeftOut
+from rayalign.data.records import BadRow, Row
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.report.formatting import printable
