@@ -89,15 +89,15 @@ class DataSource(Block):
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
     version: str | int | None = None
-    """Of what ``function`` reads besides its own file: another version makes the rows again."""
+    """Stands for what ``function`` reads besides its own file: another version makes the rows again."""
     config: str | None = None
-    """Of a dataset with several configurations, such as main; Hugging Face calls it ``name``."""
+    """A configuration of a dataset that has several, such as main; Hugging Face calls it ``name``."""
     data_dir: str | None = None
     """A folder inside a dataset, such as harmless-base."""
     data_files: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
     """Files inside a dataset, globs allowed; they are one split, train."""
     split: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
-    """Of a dataset: one split, several, or slices such as ``train[:10%]``; null: train."""
+    """A split of a dataset, several, or slices such as ``train[:10%]``; null: train."""
     revision: str | None = None
     """Commit, tag or branch of a dataset on the Hub; null: the newest commit, which is recorded."""
     max_samples: int | None = Field(default=None, ge=1)

@@ -24,7 +24,7 @@ FINDINGS: Mapping[str, str] = MappingProxyType(
         "duplicates": "the same prompt and answers as an earlier row",
         "conflicts": "an earlier row with the opposite label",
         "identical": "chosen and rejected are equal",
-        "undecided": "nobody prefers one of the answers: left out by methods that learn preferences",
+        "undecided": "no answer is preferred: left out by methods that learn preferences",
         "inverted_scores": "chosen has a lower score than rejected",
         "tied_scores": "chosen and rejected have the same score",
         "empty": "an answer without text: its response is the end token alone",

@@ -49,7 +49,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A good row that teaches this method nothing: nobody said which of its answers is better."""
+    """A good row that teaches this method nothing: it does not say which of its answers is better."""
 
     example: Example
 
@@ -67,7 +67,7 @@ class ShardReport:
     bad: tuple[BadRow, ...]
     dropped: int
     undecided: int
-    """Of those that were dropped: nothing is preferred."""
+    """Dropped rows in which no answer is preferred."""
     truncated_prompts: int
     truncated_responses: int
     rules: Mapping[str, int]
@@ -78,7 +78,7 @@ class ShardReport:
     metadata: Counter[str]
     """The same of columns that only describe their row."""
     named: frozenset[str]
-    """Of the file's columns that ``columns`` names, those that some row has."""
+    """The file's columns that ``columns`` names and some row has."""
 
 
 def read_chunks(unit: Unit) -> Iterator[list[Row]]:
@@ -181,7 +181,7 @@ def refuse_unread_variables(unit: Unit, chat: Chat) -> None:
 
 
 def named_in(rows: Sequence[Row], unit: Unit) -> frozenset[str]:
-    """Of the file's columns that ``columns`` names, those that some row has."""
+    """The file's columns that ``columns`` names and some row has."""
     wanted = frozenset(unit.columns.values())
     return wanted.intersection(name for row in rows if isinstance(row, RawRow) for name in row.value)
 

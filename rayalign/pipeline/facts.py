@@ -45,7 +45,7 @@ def warning(label: str, facts: Mapping[str, Any]) -> str:
     return f"warning: {label}: not read: {named}; name what is meant with `columns`"
 
 
-def refuse_columns_of_nobody(source: DataSource, found: Preparation) -> None:
+def refuse_absent_columns(source: DataSource, found: Preparation) -> None:
     """Raise UserError for a name in ``columns`` that no row has: a slip in an optional one would be silent."""
     held = frozenset().union(*(report.named for report in found.reports))
     for ours, theirs in source.columns.items():

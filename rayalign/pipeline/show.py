@@ -39,7 +39,7 @@ def shown(row: Row, found: Example | BadRow | LeftOut, chat: Chat, settings: Tok
         reason = full.reason if isinstance(full, BadRow) else "cannot be cut to the budget"
     else:
         reason = found.reason if isinstance(found, BadRow) else ""
-    told = f"bad: {reason}" if reason else "left out: nobody prefers one of its answers"
+    told = f"bad: {reason}" if reason else "left out: no answer is preferred"
     yield Text(printable(f"{row.source}:{row.line} {told}"), style="red")
 
 

@@ -29,7 +29,7 @@ from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
 from rayalign.manifest import commit, committed, read_manifest
 from rayalign.pipeline.artifacts import Keeper
-from rayalign.pipeline.facts import refuse_columns_of_nobody, summary, warning
+from rayalign.pipeline.facts import refuse_absent_columns, summary, warning
 from rayalign.pipeline.model import scoring_spec, spec_digest, template_digest, tokenizer_identity, tokenizer_spec
 from rayalign.pipeline.units import origin_of, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
@@ -97,7 +97,7 @@ class Stages:
             found = prepare(split_units(units), tokenizer, shape, directory, writers=writers, note=self.artifacts.note)
             append_quarantine(directory / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
-            refuse_columns_of_nobody(source, found)
+            refuse_absent_columns(source, found)
             shards = [report.shard for report in found.reports if report.shard is not None]
             facts = {"source": source.label, "files": files_of(units)} | summary(found)
             for rule, count in facts["rules"].items():

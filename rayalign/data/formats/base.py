@@ -28,7 +28,7 @@ CONVERSATION = (*SYSTEM, "tools", "functions", "chat_template_kwargs")
 """Columns that every format of conversations may have."""
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 FINISHED = "finished"
-"""Of answers that were drawn: whether each ended by itself; such an answer may be empty."""
+"""Column that says of each sampled answer whether it ended by itself; such an answer may be empty."""
 OF_PAIRS = (*SCORES[0], *SCORES[1], "margin", "soft_label")
 
 
@@ -67,7 +67,7 @@ class Format:
     leaves: tuple[str, ...] = ()
     """Columns that such data have and that mean nothing for training."""
     verdicts: tuple[str, ...] = ()
-    """Of ``needs``, those that may be null: nobody gave a preference."""
+    """Needed columns that may be null: the row then states no preference."""
     is_found: Callable[[Fields], bool] = always
     """Whether a row that has these columns is certainly of this kind."""
     ask: str = ""
@@ -96,7 +96,7 @@ class Format:
         return frozenset({*self.may, *(CONVERSATION if self.is_conversation else ())})
 
     def read_of(self, held: Collection[str]) -> frozenset[str]:
-        """Of a row's columns, those that are read: one of every choice."""
+        """The columns of a row that are read: one of every choice."""
         return self._besides.union(next((name for name in choice if name in held), "") for choice in self.choices)
 
     def holds(self, row: Collection[str]) -> bool:

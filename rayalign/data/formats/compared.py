@@ -85,7 +85,7 @@ def _side_by_side(row: Fields, first: str, second: str) -> dict[str, Texts]:
 
 
 def _place(value: Any, name: str) -> int | None:
-    """0 or 1, the answer that is preferred; None where nobody said."""
+    """0 or 1, the preferred answer; None where the row does not say."""
     if value is not None and value not in (0, 1):
         raise RowProblem(name, f"{name} must be 0 or 1, not {value!r}")
     return None if value is None else int(value)

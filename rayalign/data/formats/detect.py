@@ -106,5 +106,5 @@ def _null_that_is_needed(row: Fields, nulls: frozenset[str]) -> str | None:
 
 
 def _nulls_of(form: Format, row: Fields, nulls: frozenset[str]) -> set[str]:
-    """Of what a format needs, what is null; of a choice, any that is."""
+    """The needed columns that are null; of a choice, every one."""
     return {name for choice in form.choices if not row.keys() & {*choice} for name in choice if name in nulls}

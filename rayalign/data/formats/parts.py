@@ -10,7 +10,7 @@ from rayalign.data.schema import RowProblem
 
 TEXTS = ("text", "input_text", "output_text")
 ORDER = ("tool_result", "thinking", "text", "tool_use")
-"""Of the parts of one turn: a template writes them in this order, whatever order they stand in."""
+"""The order in which templates write the parts of one turn."""
 
 
 def from_parts(turn: Mapping[str, Any], place: str, name: str) -> Iterator[dict[str, Any]]:

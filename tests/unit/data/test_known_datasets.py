@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             {"type": "tool_use", "name": "f", "input": {}}, {"type": "text", "text": "A"}]}]},
         "in the order tool_use, text: split the turn",
     ),
-    "a role of nobody": (
+    "an unknown role": (
         {"messages": [*said("Q"), {"role": "narrator", "content": "A"}]}, "'narrator' is no role that is known",
     ),
     "a label beside a text": ({"text": "T", "label": 1}, "no format has these columns: label, text"),

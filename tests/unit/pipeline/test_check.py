@@ -253,7 +253,7 @@ def test_what_is_cut_is_marked_and_colours_help_where_there_are_any(tmp_path: Pa
 
 def test_ties_are_shown_as_left_out(tmp_path: Path, model: str) -> None:
     assert (
-        "rows.jsonl:1 left out: nobody prefers one of its answers"
+        "rows.jsonl:1 left out: no answer is preferred"
         in run(write(tmp_path / "rows.jsonl", TIE), model=model, show=1, method="dpo")[1]
     )
 

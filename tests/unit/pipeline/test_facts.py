@@ -11,7 +11,7 @@ from rayalign.config.data import DataSource
 from rayalign.data.prepare import ShardReport
 from rayalign.data.records import BadRow
 from rayalign.errors import UserError
-from rayalign.pipeline.facts import refuse_columns_of_nobody, summary, warning
+from rayalign.pipeline.facts import refuse_absent_columns, summary, warning
 from rayalign.runtime.datasets import Preparation
 
 
@@ -60,6 +60,6 @@ def test_a_warning_names_what_was_not_read_and_nothing_else() -> None:
 
 
 def test_a_column_that_no_row_has_is_refused() -> None:
-    refuse_columns_of_nobody(DataSource(path="pairs.jsonl", columns={"system": "instructions"}), FOUND)
+    refuse_absent_columns(DataSource(path="pairs.jsonl", columns={"system": "instructions"}), FOUND)
     with pytest.raises(UserError, match="pairs: columns names sytsem as system, and no row has it"):
-        refuse_columns_of_nobody(DataSource(path="pairs.jsonl", columns={"system": "sytsem"}), FOUND)
+        refuse_absent_columns(DataSource(path="pairs.jsonl", columns={"system": "sytsem"}), FOUND)
