@@ -109,7 +109,7 @@ def make_chat(
     own, after = _split_tail(tail, tokenizer, controls)
     end_id = _end_id(tokenizer, own, stop)
     endings = Endings(run=str(tokenizer.convert_ids_to_tokens(end_id)), own=own, after=after, controls=controls)
-    speaker = Speaker(template=written, endings=endings, encode=partial(_encode_one, tokenizer))
+    speaker = Speaker(template=written, endings=endings, encode=partial(_encode_one, tokenizer), asks=opening)
     return Chat(
         tokenizer=tokenizer,
         speaker=speaker,

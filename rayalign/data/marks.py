@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rayalign.data.said import Speaker
-from rayalign.data.schema import WEIGHT, Fields, Message, RowProblem, Turns, is_assistant
+from rayalign.data.schema import PLAIN, WEIGHT, Fields, Message, RowProblem, Turns, is_assistant
 from rayalign.data.spelled import THOUGHT_TAGS
 from rayalign.data.template import THOUGHTS, Context
 
@@ -94,19 +94,26 @@ class Marks:
         Raises:
             RowProblem: the template leaves out something that is said.
         """
-        marker = _Marker()
-        marked = tuple(self._turn(turn, place, marker) for place, turn in enumerate(turns))
-        tools = tuple(_tool(tool, marker) for tool in context.tools) if context.tools else None
-        key = json.dumps([answered, marked, tools, dict(context.variables)], sort_keys=True, default=str)
+        key = self._outline(turns, context, answered)
         if key not in self.verdicts:
+            marker = _Marker()
+            marked = tuple(self._turn(turn, place, marker) for place, turn in enumerate(turns))
+            tools = tuple(_tool(tool, marker) for tool in context.tools) if context.tools else None
+            given = Context(tools, context.variables)
             if len(self.verdicts) == _REMEMBERED:
                 self.verdicts.clear()
-            self.verdicts[key] = self._verdict(marked, Context(tools, context.variables), marker.marks, answered)
+            self.verdicts[key] = self._verdict(marked, given, marker.marks, answered)
         verdict = self.verdicts[key]
         if verdict.lost:
             raise RowProblem("", verdict.lost)
         refuse_other_words(turns, text, self.tags)
         return frozenset({"names"} if verdict.unnamed else ())
+
+    def _outline(self, turns: Turns, context: Context, answered: bool) -> str:
+        """What two conversations have in common that a template writes alike, whatever their words."""
+        parts = [_plain_outline(turn) or repr(self._turn(turn, 0, _Marker())) for turn in turns]
+        tools = [_tool(tool, _Marker()) for tool in context.tools or ()]
+        return repr([answered, parts, tools, sorted(context.variables.items())])
 
     def _verdict(self, turns: Turns, context: Context, marks: Sequence[Mark], answered: bool) -> Verdict:
         whole = self.speaker.said(turns, context).text if answered else self.speaker.opening(turns, context)
@@ -147,6 +154,13 @@ class Marks:
             part if index % 2 or not part.strip() else marker.put(place, beside or _kind(parts, index))
             for index, part in enumerate(parts)
         ).strip()
+
+
+def _plain_outline(turn: Message) -> str:
+    """The outline of a turn of words alone, in which nothing can be a tag; empty for others."""
+    content = turn["content"]
+    is_plain = turn.keys() <= PLAIN and "<" not in content and "[" not in content
+    return f"{turn['role']} {bool(content.strip())}" if is_plain else ""
 
 
 def _kind(parts: Sequence[str], index: int) -> str:

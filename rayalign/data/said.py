@@ -6,7 +6,6 @@ all of them. Most templates make ``S`` begin with ``G``.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -93,6 +92,8 @@ class Speaker:
     template: Template
     endings: Endings
     encode: Callable[[str], list[int]]
+    asks: str
+    """The generation prompt of a plain question."""
 
     def opening(self, turns: Turns, context: Context) -> str:
         """``G``: everything that inference shows before the answer to ``turns``."""
@@ -113,9 +114,10 @@ class Speaker:
         if thought is not None:
             closing = self.endings.split(whole)[1]
             return Said(opening + thought + closing, len(opening), len(opening) + len(thought), "thought")
-        parted = len(os.path.commonprefix([opening, whole]))
-        asks = len(os.path.commonprefix([opening, self._whole(before, context)]))
-        if parted >= asks and self._may_go(opening[parted:], whole[parted:]):
+        parted = shared_length(opening, whole)
+        rest = opening[parted:]
+        told_all = self.asks.endswith(rest) or parted >= shared_length(opening, self._whole(before, context))
+        if told_all and self._may_go(rest, whole[parted:]):
             return self._ended(whole, self.boundary(opening, parted))._replace(rule="cut")
         for bare in _without_what_is_dropped(before):
             told = self.opening(bare, context)
@@ -137,13 +139,18 @@ class Speaker:
         return Said(text, len(opening), len(text), "unfinished")
 
     def boundary(self, text: str, limit: int) -> int:
-        """The last place at or before ``limit`` where a token of ``text`` ends."""
-        whole = self.encode(text)
-        for place in range(limit, 0, -1):
-            ids = self.encode(text[:place])
+        """The last place at or before ``limit`` where a token of ``text`` ends.
+
+        A control token stands for itself, so that only what follows the last one is looked at.
+        """
+        start = self.endings.controls.after_last(text, limit)
+        segment = text[start:]
+        whole = self.encode(segment) if start < limit else []
+        for place in range(limit - start, 0, -1):
+            ids = self.encode(segment[:place])
             if whole[: len(ids)] == ids:
-                return place
-        return 0
+                return start + place
+        return start
 
     def _may_go(self, rest: str, answer: str) -> bool:
         """Whether the ``rest`` of a generation prompt, which ``answer`` does not continue, is no header of its turn.
@@ -163,6 +170,15 @@ class Speaker:
         length, closing = self.endings.split(whole[start:])
         body = start + length
         return Said(whole[:body] + closing, start, body)
+
+
+def shared_length(one: str, other: str) -> int:
+    """Length of the beginning that two texts share."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def continued_thought(answer: Message, opening: str) -> str | None:

@@ -20,6 +20,8 @@ Preference = Literal["stored", "rewards", "ranks", "unstated", "undecided"]
 """How candidates are ordered: as they stand, by ``reward``, by ``rank``, not said, or said to be equal (or null)."""
 WEIGHT = "weight"
 """Field of a turn: 0 where it is not to be trained."""
+PLAIN = frozenset({"role", "content"})
+"""Fields of a turn that is words alone."""
 _WEIGHTS = (WEIGHT, "train", "trainable", "loss")
 """Names under which files say so."""
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content)'")

@@ -90,6 +90,11 @@ class ControlTokens:
         """The control token that the text ends in; empty: none."""
         return next((match[0] for match in reversed(self._matches(text)) if match.end() == len(text)), "")
 
+    def after_last(self, text: str, limit: int) -> int:
+        """Where the last special token ends that ends at or before ``limit``; 0 where there is none."""
+        matches = self.special.finditer(text, 0, limit) if self.special is not None else ()
+        return max((match.end() for match in matches), default=0)
+
     def closes(self, token: str, text: str) -> bool:
         """Whether ``token`` closes what a token in ``text`` opens, as ``<|call_end|>`` closes ``<|call_begin|>``."""
         return any(match[0] != token and _core(match[0]) == _core(token) for match in self._matches(text))

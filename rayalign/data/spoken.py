@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rayalign.data.said import Said, Speaker
+from rayalign.data.said import Said, Speaker, shared_length
 from rayalign.data.schema import RowProblem, Turns, is_assistant, is_trained
 from rayalign.data.template import Context
 
@@ -84,9 +83,10 @@ def shared(spoken: Sequence[Spoken], first: int, speaker: Speaker) -> tuple[str,
     there too.
     """
     leads = [own.text[: own.spans[0].start] for own in spoken]
-    prompt = os.path.commonprefix(leads)
-    if prompt not in leads:
-        prompt = prompt[: speaker.boundary(max(leads, key=len), len(prompt))]
+    prompt = min(leads, key=len)
+    if any(not lead.startswith(prompt) for lead in leads):
+        length = min(shared_length(prompt, lead) for lead in leads)
+        prompt = prompt[: speaker.boundary(max(leads, key=len), length)]
     starts = [own.spans[0].start for own in spoken if own.spans[0].turn == first]
     if not starts or len(prompt) != min(starts):
         return prompt, [own.spans for own in spoken]

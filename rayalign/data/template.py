@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from rayalign.data.schema import WEIGHT, Fields, Message, RowProblem, Turns, assistant, user
+from rayalign.data.schema import PLAIN, WEIGHT, Fields, Message, RowProblem, Turns, assistant, user
 from rayalign.data.split import transcript
 from rayalign.errors import UserError
 
@@ -50,6 +50,8 @@ class Forms:
 
     def adapt(self, turn: Message) -> dict[str, Any]:
         """The turn as the template takes it."""
+        if isinstance(turn, dict) and turn.keys() <= PLAIN:
+            return turn
         adapted = {key: value for key, value in turn.items() if key != WEIGHT}
         if calls := adapted.get("tool_calls"):
             adapted["tool_calls"] = [self._call(call) for call in calls]
