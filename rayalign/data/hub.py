@@ -35,7 +35,7 @@ def hub_folder(name: str, revision: str | None) -> str:
     except RevisionNotFoundError as error:
         raise UserError(f"{name}: the dataset has no revision {revision!r}") from error
     except Exception as error:  # whatever the library of the day raises where there is no way to the Hub
-        return str(_copy(name, revision, why=first_line(error)))
+        return str(_copy(name, revision, why=first_line(error).rstrip(".")))
     return f"hf://datasets/{info.id}@{info.sha}"
 
 

@@ -45,6 +45,9 @@ class Checked:
     """One source, and what it is read for."""
 
     title: str
+    """As tables call it."""
+    path: str
+    """A file or dataset, or a function, as messages call it."""
     chunks: Chunks
     """Its rows; raises UserError where they cannot be read."""
     shape: Shape | None = None
@@ -95,13 +98,19 @@ def check(sources: Sequence[Checked], how: Checking, console: Console) -> int:
         try:
             _read(source, found, Seen() if source.is_held_out else seen, how, console)
         except UserError as error:
-            unreadable.append(f"{source.title}: {error}" if source.title not in str(error) else str(error))
+            unreadable.append(_located(source, str(error)))
         else:
             findings.append((source, found))
     _print([found for _, found in findings], unreadable, how, console)
     if unreadable:
         return 2
     return int(any(_is_refused(source, found) for source, found in findings))
+
+
+def _located(source: Checked, message: str) -> str:
+    """The message with the place of the source, which it may name already."""
+    field = source.title.removesuffix(source.path)
+    return f"{field}{message}" if source.path in message else f"{field}{source.path}: {message}"
 
 
 def _is_refused(source: Checked, found: FileFindings) -> bool:
@@ -129,7 +138,7 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
             append_quarantine(how.quarantine, bad)
     absent = [theirs for theirs in source.columns.values() if theirs not in named]
     if absent:
-        raise UserError(f"{source.title}: columns names {absent[0]}, and no row has it; check the spelling")
+        raise UserError(f"columns names {absent[0]}, and no row has it; check the spelling")
 
 
 def _fitted(row: Row, unit: Unit, shape: Shape | None) -> Example | BadRow | LeftOut:

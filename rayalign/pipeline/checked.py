@@ -87,6 +87,7 @@ def _of_run(read: Read, run: RunConfig, options: Options) -> Checked:
     is_strict = read.is_strict or run.data.on_bad_row == "fail"
     return Checked(
         title=f"{read.field}: {read.source.path or read.source.function}",
+        path=str(read.source.path or read.source.function),
         chunks=partial(_chunks, read.source, run.data),
         shape=read.shape,
         needs=read.needs,
@@ -120,9 +121,13 @@ def check_files(files: Sequence[str], options: Options, console: Console) -> int
 
 
 def _each(given: Sequence[str]) -> Iterator[str]:
-    """Every path, and those that match where it is a pattern."""
+    """Every path; of a pattern those that match, or itself where none does."""
     for path in given:
-        yield from matching(path) if is_pattern(path) else [path]
+        try:
+            found = matching(path) if is_pattern(path) else [path]
+        except UserError:
+            found = [path]
+        yield from found
 
 
 def _of_file(file: str, options: Options) -> Checked:
@@ -131,6 +136,7 @@ def _of_file(file: str, options: Options) -> Checked:
     record = resolve_method(method) if method else None
     return Checked(
         title=file,
+        path=file,
         chunks=partial(_chunks, source, DataConfig(train=(source,))),
         shape=shape_of(record) if record else None,
         needs=needed_columns(record, record.config()) if record else frozenset(),
