@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def dataset_files(origin: Origin) -> Splits:
     if saved:
         return _single(saved, origin)
     found = _listed(folder, origin)
-    splits = {split: tuple(path for path in files if data_suffix(path)) for split, files in found.items()}
+    splits = {split: tuple(filter(data_suffix, files)) for split, files in found.items()}
     splits = {split: files for split, files in splits.items() if files}
     if not splits:
         raise UserError(f"{origin.path}: there is no file of rows in it; rows are read from {READ}")
@@ -57,7 +58,7 @@ def dataset_files(origin: Origin) -> Splits:
 
 def _refuse_files_of_no_split(folder: str, splits: Splits) -> None:
     """Where a folder's files have names of splits, one with another name would not be read, without a word."""
-    read = {Path(path).resolve() for files in splits.values() for path in files}
+    read = {Path(path).resolve() for path in chain.from_iterable(splits.values())}
     names = (path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.resolve() not in read)
     left = next((name for name in names if _is_of_rows(name) and (folder / name).is_file()), None)
     if left is not None:

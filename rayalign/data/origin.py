@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -50,7 +51,7 @@ def find(origin: Origin) -> tuple[Part, ...]:
     Raises:
         UserError: there is none, or no such configuration or split; the message says what was looked for.
     """
-    parts = [part for own in _parts(origin) for part in own]
+    parts = [*chain.from_iterable(_parts(origin))]
     if origin.max_samples is not None:
         parts = list(_first_rows(parts, origin.max_samples))
     return tuple(parts)

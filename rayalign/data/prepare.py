@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,8 +166,8 @@ def prepare_chunk(
         truncated_responses=cut_responses,
         rules=dict(sorted(rules.items())),
         formats=Counter(example.format for example in good),
-        unread=Counter(name for example in good for name in example.unread),
-        metadata=Counter(name for example in good for name in example.metadata),
+        unread=Counter(chain.from_iterable(example.unread for example in good)),
+        metadata=Counter(chain.from_iterable(example.metadata for example in good)),
         named=named_in(rows, unit),
     )
 
@@ -183,7 +183,7 @@ def refuse_unread_variables(unit: Unit, chat: Chat) -> None:
 def named_in(rows: Sequence[Row], unit: Unit) -> frozenset[str]:
     """The file's columns that ``columns`` names and some row has."""
     wanted = frozenset(unit.columns.values())
-    return wanted.intersection(name for row in rows if isinstance(row, RawRow) for name in row.value)
+    return wanted.intersection(chain.from_iterable(row.value for row in rows if isinstance(row, RawRow)))
 
 
 def misfit(example: Example, shape: Shape) -> str:

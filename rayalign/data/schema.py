@@ -92,7 +92,7 @@ def text(row: Fields, name: str) -> str:
 
 
 def turns(row: Fields, name: str) -> Turns:
-    value = _decoded(required(row, name), name)
+    value = decoded(required(row, name), name)
     if not isinstance(value, list | tuple):
         raise RowProblem(name, f"{name} must be a list of turns, not a {kind(value)}")
     if not value:
@@ -102,7 +102,7 @@ def turns(row: Fields, name: str) -> Turns:
 
 def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
     """``may_be_empty``: an empty text is an answer too, which ends at once."""
-    value = _decoded(required(row, name), name)
+    value = decoded(required(row, name), name)
     if isinstance(value, str):
         return value if may_be_empty else text(row, name)
     if isinstance(value, list | tuple):
@@ -110,7 +110,7 @@ def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str 
     raise RowProblem(name, f"{name} must be a text or a list of turns, not a {kind(value)}")
 
 
-def _decoded(value: Any, name: str) -> Any:
+def decoded(value: Any, name: str) -> Any:
     """A conversation that is written as JSON text, as a conversation; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -121,7 +121,7 @@ def _decoded(value: Any, name: str) -> Any:
     except ValueError:
         return value
     is_conversation = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
-    return found if is_conversation and any("role" in turn for turn in found) else value
+    return found if is_conversation and any("role" in turn or "from" in turn for turn in found) else value
 
 
 def number(row: Fields, name: str) -> float:

@@ -27,6 +27,7 @@ SYSTEM = ("system", "system_prompt")
 CONVERSATION = (*SYSTEM, "tools", "functions", "chat_template_kwargs")
 """Columns that every format of conversations may have."""
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+_OTHER_SIDE = {**dict(SCORES), **{rejected: chosen for chosen, rejected in SCORES}}
 FINISHED = "finished"
 """Column that says of each sampled answer whether it ended by itself; such an answer may be empty."""
 OF_PAIRS = (*SCORES[0], *SCORES[1], "margin", "soft_label")
@@ -89,7 +90,7 @@ class Format:
     @cached_property
     def reads(self) -> frozenset[str]:
         """Every column that is ever read."""
-        return frozenset({*(name for choice in self.choices for name in choice), *self._besides})
+        return self._besides.union(*self.choices)
 
     @cached_property
     def _besides(self) -> frozenset[str]:
@@ -97,11 +98,12 @@ class Format:
 
     def read_of(self, held: Collection[str]) -> frozenset[str]:
         """The columns of a row that are read: one of every choice."""
-        return self._besides.union(next((name for name in choice if name in held), "") for choice in self.choices)
+        chosen = (next(filter(held.__contains__, choice), "") for choice in self.choices)
+        return self._besides.union(chosen)
 
     def holds(self, row: Collection[str]) -> bool:
         """Whether a row holds any of what the format needs."""
-        return any(name in row for choice in self.choices for name in choice)
+        return any(not choice.isdisjoint(row) for choice in self._sets)
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether a row with these columns has what the format needs."""
@@ -147,10 +149,18 @@ def answered(answer: Turns, name: str, *, may_be_empty: bool = False) -> Turns:
     return answer
 
 
-def pair_columns(row: Fields) -> dict[str, tuple[float, ...]]:
-    """Scores, margin and soft label of a pair."""
+def lone_scores(row: Fields) -> frozenset[str]:
+    """Scores of one side whose other side has no column."""
+    return frozenset(one for one, other in _OTHER_SIDE.items() if one in row and other not in row)
+
+
+def pair_columns(row: Fields, *, leaves_lone_scores: bool = False) -> dict[str, tuple[float, ...]]:
+    """Scores, margin and soft label of a pair; the score of one side alone is refused, or left."""
     columns: dict[str, tuple[float, ...]] = {}
+    lone = lone_scores(row) if leaves_lone_scores else frozenset()
     for chosen, rejected in SCORES:
+        if not lone.isdisjoint((chosen, rejected)):
+            continue
         if chosen in row or rejected in row:
             required(row, chosen), required(row, rejected)
             columns["reward"] = (number(row, chosen), number(row, rejected))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Final
 
@@ -105,6 +106,7 @@ def _null_that_is_needed(row: Fields, nulls: frozenset[str]) -> str | None:
     return min(lacking, key=len)[0] if any(lacking) else None
 
 
-def _nulls_of(form: Format, row: Fields, nulls: frozenset[str]) -> set[str]:
+def _nulls_of(form: Format, row: Fields, nulls: frozenset[str]) -> frozenset[str]:
     """The needed columns that are null; of a choice, every one."""
-    return {name for choice in form.choices if not row.keys() & {*choice} for name in choice if name in nulls}
+    lacking = (choice for choice in form.choices if row.keys().isdisjoint(choice))
+    return nulls.intersection(chain.from_iterable(lacking))

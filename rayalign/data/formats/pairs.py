@@ -30,13 +30,13 @@ def _preference(row: Fields) -> Body:
     return _pair(said(row, "prompt"), row, drawn=FINISHED in row)
 
 
-def _pair(prompt: Texts, row: Fields, *, drawn: bool = False) -> Body:
+def _pair(prompt: Texts, row: Fields, *, drawn: bool = False, is_foreign: bool = False) -> Body:
     """Chosen and rejected after ``prompt``; turns that both share belong to the prompt."""
     pair = {name: said(row, name, may_be_empty=drawn) for name in ("chosen", "rejected")}
     prompt, (chosen, rejected) = aligned(prompt, pair, may_be_empty=drawn)
     if not isinstance(prompt, str):
         prompt, chosen, rejected = split_turns((*prompt, *chosen), (*prompt, *rejected))
-    return Body(prompt, (chosen, rejected), pair_columns(row))
+    return Body(prompt, (chosen, rejected), pair_columns(row, leaves_lone_scores=is_foreign))
 
 
 def _implicit_preference(row: Fields) -> Body:
@@ -74,11 +74,11 @@ def _hh(row: Fields) -> Body:
 
 
 def _orca(row: Fields) -> Body:
-    return _pair(said(row, one_of(row, *QUESTIONS)), row)
+    return _pair(said(row, one_of(row, *QUESTIONS)), row, is_foreign=True)
 
 
 def _alpaca_preference(row: Fields) -> Body:
-    return _pair(instructed(row), row)
+    return _pair(instructed(row), row, is_foreign=True)
 
 
 def _conversation_preference(row: Fields) -> Body:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from rayalign.data.formats.base import CONVERSATION, FINISHED, Body, Format, Texts
+from rayalign.data.formats.base import CONVERSATION, FINISHED, Body, Format, Texts, lone_scores
 from rayalign.data.formats.detect import (
     FORMATS,
     detect_format,
@@ -22,7 +23,7 @@ from rayalign.data.schema import template_kwargs as row_kwargs
 from rayalign.errors import UserError
 
 OPTIONAL = frozenset().union(*(form.verdicts for form in FORMATS.values()))
-NEEDED = frozenset(name for form in FORMATS.values() for need in form.needs for name in need.split("|")) - OPTIONAL
+NEEDED = frozenset[str]().union(*chain.from_iterable(form.choices for form in FORMATS.values())) - OPTIONAL
 """Columns that no row of some format may lack."""
 
 
@@ -115,7 +116,7 @@ def renamed(row: Fields, columns: Mapping[str, str]) -> Fielded:
 
 def not_read(form: Format, fields: Fielded, body: Body) -> tuple[list[str], list[str]]:
     """(columns that hold something and were not read, those of them that only describe the row or repeat it)."""
-    reads = form.read_of(fields.held) - ({*CONVERSATION} if body.continues else set())
+    reads = form.read_of(fields.held) - lone_scores(fields.held) - ({*CONVERSATION} if body.continues else set())
     texts = _texts(body)
     unread: list[str] = [name for name in fields.replaced if not is_metadata(name)]
     told: list[str] = [name for name in fields.replaced if is_metadata(name)]
@@ -129,7 +130,7 @@ def not_read(form: Format, fields: Fielded, body: Body) -> tuple[list[str], list
 
 def _texts(body: Body) -> frozenset[str]:
     """What was read, turn by turn."""
-    return frozenset(text for part in (body.prompt, *body.candidates) for text in _contents(part))
+    return frozenset(chain.from_iterable(map(_contents, (body.prompt, *body.candidates))))
 
 
 def _contents(part: Texts) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -95,7 +96,7 @@ def instructed(row: Fields) -> Texts:
     earlier = row.get("history", ())
     if not isinstance(earlier, list | tuple) or not all(_is_exchange(item) for item in earlier):
         raise RowProblem("history", "history must be a list of [question, answer]")
-    turns = tuple(turn for question, answer in earlier for turn in (*user(question), *assistant(answer)))
+    turns = tuple(chain.from_iterable((*user(question), *assistant(answer)) for question, answer in earlier))
     return (*turns, *user(prompt)) if turns else prompt
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final
 
 from rayalign.data.formats.parts import from_parts
-from rayalign.data.schema import Fields, RowProblem, Turns, required, text_or_turns
+from rayalign.data.schema import Fields, RowProblem, Turns, decoded, required, text_or_turns
 
 _NAMES = {
     "user": ("human", "prompter"),
-    "assistant": ("gpt", "chatgpt", "bot", "model", "ai"),
+    "assistant": ("gpt", "chatgpt", "chatbot", "bot", "model", "ai"),
     "system": (),
     "developer": (),
     "tool": ("function", "function_response", "observation", "ipython"),
@@ -30,11 +31,11 @@ CALLS: Final = "function_call"
 
 def said(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
     """A text, or turns in our form; a single turn stands for a list of it."""
-    value = required(row, name)
+    value = decoded(required(row, name), name)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list | tuple):
-        value = [turn for place, item in enumerate(value) for turn in our_turns(item, f"{name}[{place}]", name)]
+        value = [*chain.from_iterable(our_turns(item, f"{name}[{place}]", name) for place, item in enumerate(value))]
         if not value:
             raise RowProblem(name, f"{name} is empty")
         value = _with_names(value)
@@ -80,7 +81,7 @@ def our_turns(item: Any, place: str, name: str) -> Iterator[Any]:
 
 def _with_names(turns: list[Any]) -> list[Any]:
     """Results of tools with the tool's name, where only the call's id stands beside them."""
-    called = {key: name for turn in turns if isinstance(turn, dict) for key, name in _called(turn)}
+    called = dict(chain.from_iterable(_called(turn) for turn in turns if isinstance(turn, dict)))
     return [_named(turn, called) if isinstance(turn, dict) else turn for turn in turns]
 
 

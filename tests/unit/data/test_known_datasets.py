@@ -136,6 +136,24 @@ class Asked(dict[str, Any]):
         return super().__contains__(name)
 
 
+def test_a_conversation_as_json_text_is_one_also_with_other_names() -> None:
+    row = {"conversations": json.dumps([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}])}
+    example = parse_row(RawRow(source="f", line=1, value=row))
+    assert isinstance(example, Example) and (example.prompt, *example.candidates) == (
+        tuple(said("Q")),
+        tuple(reply("A")),
+    )
+
+
+def test_the_score_of_one_side_alone_is_told_where_others_wrote_the_columns() -> None:
+    """As in the Intel pairs; in columns of our own names it is a slip."""
+    row = {"input": "Q", "chosen": "A", "rejected": "B", "chosen_score": 3}
+    example = parse_row(RawRow(source="f", line=1, value=row))
+    assert isinstance(example, Example) and (dict(example.columns), example.unread) == ({}, ("chosen_score",))
+    bad = parse_row(RawRow(source="f", line=1, value={**row, "prompt": "Q"}))
+    assert isinstance(bad, BadRow) and bad.reason.startswith("rejected_score is missing")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two preferences": (
         {"prompt": "Q", "response_0": "A", "response_1": "B", "better_response_id": 0, "safer_response_id": 1},
