@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,16 +18,17 @@ from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat, make_chat
+from rayalign.data.json_rows import parsed
 from rayalign.data.origin import Part, find, is_pattern, matching
 from rayalign.data.prepare import CHUNK_ROWS, Unit, read_chunks
-from rayalign.data.records import RawRow, Row
+from rayalign.data.records import Row
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.model import ModelSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 from rayalign.pipeline.check import Checked, Checking, check
 from rayalign.pipeline.reads import Read, needed_columns, reads, shape_of
-from rayalign.pipeline.units import origin_of, unit_of
+from rayalign.pipeline.units import origin_of, rows_made, unit_of
 
 if TYPE_CHECKING:
     from rayalign.pipeline.nearness import RowScores
@@ -172,13 +174,21 @@ def _scores(spec: ModelSpec) -> RowScores:
     return RowScores(spec)
 
 
+def _row(source: DataSource, line: int, row: Any) -> Row:
+    """A row of a function, as JSON would hold it."""
+    try:
+        return parsed(json.dumps(row).encode(), source=source.label, line=line)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.function!r}: row {line} cannot be written as JSON: {error}") from error
+
+
 def _chunks(source: DataSource, data: DataConfig) -> Iterator[tuple[Unit, list[Row]]]:
     """The rows of a source, some hundred at a time, with how they are meant."""
     if source.function is not None:
         unit = unit_of(Part(path=source.label), source, data)
-        rows = enumerate(load_function(source.function, **source.arguments)(**source.arguments), start=1)
-        made: Iterator[Row] = (RawRow(source=source.label, line=line, value=row) for line, row in rows)
-        made = islice(made, source.max_samples)
+        make = load_function(source.function, **source.arguments)
+        rows = enumerate(rows_made(source.function, make, source.arguments), start=1)
+        made = islice((_row(source, line, row) for line, row in rows), source.max_samples)
         while chunk := list(islice(made, CHUNK_ROWS)):
             yield unit, chunk
         return

@@ -31,7 +31,7 @@ from rayalign.manifest import commit, committed, read_manifest
 from rayalign.pipeline.artifacts import Keeper
 from rayalign.pipeline.facts import refuse_absent_columns, summary, warning
 from rayalign.pipeline.model import scoring_spec, spec_digest, template_digest, tokenizer_identity, tokenizer_spec
-from rayalign.pipeline.units import origin_of, unit_of
+from rayalign.pipeline.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.reference import LOG_PROBS, score_store
@@ -67,7 +67,7 @@ class Stages:
         def build(directory: Path) -> None:
             make = load_function(function, **source.arguments)
             with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
-                for number, row in enumerate(make(**source.arguments), start=1):
+                for number, row in enumerate(rows_made(function, make, source.arguments), start=1):
                     try:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     except (TypeError, ValueError) as error:

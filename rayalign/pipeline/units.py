@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
 from rayalign.config.data import DataConfig, DataSource
 from rayalign.data.origin import Origin, Part
 from rayalign.data.prepare import Unit
+from rayalign.errors import UserError, first_line
 
 
 def origin_of(source: DataSource) -> Origin:
@@ -33,3 +37,18 @@ def unit_of(part: Part, source: DataSource, data: DataConfig) -> Unit:
         system=system or None,
         template_kwargs=source.chat_template_kwargs,
     )
+
+
+def rows_made(name: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> Iterator[Any]:
+    """What the user's maker of rows yields; raises UserError for what it raises, and where it yields nothing."""
+    count = 0
+    try:
+        for row in make(**arguments):
+            count += 1
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # the user's function may raise anything
+        raise UserError(f"{name!r}: row {count + 1}: {type(error).__name__}: {first_line(error)}") from error
+    if not count:
+        raise UserError(f"{name!r} made no row")

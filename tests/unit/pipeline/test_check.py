@@ -381,6 +381,21 @@ def test_rows_that_a_function_makes_and_a_system_prompt(tmp_path: Path, weights:
     assert "[prompt] <|im_start|>system⏎Be brief.<|im_end|>⏎" in printed
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("    raise RuntimeError('no rows today')\n    yield", "row 1: RuntimeError: no rows today"),
+        ("    yield from ()", "made no row"),
+        ("    yield {1, 2}", "row 1 cannot be written as JSON"),
+    ],
+)
+def test_a_function_that_fails_is_a_sentence(body: str, message: str, tmp_path: Path, weights: str) -> None:
+    (tmp_path / "fails.py").write_text(f"def rows():\n{body}\n")
+    function = f"{tmp_path}/fails.py:rows"
+    code, printed = run(run_yaml(tmp_path, weights, data={"train": [{"function": function}]}))
+    assert code == 2 and message in printed
+
+
 def test_prompts_of_an_on_policy_run(tmp_path: Path, weights: str) -> None:
     """Its rows are prompts, whatever else they hold."""
     write(tmp_path / "train.jsonl", {"prompt": "Q", "answer": "A"})
