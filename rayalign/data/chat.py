@@ -16,7 +16,7 @@ from rayalign.data.files import open_binary
 from rayalign.data.marks import Marks
 from rayalign.data.render import Rendered, render
 from rayalign.data.said import Endings, Speaker
-from rayalign.data.schema import Example, user
+from rayalign.data.schema import Example, RowProblem, user
 from rayalign.data.spelled import SHIELD, ControlTokens, control_tokens
 from rayalign.data.template import PROBE, TODAY, Context, Template, find_forms, turn_tail
 from rayalign.errors import UserError
@@ -33,6 +33,8 @@ class Chat:
     """The one token that ends a response where the template writes none: training appends it, rollouts stop at it."""
     lead_ids: tuple[int, ...]
     """What the tokenizer puts in front of raw text: one beginning-of-sequence token, or nothing."""
+    leads: bool
+    """True where a space is put before a text, but not before one that follows a control token."""
     splits_cleanly: bool
     """True where a text has the same tokens alone as after a line end, so that nothing needs context."""
     rendered: bool
@@ -58,6 +60,13 @@ class Chat:
         ids = dict(zip(plain, _encode(self.tokenizer, plain), strict=True))
         return {text: ids[text] if text in ids else self._encode_shielded(text) for text in unique}
 
+    def encode_after(self, text: str) -> list[int]:
+        """Token ids of a text that stands after another, without the space that some tokenizers put before every text.
+
+        The other text's own last tokens would change with it, so that it is tokenized after something else.
+        """
+        return self._encode_shielded(text) if SHIELD in text else _encode_one(self.tokenizer, text, follows=True)
+
     def render(self, example: Example, *, completed: bool = False) -> Rendered:
         """The texts of one example; ``completed``: fresh answers will follow the same prompt.
 
@@ -67,7 +76,12 @@ class Chat:
         return render(example, self.speaker, self.marks, rendered=self.rendered, completed=completed)
 
     def _encode_shielded(self, text: str) -> list[int]:
-        return self.speaker.endings.controls.encode(text, partial(_encode_one, self.tokenizer))
+        """Token ids of a text in which words spell control tokens: only those that the template wrote are such."""
+        ids: list[int] = []
+        for segment in self.speaker.endings.controls.segments(text):
+            words, spelled = segment.replace(SHIELD, ""), SHIELD in segment
+            ids += _encode_one(self.tokenizer, words, split_special_tokens=spelled, follows=bool(ids) and self.leads)
+        return ids
 
 
 def make_chat(
@@ -107,6 +121,7 @@ def make_chat(
     header, opening = _turn_parts(written)
     controls = control_tokens(tokenizer, tags=written.tags, user_header=header, opening=opening)
     own, after = _split_tail(tail, tokenizer, controls)
+    controls = controls.after_turn(own)
     end_id = _end_id(tokenizer, own, stop)
     endings = Endings(run=str(tokenizer.convert_ids_to_tokens(end_id)), own=own, after=after, controls=controls)
     speaker = Speaker(template=written, endings=endings, encode=partial(_encode_one, tokenizer), asks=opening)
@@ -116,6 +131,7 @@ def make_chat(
         marks=Marks(speaker),
         end_id=end_id,
         lead_ids=_lead_ids(tokenizer),
+        leads=_leads(tokenizer, own),
         splits_cleanly=_splits_cleanly(tokenizer),
         rendered=template == "none",
     )
@@ -158,9 +174,12 @@ def _turn_parts(template: Template) -> tuple[str, str]:
     """What the template writes before a user's words, and before an answer; empty for transcripts."""
     if not template.exists:
         return "", ""
-    asked = template.write(user(PROBE), Context(), generation_prompt=False)
-    header, _, _ = asked.rpartition(PROBE)
-    return header, template.write(user(PROBE), Context(), generation_prompt=True).removeprefix(asked)
+    try:
+        asked = template.write(user(PROBE), Context(), generation_prompt=False)
+        waiting = template.write(user(PROBE), Context(), generation_prompt=True)
+    except RowProblem as problem:
+        raise UserError(f"{problem.reason}, a question alone; name another in data.template") from problem
+    return asked.rpartition(PROBE)[0], waiting.removeprefix(asked)
 
 
 def _lead_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -176,7 +195,17 @@ def _splits_cleanly(tokenizer: Any) -> bool:
     return all(whole[-len(ids) :] == ids for ids, whole in zip(alone, after, strict=True))
 
 
-def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False) -> list[int]:
+def _leads(tokenizer: Any, end: str) -> bool:
+    alone, after = _encode_one(tokenizer, "Yes"), _encode_one(tokenizer, end + "Yes")
+    return bool(end) and after[-len(alone) :] != alone
+
+
+def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False, follows: bool = False) -> list[int]:
+    """Of one text, control tokens in it as text or not; ``follows``: as it is after another, whatever that is."""
+    for before in ("\n", "a", ".") if follows else ():
+        head, whole = _encode(tokenizer, [before, before + text], split_special_tokens=split_special_tokens)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
     return _encode(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
 
 

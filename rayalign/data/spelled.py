@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayalign.data.schema import RowProblem
@@ -39,8 +39,9 @@ _HEADERS = (
 )
 _RENDERED = re.compile("|".join(_HEADERS))
 """How the turns of well-known families begin."""
-_WAITING = re.compile(r"(?s)(USER:|### (?:Instruction|Human|User):).*(?:ASSISTANT|### (?:Response|Assistant)):\s*\Z")
-"""Prompts of families that write turns in plain words (Vicuna, Alpaca): they wait for an answer."""
+_ASKED = re.compile(r"USER:|### (?:Instruction|Human|User):")
+_WAITS = ("ASSISTANT:", "### Response:", "### Assistant:")
+"""Prompts of families that write turns in plain words (Vicuna, Alpaca): somebody asks, and they wait for an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,11 @@ class ControlTokens:
     begin: str
     """The token that begins a text; empty: none."""
 
+    def after_turn(self, end: str) -> ControlTokens:
+        """The same where a user's turn begins after ``end``: some templates write words of their own before it."""
+        header = self.user_header.rpartition(end)[2] if end else self.user_header
+        return replace(self, user_header=header.strip() or self.user_header)
+
     def shield(self, value: Any) -> Any:
         """The value in whose texts control tokens are broken, so that a tokenizer takes them for text."""
         return _mapped(value, lambda text: self.words.sub(_broken, text) if self.words is not None else text)
@@ -68,15 +74,7 @@ class ControlTokens:
         """The value as it was before :meth:`shield`."""
         return _mapped(value, lambda text: text.replace(SHIELD, ""))
 
-    def encode(self, text: str, encode: Callable[..., list[int]]) -> list[int]:
-        """Token ids of a shielded text; ``encode`` takes a text and ``split_special_tokens``."""
-        assert self.special is not None
-        ids: list[int] = []
-        for segment in self._segments(text):
-            ids += encode(segment.replace(SHIELD, ""), split_special_tokens=SHIELD in segment)
-        return ids
-
-    def _segments(self, text: str) -> Iterator[str]:
+    def segments(self, text: str) -> Iterator[str]:
         """Special tokens and what stands between them."""
         assert self.special is not None
         end = 0
@@ -130,8 +128,9 @@ class ControlTokens:
             )
 
     def _rendered(self, text: str) -> str:
-        if match := _RENDERED.search(text) or _WAITING.search(text):
-            return match[match.lastindex or 0]
+        waits = text.rstrip().endswith(_WAITS)
+        if match := _RENDERED.search(text) or (_ASKED.search(text) if waits else None):
+            return match[0]
         words = text.strip()
         if self.begin and words.startswith(self.begin):
             return self.begin
@@ -180,5 +179,15 @@ def control_tokens(
 
 
 def _any(tokens: list[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if tokens else None
+    return re.compile(_branches(tokens)) if tokens else None
+
+
+def _branches(words: Collection[str]) -> str:
+    """A pattern of any of the words, the longest first; a tree, since some tokenizers have a thousand of them."""
+    rests: dict[str, list[str]] = {}
+    for word in words:
+        rests.setdefault(word[:1], []).append(word[1:])
+    branches = [re.escape(first) + _branches(rest) for first, rest in rests.items() if first]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)}){'?' if '' in rests else ''}"

@@ -154,7 +154,7 @@ def _continuation(before: str, text: str, ids: Mapping[str, list[int]], chat: Ch
     if chat.splits_cleanly:
         return ids[text]
     head, whole = ids[before], ids[before + text]
-    return whole[len(head) :] if whole[: len(head)] == head else ids[text]
+    return whole[len(head) :] if whole[: len(head)] == head else chat.encode_after(text)
 
 
 def _prompt(rendered: Rendered, ids: list[int], chat: Chat) -> list[int]:

@@ -251,6 +251,34 @@ def test_tokenizers_that_put_a_space_before_texts() -> None:
     assert read(chat, group)[:2] == ("<s> The sky is", "blue.</s>")
 
 
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.ZEPHYR, tiny.MISTRAL])
+@pytest.mark.parametrize("spaced", ["always", "first", "never", "legacy"])
+def test_conversations_have_the_tokens_of_their_whole_text(spaced: str, template: str) -> None:
+    """Also where a space is put before every text, or before the first one alone."""
+    tokenizer = tiny.sentencepiece(spaced, template=template)
+    chat = make_chat(tokenizer)
+    turns = said("What is it?", "It is blue.", "Why?", "So.")
+    group = group_of(Example(format="messages", prompt=turns[:1], candidates=(turns[1:],)), chat)
+    ours = [*group.prompt_ids.tolist(), *group.candidates[0].ids.tolist()]
+    whole = tokenizer.apply_chat_template(list(turns), return_dict=False)
+    assert ours == whole[: len(ours)] and tokenizer.decode(whole[len(ours) :]).strip() == ""
+
+
+@pytest.mark.parametrize("spaced", ["always", "first", "never", "legacy"])
+def test_words_around_a_spelled_control_token_have_their_own_tokens(spaced: str) -> None:
+    """As they have where a letter stands for it; and an answer that begins in a line end has no space before it."""
+    tokenizer = tiny.sentencepiece(spaced, template=tiny.CHATML)
+    chat = make_chat(tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens
+    spelled = tokens(group_of(example("What is </s> it?", "It"), chat).prompt_ids.tolist())
+    plain = tokens(group_of(example("What is w it?", "It"), chat).prompt_ids.tolist())
+    place = spelled.index("<0x3C>")
+    assert spelled[place : place + 4] == ["<0x3C>", "/", "s", "<0x3E>"]
+    assert [*spelled[:place], "w", *spelled[place + 4 :]] == plain
+    broken = tokens(group_of(example("What?", "\nIt"), chat).candidates[0].ids.tolist())
+    assert broken[0] == "\n"
+
+
 def test_empty_reply_is_the_end_token_alone() -> None:
     for tokenizer, *_ in (TEMPLATES["chatml"], TEMPLATES["raw"]):
         chat = make_chat(tokenizer)
