@@ -163,7 +163,9 @@ def pair_columns(row: Fields, *, leaves_lone_scores: bool = False) -> dict[str, 
             continue
         if chosen in row or rejected in row:
             required(row, chosen), required(row, rejected)
-            columns["reward"] = (number(row, chosen), number(row, rejected))
+            scores = (number(row, chosen), number(row, rejected))
+            if columns.setdefault("reward", scores) != scores:
+                raise RowProblem(chosen, f"{chosen} and {SCORES[0][0]} differ: which are the scores is not certain")
     if "margin" in row:
         columns["margin"] = (number(row, "margin"), MISSING)
     if "soft_label" in row:

@@ -10,13 +10,7 @@ from typing import Final
 from rayalign.data.formats.advice import nothing_found
 from rayalign.data.formats.base import Body, Format
 from rayalign.data.formats.compared import COMPARED
-from rayalign.data.formats.names import (
-    MEDIA,
-    PROMPTS,
-    QUARANTINE,
-    best,
-    may_be_prompt,
-)
+from rayalign.data.formats.names import MEDIA, PROMPTS, QUARANTINE, best, may_be_prompt
 from rayalign.data.formats.pairs import PAIRS
 from rayalign.data.formats.scored import SCORED
 from rayalign.data.formats.single import SINGLE

@@ -252,6 +252,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a choice of three": (
         {"history": "Q", "human_ref_A": "A", "human_ref_B": "B", "labels": 2}, "labels must be 0 or 1, not 2",
     ),
+    "two kinds of scores": (
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "chosen_score": 2, "rejected_score": 1, "score_chosen": 1,
+         "score_rejected": 2},
+        "score_chosen and chosen_score differ",
+    ),
     "no score": (
         {"instruction": "Q", "completions": [{"response": "A", "overall_score": None}]},
         "completions[0] has no overall_score",
