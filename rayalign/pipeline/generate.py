@@ -16,15 +16,13 @@ from rich.console import Console
 from rayalign.config.document import override, read_document
 from rayalign.config.load import empty_document, parse_run
 from rayalign.config.run import RunConfig
-from rayalign.data.chat import make_chat
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import ANSWERS, Prompts
-from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
-from rayalign.pipeline.model import model_spec, spec_digest, tokenizer_spec
+from rayalign.pipeline.model import chat_of, model_spec, spec_digest
 from rayalign.pipeline.rollouts import drawn_once, prompt_store, prompts_of, relabelled, sampling
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
@@ -115,9 +113,7 @@ def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
     Log-probabilities belong to tokens: a completion whose text is not read back to those that were drawn has none.
     """
     opened, prompts = TokenStore.open(store), Prompts(TokenStore.open(store))
-    spec = tokenizer_spec(run)
-    tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
-    chat = make_chat(tokenizer, template=spec.template, stop=spec.stop)
+    chat = chat_of(run)
     scored = run.scorer is not None and getattr(run.scorer, "function", "") != NO_SCORE
     made_with: Row = {}
     if draws:
