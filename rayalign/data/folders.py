@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from rayalign.config.suffixes import READ, data_suffix, file_name
+from rayalign.data.files import suffix_of
 from rayalign.data.hub import hub_folder
 from rayalign.data.records import QUARANTINE
 from rayalign.errors import MissingExtra, UserError, first_line
@@ -47,6 +48,8 @@ def dataset_files(origin: Origin) -> Splits:
     if saved:
         return _single(saved, origin)
     found = _listed(folder, origin)
+    for path in chain.from_iterable(found.values()) if origin.data_files else ():
+        suffix_of(path)  # what was named is not left out
     splits = {split: tuple(filter(data_suffix, files)) for split, files in found.items()}
     splits = {split: files for split, files in splits.items() if files}
     if not splits:
@@ -147,7 +150,8 @@ def _listed(folder: str, origin: Origin) -> Splits:
         found = {str(split): _matched(own, below) for split, own in patterns.items()}
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{origin.path}: {first_line(error)}{_remedy(folder)}") from error
-    if configuration is None and not origin.data_files and not origin.splits and Path(below).is_dir():
+    is_own = Path(origin.path).is_dir()
+    if is_own and configuration is None and not origin.data_files and not origin.splits:
         _refuse_files_of_no_split(below, found)
     return found
 

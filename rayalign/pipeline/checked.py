@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from rayalign.pipeline.nearness import RowScores
 
 YAML = (".yaml", ".yml")
-
-
 OF_SOURCES = ("split", "config", "data_dir", "format", "columns", "max_samples")
 """Options that are fields of a source."""
 BUDGET = ("max_prompt_tokens", "max_tokens")

@@ -148,6 +148,8 @@ def test_configurations(with_card: Path) -> None:
     assert refusal(with_card).endswith("has the configurations main, harmless; write config: main")
     assert "there is no configuration 'helpful', but main, harmless" in refusal(with_card, config="helpful")
     assert "there is no file of rows in it" in refusal(with_card, data_files=("harmful/*",))
+    (with_card / "held" / "b.xlsx").write_text("")
+    assert "b.xlsx: rows are read from JSON" in refusal(with_card, data_files=("held/*",))
 
 
 def test_a_configuration_as_name_is_no_label(with_card: Path) -> None:
