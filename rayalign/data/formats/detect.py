@@ -92,12 +92,9 @@ def _refuse_half_a_pair(row: Fields, nulls: Collection[str]) -> None:
 
 def _null_that_is_needed(row: Fields, nulls: frozenset[str]) -> str | None:
     """The column without which a row is of no format, though it would be of one if it held something there."""
-    lacking = [
-        sorted(_nulls_of(form, row, nulls))
-        for form in FORMATS.values()
-        if form.fits({*row, *nulls}) and form.holds(row)
-    ]
-    return min(lacking, key=len)[0] if any(lacking) else None
+    fitting = [form for form in FORMATS.values() if form.fits({*row, *nulls}) and form.holds(row)]
+    lacking = [names for form in fitting if (names := sorted(_nulls_of(form, row, nulls)))]
+    return min(lacking, key=len)[0] if lacking else None
 
 
 def _nulls_of(form: Format, row: Fields, nulls: frozenset[str]) -> frozenset[str]:

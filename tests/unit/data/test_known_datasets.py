@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from known_rows import KNOWN, Known, reply, said
 
 from rayalign.data.formats import FORMATS, parse_row
+from rayalign.data.prepare import LeftOut, Shape, fitted
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
@@ -152,6 +155,44 @@ def test_the_score_of_one_side_alone_is_told_where_others_wrote_the_columns() ->
     assert isinstance(example, Example) and (dict(example.columns), example.unread) == ({}, ("chosen_score",))
     bad = parse_row(RawRow(source="f", line=1, value={**row, "prompt": "Q"}))
     assert isinstance(bad, BadRow) and bad.reason.startswith("rejected_score is missing")
+
+
+ODD: list[Any] = [
+    None, "", "x", 0, 1, -1, 2.5, True, [], {}, ["a"], [None], [{}], [[]], [["a", "b"]], {"a": 1}, math.nan, 10**400,
+    '[{"role": "user", "content": "x"}]', said("a"), reply("a"), {"role": "assistant", "content": []},
+    [{"from": "gpt", "value": None}], [{"role": 3, "content": "x"}], [{"role": "user", "content": [{"type": "text"}]}],
+    [{"role": "user", "content": [{"type": "tool_result"}]}], [{"answer": "a", "rank": None}, {"answer": "b"}],
+    [{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}], [{"text": "a"}, {"text": None}],
+    [{"role": "assistant", "content": "x", "tool_calls": [{"id": [], "function": None}]}],
+    [{"response": "a", "overall_score": "x"}],
+]  # fmt: skip
+FURTHER = ("system", "tools", "functions", "finished", "margin", "label", "messages", "images", "prompt", "chosen")
+
+
+def changed(value: Any, draw: random.Random, depth: int = 0) -> Any:
+    """The value with something odd in its place, or somewhere in it."""
+    if value and depth < 3 and isinstance(value, dict | list) and draw.random() < 0.6:
+        places = list(value) if isinstance(value, dict) else range(len(value))
+        place, copy = draw.choice(places), value.copy()
+        copy[place] = changed(value[place], draw, depth + 1)
+        return copy
+    return draw.choice(ODD)
+
+
+def test_no_row_is_so_odd_that_it_ends_a_run() -> None:
+    """It is an example or a bad row, under any format and for any method."""
+    draw = random.Random(0)
+    shapes: tuple[Shape, ...] = ("one", "pair", "ranking", "group", "labelled", "prompt")
+    outcomes = set()
+    for _ in range(4_000):
+        known = draw.choice(list(KNOWN.values()))
+        row = dict(known.row)
+        for column in (draw.choice([*row]), draw.choice([*row, *FURTHER])):
+            row[column] = changed(row.get(column), draw)
+        format = draw.choice(["auto", known.format, draw.choice(list(FORMATS))])
+        found = parse_row(RawRow(source="f", line=1, value=row), format=format, system=draw.choice([None, "S"]))
+        outcomes |= {type(fitted(found, shape)) for shape in shapes}
+    assert outcomes == {Example, BadRow, LeftOut}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
