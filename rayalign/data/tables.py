@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
+import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -22,6 +26,7 @@ BATCH_ROWS = 512
 CSV_BLOCK_BYTES = 16 << 20
 """A row of a CSV file fits in it."""
 _ARROW_FILE = b"ARROW1"
+_DAMAGED = (pyarrow.ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 _TRUTHS = {"true": True, "false": False}
 
 
@@ -73,7 +78,13 @@ def read_arrow(path: str) -> Iterator[Row]:
         return iter(pyarrow.ipc.open_stream(stream))
 
     with open_raw(path) as stream:
-        yield from _batched(path, "an Arrow", lambda: batches(stream))
+        yield from _batched(path, "an Arrow", lambda: map(_validated, batches(stream)))
+
+
+def _validated(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Arrow files are memory as it was: offsets that lead outside would be followed."""
+    batch.validate(full=True)
+    return batch
 
 
 def _batched(path: str, kind: str, batches: Callable[[], Iterator[pyarrow.RecordBatch]]) -> Iterator[Row]:
@@ -97,7 +108,7 @@ def rows_of(batch: pyarrow.RecordBatch) -> list[Fields]:
 def _saying(path: str, kind: str) -> Iterator[None]:
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: not {kind} file, or a damaged one: {first_line(error)}") from error
 
 
@@ -126,25 +137,27 @@ def read_csv(path: str, *, numbers: frozenset[str] = frozenset()) -> Iterator[Ro
 
 
 def _names(path: str) -> list[str]:
+    """The first line of a CSV file."""
     with open_rows(path) as stream:
-        try:
-            names: list[str] = _csv(stream, path, names=(), refuse=lambda row: "skip").schema.names
-        except pyarrow.ArrowInvalid as error:
-            if "Empty CSV file" in str(error):
-                raise EmptyFile(path) from error
-            raise
+        names = next(csv.reader(codecs.getreader("utf-8-sig")(stream), delimiter=_delimiter(path)), [])
+    if not names:
+        raise EmptyFile(path)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the first line names {twice[0]!r} twice; rename one column")
     return names
 
 
+def _delimiter(path: str) -> str:
+    return "\t" if suffix_of(path).kind == ".tsv" else ","
+
+
 def _csv(stream: Any, path: str, *, names: Iterable[str], refuse: Callable[[Any], str]) -> Any:
     return pyarrow.csv.open_csv(
-        stream,
+        pyarrow.transcoding_input_stream(pyarrow.PythonFile(stream, mode="r"), "utf-8-sig", "utf-8"),
         read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
         parse_options=pyarrow.csv.ParseOptions(
-            delimiter="\t" if suffix_of(path).kind == ".tsv" else ",",
+            delimiter=_delimiter(path),
             newlines_in_values=True,
             invalid_row_handler=refuse,
         ),

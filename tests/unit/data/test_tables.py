@@ -189,6 +189,8 @@ def test_a_csv_file_of_names_alone_is_empty(tmp_path: Path) -> None:
         values(str(tmp_path / "rows.csv"))
 
 
+LEADING_OUTSIDE = PLAIN["-file.arrow"]().replace(b"\4\0\0\0\x08\0\0\0", b"\4\0\0\0\xff\xff\0\0")
+"""The second text of a column ends where no text is."""
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a workbook": ("rows.xlsx", b"PK", "rows are read from JSON"),
@@ -205,6 +207,8 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "twice the same name": ("rows.csv", b"prompt,prompt\n1,2\n", "names 'prompt' twice"),
     "damaged bytes": ("rows.jsonl.zst", zstd(b"{}\n")[:-3], "cannot be read to its end"),
     "no zst": ("rows.jsonl.zst", b"no more", "cannot be read to its end"),
+    "a cut table": ("rows.csv.gz", gzip.compress(b"prompt\n" + b"a\n" * 99)[:-9], "not a CSV file, or a damaged one"),
+    "memory that leads outside": ("rows.arrow", LEADING_OUTSIDE, "not an Arrow file, or a damaged one"),
     "latin": ("rows.csv", "prompt\ncafé\n".encode("latin-1"), "not a CSV file, or a damaged one"),
 }  # fmt: skip
 
