@@ -1,11 +1,12 @@
-"""The pages of ``docs/reference/`` that the code itself knows: ``python -m docs.generate`` writes them again.
+"""The pages of ``docs/`` that the code itself knows: ``python -m docs.generate`` writes them again.
 
-``cli.md`` comes from the command line, ``configuration.md`` from the schema and the methods' parameters, and the part
-of ``files.md`` between its markers from the report's own description of ``results.json``.
+``cli.md`` comes from the command line, ``configuration.md`` from the schema and the methods' parameters. Between
+their markers ``files.md`` has the report's own description of ``results.json``, and ``data.md`` the formats of rows.
 """
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,19 @@ from pydantic_core import PydanticUndefined
 import rayalign.cli
 import rayalign.report.results
 from rayalign.config.compare import CompareConfig
+from rayalign.config.data import Format
 from rayalign.config.method import MethodChoice
 from rayalign.config.run import RunConfig
+from rayalign.data.formats import FORMATS
+from rayalign.data.formats.base import OF_PAIRS, never
 from rayalign.methods import METHODS, resolve
 from rayalign.methods._base import Method, MethodConfig
 
 REFERENCE = Path(__file__).parent / "reference"
+DATA = Path(__file__).parent / "how-to" / "data.md"
 NOTE = "<!-- Written by `python -m docs.generate`; change the code's own descriptions instead. -->"
 OPENING, CLOSING = "<!-- generated: results.json -->", "<!-- end -->"
+FORMATS_OPENING = "<!-- generated: formats -->"
 
 Model = type[BaseModel]
 
@@ -37,6 +43,7 @@ KINDS: Mapping[object, str] = {
     int: "whole number",
     float: "number",
     str: "text",
+    datetime.date: "date",
     Any: "anything",
 }
 CHECKED = {
@@ -67,6 +74,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "configuration.md": configuration_page(),
         files: with_results(files.read_text(encoding="utf-8")),
+        DATA: with_formats(DATA.read_text(encoding="utf-8")),
     }
 
 
@@ -295,6 +303,23 @@ def with_results(text: str) -> str:
     said = f"```text\n{lines}\n```\n\n{plain_quotes('ESTIMATE' + notes).strip()}"
     before, _, rest = text.partition(OPENING)
     return f"{before}{OPENING}\n\n{said}\n\n{CLOSING}{rest.partition(CLOSING)[2]}"
+
+
+# Formats of rows.
+
+
+def with_formats(text: str) -> str:
+    """``data.md`` with a line per format, in the order in which a configuration lists them."""
+    rows = ["| format | columns | and perhaps | a row is |", "|---|---|---|---|"]
+    for name in get_args(Format):
+        if name in FORMATS:
+            form = FORMATS[name]
+            needs = ", ".join(" or ".join(f"`{own}`" for own in choice) for choice in form.choices)
+            may = ", ".join(f"`{own}`" for own in form.may if own not in OF_PAIRS)
+            by_name = " Only by its name." if form.is_found is never else ""
+            rows.append(f"| `{name}` | {needs} | {may} | {plain_quotes(form.says)}{by_name} |")
+    before, _, rest = text.partition(FORMATS_OPENING)
+    return f"{before}{FORMATS_OPENING}\n\n{chr(10).join(rows)}\n\n{CLOSING}{rest.partition(CLOSING)[2]}"
 
 
 if __name__ == "__main__":

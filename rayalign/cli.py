@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,36 +81,75 @@ def init(name: Annotated[str, typer.Argument(help="A method such as dpo, or comp
 
 @app.command()
 def check(
-    files: Annotated[list[str], typer.Argument(help="JSONL (also .gz), Parquet, or Hub datasets.")],
-    model: Annotated[str | None, typer.Option(help="Count tokens with this model's tokenizer.")] = None,
-    show: Annotated[int, typer.Option(help="Show this many rows as tokens, coloured by role.")] = 0,
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            help="A run's YAML, then settings; or files and datasets.", metavar="YAML [KEY=VALUE…] | FILES…"
+        ),
+    ],
+    model: Annotated[str | None, typer.Option(help="Of files: count tokens with this model's tokenizer.")] = None,
+    template: Annotated[str | None, typer.Option(help="Of files: as data.template, with --model.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Of files: refuse rows that this method cannot learn from.")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Of datasets: a split or slice (repeatable).")] = None,
+    configuration: Annotated[str | None, typer.Option("--config", help="Of datasets: the configuration.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Of datasets: a folder inside.")] = None,
+    format: Annotated[str | None, typer.Option(help="Of files: as data.format.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Of files: our column=the file's (repeatable).", metavar="OURS=THEIRS")
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Of files: read so many rows at most.")] = None,
+    show: Annotated[int, typer.Option(help="Show this many rows of every source, marked by what becomes of them.")] = 0,
     eval_files: Annotated[list[str] | None, typer.Option("--eval", help="Held-out files: look for overlap.")] = None,
-    max_bad_fraction: Annotated[float, typer.Option(help="Fail when more than this share of rows is bad.")] = 0.0,
-    quarantine: Annotated[Path, typer.Option(help="Where bad rows are appended.")] = Path("quarantine.jsonl"),
-    max_prompt_tokens: Annotated[int, typer.Option(help="As data.max_prompt_tokens.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="As data.max_tokens: prompt and response.")] = 1024,
+    max_bad_fraction: Annotated[
+        float | None,
+        typer.Option(help="Fail when more than this share of rows is bad. Of files: 0, of a run: its own."),
+    ] = None,
+    quarantine: Annotated[Path | None, typer.Option(help="Write bad rows to this file.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_prompt_tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_tokens.")] = None,
     policy_logp_quantile: Annotated[
-        float | None, typer.Option(help="Score rows with the model and say what `filter` would keep.")
+        float | None, typer.Option(help="Of files: score rows with the model and say what `filter` would keep.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Read preference data wholly and say what is in it; exits 1 when too much of it is bad."""
-    from rayalign.data.tokenize import TokenizeSettings
-    from rayalign.pipeline.check import check as run_check
+    """Read data wholly, as a run does, and say what is in them; exits 1 where a run would refuse them."""
+    from rayalign.pipeline.checked import Options, check_given
 
-    code = run_check(
-        files,
-        model=model,
+    of_files = {
+        "model": model,
+        "template": template,
+        "method": method,
+        "split": split,
+        "config": configuration,
+        "data_dir": data_dir,
+        "format": format,
+        "columns": columns_of(columns or ()),
+        "max_samples": max_samples,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_tokens": max_tokens,
+        "policy_logp_quantile": policy_logp_quantile,
+        "eval": eval_files,
+    }
+    options = Options(
+        of_files={name: value for name, value in of_files.items() if value},
         show=show,
-        eval_files=eval_files or [],
         max_bad_fraction=max_bad_fraction,
         quarantine=quarantine,
-        settings=TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens),
-        policy_logp_quantile=policy_logp_quantile,
         as_json=as_json,
-        console=Console(),
     )
-    raise typer.Exit(code)
+    raise typer.Exit(check_given(given, options, Console()))
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """``prompt=question`` → ``{prompt: question}``."""
+    pairs = [item.partition("=") for item in given]
+    if wrong := next(
+        (item for item, (ours, _, theirs) in zip(given, pairs, strict=True) if not (ours and theirs)), None
+    ):
+        raise UserError(f"--columns {wrong}: write our column, =, and the file's: prompt=question")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from rayalign.config.fields import DATA_SUFFIXES, Block, DataPath, FunctionName, TemplatePath, listed
+from rayalign.config.fields import Block, DataPath, FunctionName, TemplatePath, listed
+from rayalign.config.suffixes import data_suffix, file_name
 
 Format = Literal[
     "auto",
@@ -14,10 +16,26 @@ Format = Literal[
     "implicit_preference",
     "ultrafeedback",
     "hh",
+    "orca",
+    "alpaca_preference",
+    "conversation_preference",
+    "openai_preference",
+    "tldr",
+    "shp",
+    "webgpt",
+    "safe_rlhf",
+    "helpsteer_preference",
     "ranked",
+    "ultrafeedback_raw",
+    "nectar",
+    "helpsteer",
     "unpaired_preference",
+    "labelled_messages",
     "prompt_completion",
     "messages",
+    "sharegpt",
+    "alpaca",
+    "question_answer",
     "text",
     "prompt_only",
 ]
@@ -25,6 +43,7 @@ Format = Literal[
 
 COLUMNS = (
     "prompt",
+    "system",
     "chosen",
     "rejected",
     "completion",
@@ -32,8 +51,10 @@ COLUMNS = (
     "label",
     "messages",
     "text",
+    "reward",
     "rewards",
     "behavior_logps",
+    "preferred",
     "chosen_score",
     "rejected_score",
     "margin",
@@ -50,6 +71,10 @@ def _column(name: str) -> str:
     return name
 
 
+OF_DATASETS = ("config", "data_dir", "data_files", "split", "revision")
+"""Fields of a source that only a dataset has."""
+
+
 def _source(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
@@ -58,21 +83,35 @@ class DataSource(Block):
     """One file, dataset or maker of rows; a bare string is short for ``{path: …}``."""
 
     path: DataPath | None = None
-    """JSONL, JSON or Parquet files (globs allowed), or a dataset on the hub."""
+    """JSON, CSV, Parquet or Arrow files (globs and addresses allowed), a folder of them, or a dataset on the Hub."""
     function: FunctionName | None = None
     """``module:callable``, a maker of rows: a generator of dicts; its module is found beside the YAML."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
-    split: str | None = None
-    """Of a dataset on the hub, such as train."""
+    version: str | int | None = None
+    """Stands for what ``function`` reads besides its own file: another version makes the rows again."""
+    config: str | None = None
+    """A configuration of a dataset that has several, such as main; Hugging Face calls it ``name``."""
+    data_dir: str | None = None
+    """A folder inside a dataset, such as harmless-base."""
+    data_files: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
+    """Files inside a dataset, globs allowed; they are one split, train."""
+    split: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
+    """A split of a dataset, several, or slices such as ``train[:10%]``; null: train."""
     revision: str | None = None
-    """Commit, tag or branch of a dataset on the hub."""
+    """Commit, tag or branch of a dataset on the Hub; null: the newest commit, which is recorded."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Reads no more than the first so many rows."""
     columns: dict[Annotated[str, AfterValidator(_column)], str] = {}
     """Our column → the file's column, where the names differ."""
+    system: str | None = None
+    """Overrides ``data.system`` for this source; an empty text is none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Added to ``data.chat_template_kwargs`` for this source."""
     weight: float = Field(default=1.0, gt=0)
     """Passes over the source per epoch."""
     name: str | None = None
-    """What tables call a set of prompts; null: after its file or function."""
+    """What tables call a set of prompts; null: after its file or function. A dataset's configuration is ``config``."""
     format: Format | None = None
     """Overrides ``data.format`` for this source."""
 
@@ -82,10 +121,13 @@ class DataSource(Block):
             raise ValueError("a source of rows has either path or function")
         if self.arguments and self.function is None:
             raise ValueError("arguments are those of a function; this source has a path")
-        if self.function is not None and (self.split or self.revision):
-            raise ValueError("split and revision belong to a dataset; this source has a function")
-        if self.path is not None and self.path.endswith(DATA_SUFFIXES) and (self.split or self.revision):
-            raise ValueError("split and revision belong to a dataset; this source is a file")
+        if self.version is not None and self.function is None:
+            raise ValueError("version is of what a function reads; this source has a path, whose content is looked at")
+        given = [name for name in OF_DATASETS if getattr(self, name)]
+        if given and self.function is not None:
+            raise ValueError(f"{given[0]} belongs to a dataset; this source has a function")
+        if given and self.path is not None and data_suffix(self.path) is not None:
+            raise ValueError(f"{given[0]} belongs to a dataset; this source is a file")
         return self
 
     @property
@@ -94,7 +136,7 @@ class DataSource(Block):
         if self.name is not None:
             return self.name
         origin = self.path if self.path is not None else str(self.function).rpartition(":")[2]
-        return origin.rstrip("/").rpartition("/")[2].partition(".")[0]
+        return file_name(origin).partition(".")[0]
 
 
 Source = Annotated[DataSource, BeforeValidator(_source)]
@@ -113,6 +155,12 @@ class DataConfig(Block):
     template: TemplatePath = "auto"
     """auto: the tokenizer's chat template, or plain text where it has none. none: texts of rows are rendered already.
     Else a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the template, such as ``enable_thinking: false``; a row's own column of this name wins."""
+    date: datetime.date = datetime.date(2024, 7, 26)
+    """What templates write that ask for today's date, so that a row has the same tokens every day."""
+    system: str | None = None
+    """Stands before every conversation that has no system turn; a text becomes a conversation by it."""
     stop: str = "auto"
     """The token that ends a response. auto: what ends a turn in the template."""
     max_prompt_tokens: int = Field(default=512, ge=1)

@@ -22,7 +22,8 @@ from pydantic import (
     ValidationInfo,
 )
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".parquet", ".arrow", ".csv", ".txt")
+from rayalign.config.suffixes import data_suffix
+
 _MIRRORS = {"s3": {"region", "scheme", "endpoint_override"}, "gs": {"scheme", "endpoint_override"}, "file": set[str]()}
 """By scheme: what may stand after the question mark."""
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -73,7 +74,8 @@ def _resolve_data(value: str, info: ValidationInfo) -> str:
     directory = _directory(info)
     if directory is None or _URI.match(value):
         return value
-    is_file = _is_explicit_path(value) or value.endswith(DATA_SUFFIXES) or (directory / value).exists()
+    is_pattern = any(mark in value for mark in "*?[")
+    is_file = _is_explicit_path(value) or is_pattern or data_suffix(value) is not None or (directory / value).exists()
     return _beside(directory, value) if is_file else value
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -23,6 +24,9 @@ FINDINGS: Mapping[str, str] = MappingProxyType(
         "duplicates": "the same prompt and answers as an earlier row",
         "conflicts": "an earlier row with the opposite label",
         "identical": "chosen and rejected are equal",
+        "undecided": "no answer is preferred: left out by methods that learn preferences",
+        "inverted_scores": "chosen has a lower score than rejected",
+        "tied_scores": "chosen and rejected have the same score",
         "empty": "an answer without text: its response is the end token alone",
         "double_bos": "the text itself starts with the tokenizer's beginning-of-sequence token; one is kept",
         "long_prompts": "cut from the left, since prompt and response do not fit max_tokens",
@@ -54,11 +58,21 @@ class FileFindings:
     source: str
     good: int = 0
     bad: int = 0
+    left_out: int = 0
+    """Good rows in which nothing is preferred, where a method learns preferences."""
     formats: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     """Why rows are bad, numbers left out."""
     counts: Counter[str] = field(default_factory=Counter)
     """Of :data:`FINDINGS`."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Columns that hold something and were not read, in how many rows."""
+    metadata: Counter[str] = field(default_factory=Counter)
+    """The same of columns that only describe their row."""
+    labels: Counter[str] = field(default_factory=Counter)
+    """``desirable`` and ``undesirable`` answers."""
+    lacking: Counter[str] = field(default_factory=Counter)
+    """What the method needs of every row → rows that lack it."""
     lengths: dict[str, list[int]] = field(default_factory=dict)
     """``prompt_`` and ``response_characters``, ``prompt_`` and ``response_tokens``, before anything is cut."""
 
@@ -68,8 +82,7 @@ class FileFindings:
 
     def add_text(self, example: Example, seen: Seen) -> None:
         """Count what the text of one good row shows."""
-        self.good += 1
-        self.formats[example.format if isinstance(example.prompt, str) else f"{example.format} (turns)"] += 1
+        self._describe(example)
         answers = [plain(answer) for answer in example.candidates]
         self._measure("prompt_characters", [len(plain(example.prompt))])
         self._measure("response_characters", [len(answer) for answer in answers])
@@ -80,6 +93,32 @@ class FileFindings:
         earlier = seen.rows.setdefault(_digest([plain(example.prompt), sorted(answers)]), ordered)
         if earlier is not ordered:
             self.counts["duplicates" if earlier == ordered else "conflicts"] += 1
+
+    def add_left_out(self, example: Example) -> None:
+        """Count a good row in which nothing is preferred, for a method that learns preferences."""
+        self.left_out += 1
+        self._describe(example)
+
+    def add_lacking(self, example: Example, needs: Iterable[str]) -> None:
+        """Count what a method needs of every row and this one lacks."""
+        for name in needs:
+            values = example.columns.get(name, ())
+            held = bool(example.candidates) if name == "completion" else values and not any(map(math.isnan, values))
+            self.lacking[name] += not held
+
+    def _describe(self, example: Example) -> None:
+        """Count a good row by its format, the columns that were not read, and what it says of its answers."""
+        self.good += 1
+        self.formats[example.format if isinstance(example.prompt, str) else f"{example.format} (turns)"] += 1
+        self.unread.update(example.unread)
+        self.metadata.update(example.metadata)
+        self.counts["undecided"] += example.preference == "undecided"
+        for value in example.columns.get("label", ()):
+            self.labels["desirable" if value else "undesirable"] += 1
+        scores = example.columns.get("reward", ())
+        if example.preference == "stored" and len(scores) == 2:
+            self.counts["inverted_scores"] += scores[0] < scores[1]
+            self.counts["tied_scores"] += scores[0] == scores[1]
 
     def add_tokens(self, example: Example, outcome: Outcome, chat: Chat) -> None:
         """Count what the tokens of one good row show."""
@@ -121,6 +160,10 @@ class FileFindings:
             "bad": self.bad,
             "formats": dict(self.formats),
             "reasons": dict(self.reasons),
+            "not_read": dict(self.unread),
+            "metadata_not_read": dict(self.metadata),
+            "labels": dict(self.labels),
+            "lacking": {name: count for name, count in self.lacking.items() if count},
             "lengths": {name: dict(zip(names, self.quantiles(name) or (), strict=False)) for name in self.lengths},
             **{name: self.counts[name] for name in FINDINGS},
         }

@@ -12,7 +12,7 @@ from datetime import date
 from functools import partial
 from typing import Any
 
-from rayalign.data.lines import open_binary
+from rayalign.data.files import open_binary
 from rayalign.data.marks import Marks
 from rayalign.data.render import Rendered, render
 from rayalign.data.said import Endings, Speaker

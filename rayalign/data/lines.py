@@ -1,29 +1,34 @@
-"""JSONL, read byte for byte: local, object store or gzip, in bounded memory, whole or by ranges.
+"""Lines of JSON, read byte for byte: local, remote or compressed, in bounded memory, whole or by ranges.
 
 A line ends at ``\\n`` and nowhere else (U+2028, U+0085 and form feeds are data), and every line that is not blank
-becomes one row or one bad row: accepted + bad = lines. A file that breaks off keeps the lines before the break.
+becomes one row or one bad row: accepted + bad = lines. A file that breaks off keeps the lines before the break. A file
+that is one JSON array gives its items as rows.
 """
 
 from __future__ import annotations
 
 import codecs
 import gzip
-import json
+import lzma
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any, cast
+from itertools import chain
+from typing import IO, Any
 
-import fsspec
-
-from rayalign.data.records import BadRow, EmptyFile, RawRow, Row, excerpt_of
-from rayalign.errors import UserError
+from rayalign.data.arrays import array_rows
+from rayalign.data.files import is_web, open_raw, open_rows, suffix_of
+from rayalign.data.json_rows import JSON_WHITESPACE, parsed
+from rayalign.data.records import BadRow, EmptyFile, Row, excerpt_of
+from rayalign.errors import UserError, first_line
 
 CHUNK_BYTES = 1 << 20
 MAX_LINE_BYTES = 8 << 20
-JSON_WHITESPACE = b" \t\r\n"
-_decode_json = json.JSONDecoder(strict=False).decode
+_BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+"""What the ends of compressed files raise that were cut or damaged."""
+_ARRAY = re.compile(rb"\s*\[\s*\{")
+"""How a file begins that is one array of objects; in a file of lines a list of something else is a bad row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +42,7 @@ class ByteRange:
 
 
 def read_lines(path: str, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:
-    """Every row of a ``.jsonl`` or ``.jsonl.gz`` file in order.
+    """Every row of a file of lines, such as ``.jsonl`` or ``.jsonl.gz``, in order.
 
     Raises :class:`EmptyFile` when there is no row at all and :class:`UserError` when the file cannot be opened.
     """
@@ -50,13 +55,15 @@ def read_lines(path: str, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[R
 
 
 def plan_ranges(path: str, num_ranges: int) -> tuple[ByteRange, ...]:
-    """At most ``num_ranges`` ranges of about equal size that together are the file; a gzip file is one.
+    """At most ``num_ranges`` ranges of about equal size that together are the file.
+
+    A file that is compressed, one array, or behind ``http(s)://`` is not cut.
 
     Only the bytes around the cuts are read, so line numbers are not known yet: see :func:`number_ranges`.
     """
-    if path.endswith(".gz"):
+    if is_whole(path):
         return (ByteRange(source=path),)
-    with open_binary(path) as stream:
+    with open_raw(path) as stream:
         size = stream.seek(0, 2)
         if size == 0:
             raise EmptyFile(path)
@@ -67,9 +74,28 @@ def plan_ranges(path: str, num_ranges: int) -> tuple[ByteRange, ...]:
     )
 
 
+def is_whole(path: str) -> bool:
+    """Whether a file of lines is read from its beginning only."""
+    if suffix_of(path).compression or is_web(path):
+        return True
+    with open_raw(path) as stream:
+        return _is_array(stream.read(CHUNK_BYTES), path)
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file that is not compressed."""
+    with open_raw(path) as stream:
+        return stream.seek(0, 2)
+
+
 def count_lines(byte_range: ByteRange) -> int:
-    """Number of line ends in a range: the cheap first pass that gives :func:`number_ranges` its counts."""
-    with open_binary(byte_range.source) as stream:
+    """Number of line ends in a range: the cheap first pass that gives :func:`number_ranges` its counts.
+
+    Of a file that is not cut nothing is counted: no range follows it.
+    """
+    if byte_range.end is None:
+        return 0
+    with open_raw(byte_range.source) as stream:
         return sum(chunk.count(b"\n") for chunk in _range_chunks(stream, byte_range))
 
 
@@ -85,52 +111,76 @@ def number_ranges(ranges: Sequence[ByteRange], counts: Sequence[int]) -> tuple[B
 def read_range(byte_range: ByteRange, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:
     """The rows of one range. Reading the ranges of a file one after the other is reading the file.
 
-    Raises :class:`UserError` for a ``.json`` file that is one array.
+    Raises :class:`UserError` for a compressed file whose bytes are damaged, and for an array that is no valid JSON.
     """
-    source, number = byte_range.source, byte_range.first_line
-    with open_binary(source) as stream:
-        chunks = _gzip_chunks(stream) if source.endswith(".gz") else _range_chunks(stream, byte_range)
-        try:
-            for data, size, ended in _split(chunks, max_line_bytes):
-                if number == 1:
-                    data = data.removeprefix(codecs.BOM_UTF8)
-                    _refuse_array(source, data)
-                if size > max_line_bytes:
-                    reason = f"the line has {size:,} bytes, more than the {max_line_bytes:,} that one row may have"
-                    yield BadRow(source=source, line=number, reason=reason, excerpt=excerpt_of(data))
-                elif data.strip(JSON_WHITESPACE):
-                    yield _parse(source, number, data, ended)
-                number += 1
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield BadRow(source=source, line=number, reason=f"the gzip stream breaks off in this line: {error}")
+    source = byte_range.source
+    if byte_range.end is not None:
+        with open_raw(source) as stream:
+            yield from _rows(_range_chunks(stream, byte_range), byte_range, max_line_bytes)
+        return
+    with open_rows(source) as stream:
+        yield from _whole(stream, byte_range, max_line_bytes)
 
 
-@contextmanager
-def open_binary(path: str) -> Iterator[IO[bytes]]:
-    """Open a local path or a URL that fsspec knows (``s3://``, ``gs://`` …) for reading bytes."""
+def _whole(stream: Any, byte_range: ByteRange, max_line_bytes: int) -> Iterator[Row]:
+    chunks = _chunks(stream, byte_range.source)
     try:
-        stream = fsspec.open(path, "rb").open()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror or 'no such file'}") from error
-    except (ImportError, ValueError) as error:  # no driver for this kind of URL; the message names the package
-        raise UserError(f"{path}: {error}") from error
-    with stream:
-        yield cast(IO[bytes], stream)
+        first = next(chunks, b"")
+    except _BROKEN as error:
+        yield _broken(byte_range.source, 1, error)
+        return
+    together = chain([first], chunks)
+    if _is_array(first, byte_range.source):
+        yield from array_rows(together, byte_range.source, max_row_bytes=max_line_bytes)
+    else:
+        yield from _rows(together, byte_range, max_line_bytes)
+
+
+def _is_array(beginning: bytes, path: str) -> bool:
+    plain = beginning.removeprefix(codecs.BOM_UTF8).lstrip(JSON_WHITESPACE)
+    return plain.startswith(b"[") and (suffix_of(path).kind == ".json" or _ARRAY.match(plain) is not None)
+
+
+def _rows(chunks: Iterator[bytes], byte_range: ByteRange, max_line_bytes: int) -> Iterator[Row]:
+    source, number = byte_range.source, byte_range.first_line
+    try:
+        for data, size, ended in _split(chunks, max_line_bytes):
+            if number == 1:
+                data = data.removeprefix(codecs.BOM_UTF8)
+                _refuse_one_object(source, data)
+            if size > max_line_bytes:
+                reason = f"the line has {size:,} bytes, more than the {max_line_bytes:,} that one row may have"
+                yield BadRow(source=source, line=number, reason=reason, excerpt=excerpt_of(data))
+            elif data.strip(JSON_WHITESPACE):
+                yield parsed(data, source=source, line=number, ended=ended)
+            number += 1
+    except _BROKEN as error:
+        yield _broken(source, number, error)
+
+
+def _broken(source: str, line: int, error: Exception) -> BadRow:
+    kind = suffix_of(source).compression.removeprefix(".").replace("gz", "gzip")
+    return BadRow(source=source, line=line, reason=f"the {kind} stream breaks off in this line: {error}")
 
 
 def _range_chunks(stream: IO[bytes], byte_range: ByteRange) -> Iterator[bytes]:
+    assert byte_range.end is not None
     stream.seek(byte_range.start)
-    left = byte_range.end - byte_range.start if byte_range.end is not None else None
-    while chunk := stream.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES)):
-        if left is not None:
-            left -= len(chunk)
+    left = byte_range.end - byte_range.start
+    while left and (chunk := stream.read(min(left, CHUNK_BYTES))):
+        left -= len(chunk)
         yield chunk
 
 
-def _gzip_chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=stream) as unzipped:
-        while chunk := unzipped.read1(CHUNK_BYTES):  # `read` would lose what came before a break
+def _chunks(stream: Any, source: str) -> Iterator[bytes]:
+    read = getattr(stream, "read1", stream.read)  # of a compressed file, `read` would lose what came before a break
+    try:
+        while chunk := read(CHUNK_BYTES):
             yield chunk
+    except _BROKEN:
+        raise
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read to its end: {first_line(error)}") from error
 
 
 def _split(chunks: Iterator[bytes], max_line_bytes: int) -> Iterator[tuple[bytes, int, bool]]:
@@ -147,31 +197,11 @@ def _split(chunks: Iterator[bytes], max_line_bytes: int) -> Iterator[tuple[bytes
         yield head, size, False
 
 
-def _parse(source: str, number: int, data: bytes, ended: bool) -> Row:
-    """One line that is not blank as a row, or why it is none."""
-    try:
-        text = data.decode("utf-8")
-        value: Any = _decode_json(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        reason = f"invalid UTF-8 at byte {error.start + 1} of the line"
-    except UnicodeEncodeError:
-        reason = "half of a surrogate pair (\\ud800 … \\udfff) is not a character"
-    except RecursionError:
-        reason = "the JSON is nested too deeply"
-    except ValueError as error:
-        reason = f"not valid JSON: {error}" if ended else f"the file ends inside this line: {error}"
-    else:
-        if isinstance(value, dict):
-            return RawRow(source=source, line=number, value=value)
-        reason = f"a line must be one JSON object, not a {type(value).__name__}"
-    return BadRow(source=source, line=number, reason=reason, excerpt=excerpt_of(data))
-
-
-def _refuse_array(source: str, first_line: bytes) -> None:
-    if source.endswith((".json", ".json.gz")) and first_line.lstrip(JSON_WHITESPACE).startswith(b"["):
-        raise UserError(f"{source}: is one JSON array; write one object per line: jq -c '.[]' {source} > rows.jsonl")
+def _refuse_one_object(source: str, first_line: bytes) -> None:
+    if suffix_of(source).kind == ".json" and first_line.strip(JSON_WHITESPACE) == b"{":
+        raise UserError(
+            f"{source}: is one JSON object over several lines; write one object per line, or an array of objects"
+        )
 
 
 def _line_start(stream: IO[bytes], offset: int) -> int:

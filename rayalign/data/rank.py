@@ -18,11 +18,15 @@ def places(rewards: Sequence[float] | Column) -> Column:
 
 
 def ranked(group: Group, *, by_reward: bool) -> tuple[Group, ...]:
-    """The group with its ``rank``; none where every reward is the same, so that nothing is preferred.
+    """The group with its ``rank``; none where every place is the same, so that nothing is preferred.
 
-    ``by_reward=False`` is a stored pair: chosen before rejected, whatever scores stand beside them.
+    ``by_reward=False`` takes the places that the data gave, or else a stored pair: chosen before rejected, whatever
+    scores stand beside them.
     """
-    rank = places(group.per_candidate["reward"]) if by_reward else np.array([0, 1], np.float32)
+    if by_reward:
+        rank = places(group.per_candidate["reward"])
+    else:
+        rank = places(-group.per_candidate["rank"]) if "rank" in group.per_candidate else np.array([0, 1], np.float32)
     if not rank.any():
         return ()
     return (replace(group, per_candidate={**group.per_candidate, "rank": rank}),)

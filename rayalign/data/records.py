@@ -11,6 +11,8 @@ from typing import Any
 from rayalign.errors import UserError
 
 EXCERPT_CHARACTERS = 200
+QUARANTINE = "quarantine.jsonl"
+"""What files of bad rows are called; no pattern and no folder reads one as data."""
 
 
 class EmptyFile(UserError):
@@ -22,7 +24,7 @@ class EmptyFile(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawRow:
-    """One row as it was written, before anybody asked what it means."""
+    """One row as it was written, before its meaning is looked for."""
 
     source: str
     """The file or dataset, as the user named it."""

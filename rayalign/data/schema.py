@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rayalign.data.records import BadRow, RawRow, excerpt_of
 
@@ -16,6 +16,8 @@ Message = Mapping[str, Any]
 """One turn: ``role``, ``content`` and whatever else the chat template may read (``tool_calls``, ``name`` …)."""
 Turns = tuple[Message, ...]
 MISSING = math.nan
+Preference = Literal["stored", "rewards", "ranks", "unstated", "undecided"]
+"""How candidates are ordered: as they stand, by ``reward``, by ``rank``, not said, or said to be equal (or null)."""
 WEIGHT = "weight"
 """Field of a turn: 0 where it is not to be trained."""
 PLAIN = frozenset({"role", "content"})
@@ -51,8 +53,13 @@ class Example:
     """Its words are a model's or somebody's at a prompt, of no file: whatever stands in them is words."""
     finished: tuple[bool, ...] | None = None
     """Of every candidate: False for one that was cut off, which has no end token; None: all are finished."""
+    preference: Preference = "stored"
     tools: tuple[Fields, ...] | None = None
     template_kwargs: Fields = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    """Columns that hold something and were not read."""
+    metadata: tuple[str, ...] = ()
+    """Further columns that were not read: they describe the row, or repeat it."""
     source: str = ""
     line: int = 0
 
@@ -87,7 +94,7 @@ def text(row: Fields, name: str) -> str:
 
 
 def turns(row: Fields, name: str) -> Turns:
-    value = _decoded(required(row, name), name)
+    value = decoded(required(row, name), name)
     if not isinstance(value, list | tuple):
         raise RowProblem(name, f"{name} must be a list of turns, not a {kind(value)}")
     if not value:
@@ -97,7 +104,7 @@ def turns(row: Fields, name: str) -> Turns:
 
 def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
     """``may_be_empty``: an empty text is an answer too, which ends at once."""
-    value = _decoded(required(row, name), name)
+    value = decoded(required(row, name), name)
     if isinstance(value, str):
         return value if may_be_empty else text(row, name)
     if isinstance(value, list | tuple):
@@ -105,7 +112,7 @@ def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str 
     raise RowProblem(name, f"{name} must be a text or a list of turns, not a {kind(value)}")
 
 
-def _decoded(value: Any, name: str) -> Any:
+def decoded(value: Any, name: str) -> Any:
     """A conversation that is written as JSON text, as a conversation; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -116,7 +123,7 @@ def _decoded(value: Any, name: str) -> Any:
     except ValueError:
         return value
     is_conversation = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
-    return found if is_conversation and any("role" in turn for turn in found) else value
+    return found if is_conversation and any("role" in turn or "from" in turn for turn in found) else value
 
 
 def number(row: Fields, name: str) -> float:

@@ -7,8 +7,9 @@ ends a conversation with the end token of the last answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 
 from rayalign.data.chat import make_chat
 from rayalign.data.closing import closing_template
+from rayalign.data.template import TODAY
 from rayalign.errors import UserError
 
 HEAD = "score"
@@ -43,6 +45,10 @@ class ScalarHead:
     """As ``data.template``."""
     stop: str = "auto"
     """As ``data.stop``."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """As ``data.chat_template_kwargs``; an exported template holds them."""
+    date: date = TODAY
+    """As ``data.date``; an exported template holds it."""
 
 
 def is_scalar(model: PreTrainedModel) -> bool:
@@ -116,7 +122,9 @@ def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
     The padding token must end no answer, or Hugging Face would score the token before the end. Where one is added, the
     embedding grows by a row of zeros.
     """
-    chat = make_chat(tokenizer, template=head.template, stop=head.stop)
+    chat = make_chat(
+        tokenizer, template=head.template, stop=head.stop, template_kwargs=head.template_kwargs, date=head.date
+    )
     tokenizer.chat_template = closing_template(chat)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == chat.end_id:
         tokenizer.add_special_tokens({"pad_token": PADDING})
@@ -130,7 +138,7 @@ def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
     text = model.config.get_text_config()
     text.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     template = "none" if head.template == "none" else "auto"
-    setattr(model.config, WRITTEN, asdict(ScalarHead(template=template, stop=chat.end_text)))
+    setattr(model.config, WRITTEN, {"template": template, "stop": chat.end_text})
 
 
 def written_as(config: PretrainedConfig) -> ScalarHead | None:

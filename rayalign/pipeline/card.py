@@ -144,7 +144,10 @@ def is_hub(name: str | None) -> bool:
 def data_lines(sources: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for source in sources:
         origin = source.get("path") or source.get("function") or ""
-        yield short(origin) + (f", split {source['split']}" if source.get("split") else "")
+        parts = [f"{key} {value}" for key in ("config", "data_dir", "revision") if (value := source.get(key))]
+        split = source.get("split") or ()
+        named = [f"split {split if isinstance(split, str) else ', '.join(split)}"] if split else []
+        yield ", ".join([short(origin), *parts, *named])
     rows = [fact for fact in facts if "rows" in fact]
     if rows:
         yield (

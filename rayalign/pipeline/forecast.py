@@ -20,9 +20,9 @@ from rayalign.errors import UserError
 from rayalign.pipeline.evaluate import evaluated_checkpoints
 from rayalign.pipeline.job import method_of
 from rayalign.pipeline.plan import PlannedRun, drawn_once_spec
+from rayalign.pipeline.reads import shape_of
 from rayalign.pipeline.rollouts import draws_rounds, groups_per_epoch, round_plan
 from rayalign.pipeline.stages import Stages
-from rayalign.pipeline.streams import shape_of
 from rayalign.pipeline.train import finished
 from rayalign.report.status import facts_of, runs
 from rayalign.runtime.worker import TrainJob

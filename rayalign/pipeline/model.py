@@ -11,7 +11,7 @@ from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.budget import Completed, TokenizeSettings
-from rayalign.data.chat import Chat, make_chat
+from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
 from rayalign.engine.actor_critic import of_the_critic
 from rayalign.engine.frozen import ScoringSpec
@@ -23,7 +23,7 @@ from rayalign.imports import source_digest
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import file_digest
 from rayalign.pipeline.artifacts import PENDING, digest_of
-from rayalign.runtime.datasets import TokenizerSpec
+from rayalign.runtime.datasets import TokenizerSpec, load_chat
 from rayalign.runtime.session import Session
 
 CPU_ROW_TOKENS = 2048
@@ -44,7 +44,17 @@ def model_spec(run: RunConfig) -> ModelSpec:
         gradient_checkpointing=model.gradient_checkpointing,
         from_scratch=model.from_scratch,
         seed=run.seed,
-        head=ScalarHead(template=run.data.template, stop=run.data.stop) if scalar else None,
+        head=scalar_head(run) if scalar else None,
+    )
+
+
+def scalar_head(run: RunConfig) -> ScalarHead:
+    """A scalar head, which reads conversations as the run writes them."""
+    return ScalarHead(
+        template=run.data.template,
+        stop=run.data.stop,
+        template_kwargs=run.data.chat_template_kwargs,
+        date=run.data.date,
     )
 
 
@@ -72,7 +82,7 @@ def critic_model(run: RunConfig) -> ModelSpec:
     Raises:
         UserError: ``critic.model`` reads other token ids than the policy.
     """
-    head = ScalarHead(template=run.data.template, stop=run.data.stop)
+    head = scalar_head(run)
     own = run.critic.model if run.critic is not None else None
     if own is None:
         return replace(model_spec(run), compile=run.model.compile, head=head)
@@ -132,6 +142,8 @@ def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerS
             long_prompts=run.data.long_prompts,
             completed=completed,
         ),
+        template_kwargs=run.data.chat_template_kwargs,
+        date=run.data.date,
     )
 
 
@@ -167,10 +179,7 @@ def chat_template(run: RunConfig) -> str | None:
 
 def chat_of(run: RunConfig) -> Chat:
     """How the policy's tokenizer writes conversations in this run."""
-    tokenizer = load_tokenizer(
-        model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
-    )
-    return make_chat(tokenizer, template=run.data.template, stop=run.data.stop)
+    return load_chat(tokenizer_spec(run))
 
 
 def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from rayalign.config.training import OptimConfig
+from rayalign.data.group import Group
 from rayalign.data.select import likelihood, select
-from rayalign.data.tokenize import Outcome, Tokenized
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec
 from rayalign.pipeline.model import CPU_ROW_TOKENS
@@ -19,19 +19,20 @@ from rayalign.pipeline.model import CPU_ROW_TOKENS
 class RowScores:
     """The likelihood of every row so far under one model."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: ModelSpec) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         spec = ScoringSpec(
-            model=ModelSpec(name=model),
+            model=model,
             tokens_per_micro_batch=OptimConfig().tokens_per_micro_batch,
             row_tokens=None if device.type == "cuda" else CPU_ROW_TOKENS,
         )
+        self.name = model.name
         self.model = FrozenModel(spec, device)
         self.scores: list[float] = []
 
-    def add(self, outcomes: Iterable[Outcome]) -> None:
+    def add(self, rows: Iterable[Group]) -> None:
         """Score the rows that training would read; a prompt alone has nothing to score."""
-        groups = [outcome.group for outcome in outcomes if isinstance(outcome, Tokenized) and outcome.group.candidates]
+        groups = [group for group in rows if group.candidates]
         if not groups:
             return
         for group, column in zip(groups, self.model.token_logps(groups), strict=True):

@@ -16,10 +16,11 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.formats import parse_row
 from rayalign.data.group import Group, TokenIds
-from rayalign.data.prepare import Unit, misfit, read_chunks, shaped
+from rayalign.data.origin import Origin, find
+from rayalign.data.prepare import Unit, fitted, parsed, read_chunks, shaped
 from rayalign.data.records import BadRow
+from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
@@ -94,21 +95,19 @@ def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) ->
 
 def read_rankings(files: Sequence[str], chat: Chat, settings: TokenizeSettings) -> Iterator[tuple[list[Group], int]]:
     """(groups with their ranks, answers that were cut), some hundred rows at a time; a bad row is an error."""
-    for file in files:
-        for chunk in read_chunks(Unit(path=file)):
-            examples = [row if isinstance(row, BadRow) else parse_row(row) for row in chunk]
-            for example in examples:
-                if isinstance(example, BadRow):
-                    raise UserError(f"--pairs: {example}")
-                if reason := misfit(example, "ranking"):
-                    raise UserError(f"--pairs: {example.source}:{example.line}: {reason}")
+    for unit in (Unit(path=part.path) for file in files for part in find(Origin(path=file))):
+        for chunk in read_chunks(unit):
+            examples = [fitted(parsed(row, unit), "ranking") for row in chunk]
+            bad = next((own for own in examples if isinstance(own, BadRow)), None)
+            if bad is not None:
+                raise UserError(f"--pairs: {bad}")
             groups: list[Group] = []
             cut = 0
-            for outcome in to_groups([own for own in examples if not isinstance(own, BadRow)], chat, settings):
+            for outcome in to_groups([own for own in examples if isinstance(own, Example)], chat, settings):
                 if isinstance(outcome, BadRow):
                     raise UserError(f"--pairs: {outcome}")
                 assert isinstance(outcome, Tokenized)
-                groups += shaped(outcome.group, "ranking", format=outcome.example.format)
+                groups += shaped(outcome.group, "ranking", preference=outcome.example.preference)
                 cut += sum(tokens > 0 for tokens in outcome.truncation.responses)
             yield groups, cut
 

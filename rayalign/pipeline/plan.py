@@ -20,6 +20,7 @@ from rayalign.manifest import MANIFEST
 from rayalign.methods._base import Method
 from rayalign.pipeline.artifacts import PENDING, refuse_unknown, stage_key
 from rayalign.pipeline.job import make_job, measures_loss, method_of, num_processes
+from rayalign.pipeline.reads import shape_of, with_format
 from rayalign.pipeline.rollouts import (
     chunk_spec,
     fresh_fraction,
@@ -30,7 +31,7 @@ from rayalign.pipeline.rollouts import (
     rollout_stage,
 )
 from rayalign.pipeline.stages import Stages
-from rayalign.pipeline.streams import filter_stage, needs_reference, shape_of, with_format
+from rayalign.pipeline.streams import filter_stage, needs_reference
 from rayalign.pipeline.train import finished
 from rayalign.runtime.lease import holder
 from rayalign.runtime.session import Session

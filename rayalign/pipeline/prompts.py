@@ -7,18 +7,16 @@ from dataclasses import replace
 
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
-from rayalign.data.chat import make_chat
-from rayalign.data.formats import parse_row
-from rayalign.data.prepare import read_chunks
+from rayalign.data.prepare import parsed, read_chunks
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.pipeline.model import tokenizer_spec
 from rayalign.pipeline.stages import Stages, source_units
+from rayalign.runtime.datasets import load_chat
 
 
 def prompt_sets(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
@@ -40,7 +38,7 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
     examples: dict[str, Example] = {}
     for unit in source_units(source, run.data, stages):
         for row in (row for chunk in read_chunks(unit) for row in chunk):
-            found = row if isinstance(row, BadRow) else parse_row(row, format=unit.format, columns=unit.columns)
+            found = parsed(row, unit)
             if isinstance(found, BadRow):
                 raise UserError(f"evaluate.prompts: {found}")
             examples.setdefault(prompt_text(found.prompt), replace(found, candidates=(), columns={}))
@@ -50,8 +48,7 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
 def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
     """The prompts as training writes them."""
     spec = tokenizer_spec(run)
-    tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
-    chat = make_chat(tokenizer, template=spec.template, stop=spec.stop)
+    chat = load_chat(spec)
     examples = list(examples)
     prompts = []
     settings = replace(spec.settings, truncated="keep", long_prompts="cut")  # every prompt is measured

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from rayalign.config.dump import redact
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
+from rayalign.data.content import content_key, plain
+from rayalign.data.origin import Origin, Part, find
 from rayalign.data.prepare import CHUNK_ROWS, Shape, Unit
 from rayalign.data.records import append_quarantine
 from rayalign.data.render import RULES
@@ -27,9 +27,11 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
-from rayalign.manifest import commit, committed
-from rayalign.pipeline.artifacts import Keeper, path_digest
+from rayalign.manifest import commit, committed, read_manifest
+from rayalign.pipeline.artifacts import Keeper
+from rayalign.pipeline.facts import refuse_absent_columns, summary, warning
 from rayalign.pipeline.model import scoring_spec, spec_digest, template_digest, tokenizer_identity, tokenizer_spec
+from rayalign.pipeline.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.reference import LOG_PROBS, score_store
@@ -57,12 +59,15 @@ class Stages:
         """A maker's rows as a JSONL file."""
         assert source.function is not None
         function = source.function
-        inputs = {"function": portable(function), "source": source_digest(function), "arguments": source.arguments}
+        inputs: dict[str, Any] = {"function": portable(function), "source": source_digest(function)}
+        inputs["arguments"] = source.arguments
+        if source.version is not None:
+            inputs["version"] = source.version
 
         def build(directory: Path) -> None:
             make = load_function(function, **source.arguments)
             with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
-                for number, row in enumerate(make(**source.arguments), start=1):
+                for number, row in enumerate(rows_made(function, make, source.arguments), start=1):
                     try:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     except (TypeError, ValueError) as error:
@@ -77,9 +82,9 @@ class Stages:
         units = source_units(source, run.data, self)
         inputs = {
             "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
-            "format": [units[0].format, dict(units[0].columns)],
+            "format": [units[0].format, dict(units[0].columns), units[0].system, dict(units[0].template_kwargs)],
             "tokenizer": tokenizer_identity(run),
-            "template": template_digest(run.data.template),
+            "template": [template_digest(run.data.template), run.data.chat_template_kwargs, str(run.data.date)],
             "stop": run.data.stop,
             "settings": asdict(tokenizer.settings),
             "shape": shape,
@@ -92,13 +97,19 @@ class Stages:
             found = prepare(split_units(units), tokenizer, shape, directory, writers=writers, note=self.artifacts.note)
             append_quarantine(directory / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
+            refuse_absent_columns(source, found)
             shards = [report.shard for report in found.reports if report.shard is not None]
-            facts = summary(found)
+            facts = {"source": source.label, "files": files_of(units)} | summary(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
             commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
 
-        return self.artifacts.stage("tokens", inputs, build)
+        directory = self.artifacts.stage("tokens", inputs, build)
+        manifest = read_manifest(directory)
+        told = warning(source.label, manifest["meta"].get("preparation", {})) if manifest is not None else ""
+        if told:
+            self.artifacts.note(told)
+        return directory
 
     def mismatched(self, store: Path) -> Path:
         """The same examples, each with another prompt's completion beside it (KTO's KL estimate)."""
@@ -195,21 +206,13 @@ def filter_facts(directory: Path) -> dict[str, Any]:
 
 def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:
     """What one entry of ``data.train`` names: files, a dataset, or the rows that a function makes."""
-    path = str(stages.rows(source)) if source.function is not None else str(source.path)
-    is_pattern = any(mark in path for mark in "*?[") and not Path(path).exists()
-    paths = sorted(glob(path)) if is_pattern else [path]
-    if not paths:
-        raise UserError(f"data: no file matches {path}")
-    return [
-        Unit(
-            path=path,
-            split=source.split or "train",
-            revision=source.revision,
-            format=source.format or data.format,
-            columns=source.columns,
-        )
-        for path in paths
-    ]
+    if source.function is None:
+        parts = find(origin_of(source))
+    else:
+        made = str(stages.rows(source))
+        exists = not stages.artifacts.pending(Path(made).parent)
+        parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (Part(path=made),)
+    return [unit_of(part, source, data) for part in parts]
 
 
 def num_writers(units: list[Unit], num_cpus: int) -> int:
@@ -221,12 +224,14 @@ def num_writers(units: list[Unit], num_cpus: int) -> int:
 
 
 def input_digest(unit: Unit) -> str:
-    """What identifies a unit's rows: a file's bytes; a dataset's bytes or name, and its split and revision."""
-    path = Path(unit.path)
-    if path.is_file():
-        return path_digest(path)
-    dataset = path_digest(path) if path.exists() else unit.path
-    return f"{dataset}@{unit.revision}#{unit.split}"
+    """What identifies a unit's rows: its file's content, and which rows of it."""
+    key = content_key(unit.path)
+    return key if unit.first == 0 and unit.last is None else f"{key}[{unit.first}:{unit.last}]"
+
+
+def files_of(units: Sequence[Unit]) -> list[str]:
+    """Every file, by an address without secrets."""
+    return [plain(unit.path) for unit in units]
 
 
 def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
@@ -243,17 +248,3 @@ def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> No
         raise UserError(f"{listed}, more than {limit} allows:\n{named}")
     if not any(report.shard for report in found.reports):
         raise UserError(f"no row is left to train on: {listed}\n{named}")
-
-
-def summary(found: Preparation) -> dict[str, Any]:
-    """The numbers of a preparation: rows = groups' rows + bad + dropped."""
-    return {
-        "rows": found.rows,
-        "bad": len(found.bad),
-        "dropped": sum(report.dropped for report in found.reports),
-        "truncated_prompts": sum(report.truncated_prompts for report in found.reports),
-        "truncated_responses": sum(report.truncated_responses for report in found.reports),
-        "rules": dict(sum((Counter(report.rules) for report in found.reports), Counter())),
-        "shards": sum(report.shard is not None for report in found.reports),
-        "bytes_by_node": found.bytes_by_node,
-    }

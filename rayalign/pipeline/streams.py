@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
-from rayalign.data.prepare import Shape
 from rayalign.data.select import rows_file
 from rayalign.data.store import TokenStore
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
 from rayalign.methods._base import Method
 from rayalign.pipeline.model import model_spec, scoring_spec
+from rayalign.pipeline.reads import COLUMN_FIELDS, needed_columns, shape_of, with_format
 from rayalign.pipeline.rollouts import (
     chunk_spec,
     drawn_once,
@@ -36,16 +35,6 @@ from rayalign.report.formatting import kept
 from rayalign.sources.chunk import ChunkSpec
 from rayalign.sources.off_policy import drawn_rows, order_of
 from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
-
-COLUMN_FIELDS = {
-    "reward": "`rewards`, one number per completion",
-    "label": "`label`",
-    "behavior_logp": "`behavior_logps`, the log-probabilities of whole completions under the policy that drew them "
-    "(one that is cut at data.max_tokens has none); without them write method.behavior: assume_reference if the "
-    "reference drew them (the report repeats it)",
-}
-"""Column → the field of rows that it comes from, for messages."""
-
 
 UNITS = {"one": "completions", "pair": "pairs", "group": "groups", "labelled": "examples"}
 """What a filter counts, by what a method learns from; of what is labelled again, not every group becomes a pair."""
@@ -102,13 +91,6 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
         name=MAIN_STREAM, fresh=fresh, stored=both, fresh_fraction=fresh_fraction(run), groups_per_step=size
     )
     return Main(stream=mixed, steps=steps, chunks=chunks)
-
-
-def shape_of(method: Method) -> Shape:
-    """What the method learns from."""
-    if method.candidates == "one":
-        return "labelled" if "label" in method.needs else "one"
-    return method.candidates
 
 
 def needs_reference(method: Method, run: RunConfig) -> bool:
@@ -192,10 +174,7 @@ def require_columns(
     run: RunConfig, method: Method, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS
 ) -> None:
     """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
-    needed = {*among} & method.needed(run.method.config)
-    if getattr(run.method.config, "behavior", "") == "assume_reference":
-        needed -= {"behavior_logp"}
-    for name in sorted(needed):
+    for name in sorted({*among} & needed_columns(method, run.method.config)):
         lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)
         if lacking:
             raise UserError(
@@ -223,11 +202,6 @@ def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
         )
         for auxiliary in run.auxiliary or ()
     ]
-
-
-def with_format(source: DataSource, term: Literal["reference", "pretrain"]) -> DataSource:
-    """The source in the format of its term; ``data.format`` is that of the rows under test."""
-    return source.model_copy(update={"format": source.format or ("text" if term == "pretrain" else "auto")})
 
 
 def held_out(run: RunConfig, method: Method, source: SourceSpec, stages: Stages) -> SourceSpec:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import ray
 
-from rayalign.data.chat import make_chat
+from rayalign.data.chat import Chat, make_chat
 from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk
 from rayalign.data.records import BadRow
+from rayalign.data.template import TODAY
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.model import load_tokenizer, model_directory
 from rayalign.errors import UserError
@@ -33,6 +36,8 @@ class TokenizerSpec:
     template: str
     stop: str
     settings: TokenizeSettings
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: date = TODAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +67,19 @@ class Written:
     num_bytes: int
 
 
+def load_chat(spec: TokenizerSpec) -> Chat:
+    """The tokenizer, loaded, and how it writes conversations."""
+    tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
+    return make_chat(
+        tokenizer, template=spec.template, stop=spec.stop, template_kwargs=spec.template_kwargs, date=spec.date
+    )
+
+
 class ChunkWriter:
     """One worker of the tokenization stage; loads the tokenizer once."""
 
     def __init__(self, tokenizer: TokenizerSpec, shape: Shape, directory: Path) -> None:
-        loaded = load_tokenizer(
-            model_directory(tokenizer.name, tokenizer.revision), trust_remote_code=tokenizer.trust_remote_code
-        )
-        self.chat = make_chat(loaded, template=tokenizer.template, stop=tokenizer.stop)
+        self.chat = load_chat(tokenizer)
         self.settings = tokenizer.settings
         self.shape: Shape = shape
         self.directory = directory

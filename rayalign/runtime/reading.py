@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from rayalign.data.lines import ByteRange, count_lines, number_ranges, open_binary, plan_ranges
+from rayalign.config.suffixes import LINES
+from rayalign.data.files import suffix_of
+from rayalign.data.lines import ByteRange, count_lines, is_whole, number_ranges, plan_ranges, size_of
 from rayalign.data.prepare import Unit, read_chunks
 from rayalign.data.records import Row
-from rayalign.data.tables import LINE_SUFFIXES
 from rayalign.errors import UserError
 from rayalign.runtime.stage import packed
 
@@ -45,15 +46,20 @@ def split_units(units: Iterable[Unit], *, range_bytes: int = RANGE_BYTES) -> lis
     """Large files of lines cut into ranges that different workers read, each knowing its first line's number."""
     split: list[Unit] = []
     for unit in units:
-        ranges = file_ranges(unit.path, range_bytes) if unit.path.endswith(LINE_SUFFIXES) else (None,)
-        split.extend(replace(unit, byte_range=byte_range) for byte_range in ranges)
+        split.extend(replace(unit, byte_range=byte_range) for byte_range in unit_ranges(unit, range_bytes))
     return split
 
 
+def unit_ranges(unit: Unit, range_bytes: int) -> tuple[ByteRange | None, ...]:
+    """The ranges of a unit's file; None alone where it is read as a whole."""
+    counted = unit.first > 0 or unit.last is not None
+    if counted or suffix_of(unit.path).kind not in LINES or is_whole(unit.path):
+        return (None,)
+    return file_ranges(unit.path, range_bytes)
+
+
 def file_ranges(path: str, range_bytes: int) -> tuple[ByteRange, ...]:
-    with open_binary(path) as stream:
-        size = stream.seek(0, 2)
-    ranges = plan_ranges(path, max(1, math.ceil(size / range_bytes)))
+    ranges = plan_ranges(path, max(1, math.ceil(size_of(path) / range_bytes)))
     if len(ranges) == 1:
         return ranges
     count = ray.remote(num_cpus=CPUS)(count_lines)

@@ -353,7 +353,7 @@ def test_reward_models_run_and_a_policy_with_a_head_of_its_own_waits(
             ["evaluate.prompts={path: p.jsonl, weight: 2}"],
             "evaluate.prompts: every row is measured once; remove weight",
         ),
-        (["data.train=[{path: t.jsonl, split: test}]"], "data.train[0]: split and revision belong to a dataset"),
+        (["data.train=[{path: t.jsonl, split: test}]"], "data.train[0]: split belongs to a dataset"),
         (["data.train=[{path: ./d, columns: {promt: q}}]"], "data.train[0].columns.promt: no row has a field 'promt'"),
         (["model.name=./folder", "model.revision=main"], "model.revision: is of a model on the hub"),
         (["name=artifacts"], "name: artifacts is the folder of the stages"),

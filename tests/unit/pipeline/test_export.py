@@ -126,7 +126,7 @@ def make_store(folder: Path, rows: list[dict[str, Any]], shape: Shape, *, templa
     groups: list[Group] = []
     for example, outcome in zip(examples, to_groups(examples, chat, TokenizeSettings()), strict=True):  # type: ignore[arg-type]
         assert isinstance(outcome, Tokenized), outcome
-        groups += shaped(outcome.group, shape, format=example.format)  # type: ignore[union-attr]
+        groups += shaped(outcome.group, shape, preference=example.preference)  # type: ignore[union-attr]
     directory = folder / f"tokens-{shape}"
     prompts = [example.prompt for example in examples]  # type: ignore[union-attr]
     shard = write_shard(directory, "shard", groups, prompts=prompts)

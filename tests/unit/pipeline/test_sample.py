@@ -67,7 +67,7 @@ def test_what_cannot_be_sampled_is_refused(model: Path, tmp_path: Path) -> None:
         sample([str(model)], None, PARAMS, interactive=False, console=console)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match="the file is empty"):
         sample([str(model)], empty, PARAMS, interactive=False, console=console)
     with pytest.raises(UserError, match="there is no directory"):
         sample([str(tmp_path / "nowhere")], empty, PARAMS, interactive=False, console=console)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_runs import save_tiny
 
 from rayalign.config import load_run
 from rayalign.config.data import DataSource
@@ -14,8 +15,9 @@ from rayalign.data.prepare import Unit
 from rayalign.errors import MissingExtra, UserError
 from rayalign.manifest import commit
 from rayalign.pipeline.artifacts import Artifacts
+from rayalign.pipeline.plan import Plan
+from rayalign.pipeline.reads import with_format
 from rayalign.pipeline.stages import Stages, input_digest, source_units
-from rayalign.pipeline.streams import with_format
 from rayalign.pipeline.train import refuse_unsupported
 from rayalign.runtime.session import Node, Session
 
@@ -36,11 +38,55 @@ def test_the_manifest_of_made_rows_has_no_secret(tmp_path: Path) -> None:
     assert not [path for path in made.parent.rglob("*") if path.is_file() and "sk-planted" in path.read_text()]
 
 
-def test_splits_of_a_dataset_folder_are_different_rows(tmp_path: Path) -> None:
-    (tmp_path / "dataset_dict.json").write_text("{}")
-    units = [Unit(path=str(tmp_path), split=split) for split in ("train", "test")]
-    assert input_digest(units[0]) != input_digest(units[1])
-    assert input_digest(units[0]) == input_digest(Unit(path=str(tmp_path), split="train"))
+def test_a_key_is_of_a_files_content_and_of_the_rows_that_are_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a"}\n')
+    whole, same = (Unit(path=str(tmp_path / f"{name}.jsonl")) for name in ("a", "b"))
+    part = Unit(path=whole.path, first=0, last=1)
+    assert input_digest(whole) == input_digest(same) != input_digest(part)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "b"}\n')
+    assert input_digest(whole) != input_digest(same)
+
+
+def test_whatever_changes_tokens_changes_their_key(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
+
+    def key(*settings: str) -> str:
+        run = load_run(None, [f"model.name={model}", "method.name=dpo", f"data.train={rows}", *settings])
+        plan = Plan(root=tmp_path / "artifacts")
+        session = stages_of(tmp_path).session
+        return Stages(artifacts=plan, session=session).tokens(run.data.train[0], run, "pair").name
+
+    source = f"data.train=[{{path: {rows}, %s}}]"
+    keys = [
+        key(*settings)
+        for settings in (
+            [],
+            ["data.system=Be brief."],
+            ["data.date=2025-01-01"],
+            ["data.chat_template_kwargs={a: 1}"],
+            ["data.format=preference"],
+            [source % "system: Be kind."],
+            [source % "chat_template_kwargs: {a: 1}"],
+            [source % "max_samples: 2"],
+            [source % "columns: {margin: m}"],
+        )
+    ]
+    assert len({*keys}) == len(keys) and key() == keys[0] == key(source % "weight: 2")
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
+    assert key() != keys[0]
+
+
+def test_a_version_makes_rows_again(tmp_path: Path) -> None:
+    """Of what a function reads besides its own file, which nothing else could tell."""
+    (tmp_path / "maker.py").write_text("def rows():\n    yield {'prompt': 'a'}\n")
+    made = [
+        stages_of(tmp_path).rows(DataSource(function=f"{tmp_path}/maker.py:rows", version=version))
+        for version in (None, 1, "2024-05-01", 1)
+    ]
+    assert len({*made}) == 3 and made[1] == made[3]
 
 
 def test_a_folder_with_brackets_is_no_pattern(tmp_path: Path) -> None:

@@ -1,0 +1,11 @@
+"""The formats that rows come in, found by their columns or named: one function each from columns to a body.
+
+``docs/how-to/data.md`` lists them with their columns; a test holds the page to :data:`FORMATS`.
+"""
+
+from rayalign.data.formats.base import Body, Format
+from rayalign.data.formats.detect import FORMATS, detect_format
+from rayalign.data.formats.names import ANSWERS, NUMBERS, best
+from rayalign.data.formats.parse import parse_row
+
+__all__ = ["ANSWERS", "FORMATS", "NUMBERS", "Body", "Format", "best", "detect_format", "parse_row"]

@@ -1,0 +1,196 @@
+"""What ``rayalign check`` is given, files or a run's YAML, as the sources that are checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.load import importable, load_run
+from rayalign.config.method import resolve_method
+from rayalign.config.run import RunConfig
+from rayalign.data.chat import Chat, make_chat
+from rayalign.data.json_rows import parsed
+from rayalign.data.origin import Part, find, is_pattern, matching
+from rayalign.data.prepare import CHUNK_ROWS, Unit, read_chunks
+from rayalign.data.records import Row
+from rayalign.data.tokenize import TokenizeSettings
+from rayalign.engine.model import ModelSpec
+from rayalign.errors import UserError
+from rayalign.imports import load_function
+from rayalign.pipeline.check import Checked, Checking, check
+from rayalign.pipeline.reads import Read, needed_columns, reads, shape_of
+from rayalign.pipeline.units import origin_of, rows_made, unit_of
+
+if TYPE_CHECKING:
+    from rayalign.pipeline.nearness import RowScores
+
+YAML = (".yaml", ".yml")
+OF_SOURCES = ("split", "config", "data_dir", "format", "columns", "max_samples")
+"""Options that are fields of a source."""
+BUDGET = ("max_prompt_tokens", "max_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says; None leaves it to the run, or to the defaults."""
+
+    of_files: Mapping[str, Any] = field(default_factory=dict)
+    """What a YAML would say: by option, only those that were given."""
+    show: int = 0
+    max_bad_fraction: float | None = None
+    quarantine: Path | None = None
+    as_json: bool = False
+
+
+def check_given(given: Sequence[str], options: Options, console: Console) -> int:
+    """Check a run's YAML, with settings behind it, or files. Returns the exit code."""
+    if given[0].endswith(YAML):
+        return check_run(Path(given[0]), given[1:], options, console)
+    return check_files(given, options, console)
+
+
+def check_run(path: Path, overrides: Sequence[str], options: Options, console: Console) -> int:
+    """Check every source that a run reads, as it reads them."""
+    from rayalign.pipeline.model import chat_of, model_spec, tokenizer_spec  # imports Ray, which files do not need
+
+    if options.of_files:
+        name = next(iter(options.of_files)).replace("_", "-")
+        raise UserError(f"--{name} is of files; a run says it in its YAML, or behind it: {path} data.max_tokens=512")
+    run = load_run(path, overrides)
+    sources = [_of_run(read, run, options) for read in reads(run)]
+    how = Checking(
+        chat=chat_of(run),
+        settings=tokenizer_spec(run).settings,
+        show=options.show,
+        held_out=[source for source in sources if source.is_held_out],
+        quarantine=options.quarantine,
+        scores=_scores(model_spec(run)) if run.filter is not None else None,
+        policy_logp_quantile=run.filter.policy_logp_quantile if run.filter is not None else None,
+        as_json=options.as_json,
+    )
+    with importable(path.resolve().parent):
+        return check(sources, how, console)
+
+
+def _of_run(read: Read, run: RunConfig, options: Options) -> Checked:
+    """A source with the limits that ``train`` holds it to."""
+    most = run.data.max_bad_fraction if options.max_bad_fraction is None else options.max_bad_fraction
+    is_strict = read.is_strict or run.data.on_bad_row == "fail"
+    return Checked(
+        title=f"{read.field}: {read.source.path or read.source.function}",
+        path=str(read.source.path or read.source.function),
+        chunks=partial(_chunks, read.source, run.data),
+        shape=read.shape,
+        needs=read.needs,
+        columns=read.source.columns,
+        max_bad_fraction=0.0 if is_strict else most,
+        is_scored=run.filter is not None and read.field.startswith("data.train"),
+        is_held_out=read.field.startswith(("data.eval", "evaluate.prompts")),
+        completed=read.completed,
+    )
+
+
+def check_files(files: Sequence[str], options: Options, console: Console) -> int:
+    """Check files and datasets, by the options alone."""
+    given = options.of_files
+    model, quantile = given.get("model"), given.get("policy_logp_quantile")
+    if model is None and (options.show or "template" in given):
+        raise UserError("--show and --template are about tokens: name the tokenizer's model with --model")
+    if quantile is not None and (model is None or not 0 < quantile < 1):
+        raise UserError("--policy-logp-quantile lies between 0 and 1 and scores rows: name the model with --model")
+    how = Checking(
+        chat=_chat(model, given.get("template", "auto")) if model is not None else None,
+        settings=TokenizeSettings(**{name: given[name] for name in BUDGET if name in given}),
+        show=options.show,
+        held_out=[_of_file(file, options) for file in _each(given.get("eval", ()))],
+        quarantine=options.quarantine,
+        scores=_scores(ModelSpec(name=model)) if model is not None and quantile is not None else None,
+        policy_logp_quantile=quantile,
+        as_json=options.as_json,
+    )
+    return check([_of_file(file, options) for file in _each(files)], how, console)
+
+
+def _each(given: Sequence[str]) -> Iterator[str]:
+    """Every path; of a pattern those that match, or itself where none does."""
+    for path in given:
+        try:
+            found = matching(path) if is_pattern(path) else [path]
+        except UserError:
+            found = [path]
+        yield from found
+
+
+def _of_file(file: str, options: Options) -> Checked:
+    source = _source(file, {name: options.of_files[name] for name in OF_SOURCES if name in options.of_files})
+    method = options.of_files.get("method")
+    record = resolve_method(method) if method else None
+    return Checked(
+        title=file,
+        path=file,
+        chunks=partial(_chunks, source, DataConfig(train=(source,))),
+        shape=shape_of(record) if record else None,
+        needs=needed_columns(record, record.config()) if record else frozenset(),
+        columns=source.columns,
+        max_bad_fraction=options.max_bad_fraction or 0.0,
+        is_scored="policy_logp_quantile" in options.of_files,
+    )
+
+
+def _source(file: str, given: Mapping[str, Any]) -> DataSource:
+    """Raises UserError for an option that no source could have."""
+    try:
+        return DataSource.model_validate({"path": file, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise UserError(f"{f'--{field}: ' if field else ''}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _chat(model: str, template: str) -> Chat:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: no tokenizer there: {error}") from error
+    return make_chat(tokenizer, template=template)
+
+
+def _scores(spec: ModelSpec) -> RowScores:
+    from rayalign.pipeline.nearness import RowScores  # loads torch, which no other check needs
+
+    return RowScores(spec)
+
+
+def _row(source: DataSource, line: int, row: Any) -> Row:
+    """A row of a function, as JSON would hold it."""
+    try:
+        return parsed(json.dumps(row).encode(), source=source.label, line=line)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.function!r}: row {line} cannot be written as JSON: {error}") from error
+
+
+def _chunks(source: DataSource, data: DataConfig) -> Iterator[tuple[Unit, list[Row]]]:
+    """The rows of a source, some hundred at a time, with how they are meant."""
+    if source.function is not None:
+        unit = unit_of(Part(path=source.label), source, data)
+        make = load_function(source.function, **source.arguments)
+        rows = enumerate(rows_made(source.function, make, source.arguments), start=1)
+        made = islice((_row(source, line, row) for line, row in rows), source.max_samples)
+        while chunk := list(islice(made, CHUNK_ROWS)):
+            yield unit, chunk
+        return
+    for part in find(origin_of(source)):
+        unit = unit_of(part, source, data)
+        for chunk in read_chunks(unit):
+            yield unit, chunk
