@@ -63,6 +63,8 @@ class Term:
     over: Over
     """``constant``: divided by nothing; the method has divided already (by an all-reduced statistic, say)."""
     weight: float = 1.0
+    count: Float[Tensor, ""] | None = None
+    """The step's items, where only ``statistics`` know how many count; None: as many as the plan has of ``over``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
