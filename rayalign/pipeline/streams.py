@@ -127,8 +127,10 @@ def stored_stream(
         stores = [stages.tokens(source, run, shape) for source in sources]
         if "mismatched" in method.needs:
             stores = [stages.mismatched(store) for store in stores]
+    # Where the rule makes the labels, a prompt that it has no preference for is left out.
+    made = {"label"} if run.label is not None and run.label.relabel else set()
     for source, store in zip(sources, stores, strict=True):
-        require_columns(run, method, source.label, TokenStore.open(store))
+        require_columns(run, method, source.label, TokenStore.open(store), among=COLUMN_FIELDS.keys() - made)
     return over(
         stores, run, method, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step
     )
