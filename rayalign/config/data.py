@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from rayalign.config.fields import DATA_SUFFIXES, Block, DataPath, FunctionName, TemplatePath, listed
+from rayalign.config.fields import (
+    BY_CONTENT,
+    DATA_SUFFIXES,
+    MAY_CHANGE,
+    Block,
+    DataPath,
+    FunctionName,
+    TemplatePath,
+    listed,
+)
 
 Format = Literal[
     "auto",
@@ -57,23 +66,23 @@ def _source(value: object) -> object:
 class DataSource(Block):
     """One file, dataset or maker of rows; a bare string is short for ``{path: …}``."""
 
-    path: DataPath | None = None
+    path: Annotated[DataPath | None, BY_CONTENT] = None
     """JSONL, JSON or Parquet files (globs allowed), or a dataset on the hub."""
-    function: FunctionName | None = None
+    function: Annotated[FunctionName | None, BY_CONTENT] = None
     """``module:callable``, a maker of rows: a generator of dicts; its module is found beside the YAML."""
-    arguments: dict[str, Any] = {}
+    arguments: Annotated[dict[str, Any], BY_CONTENT] = {}
     """Keyword arguments of ``function``."""
-    split: str | None = None
+    split: Annotated[str | None, BY_CONTENT] = None
     """Of a dataset on the hub, such as train."""
-    revision: str | None = None
+    revision: Annotated[str | None, BY_CONTENT] = None
     """Commit, tag or branch of a dataset on the hub."""
-    columns: dict[Annotated[str, AfterValidator(_column)], str] = {}
+    columns: Annotated[dict[Annotated[str, AfterValidator(_column)], str], BY_CONTENT] = {}
     """Our column → the file's column, where the names differ."""
     weight: float = Field(default=1.0, gt=0)
     """Passes over the source per epoch."""
-    name: str | None = None
+    name: Annotated[str | None, MAY_CHANGE] = None
     """What tables call a set of prompts; null: after its file or function."""
-    format: Format | None = None
+    format: Annotated[Format | None, BY_CONTENT] = None
     """Overrides ``data.format`` for this source."""
 
     @model_validator(mode="after")
@@ -106,23 +115,23 @@ class DataConfig(Block):
 
     train: Annotated[Sources, Field(min_length=1)]
     """What is trained on, or with rollouts whose prompts are completed: one source or a list."""
-    eval: Sources = ()
+    eval: Annotated[Sources, MAY_CHANGE] = ()
     """Held-out pairs: their loss and accuracy are measured along with ``evaluate``."""
-    format: Format = "auto"
+    format: Annotated[Format, BY_CONTENT] = "auto"
     """What the rows are; auto: found by their fields, row by row."""
-    template: TemplatePath = "auto"
+    template: Annotated[TemplatePath, BY_CONTENT] = "auto"
     """auto: the tokenizer's chat template, or plain text where it has none; else a Jinja file."""
     stop: str = "auto"
     """The token that ends a response. auto: what ends a turn in the template."""
-    max_prompt_tokens: int = Field(default=512, ge=1)
+    max_prompt_tokens: Annotated[int, BY_CONTENT] = Field(default=512, ge=1)
     """Longer prompts lose their beginning."""
-    max_tokens: int = Field(default=1024, ge=2)
+    max_tokens: Annotated[int, BY_CONTENT] = Field(default=1024, ge=2)
     """Prompt and response together; longer responses lose their end."""
-    truncated: Literal["keep", "drop", "close"] = "keep"
+    truncated: Annotated[Literal["keep", "drop", "close"], BY_CONTENT] = "keep"
     """A response cut at the limit: train on it without an end token, drop its group, or close it with one."""
-    on_bad_row: Literal["quarantine", "fail"] = "quarantine"
+    on_bad_row: Annotated[Literal["quarantine", "fail"], MAY_CHANGE] = "quarantine"
     """quarantine: write the row and the reason to quarantine.jsonl and go on."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
@@ -29,10 +30,24 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 _FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|[^:]+\.py):[A-Za-z_][\w.]*")
 
 
+class OnResume(Enum):
+    """What happens when a run that has checkpoints is started with another value: see :mod:`rayalign.config.resume`."""
+
+    MAY_CHANGE = "the run resumes: results stay, up to rounding"
+    BY_CONTENT = "the run resumes if what is read stays"
+
+
+MAY_CHANGE, BY_CONTENT = OnResume.MAY_CHANGE, OnResume.BY_CONTENT
+
+
 class Block(BaseModel):
     """A block of the YAML: unknown keys are errors and nothing changes after parsing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def unused(self) -> frozenset[str]:
+        """Settings that the others of this block leave without use."""
+        return frozenset()
 
 
 def named(value: object) -> object:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayalign.config.fields import Block, ModelPath
+from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, ModelPath
 
 
 class LoraConfig(Block):
@@ -25,20 +25,20 @@ class LoraConfig(Block):
 class ModelConfig(Block):
     """The policy before the first step, and the reference."""
 
-    name: ModelPath
+    name: Annotated[ModelPath, BY_CONTENT]
     """A folder in Hugging Face layout, or a model on the hub."""
-    revision: str | None = None
+    revision: Annotated[str | None, BY_CONTENT] = None
     """Commit, tag or branch on the hub."""
-    reference: ModelPath | None = None
+    reference: Annotated[ModelPath | None, BY_CONTENT] = None
     """The reference policy; null: the policy before the first step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    compile: bool = False
+    compile: Annotated[bool, MAY_CHANGE] = False
     """true: torch.compile the blocks for training; the first steps compile, which takes a while."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, MAY_CHANGE] = False
     """Run Python code that comes with the model."""
     from_scratch: bool = False
     """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""

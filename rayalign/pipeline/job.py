@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rayalign import __version__
-from rayalign.config.dump import dump
+from rayalign.config import resume
 from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
-from rayalign.engine.checkpoint import Best
+from rayalign.engine.checkpoint import DESCRIBED, Best
 from rayalign.engine.copies import Mirror
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
@@ -31,7 +31,7 @@ from rayalign.pipeline.model import (
     model_spec,
     reference_spec,
     row_tokens,
-    scorer_identity,
+    scorer_content,
     scorer_spec,
     spec_digest,
     stop_ids,
@@ -53,15 +53,6 @@ from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.sources.streams import AnyStream, SourceSpec, round_part, stored_parts
-
-NOT_TRAINING_OPTIM = ("on_nonfinite", "max_skipped_in_a_row")
-"""Of ``optim``: a run that a step has stopped may go on without such steps."""
-
-NOT_TRAINING_MODEL = ("compile",)
-"""Of ``model``: a run may go on after they are changed, as its results do by rounding only."""
-
-NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "resources", "strategy")
-"""Blocks that do not change which model a run ends in; a run may go on after they are changed."""
 
 
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
@@ -168,9 +159,14 @@ def num_processes(run: RunConfig, session: Session) -> int:
 
 
 def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]:
-    """What decides which model the run ends in: another identity does not continue its checkpoints."""
+    """What decides which model the run ends in: another identity does not continue its checkpoints.
+
+    What stands below :data:`~rayalign.engine.checkpoint.DESCRIBED` explains the digests and decides nothing.
+    """
+    settings = resume.identity(run)
     identity = {
-        "configuration": training_configuration(run),
+        "configuration": settings.decides,
+        DESCRIBED: settings.described,
         "data": digest_of(
             [
                 [TokenStore.open(store).digest for part in stored_parts(stream) for store in part.stores]
@@ -189,8 +185,9 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
     kept = [file for stream in streams for part in stored_parts(stream) for file in part.kept]
     if kept:
         identity["kept"] = digest_of([file_digest(file) for file in kept])
-    if run.scorer is not None:
-        identity["scorer"] = digest_of(scorer_identity(scorer_spec(run.scorer)))
+    scorer = scorer_content(scorer_spec(run.scorer)) if run.scorer is not None else None
+    if scorer is not None:
+        identity["scorer"] = scorer
     if run.label is not None and ":" in run.label.name and draws_rounds(run):  # else "data" has what it made
         identity["label"] = source_digest(run.label.name)
     return identity
@@ -290,15 +287,3 @@ def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
         return tuple(step for step in run.evaluate.at if step > 0)
     every = run.evaluate.every or steps
     return tuple(sorted({*range(every, steps + 1, every), steps}))
-
-
-def training_configuration(run: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides which model the run ends in.
-
-    Of paths only their last parts, since the identity has digests of what lies there: a job that is submitted again
-    works in another copy of the folder.
-    """
-    found = {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}
-    optim = {name: value for name, value in found["optim"].items() if name not in NOT_TRAINING_OPTIM}
-    model = {name: value for name, value in found["model"].items() if name not in NOT_TRAINING_MODEL}
-    return {**found, "optim": optim, "model": model}

@@ -10,7 +10,7 @@ import transformers
 
 from rayalign.config.data import DataSource
 from rayalign.config.fields import portable
-from rayalign.config.policy import HybridConfig, LabelConfig
+from rayalign.config.policy import HybridConfig, LabelConfig, unread_parameters
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore
@@ -221,7 +221,8 @@ def groups_per_epoch(spec: ChunkSpec) -> int:
 
 
 def label_identity(spec: LabelSpec) -> Any:
-    return [{**asdict(spec), "name": portable(spec.name)}, source_digest(spec.name) if ":" in spec.name else None]
+    read = {key: value for key, value in asdict(spec).items() if key not in unread_parameters(spec.name)}
+    return [{**read, "name": portable(spec.name)}, source_digest(spec.name) if ":" in spec.name else None]
 
 
 def num_actors(run: RunConfig, auto: int) -> tuple[int, int]:

@@ -181,7 +181,7 @@ class History:
             before = json.loads(path.read_bytes()) if path.exists() else {}
         except ValueError:
             before = {}
-        if before.get("identity") != json.loads(json.dumps(dict(job.spec.identity))):
+        if differences(before.get("identity", {}), job.spec.identity):
             before = {}
         history = cls(started=now, attempts=before.get("attempts", 0), failures=before.get("failures", []))
         if before.get("status") == "running":
