@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rayalign.config.carry import renamed
 from rayalign.config.document import Document, assign
 from rayalign.config.errors import ConfigError, FieldPath, Problem
 from rayalign.config.run import RunConfig
@@ -109,9 +110,12 @@ def _entry(axis: str, value: Any, origin: FieldPath) -> Entry:
 
 
 def _merged(current: Any, value: Any, path: FieldPath) -> Any:
-    """A block that says its name replaces the one before, any other is merged into it; so is every ``model``."""
+    """A block that says its name replaces the one before, but for settings that hold under it; others are merged in.
+
+    So is every ``model``.
+    """
     if not isinstance(value, Mapping) or ("name" in value and path != ("model",)):
-        return copy.deepcopy(value)
+        return copy.deepcopy(renamed(str(path[0]), current, value) if len(path) == 1 else value)
     if isinstance(current, str):
         current = {"name": current}
     if not isinstance(current, Mapping):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayalign.config.document import Document, assign
+from rayalign.config.document import Document, assign, keys_of
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.fields import Block
 from rayalign.config.grid import SECTIONS, Change, Entry, slug
@@ -233,7 +233,7 @@ def _attempt(run: RunConfig, values: Mapping[str, Any], base: Document) -> tuple
     data = run.model_dump(mode="json")
     try:
         for key, value in values.items():
-            assign(data, key.split("."), value)
+            assign(data, keys_of(key), value)
         return parse_run(Document(data=data, directory=base.directory)), ""
     except ConfigError as error:
         return None, "; ".join(f"{problem.field}: {problem.message}" for problem in error.problems)
