@@ -49,6 +49,8 @@ class RoundsConfig(Block):
     """Rounds between the weights that draw and those that train. 0: synchronous; 1: one is drawn while one trains."""
     prompts: Source | None = None
     """null: the prompts of data.train."""
+    max_unlabelled_rounds: Annotated[int, MAY_CHANGE] = Field(default=3, ge=1)
+    """Rounds in a row without any preference, or with equal rewards alone, that end the run: it learns nothing."""
 
 
 class OnPolicyConfig(RoundsConfig):

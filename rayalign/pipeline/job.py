@@ -47,7 +47,7 @@ from rayalign.pipeline.rollouts import (
     takes_turns,
 )
 from rayalign.pipeline.stages import Stages
-from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
+from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, learns_alone, main_stream, needs_reference
 from rayalign.runtime.placement import Share, elastic_share, host
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
@@ -126,6 +126,7 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
     """How the driver draws the rounds of a run while it trains."""
     rounds = round_part(main.stream)
     assert rounds is not None and main.chunks is not None and run.rollout is not None
+    assert run.data_policy.name != "off_policy"
     least, most = num_actors(run, 1)
     return RolloutJob(
         spec=main.chunks,
@@ -138,6 +139,8 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
         direct_weights=run.rollout.transfer == "nixl",
         python=run.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
+        max_unlabelled=run.data_policy.max_unlabelled_rounds,
+        alone=learns_alone(method),
         preparation=preparation(run, method) if method.critic is None else None,
     )
 

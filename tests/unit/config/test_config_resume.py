@@ -49,6 +49,7 @@ TABLE: dict[OnResume | None, list[str]] = {
         *("name", "storage_path", "track", "resources", "reference.place"),
         *("evaluate.*", "checkpoint.*", "strategy.*", "data.eval.*"),
         *(f"{source}.name" for source in SOURCES),
+        *(f"{policy}.max_unlabelled_rounds" for policy in ROUNDS),
         *("data.on_bad_row", "data.max_bad_fraction"),
         *("model.gradient_checkpointing", "model.compile", "model.trust_remote_code"),
         *(f"rollout.{key}" for key in ("actors", "placement", "tensor_parallel", "gpu_memory_utilization")),
