@@ -46,6 +46,7 @@ from rayalign.pipeline.rollouts import (
     preparation,
     takes_turns,
 )
+from rayalign.pipeline.room import refuse_large_groups
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, learns_alone, main_stream, needs_reference
 from rayalign.runtime.placement import Share, elastic_share, host
@@ -71,6 +72,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
         row_tokens=row_tokens(session),
     )
+    refuse_large_groups(run, source)
     spec = TrainSpec(
         directory=directory,
         model=trained_spec(run),
