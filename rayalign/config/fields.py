@@ -10,7 +10,7 @@ import os
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -21,7 +21,10 @@ from pydantic import (
     PlainSerializer,
     SerializationInfo,
     ValidationInfo,
+    model_validator,
 )
+
+from rayalign.methods._fields import refuse_booleans
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".parquet", ".arrow", ".csv", ".txt")
 _MIRRORS = {"s3": {"region", "scheme", "endpoint_override"}, "gs": {"scheme", "endpoint_override"}, "file": set[str]()}
@@ -44,6 +47,11 @@ class Block(BaseModel):
     """A block of the YAML: unknown keys are errors and nothing changes after parsing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, data: Any) -> Any:
+        return refuse_booleans(cls, data)
 
     def unused(self) -> frozenset[str]:
         """Settings that the others of this block leave without use."""

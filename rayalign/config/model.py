@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, ModelPath
+
+
+def _layers(value: object) -> object:
+    """``q_proj,v_proj`` is a list of two; PEFT's ``all-linear`` is every linear layer, which is no list here."""
+    if not isinstance(value, str):
+        return value
+    return () if value in ("all-linear", "all") else tuple(name.strip() for name in value.split(","))
 
 
 class LoraConfig(Block):
@@ -18,8 +25,8 @@ class LoraConfig(Block):
     """An adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is dropped while training."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the layers that get an adapter; empty: every linear layer."""
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_layers)] = ()
+    """Names of the layers that get an adapter; empty, or all-linear: every linear layer."""
 
 
 class ModelConfig(Block):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, Elastic, InputPath, MirrorAddress, ModelPath
 from rayalign.methods.weighting import WPOWeighting
+
+
+def _some_norm(value: object) -> object:
+    if value == 0:
+        raise ValueError("0 would scale every gradient to nothing; write null to clip none")
+    return value
 
 
 class OptimConfig(Block):
@@ -29,8 +35,8 @@ class OptimConfig(Block):
     """A fraction of the steps (below 1) or a number of steps (1 and above)."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the schedule ends, as a fraction of ``lr``."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """A gradient with a larger Euclidean norm is scaled down to it."""
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_some_norm)] = 1.0
+    """A gradient with a larger Euclidean norm is scaled down to it; null: none is."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's decay of the first and of the second moment."""
     eps: float = Field(default=1.0e-8, gt=0)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from rayalign.methods._fields import refuse_booleans
 from rayalign.types import Round, Scored
 
 Need = Literal[
@@ -45,6 +46,11 @@ class MethodConfig(BaseModel):
     """Parameters that every method has. Subclasses add their own; defaults are the paper's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, data: Any) -> Any:
+        return refuse_booleans(cls, data)
 
     logit_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of policy, reference and behavior alike: the temperature that the data were drawn at."""

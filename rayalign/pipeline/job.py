@@ -234,7 +234,7 @@ def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
+        max_grad_norm=optim.max_grad_norm or 0.0,
     )
 
 

@@ -119,7 +119,9 @@ def two_level(values: Matrix, bootstrap: Bootstrap, *, stream: int = 0, rate: bo
     error, df = _standard_error(found.replicates, [found]), len(values) - 1
     if rate:
         cells = values[~np.isnan(values)]
-        variance = max(error**2, float(cells.var()) / len(cells))  # seeds that fail alike are not one: never below chance
+        variance = max(
+            error**2, float(cells.var()) / len(cells)
+        )  # seeds that fail alike are not one: never below chance
         low, high = rate_interval(found.mean, variance, n=n, df=df, level=bootstrap.level)
         return Estimate(mean=found.mean, low=low, high=high, n=n)
     half = quantile((1 + bootstrap.level) / 2, df) * error

@@ -279,7 +279,7 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
     [
         (
             "grid:\n  method:\n    - dpo\n    - {name: ipo, tua: 1}\n",
-            ["compare.yaml:10: method.tua: unknown key; did you mean method.tau?"],
+            ["compare.yaml:10: method.tua: unknown key of ipo; did you mean method.tau?"],
         ),
         (
             "grid:\n  data_policy:\n    - {name: off_policy, as: off}\n    - {name: off_policy, as: 'off'}\n",
