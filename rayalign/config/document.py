@@ -93,11 +93,13 @@ def read_document(path: str | Path) -> Document:
         raise ConfigError([Problem(name, "", f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError:
         raise ConfigError([Problem(name, "", "is not text in UTF-8")]) from None
+    except RecursionError:
+        raise ConfigError([Problem(name, "", "is nested too deeply")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}"
         raise ConfigError([Problem(where, "", f"is not valid YAML: {error.problem}")]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([Problem(name, "", f"is not valid YAML: {error}")]) from None
     if not isinstance(data, dict):
         reader.problems.append(Problem(name, "", "holds no keys; write name: value, one per line"))
@@ -127,12 +129,18 @@ class _Reader:
             if isinstance(node, yaml.SequenceNode):
                 return [self._item(item, item, (*path, index)) for index, item in enumerate(node.value)]
             return self._constructor.construct_object(node)
+        except ValueError as error:
+            self._problem(node, path, f"is no value of YAML: {error}; quote it if it is text")
+            return None
         finally:
             self._open.pop()
 
     def _mapping(self, node: yaml.MappingNode, path: FieldPath) -> dict[str, Any]:
         first_line: dict[str, int] = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(key_node, path, "has a list or a block as a key; write name: value")
+                return {}
             key = key_node.value
             if key in first_line and key != "<<":
                 self._problem(key_node, (*path, key), f"written twice, first in line {first_line[key]}; remove one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,7 +74,21 @@ def _directory(info: ValidationInfo) -> Path | None:
 
 
 def _beside(directory: Path, value: str) -> str:
-    return str((directory / Path(value).expanduser()).resolve())
+    """The absolute path; raises ValueError where it leads nowhere."""
+    try:
+        return str((directory / Path(value).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{value!r} is no path: {error}") from error
+
+
+def _exists(path: Path, *, folder: bool = False) -> bool:
+    """Whether something is there, or a folder; what may not be looked at is."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode) or not folder
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _is_explicit_path(value: str) -> bool:
@@ -88,7 +103,12 @@ def _resolve_path(value: str, info: ValidationInfo) -> str:
 def _resolve_interpreter(value: str, info: ValidationInfo) -> str:
     """Its links stay as they are: the interpreter of a virtual environment is one, and says which environment."""
     directory = _directory(info)
-    return value if directory is None else os.path.normpath(directory / Path(value).expanduser())
+    if directory is None:
+        return value
+    try:
+        return os.path.normpath(directory / Path(value).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{value!r} is no path: {error}") from error
 
 
 def _resolve_data(value: str, info: ValidationInfo) -> str:
@@ -96,7 +116,7 @@ def _resolve_data(value: str, info: ValidationInfo) -> str:
     directory = _directory(info)
     if directory is None or _URI.match(value):
         return value
-    is_file = _is_explicit_path(value) or value.endswith(DATA_SUFFIXES) or (directory / value).exists()
+    is_file = _is_explicit_path(value) or value.endswith(DATA_SUFFIXES) or _exists(directory / value)
     return _beside(directory, value) if is_file else value
 
 
@@ -105,7 +125,7 @@ def resolve_model(value: str, info: ValidationInfo) -> str:
     directory = _directory(info)
     if directory is None or _URI.match(value):
         return value
-    return _beside(directory, value) if _is_explicit_path(value) or (directory / value).is_dir() else value
+    return _beside(directory, value) if _is_explicit_path(value) or _exists(directory / value, folder=True) else value
 
 
 def check_function(value: str, info: ValidationInfo) -> str:

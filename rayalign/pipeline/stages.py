@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -22,7 +22,7 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.errors import UserError
+from rayalign.errors import UserError, first_line
 from rayalign.imports import load_function, source_digest
 from rayalign.manifest import commit, committed
 from rayalign.pipeline.artifacts import Keeper, path_digest
@@ -59,7 +59,7 @@ class Stages:
         def build(directory: Path) -> None:
             make = load_function(function, **source.arguments)
             with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
-                for number, row in enumerate(make(**source.arguments), start=1):
+                for number, row in enumerate(rows_made(function, make, source.arguments), start=1):
                     try:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     except (TypeError, ValueError) as error:
@@ -179,6 +179,21 @@ class Stages:
             prepare_columns(opened, directory, preparation)
 
         return self.artifacts.stage("prepared", inputs, build)
+
+
+def rows_made(name: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> Iterator[Any]:
+    """What the user's maker of rows yields; raises UserError for what it raises, and where it yields nothing."""
+    count = 0
+    try:
+        for row in make(**arguments):
+            count += 1
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # the user's function may raise anything
+        raise UserError(f"{name!r}: row {count + 1}: {type(error).__name__}: {first_line(error)}") from error
+    if not count:
+        raise UserError(f"{name!r} made no row")
 
 
 def filter_facts(directory: Path) -> dict[str, Any]:
