@@ -22,9 +22,9 @@ SHORT = {
 }
 """Keys whose value may be a text, and which key of the block it stands for."""
 _CREDENTIALS = re.compile(
-    r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@"
+    r"://[^/@\s]*:[^/@\s]*@"
     r"|https?://[^/@\s]+@"
-    r"|[a-z][a-z0-9+.-]*://\S*[?&;#](?:[\w.-]*(?:token|secret|password|passwd|key|signature|credential)|sig|auth)=",
+    r"|://\S*[?&;#](?:[\w.-]*(?:token|secret|password|passwd|key|signature|credential)|sig|auth)=",
     re.IGNORECASE,
 )
 """A password, a token as the user's name, or a signed address, wherever in a text: fsspec chains addresses."""

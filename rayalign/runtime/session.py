@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import UserError, first_line
+from rayalign.paths import expanded
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -87,7 +88,7 @@ class Session:
         """Where that folder is or would be; nothing is made."""
         if "://" in path:
             raise UserError(f"storage_path: {path}: this release writes to file systems; mount it and give its folder")
-        folder = Path(path).expanduser()
+        folder = expanded(path, field="storage_path")
         if not folder.is_absolute():
             folder = self._base(path) / folder
         return folder.resolve()
@@ -101,7 +102,7 @@ class Session:
                 f"storage_path: {path} is relative, and on a running cluster nothing says to what: give an absolute "
                 f"path that every node sees, or set {STORAGE_VARIABLE} to one"
             )
-        return Path(base).expanduser()
+        return expanded(base, field=STORAGE_VARIABLE)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
-
 import pytest
-from pydantic import BaseModel
+from settings import leaves
 
 from rayalign.config import load_run
 from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, OnResume
-from rayalign.config.resume import identity, mark_of
+from rayalign.config.resume import identity
 from rayalign.config.run import RunConfig
 
 SOURCES = ("data.train", "auxiliary.data", "data_policy[on_policy].prompts", "data_policy[hybrid].prompts")
@@ -58,25 +55,6 @@ TABLE: dict[OnResume | None, list[str]] = {
         *(f"optim.{key}" for key in ("tokens_per_micro_batch", "on_nonfinite", "max_skipped_in_a_row")),
     ],
 }
-
-
-def leaves(model: type[BaseModel], path: str = "", mark: object = None) -> Iterator[tuple[str, object]]:
-    """Every key below ``model`` and its mark, or that of the block around it."""
-    for name, field in model.model_fields.items():
-        own, inner = mark or mark_of(field.metadata), list(dict.fromkeys(blocks(field.annotation)))
-        if not inner:
-            yield f"{path}{name}", own
-        for block in inner:
-            kind = f"[{block.model_fields['name'].default}]" if len(inner) > 1 else ""
-            yield from leaves(block, f"{path}{name}{kind}.", own)
-
-
-def blocks(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    else:
-        for argument in get_args(annotation):
-            yield from blocks(argument)
 
 
 def test_every_key_is_classified() -> None:
