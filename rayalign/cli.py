@@ -46,12 +46,12 @@ def main() -> None:
         Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(USER_MISTAKE)
     except Stopped as stopped:
-        Console(stderr=True).print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"{stopped}; the same command continues from there", highlight=False, soft_wrap=True)
         sys.exit(stopped.exit_code)
     except SystemExit as ended:
         if ended.code != INTERRUPTED:  # what Typer makes of KeyboardInterrupt
             raise
-        Console(stderr=True).print("stopped; the same command goes on from the newest checkpoint", highlight=False)
+        Console(stderr=True).print("stopped; the same command continues from the newest checkpoint", highlight=False)
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
 
 

@@ -105,7 +105,7 @@ def refuse_unknown(fresh: frozenset[str]) -> None:
     """Raise UserError naming what ``--fresh`` calls a stage and is none."""
     unknown = sorted(fresh - STAGE_VERSIONS.keys())
     if unknown:
-        raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
+        raise UserError(f"--fresh {unknown[0]}: there is no such stage; there are {', '.join(STAGE_VERSIONS)}")
 
 
 def clear(directory: Path) -> None:

@@ -80,4 +80,4 @@ def test_a_command_that_is_ended_at_once_says_how_to_go_on() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 130
-    assert done.stderr == "stopped; the same command goes on from the newest checkpoint\n"
+    assert done.stderr == "stopped; the same command continues from the newest checkpoint\n"
