@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from rayalign import __version__
-from rayalign.errors import Stopped, UserError
+from rayalign.errors import Stopped, UserError, blocked
 
 app = typer.Typer(
     name="rayalign",
@@ -40,11 +40,12 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        from rayalign.report.formatting import printable
-
-        told = f"error: {printable(str(error))}"
-        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(USER_MISTAKE)
+        refuse(error)
+    except OSError as error:
+        told = blocked(error)
+        if told is None:
+            raise
+        refuse(told)
     except Stopped as stopped:
         Console(stderr=True).print(f"{stopped}; the same command continues from there", highlight=False, soft_wrap=True)
         sys.exit(stopped.exit_code)
@@ -53,6 +54,15 @@ def main() -> None:
             raise
         Console(stderr=True).print("stopped; the same command continues from the newest checkpoint", highlight=False)
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
+
+
+def refuse(error: UserError) -> NoReturn:
+    """Say what is wrong and end the process."""
+    from rayalign.report.formatting import printable
+
+    told = f"error: {printable(str(error))}"
+    Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(USER_MISTAKE)
 
 
 def show_version(wanted: bool) -> None:

@@ -181,7 +181,10 @@ def closing_template(chat: Chat) -> str | None:
 
 def _read_template(path: str) -> str:
     with open_binary(path) as stream:
-        return stream.read().decode("utf-8")
+        try:
+            return stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.template: {path} is no text in UTF-8") from error
 
 
 def _turn_tail(tokenizer: Any, template: str | None) -> str:

@@ -249,8 +249,8 @@ def strategy_spec(run: RunConfig) -> StrategySpec:
     strategy = run.strategy
     try:
         config = Path(strategy.config).read_text(encoding="utf-8") if strategy.config else None
-    except OSError as error:
-        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error}") from error
     spec = StrategySpec(
         name=strategy.name,
         reshard_after_forward=strategy.reshard_after_forward,

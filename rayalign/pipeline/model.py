@@ -148,8 +148,13 @@ def tokenizer_identity(run: RunConfig) -> str:
 
 
 def template_digest(template: str) -> str:
-    """``auto`` and ``none`` are themselves, a file is its bytes."""
-    return template if template in ("auto", "none") else file_digest(Path(template))
+    """``auto`` and ``none`` are themselves, a file is its bytes; raises UserError where it cannot be read."""
+    if template in ("auto", "none"):
+        return template
+    try:
+        return file_digest(Path(template))
+    except OSError as error:
+        raise UserError(f"data.template: {template} cannot be read: {error.strerror}") from error
 
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:

@@ -217,7 +217,7 @@ def refuse_unlabelled(stores: Sequence[Path], run: RunConfig, shape: Shape, *, a
     if not any(ledger.teaches(alone=alone) for ledger in ledgers):
         rule = (run.label or LabelConfig()).name
         why = nothing_learned(ledgers, scorer=run.scorer.label, rule=rule, shape=shape)
-        raise UserError(f"{why}: the run would learn nothing. {WHAT_DISTINGUISHES}")
+        raise UserError(f"{why}: the run would learn nothing. Give it {WHAT_DISTINGUISHES}")
 
 
 def groups_per_epoch(spec: ChunkSpec) -> int:

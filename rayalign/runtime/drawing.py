@@ -94,7 +94,7 @@ class Ledger:
         return facts
 
 
-WHAT_DISTINGUISHES = "Raise rollout.samples or rollout.temperature, use a finer scorer or another label rule"
+WHAT_DISTINGUISHES = "more rollout.samples, a higher rollout.temperature, a finer scorer or another label rule"
 
 
 def nothing_learned(ledgers: Sequence[Ledger], *, scorer: str, rule: str, shape: Shape) -> str:

@@ -149,8 +149,8 @@ class Unlabelled:
             return
         in_a_row = f", in {rounds} rounds in a row" if rounds > 1 else ""
         raise UserError(
-            f"{told}{in_a_row}: the run learns nothing. {WHAT_DISTINGUISHES}, or allow more such rounds: "
-            "data_policy.max_unlabelled_rounds"
+            f"{told}{in_a_row}: the run learns nothing. Start one of another name with {WHAT_DISTINGUISHES}; "
+            "or allow more such rounds: data_policy.max_unlabelled_rounds"
         )
 
     def _was_idle(self, number: int) -> bool:

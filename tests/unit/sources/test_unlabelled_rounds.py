@@ -47,8 +47,8 @@ def test_three_rounds_in_a_row_end_the_run(tmp_path: Path, model: Path, file: Pa
     run = make(tmp_path, model, file, method)
     expected = (
         f"round 3/5: no prompt is labelled: {EVERY}, and {why}, in 3 rounds in a row: the run learns nothing. "
-        "Raise rollout.samples or rollout.temperature, use a finer scorer or another label rule, or allow more such "
-        "rounds: data_policy.max_unlabelled_rounds"
+        "Start one of another name with more rollout.samples, a higher rollout.temperature, a finer scorer or another "
+        "label rule; or allow more such rounds: data_policy.max_unlabelled_rounds"
     )
     with pytest.raises(UserError, match=re.escape(expected)):
         run.train()
