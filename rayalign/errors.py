@@ -54,7 +54,7 @@ def blocked(error: BaseException) -> UserError | None:
     """What to say where the file system refuses a path of the user's; None for every other error."""
     if not isinstance(error, OSError) or error.errno not in BLOCKED or error.filename is None:
         return None
-    return UserError(f"{error.filename}: {error.strerror}: {BLOCKED[error.errno]}")
+    return UserError(f"{error.filename2 or error.filename}: {error.strerror}: {BLOCKED[error.errno]}")
 
 
 def first_line(error: BaseException) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+from synthetic_comparison import few_cells
 from workspaces import rayalign
+
+from rayalign.errors import blocked
+from rayalign.report.points import Comparison, save
 
 FILES = {
     "file": b"x",
@@ -94,3 +100,28 @@ def test_doctor_says_what_is_wrong_with_the_storage(place: str, told: str) -> No
     done = rayalign("doctor", "--json", "--storage-path", place)
     assert done.code == 1
     assert told in done.printed
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("file", "file/report: Not a directory: a file stands where a folder is expected"),
+        ("taken", "taken/report/results.json: Is a directory: a folder stands where a file is expected"),
+    ],
+)
+def test_a_report_that_cannot_be_written(folder: Path, out: str, told: str) -> None:
+    save(Comparison.model_validate(few_cells()), folder / "comparison")
+    (folder / "taken" / "report" / "results.json").mkdir(parents=True)
+    done = rayalign("report", "comparison", "--out", out)
+    assert (done.code, told in done.printed, "Traceback" in done.printed) == (2, True, False), done.printed
+
+
+def test_a_read_only_file_system_is_a_sentence() -> None:
+    told = blocked(OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/runs/x"))
+    assert str(told) == (
+        "/mnt/runs/x: Read-only file system: mount that file system for writing, or name another place"
+    )
+    assert "give a shorter name" in str(blocked(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300)))
+    assert blocked(OSError(errno.EROFS, "of no path")) is None
+    assert blocked(FileNotFoundError(errno.ENOENT, "a bug", "x")) is None
+    assert blocked(ValueError("x")) is None
