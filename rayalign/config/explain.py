@@ -90,6 +90,9 @@ def _lines(
         if len(path) == 1 and (parameter := _parameter(str(path[0]), document)):
             yield path, f"{UNKNOWN}; {parameter}"
             return
+        if isinstance(value, Mapping) and (close := _near(str(path[-1]), value, _fields_of(blocks))):
+            yield path, f"{UNKNOWN}; did you mean {dotted((*path[:-1], close))}?"
+            return
         for own, said in foreign.answered(path, value):
             said = said or _guess(own, document.get(own), blocks if own == path else (), model)
             yield own, f"{UNKNOWN}; {said}" if said else UNKNOWN
@@ -209,14 +212,14 @@ def _unknown_parameter(key: str, document: Document) -> str:
     ours = foreign.parameter(name, key) or _near(key, document.get(("method", key)), fields)
     if ours:
         return f"{UNKNOWN} of {name}; did you mean method.{ours}?"
-    return f"{UNKNOWN} of {name}; its keys are {', '.join(fields)}"
+    said = foreign.beside_method(key, document.get(("method", key)))
+    return f"{UNKNOWN} of {name}; {said or 'its keys are ' + ', '.join(fields)}"
 
 
 def _guess(path: FieldPath, value: object, blocks: Sequence[Model], model: Model) -> str:
     """The key that was meant: a misspelt one of this block, or one of another block; empty where none fits."""
     key = str(path[-1])
-    fields = {name: field for block in blocks for name, field in block.model_fields.items()}
-    close = _near(key, value, fields)
+    close = _near(key, value, _fields_of(blocks))
     if close:
         return f"did you mean {dotted((*path[:-1], close))}?"
     if key in COMMON or any(isinstance(part, int) for part in path):
@@ -224,6 +227,10 @@ def _guess(path: FieldPath, value: object, blocks: Sequence[Model], model: Model
     elsewhere = {name: field for name, field in _fields(model, "") if name.rpartition(".")[2] == key}
     fitting = [name for name, field in elsewhere.items() if name != dotted(path) and _fits(value, field)]
     return f"did you mean {fitting[0]}?" if len(fitting) == 1 else ""
+
+
+def _fields_of(blocks: Sequence[Model]) -> dict[str, FieldInfo]:
+    return {name: field for block in blocks for name, field in block.model_fields.items()}
 
 
 def _near(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
@@ -249,7 +256,7 @@ def _is_slip(key: str, name: str) -> bool:
 
 def _fits(value: object, field: FieldInfo) -> bool:
     """Whether a field can have the value."""
-    kind: Any = Annotated[field.annotation, *field.metadata]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     try:
         TypeAdapter(kind).validate_python(value)
     except (ValidationError, UserError):

@@ -146,6 +146,15 @@ def track_advice(value: object) -> str:
     return f"write track: [{', '.join(known)}]" + ("" if known == names else "; tensorboard and wandb are the trackers")
 
 
+def beside_method(key: str, value: object) -> str:
+    """What to write instead of a key that stands among a method's parameters and is none; empty for most."""
+    answer = table().exact(parts_of((key,)))
+    if answer is not None and answer.translates == "method":
+        return method_advice(value)
+    ours = answer.ours if answer is not None else ""
+    return f"did you mean {ours}?" if ours and not ours.startswith("method.") else ""
+
+
 def parameter(method: str, key: str) -> str:
     """What a parameter of others is called in ``method``; empty where it has none like it."""
     return table().parameters.get(method, {}).get(key, "")

@@ -119,6 +119,18 @@ def test_any_value_of_any_key(path: Path) -> None:
             answered(path)
 
 
+def test_any_key_misspelt(path: Path) -> None:
+    draw = random.Random(1)
+    keys = [re.sub(r"\[\w+\]", "", key) for key, _ in leaves(RunConfig)]
+    blocks = [key.rpartition(".")[0] for key in keys if "." in key]
+    for key in dict.fromkeys([*keys, *blocks]):
+        head, _, last = key.rpartition(".")
+        place = draw.randrange(len(last))
+        misspelt = f"{head}.{last[:place]}{last[place + 1 :] or 'x'}".removeprefix(".")
+        path.write_text(yaml.safe_dump(with_value(ON, misspelt, draw.choice([1, "x", {}, {"name": "m"}, ["x"]]))))
+        answered(path)
+
+
 def with_value(document: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     """``document`` with ``value`` at ``key``, such as ``scorer[rule].unit``, in a block of that name."""
     head, _, rest = key.partition(".")

@@ -45,6 +45,17 @@ strategy: {name: single, workers: 4}
             "checkpoint.best.mode: missing; this key is required",
         ),
         ("method: dpo\nsteps: 10", "steps: unknown key; did you mean optim.steps?"),
+        ("method: dpo\noptin: {lr: 1e-6}", "optin: unknown key; did you mean optim?"),
+        ("method: {name: dpo, lr: 1e-6}", "method.lr: unknown key of dpo; did you mean optim.lr?"),
+        ("method: {name: dpo, loss_type: ipo}", "method.loss_type: unknown key of dpo; write method: {name: ipo}"),
+        (
+            "method: Robust-DPO",
+            "method: no method is called 'Robust-DPO'; did you mean robust_dpo? Your own is my_pkg.losses:METHOD",
+        ),
+        (
+            "method: dpo\nreference: other",
+            "reference: 'other' stands where a block of keys is expected; another reference model is model.reference",
+        ),
         ("method: dpo\nbeta: 0.1", "beta: unknown key; did you mean method.beta?"),
         ("method: dpo\nloss_type: exo_pair", "loss_type: unknown key; write method: {name: exo_pref}"),
         ("method: dpo\nloss_type: ipo", "loss_type: unknown key; write method: {name: ipo}"),
