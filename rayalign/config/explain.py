@@ -16,7 +16,9 @@ from rayalign.config import foreign
 from rayalign.config.document import Document
 from rayalign.config.errors import FieldPath, Problem, dotted
 from rayalign.config.method import MethodChoice, resolve_method
+from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
+from rayalign.methods import METHODS
 
 Model = type[BaseModel]
 
@@ -30,6 +32,7 @@ _REQUIRED = {
     "data.train": "say what to train on: train: [pairs.jsonl]",
     "filter.policy_logp_quantile": "say which pairs are kept: policy_logp_quantile: 0.7 is the likeliest 30 %",
     "method": "say how to train: method: {name: dpo}",
+    "tune.over": "say what is tried: over: {optim.lr: [1e-7, 5e-7]}",
     "base": "say what all cells share: base: run.yaml",
     "grid": "say what is compared: grid: {method: [dpo, exo_pref]}",
 }
@@ -162,12 +165,14 @@ def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{_show(value)} must be {words} {context[bound]:g}"
+    if kind == "string_type" and value is None:
+        return "nothing stands where text is expected"
     if kind == "string_type" and isinstance(value, bool):
         return f"{text or _show(value)} is a boolean in YAML; quote it"
     if kind in _KINDS:
         return f"{_show(value)} is not {_KINDS[kind]}"
     if kind == "too_short":
-        return "is an empty list; name at least one"
+        return "is empty; name at least one"
     if kind == "string_too_short":
         return "is empty"
     if kind == "string_pattern_mismatch":
@@ -227,6 +232,15 @@ def _guess(path: FieldPath, value: object, blocks: Sequence[Model], model: Model
     elsewhere = {name: field for name, field in _fields(model, "") if name.rpartition(".")[2] == key}
     fitting = [name for name, field in elsewhere.items() if name != dotted(path) and _fits(value, field)]
     return f"did you mean {fitting[0]}?" if len(fitting) == 1 else ""
+
+
+def setting_meant(key: str, values: Sequence[Any]) -> str:
+    """The setting of a run that is probably meant, such as ``optim.lr`` by ``lr``; empty where none is near."""
+    value = values[0] if values else None
+    if any(key in resolve_method(name).config.model_fields for name in METHODS):
+        return f"method.{key}"
+    said = foreign.advice((key,), value) or _guess((key,), value, [RunConfig], RunConfig)
+    return said.removeprefix("did you mean ").rstrip("?") if said.startswith("did you mean ") else ""
 
 
 def _fields_of(blocks: Sequence[Model]) -> dict[str, FieldInfo]:

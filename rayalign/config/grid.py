@@ -11,6 +11,7 @@ from typing import Any
 from rayalign.config.carry import renamed
 from rayalign.config.document import Document, assign
 from rayalign.config.errors import ConfigError, FieldPath, Problem
+from rayalign.config.explain import setting_meant
 from rayalign.config.run import RunConfig
 
 SECTIONS = frozenset(RunConfig.model_fields) - {"config_version", "name", "storage_path"}
@@ -46,8 +47,9 @@ def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entr
     """
     where = document.place(("grid", axis)).where
     if axis.partition(".")[0] not in SECTIONS:
-        known = ", ".join(sorted(SECTIONS))
-        raise ConfigError([Problem(where, f"grid.{axis}", f"is no setting of a run; an axis is one of {known}")])
+        meant = setting_meant(axis, values)
+        advice = f"did you mean {meant}?" if meant else f"an axis is in one of {', '.join(sorted(SECTIONS))}"
+        raise ConfigError([Problem(where, f"grid.{axis}", f"is no setting of a run; {advice}")])
     entries = [_entry(axis, value, ("grid", axis, index)) for index, value in enumerate(values)]
     problems = []
     for index, entry in enumerate(entries):

@@ -300,7 +300,9 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
             ["compare.yaml:7: seed.low: seed is 5, which has no keys; override it as a whole"],
         ),
         ("grid: {seed: 3}\n", ["compare.yaml:7: grid.seed: 3 is not a list"]),
-        ("grid: {seed: []}\n", ["compare.yaml:7: grid.seed: is an empty list; name at least one"]),
+        ("grid: {seed: []}\n", ["compare.yaml:7: grid.seed: is empty; name at least one"]),
+        ("grid: {beta: [1]}\n", ["compare.yaml:7: grid.beta: is no setting of a run; did you mean method.beta?"]),
+        ("grid: {seeds: [1]}\n", ["compare.yaml:7: grid.seeds: is no setting of a run; did you mean seed?"]),
         ("gird: {seed: [1]}\n", ["compare.yaml: grid: missing; say what is compared: grid: {method: [dpo, exo_pref]}",
                                  "compare.yaml:7: gird: unknown key; did you mean grid?"]),
         (
@@ -331,8 +333,8 @@ def test_a_base_that_is_no_run_is_refused(tmp_path: Path, base: str, messages: l
 
 
 def test_an_unknown_axis_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    (message,) = refusal(tmp_path, "grid: {methods: [dpo]}\n")
-    assert message.startswith("compare.yaml:7: grid.methods: is no setting of a run; an axis is one of auxiliary, ")
+    (message,) = refusal(tmp_path, "grid: {flavours: [dpo]}\n")
+    assert message.startswith("compare.yaml:7: grid.flavours: is no setting of a run; an axis is in one of auxiliary, ")
 
 
 def test_run_and_comparison_are_told_apart(tmp_path: Path) -> None:

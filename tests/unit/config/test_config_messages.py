@@ -145,7 +145,7 @@ def test_one_mistake(refused: Refused, line: str, message: str) -> None:
         ),
         (
             "model: {name: a}\ndata: {train: []}\nmethod: dpo\n",
-            "run.yaml:2: data.train: is an empty list; name at least one",
+            "run.yaml:2: data.train: is empty; name at least one",
         ),
         (
             "model: {name: a}\ndata: {train: [{}]}\nmethod: dpo\n",
