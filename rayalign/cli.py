@@ -52,7 +52,9 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code != INTERRUPTED:  # what Typer makes of KeyboardInterrupt
             raise
-        Console(stderr=True).print("stopped; the same command continues from the newest checkpoint", highlight=False)
+        Console(stderr=True).print(
+            "stopped; the same command continues a run from its newest checkpoint", highlight=False
+        )
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
 
 

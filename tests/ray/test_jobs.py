@@ -159,7 +159,7 @@ def test_sigterm_has_an_exit_code_and_a_second_one_ends_at_once(
     os.kill(driver, signal.SIGTERM)  # the step is held and cannot end
     status, logs = head.wait(job)
     assert status == "FAILED" and head.client().get_job_info(job).driver_exit_code == 130
-    assert logs.rstrip().endswith("stopped; the same command continues from the newest checkpoint")
+    assert logs.rstrip().endswith("stopped; the same command continues a run from its newest checkpoint")
     assert newest_checkpoint(directory).startswith("step_000004-")
 
     job, directory = held(folder, head, "twice")
