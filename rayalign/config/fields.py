@@ -117,6 +117,9 @@ def _resolve_data(value: str, info: ValidationInfo) -> str:
     if directory is None or _URI.match(value):
         return value
     is_file = _is_explicit_path(value) or value.endswith(DATA_SUFFIXES) or _exists(directory / value)
+    if _FUNCTION.fullmatch(value) and not _exists(directory / value):
+        advice = f"write {{function: {value!r}}} for a maker of rows, or {{path: …, split: …}} for a dataset's split"
+        raise ValueError(f"{value!r} is no file or dataset; {advice}")
     return _beside(directory, value) if is_file else value
 
 

@@ -44,6 +44,11 @@ strategy: {name: single, workers: 4}
             "method: dpo\ncheckpoint: {best: {metric: loss}}",
             "checkpoint.best.mode: missing; this key is required",
         ),
+        (
+            "method: dpo\nauxiliary: {data: 'rows.py:make'}",
+            "auxiliary[0].data[0].path: 'rows.py:make' is no file or dataset; write {function: 'rows.py:make'} for a "
+            "maker of rows, or {path: …, split: …} for a dataset's split",
+        ),
         ("method: dpo\nsteps: 10", "steps: unknown key; did you mean optim.steps?"),
         ("method: dpo\noptin: {lr: 1e-6}", "optin: unknown key; did you mean optim?"),
         ("method: {name: dpo, lr: 1e-6}", "method.lr: unknown key of dpo; did you mean optim.lr?"),
