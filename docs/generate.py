@@ -23,7 +23,9 @@ import rayalign.cli
 import rayalign.report.results
 from rayalign.config.compare import CompareConfig
 from rayalign.config.data import Format
+from rayalign.config.fields import OnResume
 from rayalign.config.method import MethodChoice
+from rayalign.config.resume import mark_of
 from rayalign.config.run import RunConfig
 from rayalign.data.formats import FORMATS
 from rayalign.data.formats.base import OF_PAIRS, never
@@ -99,9 +101,34 @@ def configuration_page() -> str:
         "### Every method",
         table(MethodConfig, MethodConfig.model_fields, anchors),
         *(method_section(name, resolve(name), anchors) for name in METHODS),
+        *resuming(),
         *(section(title, model, anchors, "## A comparison" if not title else "") for title, model in comparison),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def resuming() -> list[str]:
+    """What a resumed run may change: see :mod:`rayalign.config.resume`."""
+    lists = (", ".join(f"`{key}`" for key in dict.fromkeys(marked(RunConfig, mark))) for mark in OnResume)
+    may_change, by_content = lists
+    return [
+        "## Settings of a run that is resumed",
+        "With another value of these a run continues, to the same model up to rounding (`.*`: all of the block):"
+        f" {may_change}. So does a run with another value of a setting that the others leave without use.",
+        f"These say where something lies or how it is read; what is read must stay the same: {by_content}.",
+        "Every other setting decides the model that a run ends in: with another value it is another run, which needs"
+        " another `name`.",
+    ]
+
+
+def marked(model: Model, mark: OnResume, path: str = "") -> Iterator[str]:
+    """Keys with this mark; a marked block is named whole."""
+    for key, field in model.model_fields.items():
+        inner, own = list(blocks(field.annotation)), mark_of(field.metadata)
+        if own is mark:
+            yield f"{path}{key}.*" if inner else f"{path}{key}"
+        for block in inner if own is None else ():
+            yield from marked(block, mark, f"{path}{key}.")
 
 
 def walk(model: Model, path: str) -> Iterator[tuple[str, Model]]:

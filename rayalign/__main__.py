@@ -1,5 +1,18 @@
-"""``python -m rayalign`` is the command line."""
+"""``rayalign`` and ``python -m rayalign``: the command line, which Ctrl-C ends without a traceback from the start."""
 
-from rayalign.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Import the command line and run it."""
+    try:
+        from rayalign.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from rayalign import __version__
-from rayalign.errors import Stopped, UserError
+from rayalign.errors import Stopped, UserError, blocked
 
 app = typer.Typer(
     name="rayalign",
@@ -32,6 +33,8 @@ Pairs = Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `la
 Best = Annotated[bool, typer.Option("--best", help="The completion with the highest score, to fine-tune on.")]
 Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
 
+TAKES_SETTINGS = {"ignore_unknown_options": True}
+"""Of commands whose last arguments are settings: ``--lr 1e-6`` comes there too, and is answered like them."""
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
@@ -41,19 +44,31 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        from rayalign.report.formatting import printable
-
-        told = f"error: {printable(str(error))}"
-        Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(USER_MISTAKE)
+        refuse(error)
+    except OSError as error:
+        told = blocked(error)
+        if told is None:
+            raise
+        refuse(told)
     except Stopped as stopped:
-        Console(stderr=True).print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"{stopped}; the same command continues from there", highlight=False, soft_wrap=True)
         sys.exit(stopped.exit_code)
     except SystemExit as ended:
         if ended.code != INTERRUPTED:  # what Typer makes of KeyboardInterrupt
             raise
-        Console(stderr=True).print("stopped; the same command goes on from the newest checkpoint", highlight=False)
+        Console(stderr=True).print(
+            "stopped; the same command continues a run from its newest checkpoint", highlight=False
+        )
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
+
+
+def refuse(error: UserError) -> NoReturn:
+    """Say what is wrong and end the process."""
+    from rayalign.report.formatting import printable
+
+    told = f"error: {printable(str(error))}"
+    Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(USER_MISTAKE)
 
 
 def show_version(wanted: bool) -> None:
@@ -152,7 +167,7 @@ def columns_of(given: Sequence[str]) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-@app.command()
+@app.command(context_settings=TAKES_SETTINGS)
 def train(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
@@ -165,7 +180,7 @@ def train(
     run_train(path, settings, fresh=frozenset(fresh or ()), console=Console())
 
 
-@app.command()
+@app.command(context_settings=TAKES_SETTINGS)
 def generate(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
@@ -180,7 +195,7 @@ def generate(
     run_generate(path, settings, out=out, draws=True, kind=kind_of(pairs, best), console=Console())
 
 
-@app.command()
+@app.command(context_settings=TAKES_SETTINGS)
 def score(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
@@ -213,7 +228,7 @@ def sample(
     run_sample(models, prompts, params, interactive=interactive, console=Console())
 
 
-@app.command()
+@app.command(context_settings=TAKES_SETTINGS)
 def evaluate(
     config: Annotated[
         str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE; with --pairs a reward model's folder.")
@@ -241,7 +256,7 @@ def evaluate(
     run_evaluate(path, settings, console=Console())
 
 
-@app.command()
+@app.command(context_settings=TAKES_SETTINGS)
 def compare(
     config: Annotated[Path, typer.Argument(help="A comparison's YAML.")],
     overrides: Overrides = None,
@@ -256,6 +271,7 @@ def compare(
 
     if pilot is not None and not dry_run:
         raise UserError("--pilot: only a plan is estimated; add --dry-run")
+    refuse_options([str(config), *(overrides or ())])
     run_compare(config, overrides or [], dry_run=dry_run, fresh=frozenset(fresh or ()), console=Console(), pilot=pilot)
 
 
@@ -372,9 +388,23 @@ def kind_of(pairs: bool, best: bool) -> Literal["all", "pairs", "best"]:
 def split_config(config: str | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
     """(YAML or None, settings): the first argument may already be a setting."""
     settings = list(overrides or ())
+    refuse_options([*filter(None, [config]), *settings])
     if config is not None and "=" in config and not Path(config).exists():
         return None, [config, *settings]
     return (Path(config) if config else None), settings
+
+
+def refuse_options(words: Sequence[str]) -> None:
+    """Raise UserError where one is an option that the command does not have, with the setting that is meant."""
+    for word, following in itertools.pairwise([*words, ""]):
+        if word.startswith("-") and not Path(word).exists():
+            from rayalign.config.explain import setting_meant
+
+            option, _, value = word.lstrip("-").partition("=")
+            key = option.replace("-", "_")
+            meant = key if "." in key else setting_meant(key, [])
+            advice = f"write {meant}={value or following}" if meant else "a setting is key=value: optim.lr=1e-6"
+            raise UserError(f"{word}: there is no such option (--help lists them); {advice}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
+
+BLOCKED = {
+    errno.EACCES: "let this user read and write there, or name another place",
+    errno.EPERM: "let this user read and write there, or name another place",
+    errno.EROFS: "mount that file system for writing, or name another place",
+    errno.ENOTDIR: "a file stands where a folder is expected; remove it, or name another place",
+    errno.EEXIST: "a file stands where a folder is expected; remove it, or name another place",
+    errno.EISDIR: "a folder stands where a file is expected; remove it, or name another place",
+    errno.ENOSPC: "free some space there, or name another place",
+    errno.EDQUOT: "free some space there, or name another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What a person can do about an error of the file system, by its number."""
 
 
 class UserError(ValueError):
@@ -34,6 +48,13 @@ def restored(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str,
     error = kind.__new__(kind, *arguments)
     vars(error).update(state)
     return error
+
+
+def blocked(error: BaseException) -> UserError | None:
+    """What to say where the file system refuses a path of the user's; None for every other error."""
+    if not isinstance(error, OSError) or error.errno not in BLOCKED or error.filename is None:
+        return None
+    return UserError(f"{error.filename2 or error.filename}: {error.strerror}: {BLOCKED[error.errno]}")
 
 
 def first_line(error: BaseException) -> str:

@@ -7,13 +7,14 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rayalign.errors import UserError
+from rayalign.errors import UserError, first_line
 
 
 def load_object(name: str) -> Any:
@@ -60,11 +61,23 @@ def _load_module(place: str, name: str) -> ModuleType:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise  # the module exists, but something that it imports does not
+            raise UserError(_failed(name, place, error)) from error  # something that it imports does not exist
         raise UserError(
             f"{name!r}: there is no module {error.name!r}; install it, put it on PYTHONPATH, or name its file: "
             "path/to/file.py:name"
         ) from error
+    except (Exception, SystemExit) as error:  # a module of the user's may do anything when it is imported
+        raise UserError(_failed(name, place, error)) from error
+
+
+def _failed(name: str, place: str, error: BaseException) -> str:
+    """How the import of a user's module went wrong, and in which of its lines."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    if isinstance(error, SyntaxError):
+        where = f" ({error.filename}:{error.lineno})"
+    said = error.msg if isinstance(error, SyntaxError) else first_line(error)
+    return f"{name!r}: {place} cannot be imported: {type(error).__name__}: {said}{where}"
 
 
 def _load_file(path: Path, name: str) -> ModuleType:
@@ -78,6 +91,9 @@ def _load_file(path: Path, name: str) -> ModuleType:
         module = sys.modules[key] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
         try:
             spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[key]
+            raise UserError(_failed(name, str(path), error)) from error
         except BaseException:
             del sys.modules[key]
             raise

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from rayalign.config.budget import BudgetConfig, PricesConfig
+from rayalign.config.carry import not_carried, renamed
 from rayalign.config.document import Document, credentials, override, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
 from rayalign.config.fields import Block
 from rayalign.config.grid import Entry, apply, read_axis
 from rayalign.config.legality import blocks_without_use
-from rayalign.config.load import parse_run
+from rayalign.config.load import importable, parse_run
 from rayalign.config.run import Name, RunConfig
 from rayalign.config.tune import TuneConfig, Tuning, plan_tuning
 
@@ -99,6 +100,8 @@ class Comparison:
     """One per configuration; empty without ``tune``."""
     budget: BudgetConfig | None = None
     prices: PricesConfig | None = None
+    notes: tuple[str, ...] = ()
+    """What its author may not expect."""
 
     @property
     def trial_runs(self) -> tuple[RunConfig, ...]:
@@ -149,6 +152,7 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
         tuning=tuning,
         budget=config.budget,
         prices=config.prices,
+        notes=tuple(not_carried(base.data.get("method"), (run.method.name for run in runnable))),
     )
 
 
@@ -190,7 +194,10 @@ def _run_document(document: Document, key: str, folder: Path, overrides: Iterabl
     value = document.data[key]
     part = read_document(folder / value) if isinstance(value, str) else document.part((key,))
     mine = [text.removeprefix(f"{key}.") for text in overrides if text.startswith(f"{key}.")]
-    return override(part, mine) if mine else part
+    if not mine:
+        return part
+    with importable(part.directory):
+        return override(part, mine, replaced=renamed)
 
 
 def _initial(config: CompareConfig, document: Document, base: Document) -> RunConfig:

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from rayalign.config.fields import Block, DataPath, FunctionName, TemplatePath, listed
+from rayalign.config.fields import (
+    BY_CONTENT,
+    MAY_CHANGE,
+    Block,
+    DataPath,
+    FunctionName,
+    TemplatePath,
+    listed,
+)
 from rayalign.config.suffixes import data_suffix, file_name
 
 Format = Literal[
@@ -82,37 +90,37 @@ def _source(value: object) -> object:
 class DataSource(Block):
     """One file, dataset or maker of rows; a bare string is short for ``{path: …}``."""
 
-    path: DataPath | None = None
+    path: Annotated[DataPath | None, BY_CONTENT] = None
     """JSON, CSV, Parquet or Arrow files (globs and addresses allowed), a folder of them, or a dataset on the Hub."""
-    function: FunctionName | None = None
+    function: Annotated[FunctionName | None, BY_CONTENT] = None
     """``module:callable``, a maker of rows: a generator of dicts; its module is found beside the YAML."""
-    arguments: dict[str, Any] = {}
+    arguments: Annotated[dict[str, Any], BY_CONTENT] = {}
     """Keyword arguments of ``function``."""
-    version: str | int | None = None
+    version: Annotated[str | int | None, BY_CONTENT] = None
     """Stands for what ``function`` reads besides its own file: another version makes the rows again."""
-    config: str | None = None
+    config: Annotated[str | None, BY_CONTENT] = None
     """A configuration of a dataset that has several, such as main; Hugging Face calls it ``name``."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, BY_CONTENT] = None
     """A folder inside a dataset, such as harmless-base."""
-    data_files: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
+    data_files: Annotated[tuple[str, ...], BeforeValidator(listed), BY_CONTENT] = ()
     """Files inside a dataset, globs allowed; they are one split, train."""
-    split: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
+    split: Annotated[tuple[str, ...] | None, BeforeValidator(listed), BY_CONTENT] = None
     """A split of a dataset, several, or slices such as ``train[:10%]``; null: train."""
-    revision: str | None = None
+    revision: Annotated[str | None, BY_CONTENT] = None
     """Commit, tag or branch of a dataset on the Hub; null: the newest commit, which is recorded."""
-    max_samples: int | None = Field(default=None, ge=1)
+    max_samples: Annotated[int | None, BY_CONTENT] = Field(default=None, ge=1)
     """Reads no more than the first so many rows."""
-    columns: dict[Annotated[str, AfterValidator(_column)], str] = {}
+    columns: Annotated[dict[Annotated[str, AfterValidator(_column)], str], BY_CONTENT] = {}
     """Our column → the file's column, where the names differ."""
-    system: str | None = None
+    system: Annotated[str | None, BY_CONTENT] = None
     """Overrides ``data.system`` for this source; an empty text is none."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], BY_CONTENT] = {}
     """Added to ``data.chat_template_kwargs`` for this source."""
     weight: float = Field(default=1.0, gt=0)
     """Passes over the source per epoch."""
-    name: str | None = None
+    name: Annotated[str | None, MAY_CHANGE] = None
     """What tables call a set of prompts; null: after its file or function. A dataset's configuration is ``config``."""
-    format: Format | None = None
+    format: Annotated[Format | None, BY_CONTENT] = None
     """Overrides ``data.format`` for this source."""
 
     @model_validator(mode="after")
@@ -148,34 +156,34 @@ class DataConfig(Block):
 
     train: Annotated[Sources, Field(min_length=1)]
     """What is trained on, or with rollouts whose prompts are completed: one source or a list."""
-    eval: Sources = ()
+    eval: Annotated[Sources, MAY_CHANGE] = ()
     """Held-out pairs: their loss and accuracy are measured along with ``evaluate``."""
-    format: Format = "auto"
+    format: Annotated[Format, BY_CONTENT] = "auto"
     """What the rows are; auto: found by their fields, row by row."""
-    template: TemplatePath = "auto"
+    template: Annotated[TemplatePath, BY_CONTENT] = "auto"
     """auto: the tokenizer's chat template, or plain text where it has none. none: texts of rows are rendered already.
     Else a Jinja file."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], BY_CONTENT] = {}
     """Variables of the template, such as ``enable_thinking: false``; a row's own column of this name wins."""
-    date: datetime.date = datetime.date(2024, 7, 26)
+    date: Annotated[datetime.date, BY_CONTENT] = datetime.date(2024, 7, 26)
     """What templates write that ask for today's date, so that a row has the same tokens every day."""
-    system: str | None = None
+    system: Annotated[str | None, BY_CONTENT] = None
     """Stands before every conversation that has no system turn; a text becomes a conversation by it."""
     stop: str = "auto"
     """The token that ends a response. auto: what ends a turn in the template."""
-    max_prompt_tokens: int = Field(default=512, ge=1)
+    max_prompt_tokens: Annotated[int, BY_CONTENT] = Field(default=512, ge=1)
     """What a prompt keeps at least where prompt and response do not fit: its beginning goes. A rollout's prompt keeps
     no more."""
-    max_tokens: int = Field(default=1024, ge=2)
+    max_tokens: Annotated[int, BY_CONTENT] = Field(default=1024, ge=2)
     """Prompt and response together; beside what the prompt keeps, a longer response loses its end."""
-    truncated: Literal["keep", "drop", "close"] = "keep"
+    truncated: Annotated[Literal["keep", "drop", "close"], BY_CONTENT] = "keep"
     """A response cut at the limit: train on it without an end token, drop its group, or close it with one. drop also
     drops a group whose prompt would be cut."""
-    long_prompts: Literal["cut", "drop"] = "cut"
+    long_prompts: Annotated[Literal["cut", "drop"], BY_CONTENT] = "cut"
     """A prompt that would be cut: cut it, or drop its group."""
-    on_bad_row: Literal["quarantine", "fail"] = "quarantine"
+    on_bad_row: Annotated[Literal["quarantine", "fail"], MAY_CHANGE] = "quarantine"
     """quarantine: write the row and the reason to quarantine.jsonl and go on."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,18 @@ import yaml
 from rayalign.config.errors import ConfigError, FieldPath, Problem, dotted
 
 COMMAND_LINE = "command line"
+_PART = re.compile(r"(?P<key>[^\[\]]*)(?P<items>(?:\[\d+\])*)")
+_ITEM = re.compile(r"\d+")
+SHORT = {
+    **dict.fromkeys(("method", "weighting", "data_policy", "label", "strategy", "scorer", "scorers", "judge"), "name"),
+    **dict.fromkeys(("train", "eval", "prompts"), "path"),
+    "diagnostics": "name",
+}
+"""Keys whose value may be a text, and which key of the block it stands for."""
 _CREDENTIALS = re.compile(
-    r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@"
+    r"://[^/@\s]*:[^/@\s]*@"
     r"|https?://[^/@\s]+@"
-    r"|[a-z][a-z0-9+.-]*://\S*[?&;#](?:[\w.-]*(?:token|secret|password|passwd|key|signature|credential)|sig|auth)=",
+    r"|://\S*[?&;#](?:[\w.-]*(?:token|secret|password|passwd|key|signature|credential)|sig|auth)=",
     re.IGNORECASE,
 )
 """A password, a token as the user's name, or a signed address, wherever in a text: fsspec chains addresses."""
@@ -85,11 +93,13 @@ def read_document(path: str | Path) -> Document:
         raise ConfigError([Problem(name, "", f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError:
         raise ConfigError([Problem(name, "", "is not text in UTF-8")]) from None
+    except RecursionError:
+        raise ConfigError([Problem(name, "", "is nested too deeply")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}"
         raise ConfigError([Problem(where, "", f"is not valid YAML: {error.problem}")]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([Problem(name, "", f"is not valid YAML: {error}")]) from None
     if not isinstance(data, dict):
         reader.problems.append(Problem(name, "", "holds no keys; write name: value, one per line"))
@@ -119,12 +129,18 @@ class _Reader:
             if isinstance(node, yaml.SequenceNode):
                 return [self._item(item, item, (*path, index)) for index, item in enumerate(node.value)]
             return self._constructor.construct_object(node)
+        except ValueError as error:
+            self._problem(node, path, f"is no value of YAML: {error}; quote it if it is text")
+            return None
         finally:
             self._open.pop()
 
     def _mapping(self, node: yaml.MappingNode, path: FieldPath) -> dict[str, Any]:
         first_line: dict[str, int] = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(key_node, path, "has a list or a block as a key; write name: value")
+                return {}
             key = key_node.value
             if key in first_line and key != "<<":
                 self._problem(key_node, (*path, key), f"written twice, first in line {first_line[key]}; remove one")
@@ -149,30 +165,77 @@ class _Reader:
         self.problems.append(Problem(f"{self.name}:{node.start_mark.line + 1}", dotted(path), message))
 
 
-def override(document: Document, overrides: Iterable[str]) -> Document:
+Replace = Callable[[str, Any, Any], Any]
+"""(block, its value before, the value given for it as a whole) → the value that it gets."""
+
+
+def override(
+    document: Document, overrides: Iterable[str], *, replaced: Replace = lambda block, before, given: given
+) -> Document:
     """``document`` with every ``optim.lr=1e-6`` applied; values are YAML.
+
+    What is given of a block is applied after what is given as the block, whatever stands first; of two values for one
+    key the last one holds.
 
     Raises:
         ConfigError: an override is not ``key=value``, or its key leads through a value that has no keys.
     """
-    data, places, problems = _copied(document.data), dict(document.places), []
-    order = 1 + max((place.order for place in places.values()), default=0)
-    for position, text in enumerate(overrides):
+    given, problems = _parsed(overrides, 1 + max((place.order for place in document.places.values()), default=0))
+    data, places = _copied(document.data), dict(document.places)
+    for one in sorted(given, key=lambda one: len(one.keys)):
+        block, value = str(one.keys[0]), one.value
+        if len(one.keys) == 1:
+            value = replaced(block, data.get(block), value)
+        try:
+            path = assign(data, one.keys, value)
+        except ValueError as error:
+            problems[one.place.order] = Problem(COMMAND_LINE, one.text, str(error))
+            continue
+        places = {at: place for at, place in places.items() if at[: len(path)] != path}
+        around = {path[:length]: replace(one.place, text=None) for length in range(1, len(path))}
+        places = {**around, **places, path: one.place}
+    if problems:
+        raise ConfigError(problems[order] for order in sorted(problems))
+    return replace(document, data=data, places=places)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Override:
+    """One ``key=value`` of the command line."""
+
+    text: str
+    """The key as it was written."""
+    keys: list[str | int]
+    value: Any
+    place: Place
+
+
+def _parsed(overrides: Iterable[str], order: int) -> tuple[list[_Override], dict[int, Problem]]:
+    """The overrides, and by their order what is wrong with those that are none."""
+    found, problems = [], {}
+    for number, text in enumerate(overrides, start=order):
         key, equals, written = text.partition("=")
         try:
             if not equals or not key.strip():
                 raise ValueError("is not key=value, such as optim.lr=1e-6")
-            path = assign(data, key.strip().split("."), yaml.safe_load(written))
+            place = Place(COMMAND_LINE, number, written)
+            found.append(_Override(text=key, keys=keys_of(key.strip()), value=yaml.safe_load(written), place=place))
         except yaml.YAMLError:
-            problems.append(Problem(COMMAND_LINE, key, f"{written!r} is not valid YAML; quote it"))
+            problems[number] = Problem(COMMAND_LINE, key, f"{written!r} is not valid YAML; quote it")
         except ValueError as error:
-            problems.append(Problem(COMMAND_LINE, key, str(error)))
-        else:
-            places = {place: value for place, value in places.items() if place[: len(path)] != path}
-            places[path] = Place(COMMAND_LINE, order + position, written)
-    if problems:
-        raise ConfigError(problems)
-    return replace(document, data=data, places=places)
+            problems[number] = Problem(COMMAND_LINE, key, str(error))
+    return found, problems
+
+
+def keys_of(text: str) -> list[str | int]:
+    """``data.train[0].path`` → its parts; raises ValueError for what is no such key."""
+    found: list[str | int] = []
+    for part in text.split("."):
+        match = _PART.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{part!r} is no key; items of a list are counted from 0, as in data.train[0].path")
+        found += [match["key"], *map(int, _ITEM.findall(match["items"]))]
+    return found
 
 
 def _copied(value: Any) -> Any:
@@ -181,29 +244,44 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-def assign(data: dict[str, Any], keys: Sequence[str], value: Any) -> FieldPath:
+def assign(data: dict[str, Any], keys: Sequence[str | int], value: Any) -> FieldPath:
     """Put ``value`` at ``keys``, making the blocks on the way; list items are counted from 0.
 
+    A text that stands for a block (:data:`SHORT`) becomes that block, and a single item the list that it stands for.
     Returns the path. Raises ValueError where ``keys`` leads through a value that has no keys.
     """
     container: Any = data
     path: list[str | int] = []
     for position, key in enumerate(keys):
-        part: str | int = key
+        part: Any = key
         if isinstance(container, list):
-            if not key.isdigit() or int(key) >= len(container):
-                raise ValueError(f"{dotted(tuple(path))} has the items 0 to {len(container) - 1}")
-            part = int(key)
+            part = _item(container, key, tuple(path))
         elif not isinstance(container, dict):
             raise ValueError(f"{dotted(tuple(path))} is {container!r}, which has no keys; override it as a whole")
         path.append(part)
         if position == len(keys) - 1:
             container[part] = value
         else:
-            if isinstance(container, dict) and container.get(key) is None:
-                container[key] = {}
+            current = container[part] if isinstance(container, list) else container.get(part)
+            container[part] = _opened(current, tuple(path), keys[position + 1])
             container = container[part]
     return tuple(path)
+
+
+def _item(items: Sequence[Any], key: str | int, path: FieldPath) -> int:
+    if not (isinstance(key, int) or key.isdigit()) or int(key) >= len(items):
+        raise ValueError(f"{dotted(path)} has the items 0 to {len(items) - 1}")
+    return int(key)
+
+
+def _opened(current: Any, path: FieldPath, key: str | int) -> Any:
+    """The value at ``path``, made ready to hold ``key``."""
+    if isinstance(key, int):
+        return current if isinstance(current, list) else [current]
+    if current is None:
+        return {}
+    named = next(part for part in reversed(path) if isinstance(part, str))
+    return {SHORT[named]: current} if isinstance(current, str) and named in SHORT else current
 
 
 def credentials(document: Document) -> list[Problem]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from rayalign.config import foreign
 from rayalign.config.document import Document
 from rayalign.config.errors import FieldPath, Problem, dotted
 from rayalign.config.method import MethodChoice, resolve_method
+from rayalign.config.run import RunConfig
+from rayalign.errors import UserError
+from rayalign.methods import METHODS
 
 Model = type[BaseModel]
 
+UNKNOWN = "unknown key"
+COMMON = frozenset({"config", "data", "function", "model", "name", "path", "split", "weight"})
+"""Keys that mean something in their block alone: elsewhere they are not taken for those of another block."""
 _REQUIRED = {
     "model": "say which model to train: model: {name: path-or-hub-id}",
     "model.name": "say which model to train: a folder, or a name on the hub",
@@ -23,6 +32,7 @@ _REQUIRED = {
     "data.train": "say what to train on: train: [pairs.jsonl]",
     "filter.policy_logp_quantile": "say which pairs are kept: policy_logp_quantile: 0.7 is the likeliest 30 %",
     "method": "say how to train: method: {name: dpo}",
+    "tune.over": "say what is tried: over: {optim.lr: [1e-7, 5e-7]}",
     "base": "say what all cells share: base: run.yaml",
     "grid": "say what is compared: grid: {method: [dpo, exo_pref]}",
 }
@@ -48,15 +58,56 @@ _KINDS = {
 
 
 def explain(error: ValidationError, document: Document, *, model: Model) -> list[Problem]:
-    """One problem per error of reading ``document`` as ``model``, in the file's order."""
-    found = []
+    """At least one problem per error of reading ``document`` as ``model``, in the file's order."""
+    found: list[tuple[int, Problem, Sequence[Model]]] = []
     for detail in error.errors(include_url=False):
         path, blocks = _locate(model, detail["loc"], document.data)
-        place = document.place(path)
-        message = _sentence(detail, path, blocks, model=model, text=place.text)
-        problem = Problem(place.where, dotted(path), message, illegal=detail["type"] == "illegal")
-        found.append((place.order, problem))
-    return [problem for _, problem in sorted(found, key=lambda item: item[0])]
+        for own, message in _lines(detail, path, blocks, model=model, document=document):
+            place = document.place(own)
+            problem = Problem(place.where, dotted(own), message, illegal=detail["type"] == "illegal")
+            found.append((place.order, problem, blocks))
+    return _with_keys([(problem, blocks) for _, problem, blocks in sorted(found, key=lambda item: item[0])])
+
+
+def _with_keys(found: Sequence[tuple[Problem, Sequence[Model]]]) -> list[Problem]:
+    """The problems; of the unknown keys that nothing is known of, the first one in a block names that block's keys."""
+    told: list[Sequence[Model]] = []
+    problems = []
+    for problem, blocks in found:
+        if problem.message == UNKNOWN and blocks not in told:
+            told.append(blocks)
+            problem = replace(problem, message=f"{UNKNOWN}; the keys here are {', '.join(_keys(blocks))}")
+        problems.append(problem)
+    return problems
+
+
+def _lines(
+    detail: Any, path: FieldPath, blocks: Sequence[Model], *, model: Model, document: Document
+) -> Iterator[tuple[FieldPath, str]]:
+    """(path, message) of an error: one for each key that somebody brought from elsewhere."""
+    value = detail["input"]
+    if detail["type"] == "extra_forbidden":
+        if path[0] == "method" and len(path) == 2:
+            yield path, _unknown_parameter(str(path[1]), document)
+            return
+        if len(path) == 1 and (parameter := _parameter(str(path[0]), document)):
+            yield path, f"{UNKNOWN}; {parameter}"
+            return
+        if isinstance(value, Mapping) and (close := _near(str(path[-1]), value, _fields_of(blocks))):
+            yield path, f"{UNKNOWN}; did you mean {dotted((*path[:-1], close))}?"
+            return
+        for own, said in foreign.answered(path, value):
+            said = said or _guess(own, document.get(own), blocks if own == path else (), model)
+            yield own, f"{UNKNOWN}; {said}" if said else UNKNOWN
+    elif (
+        isinstance(value, Mapping)
+        and detail["type"] == "string_type"
+        and any(said for _, said in foreign.answered(path, value))
+    ):
+        for own, said in foreign.answered(path, value):
+            yield own, f"{UNKNOWN}; {said}" if said else UNKNOWN
+    else:
+        yield path, _sentence(detail, path, text=document.place(path).text)
 
 
 def _locate(model: Model, location: FieldPath, data: Any) -> tuple[FieldPath, list[Model]]:
@@ -82,7 +133,8 @@ def _blocks(annotation: Any, data: Any) -> Iterator[Model]:
     if annotation is MethodChoice:
         choice = data.get("method") if isinstance(data, Mapping) else None
         if isinstance(choice, Mapping) and isinstance(choice.get("name"), str):
-            yield resolve_method(choice["name"]).config
+            with contextlib.suppress(UserError):  # which is one of the problems already
+                yield resolve_method(choice["name"]).config
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     else:
@@ -94,10 +146,8 @@ def _keys(blocks: Sequence[Model]) -> list[str]:
     return list(dict.fromkeys(key for block in blocks for key in block.model_fields))
 
 
-def _sentence(detail: Any, path: FieldPath, blocks: Sequence[Model], *, model: Model, text: str | None) -> str:
+def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key; {_unknown_key(path, value, _keys(blocks), model)}"
     if kind == "missing":
         return f"missing; {_REQUIRED.get(dotted(path), 'this key is required')}"
     if kind in ("literal_error", "union_tag_invalid"):
@@ -108,16 +158,21 @@ def _sentence(detail: Any, path: FieldPath, blocks: Sequence[Model], *, model: M
         return "needs a name: write name first"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         given = "nothing" if value is None else _show(value)
-        return f"{given} stands where a block of keys is expected, such as key: value"
+        instead = foreign.block_advice(path) if value is not None else ""
+        return f"{given} stands where a block of keys is expected" + (
+            f"; {instead}" if instead else ", such as key: value"
+        )
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{_show(value)} must be {words} {context[bound]:g}"
+    if kind == "string_type" and value is None:
+        return "nothing stands where text is expected"
     if kind == "string_type" and isinstance(value, bool):
         return f"{text or _show(value)} is a boolean in YAML; quote it"
     if kind in _KINDS:
         return f"{_show(value)} is not {_KINDS[kind]}"
     if kind == "too_short":
-        return "is an empty list; name at least one"
+        return "is empty; name at least one"
     if kind == "string_too_short":
         return "is empty"
     if kind == "string_pattern_mismatch":
@@ -140,26 +195,100 @@ def _not_one_of(given: object, choices: Sequence[str], text: str | None) -> str:
     return f"{sentence}; did you mean {close[0]}?" if close else sentence
 
 
-def _unknown_key(path: FieldPath, value: object, keys: Sequence[str], model: Model) -> str:
+def _parameter(key: str, document: Document) -> str:
+    """What to write instead of a key at the top that is a parameter of the file's method; empty where it is none."""
+    choice = document.get(("method",))
+    name = choice.get("name") if isinstance(choice, Mapping) else choice
+    if not isinstance(name, str):
+        return ""
+    try:
+        fields = resolve_method(name).config.model_fields
+    except UserError:
+        return ""
+    ours = key if key in fields else foreign.parameter(name, key)
+    return f"did you mean method.{ours}?" if ours else ""
+
+
+def _unknown_parameter(key: str, document: Document) -> str:
+    """What to write instead of a parameter that the method does not have."""
+    choice = document.get(("method",))
+    name = str(choice.get("name")) if isinstance(choice, Mapping) else ""
+    fields = resolve_method(name).config.model_fields
+    ours = foreign.parameter(name, key) or _near(key, document.get(("method", key)), fields)
+    if ours:
+        return f"{UNKNOWN} of {name}; did you mean method.{ours}?"
+    said = foreign.beside_method(key, document.get(("method", key)))
+    return f"{UNKNOWN} of {name}; {said or 'its keys are ' + ', '.join(fields)}"
+
+
+def _guess(path: FieldPath, value: object, blocks: Sequence[Model], model: Model) -> str:
+    """The key that was meant: a misspelt one of this block, or one of another block; empty where none fits."""
     key = str(path[-1])
-    known = foreign.advice(key, value, nested=len(path) > 1)
-    if known:
-        return known
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.65)
+    close = _near(key, value, _fields_of(blocks))
     if close:
-        return f"did you mean {dotted((*path[:-1], close[0]))}?"
-    elsewhere = [field for field in _fields(model, "") if field.rpartition(".")[2] == key]
-    if len(elsewhere) == 1:
-        return f"did you mean {elsewhere[0]}?"
-    return f"the keys here are {', '.join(keys)}"
+        return f"did you mean {dotted((*path[:-1], close))}?"
+    if key in COMMON or any(isinstance(part, int) for part in path):
+        return ""
+    elsewhere = {name: field for name, field in _fields(model, "") if name.rpartition(".")[2] == key}
+    fitting = [name for name, field in elsewhere.items() if name != dotted(path) and _fits(value, field)]
+    return f"did you mean {fitting[0]}?" if len(fitting) == 1 else ""
 
 
-def _fields(model: Model, prefix: str) -> Iterator[str]:
-    """Dotted names of every field of every block below ``model``."""
+def setting_meant(key: str, values: Sequence[Any]) -> str:
+    """The setting of a run that is probably meant, such as ``optim.lr`` by ``lr``; empty where none is near."""
+    value = values[0] if values else None
+    if any(key in resolve_method(name).config.model_fields for name in METHODS):
+        return f"method.{key}"
+    said = foreign.advice((key,), value) or _guess((key,), value, [RunConfig], RunConfig)
+    return said.removeprefix("did you mean ").rstrip("?") if said.startswith("did you mean ") else ""
+
+
+def _fields_of(blocks: Sequence[Model]) -> dict[str, FieldInfo]:
+    return {name: field for block in blocks for name, field in block.model_fields.items()}
+
+
+def _near(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
+    """The field whose name is a slip away and that can have the value; empty for none."""
+    likely = [
+        (difflib.SequenceMatcher(None, key, name).ratio(), name)
+        for name, field in fields.items()
+        if _is_slip(key, name) and _fits(value, field)
+    ]
+    return max(likely, default=(0.0, ""))[1]
+
+
+def _is_slip(key: str, name: str) -> bool:
+    """Whether ``key`` is ``name`` misspelt: nearly the same letters, or one added, left out, changed or transposed."""
+    if difflib.SequenceMatcher(None, key, name).ratio() > 0.8:
+        return True
+    if len(key) == len(name):
+        differing = [place for place in range(len(key)) if key[place] != name[place]]
+        return len(key) > 2 and (len(differing) == 1 or (len(differing) == 2 and sorted(key) == sorted(name)))
+    long, short = max(key, name, key=len), min(key, name, key=len)
+    return any(long[:place] + long[place + 1 :] == short for place in range(len(long)))
+
+
+def _fits(value: object, field: FieldInfo) -> bool:
+    """Whether a field can have the value."""
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except (ValidationError, UserError):
+        return False
+    return True
+
+
+def _fields(model: Model, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted name and field of everything in every block below ``model`` that is no item of a list."""
     for key, field in model.model_fields.items():
-        yield prefix + key
-        for block in dict.fromkeys(_blocks(field.annotation, None)):
-            yield from _fields(block, f"{prefix}{key}.")
+        yield prefix + key, field
+        if not _is_list(field.annotation):
+            for block in dict.fromkeys(_blocks(field.annotation, None)):
+                yield from _fields(block, f"{prefix}{key}.")
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(map(_is_list, get_args(annotation)))
 
 
 def _show(value: object) -> str:

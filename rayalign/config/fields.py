@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -20,9 +22,11 @@ from pydantic import (
     PlainSerializer,
     SerializationInfo,
     ValidationInfo,
+    model_validator,
 )
 
 from rayalign.config.suffixes import data_suffix
+from rayalign.methods._fields import refuse_booleans
 
 _MIRRORS = {"s3": {"region", "scheme", "endpoint_override"}, "gs": {"scheme", "endpoint_override"}, "file": set[str]()}
 """By scheme: what may stand after the question mark."""
@@ -30,10 +34,29 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 _FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|[^:]+\.py):[A-Za-z_][\w.]*")
 
 
+class OnResume(Enum):
+    """What happens when a run that has checkpoints is started with another value: see :mod:`rayalign.config.resume`."""
+
+    MAY_CHANGE = "the run resumes: results stay, up to rounding"
+    BY_CONTENT = "the run resumes if what is read stays"
+
+
+MAY_CHANGE, BY_CONTENT = OnResume.MAY_CHANGE, OnResume.BY_CONTENT
+
+
 class Block(BaseModel):
     """A block of the YAML: unknown keys are errors and nothing changes after parsing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, data: Any) -> Any:
+        return refuse_booleans(cls, data)
+
+    def unused(self) -> frozenset[str]:
+        """Settings that the others of this block leave without use."""
+        return frozenset()
 
 
 def named(value: object) -> object:
@@ -51,7 +74,21 @@ def _directory(info: ValidationInfo) -> Path | None:
 
 
 def _beside(directory: Path, value: str) -> str:
-    return str((directory / Path(value).expanduser()).resolve())
+    """The absolute path; raises ValueError where it leads nowhere."""
+    try:
+        return str((directory / Path(value).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{value!r} is no path: {error}") from error
+
+
+def _exists(path: Path, *, folder: bool = False) -> bool:
+    """Whether something is there, or a folder; what may not be looked at is."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode) or not folder
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _is_explicit_path(value: str) -> bool:
@@ -66,7 +103,12 @@ def _resolve_path(value: str, info: ValidationInfo) -> str:
 def _resolve_interpreter(value: str, info: ValidationInfo) -> str:
     """Its links stay as they are: the interpreter of a virtual environment is one, and says which environment."""
     directory = _directory(info)
-    return value if directory is None else os.path.normpath(directory / Path(value).expanduser())
+    if directory is None:
+        return value
+    try:
+        return os.path.normpath(directory / Path(value).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{value!r} is no path: {error}") from error
 
 
 def _resolve_data(value: str, info: ValidationInfo) -> str:
@@ -75,7 +117,10 @@ def _resolve_data(value: str, info: ValidationInfo) -> str:
     if directory is None or _URI.match(value):
         return value
     is_pattern = any(mark in value for mark in "*?[")
-    is_file = _is_explicit_path(value) or is_pattern or data_suffix(value) is not None or (directory / value).exists()
+    is_file = _is_explicit_path(value) or is_pattern or data_suffix(value) is not None or _exists(directory / value)
+    if _FUNCTION.fullmatch(value) and not _exists(directory / value):
+        advice = f"write {{function: {value!r}}} for a maker of rows, or {{path: …, split: …}} for a dataset's split"
+        raise ValueError(f"{value!r} is no file or dataset; {advice}")
     return _beside(directory, value) if is_file else value
 
 
@@ -84,7 +129,7 @@ def resolve_model(value: str, info: ValidationInfo) -> str:
     directory = _directory(info)
     if directory is None or _URI.match(value):
         return value
-    return _beside(directory, value) if _is_explicit_path(value) or (directory / value).is_dir() else value
+    return _beside(directory, value) if _is_explicit_path(value) or _exists(directory / value, folder=True) else value
 
 
 def check_function(value: str, info: ValidationInfo) -> str:

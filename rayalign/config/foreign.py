@@ -1,203 +1,165 @@
-"""Keys of other trainers, answered with ours: what someone who brings a YAML from elsewhere reads."""
+"""Keys of other trainers, answered with ours: what someone who brings a YAML from elsewhere reads.
+
+The answers stand in ``foreign.yaml``, as does what its entries mean.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from typing import Any
 
-RENAMED: Final[dict[str, str]] = {
-    # transformers TrainingArguments, TRL, alignment-handbook
-    "model_name_or_path": "model.name",
-    "model_revision": "model.revision",
-    "ref_model_name_or_path": "model.reference",
-    "ref_model": "model.reference",
-    "dataset_name": "data.train",
-    "output_dir": "storage_path",
-    "run_name": "name",
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "max_steps": "optim.steps",
-    "num_train_epochs": "optim.epochs",
-    "warmup_steps": "optim.warmup",
-    "warmup_ratio": "optim.warmup",
-    "adam_epsilon": "optim.eps",
-    "eval_steps": "evaluate.every",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "report_to": "track",
-    "torch_dtype": "model.dtype",
-    "use_peft": "model.lora",
-    "max_length": "data.max_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "chat_template": "data.template",
-    "max_completion_length": "rollout.max_new_tokens",
-    "num_generations": "rollout.samples",
-    "use_vllm": "rollout.engine",
-    # OpenRLHF
-    "pretrain": "model.name",
-    "ref_pretrain": "model.reference",
-    "dataset": "data.train",
-    "eval_dataset": "data.eval",
-    "prompt_data": "data_policy.prompts",
-    "save_path": "storage_path",
-    "ckpt_path": "storage_path",
-    "train_batch_size": "optim.groups_per_step",
-    "max_len": "data.max_tokens",
-    "prompt_max_len": "data.max_prompt_tokens",
-    "generate_max_len": "rollout.max_new_tokens",
-    "n_samples_per_prompt": "rollout.samples",
-    "max_epochs": "optim.epochs",
-    "max_norm": "optim.max_grad_norm",
-    "lr_warmup_ratio": "optim.warmup",
-    "adam_betas": "optim.betas",
-    "l2": "optim.weight_decay",
-    "packing_samples": "optim.tokens_per_micro_batch",
-    "lora_rank": "model.lora.rank",
-    "critic_pretrain": "critic.model",
-    "critic_learning_rate": "critic.lr",
-    "value_clip": "method.value_clip",
-    "eps_clip": "method.clip",
-    "init_kl_coef": "method.kl_coef",
-    "lambd": "method.lam",
-    # TRL's PPO
-    "value_model_path": "critic.model",
-    "cliprange": "method.clip",
-    "cliprange_value": "method.value_clip",
-    "num_ppo_epochs": "data_policy.passes",
-    # axolotl
-    "base_model": "model.name",
-    "datasets": "data.train",
-    "test_datasets": "data.eval",
-    "sequence_len": "data.max_tokens",
-    "num_epochs": "optim.epochs",
-    "lr_scheduler": "optim.schedule",
-    "adapter": "model.lora",
-    "lora_r": "model.lora.rank",
-    "lora_alpha": "model.lora.alpha",
-    "lora_dropout": "model.lora.dropout",
-    "lora_target_modules": "model.lora.target_modules",
-    "evals_per_epoch": "evaluate.every",
-    "saves_per_epoch": "checkpoint.every",
-    # parameters of methods, written at the top
-    "beta": "method.beta",
-    "label_smoothing": "method.label_smoothing",
-}
-"""Their key → the field that holds the same thing."""
+import yaml
 
-_BATCH = (
-    "per-device batch × devices × gradient accumulation = optim.groups_per_step; "
-    "memory is bounded by optim.tokens_per_micro_batch"
-)
-_PRECISION = "write model.dtype: bfloat16 | float16 | float32 (parameters and optimizer stay float32)"
-
-EXPLAINED: Final[dict[str, str]] = {
-    "per_device_train_batch_size": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    "train_micro_batch_size": _BATCH,
-    "micro_train_batch_size": _BATCH,
-    "micro_batch_size": _BATCH,
-    "train_batch_size_per_gpu": _BATCH,
-    "per_device_eval_batch_size": "evaluation batches are sized by optim.tokens_per_micro_batch",
-    "batch_size": "write optim.groups_per_step, the number of prompt groups of one step over all workers",
-    "bf16": _PRECISION,
-    "fp16": _PRECISION,
-    "tf32": _PRECISION,
-    "param_dtype": _PRECISION,
-    "loss_type": "the loss is the method: write method: {name: …}",
-    "rl": "the loss is the method: write method: {name: …}",
-    "use_weighting": "write weighting: {name: wpo}, or method: wpo",
-    "vf_coef": "policy and critic have an optimizer each; write critic.lr",
-    "simpo_gamma": "write method: {name: simpo, gamma: …}",
-    "gamma_beta_ratio": "write method: {name: simpo, gamma: …} with gamma = beta × ratio",
-    "cpo_alpha": "write auxiliary: [{name: sft, data: …, weight: …}] (SimPO has none: leave it out)",
-    "rpo_alpha": "write auxiliary: [{name: sft, data: …, weight: …}]",
-    "desirable_weight": "write method: {name: kto, desirable_weight: …}",
-    "undesirable_weight": "write method: {name: kto, undesirable_weight: …}",
-    "num_contrastive": "EXO takes as many candidates as the data have: write method: exo_rw and data.format: ranked",
-    "precompute_ref_log_probs": "reference log-probabilities are always computed once, ahead of training; remove it",
-    "reference_free": "choose a method without reference: simpo, orpo or mpo",
-    "dataset_mixer": "write data.train: [{path: name, weight: fraction}, …]",
-    "dataset_mixture": "write data.train: [{path: id, split: …, columns: …, weight: …}, …]",
-    "dataset_splits": "write data.train: [{path: name, split: …}]",
-    "dataset_config": "write data.train: [{path: name, split: …}]",
-    "dataset_train_split": "write data.train: [{path: name, split: …}]",
-    "dataset_test_split": "write data.eval: [{path: name, split: …}]",
-    "test_split_size": "name held-out data in data.eval; nothing is split off silently",
-    "val_set_size": "name held-out data in data.eval; nothing is split off silently",
-    "prompt_key": "write data.train: [{path: …, columns: {prompt: …}}]",
-    "chosen_key": "write data.train: [{path: …, columns: {chosen: …}}]",
-    "rejected_key": "write data.train: [{path: …, columns: {rejected: …}}]",
-    "truncation_mode": "prompts are cut from the left and responses from the right; see data.truncated",
-    "padding_free": "rows are always packed; remove it",
-    "sample_packing": "rows are always packed; remove it",
-    "packing": "rows are always packed; remove it",
-    "adam": "write optim: {lr: …, betas: […], eps: …}",
-    "adam_beta1": "write optim.betas: [beta1, beta2]",
-    "adam_beta2": "write optim.betas: [beta1, beta2]",
-    "optimizer": "the optimizer is AdamW; write optim: {lr: …, betas: […]}",
-    "logging_steps": "every step is written to metrics.jsonl; remove it",
-    "logging_strategy": "every step is written to metrics.jsonl; remove it",
-    "logging_dir": "logs lie under <storage_path>/<name>; remove it",
-    "eval_strategy": "write evaluate: {every: …}, counted in steps",
-    "evaluation_strategy": "write evaluate: {every: …}, counted in steps",
-    "save_strategy": "write checkpoint: {every: …}, counted in steps",
-    "do_train": "write rayalign train; remove it",
-    "do_eval": "write evaluate: {every: …}; remove it",
-    "data_seed": "one seed orders the data and everything else; remove it",
-    "remove_unused_columns": "columns that are not needed are never read; remove it",
-    "dataloader_num_workers": "the data are prepared by Ray Data; remove it",
-    "preprocessing_num_workers": "the data are prepared by Ray Data; remove it",
-    "attn_implementation": "attention is chosen by model and device; remove it",
-    "flash_attn": "attention is chosen by model and device; remove it",
-    "use_flash_attention_2": "attention is chosen by model and device; remove it",
-    "push_to_hub": "final/ is in Hugging Face layout; upload it with: hf upload",
-    "hub_model_id": "final/ is in Hugging Face layout; upload it with: hf upload",
-    "wandb_project": "write track: [wandb] and set WANDB_PROJECT",
-    "use_wandb": "write track: [wandb] and log in with: wandb login",
-    "resume_from_checkpoint": "a run with the same name continues by itself; remove it",
-    "load_checkpoint": "a run with the same name continues by itself; remove it",
-    "deepspeed": "write strategy: {name: deepspeed, workers: …}",
-    "zero_stage": "write strategy: {name: deepspeed, workers: …}",
-    "fsdp": "write strategy: {name: fsdp2, workers: …}",
-    "fsdp_config": "write strategy: {name: fsdp2, workers: …}",
-    "num_gpus": "write strategy.workers",
-    "ddp_timeout": "collective time-outs are always on; remove it",
-    "load_in_4bit": "weights are trained in float32, not quantised; remove it",
-    "load_in_8bit": "weights are trained in float32, not quantised; remove it",
-    "actor_rollout_ref": "write model, optim, rollout and reference as blocks of their own",
-    "trainer": "write optim, strategy, checkpoint and track as blocks of their own",
-    "algorithm": "write method: {name: …}",
-}
-"""Their key → a sentence, where no single field holds the same thing."""
-
-METHODS: Final[dict[str, str]] = {
-    "sigmoid": "dpo",
-    "exo_pair": "exo_pref",
-    "exo": "exo_pref (labels) or exo_rw (rewards)",
-    "cdpo": "{name: dpo, label_smoothing: …}",
-    "robust": "robust_dpo",
-    "cpo": "dpo or simpo",
-    "rso": "hinge",
-    "rm": "reward_model",
-    "reward": "reward_model",
-    "max_po": "mpo (Maximum Preference Optimization, 2312.16430)",
-    "reinforce++": "reinforce_pp",
-    "reinforce": "reinforce_pp (whitened over the round) or rloo (leave-one-out)",
-    "dr_grpo": "{name: grpo, normalize: dr_grpo}",
-    "dapo": "{name: grpo, normalize: dapo, clip_high: 0.28, kl_coef: 0}",
-}
-"""Values of their ``loss_type``, and other names of methods → ours."""
+from rayalign.config.errors import FieldPath, dotted
 
 
-def advice(key: str, value: object, *, nested: bool) -> str | None:
-    """What to write instead of another trainer's ``key: value``; None for a key that none of them has.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What to write instead of a key."""
 
-    ``nested``: the key stands in a block of ours, where axolotl's ``rl`` would be a slip for ``lr``.
-    """
-    if key == "rl" and nested:
+    ours: str = ""
+    """The field that holds the same thing."""
+    say: str = ""
+    """A sentence, where none does."""
+    translates: str = ""
+    """``method`` or ``track``: the key's value is translated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """``foreign.yaml``, ready to be asked."""
+
+    answers: Mapping[tuple[str, ...], Answer]
+    """By the parts of a key; the first part of one that stands at the top only is ``^``."""
+    patterns: tuple[tuple[tuple[str, ...], Answer], ...]
+    """Those with a ``*``, most parts first."""
+    blocks: Mapping[str, str]
+    trackers: Mapping[str, str]
+    methods: Mapping[str, str]
+    unknown_methods: frozenset[str]
+    parameters: Mapping[str, Mapping[str, str]]
+
+    def exact(self, parts: Sequence[str]) -> Answer | None:
+        """The answer of the longest key that is the end of a path."""
+        if len(parts) == 1 and ("^", parts[0]) in self.answers:
+            return self.answers["^", parts[0]]
+        found = (self.answers.get(tuple(parts[first:])) for first in range(len(parts)))
+        return next((answer for answer in found if answer is not None), None)
+
+    def matched(self, parts: Sequence[str]) -> Answer | None:
+        """The answer of the longest pattern that fits the end of a path."""
+        for pattern, answer in self.patterns:
+            end = parts[-len(pattern) :]
+            if len(end) == len(pattern) and all(map(fnmatchcase, end, pattern)):
+                return answer
         return None
-    if key in ("loss_type", "rl") and isinstance(value, str):
-        ours = METHODS.get(value, value)
-        return f"write method: {ours if ours.startswith('{') else f'{{name: {ours}}}'}"
-    if key in RENAMED:
-        return f"did you mean {RENAMED[key]}?"
-    return EXPLAINED.get(key)
+
+
+@cache
+def table() -> Table:
+    """The table; read once."""
+    text = resources.files("rayalign.config").joinpath("foreign.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(text)
+    answers: dict[tuple[str, ...], Answer] = {}
+    patterns: dict[tuple[str, ...], Answer] = {}
+    for entry in data["answers"]:
+        translates = next((kind for kind in ("method", "track") if entry.get(kind)), "")
+        answer = Answer(ours=entry.get("ours", ""), say=entry.get("say", ""), translates=translates)
+        for key in entry["keys"]:
+            parts = ("^", key[1:]) if key.startswith("^") else tuple(key.split("."))
+            (patterns if "*" in key else answers)[parts] = answer
+    ordered = sorted(patterns.items(), key=lambda item: (-len(item[0]), -len(".".join(item[0]))))
+    return Table(
+        answers=answers,
+        patterns=tuple(ordered),
+        blocks=data["blocks"],
+        trackers={str(key): said for key, said in data["trackers"].items()},
+        methods=data["methods"],
+        unknown_methods=frozenset(data["unknown_methods"]),
+        parameters=data["parameters"],
+    )
+
+
+def advice(path: FieldPath, value: object) -> str | None:
+    """What to write instead of another trainer's ``value`` at ``path``; None for a key that none of them has."""
+    parts = parts_of(path)
+    answer = table().exact(parts) or table().matched(parts)
+    if answer is None or answer.ours == ".".join(parts):
+        return None
+    if answer.translates == "method":
+        return method_advice(value)
+    if answer.translates == "track":
+        return track_advice(value)
+    return f"did you mean {answer.ours}?" if answer.ours else answer.say
+
+
+def answered(path: FieldPath, value: object) -> list[tuple[FieldPath, str | None]]:
+    """(path, answer) of an unknown key, or of everything in it where it is a block without an answer of its own.
+
+    An answer is None where no other trainer has the key.
+    """
+    children = list(_children(path, value))
+    if not children or table().exact(parts_of(path)) is not None:
+        return [(path, advice(path, value))]
+    found = [line for child, item in children for line in answered(child, item)]
+    return found if any(said is not None for _, said in found) else [(path, advice(path, value))]
+
+
+def _children(path: FieldPath, value: object) -> Iterator[tuple[FieldPath, Any]]:
+    if isinstance(value, Mapping):
+        yield from (((*path, str(key)), item) for key, item in value.items())
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        yield from (((*path, index), item) for index, item in enumerate(value))
+
+
+def parts_of(path: FieldPath) -> list[str]:
+    """A path without the places in lists; ``--learning-rate`` is ``learning_rate``."""
+    return [part.removeprefix("--").replace("-", "_") for part in path if isinstance(part, str)]
+
+
+def method_advice(value: object) -> str:
+    """How the loss of another trainer is written here."""
+    from rayalign.methods import METHODS
+
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    for name in map(str, names):
+        if name in table().unknown_methods:
+            return (
+                f"no method here is {name}; see docs/explanation/methods.md, or write one of your own (module:METHOD)"
+            )
+        ours = table().methods.get(name, name if name in METHODS else "")
+        if ours and len(names) == 1:
+            return f"write method: {ours if ours.startswith('{') else f'{{name: {ours}}}'}"
+    return f"the loss is the method: write method: {{name: …}}, one of {' | '.join(METHODS)}"
+
+
+def track_advice(value: object) -> str:
+    """How the trackers of another trainer are written here."""
+    names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
+    if len(names) == 1 and names[0] in table().trackers:
+        return table().trackers[names[0]]
+    known = [name for name in names if name in ("tensorboard", "wandb")]
+    return f"write track: [{', '.join(known)}]" + ("" if known == names else "; tensorboard and wandb are the trackers")
+
+
+def beside_method(key: str, value: object) -> str:
+    """What to write instead of a key that stands among a method's parameters and is none; empty for most."""
+    answer = table().exact(parts_of((key,)))
+    if answer is not None and answer.translates == "method":
+        return method_advice(value)
+    ours = answer.ours if answer is not None else ""
+    return f"did you mean {ours}?" if ours and not ours.startswith("method.") else ""
+
+
+def parameter(method: str, key: str) -> str:
+    """What a parameter of others is called in ``method``; empty where it has none like it."""
+    return table().parameters.get(method, {}).get(key, "")
+
+
+def block_advice(path: FieldPath) -> str:
+    """What to write where others have a plain value for one of our blocks; empty where they have none."""
+    return table().blocks.get(dotted(path), "")

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rayalign.config.carry import renamed
 from rayalign.config.document import Document, assign
 from rayalign.config.errors import ConfigError, FieldPath, Problem
+from rayalign.config.explain import setting_meant
 from rayalign.config.run import RunConfig
 
 SECTIONS = frozenset(RunConfig.model_fields) - {"config_version", "name", "storage_path"}
@@ -45,8 +47,9 @@ def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entr
     """
     where = document.place(("grid", axis)).where
     if axis.partition(".")[0] not in SECTIONS:
-        known = ", ".join(sorted(SECTIONS))
-        raise ConfigError([Problem(where, f"grid.{axis}", f"is no setting of a run; an axis is one of {known}")])
+        meant = setting_meant(axis, values)
+        advice = f"did you mean {meant}?" if meant else f"an axis is in one of {', '.join(sorted(SECTIONS))}"
+        raise ConfigError([Problem(where, f"grid.{axis}", f"is no setting of a run; {advice}")])
     entries = [_entry(axis, value, ("grid", axis, index)) for index, value in enumerate(values)]
     problems = []
     for index, entry in enumerate(entries):
@@ -109,9 +112,12 @@ def _entry(axis: str, value: Any, origin: FieldPath) -> Entry:
 
 
 def _merged(current: Any, value: Any, path: FieldPath) -> Any:
-    """A block that says its name replaces the one before, any other is merged into it; so is every ``model``."""
+    """A block that says its name replaces the one before, but for settings that hold under it; others are merged in.
+
+    So is every ``model``.
+    """
     if not isinstance(value, Mapping) or ("name" in value and path != ("model",)):
-        return copy.deepcopy(value)
+        return copy.deepcopy(renamed(str(path[0]), current, value) if len(path) == 1 else value)
     if isinstance(current, str):
         current = {"name": current}
     if not isinstance(current, Mapping):

@@ -153,6 +153,21 @@ def _label(run: RunConfig, record: Method) -> Iterator[Violation]:
         yield Violation("label.name", f"{what}, and {record.name} learns from preferences; write label: best_worst")
 
 
+def _room(run: RunConfig, record: Method) -> Iterator[Violation]:
+    """The completions of one prompt are trained on together."""
+    if run.rollout is None or run.data_policy.name == "off_policy":
+        return
+    kept = {"one": 2 if "mismatched" in record.needs else 1, "pair": 2}.get(record.candidates, run.rollout.samples)
+    tokens = kept * run.rollout.max_new_tokens
+    if tokens >= run.optim.tokens_per_micro_batch:
+        yield Violation(
+            "optim.tokens_per_micro_batch",
+            f"{run.optim.tokens_per_micro_batch} is too small for {kept} completions of up to rollout.max_new_tokens: "
+            f"{run.rollout.max_new_tokens}, which {record.name} learns from together: write more than {tokens}, room "
+            "for their prompt, or lower rollout.max_new_tokens" + (" or rollout.samples" if kept > 2 else ""),
+        )
+
+
 def _truncated_sampling(run: RunConfig, record: Method) -> Iterator[Violation]:
     if record.refuses_truncated_sampling and run.rollout is not None and run.rollout.top_p < 1:
         yield Violation(
@@ -341,6 +356,7 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _filter,
     _passes,
     _label,
+    _room,
     _truncated_sampling,
     _temperature,
     _prepared,

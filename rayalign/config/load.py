@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from rayalign.config.carry import renamed
 from rayalign.config.document import COMMAND_LINE, Document, Place, credentials, override, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
@@ -24,13 +25,23 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfi
     Raises:
         ConfigError: with every mistake found, one per line.
     """
-    document = override(empty_document() if path is None else read_document(path), overrides)
+    document = overridden(path, overrides)
     if "grid" in document.data:
         raise ConfigError([Problem(str(path), "", f"is a comparison; start it with: rayalign compare {path}")])
     leaked = credentials(document)
     if leaked:
         raise ConfigError(leaked)
     return parse_run(document)
+
+
+def overridden(path: str | Path | None, overrides: Iterable[str]) -> Document:
+    """The YAML at ``path``, or nothing, with the settings of the command line.
+
+    A block that is named anew keeps the settings that hold under its new name.
+    """
+    document = empty_document() if path is None else read_document(path)
+    with importable(document.directory):
+        return override(document, overrides, replaced=renamed)
 
 
 def parse_run(document: Document) -> RunConfig:

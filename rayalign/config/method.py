@@ -61,8 +61,11 @@ def resolve_method(name: str) -> Method:
     """
     from rayalign.methods import resolve
 
-    if name in foreign.METHODS:
-        raise UserError(f"{name!r} is another project's name; write {foreign.METHODS[name]}")
+    others = foreign.table()
+    if name in others.methods:
+        raise UserError(f"{name!r} is another project's name; write {others.methods[name]}")
+    if name in others.unknown_methods:
+        raise UserError(foreign.method_advice(name))
     return resolve(name)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from rayalign.config.fields import Block, ModelPath
+from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, ModelPath
+
+
+def _layers(value: object) -> object:
+    """``q_proj,v_proj`` is a list of two; PEFT's ``all-linear`` is every linear layer, which is no list here."""
+    if not isinstance(value, str):
+        return value
+    return () if value in ("all-linear", "all") else tuple(name.strip() for name in value.split(","))
 
 
 class LoraConfig(Block):
@@ -18,27 +25,27 @@ class LoraConfig(Block):
     """An adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is dropped while training."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the layers that get an adapter; empty: every linear layer."""
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_layers)] = ()
+    """Names of the layers that get an adapter; empty, or all-linear: every linear layer."""
 
 
 class ModelConfig(Block):
     """The policy before the first step, and the reference."""
 
-    name: ModelPath
+    name: Annotated[ModelPath, BY_CONTENT]
     """A folder in Hugging Face layout, or a model on the hub."""
-    revision: str | None = None
+    revision: Annotated[str | None, BY_CONTENT] = None
     """Commit, tag or branch on the hub."""
-    reference: ModelPath | None = None
+    reference: Annotated[ModelPath | None, BY_CONTENT] = None
     """The reference policy; null: the policy before the first step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    compile: bool = False
+    compile: Annotated[bool, MAY_CHANGE] = False
     """true: torch.compile the blocks for training; the first steps compile, which takes a while."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, MAY_CHANGE] = False
     """Run Python code that comes with the model."""
     from_scratch: bool = False
     """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""

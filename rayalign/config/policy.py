@@ -7,10 +7,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from rayalign.config.data import Source
-from rayalign.config.fields import AS_PATH, Block, Elastic, InterpreterPath, check_function, named
+from rayalign.config.fields import AS_PATH, MAY_CHANGE, Block, Elastic, InterpreterPath, check_function, named
 
 PAIR_RULES = ("best_worst", "wpo", "bradley_terry")
 LABEL_RULES = (*PAIR_RULES, "best", "rewards")
+PARAMETERS = {"bradley_terry": frozenset({"scale"}), "wpo": frozenset({"threshold", "gap", "rejected"})}
+"""Of ``label``: what each rule reads."""
+
+
+def unread_parameters(rule: str) -> frozenset[str]:
+    """Parameters of ``label`` that this rule does not read."""
+    return frozenset[str]().union(*PARAMETERS.values()) - PARAMETERS.get(rule, frozenset())
 
 
 def _parse_refresh(value: object) -> object:
@@ -42,6 +49,8 @@ class RoundsConfig(Block):
     """Rounds between the weights that draw and those that train. 0: synchronous; 1: one is drawn while one trains."""
     prompts: Source | None = None
     """null: the prompts of data.train."""
+    max_unlabelled_rounds: Annotated[int, MAY_CHANGE] = Field(default=3, ge=1)
+    """Rounds in a row without any preference, or with equal rewards alone, that end the run: it learns nothing."""
 
 
 class OnPolicyConfig(RoundsConfig):
@@ -61,6 +70,9 @@ class HybridConfig(RoundsConfig):
     on_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Of the groups that are fresh, with mix: groups."""
 
+    def unused(self) -> frozenset[str]:
+        return frozenset({"on_fraction"} if self.mix == "candidates" else ())
+
 
 DataPolicyConfig = Annotated[
     OffPolicyConfig | OnPolicyConfig | HybridConfig, Field(discriminator="name"), BeforeValidator(named)
@@ -72,7 +84,7 @@ class RolloutConfig(Block):
 
     engine: Literal["vllm", "hf"] = "vllm"
     """hf: Hugging Face's model in this package's sampler, needs nothing further; vllm: the extra of that name."""
-    actors: Elastic = "auto"
+    actors: Annotated[Elastic, MAY_CHANGE] = "auto"
     """A number, [smallest, largest], or auto."""
     samples: int = Field(default=8, ge=1)
     """Completions of one prompt."""
@@ -82,17 +94,17 @@ class RolloutConfig(Block):
     """Samples the most probable tokens that have this share together; 1 is all. Ratio methods refuse less."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of a completion at most, its end token included."""
-    placement: Literal["auto", "separate", "shared"] = "auto"
+    placement: Annotated[Literal["auto", "separate", "shared"], MAY_CHANGE] = "auto"
     """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few.
 
     separate with actors: [0, n] leaves the nodes that are there to training: an autoscaler adds nodes for actors."""
-    tensor_parallel: int = Field(default=1, ge=1)
+    tensor_parallel: Annotated[int, MAY_CHANGE] = Field(default=1, ge=1)
     """Devices of one actor, which hold one copy of the weights together."""
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float | None, MAY_CHANGE] = Field(default=None, gt=0, le=1)
     """Of a GPU's memory, for vllm; null: 0.9 alone, 0.4 beside a training worker."""
-    transfer: Literal["object_store", "nixl"] = "object_store"
+    transfer: Annotated[Literal["object_store", "nixl"], MAY_CHANGE] = "object_store"
     """How refreshed weights reach the actors. nixl: from device to device, with the extra of that name."""
-    python: InterpreterPath | None = None
+    python: Annotated[InterpreterPath | None, MAY_CHANGE] = None
     """The interpreter of another environment, for an engine whose torch is not the trainer's."""
 
 
@@ -113,3 +125,6 @@ class LabelConfig(Block):
     """wpo: which of those that score so much less."""
     relabel: bool = False
     """Score and label the stored completions too, with the same scorer and rule."""
+
+    def unused(self) -> frozenset[str]:
+        return unread_parameters(self.name)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
-from rayalign.config.fields import Block, listed, named
+from rayalign.config.fields import MAY_CHANGE, Block, listed, named
 from rayalign.config.legality import violations
 from rayalign.config.method import MethodChoice
 from rayalign.config.model import ModelConfig
@@ -41,11 +41,11 @@ class RunConfig(Block):
 
     config_version: Literal[1] = 1
     """Of this schema; a file of another version is refused."""
-    name: Name = "run"
+    name: Annotated[Name, MAY_CHANGE] = "run"
     """The folder of the results, below storage_path; the same name continues."""
     seed: int = Field(default=0, ge=0)
     """Order of the data, samples, new weights: everything that is drawn."""
-    storage_path: str = Field(default="runs", min_length=1)
+    storage_path: Annotated[str, MAY_CHANGE] = Field(default="runs", min_length=1)
     """A folder that all nodes see; relative: to where the run starts, on a cluster to $RAYALIGN_STORAGE."""
     model: ModelConfig
     data: DataConfig
@@ -63,12 +63,12 @@ class RunConfig(Block):
     """What gives completions their rewards: a function, a reward model, or a language model that is asked."""
     critic: CriticConfig | None = None
     optim: OptimConfig = OptimConfig()
-    strategy: Annotated[StrategyConfig, BeforeValidator(named)] = StrategyConfig()
-    evaluate: EvaluateConfig | None = None
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    track: Annotated[tuple[Track, ...], BeforeValidator(listed)] = ("tensorboard",)
+    strategy: Annotated[StrategyConfig, BeforeValidator(named), MAY_CHANGE] = StrategyConfig()
+    evaluate: Annotated[EvaluateConfig | None, MAY_CHANGE] = None
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
+    track: Annotated[tuple[Track, ...], BeforeValidator(listed), MAY_CHANGE] = ("tensorboard",)
     """Where rows of metrics go beside metrics.jsonl; [] is nowhere."""
-    resources: Literal["auto"] = "auto"
+    resources: Annotated[Literal["auto"], MAY_CHANGE] = "auto"
     """auto: the processes share the cores and devices that Ray has."""
 
     @model_validator(mode="after")

@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from rayalign.config.data import Sources
-from rayalign.config.fields import AS_PATH, Block, FunctionName, ModelPath, listed, named, resolve_model
+from rayalign.config.fields import (
+    AS_PATH,
+    BY_CONTENT,
+    MAY_CHANGE,
+    Block,
+    FunctionName,
+    ModelPath,
+    listed,
+    named,
+    resolve_model,
+)
 
 API_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*", re.IGNORECASE)
@@ -20,13 +30,13 @@ class RuleScorerConfig(Block):
     """A Python function of prompt and completions."""
 
     name: Literal["rule"] = "rule"
-    function: FunctionName
+    function: Annotated[FunctionName, BY_CONTENT]
     """``module:callable``; its module is found beside the YAML."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
-    unit: str = ""
+    unit: Annotated[str, MAY_CHANGE] = ""
     """Of its numbers, for the report; ``share`` is shown in per cent."""
-    description: str = ""
+    description: Annotated[str, MAY_CHANGE] = ""
     """One sentence for the report."""
 
     @property
@@ -39,9 +49,9 @@ class RewardModelScorerConfig(Block):
     """A model with a scalar head, such as one trained by ``method: reward_model``."""
 
     name: Literal["reward_model"] = "reward_model"
-    model: ModelPath
+    model: Annotated[ModelPath, BY_CONTENT]
     """A folder in Hugging Face layout, such as a run's final/, or a model on the hub."""
-    revision: str | None = None
+    revision: Annotated[str | None, BY_CONTENT] = None
     """Of a model on the hub."""
 
     @property
@@ -71,15 +81,15 @@ class LlmScorerConfig(Block):
     name: Literal["llm"] = "llm"
     engine: Literal["hf", "vllm"] | None = None
     """Loads the model in the processes that score; null: it is behind base_url."""
-    base_url: Annotated[str, AfterValidator(_address)] | None = None
+    base_url: Annotated[Annotated[str, AfterValidator(_address)] | None, MAY_CHANGE] = None
     """Such as https://api.openai.com/v1; ``/chat/completions`` is asked."""
     model: Annotated[str, Field(min_length=1), AS_PATH]
     """As the endpoint calls it; with engine a folder, or a name on the hub."""
-    revision: str | None = None
+    revision: Annotated[str | None, BY_CONTENT] = None
     """Of a model on the hub."""
     max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
     """With engine: tokens of an answer; a longer one is none."""
-    api_key_env: Annotated[str, AfterValidator(_variable)] = API_KEY_ENV
+    api_key_env: Annotated[str, AfterValidator(_variable), MAY_CHANGE] = API_KEY_ENV
     """The environment variable that holds the endpoint's key; the key itself is never written here."""
     template: str | None = None
     """The question, a Jinja text of prompt and reply; a judge's of prompt, first and second. null: the built-in one."""

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from rayalign.config.fields import Block, Elastic, InputPath, MirrorAddress, ModelPath
+from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, Elastic, InputPath, MirrorAddress, ModelPath
 from rayalign.methods.weighting import WPOWeighting
+
+
+def _some_norm(value: object) -> object:
+    if value == 0:
+        raise ValueError("0 would scale every gradient to nothing; write null to clip none")
+    return value
 
 
 class OptimConfig(Block):
@@ -21,7 +27,7 @@ class OptimConfig(Block):
     """Passes over the training data, instead of ``steps``; 1 where neither is given."""
     groups_per_step: int = Field(default=64, ge=1)
     """Prompt groups (pairs, for a pairwise method) of one optimizer step, over all workers."""
-    tokens_per_micro_batch: int = Field(default=8192, ge=1)
+    tokens_per_micro_batch: Annotated[int, MAY_CHANGE] = Field(default=8192, ge=1)
     """Bounds the memory of one forward; changes results only by rounding."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
@@ -29,17 +35,17 @@ class OptimConfig(Block):
     """A fraction of the steps (below 1) or a number of steps (1 and above)."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the schedule ends, as a fraction of ``lr``."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """A gradient with a larger Euclidean norm is scaled down to it."""
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_some_norm)] = 1.0
+    """A gradient with a larger Euclidean norm is scaled down to it; null: none is."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's decay of the first and of the second moment."""
     eps: float = Field(default=1.0e-8, gt=0)
     """AdamW's, beside the root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, times the learning rate."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """A NaN or infinite loss or gradient: stop ends the run and saves the step's groups; skip leaves the step out."""
-    max_skipped_in_a_row: int = Field(default=3, ge=1)
+    max_skipped_in_a_row: Annotated[int, MAY_CHANGE] = Field(default=3, ge=1)
     """skip: more such steps one after the other end the run, as stop does."""
 
     @model_validator(mode="before")
@@ -148,14 +154,14 @@ class CheckpointConfig(Block):
 class ReferenceConfig(Block):
     """Where the reference policy's log-probabilities are computed."""
 
-    place: Literal["pool", "trainer"] = "pool"
+    place: Annotated[Literal["pool", "trainer"], MAY_CHANGE] = "pool"
     """pool: ahead of training, in actors; trainer: in the training process with the adapter off (LoRA only)."""
 
 
 class CriticConfig(Block):
     """The second model of a method with a critic (ppo): it says, before every token, what the completion will earn."""
 
-    model: ModelPath | None = None
+    model: Annotated[ModelPath | None, BY_CONTENT] = None
     """A reward model or a language model with the policy's tokenizer; null: the policy before the first step."""
     lr: float = Field(default=9.0e-6, gt=0)
     """Of the critic's own optimizer, which is optim's in all else (OpenRLHF: nine times the policy's)."""

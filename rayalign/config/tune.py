@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayalign.config.document import Document, assign
+from rayalign.config.document import Document, assign, keys_of
 from rayalign.config.errors import ConfigError, Problem
+from rayalign.config.explain import setting_meant
 from rayalign.config.fields import Block
 from rayalign.config.grid import SECTIONS, Change, Entry, slug
 from rayalign.config.load import parse_run
@@ -145,8 +146,9 @@ def _refused(tune: TuneConfig, cells: Sequence[Cell], source: Document) -> Itera
         place, field = source.place(("tune", "over", key)).where, f"tune.over.{key}"
         size *= len(values)
         if key.partition(".")[0] not in SECTIONS - NOT_TUNED:
-            known = ", ".join(sorted(SECTIONS - NOT_TUNED))
-            yield Problem(place, field, f"cannot be tuned; a setting is in one of {known}")
+            meant = "" if key.partition(".")[0] in SECTIONS else setting_meant(key, values)
+            known = f"a setting is in one of {', '.join(sorted(SECTIONS - NOT_TUNED))}"
+            yield Problem(place, field, f"cannot be tuned; {f'did you mean {meant}?' if meant else known}")
         if any(isinstance(value, Mapping) for value in values):
             yield Problem(
                 place, field, "a value is a block; tune one setting at a time, such as optim.lr: [1e-6, 3e-6]"
@@ -233,7 +235,7 @@ def _attempt(run: RunConfig, values: Mapping[str, Any], base: Document) -> tuple
     data = run.model_dump(mode="json")
     try:
         for key, value in values.items():
-            assign(data, key.split("."), value)
+            assign(data, keys_of(key), value)
         return parse_run(Document(data=data, directory=base.directory)), ""
     except ConfigError as error:
         return None, "; ".join(f"{problem.field}: {problem.message}" for problem in error.problems)

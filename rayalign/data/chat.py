@@ -139,7 +139,10 @@ def make_chat(
 
 def _read_template(path: str) -> str:
     with open_binary(path) as stream:
-        return stream.read().decode("utf-8")
+        try:
+            return stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.template: {path} is no text in UTF-8") from error
 
 
 def _split_tail(tail: str, tokenizer: Any, controls: ControlTokens) -> tuple[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayalign.data.group import Group
 from rayalign.data.schema import MISSING
@@ -34,27 +36,35 @@ def unpair(group: Group) -> tuple[Group, Group]:
     return _single(group, 0, label=1.0), _single(group, 1, label=0.0)
 
 
-@dataclass(frozen=True, slots=True)
 class Mismatched:
     """Every labelled answer with another prompt's completion as candidate 1, on which KTO estimates its KL.
 
-    The completion is that of the next group, cyclically, whose prompt is different; where every prompt is the same,
-    that of the next group. Its numbers are missing: they were of another prompt. A view: it reads the groups beneath
-    it on demand and depends on their order alone, so that every worker sees the same, however many there are.
+    The completions change places, so that the mismatched set is the set of the answers themselves: see
+    :func:`other_prompts`. Their numbers are missing: they were of another prompt. A view that reads the groups beneath
+    it on demand and depends on their order alone, so that every worker sees the same, however many there are. An answer
+    without a label gives and gets no completion.
     """
 
-    groups: Groups
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        prompts: dict[bytes, int] = {}
+        prompt_of, labels = np.zeros(len(groups), np.int64), np.full(len(groups), MISSING)
+        for index in range(len(groups)):
+            group = groups[index]
+            prompt_of[index] = prompts.setdefault(_digest(group), len(prompts))
+            if "label" in group.per_candidate:
+                labels[index] = group.per_candidate["label"][0]
+        self.partners = other_prompts(prompt_of, labels)
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int, /) -> Group:
         index = range(len(self))[index]
-        group = self.groups[index]
-        if len(group.candidates) != 1:
-            found = f"{len(group.candidates)} candidates"
-            raise UserError(f"{group.source}:{group.line}: a labelled answer stands alone, but here are {found}")
-        completion = self._other(index, group).candidates[0]
+        group, partner = self.groups[index], int(self.partners[index])
+        if partner < 0:
+            return group
+        completion = self.groups[partner].candidates[0]
         missing = np.full(completion.num_predicted, MISSING, dtype=np.float32)
         return replace(
             group,
@@ -65,12 +75,41 @@ class Mismatched:
             per_token={name: np.concatenate([values, missing]) for name, values in group.per_token.items()},
         )
 
-    def _other(self, index: int, group: Group) -> Group:
-        for offset in range(1, len(self)):
-            other = self.groups[(index + offset) % len(self)]
-            if not np.array_equal(other.prompt_ids, group.prompt_ids):
-                return other
-        return self.groups[(index + 1) % len(self)]
+
+def other_prompts(prompt_of: NDArray[np.int64], labels: NDArray[np.floating]) -> NDArray[np.int64]:
+    """For each answer the one whose completion is set beside its prompt; -1 for none.
+
+    Each labelled answer is taken once. Desirable ones change places among themselves, and so do undesirable ones, so
+    that any batch has as many desirable completions among the mismatched as among its own; where one of the two kinds
+    has a single prompt, all change places together. Among those who change places a completion comes from another
+    prompt as far as that is possible: where more than half answer one prompt, the surplus get other completions of that
+    prompt, and where every prompt is the same, all do. A lone answer gets none. Takes O(n log n) steps whatever the
+    prompts are.
+
+    Args:
+        prompt_of: [n] a number for each distinct prompt.
+        labels: [n] above 0.5 is desirable; NaN is no label.
+    """
+    partners = np.full(len(prompt_of), -1, np.int64)
+    desirable = labels > 0.5
+    kinds = [np.flatnonzero(desirable), np.flatnonzero(~desirable & ~np.isnan(labels))]
+    if any(len(kind) and (prompt_of[kind] == prompt_of[kind[0]]).all() for kind in kinds):
+        kinds = [np.flatnonzero(~np.isnan(labels))]
+    for kind in kinds:
+        if len(kind) < 2:
+            continue
+        ordered = kind[np.argsort(prompt_of[kind], kind="stable")]
+        # Answers to one prompt stand side by side: a shift by the longest such run leaves every run.
+        longest = int(np.unique(prompt_of[kind], return_counts=True)[1].max())
+        partners[ordered] = np.roll(ordered, -(longest if longest < len(kind) else 1))
+    return partners
+
+
+def _digest(group: Group) -> bytes:
+    if len(group.candidates) != 1:
+        found = f"{len(group.candidates)} candidates"
+        raise UserError(f"{group.source}:{group.line}: a labelled answer stands alone, but here are {found}")
+    return hashlib.blake2b(group.prompt_ids.tobytes(), digest_size=16).digest()
 
 
 def _single(group: Group, candidate: int, *, label: float) -> Group:

@@ -24,6 +24,8 @@ from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, TornDirectory, commit, read_manifest, verify, write_durably
 
+DESCRIBED = "described"
+"""Key of an identity: settings that explain its digests, and decide nothing themselves."""
 NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
 
 log = logging.getLogger(__name__)
@@ -203,11 +205,21 @@ def refuse_other_run(directory: Path, theirs: Mapping[str, Any], ours: Mapping[s
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """``key: theirs there, ours here`` for every leaf of two nested mappings that is not the same as JSON."""
+    """``key: theirs there, ours here`` for every leaf of two nested mappings that is not the same as JSON.
+
+    What is :data:`DESCRIBED` is told only beside another difference, which it may explain.
+    """
     there, here = dict(leaves(theirs)), dict(leaves(ours))
     keys = sorted(there.keys() | here.keys())
     pairs = [(key, there.get(key, "nothing"), here.get(key, "nothing")) for key in keys]
-    return [f"{key}: {left} there, {right} here" for key, left, right in pairs if left != right]
+    found = {key: f"{key}: {left} there, {right} here" for key, left, right in pairs if left != right}
+    decides = any(not key.startswith(f"{DESCRIBED}.") for key in found)
+    return list(found.values()) if decides else []
+
+
+def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without what is :data:`DESCRIBED`."""
+    return {key: value for key, value in identity.items() if key != DESCRIBED}
 
 
 def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+from rayalign.engine.checkpoint import decisive
 from rayalign.errors import MissingExtra
 from rayalign.manifest import write_durably
 
@@ -101,9 +102,14 @@ class WandB:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise MissingExtra("wandb", "tracking") from error
-        config = json.loads(json.dumps(identity))
-        run_id = hashlib.sha256(f"{directory.resolve()} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()[:16]
-        self.run = wandb.init(project="rayalign", name=directory.name, id=run_id, resume="allow", config=config)
+        named = f"{directory.resolve()} {json.dumps(decisive(identity), sort_keys=True)}"
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "rayalign"),
+            name=directory.name,
+            id=hashlib.sha256(named.encode()).hexdigest()[:16],
+            resume="allow",
+            config=json.loads(json.dumps(identity)),
+        )
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.run.log(dict(row), step=int(row["step"]))

@@ -33,6 +33,7 @@ from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
 from rayalign.errors import UserError
 from rayalign.manifest import file_digest
+from rayalign.paths import expanded
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -145,7 +146,7 @@ def model_directory(name: str, revision: str | None = None) -> Path:
     Raises:
         UserError: ``name`` is neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name, field="model.name")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json: name a directory in Hugging Face layout")

@@ -64,8 +64,8 @@ def with_groups(
     suspects = [name for part in parts for name in part["suspects"]]
     return NonFiniteStep(
         f"{error}; {told(suspects)}. Nothing of this step is kept. Its groups, with token ids and losses, are "
-        f"in {folder}. Lower optim.lr, look at these data, or write optim.on_nonfinite: skip to go on without such "
-        "steps",
+        f"in {folder}. Look at these data, write optim.on_nonfinite: skip to continue without such steps, or start a "
+        "run of another name with a lower optim.lr",
         loss=error.loss,
         grad_norm=error.grad_norm,
         suspects=suspects,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rayalign.data.plan import StepCounts
-from rayalign.methods._base import Method, MethodConfig, Over, Statistics, Term
+from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.types import PackedBatch, Scored
 
 MAIN_STREAM = "train"
@@ -42,7 +42,7 @@ class Objective:
         """This micro-batch's share of the step's loss (float64), and of each of its terms, by name."""
         shares: dict[str, Tensor] = {}
         for term in self.method.loss(scored, self.config, statistics):
-            share = self.weight * term.weight * masked_total(term) / denominator(term.over, counts)
+            share = self.weight * term.weight * masked_total(term) / denominator(term, counts)
             shares[term.name] = shares[term.name] + share if term.name in shares else share
         return torch.stack(list(shares.values())).sum(), {name: share.detach() for name, share in shares.items()}
 
@@ -61,8 +61,8 @@ def masked_total(term: Term) -> Tensor:
     return torch.where(term.mask, term.per_item, torch.zeros_like(term.per_item)).double().sum()
 
 
-def denominator(over: Over, counts: StepCounts) -> float:
+def denominator(term: Term, counts: StepCounts) -> Tensor | float:
     """The step's global count that a term is divided by; at least 1, so that a step without such items adds 0."""
-    if over == "constant":
-        return 1.0
-    return float(max(1, getattr(counts, over)))
+    if term.count is not None:
+        return term.count.double().clamp(min=1)
+    return 1.0 if term.over == "constant" else float(max(1, getattr(counts, term.over)))

@@ -25,6 +25,7 @@ class OptimizerSpec:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    """0: gradients are not clipped."""
 
     def learning_rate(self, step: int) -> float:
         """Rate of step ``step`` (from 0): linear warm-up that ends at ``lr``, then the schedule down to its minimum."""

@@ -136,7 +136,8 @@ def resolve(name: str) -> Method:
     from rayalign.methods._base import Method
 
     if name not in METHODS and ":" not in name:
-        near = difflib.get_close_matches(name, METHODS, n=3) or sorted(METHODS)
+        plain = name.lower().replace("-", "_")
+        near = [plain] if plain in METHODS else difflib.get_close_matches(plain, METHODS, n=3) or sorted(METHODS)
         raise UserError(
             f"no method is called {name!r}; did you mean {' or '.join(near)}? Your own is my_pkg.losses:METHOD"
         )

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from rayalign.methods._fields import refuse_booleans
 from rayalign.types import Round, Scored
 
 Need = Literal[
@@ -46,6 +47,11 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, data: Any) -> Any:
+        return refuse_booleans(cls, data)
+
     logit_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of policy, reference and behavior alike: the temperature that the data were drawn at."""
 
@@ -63,6 +69,8 @@ class Term:
     over: Over
     """``constant``: divided by nothing; the method has divided already (by an all-reduced statistic, say)."""
     weight: float = 1.0
+    count: Float[Tensor, ""] | None = None
+    """The step's items, where only ``statistics`` know how many count; None: as many as the plan has of ``over``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,8 +77,8 @@ def _base_metrics(method: Method, scored: Scored, config: MethodConfig, statisti
 def _pair_prepare(
     method: Method, weighting: WPOWeighting, scored: Scored, config: MethodConfig, statistics: Statistics
 ) -> dict[str, Tensor]:
-    weights = _by_slot(pair_weight(scored, weighting), scored.pair_mask, scored, statistics)
-    return {**_prepared(method, scored, config, statistics), "wpo/weights": weights}
+    dealt = _to_deal(pair_weight(scored, weighting), scored.pair_mask, scored, statistics)
+    return {**_prepared(method, scored, config, statistics), **dealt}
 
 
 def _pair_loss(
@@ -86,7 +86,7 @@ def _pair_loss(
 ) -> tuple[Term, ...]:
     weight = pair_weight(scored, weighting)
     if weighting.permute:
-        weight = _shuffled(statistics.sums["wpo/weights"], statistics)[_slots(scored, statistics)].to(weight)
+        weight = _shuffled(statistics)[_slots(scored, statistics)].to(weight)
     terms = method.loss(scored, config, statistics)
     _refuse_other_terms(method, terms, over="pairs")
     return tuple(replace(term, per_item=term.per_item * weight) for term in terms)
@@ -112,7 +112,7 @@ def _unpaired_prepare(
     weight, desirable, mask = _example_weight(scored, weighting), is_desirable(scored), example_mask(scored)
     prepared = _prepared(method, scored, config, statistics)
     if weighting.permute:
-        prepared["wpo/weights"] = _by_slot(weight, mask, scored, statistics)
+        prepared |= _to_deal(weight, mask, scored, statistics)
         prepared["wpo/desirable"] = _by_slot(weight.new_ones(weight.shape), desirable, scored, statistics)
     else:
         prepared["wpo/desirable_sum"] = masked_sum(weight, desirable)
@@ -125,7 +125,7 @@ def _unpaired_loss(
 ) -> tuple[Term, ...]:
     weight, sums = _example_weight(scored, weighting), statistics.sums
     if weighting.permute:
-        shuffled = _shuffled(sums["wpo/weights"], statistics)
+        shuffled = _shuffled(statistics)
         weight = shuffled[_slots(scored, statistics)].to(weight)
         desirable_sum = (shuffled * sums["wpo/desirable"]).sum()
         undesirable_sum = shuffled.sum() - desirable_sum
@@ -140,7 +140,8 @@ def _unpaired_loss(
     terms = method.loss(scored, config, statistics)
     _refuse_other_terms(method, terms, over="groups")
     return tuple(
-        replace(term, per_item=term.per_item * torch.where(term.mask, share, 0), over="constant") for term in terms
+        replace(term, per_item=term.per_item * torch.where(term.mask, share, 0), over="constant", count=None)
+        for term in terms
     )
 
 
@@ -179,6 +180,18 @@ def _by_slot(
     return empty.index_add(0, _slots(scored, statistics), torch.where(mask, values, 0))
 
 
-def _shuffled(values: Float[Tensor, " G"], statistics: Statistics) -> Float[Tensor, " G"]:
+def _to_deal(
+    weight: Float[Tensor, " B"], mask: Bool[Tensor, " B"], scored: Scored, statistics: Statistics
+) -> dict[str, Tensor]:
+    """The weights by slot, and which slots have one."""
+    has_one = _by_slot(torch.ones_like(weight), mask, scored, statistics)
+    return {"wpo/weights": _by_slot(weight, mask, scored, statistics), "wpo/weighed": has_one}
+
+
+def _shuffled(statistics: Statistics) -> Float[Tensor, " G"]:
+    """The step's weights, dealt anew among the slots that have one; 0 in the others."""
+    weights = statistics.sums["wpo/weights"]
+    weighed = torch.nonzero(statistics.sums["wpo/weighed"]).flatten()
     generator = torch.Generator().manual_seed(statistics.seed * 1_000_003 + statistics.step)
-    return values[torch.randperm(len(values), generator=generator).to(values.device)]
+    order = torch.randperm(len(weighed), generator=generator).to(weights.device)
+    return torch.zeros_like(weights).index_copy(0, weighed, weights[weighed[order]])

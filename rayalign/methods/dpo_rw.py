@@ -13,7 +13,7 @@ from torch import Tensor
 from rayalign.functional.masked import masked_log_softmax
 from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.methods._fields import Positive
-from rayalign.methods._groups import group_metrics
+from rayalign.methods._groups import group_metrics, rewarded
 from rayalign.methods._pairs import MetricSums
 from rayalign.types import Scored
 
@@ -41,15 +41,16 @@ def dpo_rw_loss(
 
 
 def loss(scored: Scored, config: DPORewardConfig, statistics: Statistics) -> tuple[Term, ...]:
+    known = rewarded(scored)
     per_group = dpo_rw_loss(
         scored.scores.logp,
         scored.candidate("ref_logp"),
         scored.candidate("reward"),
         beta_pi=config.beta_pi,
         beta_r=config.beta_r,
-        candidate_mask=scored.batch.candidate_mask,
+        candidate_mask=known,
     )
-    return (Term(name="dpo_rw", per_item=per_group, mask=scored.group_mask, over="groups"),)
+    return (Term(name="dpo_rw", per_item=per_group, mask=known.any(dim=1), over="groups"),)
 
 
 def metrics(scored: Scored, config: DPORewardConfig, statistics: Statistics) -> MetricSums:

@@ -2,7 +2,8 @@
 
 Ji et al. 2024, arXiv:2402.00856. ``exo_pref`` learns from pairs, ``exo_rw`` from scored groups of any size. Nothing is
 detached: the policy's own probabilities weigh the candidates and carry gradient. In ``exo_rw`` the effective
-temperature is the product β_r · β_π.
+temperature is the product β_r · β_π, and equal rewards are a label: the target is the reference's own preference, so
+that the gradient is zero at the reference and leads back to it elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from rayalign.functional.masked import masked_log_softmax
 from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term
 from rayalign.methods._fields import LabelSmoothing, Positive
-from rayalign.methods._groups import group_metrics
+from rayalign.methods._groups import group_metrics, rewarded
 from rayalign.methods._pairs import MetricSums, pair_logp, pair_ref_logp, preference_metrics
 from rayalign.types import Scored
 
@@ -128,15 +129,16 @@ def _behavior_needs(config: EXORewardConfig) -> frozenset[Need]:
 
 
 def reward_loss(scored: Scored, config: EXORewardConfig, statistics: Statistics) -> tuple[Term, ...]:
+    known = rewarded(scored)
     per_group = exo_loss(
         scored.scores.logp,
         scored.candidate("ref_logp"),
         exo_reward_targets(scored.candidate("reward"), config.beta_r),
         beta_pi=config.beta_pi,
         behavior_logp=behavior_logp(scored, config),
-        candidate_mask=scored.batch.candidate_mask,
+        candidate_mask=known,
     )
-    return (Term(name="exo_rw", per_item=per_group, mask=scored.group_mask, over="groups"),)
+    return (Term(name="exo_rw", per_item=per_group, mask=known.any(dim=1), over="groups"),)
 
 
 def reward_metrics(scored: Scored, config: EXORewardConfig, statistics: Statistics) -> MetricSums:

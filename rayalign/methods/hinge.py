@@ -18,7 +18,7 @@ from rayalign.types import Scored
 
 class HingeConfig(MethodConfig):
     beta: Positive = 0.1
-    """Scale of the implicit reward; a pair whose margin exceeds 1/β nats has no gradient."""
+    """Scale of the implicit reward β · log(π/π_ref). A pair whose margin exceeds 1/β nats has no gradient."""
 
 
 def hinge_loss(

@@ -1,7 +1,9 @@
 """KTO: unpaired examples, each desirable or undesirable, against a common estimate of the KL to the reference.
 
 Ethayarajh et al. 2024, arXiv:2402.01306. Candidate 0 is the example; candidate 1 is another prompt's completion, on
-which the KL is estimated. The estimate is taken over the whole step: micro-batches and workers do not change it.
+which the KL is estimated: the mismatched completions are the examples' own, desirable and undesirable, set beside other
+prompts (:mod:`rayalign.data.unpair`). The estimate is taken over the whole step: micro-batches and workers do not
+change it. An example without a label counts nowhere.
 """
 
 from __future__ import annotations
@@ -49,19 +51,24 @@ def kto_loss(
 
 
 def is_desirable(scored: Scored) -> Bool[Tensor, " B"]:
-    """Whether each group's example is desirable; False where there is none."""
+    """Whether each group's example is desirable; False where there is none, or it has no label."""
     return example_mask(scored) & (scored.candidate("label")[:, 0] > 0.5)
 
 
 def example_mask(scored: Scored) -> Bool[Tensor, " B"]:
-    """True where the example itself is real."""
-    return scored.batch.candidate_mask[:, 0]
+    """True where the example itself is real and has a label."""
+    return scored.batch.candidate_mask[:, 0] & ~scored.candidate("label")[:, 0].isnan()
 
 
 def step_prepare(scored: Scored, config: KTOConfig, statistics: Statistics) -> dict[str, Tensor]:
-    log_ratio = (scored.scores.logp.detach() - scored.candidate("ref_logp"))[:, 1]
-    mismatched = scored.batch.candidate_mask[:, 1]
-    return {"kto/log_ratio": masked_sum(log_ratio, mismatched), "kto/mismatched": mismatched.sum()}
+    log_ratio = scored.scores.logp.detach() - scored.candidate("ref_logp")
+    examples = example_mask(scored)
+    mismatched = (scored.batch.candidate_mask & examples[:, None])[:, 1:]
+    return {
+        "kto/examples": examples.sum(),
+        "kto/log_ratio": masked_sum(log_ratio[:, 1:], mismatched),
+        "kto/mismatched": mismatched.sum(),
+    }
 
 
 def estimated_kl(statistics: Statistics) -> Float[Tensor, ""]:
@@ -81,7 +88,8 @@ def loss(scored: Scored, config: KTOConfig, statistics: Statistics) -> tuple[Ter
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
     )
-    return (Term(name="kto", per_item=per_example, mask=mask, over="groups"),)
+    labelled = statistics.sums["kto/examples"]
+    return (Term(name="kto", per_item=per_example, mask=mask, over="groups", count=labelled),)
 
 
 def metrics(scored: Scored, config: KTOConfig, statistics: Statistics) -> MetricSums:

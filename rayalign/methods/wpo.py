@@ -1,13 +1,14 @@
 """WPO: weigh each pair by how likely the current policy is to write it, so that stored data act like its own samples.
 
 Zhou et al. 2024, arXiv:2406.11827. The weight is a constant to the gradient, comes from the same forward as the loss,
-at temperature 1, and is averaged over a response's tokens. The method ``wpo`` is DPO with that weight; with any other
-pairwise method, and with KTO, it composes (:func:`rayalign.methods.compose`).
+at temperature 1, and is averaged over a response's tokens. The method ``wpo`` is DPO with that weight, its parameters
+and defaults included: the two differ in the weight alone. With any other pairwise method, and with KTO, the weight
+composes (:func:`rayalign.methods.compose`). The paper trains with β = 0.01, which its recipes in ``examples/`` set.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,17 +16,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
-from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term
-from rayalign.methods._fields import Positive
-from rayalign.methods._pairs import MetricSums, mean_over, pair_logp, pair_ref_logp, preference_metrics
-from rayalign.methods.dpo import dpo_loss
+from rayalign.methods._base import Need, Statistics, Term
+from rayalign.methods._pairs import MetricSums, mean_over
+from rayalign.methods.dpo import METHOD as DPO
+from rayalign.methods.dpo import DPOConfig
+from rayalign.methods.dpo import metrics as dpo_metrics
 from rayalign.methods.weighting import WPOWeight
 from rayalign.types import Scored
 
 
-class WPOConfig(WPOWeight, MethodConfig):
-    beta: Positive = 0.01
-    """Scale of the implicit reward β · log(π/π_ref)."""
+class WPOConfig(WPOWeight, DPOConfig):
+    """DPO's parameters, and those of the weight."""
 
 
 def wpo_weight(
@@ -122,23 +123,21 @@ def weight_metrics(scored: Scored, weighting: WPOWeight) -> MetricSums:
 
 
 def loss(scored: Scored, config: WPOConfig, statistics: Statistics) -> tuple[Term, ...]:
-    per_pair = dpo_loss(pair_logp(scored), pair_ref_logp(scored), beta=config.beta)
-    weighted = per_pair * pair_weight(scored, config)
-    return (Term(name="wpo", per_item=weighted, mask=scored.pair_mask, over="pairs"),)
+    weight = pair_weight(scored, config)
+    plain = DPO.loss(scored, config, statistics)
+    return tuple(replace(term, name="wpo", per_item=term.per_item * weight) for term in plain)
 
 
 def metrics(scored: Scored, config: WPOConfig, statistics: Statistics) -> MetricSums:
-    reward = config.beta * (pair_logp(scored) - pair_ref_logp(scored))
-    return {**preference_metrics(scored, reward), **weight_metrics(scored, config)}
+    return {**dpo_metrics(scored, config, statistics), **weight_metrics(scored, config)}
 
 
-METHOD = Method(
+METHOD = replace(
+    DPO,
     name="wpo",
     config=WPOConfig,
     loss=loss,
-    needs=frozenset({"ref_logp"}),
     paper="Zhou et al. 2024, arXiv:2406.11827, eq. 1 and 2",
     extra_needs=weight_needs,
-    implicit_beta=attrgetter("beta"),
     metrics=metrics,
 )

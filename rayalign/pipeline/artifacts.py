@@ -19,7 +19,7 @@ from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, file_digest, is_content
 from rayalign.runtime.lease import lease
 
-STAGE_VERSIONS = {"rows": 1, "tokens": 3, "mismatched": 1, "reference": 1, "filter": 1, "rollouts": 2, "prepared": 1}
+STAGE_VERSIONS = {"rows": 1, "tokens": 3, "mismatched": 2, "reference": 1, "filter": 1, "rollouts": 3, "prepared": 1}
 """Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
 
 PENDING = "\0pending:"
@@ -105,7 +105,7 @@ def refuse_unknown(fresh: frozenset[str]) -> None:
     """Raise UserError naming what ``--fresh`` calls a stage and is none."""
     unknown = sorted(fresh - STAGE_VERSIONS.keys())
     if unknown:
-        raise UserError(f"--fresh {unknown[0]}: no stage is called so; there are {', '.join(STAGE_VERSIONS)}")
+        raise UserError(f"--fresh {unknown[0]}: there is no such stage; there are {', '.join(STAGE_VERSIONS)}")
 
 
 def clear(directory: Path) -> None:

@@ -19,10 +19,10 @@ from rayalign.errors import UserError
 from rayalign.pipeline.evaluate import MEASURED_KL, Points, evaluated_points
 from rayalign.pipeline.export import written
 from rayalign.report.card import MARK, Card, Figure, card_text
-from rayalign.report.columns import columns
+from rayalign.report.columns import RATES, columns
 from rayalign.report.formatting import SHARE
 from rayalign.report.points import REFERENCE, EvaluationPoint
-from rayalign.report.statistics import Bootstrap, estimate
+from rayalign.report.statistics import Bootstrap, estimate, rate_estimate
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MOST_STAGES = 8
@@ -195,12 +195,13 @@ def figures_of(point: EvaluationPoint, reference: EvaluationPoint | None) -> Ite
         needs = kind in ("win_rates", "lc_win_rates")
         if not label or (needs and reference is None) or (kind == "kl" and name not in MEASURED_KL):
             continue
+        measured = rate_estimate if kind in RATES else estimate
         yield Figure(
             label=label.format(name),
             kind=kind.rstrip("s") if kind != "length" else kind,
             unit=unit,
-            value=estimate(values, bootstrap),
-            reference=estimate(theirs[kind, name], bootstrap)
+            value=measured(values, bootstrap),
+            reference=measured(theirs[kind, name], bootstrap)
             if reference is not None and not np.isnan(theirs[kind, name]).all()
             else None,
         )

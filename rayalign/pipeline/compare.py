@@ -75,6 +75,8 @@ def compare(
     evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
     assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)
+    for note in comparison.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if comparison.tuning:
         console.print(trials_table(comparison))
     if dry_run:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from rayalign.errors import UserError, first_line
+from rayalign.paths import expanded
 from rayalign.pipeline.findings import Finding, as_json, as_table, num_broken
 from rayalign.pipeline.listening import check_ports
 from rayalign.pipeline.machine import check_disk, check_limits, check_shared_memory, check_storage, judge_clocks
@@ -89,6 +89,10 @@ def check_folder(storage_path: str, cluster: Cluster | None) -> Iterator[Finding
         found = f"{storage_path}: this release writes to file systems"
         yield Finding(name="storage", state="broken", found=found, fix="mount a file system and give its folder")
         return
-    folder = Path(cluster.storage if cluster else storage_path).expanduser().resolve()
+    try:
+        folder = expanded(cluster.storage if cluster else storage_path, field="storage_path").resolve()
+    except UserError as error:
+        yield Finding(name="storage", state="broken", found=str(error), fix="name a folder in storage_path")
+        return
     yield check_storage(folder)
     yield check_disk(folder)

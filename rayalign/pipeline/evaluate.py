@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rayalign import __version__
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import EvaluateConfig, ScorerConfig
+from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
 from rayalign.engine.checkpoint import NAME, is_committed, step_of
 from rayalign.engine.model import ModelSpec
 from rayalign.errors import UserError
@@ -38,7 +38,7 @@ from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
 from rayalign.report.formatting import SHARE, interval, number
 from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, estimate, prompt_means
+from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
 from rayalign.rollout.base import SamplingParams
 from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
 from rayalign.runtime.placement import Share, share
@@ -281,17 +281,20 @@ def samples(table: Table) -> tuple[tuple[float, ...], ...]:
 def points_table(config: EvaluateConfig, rows: Mapping[str, Points]) -> RichTable:
     """Means with their intervals over prompts, one line per step and prompt set."""
     table = RichTable(caption="mean [95 % interval over prompts, one training run]; KL: kl_rb and k1, nats per reply")
-    labels = [scorer.label for scorer in (*config.scorers, *config.diagnostics)]
+    scorers = (*config.scorers, *config.diagnostics)
+    labels = [scorer.label for scorer in scorers]
+    shares = {scorer.label for scorer in scorers if isinstance(scorer, RuleScorerConfig) and scorer.unit == SHARE}
     wins = [f"win rate, judged by {config.judge.label}"] if config.judge is not None else []
     for column in ("step", "prompts", *labels, *wins, "KL, kl_rb", "KL, k1", "tokens", "cut at the limit"):
         table.add_column(column)
     for step, points in rows.items():
         for point in points:
             columns = {**point.scores, **point.diagnostics}
-            judged = [point.verdicts] if point.verdicts is not None else []
-            values = [*(columns[label] for label in labels), *judged, point.kl["kl_rb"], point.kl["k1"], point.length]
+            found = [estimated(columns[label], rate=label in shares) for label in labels]
+            found += [estimated(point.verdicts, rate=True)] if point.verdicts is not None else []
+            found += [estimated(value) for value in (point.kl["kl_rb"], point.kl["k1"], point.length)]
             cut = number(1 - estimated(point.finished).mean, SHARE)
-            table.add_row(step, point.prompt_set, *(with_interval(estimated(value)) for value in values), cut)
+            table.add_row(step, point.prompt_set, *map(with_interval, found), cut)
     return table
 
 
@@ -304,8 +307,10 @@ def answers_told(rows: Mapping[str, Points]) -> Iterator[str]:
                 yield f"step {step}, {point.prompt_set}: {found.role} {found.name}: {found.replies} replies, {counts}"
 
 
-def estimated(values: Samples) -> Estimate:
-    return estimate(prompt_means(as_array(values)), Bootstrap())
+def estimated(values: Samples, *, rate: bool = False) -> Estimate:
+    """Mean and interval over prompts; of a ``rate``, where its values are such, inside [0, 1]."""
+    table = as_array(values)
+    return (rate_estimate if rate and is_rate(table) else estimate)(prompt_means(table), Bootstrap())
 
 
 def with_interval(found: Estimate) -> str:

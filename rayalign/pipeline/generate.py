@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from rayalign.config.document import override, read_document
-from rayalign.config.load import empty_document, parse_run
+from rayalign.config.load import overridden, parse_run
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import Shape
 from rayalign.data.store import TokenStore
@@ -71,7 +70,7 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
 
 def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kind: Kind = "all") -> RunConfig:
     """A run's YAML (or none) with the blocks that matter here; the others may be there and are not read."""
-    document = override(empty_document() if path is None else read_document(path), overrides)
+    document = overridden(path, overrides)
     data = {key: value for key, value in document.data.items() if key in BLOCKS}
     label = document.data.get("label", {}) if kind == "pairs" else {"name": "best" if kind == "best" else "rewards"}
     data |= {"method": SHAPES[kind][1], "label": {"name": label} if isinstance(label, str) else {**label}}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rayalign import __version__
-from rayalign.config.dump import dump
+from rayalign.config import resume
 from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
-from rayalign.engine.checkpoint import Best
+from rayalign.engine.checkpoint import DESCRIBED, Best
 from rayalign.engine.copies import Mirror
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
@@ -32,7 +32,7 @@ from rayalign.pipeline.model import (
     model_spec,
     reference_spec,
     row_tokens,
-    scorer_identity,
+    scorer_content,
     scorer_spec,
     spec_digest,
     stop_ids,
@@ -47,22 +47,14 @@ from rayalign.pipeline.rollouts import (
     preparation,
     takes_turns,
 )
+from rayalign.pipeline.room import refuse_large_groups
 from rayalign.pipeline.stages import Stages
-from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
+from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, learns_alone, main_stream, needs_reference
 from rayalign.runtime.placement import Share, elastic_share, host
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.sources.streams import AnyStream, SourceSpec, round_part, stored_parts
-
-NOT_TRAINING_OPTIM = ("on_nonfinite", "max_skipped_in_a_row")
-"""Of ``optim``: a run that a step has stopped may go on without such steps."""
-
-NOT_TRAINING_MODEL = ("compile",)
-"""Of ``model``: a run may go on after they are changed, as its results do by rounding only."""
-
-NOT_TRAINING = ("name", "storage_path", "track", "checkpoint", "evaluate", "resources", "strategy")
-"""Blocks that do not change which model a run ends in; a run may go on after they are changed."""
 
 
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
@@ -81,6 +73,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
         row_tokens=row_tokens(session),
     )
+    refuse_large_groups(run, source)
     spec = TrainSpec(
         directory=directory,
         model=trained_spec(run),
@@ -137,6 +130,7 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
     """How the driver draws the rounds of a run while it trains."""
     rounds = round_part(main.stream)
     assert rounds is not None and main.chunks is not None and run.rollout is not None
+    assert run.data_policy.name != "off_policy"
     least, most = num_actors(run, 1)
     return RolloutJob(
         spec=main.chunks,
@@ -149,6 +143,8 @@ def rollout_job(run: RunConfig, method: Method, main: Main, each: Share) -> Roll
         direct_weights=run.rollout.transfer == "nixl",
         python=run.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
+        max_unlabelled=run.data_policy.max_unlabelled_rounds,
+        alone=learns_alone(method),
         preparation=preparation(run, method) if method.critic is None else None,
     )
 
@@ -170,9 +166,14 @@ def num_processes(run: RunConfig, session: Session) -> int:
 
 
 def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]:
-    """What decides which model the run ends in: another identity does not continue its checkpoints."""
+    """What decides which model the run ends in: another identity does not continue its checkpoints.
+
+    What stands below :data:`~rayalign.engine.checkpoint.DESCRIBED` explains the digests and decides nothing.
+    """
+    settings = resume.identity(run)
     identity = {
-        "configuration": training_configuration(run),
+        "configuration": settings.decides,
+        DESCRIBED: settings.described,
         "data": digest_of(
             [
                 [TokenStore.open(store).digest for part in stored_parts(stream) for store in part.stores]
@@ -191,8 +192,9 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
     kept = [file for stream in streams for part in stored_parts(stream) for file in part.kept]
     if kept:
         identity["kept"] = digest_of([file_digest(file) for file in kept])
-    if run.scorer is not None:
-        identity["scorer"] = digest_of(scorer_identity(scorer_spec(run.scorer)))
+    scorer = scorer_content(scorer_spec(run.scorer)) if run.scorer is not None else None
+    if scorer is not None:
+        identity["scorer"] = scorer
     if run.label is not None and ":" in run.label.name and draws_rounds(run):  # else "data" has what it made
         identity["label"] = source_digest(run.label.name)
     return identity
@@ -234,7 +236,7 @@ def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
+        max_grad_norm=optim.max_grad_norm or 0.0,
     )
 
 
@@ -249,8 +251,8 @@ def strategy_spec(run: RunConfig) -> StrategySpec:
     strategy = run.strategy
     try:
         config = Path(strategy.config).read_text(encoding="utf-8") if strategy.config else None
-    except OSError as error:
-        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error}") from error
     spec = StrategySpec(
         name=strategy.name,
         reshard_after_forward=strategy.reshard_after_forward,
@@ -292,15 +294,3 @@ def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:
         return tuple(step for step in run.evaluate.at if step > 0)
     every = run.evaluate.every or steps
     return tuple(sorted({*range(every, steps + 1, every), steps}))
-
-
-def training_configuration(run: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides which model the run ends in.
-
-    Of paths only their last parts, since the identity has digests of what lies there: a job that is submitted again
-    works in another copy of the folder.
-    """
-    found = {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}
-    optim = {name: value for name, value in found["optim"].items() if name not in NOT_TRAINING_OPTIM}
-    model = {name: value for name, value in found["model"].items() if name not in NOT_TRAINING_MODEL}
-    return {**found, "optim": optim, "model": model}

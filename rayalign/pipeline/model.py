@@ -163,8 +163,13 @@ def tokenizer_identity(run: RunConfig) -> str:
 
 
 def template_digest(template: str) -> str:
-    """``auto`` and ``none`` are themselves, a file is its bytes."""
-    return template if template in ("auto", "none") else file_digest(Path(template))
+    """``auto`` and ``none`` are themselves, a file is its bytes; raises UserError where it cannot be read."""
+    if template in ("auto", "none"):
+        return template
+    try:
+        return file_digest(Path(template))
+    except OSError as error:
+        raise UserError(f"data.template: {template} cannot be read: {error.strerror}") from error
 
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:
@@ -196,11 +201,18 @@ def scorer_identity(scorer: ScorerSpec) -> list[Any]:
     parameters = scorer.parameters
     places = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
     said = asdict(replace(scorer, parameters={**parameters, **places}))
+    content = scorer_content(scorer)
+    return [said] if content is None else [said, content]
+
+
+def scorer_content(scorer: ScorerSpec) -> str | None:
+    """The digest of a scorer's code or weights; None for a model behind an endpoint."""
+    parameters = scorer.parameters
     if scorer.name == "rule":
-        return [said, source_digest(parameters["function"])]
+        return source_digest(parameters["function"])
     if scorer.name == "reward_model" or parameters.get("engine"):
-        return [said, model_digest(model_directory(parameters["model"], parameters["revision"]))]
-    return [said]
+        return model_digest(model_directory(parameters["model"], parameters["revision"]))
+    return None
 
 
 def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rayalign.config import resume
 from rayalign.config.compare import Cell, Comparison
 from rayalign.config.dump import diff, dump
 from rayalign.config.run import RunConfig
@@ -18,7 +19,6 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.manifest import committed, read_manifest
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.baseline import baseline_label
-from rayalign.pipeline.job import training_configuration
 from rayalign.pipeline.model import same_source
 from rayalign.pipeline.provenance import provenance
 from rayalign.pipeline.train import filter_of, stores_of
@@ -303,7 +303,7 @@ def record_provenance(
         commands=(" ".join(command),),
         git_revision=facts["git_revision"],
         versions=facts["versions"],
-        config_digests={result.cell.id: digest_of(training_configuration(result.run)) for result in results},
+        config_digests={result.cell.id: digest_of(list(resume.identity(result.run))) for result in results},
         seeds={result.cell.id: result.run.seed for result in results},
         machine={"system": platform.platform(), "processor": platform.machine(), "cores": str(os.cpu_count())},
         started=started.isoformat(timespec="seconds"),

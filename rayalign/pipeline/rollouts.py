@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import transformers
 
 from rayalign.config.data import DataSource
 from rayalign.config.fields import portable
-from rayalign.config.policy import HybridConfig, LabelConfig
+from rayalign.config.policy import HybridConfig, LabelConfig, unread_parameters
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.prepare import Shape
@@ -18,13 +19,14 @@ from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
+from rayalign.manifest import committed
 from rayalign.methods._base import Method
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
 from rayalign.pipeline.stages import Stages
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import EngineOptions
-from rayalign.runtime.drawing import commit_drawn, draw
+from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, commit_drawn, draw, nothing_learned
 from rayalign.runtime.placement import Share, guest, share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
@@ -210,6 +212,16 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
     return stages.artifacts.stage("rollouts", inputs, build)
 
 
+def refuse_unlabelled(stores: Sequence[Path], run: RunConfig, shape: Shape, *, alone: bool) -> None:
+    """Raise UserError where stores that were labelled once and for all have nothing that teaches."""
+    assert run.scorer is not None
+    ledgers = [Ledger(**committed(store)["meta"]["ledger"]) for store in stores]
+    if not any(ledger.teaches(alone=alone) for ledger in ledgers):
+        rule = (run.label or LabelConfig()).name
+        why = nothing_learned(ledgers, scorer=run.scorer.label, rule=rule, shape=shape)
+        raise UserError(f"{why}: the run would learn nothing. Give it {WHAT_DISTINGUISHES}")
+
+
 def groups_per_epoch(spec: ChunkSpec) -> int:
     """Groups of one epoch of the prompts, whose stores are made."""
     order = Stream(
@@ -223,7 +235,8 @@ def groups_per_epoch(spec: ChunkSpec) -> int:
 
 
 def label_identity(spec: LabelSpec) -> Any:
-    return [{**asdict(spec), "name": portable(spec.name)}, source_digest(spec.name) if ":" in spec.name else None]
+    read = {key: value for key, value in asdict(spec).items() if key not in unread_parameters(spec.name)}
+    return [{**read, "name": portable(spec.name)}, source_digest(spec.name) if ":" in spec.name else None]
 
 
 def num_actors(run: RunConfig, auto: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from rayalign.pipeline.rollouts import (
     preparation,
     prompt_store,
     prompt_stream,
+    refuse_unlabelled,
     relabelled,
     round_plan,
 )
@@ -70,6 +71,7 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
     fresh: StoredStream | RoundStream
     if policy.refresh_every == "never":
         store = drawn_once(run, prompts, shape, stages)
+        refuse_unlabelled([store], run, shape, alone=learns_alone(method))
         fresh = over([store], run, method, stages, weights=[1.0], groups_per_step=size)
         if prepared is not None:
             columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
@@ -93,6 +95,11 @@ def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) ->
     return Main(stream=mixed, steps=steps, chunks=chunks)
 
 
+def learns_alone(method: Method) -> bool:
+    """Whether one completion of a prompt is enough: rewards are compared over the whole round."""
+    return method.candidates == "group" and method.smallest_group == 1
+
+
 def needs_reference(method: Method, run: RunConfig) -> bool:
     """Whether groups come with the reference's log-probs; else the training process asks its own adapter's base."""
     return run.reference.place == "pool" and bool(method.needed(run.method.config) & {"ref_logp", "ref_token_logp"})
@@ -105,12 +112,15 @@ def stored_stream(
     shape = shape_of(method)
     if run.label is not None and run.label.relabel:
         stores = [relabelled(prompt_store(source, run, stages, draws=False), run, shape, stages) for source in sources]
+        refuse_unlabelled(stores, run, shape, alone=learns_alone(method))
     else:
         stores = [stages.tokens(source, run, shape) for source in sources]
         if "mismatched" in method.needs:
             stores = [stages.mismatched(store) for store in stores]
+    # Where the rule makes the labels, a prompt that it has no preference for is left out.
+    made = {"label"} if run.label is not None and run.label.relabel else set()
     for source, store in zip(sources, stores, strict=True):
-        require_columns(run, method, source.label, TokenStore.open(store))
+        require_columns(run, method, source.label, TokenStore.open(store), among=COLUMN_FIELDS.keys() - made)
     return over(
         stores, run, method, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step
     )

@@ -47,6 +47,9 @@ from rayalign.sources.off_policy import drawn_rows
 from rayalign.sources.streams import StoredStream, stored_parts
 
 KEPT_FAILURES = 20
+FOLDERS = ("", "checkpoints", "final", "rounds")
+FILES = ("run.json", "metrics.jsonl", "train.log", "quarantine.jsonl", ".lease")
+"""What a run keeps in its folder."""
 
 
 def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
@@ -67,6 +70,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
 
 def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Path:
     """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
+    refuse_obstacles(job.spec.directory)
     with lease(job.spec.directory):
         if finished(job):
             board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
@@ -147,6 +151,16 @@ def import_folder(path: Path | None) -> Path:
     return path.resolve().parent if path is not None else Path.cwd()
 
 
+def refuse_obstacles(directory: Path) -> None:
+    """Raise UserError where a file stands in the place of one of the run's folders, or a folder in that of a file."""
+    for name in FOLDERS:
+        if (directory / name).exists() and not (directory / name).is_dir():
+            raise UserError(f"{directory / name} is a file, and the run needs a folder there: remove or rename it")
+    for name in FILES:
+        if (directory / name).is_dir():
+            raise UserError(f"{directory / name} is a folder, and the run needs a file there: remove or rename it")
+
+
 def finished(job: TrainJob) -> bool:
     """Whether ``final/`` is this very run's; another configuration's is refused."""
     manifest = read_manifest(job.spec.directory / "final")
@@ -177,11 +191,8 @@ class History:
         """Goes on from the run's own ``run.json``; a command that left no last word was lost."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = job.spec.directory / "run.json"
-        try:
-            before = json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError:
-            before = {}
-        if before.get("identity") != json.loads(json.dumps(dict(job.spec.identity))):
+        before = facts_of(path) if path.exists() else {}
+        if differences(before.get("identity", {}), job.spec.identity):
             before = {}
         history = cls(started=now, attempts=before.get("attempts", 0), failures=before.get("failures", []))
         if before.get("status") == "running":

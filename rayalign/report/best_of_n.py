@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayalign.report.points import EvaluationPoint, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate, is_rate, rate_estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,13 @@ class BestOfN:
     scores: Mapping[str, Estimate]
 
 
-def best_of_n(reference: EvaluationPoint, bootstrap: Bootstrap) -> tuple[BestOfN, ...]:
-    """n = 1, 2, 4, … up to the samples of a prompt; nothing where there is one sample only."""
+def best_of_n(
+    reference: EvaluationPoint, bootstrap: Bootstrap, shares: frozenset[str] = frozenset()
+) -> tuple[BestOfN, ...]:
+    """n = 1, 2, 4, … up to the samples of a prompt; nothing where there is one sample only.
+
+    ``shares`` are the scorers whose scores are rates.
+    """
     samples = len(reference.length[0])
     sizes = [2**power for power in range(samples.bit_length())] if samples > 1 else []
     return tuple(
@@ -37,7 +42,9 @@ def best_of_n(reference: EvaluationPoint, bootstrap: Bootstrap) -> tuple[BestOfN
             n=n,
             kl_bound=kl_bound(n),
             scores={
-                name: estimate(expected_best(as_array(values), n), bootstrap)
+                name: (rate_estimate if name in shares and is_rate(as_array(values)) else estimate)(
+                    expected_best(as_array(values), n), bootstrap
+                )
                 for name, values in reference.scores.items()
             },
         )

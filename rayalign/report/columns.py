@@ -17,6 +17,8 @@ KINDS = (
     *("kl", "kl_per_token", "diagnostics", "length", "cut"),
 )
 """Fields of a :class:`~rayalign.report.summary.PointSummary` that are estimates."""
+RATES = frozenset({"win_rates", "lc_win_rates", "judged", "lc_judged", "cut"})
+"""Kinds whose mean is a rate in [0, 1]; of the length-controlled ones the values are pseudo-values, and need not be."""
 Key = tuple[str, str]
 """(one of :data:`KINDS`, the measure's name or '')."""
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayalign.report.best_of_n import best_of_n
-from rayalign.report.columns import KINDS, Columns, Key, columns
+from rayalign.report.columns import KINDS, RATES, Columns, Key, columns
 from rayalign.report.differences import Contender, EntryDifference, differences
 from rayalign.report.entries import Entry, entries_of
+from rayalign.report.formatting import SHARE
 from rayalign.report.frontier import (
     FrontierPoint,
     SeedCrossings,
@@ -24,8 +26,10 @@ from rayalign.report.matrix import contests
 from rayalign.report.points import BASELINE, REFERENCE, Answers, Comparison, EvaluationPoint, PromptSet
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
 from rayalign.report.split import in_half
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, prompt_draws
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, is_rate, prompt_draws
 from rayalign.report.summary import AnswersSummary, AtKl, Chosen, EntryAtKl, PointSummary, Summary
+
+Mask = NDArray[np.bool_]
 
 COUNTS = ("replies", "missing", "calls", "failures", "ties", "disagreements")
 
@@ -35,7 +39,8 @@ def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Sum
     bootstrap = bootstrap or Bootstrap()
     entries = entries_of(comparison.cells)
     parts = [_summarize_set(comparison, entries, index, bootstrap) for index in range(len(comparison.reference))]
-    best = tuple(row for reference in comparison.reference for row in best_of_n(reference, bootstrap))
+    shares = shares_of(comparison)
+    best = tuple(row for reference in comparison.reference for row in best_of_n(reference, bootstrap, shares))
     cells = [REFERENCE, BASELINE, *(cell.id for cell in comparison.cells)]
     rows = [REFERENCE, BASELINE, *(entry.id for entry in entries)]
     return Summary(
@@ -85,12 +90,20 @@ class Row:
         """[S, P]"""
         return np.stack([run.values[key] for run in self.runs])
 
+    def measured(self, key: Key, bootstrap: Bootstrap, shares: frozenset[str], among: Mask | None = None) -> Estimate:
+        """Mean and interval of one measure over all prompts, or those of the mask; ``shares`` are names of rates."""
+        kind, name = key
+        values = self.matrix(key)
+        rate = kind in RATES or (kind in ("scores", "diagnostics") and name in shares and is_rate(values))
+        return two_level(values if among is None else values[:, among], bootstrap, stream=self.stream, rate=rate)
+
 
 def _summarize_set(comparison: Comparison, entries: Sequence[Entry], index: int, bootstrap: Bootstrap) -> SetSummary:
     reference = comparison.reference[index]
     baseline = comparison.baseline.points[index] if comparison.baseline else reference
     prompts = comparison.prompt_sets[index]
     scorers, estimator = [scorer.name for scorer in comparison.scorers], comparison.kl_estimators[0].name
+    shares = shares_of(comparison)
 
     def of(cell: str, point: EvaluationPoint) -> Columns:
         return columns(cell, point, reference=reference, baseline=baseline)
@@ -109,7 +122,7 @@ def _summarize_set(comparison: Comparison, entries: Sequence[Entry], index: int,
     ]
 
     def summarized(rows: Sequence[Row]) -> list[PointSummary]:
-        points = [_point(prompts.name, row, bootstrap) for row in rows]
+        points = [_point(prompts.name, row, bootstrap, shares) for row in rows]
         return _mark_front(points, rows, scorers=scorers, estimator=estimator, bootstrap=bootstrap)
 
     points = summarized([*others, *cell_rows])
@@ -132,7 +145,7 @@ def _summarize_set(comparison: Comparison, entries: Sequence[Entry], index: int,
         at_kl=at_kl,
         entries_at_kl=list(_entries_at_kl(entries, at_kl, scorers)),
         differences=differences(_contenders(rows, scorers, bootstrap), bootstrap),
-        chosen=list(_chosen(prompts, rows, scorers, estimator, bootstrap)),
+        chosen=list(_chosen(prompts, rows, scorers, estimator, bootstrap, shares)),
     )
 
 
@@ -185,7 +198,12 @@ def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Seq
 
 
 def _chosen(
-    prompts: PromptSet, rows: Sequence[Row], scorers: Sequence[str], estimator: str, bootstrap: Bootstrap
+    prompts: PromptSet,
+    rows: Sequence[Row],
+    scorers: Sequence[str],
+    estimator: str,
+    bootstrap: Bootstrap,
+    shares: frozenset[str],
 ) -> Iterator[Chosen]:
     """Of entries with several checkpoints that as many seeds reached, where both halves have prompts."""
     select, report = (in_half(prompts.prompts, half) for half in ("select", "report"))
@@ -200,7 +218,7 @@ def _chosen(
         row = path[max(range(len(path)), key=lambda index: (not math.isnan(means[index]), means[index]))]
 
         def measured(kind: str, name: str, row: Row = row) -> Estimate:
-            return two_level(row.matrix((kind, name))[:, report], bootstrap, stream=row.stream)
+            return row.measured((kind, name), bootstrap, shares, report)
 
         yield Chosen(
             entry=entry,
@@ -233,10 +251,15 @@ def _answers(comparison: Comparison) -> Iterator[AnswersSummary]:
             yield AnswersSummary(cell=cell, role=role, name=name, problem=problem, **sums)
 
 
-def _point(prompt_set: str, row: Row, bootstrap: Bootstrap) -> PointSummary:
+def shares_of(comparison: Comparison) -> frozenset[str]:
+    """Names of the scorers and diagnostics that are shares."""
+    return frozenset(one.name for one in (*comparison.scorers, *comparison.diagnostics) if one.unit == SHARE)
+
+
+def _point(prompt_set: str, row: Row, bootstrap: Bootstrap, shares: frozenset[str]) -> PointSummary:
     found: dict[str, dict[str, Estimate]] = {kind: {} for kind in KINDS}
     for kind, name in row.runs[0].values:
-        found[kind][name] = two_level(row.matrix((kind, name)), bootstrap, stream=row.stream)
+        found[kind][name] = row.measured((kind, name), bootstrap, shares)
     return PointSummary(
         cell=row.id,
         prompt_set=prompt_set,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rayalign.report.entries import Entry
 from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, estimate
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, rate_estimate
 from rayalign.report.winrate import win_shares
 
 
@@ -38,7 +38,7 @@ def contests(comparison: Comparison, entries: Sequence[Entry], bootstrap: Bootst
         samples = {name: pooled(points, scorer.name) for name, points in last.items()}
         for row, column in itertools.combinations(samples, 2):
             single = len(last[row]) == len(last[column]) == 1
-            found = estimate(win_shares(samples[row], samples[column]), bootstrap)
+            found = rate_estimate(win_shares(samples[row], samples[column]), bootstrap)
             wins = found if single else Estimate(mean=found.mean, low=np.nan, high=np.nan, n=found.n)
             yield Contest(row=row, column=column, scorer=scorer.name, wins=wins)
             lost = Estimate(mean=1 - wins.mean, low=1 - wins.high, high=1 - wins.low, n=wins.n)

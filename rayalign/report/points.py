@@ -361,6 +361,8 @@ def load(directory: Path) -> Comparison:
         raise UserError(f"{directory} holds no {FILE_NAME}: give the directory that `rayalign compare` wrote")
     try:
         return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: run `rayalign compare` again") from error
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {problem['msg']}"

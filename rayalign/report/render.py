@@ -95,7 +95,8 @@ def limits(comparison: Comparison, summary: Summary) -> list[str]:
         "A length-controlled win rate is as good as its model: it corrects for the length of replies, in one term, and"
         " for nothing else.",
         *judging(comparison, summary),
-        "Where every prompt agrees, as with a share of 0 %, a bootstrap interval has no width. That is not certainty.",
+        "Intervals of rates (win rates, shares, accuracies) are Wilson's score intervals for the effective number of"
+        " prompts: they lie between 0 and 1, and have a width where every prompt agrees.",
         *comparison.text.caveats,
     ]
 
@@ -117,8 +118,8 @@ def replication(summary: Summary) -> Iterator[str]:
         f"Intervals of configurations with several training seeds are {bootstrap.level:.0%} intervals over seeds and"
         f" prompts: {bootstrap.resamples} times seeds and prompts are drawn again (two-level bootstrap, seed"
         f" {bootstrap.seed}), and the standard error that results is taken times Student's t with one degree of freedom"
-        " fewer than seeds. They stand for other seeds of the same configuration and other prompts of the same kind,"
-        " and reach beyond what a share can be where seeds are few."
+        " fewer than seeds. They stand for other seeds of the same configuration and other prompts of the same"
+        " kind."
     )
     if any(point.num_seeds == 1 and point.step for point in summary.entry_points):
         yield (

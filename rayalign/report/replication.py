@@ -7,7 +7,8 @@ take S seeds for S times as many prompts.
 
 Resampling both factors counts what is neither seed nor prompt, above all the chance in a reply, three times; two of
 them are taken off again (Owen 2007, *The pigeonhole bootstrap*). Percentiles of so few seeds cover far too little, so
-an interval is mean ± t · standard error, with S − 1 degrees of freedom.
+an interval is mean ± t · standard error, with S − 1 degrees of freedom; a rate's has the same ingredients and ends in
+[0, 1].
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate, prompt_draws
+from rayalign.report.statistics import (
+    Bootstrap,
+    Estimate,
+    Matrix,
+    Vector,
+    estimate,
+    prompt_draws,
+    rate_estimate,
+    rate_interval,
+)
 from rayalign.report.student import quantile, two_sided_p
 
 POWER = 0.8
@@ -95,15 +105,26 @@ def _means(values: Matrix, *, axis: int) -> Vector:
     return found
 
 
-def two_level(values: Matrix, bootstrap: Bootstrap, *, stream: int = 0) -> Estimate:
-    """[S, P] → mean and interval: over seeds and prompts, or over prompts only where there is one seed."""
+def two_level(values: Matrix, bootstrap: Bootstrap, *, stream: int = 0, rate: bool = False) -> Estimate:
+    """[S, P] → mean and interval: over seeds and prompts, or over prompts only where there is one seed.
+
+    The interval of a ``rate`` lies in [0, 1] (:func:`rayalign.report.statistics.rate_interval`).
+    """
     if len(values) == 1:
-        return estimate(values[0], bootstrap)
+        return (rate_estimate if rate else estimate)(values[0], bootstrap)
     found = replicated(values, bootstrap, stream=stream)
     n = int((~np.isnan(values)).any(axis=0).sum())
     if math.isnan(found.seeds):
         return Estimate(mean=found.mean, low=math.nan, high=math.nan, n=n)
-    half = quantile((1 + bootstrap.level) / 2, len(values) - 1) * _standard_error(found.replicates, [found])
+    error, df = _standard_error(found.replicates, [found]), len(values) - 1
+    if rate:
+        cells = values[~np.isnan(values)]
+        variance = max(
+            error**2, float(cells.var()) / len(cells)
+        )  # seeds that fail alike are not one: never below chance
+        low, high = rate_interval(found.mean, variance, n=n, df=df, level=bootstrap.level)
+        return Estimate(mean=found.mean, low=low, high=high, n=n)
+    half = quantile((1 + bootstrap.level) / 2, df) * error
     return Estimate(mean=found.mean, low=found.mean - half, high=found.mean + half, n=n)
 
 

@@ -1,5 +1,8 @@
 """Means with intervals. The unit is the prompt: samples are averaged inside a prompt, then prompts are resampled.
 
+A rate, whose values lie in [0, 1], has an interval of its own, which lies there too and has a width where all prompts
+agree (:func:`rate_interval`).
+
 An interval from here answers "what if other prompts of the same kind had been asked?" It says nothing about another
 training seed: a cell is one run, and runs vary more than prompts do. Several seeds: :mod:`rayalign.report.replication`.
 """
@@ -12,8 +15,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from rayalign.report.student import quantile
+
 INTERVAL_HEAD = "interval over prompts, one training run"
 SEEDS_HEAD = "interval over training seeds and prompts"
+
+MANY = 1e5
+"""Degrees of freedom beyond which Student's t is the normal."""
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
@@ -69,20 +77,48 @@ def prompt_draws(n: int, bootstrap: Bootstrap) -> Matrix:
     return random.multinomial(n, np.full(n, 1 / n), size=bootstrap.resamples).astype(np.float64)
 
 
-def ratio_estimate(sums: Vector, counts: Vector, bootstrap: Bootstrap) -> Estimate:
-    """Σ sums / Σ counts over n rows that each have a sum and a count, with an interval from resampling the rows.
+def rate_interval(mean: float, variance: float, *, n: float, df: float, level: float) -> tuple[float, float]:
+    """Wilson's (1927) score interval of a rate in [0, 1] whose mean has ``variance``, with Student's t for the normal.
 
-    How often each distinct (sum, count) is drawn is all that a resample needs, so that n may be large.
+    The rate is taken as that of mean · (1 − mean) / variance independent trials, which is their effective number (Dean
+    and Pagano 2015); of ``n`` where the mean is 0 or 1, so that every prompt's agreement is no certainty.
+    """
+    t = quantile((1 + level) / 2, min(df, MANY))
+    spread = max(0.0, mean * (1 - mean))
+    if spread > 0 and variance <= 0:
+        return mean, mean
+    trials = spread / variance if spread > 0 else n
+    middle = (mean + t**2 / (2 * trials)) / (1 + t**2 / trials)
+    half = t / (1 + t**2 / trials) * float(np.sqrt(spread / trials + t**2 / (4 * trials**2)))
+    return max(0.0, min(mean, middle - half)), min(1.0, max(mean, middle + half))  # rounding at the ends
+
+
+def is_rate(values: Matrix | Vector) -> bool:
+    """Whether all values that are there lie in [0, 1]."""
+    present = values[~np.isnan(values)]
+    return bool(((present >= 0) & (present <= 1)).all())
+
+
+def rate_estimate(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
+    """Mean over the prompts that have a value, and :func:`rate_interval`, which needs no resampling."""
+    values = per_prompt[~np.isnan(per_prompt)]
+    return ratio_estimate(values, np.ones(len(values)), bootstrap)
+
+
+def ratio_estimate(sums: Vector, counts: Vector, bootstrap: Bootstrap) -> Estimate:
+    """Σ sums / Σ counts over n rows that each have a count and a sum of rates, with :func:`rate_interval`.
+
+    Rows are what is independent: the pairs of one ranking stand or fall together.
     """
     n = len(sums)
+    if n == 0:
+        return Estimate(mean=np.nan, low=np.nan, high=np.nan, n=0)
     mean = float(sums.sum() / counts.sum())
     if n == 1:
         return Estimate(mean=mean, low=np.nan, high=np.nan, n=1)
-    kinds, occurrences = np.unique(np.stack([sums, counts]), axis=1, return_counts=True)
-    drawn = np.random.default_rng(bootstrap.seed).multinomial(n, occurrences / n, size=bootstrap.resamples)
-    tail = (1 - bootstrap.level) / 2
-    low, high = np.quantile((drawn @ kinds[0]) / (drawn @ kinds[1]), [tail, 1 - tail])
-    return Estimate(mean=mean, low=float(low), high=float(high), n=n)
+    variance = float(np.square((sums - mean * counts) / counts.mean()).sum()) / (n - 1) / n
+    low, high = rate_interval(mean, variance, n=n, df=n - 1, level=bootstrap.level)
+    return Estimate(mean=mean, low=low, high=high, n=n)
 
 
 def paired_change(per_prompt: Vector, baseline: Vector, bootstrap: Bootstrap) -> Estimate:

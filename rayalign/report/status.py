@@ -65,8 +65,13 @@ def runs(directory: Path) -> Iterator[Path]:
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What a ``run.json`` says; empty where it is damaged, so that one such run does not hide the others."""
+    return record(path.read_bytes())
+
+
+def record(text: bytes) -> dict[str, Any]:
+    """What a JSON object says; empty where it is damaged or is something else."""
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(text)
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -92,7 +97,8 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
         start = max(0, path.stat().st_size - TAIL_BYTES)
         file.seek(start)
         *whole, _ = file.read().split(b"\n")
-    return [dict(json.loads(line)) for line in (whole[1:] if start and len(whole) > 1 else whole)]
+    found = map(record, whole[1:] if start and len(whole) > 1 else whole)
+    return [row for row in found if row]
 
 
 def tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float:

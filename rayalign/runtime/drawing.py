@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayalign.data.prepare import Shape
 from rayalign.data.shard import finished_shards, write_whole
 from rayalign.data.store import commit_store
 from rayalign.engine.source import Weights
@@ -40,6 +41,8 @@ class Ledger:
     finished: int
     scorer_calls: int
     labels: int
+    distinguishing: int
+    rewards: tuple[float, float] | None
     quarantined: int
     reward_sum: float
     seconds_generating: float
@@ -50,8 +53,23 @@ class Ledger:
 
     @classmethod
     def of(cls, reports: Sequence[dict[str, Any]]) -> Ledger:
-        sums = {name: sum(report[name] for report in reports) for name in cls.__slots__ if name != "quarantined"}
-        return cls(**sums, quarantined=sum(len(report["quarantined"]) for report in reports))
+        own = ("quarantined", "rewards")
+        sums = {name: sum(report[name] for report in reports) for name in cls.__slots__ if name not in own}
+        bounds = [report["rewards"] for report in reports if report["rewards"] is not None]
+        return cls(
+            **sums,
+            quarantined=sum(len(report["quarantined"]) for report in reports),
+            rewards=(min(low for low, _ in bounds), max(high for _, high in bounds)) if bounds else None,
+        )
+
+    def teaches(self, *, alone: bool) -> bool:
+        """Whether a method learns anything from these completions.
+
+        Where one completion of a prompt is enough (``alone``), rewards may differ from prompt to prompt.
+        """
+        if alone:
+            return self.rewards is not None and (self.completions < 2 or self.rewards[0] < self.rewards[1])
+        return self.distinguishing > 0
 
     def facts(self, weights: Weights | None = None) -> dict[str, float]:
         """Means over the round, for the rows of metrics; ``weights`` are those that it was drawn with."""
@@ -74,6 +92,20 @@ class Ledger:
                 "refresh/bytes_per_second": weights.num_bytes / seconds,
             }
         return facts
+
+
+WHAT_DISTINGUISHES = "more rollout.samples, a higher rollout.temperature, a finer scorer or another label rule"
+
+
+def nothing_learned(ledgers: Sequence[Ledger], *, scorer: str, rule: str, shape: Shape) -> str:
+    """Why completions that ``scorer`` scored and ``rule`` labelled teach nothing."""
+    bounds = [ledger.rewards for ledger in ledgers if ledger.rewards is not None]
+    low, high = min((low for low, _ in bounds), default=0.0), max((high for _, high in bounds), default=0.0)
+    given = f"every completion {low:g}" if low == high else f"{low:g} to {high:g}"
+    why = f"label {rule} found no preference"
+    if shape in ("group", "one"):
+        why = "the completions of each prompt are worth the same"
+    return f"no prompt is labelled: scorer {scorer} gave {given if bounds else 'no reward'}, and {why}"
 
 
 class Workers(Protocol):
@@ -169,9 +201,10 @@ def commit_drawn(
     *,
     max_bad_fraction: float,
     weights: Weights | None = None,
+    look: Callable[[Ledger], None] = lambda ledger: None,
     **meta: Any,
 ) -> Ledger:
-    """Make the chunks one store, beside a list of the prompts that the scorer failed on.
+    """Make the chunks one store, beside a list of the prompts that the scorer failed on; ``look`` may still refuse.
 
     Raises UserError when those are too many; the first is named.
     """
@@ -185,6 +218,7 @@ def commit_drawn(
             f"{len(failures)} of {ledger.prompts} prompts have no scored completions, more than data.max_bad_fraction "
             f"{max_bad_fraction:g} allows; first {failures[0]['file']}:{failures[0]['line']}: {failures[0]['reason']}"
         )
+    look(ledger)
     finished = finished_shards(directory)
     shards = [finished[report["shard"]] for report in reports]
     commit_store(directory, shards, meta={**meta, "ledger": asdict(ledger), "facts": ledger.facts(weights)})

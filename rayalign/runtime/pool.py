@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import ray
 import torch
 
-from rayalign.errors import UserError, first_line
+from rayalign.errors import UserError, blocked, first_line
 from rayalign.runtime.failures import root_cause
 from rayalign.runtime.placement import Share
 
@@ -115,7 +115,7 @@ class Pool:
                 ) from error
             except ray.exceptions.RayTaskError as error:
                 cause = root_cause(error)
-                raise (cause if isinstance(cause, UserError) else error) from error
+                raise (cause if isinstance(cause, UserError) else blocked(cause) or error) from error
             finally:
                 self._give_back(actor)
         raise AssertionError("unreachable: the loop returns or raises")

@@ -15,8 +15,8 @@ from pathlib import Path
 from rayalign.data.shard import write_whole
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
-from rayalign.manifest import MANIFEST
-from rayalign.runtime.drawing import Workers, commit_drawn, draw
+from rayalign.manifest import MANIFEST, committed
+from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, Workers, commit_drawn, draw, nothing_learned
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool, PoolClosed
 from rayalign.runtime.weights import BOARD, ObjectStore
@@ -47,6 +47,10 @@ class RolloutJob:
     python: str | None
     """Interpreter of the actors, where it is not the driver's."""
     max_bad_fraction: float
+    max_unlabelled: int = 3
+    """Rounds in a row from which nothing can be learned; then the run ends."""
+    alone: bool = False
+    """The method learns from one completion of a prompt, by rewards that differ between prompts."""
     preparation: Preparation | None = None
     """What the method makes of every round, once and for all workers."""
     direct_weights: bool = False
@@ -80,12 +84,13 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
 
     def serve() -> None:
         gone: dict[str, float] = {}
+        idle = Unlabelled(job, note)
         try:
             while not stop.wait(POLL_SECONDS):
                 pool.release()
                 for request in folder.requests()[:1]:
                     try:
-                        draw_round(request, job, folder, pool, note)
+                        draw_round(request, job, folder, pool, note, idle)
                     except WeightsGone as error:
                         await_another_attempt(error, gone)
         except PoolClosed:
@@ -118,10 +123,57 @@ def await_another_attempt(error: WeightsGone, gone: dict[str, float]) -> None:
     time.sleep(10 * POLL_SECONDS)
 
 
+class Unlabelled:
+    """Counts the rounds in a row from which nothing can be learned, and ends a run of them.
+
+    A policy that earns nothing yet may have such rounds at first. But as no step on them moves it, only luck ends
+    them: ``max_unlabelled`` in a row end the run, and so do all rounds of a run that has fewer.
+    """
+
+    def __init__(self, job: RolloutJob, note: Callable[[str], None]) -> None:
+        self.job = job
+        self.note = note
+
+    def see(self, number: int, ledger: Ledger) -> None:
+        """Look at a round before it is committed; raises UserError where it is one too many."""
+        if ledger.teaches(alone=self.job.alone):
+            return
+        rounds = 1
+        while rounds <= number and self._was_idle(number - rounds):
+            rounds += 1
+        spec = self.job.spec
+        why = nothing_learned([ledger], scorer=spec.scorer.label, rule=spec.label.name, shape=spec.shape)
+        told = f"round {number + 1}/{self.job.plan.num_rounds}: {why}"
+        if rounds < min(self.job.max_unlabelled, self.job.plan.num_rounds):
+            self.note(f"{told}; its steps teach nothing")
+            return
+        in_a_row = f", in {rounds} rounds in a row" if rounds > 1 else ""
+        raise UserError(
+            f"{told}{in_a_row}: the run learns nothing. Start one of another name with {WHAT_DISTINGUISHES}; "
+            "or allow more such rounds: data_policy.max_unlabelled_rounds"
+        )
+
+    def _was_idle(self, number: int) -> bool:
+        """Whether the committed round ``number`` had nothing to learn from; of several, the newest."""
+        stores = [path for path in self.job.folder.glob(f"round_{number:06d}-*") if (path / MANIFEST).exists()]
+        if not stores:
+            return False
+        newest = max(stores, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+        return not Ledger(**committed(newest)["meta"]["ledger"]).teaches(alone=self.job.alone)
+
+
 def draw_round(
-    request: Request, job: RolloutJob, folder: RoundFolder, pool: Workers, note: Callable[[str], None]
+    request: Request,
+    job: RolloutJob,
+    folder: RoundFolder,
+    pool: Workers,
+    note: Callable[[str], None],
+    idle: Unlabelled,
 ) -> None:
-    """Commit the round of a request, unless it was before, and forget the request and weights older than its own."""
+    """Commit the round of a request, unless it was before, and forget the request and weights older than its own.
+
+    Raises UserError where too many rounds have nothing to learn from.
+    """
     directory = folder.round(request)
     if not (directory / MANIFEST).exists():
         began = time.monotonic()
@@ -141,6 +193,7 @@ def draw_round(
             directory,
             reports,
             max_bad_fraction=job.max_bad_fraction,
+            look=lambda ledger: idle.see(request.number, ledger),
             weights=request.weights,
             request=request.to_json(),
             seconds=time.monotonic() - began,

@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import UserError, first_line
+from rayalign.paths import expanded
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -87,7 +88,7 @@ class Session:
         """Where that folder is or would be; nothing is made."""
         if "://" in path:
             raise UserError(f"storage_path: {path}: this release writes to file systems; mount it and give its folder")
-        folder = Path(path).expanduser()
+        folder = expanded(path, field="storage_path")
         if not folder.is_absolute():
             folder = self._base(path) / folder
         return folder.resolve()
@@ -101,7 +102,7 @@ class Session:
                 f"storage_path: {path} is relative, and on a running cluster nothing says to what: give an absolute "
                 f"path that every node sees, or set {STORAGE_VARIABLE} to one"
             )
-        return Path(base).expanduser()
+        return expanded(base, field=STORAGE_VARIABLE)
 
 
 @contextlib.contextmanager
@@ -112,7 +113,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
     machine part of one; ``RAY_ADDRESS=local`` starts a new one in any case. Workers find the modules in
     ``import_paths``. The environment of this process is as before when the block ends.
 
-    Raises UserError when the cluster does not answer.
+    Raises UserError when the cluster does not answer, and when Ray cannot write its own files.
     """
     with environment(import_paths):
         if ray.is_initialized():
@@ -132,6 +133,11 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
             raise UserError(
                 f"the Ray cluster at {address} does not answer ({first_line(error)}): start it, correct RAY_ADDRESS, "
                 "or set RAY_ADDRESS=local to do without"
+            ) from error
+        except OSError as error:  # a socket's path has 107 bytes at most
+            raise UserError(
+                f"Ray cannot keep its files below {temporary_folder()} ({first_line(error)}): set RAY_TMPDIR to a "
+                "folder with a short path that can be written, such as /tmp"
             ) from error
         try:
             yield describe(started_here=address is None)
@@ -181,9 +187,14 @@ def running_cluster() -> str | None:
     named = os.environ.get("RAY_ADDRESS")
     if named:
         return None if named == "local" else named
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    noted = temporary_folder() / "ray" / "ray_current_cluster"
     address = noted.read_text().strip() if noted.exists() else ""
     return address if address and answers(address) else None
+
+
+def temporary_folder() -> Path:
+    """Where Ray keeps its sockets and logs."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
 
 
 def answers(address: str) -> bool:

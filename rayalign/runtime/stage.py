@@ -15,7 +15,7 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
-from rayalign.errors import UserError, first_line
+from rayalign.errors import UserError, blocked, first_line
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,10 @@ class Worker:
             result = self.function(pickle.loads(row["item"]))
         except UserError as error:
             result = error
+        except OSError as error:
+            result = blocked(error)
+            if result is None:
+                raise
         return {"item": pickle.dumps(result)}
 
 

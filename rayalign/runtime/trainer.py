@@ -35,7 +35,7 @@ from rayalign.engine.checkpoint import newest_step
 from rayalign.engine.disk import free_bytes, full_disk
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy import StrategySpec
-from rayalign.errors import Stopped, UserError
+from rayalign.errors import Stopped, UserError, blocked
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
 from rayalign.runtime.placement import Share
@@ -337,6 +337,8 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
                 f"{job.spec.directory.name}: worker {rank} could not write ({full}); {job.spec.directory} has "
                 f"{free_bytes(job.spec.directory):,} bytes left. Free some space; the same command continues"
             ) from cause
+        if (told := blocked(cause)) is not None:
+            raise TrainingFailed(f"{job.spec.directory.name}: worker {rank}: {told}") from cause
         if not is_lost(cause):
             raise TrainingFailed(
                 f"{job.spec.directory.name}: worker {rank} raised {type(cause).__name__}: {cause}\n{failure}"

@@ -90,6 +90,10 @@ class ChunkReport:
     scorer_calls: int
     labels: int
     """Prompts whose candidates got a preference (or rewards)."""
+    distinguishing: int
+    """Those of them whose candidates got a preference or different rewards; a lone candidate's reward counts."""
+    rewards: tuple[float, float] | None
+    """The lowest and the highest of all; None where the scorer gave none."""
     reward_sum: float
     """Over fresh completions; over stored ones where nothing is drawn."""
     seconds_generating: float
@@ -144,11 +148,12 @@ class ChunkMaker:
             if not lives
         ]
         scores = self._score(drawn, prompts, candidates, quarantined)
-        groups, labels = self._groups(spec, chunk, drawn, candidates, scores)
+        groups, labelled = self._groups(spec, chunk, drawn, candidates, scores)
         said = [
             self.texts[id(group.store)].again(group.row, group.read(), own)
             for group, own in zip(drawn, groups, strict=True)
         ]
+        rewarded = [own for own in scores if own]
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
         counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
         return ChunkReport(
@@ -158,7 +163,11 @@ class ChunkMaker:
             tokens_generated=sum(len(answer.ids) for answers in fresh for answer in answers),
             finished=sum(answer.finished for answers in fresh for answer in answers),
             scorer_calls=sum(map(len, candidates)),
-            labels=labels,
+            labels=sum(found.preferred for found in labelled),
+            distinguishing=sum(
+                found.preferred and tells_apart(own, spec.shape) for found, own in zip(labelled, scores, strict=True)
+            ),
+            rewards=(min(map(min, rewarded)), max(map(max, rewarded))) if rewarded else None,
             reward_sum=float(sum(map(sum, counted))),
             seconds_generating=generated - loaded,
             seconds_starting=0.0 if refreshed else loaded - began,
@@ -174,8 +183,8 @@ class ChunkMaker:
         drawn: Sequence[Drawn],
         candidates: Sequence[Sequence[Answer]],
         scores: Sequence[Sequence[float]],
-    ) -> tuple[list[Group], int]:
-        """The groups as the method takes them, and how many of them got a label."""
+    ) -> tuple[list[Group], list[Labelled]]:
+        """The groups as the method takes them, and the label of each."""
         labelled = [
             label(
                 own, [len(answer.ids) for answer in answers], spec.label, shape=spec.shape, key=label_key(spec.seed, at)
@@ -195,7 +204,7 @@ class ChunkMaker:
                 replace(group, per_token={**group.per_token, "ref_token_logp": column})
                 for group, column in zip(made, columns, strict=True)
             ]
-        return made, sum(found.preferred for found in labelled)
+        return made, labelled
 
     def _prepare(self, spec: ChunkSpec) -> None:
         """Open what stays the same from chunk to chunk."""
@@ -262,6 +271,11 @@ class ChunkMaker:
                 reason = f"the scorer failed on its candidates: {type(error).__name__}: {error}"
                 quarantined.append(bad_prompt(group, prompt, reason))
         return scores
+
+
+def tells_apart(scores: Sequence[float], shape: Shape) -> bool:
+    """Whether a label among candidates of these scores says more than that they are there."""
+    return shape not in ("group", "one") or len(scores) == 1 or min(scores) < max(scores)
 
 
 def engine_of(spec: ChunkSpec) -> tuple[object, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rayalign.data.prepare import Shape
 from rayalign.data.rank import places
@@ -144,24 +145,42 @@ def bradley_terry(scored: Scored, *, scale: float) -> Pair | None:
 
 
 def own_rule(name: str) -> Callable[[Scored], Pair | None]:
-    """``function(scores) → (chosen, rejected)``, or None for no preference."""
+    """``function(scores) → (chosen, rejected)``; None or NaN for no preference.
+
+    Numbers of numpy and torch are numbers. Raises UserError for any other answer, and for what the function raises.
+    """
     function = load_function(name, [0.0, 1.0])
 
     def apply(scored: Scored) -> Pair | None:
-        pair = function(list(scored.scores))
-        if pair is None:
-            return None
         count = len(scored.scores)
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and pair[0] != pair[1]) or not all(
-            isinstance(k, int) and 0 <= k < count for k in pair
-        ):
+        try:
+            answer = function(list(scored.scores))
+        except Exception as error:  # the user's function may raise anything
             raise UserError(
-                f"label.name: {name!r} returned {pair!r} for {count} scores: it must return (chosen, rejected), "
+                f"label.name: {name!r} raised {type(error).__name__}: {error} for the scores {list(scored.scores)}"
+            ) from error
+        if answer is None or _is_nan(answer):
+            return None
+        try:
+            chosen, rejected = map(operator.index, answer)
+        except (TypeError, ValueError):
+            chosen = rejected = -1
+        if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
+            raise UserError(
+                f"label.name: {name!r} returned {answer!r} for {count} scores: it must return (chosen, rejected), "
                 "two different positions in the list, or None"
             )
-        return pair[0], pair[1]
+        return chosen, rejected
 
     return apply
+
+
+def _is_nan(answer: Any) -> bool:
+    """Whether an answer is a number that is none."""
+    try:
+        return math.isnan(answer)
+    except (TypeError, ValueError, RuntimeError):  # a pair, in whatever form
+        return False
 
 
 def nearest_in_length(scored: Scored, chosen: int, among: Sequence[int]) -> int:

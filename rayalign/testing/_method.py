@@ -82,7 +82,8 @@ def step_loss(method: Method, config: MethodConfig, micro_batches: Sequence[Scor
     total = torch.zeros((), dtype=torch.float64)
     for scored in micro_batches:
         for term in method.loss(scored, config, statistics):
-            total = total + term.weight * torch.where(term.mask, term.per_item, 0).sum() / counts[term.over]
+            count = counts[term.over] if term.count is None else term.count.clamp(min=1)
+            total = total + term.weight * torch.where(term.mask, term.per_item, 0).sum() / count
     return total
 
 

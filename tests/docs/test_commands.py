@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from documented_files import undocumented
+from documented_runs import idle_runs
 from pages import (
     COMMANDS,
     LANGUAGES,
@@ -70,9 +71,10 @@ def test_commands(page: Path, folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("page", SLOW, ids=page_id)
 def test_slow_commands(page: Path, folder: Path) -> None:
-    """The whole page, in a shell; every file that it leaves in ``runs`` is one that the reference names."""
+    """The whole page, in a shell; ``runs`` holds files that the reference names, and no run that learned nothing."""
     follow(blocks(page), folder, here=False)
     assert undocumented(folder / "runs") == []
+    assert idle_runs(folder / "runs") == []
 
 
 def follow(found: list[Block], folder: Path, *, here: bool) -> None:

@@ -131,7 +131,7 @@ def test_a_stopped_job_goes_on_from_an_edited_checkout(
     hold_file(head, "stopped").unlink()
     status, logs = head.wait(job)
     assert status == "STOPPED", logs
-    last = f"stopped: stopped after step {HELD + 1} of {STEPS}; the same command goes on from there"
+    last = f"stopped: stopped after step {HELD + 1} of {STEPS}; the same command continues from there"
     assert logs.rstrip().endswith(last)
     assert run_json(directory)["status"] == "stopped" and not (directory / ".lease").exists()
     assert newest_checkpoint(directory).startswith(f"step_{HELD + 1:06d}-")
@@ -159,7 +159,7 @@ def test_sigterm_has_an_exit_code_and_a_second_one_ends_at_once(
     os.kill(driver, signal.SIGTERM)  # the step is held and cannot end
     status, logs = head.wait(job)
     assert status == "FAILED" and head.client().get_job_info(job).driver_exit_code == 130
-    assert logs.rstrip().endswith("stopped; the same command goes on from the newest checkpoint")
+    assert logs.rstrip().endswith("stopped; the same command continues a run from its newest checkpoint")
     assert newest_checkpoint(directory).startswith("step_000004-")
 
     job, directory = held(folder, head, "twice")
@@ -169,7 +169,7 @@ def test_sigterm_has_an_exit_code_and_a_second_one_ends_at_once(
     hold_file(head, "twice").unlink()
     status, logs = head.wait(job)
     assert status == "FAILED" and head.client().get_job_info(job).driver_exit_code == 143
-    assert "twice: stopped after step 7 of 12; the same command goes on from there" in logs
+    assert "twice: stopped after step 7 of 12; the same command continues from there" in logs
     status, logs = head.wait(head.submit(folder.folder, "train", "twice.yaml"))
     assert status == "SUCCEEDED", logs
     assert_equal(directory, undisturbed)

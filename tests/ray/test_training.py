@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,29 @@ def test_a_loss_that_is_not_a_number_names_its_step(workspace: Workspace, sessio
     assert str(saved.parent) in failed.printed.replace("\n", "")
     groups = json.loads(saved.read_text())["groups"]
     assert len(groups) == 8 and {group["losses"]["nan"] for group in groups} == {"nan"}
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_what_its_messages_advise(workspace: Workspace, address: dict[str, str]) -> None:
+    lines = (workspace.folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (workspace.folder / "one_bad.jsonl").write_text("".join([*lines[:40], "{}\n"]))
+    data = {"train": ["one_bad.jsonl"], "max_prompt_tokens": 48, "max_tokens": 96}
+    path, directory = workspace.run("advised", data=data), workspace.directory("advised")
+    refused = rayalign("train", path)
+    assert (refused.code, "data.max_bad_fraction 0.01" in refused.printed) == (2, True), refused.printed
+    with started("train", path, "data.max_bad_fraction=0.1", environment=address) as process:
+        wait_until(lambda: num_rows(directory) >= 3, "3 steps")
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    before = metrics(directory)
+    advice = ["data.max_bad_fraction=0.5", "optim.tokens_per_micro_batch=1024", "model.gradient_checkpointing=true"]
+    advice += ["strategy.timeout_seconds=300", "optim.on_nonfinite=skip", "checkpoint.keep=1", "scorer=null"]
+    resumed = rayalign("train", path, *advice)
+    assert resumed.code == 0, resumed.printed
+    assert f"continues from step_{len(before):06d}" in (directory / "train.log").read_text()
+    assert metrics(directory)[: len(before)] == before
+    assert [row["step"] for row in metrics(directory)] == list(range(1, 25))
 
 
 def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace) -> None:

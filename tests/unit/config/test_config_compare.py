@@ -62,27 +62,81 @@ grid:
         "results",
         f"{tmp_path}/pairs.jsonl",
     )
-    assert dpo.method.config == resolve("dpo").config()
+    assert dpo.method.config == resolve("dpo").config(beta=0.3, label_smoothing=0.1)
     assert (exo.optim.lr, exo.optim.steps, exo.seed, dpo.optim.lr) == (1e-4, 100, 1, 1e-5)
 
 
-def test_a_block_that_says_its_name_replaces_and_any_other_is_merged(tmp_path: Path) -> None:
+def test_a_block_that_is_named_anew_keeps_what_still_holds_and_any_other_is_merged(tmp_path: Path) -> None:
     text = """\
 grid:
   method:
     - {beta: 0.5}
-    - {name: dpo, beta: 0.5}
+    - {name: ipo, tau: 0.5}
     - {as: other model, model: {name: other}}
 """
     merged, replaced, moved = [cell.run for cell in load(tmp_path, text).cells]
     assert merged is not None and replaced is not None and moved is not None
     assert merged.method.config.model_dump(exclude={"logit_temperature"}) == {"beta": 0.5, "label_smoothing": 0.1}
-    assert replaced.method.config.model_dump(exclude={"logit_temperature"}) == {"beta": 0.5, "label_smoothing": 0.0}
+    assert replaced.method.config == resolve("ipo").config(tau=0.5)
     assert (moved.model.name, moved.model.dtype, moved.method.config) == (
         "other",
         "float32",
         resolve("dpo").config(beta=0.3, label_smoothing=0.1),
     )
+
+
+CARRIED = """\
+  data_policy: {name: on_policy, refresh_every: 2, lag: 1, passes: 1}
+  rollout: {engine: hf}
+  scorer: {name: rule, function: "m:f", arguments: {k: 1}}
+  label: {name: wpo, threshold: 3}
+  strategy: {name: fsdp2, workers: 4, cpu_offload: true, timeout_seconds: 50}
+"""
+
+
+def test_settings_of_the_base_hold_for_entries_that_mean_the_same_by_them(tmp_path: Path) -> None:
+    """β is one thing to DPO, WPO, KTO and hinge, another to SimPO, and nothing to IPO."""
+    text = "grid:\n  method: [dpo, wpo, kto, hinge, simpo, ipo, {name: wpo, beta: 0.01, alignment: none}]\n"
+    comparison = load(tmp_path, text)
+    configs = [cell.run.method.config.model_dump() for cell in comparison.cells if cell.run is not None]
+    assert [config.get("beta") for config in configs] == [0.3, 0.3, 0.3, 0.3, 2.0, None, 0.01]
+    assert [config.get("label_smoothing") for config in configs] == [0.1, 0.1, None, None, 0.0, None, 0.1]
+    assert configs[-1]["alignment"] == "none"
+    assert list(comparison.notes) == [
+        "base.method.beta: 0.3 holds for dpo, wpo, kto, hinge; not for simpo, whose beta is another setting; "
+        "ipo, which has none",
+        "base.method.label_smoothing: 0.1 holds for dpo, wpo; not for kto, which has none; hinge, which has none; "
+        "simpo, whose label_smoothing is another setting; ipo, which has none",
+    ]
+    assert load(tmp_path, "grid: {method: [dpo, wpo]}\n").notes == ()
+
+
+def test_so_do_those_of_every_other_named_block_but_a_scorer(tmp_path: Path) -> None:
+    text = """\
+grid:
+  data_policy: [hybrid, off_policy]
+  label: [best_worst, {name: wpo, gap: 2}, {name: bradley_terry, relabel: false}]
+  strategy: [ddp, fsdp2, single]
+  scorer: [{name: rule, function: "m:g"}]
+"""
+    runs = [cell.run for cell in load(tmp_path, text, base=BASE + CARRIED).cells if cell.run is not None]
+    hybrid = next(run for run in runs if run.data_policy.name == "hybrid")
+    assert (hybrid.data_policy.refresh_every, hybrid.data_policy.lag) == (2, 1)
+    rules = {run.label.name: run.label for run in runs if run.label is not None}
+    assert (rules["wpo"].threshold, rules["wpo"].gap, rules["best_worst"].threshold) == (3, 2, 5)
+    strategies = {run.strategy.name: run.strategy for run in runs}
+    assert [strategies[name].workers for name in ("ddp", "fsdp2", "single")] == [4, 4, "auto"]
+    assert [strategies[name].cpu_offload for name in ("ddp", "fsdp2")] == [False, True]
+    assert {run.strategy.timeout_seconds for run in runs} == {50}
+    assert {str(run.scorer.arguments) for run in runs if run.scorer is not None} == {"{}"}
+
+
+def test_so_they_do_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: m}\ndata: {train: t.jsonl}\nmethod: {name: dpo, beta: 0.3}\n")
+    assert load_run(path, ["method=wpo"]).method.config == resolve("wpo").config(beta=0.3)
+    assert load_run(path, ["method={name: wpo, beta: 0.2}"]).method.config == resolve("wpo").config(beta=0.2)
+    assert load_run(path, ["method=simpo"]).method.config == resolve("simpo").config()
 
 
 def test_axes_may_be_dotted_null_and_lists(tmp_path: Path) -> None:
@@ -225,7 +279,7 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
     [
         (
             "grid:\n  method:\n    - dpo\n    - {name: ipo, tua: 1}\n",
-            ["compare.yaml:10: method.tua: unknown key; did you mean method.tau?"],
+            ["compare.yaml:10: method.tua: unknown key of ipo; did you mean method.tau?"],
         ),
         (
             "grid:\n  data_policy:\n    - {name: off_policy, as: off}\n    - {name: off_policy, as: 'off'}\n",
@@ -246,7 +300,9 @@ def test_a_base_in_its_own_file_resolves_beside_it(tmp_path: Path) -> None:
             ["compare.yaml:7: seed.low: seed is 5, which has no keys; override it as a whole"],
         ),
         ("grid: {seed: 3}\n", ["compare.yaml:7: grid.seed: 3 is not a list"]),
-        ("grid: {seed: []}\n", ["compare.yaml:7: grid.seed: is an empty list; name at least one"]),
+        ("grid: {seed: []}\n", ["compare.yaml:7: grid.seed: is empty; name at least one"]),
+        ("grid: {beta: [1]}\n", ["compare.yaml:7: grid.beta: is no setting of a run; did you mean method.beta?"]),
+        ("grid: {seeds: [1]}\n", ["compare.yaml:7: grid.seeds: is no setting of a run; did you mean seed?"]),
         ("gird: {seed: [1]}\n", ["compare.yaml: grid: missing; say what is compared: grid: {method: [dpo, exo_pref]}",
                                  "compare.yaml:7: gird: unknown key; did you mean grid?"]),
         (
@@ -277,8 +333,8 @@ def test_a_base_that_is_no_run_is_refused(tmp_path: Path, base: str, messages: l
 
 
 def test_an_unknown_axis_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    (message,) = refusal(tmp_path, "grid: {methods: [dpo]}\n")
-    assert message.startswith("compare.yaml:7: grid.methods: is no setting of a run; an axis is one of auxiliary, ")
+    (message,) = refusal(tmp_path, "grid: {flavours: [dpo]}\n")
+    assert message.startswith("compare.yaml:7: grid.flavours: is no setting of a run; an axis is in one of auxiliary, ")
 
 
 def test_run_and_comparison_are_told_apart(tmp_path: Path) -> None:

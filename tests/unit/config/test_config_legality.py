@@ -199,10 +199,10 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
         ),
         (
             ["method={name: reward_model, logit_temperature: 2}", "auxiliary.data=a.jsonl", "evaluate.prompts=p.jsonl"],
-            ["evaluate: reward_model trains no policy, so there is nothing to sample; leave only every or at, which "
-             "say when data.eval is measured",
+            ["method.logit_temperature: reward_model has no logits to divide; remove it",
              "auxiliary: reward_model has no vocabulary, so further data have no likelihood; remove it",
-             "method.logit_temperature: reward_model has no logits to divide; remove it"],
+             "evaluate: reward_model trains no policy, so there is nothing to sample; leave only every or at, which "
+             "say when data.eval is measured"],
         ),
         (
             ["method=reward_model", "model.reference=other", "evaluate.every=5", "data.eval=e.jsonl"],

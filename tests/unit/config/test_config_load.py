@@ -89,6 +89,67 @@ def test_the_last_override_wins_and_blocks_are_made(tmp_path: Path) -> None:
     assert (run.evaluate.prompts[0].path, run.seed, run.track) == (f"{tmp_path}/p.jsonl", 2, ("wandb", "tensorboard"))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["strategy.workers=2", "strategy=ddp"],
+        ["strategy=ddp", "strategy.workers=2"],
+        ["strategy={name: ddp}", "strategy.workers=2"],
+        ["strategy.workers=2", "strategy.name=ddp"],
+    ],
+)
+def test_a_block_and_its_settings_may_be_given_in_any_order(settings: list[str]) -> None:
+    run = load_run(None, [*OFFLINE, *settings])
+    assert (run.strategy.name, run.strategy.workers) == ("ddp", 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "paths"),
+    [
+        (["data.train[0].path=b.jsonl"], ["b.jsonl"]),
+        (["data.train=[a.jsonl, {path: b.jsonl, weight: 2}]", "data.train[0].weight=3"], ["a.jsonl", "b.jsonl"]),
+        (["data.train=[a.jsonl, b.jsonl]", "data.train[1]=c.jsonl"], ["a.jsonl", "c.jsonl"]),
+        (["data.train=[a.jsonl, b.jsonl]", "data.train.1.path=c.jsonl"], ["a.jsonl", "c.jsonl"]),
+        (["data.train={path: a.jsonl}", "data.train[0].weight=3"], ["a.jsonl"]),
+        (["data.train=null", "data.train[0].path=b.jsonl"], ["b.jsonl"]),
+    ],
+)
+def test_items_of_lists_are_named_as_messages_name_them(settings: list[str], paths: list[str]) -> None:
+    run = load_run(None, [*OFFLINE, *settings])
+    assert [Path(str(source.path)).name for source in run.data.train] == paths
+    assert run.data.train[0].weight == (3 if any(text.endswith("weight=3") for text in settings) else 1)
+
+
+def test_short_names_open_into_blocks() -> None:
+    settings = [
+        "scorer=rule",
+        "scorer.function=m:f",
+        "method=dpo",
+        "method.beta=0.2",
+        "label.scale=3",
+        "label=bradley_terry",
+    ]
+    run = load_run(None, [*OFFLINE, "data_policy=on_policy", "rollout.engine=hf", *settings])
+    assert run.scorer is not None and run.label is not None
+    assert (run.scorer.name, run.method.config.model_dump()["beta"]) == ("rule", 0.2)
+    assert (run.label.name, run.label.scale) == ("bradley_terry", 3)
+
+
+def test_what_the_command_line_adds_is_not_blamed_on_the_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + "method: dpo\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, ["foo.bar=1", "data.train[0].pth=x", "data.train[7].path=x", "data.train[x].path=x"])
+    assert str(caught.value).splitlines() == [
+        "command line: data.train[7].path: data.train has the items 0 to 0",
+        "command line: data.train[x].path: 'train[x]' is no key; items of a list are counted from 0, as in "
+        "data.train[0].path",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, ["foo.bar=1", "data.train[0].pth=x"])
+    assert [problem.where for problem in caught.value.problems] == ["command line"] * 2
+
+
 def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
     path = tmp_path / "doc.yaml"
     path.write_text("a: &x {lr: 1, steps: 2}\nb:\n  <<: *x\n  lr: 3\n")

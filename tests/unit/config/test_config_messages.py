@@ -8,6 +8,7 @@ import pytest
 from conftest import Refused
 
 from rayalign.config import ConfigError, load_run
+from rayalign.pipeline.job import optimizer_spec
 
 
 def test_every_mistake_is_reported_in_the_order_of_the_file(refused: Refused) -> None:
@@ -20,7 +21,7 @@ optim:
 strategy: {name: single, workers: 4}
 """
     assert refused(text) == [
-        "run.yaml:3: method.betta: unknown key; did you mean method.beta?",
+        "run.yaml:3: method.betta: unknown key of dpo; did you mean method.beta?",
         "run.yaml:5: optim.learning_rate: unknown key; did you mean optim.lr?",
         "run.yaml:6: optim.schedule: 'cosin' is none of cosine | linear | constant; did you mean cosine?",
         "run.yaml:7: optim.groups_per_step: 0 must be at least 1",
@@ -43,7 +44,23 @@ strategy: {name: single, workers: 4}
             "method: dpo\ncheckpoint: {best: {metric: loss}}",
             "checkpoint.best.mode: missing; this key is required",
         ),
+        (
+            "method: dpo\nauxiliary: {data: 'rows.py:make'}",
+            "auxiliary[0].data[0].path: 'rows.py:make' is no file or dataset; write {function: 'rows.py:make'} for a "
+            "maker of rows, or {path: …, split: …} for a dataset's split",
+        ),
         ("method: dpo\nsteps: 10", "steps: unknown key; did you mean optim.steps?"),
+        ("method: dpo\noptin: {lr: 1e-6}", "optin: unknown key; did you mean optim?"),
+        ("method: {name: dpo, lr: 1e-6}", "method.lr: unknown key of dpo; did you mean optim.lr?"),
+        ("method: {name: dpo, loss_type: ipo}", "method.loss_type: unknown key of dpo; write method: {name: ipo}"),
+        (
+            "method: Robust-DPO",
+            "method: no method is called 'Robust-DPO'; did you mean robust_dpo? Your own is my_pkg.losses:METHOD",
+        ),
+        (
+            "method: dpo\nreference: other",
+            "reference: 'other' stands where a block of keys is expected; another reference model is model.reference",
+        ),
         ("method: dpo\nbeta: 0.1", "beta: unknown key; did you mean method.beta?"),
         ("method: dpo\nloss_type: exo_pair", "loss_type: unknown key; write method: {name: exo_pref}"),
         ("method: dpo\nloss_type: ipo", "loss_type: unknown key; write method: {name: ipo}"),
@@ -91,6 +108,20 @@ strategy: {name: single, workers: 4}
         ("method: dpo\ntrack: [mlflow]", "track[0]: 'mlflow' is none of tensorboard | wandb"),
         ("method: dpo\nconfig_version: 2", "config_version: 2 is none of 1"),
         ("method: dpo\nscorer: {function: f}", "scorer: needs a name: write name first"),
+        ("method: dpo\nseed: true", "seed: true is a boolean in YAML; write a number"),
+        ("method: dpo\noptim: {lr: yes}", "optim.lr: true is a boolean in YAML; write a number"),
+        ("method: dpo\noptim: {betas: [0.9, on]}", "optim.betas: true is a boolean in YAML; write a number"),
+        ("method: {name: dpo, beta: off}", "method.beta: false is a boolean in YAML; write a number"),
+        (
+            "method: dpo\noptim: {max_grad_norm: 0}",
+            "optim.max_grad_norm: 0 would scale every gradient to nothing; write null to clip none",
+        ),
+        (
+            "method: dpo\noptim: adamw_torch",
+            "optim: 'adamw_torch' stands where a block of keys is expected; the optimizer is AdamW in float32: write "
+            "optim: {lr: …, betas: […], eps: …, weight_decay: …}",
+        ),
+        ("method: {name: grpo}\nbeta: 0.1", "beta: unknown key; did you mean method.kl_coef?"),
         (
             "method: dpo\nstorage_path: s3://key:secret@bucket/x",
             "storage_path: a URI with a password; give credentials by the environment",
@@ -115,11 +146,11 @@ def test_one_mistake(refused: Refused, line: str, message: str) -> None:
         ),
         (
             "model: gpt2\ndata: {train: a.jsonl}\nmethod: dpo\n",
-            "run.yaml:1: model: 'gpt2' stands where a block of keys is expected, such as key: value",
+            "run.yaml:1: model: 'gpt2' stands where a block of keys is expected; write model: {name: path-or-hub-id}",
         ),
         (
             "model: {name: a}\ndata: {train: []}\nmethod: dpo\n",
-            "run.yaml:2: data.train: is an empty list; name at least one",
+            "run.yaml:2: data.train: is empty; name at least one",
         ),
         (
             "model: {name: a}\ndata: {train: [{}]}\nmethod: dpo\n",
@@ -183,21 +214,41 @@ dataset_mixer: {a: 1.0}
         "per-device batch × devices × gradient accumulation = optim.groups_per_step; "
         "memory is bounded by optim.tokens_per_micro_batch"
     )
+    sources = "write data.train: [{path: name-or-file, split: …, config: …, columns: …, weight: …}, …]"
     assert refused(text, minimal="")[-12:] == [
         "run.yaml:1: model_name_or_path: unknown key; did you mean model.name?",
-        "run.yaml:2: dataset_name: unknown key; did you mean data.train?",
+        f"run.yaml:2: dataset_name: unknown key; {sources}",
         f"run.yaml:3: per_device_train_batch_size: unknown key; {batch}",
         f"run.yaml:4: gradient_accumulation_steps: unknown key; {batch}",
         "run.yaml:5: lr_scheduler_type: unknown key; did you mean optim.schedule?",
         "run.yaml:6: warmup_ratio: unknown key; did you mean optim.warmup?",
         "run.yaml:7: num_train_epochs: unknown key; did you mean optim.epochs?",
         "run.yaml:8: max_length: unknown key; did you mean data.max_tokens?",
-        "run.yaml:9: bf16: unknown key; write model.dtype: bfloat16 | float16 | float32 "
-        "(parameters and optimizer stay float32)",
-        "run.yaml:10: logging_steps: unknown key; every step is written to metrics.jsonl; remove it",
+        "run.yaml:9: bf16: unknown key; write model.dtype: bfloat16 or float32 (auto is bfloat16 on CUDA); parameters "
+        "and optimizer are float32, and float16 is not run",
+        "run.yaml:10: logging_steps: unknown key; every step is written to metrics.jsonl, and logs lie under "
+        "<storage_path>/<name>; remove it",
         "run.yaml:11: save_total_limit: unknown key; did you mean checkpoint.keep?",
-        "run.yaml:12: dataset_mixer: unknown key; write data.train: [{path: name, weight: fraction}, …]",
+        f"run.yaml:12: dataset_mixer: unknown key; {sources}",
     ]
+
+
+def test_layers_may_be_named_as_others_name_them() -> None:
+    base = ["model.name=m", "data.train=t.jsonl", "method=dpo"]
+    for given, layers in {
+        "all-linear": (),
+        "q_proj": ("q_proj",),
+        "q_proj, v_proj": ("q_proj", "v_proj"),
+        "[q_proj, v_proj]": ("q_proj", "v_proj"),
+        "[]": (),
+    }.items():
+        run = load_run(None, [*base, f"model.lora.target_modules={given}"])
+        assert run.model.lora is not None and run.model.lora.target_modules == layers
+
+
+def test_clipping_can_be_off() -> None:
+    run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method=dpo", "optim.max_grad_norm=null"])
+    assert run.optim.max_grad_norm is None and optimizer_spec(run, 10).max_grad_norm == 0
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_what_is_picked_keeps_the_cells_own_seed_and_name(tmp_path: Path) -> Non
         ("{over: {optim.lr: [1.0e-5, -1]}}", "tune.over.optim.lr[1]: -1 goes with no configuration: optim.lr"),
         ("{over: {evaluate.every: [1]}}", "tune.over.evaluate.every: cannot be tuned; a setting is in one of"),
         ("{over: {seed: [5]}}", "tune.over.seed: cannot be tuned"),
+        ("{over: {lr: [5]}}", "tune.over.lr: cannot be tuned; did you mean optim.lr?"),
         ("{over: {method: [{name: dpo}]}}", "tune.over.method: a value is a block; tune one setting at a time"),
         ("{over: {optim.lr: 3}}", "tune.over.optim.lr: 3 is not a list"),
         ("{over: {optim.lr: [1]}, on: report}", "tune.on"),

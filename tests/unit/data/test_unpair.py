@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from rayalign.data.group import Candidate, Group
-from rayalign.data.unpair import Mismatched, unpair
+from rayalign.data.unpair import Mismatched, other_prompts, unpair
 from rayalign.errors import UserError
 
 
@@ -53,25 +56,75 @@ def test_only_pairs_are_unpaired() -> None:
         unpair(labelled(7, 70))
 
 
-def partners(groups: list[Group]) -> list[int]:
-    view = Mismatched(groups)
-    assert len(view) == len(groups)
-    return [int(view[index].candidates[1].ids[0]) for index in range(len(view))]
+NAN = math.nan
 
 
 @pytest.mark.parametrize(
-    ("prompts", "expected"),
+    ("prompts", "labels", "expected"),
     [
-        ([1, 2, 3], [20, 30, 10]),
-        ([1, 1, 2, 2], [30, 30, 10, 10]),
-        ([1, 2, 1, 1], [20, 30, 20, 20]),
-        ([1, 1, 1], [20, 30, 10]),
-        ([1], [10]),
+        # Pairs that were taken apart: chosen beside the next prompt's chosen, rejected beside its rejected.
+        ([1, 1, 2, 2, 3, 3], [1, 0, 1, 0, 1, 0], [2, 3, 4, 5, 0, 1]),
+        ([1, 2, 3], [1, 1, 1], [1, 2, 0]),
+        ([1, 1, 2, 2], [1, 1, 1, 1], [2, 3, 0, 1]),
+        # Undesirable answers have one prompt only, so all change places together.
+        ([1, 2, 3], [1, 0, 1], [1, 2, 0]),
+        ([1, 1, 2, 2], [1, 0, 0, 0], [2, 3, 0, 1]),
+        # Three of four answer one prompt: two of them get another completion of it.
+        ([1, 2, 1, 1], [1, 1, 1, 1], [1, 3, 0, 2]),
+        # Every prompt is the same.
+        ([1, 1, 1], [1, 1, 1], [1, 2, 0]),
+        ([1, 1, 1], [1, 0, 1], [1, 2, 0]),
+        # Without a label, and alone.
+        ([1, 2, 3, 4], [1, NAN, 1, NAN], [2, -1, 0, -1]),
+        ([1], [1], [-1]),
+        ([1, 2], [1, NAN], [-1, -1]),
+        ([], [], []),
     ],
 )
-def test_completion_of_the_next_other_prompt(prompts: list[int], expected: list[int]) -> None:
-    groups = [labelled(prompt, 10 * (index + 1)) for index, prompt in enumerate(prompts)]
-    assert partners(groups) == expected
+def test_whose_completion_is_set_beside_a_prompt(prompts: list[int], labels: list[float], expected: list[int]) -> None:
+    assert other_prompts(np.array(prompts, np.int64), np.array(labels, np.float64)).tolist() == expected
+
+
+def test_the_mismatched_completions_are_the_answers_themselves_of_each_kind() -> None:
+    """Counted for ten random data sets, prompts of any multiplicity."""
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        prompts = random.integers(0, 40, size=200)
+        labels = random.choice([0.0, 1.0, NAN], size=200, p=[0.3, 0.6, 0.1])
+        found = other_prompts(prompts, labels)
+        for kind in (0.0, 1.0):
+            own = np.flatnonzero(labels == kind)
+            assert sorted(found[own]) == own.tolist()
+            assert (prompts[found[own]] != prompts[own]).all()
+
+
+@dataclass
+class Counted:
+    """Groups, and how often one was read."""
+
+    groups: list[Group]
+    reads: int = 0
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int, /) -> Group:
+        self.reads += 1
+        return self.groups[index]
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 1000])
+def test_every_group_is_read_a_fixed_number_of_times(prompts: int) -> None:
+    groups = Counted([labelled(index % prompts, index, label=index % 2) for index in range(1000)])
+    view = Mismatched(groups)
+    for index in range(len(view)):
+        view[index]
+    assert groups.reads == 3 * len(groups)
+
+
+def test_an_answer_without_a_label_neither_gives_nor_gets() -> None:
+    view = Mismatched([labelled(1, 10), labelled(2, 20, label=math.nan), labelled(3, 30)])
+    assert [[int(own.ids[0]) for own in view[index].candidates] for index in range(3)] == [[10, 30], [20], [30, 10]]
 
 
 def test_mismatched_numbers_are_missing() -> None:
@@ -86,6 +139,6 @@ def test_mismatched_numbers_are_missing() -> None:
 
 def test_only_labelled_answers_get_a_mismatch() -> None:
     with pytest.raises(UserError, match="f.jsonl:9: a labelled answer stands alone, but here are 2 candidates"):
-        Mismatched([PAIR])[0]
+        Mismatched([PAIR])
     with pytest.raises(IndexError):
-        Mismatched([PAIR])[1]
+        Mismatched([labelled(1, 10)])[1]

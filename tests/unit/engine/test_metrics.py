@@ -6,9 +6,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from rayalign.engine.checkpoint import DESCRIBED
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB, read_metrics
 from rayalign.errors import MissingExtra
 
@@ -79,6 +82,24 @@ def test_a_missing_tracker_says_what_to_install(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingExtra, match=r"pip install 'rayalign\[tracking\]'"):
         WandB(tmp_path, {})
+
+
+@pytest.mark.parametrize(("environment", "project"), [({}, "rayalign"), ({"WANDB_PROJECT": "mine"}, "mine")])
+def test_a_run_of_wandb_is_that_of_the_directory_in_the_users_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], project: str
+) -> None:
+    """Its id does not change with settings that only describe the run; wandb itself is no part of the environment."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: asked.append(arguments)))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for identity in ({"data": "1", DESCRIBED: {"path": "a"}}, {"data": "1", DESCRIBED: {"path": "b"}}, {"data": "2"}):
+        WandB(tmp_path, identity)
+    assert {arguments["project"] for arguments in asked} == {project}
+    ids = [arguments["id"] for arguments in asked]
+    assert ids[0] == ids[1] != ids[2]
+    assert asked[0]["config"] == {"data": "1", DESCRIBED: {"path": "a"}}
 
 
 def test_rows_are_plain_json(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,13 +16,14 @@ from tiny_runs import Scenario, labelled, make_runner, make_source, objective, s
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rayalign.data.group import Group
+from rayalign.data.group import Candidate, Group
 from rayalign.data.plan import StepCounts
 from rayalign.engine.objective import MAIN_STREAM, Objective, denominator
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep, Runner
 from rayalign.engine.strategy import make_strategy
 from rayalign.methods import Method, MethodConfig, Term
+from rayalign.methods._base import Over
 
 SINGLE = make_strategy("single", torch.device("cpu"))
 PAIRS = synthetic_groups([2] * 9)
@@ -166,6 +168,38 @@ def test_kto_baseline_is_taken_over_the_whole_step(model: Path, other_model: Pat
     assert result.loss == pytest.approx(loss.item(), abs=1e-6)
 
 
+def test_kto_estimates_the_kl_on_the_step_s_own_mixture(model: Path, other_model: Path, tmp_path: Path) -> None:
+    """The step's pairs, taken apart; beside each prompt the next pair's completion of the same side, set there by hand.
+
+    Chosen answers are short and rejected ones long, so that an estimate on chosen answers alone would be another one.
+    """
+    pairs = [
+        replace(pair, candidates=(pair.candidates[0], repeated(pair.candidates[1], 3)))
+        for pair in synthetic_groups([2] * 4, seed=8)
+    ]
+    stream = store(tmp_path / "examples", labelled(pairs), reference=model, groups_per_step=8)
+    scenario = Scenario(
+        model=other_model, streams=(stream,), objectives=(objective("kto"),), tokens_per_micro_batch=4096
+    )
+    _, result = step(scenario, make_source(scenario, SINGLE).get(0))
+    policy, reference = plain(other_model), plain(model)
+    of_side = []
+    for side in (0, 1):
+        beside = [
+            replace(pair, candidates=(after.candidates[side],))
+            for pair, after in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
+        ]
+        with torch.no_grad():
+            ratio = torch.cat([sequence_logp(policy, group) - sequence_logp(reference, group) for group in beside])
+        of_side.append(ratio.mean().item())
+    assert abs(of_side[0] - of_side[1]) > 0.1 and sum(of_side) > 0
+    assert result.metrics["kl"] == pytest.approx(sum(of_side) / 2, rel=1e-5)
+
+
+def repeated(candidate: Candidate, times: int) -> Candidate:
+    return Candidate(ids=np.tile(candidate.ids, times), mask=np.tile(candidate.mask, times))
+
+
 def test_metrics_are_means_over_groups_and_not_over_micro_batches(dpo: Scenario) -> None:
     work = make_source(dpo, SINGLE).get(0)
     sizes = {int(batch.candidate_mask.shape[0]) for batch in work[0].micro_batches}
@@ -206,9 +240,13 @@ def test_step_that_is_not_finite_names_its_groups_and_moves_nothing(dpo: Scenari
 
 def test_every_denominator_is_its_count_and_never_zero() -> None:
     counts = StepCounts(pairs=3, groups=4, sequences=7, tokens=50)
-    assert [denominator(over, counts) for over in ("pairs", "groups", "sequences", "tokens")] == [3, 4, 7, 50]
-    assert denominator("constant", counts) == 1
-    assert denominator("pairs", StepCounts(pairs=0, groups=1, sequences=1, tokens=1)) == 1
+    items = torch.zeros(2)
+    terms = {over: Term(name=over, per_item=items, mask=items > 0, over=over) for over in get_args(Over)}
+    expected = {"pairs": 3, "groups": 4, "sequences": 7, "tokens": 50, "constant": 1}
+    assert {over: denominator(term, counts) for over, term in terms.items()} == expected
+    assert denominator(terms["pairs"], StepCounts(pairs=0, groups=1, sequences=1, tokens=1)) == 1
+    told = [denominator(replace(terms["groups"], count=torch.tensor(count)), counts) for count in (2.0, 0.0)]
+    assert told == [2, 1]
 
 
 def test_terms_of_one_name_add_up_and_masked_values_may_be_nan(dpo: Scenario) -> None:

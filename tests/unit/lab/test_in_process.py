@@ -10,8 +10,10 @@ from lab.in_process import CPU, Workshop, groups_of, scoring_spec
 from lab.make_model import FOLDER
 from lab.measure import cell_runs, comparison_of, quickstart
 from lab.rl import REINFORCEMENT
+from tiny_rollouts import SCORER
 
 from rayalign.config.compare import started_from
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
 from rayalign.manifest import read_manifest
@@ -58,6 +60,7 @@ def test_reinforcement_learning_draws_its_rounds_in_this_process(initial: str, t
         "data": run.data.model_copy(update={"train": (few,)}),
         "optim": run.optim.model_copy(update={"steps": 4, "groups_per_step": 2, "warmup": 0.0}),
         "rollout": run.rollout.model_copy(update={"max_new_tokens": 6}),
+        "scorer": RuleScorerConfig(function=f"{SCORER}:vowels"),  # the oracle has one word for all that is no sentence
         "data_policy": run.data_policy.model_copy(update={"lag": lag}),
         "evaluate": None,
     }
@@ -66,3 +69,4 @@ def test_reinforcement_learning_draws_its_rounds_in_this_process(initial: str, t
     assert sorted((drawn["number"], drawn["step"]) for drawn in rounds) == [(0, 0), (1, 2 - 2 * lag)]
     rows = [json.loads(row) for row in (tmp_path / "rloo" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(0 <= row["reward"] <= 1 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)

@@ -21,7 +21,7 @@ from rayalign.methods import (
     wpo_pair_weight,
 )
 from rayalign.methods.wpo import pair_weight
-from rayalign.testing import RandomGroup, random_groups, scored_batch, step_loss, step_statistics
+from rayalign.testing import RandomGroup, random_groups, scored_batch, step_loss, step_statistics, without
 from rayalign.types import Scored
 
 Step = Sequence[Sequence[RandomGroup]]
@@ -106,10 +106,37 @@ def test_permutation_deals_the_weights_of_the_whole_step(pairs: list[RandomGroup
     assert sum(abs(whole[index] - own[index]) > 1e-6 for index in own) >= 3
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_permutation_is_among_real_pairs_only(name: str) -> None:
+    """Ties and quarantined prompts have a slot of the step and no weight: none is dealt one, or deals 0."""
+    base = resolve(name)
+    groups = random_groups(base, num_groups=8)
+    for index in (1, 4, 5):
+        groups[index] = without(groups[index], [1] if name == "dpo" else [0, 1], math.nan)
+    method, config = compose(base, WPOWeighting(permute=True, clamp="none")), base.config()
+    own = compose(base, WPOWeighting(clamp="none"))
+    found = []
+    for weighted in (own, method):
+        batches = [scored_batch(part, weighted.needed(config)) for part in (groups[:3], groups[3:])]
+        statistics = step_statistics(weighted, config, batches, groups_per_step=8)
+        shares: list[float] = []
+        for scored in batches:
+            (term,), (plain,) = weighted.loss(scored, config, statistics), base.loss(scored, config, statistics)
+            shares += (term.per_item / plain.per_item)[plain.mask].tolist()
+        found.append(shares)
+    before, after = found
+    assert len(before) == len(after) == 5 and before != pytest.approx(after)
+    if name == "dpo":
+        assert sorted(after) == pytest.approx(sorted(before))
+        assert sum(after) == pytest.approx(sum(before))
+    else:
+        assert min(after) > 0 and sum(after) == pytest.approx(2.0)  # 1 in each class
+
+
 def test_permutation_changes_from_step_to_step_and_not_from_run_to_run(pairs: list[RandomGroup]) -> None:
     method = compose(resolve("dpo"), WPOWeighting(permute=True))
     scored = scored_batch(pairs, method.needs)
-    sums = {"wpo/weights": torch.arange(6, dtype=torch.float64)}
+    sums = {"wpo/weights": torch.arange(6, dtype=torch.float64), "wpo/weighed": torch.ones(6)}
 
     def dealt(seed: int, step: int) -> list[float]:
         statistics = Statistics(sums=sums, groups_per_step=6, seed=seed, step=step)

@@ -86,7 +86,7 @@ RATIO = {"clip": 0.2, "clip_high": None, "dual_clip": None, "importance_cap": No
         ("dpo", {"beta": 0.1, "label_smoothing": 0.0}),
         ("exo_pref", {"beta_pi": 0.1, "label_smoothing": 1e-3}),
         ("exo_rw", {"beta_pi": 0.5, "beta_r": 0.5, "behavior_correction": "auto", "behavior": "recorded"}),
-        ("wpo", {"beta": 0.01, "alignment": "sampled", "clamp": "product", "which": "both"}),
+        ("wpo", {"beta": 0.1, "label_smoothing": 0.0, "alignment": "sampled", "clamp": "product", "which": "both"}),
         ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
         ("orpo", {"weight": 0.1}),
         ("ipo", {"tau": 0.1, "normalize": "sum"}),

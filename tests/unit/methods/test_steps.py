@@ -66,6 +66,26 @@ def test_kto_estimates_the_kl_on_the_mismatched_completions_of_the_whole_step() 
     assert step_loss(kto, config, batches, statistics).item() == pytest.approx(expected)
 
 
+def test_an_example_without_a_label_counts_nowhere_in_kto() -> None:
+    """Neither in the loss, its mean, the estimate of the KL, nor a metric; nor does WPO's weight on top see it."""
+    kto = resolve("kto")
+    groups = random_groups(kto, num_groups=4)
+    rest = [groups[0], groups[2], groups[3]]
+    groups[1] = replace(groups[1], per_candidate={**groups[1].per_candidate, "label": (math.nan, math.nan)})
+    for method in (kto, compose(kto, WPOWeighting()), compose(kto, WPOWeighting(permute=True))):
+        found = []
+        for own in (groups, rest):
+            batches = [scored_batch(part, method.needed(kto.config())) for part in (own[:2], own[2:])]
+            statistics = step_statistics(method, kto.config(), batches, groups_per_step=4)
+            loss = step_loss(method, kto.config(), batches, statistics)
+            leaves = [leaf for group in rest for leaf in group.token_logp]
+            gradients = torch.autograd.grad(loss, [*leaves, *groups[1].token_logp], allow_unused=True)
+            assert all(gradient is None or not gradient.any() for gradient in gradients[len(leaves) :])
+            found.append({"loss": loss.item(), "slope": float(torch.cat(gradients[: len(leaves)]).norm())})
+            found[-1] |= logged(method, own)
+        assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_kto_takes_a_negative_estimate_as_zero() -> None:
     kto = resolve("kto")
     groups = [with_numbers(group, (-1.0, -9.0), (-1.0, -1.0)) for group in random_groups(kto, num_groups=2)]

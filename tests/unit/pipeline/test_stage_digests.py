@@ -35,7 +35,7 @@ from rayalign.sources.streams import StoredStream
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
 PAIR_TOKENS = 610
 PAIRS_DIGEST = "516dd521e329d510f736c1580451737ba98e47b3deeda4c1f5b8726b0a3e6a67"
-MISMATCHED_DIGEST = "3f6f72411f4e09a0444cff4e754ab1e537e6a4416501f4e38ae0c6e614bc6434"
+MISMATCHED_DIGEST = "ace757158acfa7ea2c03b9a99e27ccfd24fe738e9193530e8894885e101780d3"
 ROLLOUTS_DIGEST = "4946d52b056661d2e11e01df0503836c95cbb7aba823c48cec11991f998539c8"
 KEPT_DIGEST = "016ea80753a452098e1aca0455891159cedc5fb301b3dc2c8ce0167dbf916048"
 FIRST_ADVANTAGES = [-1.612147, 0.1041002, 1.8203475]
@@ -66,10 +66,10 @@ def test_every_stage_is_pinned() -> None:
     assert STAGE_VERSIONS == {
         "rows": 1,
         "tokens": 3,
-        "mismatched": 1,
+        "mismatched": 2,
         "reference": 1,
         "filter": 1,
-        "rollouts": 2,
+        "rollouts": 3,
         "prepared": 1,
     }
 

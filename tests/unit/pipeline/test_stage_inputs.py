@@ -126,7 +126,7 @@ def test_fresh_makes_a_stage_from_nothing_and_once(tmp_path: Path) -> None:
 
 
 def test_fresh_names_a_stage(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--fresh refrence: no stage is called so; there are rows, tokens"):
+    with pytest.raises(UserError, match="--fresh refrence: there is no such stage; there are rows, tokens"):
         Artifacts(root=tmp_path, fresh=frozenset({"refrence"}))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayalign.errors import UserError
-from rayalign.runtime.session import DEFAULTS, Node, Session, environment, running_cluster
+from rayalign.runtime.session import DEFAULTS, Node, Session, connect, environment, running_cluster
 
 NODE = Node(id="a", name="a", cpus=2, gpus=0)
 HERE = Session(started_here=True, nodes=(NODE,))
@@ -78,3 +78,24 @@ def test_storage_that_cannot_be_used(tmp_path: Path) -> None:
         HERE.storage(str(tmp_path / "file" / "runs"))
     with pytest.raises(UserError, match="s3://bucket/runs: this release writes to file systems"):
         HERE.storage("s3://bucket/runs")
+
+
+@pytest.mark.parametrize(("place", "told"), [("x" * 120, "AF_UNIX path length"), ("file", "Not a directory")])
+def test_ray_cannot_keep_its_files_there(
+    place: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / place))
+    with pytest.raises(UserError, match=f"Ray cannot keep its files below {tmp_path / place} .*{told}.*set RAY_TMPDIR"):
+        connect().__enter__()
+
+
+@pytest.mark.parametrize("started_here", [True, False])
+def test_storage_of_an_unknown_user(started_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = HERE if started_here else CLUSTER
+    with pytest.raises(UserError, match="storage_path: ~nobody-here/runs leads nowhere"):
+        session.place("~nobody-here/runs")
+    monkeypatch.setenv("RAYALIGN_STORAGE", "~nobody-here")
+    with pytest.raises(UserError, match="RAYALIGN_STORAGE: ~nobody-here leads nowhere"):
+        CLUSTER.place("runs")

@@ -70,6 +70,19 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    program = (
+        "import sys, rayalign.__main__ as command\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_command_that_is_ended_at_once_says_how_to_go_on() -> None:
     program = (
         "import sys, rayalign.cli as cli, rayalign.config.init as init\n"
@@ -80,4 +93,4 @@ def test_a_command_that_is_ended_at_once_says_how_to_go_on() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 130
-    assert done.stderr == "stopped; the same command goes on from the newest checkpoint\n"
+    assert done.stderr == "stopped; the same command continues a run from its newest checkpoint\n"

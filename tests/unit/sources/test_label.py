@@ -77,6 +77,36 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
         pair([0, 2], name=f"{rules}:bad")
 
 
+def answering(tmp_path: Path, expression: str) -> str:
+    path = tmp_path / "rule.py"
+    path.write_text(f"import math\nimport numpy as np\nimport torch\ndef rule(scores):\n    return {expression}\n")
+    return f"{path}:rule"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["(1, 0)", "[1, 0]", "np.array([1, 0])", "(np.argmax(scores), np.argmin(scores))", "torch.tensor([1, 0])"],
+)
+def test_positions_may_be_numbers_of_numpy_and_torch(tmp_path: Path, answer: str) -> None:
+    assert pair([1, 2], name=answering(tmp_path, answer)) == (1, 0)
+
+
+@pytest.mark.parametrize("answer", ["None", "math.nan", "np.nan", "np.float32('nan')", "torch.tensor(float('nan'))"])
+def test_no_preference(tmp_path: Path, answer: str) -> None:
+    assert pair([1, 2], name=answering(tmp_path, answer)) == ()
+
+
+@pytest.mark.parametrize("answer", ["(0, 0)", "(0, 2)", "(-1, 0)", "(0.0, 1.0)", "'01'", "(0, 1, 1)", "True", "{}"])
+def test_any_other_answer_is_refused_with_what_it_was(tmp_path: Path, answer: str) -> None:
+    with pytest.raises(UserError, match=r"for 2 scores: it must return \(chosen, rejected\)"):
+        pair([1, 2], name=answering(tmp_path, answer))
+
+
+def test_a_rule_that_fails_is_named_with_the_scores(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rule' raised ZeroDivisionError: .* for the scores \[1, 2\]"):
+        pair([1, 2], name=answering(tmp_path, "1 / 0"))
+
+
 def test_rankings_keep_all_by_their_rewards_or_the_pair_of_a_rule() -> None:
     whole = label([0.5, 2.0, 0.5], EQUAL[:3], LabelSpec(name="rewards"), shape="ranking", key=7)
     assert (whole.kept, whole.rank, whole.preferred) == ((0, 1, 2), (1.0, 0.0, 1.0), True)

@@ -1,0 +1,67 @@
+"""What people name as ``module:function``: whatever is wrong with it is told with the file and the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayalign.errors import UserError
+from rayalign.imports import load_function, load_object, source_digest
+
+BROKEN = {
+    "syntax": ("def f(:\n", "cannot be imported: SyntaxError: .*syntax.py:1"),
+    "missing": (
+        "import no_such_thing\n",
+        "cannot be imported: ModuleNotFoundError: No module named 'no_such_thing' .*missing.py:1",
+    ),
+    "raises": ("x = 1\n1 / 0\n", "cannot be imported: ZeroDivisionError: division by zero .*raises.py:2"),
+    "deep": ("def g():\n    raise ValueError('two\\nlines')\ng()\n", "cannot be imported: ValueError: two .*deep.py:2"),
+    "ends": ("import sys\nsys.exit(3)\n", "cannot be imported: SystemExit: 3 .*ends.py:2"),
+    "relative": ("from . import other\n", "cannot be imported: ImportError: attempted relative import"),
+}
+
+
+@pytest.mark.parametrize("load", [load_object, source_digest], ids=["load", "digest"])
+@pytest.mark.parametrize("as_file", [True, False])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_module_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, as_file: bool, load: object
+) -> None:
+    text, message = BROKEN[name]
+    path = tmp_path / f"{name}.py"
+    path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = f"{path}:f" if as_file else f"{name}:f"
+    for _ in range(2):  # nothing of it is left behind that a second look would find
+        with pytest.raises(UserError, match=message):
+            load(asked)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("no_such_pkg.rewards:helpful", "there is no module 'no_such_pkg'"),
+        ("/nowhere/rewards.py:helpful", "there is no file /nowhere/rewards.py"),
+        ("json:no_such", "json has no 'no_such'; check the spelling"),
+        ("json", "names nothing to import: write module:name"),
+        ("json:", "names nothing to import"),
+        ("../x:y", "names nothing to import"),
+    ],
+)
+def test_names_of_nothing(asked: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_object(asked)
+
+
+def test_other_parameters_and_no_functions() -> None:
+    with pytest.raises(UserError, match=r"takes \(obj, fp, .*\): missing a required argument: 'fp'"):
+        load_function("json:dump", 1)
+    with pytest.raises(UserError, match="is a str, not a function"):
+        load_function("json:__name__")
+
+
+def test_ctrl_c_while_a_module_is_imported_is_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_object(f"{tmp_path / 'slow.py'}:f")
