@@ -17,6 +17,7 @@ from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
 from rayalign.errors import UserError
 from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
 from rayalign.judge.base import ScorerUnusable
+from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import Sampler, make_sampler, refuse_missing
 
@@ -43,6 +44,7 @@ class LocalModel:
         except UserError as error:
             raise UserError(f"{field}: {error}") from error
         self.name = f"{model} ({engine})"
+        self.remarks = Remarks()
         self.max_new_tokens = max_new_tokens
         self.sampler: Sampler | None = None
 

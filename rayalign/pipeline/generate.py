@@ -17,6 +17,7 @@ from rayalign.config.document import override, read_document
 from rayalign.config.load import empty_document, parse_run
 from rayalign.config.run import RunConfig
 from rayalign.data.prepare import Shape
+from rayalign.data.replies import reply_text
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import Prompts
 from rayalign.engine.model import load_tokenizer, model_directory
@@ -28,7 +29,6 @@ from rayalign.pipeline.rollouts import drawn_once, prompt_store, prompts_of, rel
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
 from rayalign.runtime.session import connect
-from rayalign.sources.answers import reply_text
 
 BLOCKS = ("name", "seed", "storage_path", "model", "data", "rollout", "scorer", "optim")
 """What these commands read of a run's YAML."""
@@ -121,7 +121,15 @@ def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
         group = opened[row]
         made: Row = {
             "prompt": prompts[row],
-            "completions": [reply_text(tokenizer, candidate.ids.tolist()) for candidate in group.candidates],
+            "completions": [
+                reply_text(
+                    tokenizer,
+                    candidate.ids.tolist(),
+                    finished=candidate.finished,
+                    prompt_ids=group.prompt_ids.tolist(),
+                )
+                for candidate in group.candidates
+            ],
             "finished": [candidate.finished for candidate in group.candidates],
         }
         if scored:

@@ -10,6 +10,7 @@ from typing import Any
 from rayalign import __version__
 from rayalign.config.dump import dump
 from rayalign.config.run import RunConfig
+from rayalign.config.scoring import PATIENCE
 from rayalign.config.training import CriticConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint import Best
@@ -301,4 +302,6 @@ def training_configuration(run: RunConfig) -> dict[str, Any]:
     found = {block: value for block, value in dump(run, portable=True).items() if block not in NOT_TRAINING}
     optim = {name: value for name, value in found["optim"].items() if name not in NOT_TRAINING_OPTIM}
     model = {name: value for name, value in found["model"].items() if name not in NOT_TRAINING_MODEL}
+    if found.get("scorer"):
+        found["scorer"] = {name: value for name, value in found["scorer"].items() if name not in PATIENCE}
     return {**found, "optim": optim, "model": model}

@@ -16,6 +16,7 @@ from rayalign.data.shard import write_whole
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST
+from rayalign.remarks import Remarks
 from rayalign.runtime.drawing import Workers, commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool, PoolClosed
@@ -80,12 +81,13 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
 
     def serve() -> None:
         gone: dict[str, float] = {}
+        told = Remarks()
         try:
             while not stop.wait(POLL_SECONDS):
                 pool.release()
                 for request in folder.requests()[:1]:
                     try:
-                        draw_round(request, job, folder, pool, note)
+                        draw_round(request, job, folder, pool, note, told)
                     except WeightsGone as error:
                         await_another_attempt(error, gone)
         except PoolClosed:
@@ -119,9 +121,17 @@ def await_another_attempt(error: WeightsGone, gone: dict[str, float]) -> None:
 
 
 def draw_round(
-    request: Request, job: RolloutJob, folder: RoundFolder, pool: Workers, note: Callable[[str], None]
+    request: Request,
+    job: RolloutJob,
+    folder: RoundFolder,
+    pool: Workers,
+    note: Callable[[str], None],
+    told: Remarks,
 ) -> None:
-    """Commit the round of a request, unless it was before, and forget the request and weights older than its own."""
+    """Commit the round of a request, unless it was before, and forget the request and weights older than its own.
+
+    ``told`` holds what the run's chunks have remarked so far.
+    """
     directory = folder.round(request)
     if not (directory / MANIFEST).exists():
         began = time.monotonic()
@@ -133,6 +143,8 @@ def draw_round(
             directory,
             weights=request.weights,
             pool=pool,
+            max_bad_fraction=job.max_bad_fraction,
+            told=told,
             done=lambda text: note(f"{name}: {text}"),
         )
         if job.takes_turns:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -77,9 +76,3 @@ def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float],
 
 def column(values: Sequence[float]) -> Column:
     return np.array(values, np.float32)
-
-
-def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """A completion as scorers and readers see it."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.strip()
