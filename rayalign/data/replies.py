@@ -11,7 +11,7 @@ _OPENED = re.compile(
     r"|<\|(?:think|START_THINKING|begin_of_thought)\|>)\s*\Z",
     re.IGNORECASE,
 )
-_TAIL_TOKENS = 16
+_TAIL_TOKENS = 32
 """Of a prompt: no thought's opening is longer."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import exp, isnan
 from pathlib import Path
@@ -75,6 +76,42 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
     assert pair([0, 2], name=f"{rules}:first") == ()
     with pytest.raises(UserError, match=r"returned 1 for 2 scores: it must return \(chosen, rejected\)"):
         pair([0, 2], name=f"{rules}:bad")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import numpy as np\nreturn int(np.argmax(s)), np.argmin(s)", (1, 2)),
+        ("import numpy as np\nreturn np.argsort(s)[[-1, 0]]", (1, 2)),
+        ("import torch\nreturn torch.tensor(s).argmax(), torch.tensor(s).argmin()", (1, 2)),
+        ("return [2, 0]", (2, 0)),
+        ("return None", ()),
+        ("return (1, 1)", "returned (1, 1) for 3 scores: it must return (chosen, rejected), two different positions"),
+        ("return (0, 3)", "returned (0, 3) for 3 scores"),
+        ("return (-1, 0)", "returned (-1, 0) for 3 scores"),
+        ("return (True, False)", "returned (True, False) for 3 scores"),
+        ("return (0.0, 1.0)", "returned (0.0, 1.0) for 3 scores"),
+        ("return '01'", "returned '01' for 3 scores"),
+        ("return object", "returned <class 'object'> for 3 scores"),
+        ("raise KeyError('best')", "raised KeyError: 'best' (at rules.py:2 in f) for the scores [0.5, 2.0, 0.1]"),
+        ("import sys; sys.exit(1)", "called sys.exit(1) (at rules.py:2 in f) for the scores"),
+        ("import os; os._exit(1)", "ended its process with exit code 1 for the scores"),
+        ("while True: pass", "did not return within 0.5 s (it was at rules.py:2 in f) for the scores"),
+    ],
+)
+def test_what_a_rule_of_ones_own_may_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[int, ...] | str
+) -> None:
+    if text.startswith("while"):
+        monkeypatch.setattr("rayalign.sources.label.RULE_SECONDS", 0.5)
+    rules = tmp_path / "rules.py"
+    rules.write_text("def f(s):\n    " + text.replace("\n", "\n    ") + "\n")
+    if isinstance(expected, tuple):
+        assert pair([0.5, 2.0, 0.1], name=f"{rules}:f") == expected
+        return
+    with pytest.raises(UserError, match=re.escape(f"rules.py:f' {expected}")) as caught:
+        pair([0.5, 2.0, 0.1], name=f"{rules}:f")
+    assert str(caught.value).startswith("label.name: ")
 
 
 def test_rankings_keep_all_by_their_rewards_or_the_pair_of_a_rule() -> None:
