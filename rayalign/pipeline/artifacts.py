@@ -19,7 +19,7 @@ from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, file_digest, is_content
 from rayalign.runtime.lease import lease
 
-STAGE_VERSIONS = {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "filter": 1, "rollouts": 2, "prepared": 1}
+STAGE_VERSIONS = {"rows": 1, "tokens": 2, "mismatched": 1, "reference": 1, "filter": 1, "rollouts": 3, "prepared": 1}
 """Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
 
 PENDING = "\0pending:"

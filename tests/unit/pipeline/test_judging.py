@@ -182,7 +182,7 @@ def test_too_few_verdicts_keep_no_numbers(
 
 
 def test_what_a_function_fails_on_is_missing_too(folder: Path, tmp_path: Path) -> None:
-    """One of four prompts: its twelfths of replies are counted, and up to the limit they end nothing."""
+    """The replies to one of four prompts are counted, and up to the limit they end nothing."""
     (folder / "picky.py").write_text(
         "def picky(prompt, reply):\n    print('asked')\n    return 1 / ('Who' not in prompt)\n"
     )

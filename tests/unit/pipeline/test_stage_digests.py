@@ -69,7 +69,7 @@ def test_every_stage_is_pinned() -> None:
         "mismatched": 1,
         "reference": 1,
         "filter": 1,
-        "rollouts": 2,
+        "rollouts": 3,
         "prepared": 1,
     }
 
