@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from rayalign import __version__
-from rayalign.errors import Stopped, UserError
+from rayalign.errors import Failed, Stopped, UserError
 
 app = typer.Typer(
     name="rayalign",
@@ -31,6 +31,7 @@ Pairs = Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `la
 Best = Annotated[bool, typer.Option("--best", help="The completion with the highest score, to fine-tune on.")]
 Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
 
+FAILURE = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
@@ -45,6 +46,9 @@ def main() -> None:
         told = f"error: {printable(str(error))}"
         Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(USER_MISTAKE)
+    except Failed as failed:
+        Console(stderr=True).print(f"error: {failed}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(FAILURE)
     except Stopped as stopped:
         Console(stderr=True).print(f"{stopped}; the same command goes on from there", highlight=False, soft_wrap=True)
         sys.exit(stopped.exit_code)

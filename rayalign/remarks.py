@@ -17,7 +17,7 @@ class Remarks:
         self._lock = threading.Lock()
 
     def add(self, line: str) -> None:
-        text = line.rstrip()[:CHARACTERS]
+        text = "".join(filter(str.isprintable, line)).rstrip()[:CHARACTERS]  # whatever it says of colours and cursors
         with self._lock:
             if text and text not in self._seen and len(self._seen) < MOST:
                 self._seen.add(text)

@@ -63,7 +63,8 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
         job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
         with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
-    console.print(f"model: {final}", highlight=False)
+            board.say(f"model: {final}")
+            session.vital.settled.set()
     return final
 
 

@@ -81,6 +81,11 @@ class Chunk:
     fatal: tuple[int, ...] = ()
     """Positions whose prompts killed every process that touched them: they are told, and left alone."""
 
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return f"the prompts at positions {self.positions.start} to {self.positions.stop - 1}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkReport:
