@@ -20,6 +20,8 @@ from pathlib import Path
 VITAL = {"raylet": "raylet", "gcs_server": "GCS"}
 """Names of programs → what Ray's documentation calls them."""
 LOOK_SECONDS = 0.1
+SOON_SECONDS = 0.01
+"""Between looks while some of them are still to start."""
 GRACE_SECONDS = 1.0
 """For a run whose last file is written to be told of; Ray has nothing to do with that any more."""
 FAILED = 1
@@ -69,13 +71,14 @@ class Vital:
     def _look(self, others: set[int]) -> None:
         ends = select.poll()
         while not self.released.is_set():
-            if len(self.watched) < len(VITAL):
+            starting = len(self.watched) < len(VITAL)
+            if starting:
                 for child in children():
                     if child.pid not in others:
                         others.add(child.pid)
                         self.watched[child.pid] = child
                         ends.register(os.pidfd_open(child.pid), select.POLLIN)
-            if ends.poll(LOOK_SECONDS * 1000) and not self.released.is_set():
+            if ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS)) and not self.released.is_set():
                 for child in self.watched.values():
                     if (how := child.ending()) is not None:
                         self._leave(child, how)
