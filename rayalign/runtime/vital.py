@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.1
 SOON_SECONDS = 0.01
 """Between looks while some of them are still to start."""
 GRACE_SECONDS = 1.0
-"""For a run whose last file is written to be told of; Ray has nothing to do with that any more."""
+"""For a run whose last file is written to be told of, which needs no GCS."""
 FAILED = 1
 SHOW_CURSOR = "\x1b[?25h"
 _LOG_DIR = re.compile(rb"--log[_-]dir=([^\0]+)")
@@ -85,10 +85,14 @@ class Vital:
 
     def _leave(self, dead: Child, how: str) -> None:
         """End this process at once: what waits for Ray cannot be woken, and the files are such that nothing is lost."""
-        for child in self.watched.values():  # before others hear of it and tell it in their way
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)
-        code, line = (0, "") if self.settled.wait(GRACE_SECONDS) else last_words(dead, how)
+        if (
+            dead.name == "raylet"
+        ):  # Ray itself ends this process within moments, and tells it in its way through its GCS
+            for child in self.watched.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+        patience = GRACE_SECONDS if dead.name == "gcs_server" else 0.0
+        code, line = (0, "") if self.settled.wait(patience) else last_words(dead, how)
         for stream in (sys.__stdout__, sys.__stderr__):
             with contextlib.suppress(OSError, ValueError):
                 if stream is not None:
