@@ -80,10 +80,15 @@ def _no_module(missing: str, name: str) -> UserError:
     )
 
 
-def _load_file(path: Path, name: str) -> ModuleType:
+def _existing(path: Path, name: str) -> Path:
     path = path.resolve()
     if not path.is_file():
         raise UserError(f"{name!r}: there is no file {path}")
+    return path
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+    path = _existing(path, name)
     key = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
@@ -103,7 +108,7 @@ def source_digest(name: str) -> str:
     Raises UserError where there is none, as for a compiled module: what it computes could not be recognised again.
     """
     place = name.rpartition(":")[0]
-    file = Path(place).resolve() if place.endswith(".py") else _module_file(place, name)
+    file = _existing(Path(place), name) if place.endswith(".py") else _module_file(place, name)
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{name!r}: {place} has no source file; name a function of a Python file")
     return hashlib.sha256(file.read_bytes()).hexdigest()
