@@ -128,11 +128,10 @@ class Endpoint:
         said = f"{busy}; asked {tries} times in {self.patience.clock.now() - began:.0f} s"
         if self.patience.answered > began:
             return Unanswered(said, final=True)
-        look = "Look at that server" if self.patience.reached else "Check base_url, and whether that server runs"
-        raise ScorerUnusable(
-            f"{self.field}: {self.url} gives no answer: {said}. {look}, or raise {self.field}.retry_seconds; the same "
-            "command continues"
-        )
+        look = f"Look at that server, or raise {self.field}.retry_seconds"
+        if not self.patience.reached:
+            look = "Check base_url, and whether that server runs"
+        raise ScorerUnusable(f"{self.field}: {self.url} gives no answer: {said}. {look}; the same command continues")
 
     def _asked(self, question: str, attempt: int) -> str:
         """The answer's text.

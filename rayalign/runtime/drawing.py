@@ -127,7 +127,20 @@ def draw(
         if time.monotonic() - last > 5:
             done(f"{len(chunks) - len(missing) + number}/{len(chunks)} chunks")
             last = time.monotonic()
-    return [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
+    reports = [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
+    if 0 < len(bad_prompts(reports)) <= most_bad:
+        done(f"{told_bad(reports)}; see quarantine.jsonl in {directory}")
+    return reports
+
+
+def bad_prompts(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [failure for report in reports for failure in report["quarantined"]]
+
+
+def told_bad(reports: Sequence[dict[str, Any]], more: str = "") -> str:
+    """How many prompts the scorer failed on, and the first of them; ``more`` stands between the two."""
+    failures, prompts = bad_prompts(reports), sum(report["prompts"] for report in reports)
+    return f"{len(failures)} of {prompts} prompts have no scored completions{more}; first {told_prompt(failures[0])}"
 
 
 def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, Chunk], error: ItemKilled) -> ChunkReport:
@@ -195,15 +208,12 @@ def commit_drawn(
     Raises UserError when those are too many; the first is named.
     """
     ledger = Ledger.of(reports)
-    failures = [failure for report in reports for failure in report["quarantined"]]
+    failures = bad_prompts(reports)
     if failures:
         lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
         write_whole(directory / "quarantine.jsonl", lines.encode())
     if len(failures) > max_bad_fraction * ledger.prompts:
-        raise UserError(
-            f"{len(failures)} of {ledger.prompts} prompts have no scored completions, more than data.max_bad_fraction "
-            f"{max_bad_fraction:g} allows; first {told_prompt(failures[0])}"
-        )
+        raise UserError(told_bad(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
     finished = finished_shards(directory)
     shards = [finished[report["shard"]] for report in reports]
     commit_store(directory, shards, meta={**meta, "ledger": asdict(ledger), "facts": ledger.facts(weights)})

@@ -93,6 +93,16 @@ def test_a_run_ends_with_the_prompt_and_the_scorer_named(tmp_path: Path, model: 
         run.train()
 
 
+def test_a_run_says_which_prompts_it_does_without(tmp_path: Path, model: Path) -> None:
+    plan = RoundPlan(steps=2, refresh_every=2, lag=0, groups_per_step=4)
+    file = poisoned_prompts(tmp_path, places=(2,))
+    run = OnPolicyRun(tmp_path, model, file, plan=plan, scorer=rule("exits_on_poison"), max_bad_fraction=0.25)
+    run.train()
+    (said,) = [note for note in run.notes if "no scored" in note]
+    assert said.startswith(f"round 1/1: 1 of 8 prompts have no scored completions; first {file}:3: scorer.function: ")
+    assert said.endswith(f"; see quarantine.jsonl in {run.rounds()[0]}")
+
+
 def test_what_a_reward_prints_is_said_once(tmp_path: Path, model: Path) -> None:
     plan = RoundPlan(steps=4, refresh_every=2, lag=0, groups_per_step=4)
     file = poisoned_prompts(tmp_path, places=())
