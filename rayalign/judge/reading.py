@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 _THOUGHT = re.compile(r"<(?P<ends>/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_CONTROL = re.compile(r"<\|\w{1,40}\|>")
 
 _POINTS = r"(?:\s*points?)?"
 _NUMBER = r"(?P<value>\d+(?:\.\d+)?)"
@@ -106,7 +107,8 @@ def verdict(answer: str) -> float | None:
 
 
 def said(answer: str) -> str:
-    """What follows the thought; nothing where the thought does not end."""
+    """What follows the thought, without control tokens; nothing where the thought does not end."""
+    answer = _CONTROL.sub("", answer)
     marks = list(_THOUGHT.finditer(answer))
     if not marks:
         return answer.strip()

@@ -11,6 +11,8 @@ from rayalign.judge.reading import rating, verdict
     ("answer", "expected"),
     [
         ("Rating: 7", 7.0),
+        ("Rating: 7<|END_RESPONSE|>", 7.0),
+        ("<|channel|>analysis<|message|>a 3<|end|>\n<|message|>Rating: 8", 8.0),
         ("**Rating: 8**", 8.0),
         ("Rating: **8**", 8.0),
         ("Rating: 8/10", 8.0),
