@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import Failed, UserError, first_line
@@ -151,6 +152,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
             yield describe(started_here=address is None, vital=vital)
         finally:
             vital.released.set()
+            auto_init_hook.enable_auto_connect = False  # a thread that still waits for Ray must not start another one
             ray.shutdown()
 
 
