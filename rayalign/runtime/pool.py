@@ -255,4 +255,4 @@ def refuse_impossible(name: str, share: Share) -> None:
 def described(item: Any) -> str:
     """An item in words; of a job with its settings, the job."""
     thing = item[-1] if isinstance(item, tuple) and item else item
-    return str(getattr(thing, "title", None) or getattr(thing, "name", None) or thing)[:LONGEST_TITLE]
+    return str(getattr(thing, "in_words", None) or getattr(thing, "name", None) or thing)[:LONGEST_TITLE]

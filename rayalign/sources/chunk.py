@@ -82,7 +82,7 @@ class Chunk:
     """Positions whose prompts killed every process that touched them: they are told, and left alone."""
 
     @property
-    def title(self) -> str:
+    def in_words(self) -> str:
         """What it is called in messages."""
         return f"the prompts at positions {self.positions.start} to {self.positions.stop - 1}"
 
