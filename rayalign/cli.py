@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from rayalign import __version__
-from rayalign.errors import Stopped, UserError, blocked
+from rayalign.errors import Failed, Stopped, UserError, blocked
 
 app = typer.Typer(
     name="rayalign",
@@ -35,6 +35,7 @@ Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again alt
 
 TAKES_SETTINGS = {"ignore_unknown_options": True}
 """Of commands whose last arguments are settings: ``--lr 1e-6`` comes there too, and is answered like them."""
+FAILURE = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
@@ -50,6 +51,9 @@ def main() -> None:
         if told is None:
             raise
         refuse(told)
+    except Failed as failed:
+        Console(stderr=True).print(f"error: {failed}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(FAILURE)
     except Stopped as stopped:
         Console(stderr=True).print(f"{stopped}; the same command continues from there", highlight=False, soft_wrap=True)
         sys.exit(stopped.exit_code)

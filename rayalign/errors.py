@@ -36,6 +36,10 @@ class MissingExtra(UserError):
         super().__init__(f"{package} is not installed; run: pip install 'rayalign[{extra}]'")
 
 
+class Failed(Exception):
+    """What a command needs has failed, through no mistake of the user's; the message says what, and what to do."""
+
+
 class Stopped(Exception):
     """A run was asked to end before its last step; the message says where it is. No error: it can go on from there."""
 

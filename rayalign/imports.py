@@ -56,16 +56,22 @@ def load_function(name: str, /, *positional: object, **keywords: object) -> Call
     return function
 
 
+def refuse_lazy(name: str, function: Callable[..., Any]) -> None:
+    """Raise UserError where calling ``function`` runs nothing: an async function, or a generator."""
+    called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+        raise UserError(f"{name!r} is an async function, and nothing would await it: write def, not async def")
+    if inspect.isgeneratorfunction(called):
+        raise UserError(f"{name!r} is a generator: return its value, do not yield it")
+
+
 def _load_module(place: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise UserError(_failed(name, place, error)) from error  # something that it imports does not exist
-        raise UserError(
-            f"{name!r}: there is no module {error.name!r}; install it, put it on PYTHONPATH, or name its file: "
-            "path/to/file.py:name"
-        ) from error
+        raise _no_module(error.name, name) from error
     except (Exception, SystemExit) as error:  # a module of the user's may do anything when it is imported
         raise UserError(_failed(name, place, error)) from error
 
@@ -80,10 +86,22 @@ def _failed(name: str, place: str, error: BaseException) -> str:
     return f"{name!r}: {place} cannot be imported: {type(error).__name__}: {said}{where}"
 
 
-def _load_file(path: Path, name: str) -> ModuleType:
+def _no_module(missing: str, name: str) -> UserError:
+    return UserError(
+        f"{name!r}: there is no module {missing!r}; install it, put it on PYTHONPATH, or name its file: "
+        "path/to/file.py:name"
+    )
+
+
+def _existing(path: Path, name: str) -> Path:
     path = path.resolve()
     if not path.is_file():
         raise UserError(f"{name!r}: there is no file {path}")
+    return path
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+    path = _existing(path, name)
     key = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
@@ -101,12 +119,25 @@ def _load_file(path: Path, name: str) -> ModuleType:
 
 
 def source_digest(name: str) -> str:
-    """SHA-256 of the source file that ``name`` is loaded from.
+    """SHA-256 of the source file that ``name`` is loaded from; its module is not run.
 
     Raises UserError where there is none, as for a compiled module: what it computes could not be recognised again.
     """
     place = name.rpartition(":")[0]
-    module = _load_file(Path(place), name) if place.endswith(".py") else _load_module(place, name)
-    if not getattr(module, "__file__", None):
+    file = _existing(Path(place), name) if place.endswith(".py") else _module_file(place, name)
+    if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{name!r}: {place} has no source file; name a function of a Python file")
-    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _module_file(place: str, name: str) -> Path:
+    """Where a module's code is; a path that is no file where it has none."""
+    try:
+        found = importlib.util.find_spec(place)
+    except ModuleNotFoundError as error:
+        raise _no_module(error.name or place, name) from error
+    except (Exception, SystemExit) as error:  # the packages around a module are imported
+        raise UserError(_failed(name, place, error)) from error
+    if found is None:
+        raise _no_module(place, name)
+    return Path(found.origin or "")

@@ -24,6 +24,7 @@ from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model import ModelSpec
 from rayalign.judge.measure import ScorerSpec
 from rayalign.pipeline.model import CPU_ROW_TOKENS
+from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
 from rayalign.runtime.drawing import draw
@@ -184,7 +185,16 @@ def main() -> None:
 
 def drawn(job: Job, pool: Pool, directory: Path) -> int:
     """One round through the pool: completed, scored, labelled, written."""
-    reports = draw(job.spec, range(job.prompts), directory, weights=None, pool=pool, done=lambda text: None)
+    reports = draw(
+        job.spec,
+        range(job.prompts),
+        directory,
+        weights=None,
+        pool=pool,
+        max_bad_fraction=0.0,
+        told=Remarks(),
+        done=lambda text: None,
+    )
     return sum(report["tokens_generated"] for report in reports)
 
 

@@ -40,6 +40,7 @@ from rayalign.pipeline.prompts import tokenized
 from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
 from rayalign.pipeline.rollouts import prompts_of as prompts_in
 from rayalign.pipeline.streams import needs_reference, shape_of
+from rayalign.remarks import Remarks
 from rayalign.runtime.drawing import commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.reference import LOG_PROBS
@@ -204,7 +205,16 @@ class Workshop:
         if asked not in self.stores:
             directory = self.folder / f"store_{len(self.stores)}"
             positions = range(len(TokenStore.open(chunks.prompts.stores[0])))
-            reports = draw(chunks, positions, directory, weights=None, pool=self.alone, done=print)
+            reports = draw(
+                chunks,
+                positions,
+                directory,
+                weights=None,
+                pool=self.alone,
+                max_bad_fraction=0.0,
+                told=Remarks(),
+                done=print,
+            )
             commit_drawn(directory, reports, max_bad_fraction=0.0)
             self.stores[asked] = (directory, ())
         return self.stores[asked][0]

@@ -22,8 +22,9 @@ from rayalign.config.fields import (
 
 API_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*", re.IGNORECASE)
-MAX_NEW_TOKENS = 512
 REFERENCE = "reference"
+PATIENCE = ("timeout_seconds", "retry_seconds", "concurrency")
+"""Settings of scorers that change how long is waited, and not what comes: a run may go on after they are changed."""
 
 
 class RuleScorerConfig(Block):
@@ -34,6 +35,8 @@ class RuleScorerConfig(Block):
     """``module:callable``; its module is found beside the YAML."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
+    timeout_seconds: Annotated[float, MAY_CHANGE] = Field(default=60.0, gt=0, le=86_400)
+    """Of one call; one that takes longer is ended and costs its prompt. What starts slowly belongs into the module."""
     unit: Annotated[str, MAY_CHANGE] = ""
     """Of its numbers, for the report; ``share`` is shown in per cent."""
     description: Annotated[str, MAY_CHANGE] = ""
@@ -87,10 +90,17 @@ class LlmScorerConfig(Block):
     """As the endpoint calls it; with engine a folder, or a name on the hub."""
     revision: Annotated[str | None, BY_CONTENT] = None
     """Of a model on the hub."""
-    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
-    """With engine: tokens of an answer; a longer one is none."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of an answer; a longer one is none. null: 512 with engine, and the endpoint's own limit without."""
     api_key_env: Annotated[str, AfterValidator(_variable), MAY_CHANGE] = API_KEY_ENV
     """The environment variable that holds the endpoint's key; the key itself is never written here."""
+    timeout_seconds: Annotated[float, MAY_CHANGE] = Field(default=120.0, gt=0, le=86_400)
+    """Of one call to the endpoint."""
+    retry_seconds: Annotated[float, MAY_CHANGE] = Field(default=600.0, ge=0, le=86_400)
+    """How long a call is made again while the endpoint is busy or does not answer; an endpoint that has never answered
+    gets a minute of it."""
+    concurrency: Annotated[int, MAY_CHANGE] = Field(default=8, ge=1, le=1_000)
+    """Calls to the endpoint at once, of each process that scores."""
     template: str | None = None
     """The question, a Jinja text of prompt and reply; a judge's of prompt, first and second. null: the built-in one."""
 
@@ -105,10 +115,10 @@ class LlmScorerConfig(Block):
             raise ValueError("say where the model is: base_url: https://… or engine: hf | vllm")
         if self.engine is None and self.revision is not None:
             raise ValueError("revision is of a model that engine loads; an endpoint has its own")
-        if self.engine is None and self.max_new_tokens != MAX_NEW_TOKENS:
-            raise ValueError("max_new_tokens is of a model that engine loads; an endpoint has its own limit")
-        if self.engine is not None and self.api_key_env != API_KEY_ENV:
-            raise ValueError("api_key_env is of an endpoint; a model that engine loads needs no key")
+        of_endpoint = {name: type(self).model_fields[name].default for name in ("api_key_env", *PATIENCE)}
+        for name, default in of_endpoint.items():
+            if self.engine is not None and getattr(self, name) != default:
+                raise ValueError(f"{name} is of an endpoint; a model that engine loads has none")
         return self
 
     @property

@@ -12,6 +12,7 @@ from jinja2 import meta
 
 from rayalign.errors import UserError
 from rayalign.judge.base import Tally
+from rayalign.remarks import Remarks
 
 ATTEMPTS = 4
 RETRY_TEMPERATURE = 0.7
@@ -20,9 +21,10 @@ RETRY_TEMPERATURE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Unanswered:
-    """A question that got no answer, and why."""
+    """A question that got no answer, and why; ``final``: it would get none if it were asked again."""
 
     reason: str
+    final: bool = False
 
 
 class Ask(Protocol):
@@ -30,6 +32,8 @@ class Ask(Protocol):
 
     name: str
     """Who answers, for errors: the model and where it is."""
+    remarks: Remarks
+    """What else there is to tell of it."""
 
     def __call__(self, questions: Sequence[str], *, attempt: int) -> list[str | Unanswered]:
         """One answer per question, in order; ``attempt`` counts from 0 and seeds the draw.
@@ -71,23 +75,24 @@ class Questionnaire:
         """
         questions = [self.template.render(row) for row in rows]
         values = [math.nan] * len(rows)
-        waiting, problems = list(range(len(rows))), dict[int, str]()
+        waiting, lost = list(range(len(rows))), dict[int, str]()
         for attempt in range(ATTEMPTS):
             if not waiting:
                 break
-            problems = {}
+            problems: dict[int, Unanswered] = {}
             answers = self.ask([questions[place] for place in waiting], attempt=attempt)
             for place, answer in zip(waiting, answers, strict=True):
                 found = None if isinstance(answer, Unanswered) else read(answer)
                 if found is not None:
                     values[place] = found
                 else:
-                    problems[place] = answer.reason if isinstance(answer, Unanswered) else unread(answer)
+                    problems[place] = answer if isinstance(answer, Unanswered) else Unanswered(unread(answer))
             self.tally.add(calls=len(waiting), failures=len(problems))
-            waiting = list(problems)
-        problem = ""
+            waiting = [place for place, problem in problems.items() if not problem.final]
+            lost |= {place: f": {problem.reason}" for place, problem in problems.items() if problem.final}
         if waiting:
-            problem = f"{self.ask.name} gave no verdict in {ATTEMPTS} attempts: {problems[waiting[0]]}"
+            lost |= {place: f" in {ATTEMPTS} attempts: {problems[place].reason}" for place in waiting}
+        problem = f"{self.ask.name} gave no verdict{lost[min(lost)]}" if lost else ""
         return Answers(values=values, problem=problem)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from rayalign.judge.asking import Ask, Questionnaire
 from rayalign.judge.base import refuse_missing
 from rayalign.judge.endpoint import Endpoint
 from rayalign.judge.local import LocalModel
+from rayalign.judge.reading import rating, verdict
 
 RATE = """Rate how well the reply answers the request, from 1 (useless) to 10 (could not be better).
 
@@ -38,21 +37,12 @@ Reply B:
 Explain in one sentence, then write the verdict alone in the last line: "Verdict: A", "Verdict: B", or "Verdict: tie"
 where neither is better."""
 
-RATING = re.compile(r"(?:rating\s*[:=]\s*\**\s*)?(-?\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*\Z", re.IGNORECASE)
-_LEAD = r"(?:(?:my |the )?(?:final )?(?:verdict|winner|answer|choice|better reply)(?: is)?\W*)?"
-VERDICT = re.compile(
-    rf"\W*{_LEAD}(?:(?:reply |response |answer )?\W*(?P<one>a|b|1|2|first|second)"
-    r"|(?P<tie>tie|draw|equal|neither|c))\W*",
-    re.IGNORECASE,
-)
-
-
-LONGEST_VERDICT = 80
-"""Characters: a longer line is an explanation."""
+MAX_NEW_TOKENS = 512
+"""Of a model that is loaded here, where nothing else is said."""
 
 
 class LlmScorer:
-    """Ratings of 1 to 10; the answer's last number counts.
+    """Ratings of 1 to 10, as :func:`rayalign.judge.reading.rating` reads them.
 
     Raises:
         UserError: the model cannot be reached (see ``make_ask``), or the template cannot be used.
@@ -62,6 +52,7 @@ class LlmScorer:
         ask = make_ask("scorer", **where)
         self.questions = Questionnaire(template or RATE, field="scorer", shown=("reply",), ask=ask)
         self.tally = self.questions.tally
+        self.remarks = ask.remarks
 
     def score(self, prompts: Sequence[str | Turns], replies: Sequence[str]) -> list[float]:
         """See :class:`rayalign.judge.base.Scorer`."""
@@ -83,6 +74,7 @@ class LlmJudge:
         ask = make_ask("judge", **where)
         self.questions = Questionnaire(template or COMPARE, field="judge", shown=("first", "second"), ask=ask)
         self.tally = self.questions.tally
+        self.remarks = ask.remarks
 
     def compare(self, prompts: Sequence[str | Turns], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """See :class:`rayalign.judge.base.Judge`."""
@@ -111,29 +103,13 @@ def make_ask(
     base_url: str | None = None,
     engine: str | None = None,
     revision: str | None = None,
-    max_new_tokens: int = 512,
-    api_key_env: str = "OPENAI_API_KEY",
+    max_new_tokens: int | None = None,
+    **of_endpoint: Any,
 ) -> Ask:
     """Whoever answers: a model behind ``base_url``, or one that ``engine`` loads."""
     if base_url is not None:
-        return Endpoint(field=field, model=model, base_url=base_url, api_key_env=api_key_env)
+        return Endpoint(field=field, model=model, base_url=base_url, max_new_tokens=max_new_tokens, **of_endpoint)
     assert engine is not None
-    return LocalModel(field=field, model=model, revision=revision, engine=engine, max_new_tokens=max_new_tokens)
-
-
-def rating(answer: str) -> float | None:
-    """The number that an answer ends in, if it is a rating from 1 to 10."""
-    found = RATING.search(answer.strip())
-    value = float(found.group(1)) if found else math.nan
-    return value if 1 <= value <= 10 else None
-
-
-def verdict(answer: str) -> float | None:
-    """The verdict that stands alone in an answer's last line: 1 for the first reply, 0 for the second, ½ for a tie."""
-    lines = answer.strip().splitlines()
-    found = VERDICT.fullmatch(lines[-1]) if lines and len(lines[-1]) <= LONGEST_VERDICT else None
-    if found is None:
-        return None
-    if found["tie"]:
-        return 0.5
-    return 1.0 if found["one"].lower() in ("a", "1", "first") else 0.0
+    return LocalModel(
+        field=field, model=model, revision=revision, engine=engine, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS
+    )

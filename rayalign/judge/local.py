@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
+from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import TokenizeSettings, to_group
 from rayalign.engine.frozen import ScoringSpec
@@ -17,6 +18,7 @@ from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
 from rayalign.errors import UserError
 from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
 from rayalign.judge.base import ScorerUnusable
+from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import Sampler, make_sampler, refuse_missing
 
@@ -43,6 +45,7 @@ class LocalModel:
         except UserError as error:
             raise UserError(f"{field}: {error}") from error
         self.name = f"{model} ({engine})"
+        self.remarks = Remarks()
         self.max_new_tokens = max_new_tokens
         self.sampler: Sampler | None = None
 
@@ -68,9 +71,10 @@ class LocalModel:
         if not asked:
             return answers
         for drawn in sampler.generate([prompts[place] for place in asked], params, keys=asked):
-            text: str = chat.tokenizer.decode(drawn.token_ids, skip_special_tokens=True)
+            place = asked[drawn.prompt_index]
+            text = reply_text(chat.tokenizer, drawn.token_ids, finished=True, prompt_ids=prompts[place])
             cut = Unanswered(f"the answer was cut at {self.max_new_tokens} tokens, see max_new_tokens")
-            answers[asked[drawn.prompt_index]] = text.strip() if drawn.finish_reason == "stop" else cut
+            answers[place] = text if drawn.finish_reason == "stop" else cut
         return answers
 
     def _load(self) -> tuple[Sampler, Chat]:

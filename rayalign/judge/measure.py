@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayalign.data.group import Candidate, Group
+from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
 from rayalign.data.split import prompt_text
 from rayalign.engine.divergence import divergences
 from rayalign.engine.frozen import FrozenModel
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.base import Asked, Judge, NoVerdict, Scorer, Tally
+from rayalign.remarks import remarks_of
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.hf import HfEngine
 
@@ -62,6 +64,8 @@ class Answered:
     """None: nothing that is counted was asked, as of a function."""
     problem: str
     """Why the first missing value is missing."""
+    remarks: tuple[str, ...] = ()
+    """What there was to tell besides, and was not told before."""
 
     @property
     def missing(self) -> int:
@@ -105,7 +109,15 @@ def sample(policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParam
     The draws depend on ``params.seed`` and the prompt's place, so that two policies answer with the same noise.
     """
     completions = HfEngine(policy.policy.model).generate([prompt.ids for prompt in prompts], params)
-    replies = (tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip() for completion in completions)
+    replies = (
+        reply_text(
+            tokenizer,
+            completion.token_ids,
+            finished=completion.finish_reason == "stop",
+            prompt_ids=prompts[completion.prompt_index].ids,
+        )
+        for completion in completions
+    )
     return Sampled(completions=tuple(completions), replies=tuple(replies))
 
 
@@ -174,7 +186,8 @@ def answered(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tu
     except NoVerdict as found:
         values, problem = found.values, str(found)
     table = np.asarray(values, dtype=np.float64).reshape(shape)
-    return Answered(values=table, asked=tally.asked - before if tally else None, problem=problem)
+    asked = tally.asked - before if tally else None
+    return Answered(values=table, asked=asked, problem=problem, remarks=remarks_of(whom))
 
 
 def kl_estimates(

@@ -15,6 +15,7 @@ class ScorerJudge:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.tally = Tally()
+        self.remarks = getattr(scorer, "remarks", None)
 
     def compare(self, prompts: Sequence[str | Turns], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """See :class:`rayalign.judge.base.Judge`; a pair has no verdict unless both replies have a score."""

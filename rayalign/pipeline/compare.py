@@ -119,18 +119,20 @@ def compare(
         stack.callback(evaluation.close)
         reference, baseline = evaluation.points(None, directory), evaluation.baseline(directory)
         results = [measure_cell(cell.result(), evaluation, board) for cell in trained]
-    record = comparison_record(
-        comparison,
-        evaluation,
-        reference,
-        baseline,
-        results,
-        tuning=[outcome.record for outcome in outcomes],
-        started=started,
-        command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
-    )
-    save(record, directory)
-    console.print(f"report: {render(record, directory)}", highlight=False)
+        record = comparison_record(
+            comparison,
+            evaluation,
+            reference,
+            baseline,
+            results,
+            tuning=[outcome.record for outcome in outcomes],
+            started=started,
+            command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
+        )
+        save(record, directory)
+        board.say(f"report: {render(record, directory)}")
+        if not any(result.failure or result.stopped for result in results):
+            session.vital.settled.set()
     refuse_unfinished(results, ending.budget)
 
 

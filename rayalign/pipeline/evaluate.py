@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ from rayalign.pipeline.model import (
 from rayalign.pipeline.prompts import prompt_sets
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
+from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, interval, number
 from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
@@ -51,6 +52,8 @@ MEASURED_KL = ("kl_rb", "k1")
 """Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
 KEPT = "replies"
 """What is kept beside the numbers: every prompt and reply, for :mod:`rayalign.pipeline.export`."""
+TEXT_RULE = 2
+"""Raised by hand when replies are written otherwise for scorers: 2 keeps special tokens and white space."""
 COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
 
 Role = Literal["scorer", "diagnostic", "judge"]
@@ -99,6 +102,9 @@ class Evaluation:
     config: EvaluateConfig
     digest: str
     evaluators: Pool
+    note: Callable[[str], None] = lambda line: None
+    told: Remarks = field(default_factory=Remarks)
+    """What scorers and judge have remarked so far."""
 
     @classmethod
     def start(cls, run: RunConfig, stages: Stages, *, share: Share, actors: int) -> Evaluation:
@@ -106,7 +112,8 @@ class Evaluation:
         assert run.evaluate is not None
         spec = evaluation_spec(run, stages)
         pool = Pool("evaluation", Evaluator, spec, share=share, most=actors)
-        return cls(spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=pool)
+        digest, note = evaluation_digest(spec), stages.artifacts.note
+        return cls(spec=spec, config=run.evaluate, digest=digest, evaluators=pool, note=note)
 
     def points(self, checkpoint: Path | None, directory: Path) -> Points:
         """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``.
@@ -133,6 +140,7 @@ class Evaluation:
                 if not too_many_missing(points, self.config.max_missing_fraction):
                     return points
         measured = self.evaluators.call(subject)
+        self._tell(measured)
         points = tuple(self.point(name, step, found) for name, found in measured.items())
         missing = too_many_missing(points, self.config.max_missing_fraction)
         if missing:
@@ -148,6 +156,15 @@ class Evaluation:
         }
         write_durably(path, json.dumps(stored) + "\n")
         return points
+
+    def _tell(self, measured: Mapping[str, Measured]) -> None:
+        """Say what scorers and judge remarked and was not said before."""
+        for found in measured.values():
+            for answered in (*found.scored.values(), found.judged):
+                for remark in answered.remarks if answered is not None else ():
+                    self.told.add(remark)
+        for remark in self.told.take():
+            self.note(f"evaluation: {remark}")
 
     @property
     def measured_by(self) -> dict[str, str]:
@@ -242,7 +259,7 @@ def measured_by(spec: EvaluationSpec) -> dict[str, str]:
         "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
         "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
         "sampling": digest_of(asdict(spec.sampling)),
-        "package": digest_of([MEASURED_KL, KEPT, __version__]),
+        "package": digest_of([MEASURED_KL, KEPT, TEXT_RULE, __version__]),
     }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayalign.data.group import Candidate, Group
+from rayalign.data.replies import reply_text
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import ANSWERS, Prompts
 from rayalign.engine.model import load_tokenizer
@@ -19,7 +21,6 @@ from rayalign.manifest import TornDirectory
 from rayalign.pipeline.generate import write_rows
 from rayalign.pipeline.stores import run_of, shape_of_store, store_manifest, tokenizer_of
 from rayalign.pipeline.trl import read_by_trl
-from rayalign.sources.answers import reply_text
 
 Row = dict[str, Any]
 OTHERWISE = "that TRL would tokenize otherwise"
@@ -106,7 +107,7 @@ def _pairs(store: Path, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
 
 def _readable(pairs: Sequence[Pair], tokenizer: Any, left_out: Counter[str]) -> tuple[list[Row], Counter[str]]:
     """The rows in the form that TRL reads right of more pairs, and notes on them; the others are counted."""
-    forms: list[Callable[[Pair, Any], Row | None]] = [as_turns, as_texts]
+    forms: list[Callable[[Pair, Any], Row | None]] = [partial(as_turns, stripped=True), as_turns, as_texts]
     best: tuple[list[Row], Counter[str]] = ([], Counter())
     for form in forms:
         rows: list[Row] = []
@@ -124,16 +125,20 @@ def _readable(pairs: Sequence[Pair], tokenizer: Any, left_out: Counter[str]) -> 
     return best
 
 
-def as_turns(pair: Pair, tokenizer: Any) -> Row | None:
-    """The pair as conversations, which TRL renders by the tokenizer's template; None without one."""
+def as_turns(pair: Pair, tokenizer: Any, *, stripped: bool = False) -> Row | None:
+    """The pair as conversations, which TRL renders by the tokenizer's template; None without one.
+
+    ``stripped``: without the white space around an answer, which may be the template's own.
+    """
     if tokenizer.chat_template is None:
         return None
     prompt = pair.said["prompt"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    said = pair.answers or (None, None)
-    chosen, rejected = (
-        answer or reply_text(tokenizer, own.ids.tolist()) for answer, own in zip(said, pair.candidates, strict=True)
-    )
+    texts = [
+        reply_text(tokenizer, own.ids.tolist(), finished=own.finished, prompt_ids=pair.prompt_ids)
+        for own in pair.candidates
+    ]
+    chosen, rejected = pair.answers or ((text.strip() for text in texts) if stripped else texts)
     row = {"prompt": turns, "chosen": _turns(chosen), "rejected": _turns(rejected)}
     row |= {name: pair.said[name] for name in ("tools", "chat_template_kwargs") if name in pair.said}
     return row | _finished(pair) | pair.numbers

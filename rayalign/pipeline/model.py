@@ -9,7 +9,7 @@ from typing import Any
 from rayalign.config.compare import INITIAL
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import ScorerConfig
+from rayalign.config.scoring import PATIENCE, ScorerConfig
 from rayalign.data.budget import Completed, TokenizeSettings
 from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
@@ -198,8 +198,8 @@ def scorer_identity(scorer: ScorerSpec) -> list[Any]:
 
     Where those lie does not.
     """
-    parameters = scorer.parameters
-    places = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
+    parameters = {key: value for key, value in scorer.parameters.items() if key not in PATIENCE}
+    places: dict[str, Any] = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
     said = asdict(replace(scorer, parameters={**parameters, **places}))
     content = scorer_content(scorer)
     return [said] if content is None else [said, content]
@@ -225,5 +225,5 @@ def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:
 
 def source_of(scorer: ScorerConfig) -> list[Any]:
     spec = scorer_spec(scorer)
-    asking = ("template", "api_key_env", "max_new_tokens") if spec.name == "llm" else ()
+    asking = (*PATIENCE, *(("template", "api_key_env", "max_new_tokens") if spec.name == "llm" else ()))
     return [spec.name, {key: value for key, value in spec.parameters.items() if key not in asking}]

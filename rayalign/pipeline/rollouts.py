@@ -24,6 +24,7 @@ from rayalign.methods._base import Method
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
 from rayalign.pipeline.stages import Stages
+from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import EngineOptions
 from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, commit_drawn, draw, nothing_learned
@@ -205,6 +206,8 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
                 directory,
                 weights=None,
                 pool=pool,
+                max_bad_fraction=run.data.max_bad_fraction,
+                told=Remarks(),
                 done=lambda text: stages.artifacts.note(f"rollouts: {text}"),
             )
         commit_drawn(directory, reports, max_bad_fraction=run.data.max_bad_fraction, inputs=inputs)

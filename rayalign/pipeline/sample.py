@@ -15,6 +15,7 @@ from rayalign.data.chat import Chat, make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.prepare import Unit, read_chunks
 from rayalign.data.records import BadRow
+from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
@@ -23,7 +24,6 @@ from rayalign.errors import UserError
 from rayalign.report.formatting import printable
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.hf import HfEngine
-from rayalign.sources.answers import reply_text
 
 SETTINGS = TokenizeSettings(max_prompt_tokens=4096, max_tokens=8192)
 
@@ -57,8 +57,9 @@ class Speaker:
             ids.append(outcome.group.prompt_ids.tolist())
         texts: list[list[str]] = [[] for _ in prompts]
         for completion in self.engine.generate(ids, replace(params, stop_ids=(self.chat.end_id,))):
-            text = reply_text(self.chat.tokenizer, completion.token_ids)
-            texts[completion.prompt_index].append(text if completion.finish_reason == "stop" else f"{text} …")
+            finished, prompt_ids = completion.finish_reason == "stop", ids[completion.prompt_index]
+            text = reply_text(self.chat.tokenizer, completion.token_ids, finished=finished, prompt_ids=prompt_ids)
+            texts[completion.prompt_index].append(text if finished else f"{text} …")
         return texts
 
 

@@ -32,6 +32,7 @@ from rayalign.pipeline.display import Board
 from rayalign.pipeline.job import make_job, num_processes, strategy_spec
 from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
+from rayalign.pipeline.rollouts import label_spec
 from rayalign.pipeline.stages import Stages, filter_facts
 from rayalign.report.status import facts_of
 from rayalign.rollout.engines import refuse_missing
@@ -43,6 +44,7 @@ from rayalign.runtime.session import connect
 from rayalign.runtime.stop import stopping
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
+from rayalign.sources.label import own_rule
 from rayalign.sources.off_policy import drawn_rows
 from rayalign.sources.streams import StoredStream, stored_parts
 
@@ -64,7 +66,8 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
         job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
         with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
-    console.print(f"model: {final}", highlight=False)
+            board.say(f"model: {final}")
+            session.vital.settled.set()
     return final
 
 
@@ -141,6 +144,8 @@ def refuse_unsupported(run: RunConfig) -> None:
         refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
     if run.scorer is not None:
         make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
+    if run.label is not None:
+        own_rule(label_spec(run.label))
     for tracker in run.track:
         if importlib.util.find_spec(tracker) is None:
             raise MissingExtra(tracker, "tracking")

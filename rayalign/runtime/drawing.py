@@ -18,8 +18,9 @@ from rayalign.data.shard import finished_shards, write_whole
 from rayalign.data.store import commit_store
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
+from rayalign.remarks import Remarks
 from rayalign.runtime.pool import MAX_ATTEMPTS, ItemKilled
-from rayalign.sources.chunk import Chunk, ChunkReport, ChunkSpec
+from rayalign.sources.chunk import Chunk, ChunkReport, ChunkSpec, told_prompt
 
 log = logging.getLogger(__name__)
 
@@ -135,20 +136,43 @@ def draw(
     *,
     weights: Weights | None,
     pool: Workers,
+    max_bad_fraction: float,
+    told: Remarks,
     done: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """The reports of all chunks of ``positions``, in order; those that an interrupted run finished are kept."""
-    chunks = plan_chunks(spec, positions, directory, weights)
+    """The reports of all chunks of ``positions``, in order; those that an interrupted run finished are kept.
+
+    ``done`` hears of progress, and of whatever chunks remark that ``told`` has not heard before.
+    """
+    most_bad = int(max_bad_fraction * len(positions))
+    chunks = plan_chunks(spec, positions, directory, weights, most_bad=most_bad)
     finished = finished_shards(directory)
     missing = [chunk for chunk in chunks if chunk.name not in finished or not report_path(chunk).exists()]
-    told = time.monotonic()
+    last = time.monotonic()
     made = pool.map([(spec, chunk) for chunk in missing], rescue=partial(without_fatal_prompts, pool))
     for number, (chunk, report) in enumerate(zip(missing, made, strict=True), start=1):
         write_whole(report_path(chunk), json.dumps(plain(report)).encode())
-        if time.monotonic() - told > 5:
+        for remark in report.remarks:
+            told.add(remark)
+        for remark in told.take():
+            done(remark)
+        if time.monotonic() - last > 5:
             done(f"{len(chunks) - len(missing) + number}/{len(chunks)} chunks")
-            told = time.monotonic()
-    return [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
+            last = time.monotonic()
+    reports = [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
+    if 0 < len(bad_prompts(reports)) <= most_bad:
+        done(f"{told_bad(reports)}; see quarantine.jsonl in {directory}")
+    return reports
+
+
+def bad_prompts(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [failure for report in reports for failure in report["quarantined"]]
+
+
+def told_bad(reports: Sequence[dict[str, Any]], more: str = "") -> str:
+    """How many prompts the scorer failed on, and the first of them; ``more`` stands between the two."""
+    failures, prompts = bad_prompts(reports), sum(report["prompts"] for report in reports)
+    return f"{len(failures)} of {prompts} prompts have no scored completions{more}; first {told_prompt(failures[0])}"
 
 
 def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, Chunk], error: ItemKilled) -> ChunkReport:
@@ -183,14 +207,22 @@ def halves(positions: range) -> list[range]:
     return [positions[:middle], positions[middle:]] if middle else []
 
 
-def plan_chunks(spec: ChunkSpec, positions: range, directory: Path, weights: Weights | None) -> list[Chunk]:
+def plan_chunks(
+    spec: ChunkSpec, positions: range, directory: Path, weights: Weights | None, *, most_bad: int
+) -> list[Chunk]:
     """Fixed chunks: the same whoever makes them, and however many actors there are."""
     samples = spec.sampling.num_samples if spec.sampling else 4
     size = max(2, SAMPLES_PER_CHUNK // samples)
     count = max(1, math.ceil(len(positions) / size))
     bounds = [positions.start + number * len(positions) // count for number in range(count + 1)]
     return [
-        Chunk(name=f"{start:010d}", positions=range(start, stop), directory=directory, weights=weights)
+        Chunk(
+            name=f"{start:010d}",
+            positions=range(start, stop),
+            directory=directory,
+            weights=weights,
+            most_bad=most_bad,
+        )
         for start, stop in zip(bounds, bounds[1:], strict=False)
     ]
 
@@ -209,15 +241,12 @@ def commit_drawn(
     Raises UserError when those are too many; the first is named.
     """
     ledger = Ledger.of(reports)
-    failures = [failure for report in reports for failure in report["quarantined"]]
+    failures = bad_prompts(reports)
     if failures:
         lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
         write_whole(directory / "quarantine.jsonl", lines.encode())
     if len(failures) > max_bad_fraction * ledger.prompts:
-        raise UserError(
-            f"{len(failures)} of {ledger.prompts} prompts have no scored completions, more than data.max_bad_fraction "
-            f"{max_bad_fraction:g} allows; first {failures[0]['file']}:{failures[0]['line']}: {failures[0]['reason']}"
-        )
+        raise UserError(told_bad(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
     look(ledger)
     finished = finished_shards(directory)
     shards = [finished[report["shard"]] for report in reports]
@@ -230,4 +259,5 @@ def report_path(chunk: Chunk) -> Path:
 
 
 def plain(report: ChunkReport) -> dict[str, Any]:
-    return {**asdict(report), "shard": report.shard.name}
+    kept = {name: value for name, value in asdict(report).items() if name != "remarks"}
+    return {**kept, "shard": report.shard.name}

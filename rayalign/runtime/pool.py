@@ -25,6 +25,7 @@ START_SECONDS = 600.0
 ITEM_SECONDS = 3600.0
 IDLE_SECONDS = 60.0
 POLL_SECONDS = 0.02
+LONGEST_TITLE = 200
 MAX_ATTEMPTS = 4
 """Of one item: what kills every process that touches it is not a lost node."""
 
@@ -252,4 +253,6 @@ def refuse_impossible(name: str, share: Share) -> None:
 
 
 def described(item: Any) -> str:
-    return str(getattr(item, "name", None) or type(item).__name__)
+    """An item in words; of a job with its settings, the job."""
+    thing = item[-1] if isinstance(item, tuple) and item else item
+    return str(getattr(thing, "in_words", None) or getattr(thing, "name", None) or thing)[:LONGEST_TITLE]

@@ -16,6 +16,7 @@ from rayalign.data.shard import write_whole
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 from rayalign.manifest import MANIFEST, committed
+from rayalign.remarks import Remarks
 from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, Workers, commit_drawn, draw, nothing_learned
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool, PoolClosed
@@ -85,12 +86,13 @@ def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iter
     def serve() -> None:
         gone: dict[str, float] = {}
         idle = Unlabelled(job, note)
+        told = Remarks()
         try:
             while not stop.wait(POLL_SECONDS):
                 pool.release()
                 for request in folder.requests()[:1]:
                     try:
-                        draw_round(request, job, folder, pool, note, idle)
+                        draw_round(request, job, folder, pool, note, idle, told)
                     except WeightsGone as error:
                         await_another_attempt(error, gone)
         except PoolClosed:
@@ -169,10 +171,12 @@ def draw_round(
     pool: Workers,
     note: Callable[[str], None],
     idle: Unlabelled,
+    told: Remarks,
 ) -> None:
     """Commit the round of a request, unless it was before, and forget the request and weights older than its own.
 
-    Raises UserError where too many rounds have nothing to learn from.
+    ``told`` holds what the run's chunks have remarked so far. Raises UserError where too many rounds have nothing to
+    learn from.
     """
     directory = folder.round(request)
     if not (directory / MANIFEST).exists():
@@ -185,6 +189,8 @@ def draw_round(
             directory,
             weights=request.weights,
             pool=pool,
+            max_bad_fraction=job.max_bad_fraction,
+            told=told,
             done=lambda text: note(f"{name}: {text}"),
         )
         if job.takes_turns:

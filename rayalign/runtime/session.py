@@ -8,15 +8,17 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayalign.errors import UserError, first_line
+from rayalign.errors import Failed, UserError, first_line
 from rayalign.paths import expanded
+from rayalign.runtime.vital import Vital, newest_logs
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -55,6 +57,8 @@ class Session:
     started_here: bool
     """True when there was no cluster and one was started for this process; it ends with it."""
     nodes: tuple[Node, ...]
+    vital: Vital = field(default_factory=Vital)
+    """Ends this process where a Ray that was started for it dies."""
 
     @property
     def num_cpus(self) -> float:
@@ -113,8 +117,12 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
     machine part of one; ``RAY_ADDRESS=local`` starts a new one in any case. Workers find the modules in
     ``import_paths``. The environment of this process is as before when the block ends.
 
-    Raises UserError when the cluster does not answer, and when Ray cannot write its own files.
+    Where Ray was started here and dies, the process ends with a message: see :mod:`rayalign.runtime.vital`.
+
+    Raises UserError when the cluster does not answer, and when Ray cannot write its own files; Failed when Ray does not
+    start.
     """
+    vital = Vital()
     with environment(import_paths):
         if ray.is_initialized():
             yield describe(started_here=False)
@@ -125,6 +133,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
             # Without a dashboard Ray cannot reclaim the placement group of a dead controller.
             options |= {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
             os.environ.setdefault(WATCHER_VARIABLE, "0")
+            vital.watch()
         elif import_paths:
             options |= {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
         try:
@@ -139,9 +148,18 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
                 f"Ray cannot keep its files below {temporary_folder()} ({first_line(error)}): set RAY_TMPDIR to a "
                 "folder with a short path that can be written, such as /tmp"
             ) from error
+        except Exception as error:  # Ray tells by bare Exceptions, too, that it did not start in time
+            if address is not None:
+                raise
+            raise Failed(
+                f"Ray did not start ({first_line(error)}): this machine may be very busy, or short of memory. Its logs "
+                f"are in {newest_logs()}; the same command tries again"
+            ) from error
         try:
-            yield describe(started_here=address is None)
+            yield describe(started_here=address is None, vital=vital)
         finally:
+            vital.released.set()
+            auto_init_hook.enable_auto_connect = False  # a thread that still waits for Ray must not start another one
             ray.shutdown()
 
 
@@ -207,9 +225,9 @@ def answers(address: str) -> bool:
     return True
 
 
-def describe(*, started_here: bool) -> Session:
+def describe(*, started_here: bool, vital: Vital | None = None) -> Session:
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return Session(started_here=started_here, nodes=tuple(make_node(node) for node in alive))
+    return Session(started_here=started_here, nodes=tuple(make_node(node) for node in alive), vital=vital or Vital())
 
 
 def make_node(facts: Mapping[str, Any]) -> Node:

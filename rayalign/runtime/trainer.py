@@ -51,6 +51,10 @@ CLOSE_SECONDS = 60.0
 T = TypeVar("T")
 
 
+class NotBegun(Stopped):
+    """The end was asked for before the workers had a job: they have nothing to save."""
+
+
 class TrainingFailed(UserError):
     """Training stopped for a reason that another attempt would repeat."""
 
@@ -149,14 +153,16 @@ class Trainer:
             growth = Growth(job=job, workers=sized.workers)
             try:
                 return self.group.train(sized, partial(self.why_stop, growth))
+            except NotBegun:  # workers that are starting look into their mailbox when they have, which takes long
+                self.abandon()
+                raise
             except Stopped:
                 self.close()
                 if self.stop.asked:
                     raise
             except BaseException:
-                group, self.group = self.group, None
-                self.places = group.mailbox.places()
-                group.abandon()
+                self.places = self.group.mailbox.places()
+                self.abandon()
                 raise
 
     def posted(self, job: TrainJob) -> TrainJob:
@@ -189,6 +195,12 @@ class Trainer:
     def close(self) -> None:
         if self.group is not None:
             self.group.close()
+            self.group = None
+
+    def abandon(self) -> None:
+        """Wait for no worker: those that live end with their job."""
+        if self.group is not None:
+            self.group.abandon()
             self.group = None
 
     def __enter__(self) -> Trainer:
@@ -269,7 +281,7 @@ class Group:
                 self.mailbox.ask_to_stop()
                 told = True
             if told and not self.mailbox.is_taken(number):
-                raise Stopped("stopped before it began")
+                raise NotBegun("stopped before it began")
             concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
             if self.ended.done() and (final := self.mailbox.answered(number)) is None:
                 raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")

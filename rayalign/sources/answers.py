@@ -11,6 +11,7 @@ import numpy as np
 from rayalign.data.budget import TokenizeSettings
 from rayalign.data.chat import Chat
 from rayalign.data.group import Candidate, Column, Group
+from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example, assistant
 from rayalign.data.tokenize import to_group
 from rayalign.rollout.base import Completion
@@ -85,23 +86,19 @@ def column(values: Sequence[float]) -> Column:
     return np.array(values, np.float32)
 
 
-def reply_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """A completion as scorers and readers see it."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.strip()
-
-
 def written_back(group: Group, said: Mapping[str, Any], chat: Chat) -> tuple[list[str], list[bool]]:
     """(the completions as texts, whether each is read back to its tokens); with white space where that alone does."""
-    ids = [candidate.ids.tolist() for candidate in group.candidates]
-    stripped = [reply_text(chat.tokenizer, own) for own in ids]
-    as_drawn = [str(chat.tokenizer.decode(own, skip_special_tokens=True)) for own in ids]
-    plainly, exactly = (read_back(group, said, texts, chat) for texts in (stripped, as_drawn))
-    texts = [
-        exact if drawn and not plain else text
-        for text, exact, plain, drawn in zip(stripped, as_drawn, plainly, exactly, strict=True)
+    whole = [
+        reply_text(chat.tokenizer, own.ids.tolist(), finished=own.finished, prompt_ids=group.prompt_ids.tolist())
+        for own in group.candidates
     ]
-    return texts, [plain or drawn for plain, drawn in zip(plainly, exactly, strict=True)]
+    stripped = [text.strip() for text in whole]
+    plainly, exactly = (read_back(group, said, texts, chat) for texts in (stripped, whole))
+    texts = [
+        text if exact and not plain else short
+        for short, text, plain, exact in zip(stripped, whole, plainly, exactly, strict=True)
+    ]
+    return texts, [plain or exact for plain, exact in zip(plainly, exactly, strict=True)]
 
 
 def read_back(group: Group, said: Mapping[str, Any], texts: Sequence[str], chat: Chat) -> list[bool]:

@@ -7,7 +7,7 @@ alone, so that a chunk which died with its process is simply made again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 
 from rayalign.data.group import Group
 from rayalign.data.prepare import Shape
+from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
 from rayalign.data.shard import ShardInfo, write_shard
 from rayalign.data.split import prompt_text
@@ -27,13 +28,14 @@ from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer, mode
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
-from rayalign.judge.base import Scorer, ScorerUnusable
+from rayalign.judge.base import NoVerdict, Scorer, ScorerUnusable
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
+from rayalign.remarks import remarks_of
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions, Sampler, make_sampler
-from rayalign.sources.answers import Answer, fresh_answer, make_group, reply_text, stored_candidates
-from rayalign.sources.label import Labelled, LabelSpec, label, label_key
+from rayalign.sources.answers import Answer, fresh_answer, make_group, stored_candidates
+from rayalign.sources.label import Labelled, LabelSpec, label, label_key, own_rule
 from rayalign.sources.off_policy import Drawn, StoredGroups
 from rayalign.sources.streams import StoredStream
 from rayalign.sources.weights import WeightChannel
@@ -74,8 +76,15 @@ class Chunk:
     directory: Path
     weights: Weights | None
     """None: the reference itself."""
+    most_bad: int | None = None
+    """Prompts that may stay without scores: after one more the rest is not tried. None: all of them."""
     fatal: tuple[int, ...] = ()
     """Positions whose prompts killed every process that touched them: they are told, and left alone."""
+
+    @property
+    def in_words(self) -> str:
+        """What it is called in messages."""
+        return f"the prompts at positions {self.positions.start} to {self.positions.stop - 1}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +112,8 @@ class ChunkReport:
     """Times that an engine's weights were replaced."""
     seconds_refreshing: float
     quarantined: tuple[dict[str, Any], ...]
+    remarks: tuple[str, ...] = ()
+    """What the scorer and the label rule have to tell, and have not told before."""
 
 
 class ChunkMaker:
@@ -147,7 +158,7 @@ class ChunkMaker:
             for group, prompt, lives in zip(drawn, prompts, healthy, strict=True)
             if not lives
         ]
-        scores = self._score(drawn, prompts, candidates, quarantined)
+        scores = self._score(chunk, drawn, prompts, candidates, quarantined)
         groups, labelled = self._groups(spec, chunk, drawn, candidates, scores)
         said = [
             self.texts[id(group.store)].again(group.row, group.read(), own)
@@ -174,6 +185,7 @@ class ChunkMaker:
             refreshes=int(refreshed),
             seconds_refreshing=loaded - began if refreshed else 0.0,
             quarantined=tuple(quarantined),
+            remarks=tuple(line for said in (self.scorer, self.rule) for line in remarks_of(said)),
         )
 
     def _groups(
@@ -187,7 +199,12 @@ class ChunkMaker:
         """The groups as the method takes them, and the label of each."""
         labelled = [
             label(
-                own, [len(answer.ids) for answer in answers], spec.label, shape=spec.shape, key=label_key(spec.seed, at)
+                own,
+                [len(answer.ids) for answer in answers],
+                spec.label,
+                shape=spec.shape,
+                key=label_key(spec.seed, at),
+                own=self.rule,
             )
             if own
             else Labelled(kept=tuple(range(len(answers))) if spec.keep_unscored else (), preferred=False)
@@ -219,6 +236,7 @@ class ChunkMaker:
         self.prompts = StoredGroups(spec.prompts, spec.seed)
         self.texts = {id(store): Prompts(store) for store in self.prompts.stores}
         self.scorer: Scorer = make_scorer(spec.scorer.name, **spec.scorer.parameters)
+        self.rule = own_rule(spec.label)
         if spec.needs_reference:
             self.reference = FrozenModel(spec.reference, self.device)
         self.spec = spec
@@ -253,24 +271,44 @@ class ChunkMaker:
 
     def _score(
         self,
+        chunk: Chunk,
         drawn: Sequence[Drawn],
         prompts: Sequence[str | Turns],
         candidates: Sequence[Sequence[Answer]],
         quarantined: list[dict[str, Any]],
     ) -> list[list[float]]:
-        """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal."""
-        replies = [[reply_text(self.tokenizer, answer.ids) for answer in answers] for answers in candidates]
+        """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal.
+
+        Raises:
+            UserError: they are more than the chunk allows.
+        """
         scores: list[list[float]] = []
-        for group, prompt, own in zip(drawn, prompts, replies, strict=True):
+        for group, prompt, answers in zip(drawn, prompts, candidates, strict=True):
+            own = self._replies(group, answers)
             try:
                 scores.append(self.scorer.score([prompt] * len(own), own) if own else [])
+                continue
             except ScorerUnusable:
                 raise
-            except Exception as error:  # the user's function may raise anything
-                scores.append([])
+            except NoVerdict as problem:
+                reason = str(problem)
+            except Exception as error:
                 reason = f"the scorer failed on its candidates: {type(error).__name__}: {error}"
-                quarantined.append(bad_prompt(group, prompt, reason))
+            scores.append([])
+            quarantined.append(bad_prompt(group, prompt, reason))
+            if chunk.most_bad is not None and len(quarantined) > chunk.most_bad:
+                raise UserError(
+                    f"{len(quarantined)} of {len(scores)} prompts have no scored completions, more than "
+                    f"data.max_bad_fraction allows; first {told_prompt(quarantined[0])}"
+                )
         return scores
+
+    def _replies(self, group: Drawn, answers: Sequence[Answer]) -> list[str]:
+        prompt_ids = group.read().prompt_ids.tolist() if answers else []
+        return [
+            reply_text(self.tokenizer, answer.ids, finished=answer.finished, prompt_ids=prompt_ids)
+            for answer in answers
+        ]
 
 
 def tells_apart(scores: Sequence[float], shape: Shape) -> bool:
@@ -287,6 +325,11 @@ def bad_prompt(group: Drawn, prompt: str | Turns, reason: str) -> dict[str, Any]
     """A line of ``quarantine.jsonl``."""
     source, _, line = group.name.rpartition(":")
     return {"file": source, "line": int(line), "reason": reason, "prompt": prompt_text(prompt)[:200]}
+
+
+def told_prompt(bad: Mapping[str, Any]) -> str:
+    """Where the prompt of such a line stands, and what became of it."""
+    return f"{bad['file']}:{bad['line']}: {bad['reason']}"
 
 
 def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from rayalign.data.prepare import Shape
 from rayalign.data.rank import places
 from rayalign.errors import UserError
-from rayalign.imports import load_function
 from rayalign.rollout.noise import sample_key, uniforms
+from rayalign.user_function import CallFailed, UserFunction
 
 Pair = tuple[int, int]
 """(chosen, rejected), indices of candidates."""
 
+RULE_SECONDS = 60.0
+"""Of one call of a rule of the user's own."""
 LABEL_STREAM = -1
 """Stands where noise is keyed by a sample's index: a label's draw is none of the samples'."""
 
@@ -57,14 +58,26 @@ class Labelled:
     """False where the rule found no preference: a lone candidate is kept, which no pairwise loss counts."""
 
 
-def label(scores: Sequence[float], lengths: Sequence[int], spec: LabelSpec, *, shape: Shape, key: int) -> Labelled:
+Rule: TypeAlias = Callable[[Scored], Pair | None]
+"""Which candidates become a pair, if any do."""
+
+
+def label(
+    scores: Sequence[float],
+    lengths: Sequence[int],
+    spec: LabelSpec,
+    *,
+    shape: Shape,
+    key: int,
+    own: OwnRule | None = None,
+) -> Labelled:
     """What a method of ``shape`` learns from K scored candidates; ``key`` fixes whatever is drawn.
 
     Groups keep every candidate (``rewards``), single completions the best one (``best``: best-of-K sampling); only
-    pairs and labelled examples ask the rule.
+    pairs and labelled examples ask the rule: ``own``, where it was made of ``spec`` before.
 
     Raises:
-        UserError: the user's own rule answers neither None nor two different candidates.
+        UserError: the user's own rule fails, or answers neither None nor two different candidates.
     """
     scored = Scored(scores=scores, lengths=lengths, noise=[float(value) for value in uniforms(key, 3)])
     if shape == "group":
@@ -75,7 +88,7 @@ def label(scores: Sequence[float], lengths: Sequence[int], spec: LabelSpec, *, s
         if min(scores) == max(scores):
             return Labelled(kept=(0,), preferred=False)
         return Labelled(kept=tuple(range(len(scores))), rank=tuple(places(scores).tolist()))
-    pair = rule(spec)(scored)
+    pair = (own or rule(spec))(scored)
     if pair is None:
         return Labelled(kept=(0,), preferred=False)
     if shape == "labelled":  # one example per prompt, so that a step has as many as it says
@@ -89,7 +102,7 @@ def label_key(seed: int, position: int) -> int:
     return sample_key(seed, position, LABEL_STREAM)
 
 
-def rule(spec: LabelSpec) -> Callable[[Scored], Pair | None]:
+def rule(spec: LabelSpec) -> Rule:
     """The rule called ``spec.name``; ``module:function`` is the user's own, of the list of scores."""
     if spec.name == "best_worst":
         return best_worst
@@ -97,7 +110,7 @@ def rule(spec: LabelSpec) -> Callable[[Scored], Pair | None]:
         return lambda scored: wpo(scored, threshold=spec.threshold, gap=spec.gap, rejected=spec.rejected)
     if spec.name == "bradley_terry":
         return lambda scored: bradley_terry(scored, scale=spec.scale)
-    return own_rule(spec.name)
+    return OwnRule(spec.name)
 
 
 def best(scored: Scored) -> int:
@@ -144,43 +157,52 @@ def bradley_terry(scored: Scored, *, scale: float) -> Pair | None:
     return (first, second) if scored.noise[2] < preferred else (second, first)
 
 
-def own_rule(name: str) -> Callable[[Scored], Pair | None]:
-    """``function(scores) → (chosen, rejected)``; None or NaN for no preference.
+class OwnRule:
+    """``function(scores) → (chosen, rejected)``, or None or NaN for no preference; it runs in a process of its own.
 
-    Numbers of numpy and torch are numbers. Raises UserError for any other answer, and for what the function raises.
+    Raises:
+        UserError: there is no such function, or it cannot be imported.
     """
-    function = load_function(name, [0.0, 1.0])
 
-    def apply(scored: Scored) -> Pair | None:
-        count = len(scored.scores)
+    def __init__(self, name: str) -> None:
+        self.name = name
         try:
-            answer = function(list(scored.scores))
-        except Exception as error:  # the user's function may raise anything
-            raise UserError(
-                f"label.name: {name!r} raised {type(error).__name__}: {error} for the scores {list(scored.scores)}"
-            ) from error
-        if answer is None or _is_nan(answer):
+            self.function = UserFunction(name, ([0.0, 1.0],), keywords={}, seconds=RULE_SECONDS, setting="")
+        except UserError as error:
+            raise UserError(f"label.name: {error}") from error
+        self.remarks = self.function.printed.remarks
+
+    def __call__(self, scored: Scored) -> Pair | None:
+        scores = list(scored.scores)
+        try:
+            found = self.function(scores)
+        except CallFailed as failure:
+            raise UserError(f"label.name: {self.name!r} {failure} for the scores {scores}") from failure
+        if (found.value is None and not found.other) or is_nan(found.value):
             return None
-        try:
-            chosen, rejected = map(operator.index, answer)
-        except (TypeError, ValueError):
-            chosen = rejected = -1
-        if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
+        if not is_pair(found.value, len(scores)):
             raise UserError(
-                f"label.name: {name!r} returned {answer!r} for {count} scores: it must return (chosen, rejected), "
-                "two different positions in the list, or None"
+                f"label.name: {self.name!r} returned {found.shown} for {len(scores)} scores: it must return "
+                "(chosen, rejected), two different positions in the list, or None"
             )
+        chosen, rejected = found.value
         return chosen, rejected
 
-    return apply
+
+def own_rule(spec: LabelSpec) -> OwnRule | None:
+    """The user's own rule, where ``spec`` names one."""
+    return OwnRule(spec.name) if ":" in spec.name else None
 
 
-def _is_nan(answer: Any) -> bool:
-    """Whether an answer is a number that is none."""
-    try:
-        return math.isnan(answer)
-    except (TypeError, ValueError, RuntimeError):  # a pair, in whatever form
+def is_pair(value: object, count: int) -> bool:
+    """Whether these are two different positions among ``count``."""
+    if not isinstance(value, list) or len(value) != 2 or value[0] == value[1]:
         return False
+    return all(type(k) is int and 0 <= k < count for k in value)
+
+
+def is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def nearest_in_length(scored: Scored, chosen: int, among: Sequence[int]) -> int:

@@ -39,10 +39,12 @@ def test_trainer_and_actor_die_while_completions_are_drawn(
 ) -> None:
     """An actor when it has new weights in its engine, unchecked, each time; the trainer in the middle of a round, and
     before it has sent the next one's weights."""
+    (workspace.folder / "fragile").write_text("dropped")
     method = faulty("dropped", {"wait": 2, "send": 4})
     done = rayalign(
-        "train", workspace.run("dropped", method=method, scorer=scorer("fragile", run="dropped"), **ON_POLICY)
+        "train", workspace.run("dropped", method=method, scorer=scorer("noting", run="dropped"), **ON_POLICY)
     )
+    (workspace.folder / "fragile").unlink()
     assert done.code == 0, done.printed
     assert all(f"attempt {number} was lost after step {step} (" in caplog.text for number, step in ((1, 2), (2, 4)))
     deaths = {path.name for path in workspace.folder.glob("fault-dropped-actor-*")}

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.ray
 REWARDS = '''
 import os
 import signal
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -39,20 +40,26 @@ def vowels(prompt, reply):
     return sum(character in "aeiou" for character in reply) / max(1, len(reply))
 
 
+def kill_the_actor():
+    """It is the parent of the process that rewards run in."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
 def dies(prompt, reply, *, times, name):
-    """Takes its process with it, on each of the first calls."""
+    """Takes its actor with it, on each of the first calls."""
     deaths = HERE / f"deaths_{name}"
     deaths.mkdir(exist_ok=True)
     number = len(list(deaths.iterdir()))
     if number < times and "e" in reply:
         (deaths / str(number)).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill_the_actor()
     return vowels(prompt, reply)
 
 
 def dies_of(prompt, reply, *, prompt_of_death):
     if prompt == prompt_of_death:
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill_the_actor()
     return vowels(prompt, reply)
 '''
 

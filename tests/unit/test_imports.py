@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("load", [load_object, source_digest], ids=["load", "digest"])
 @pytest.mark.parametrize("as_file", [True, False])
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_module_that_cannot_be_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, as_file: bool, load: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, as_file: bool
 ) -> None:
     text, message = BROKEN[name]
     path = tmp_path / f"{name}.py"
@@ -35,7 +36,7 @@ def test_a_module_that_cannot_be_imported(
     asked = f"{path}:f" if as_file else f"{name}:f"
     for _ in range(2):  # nothing of it is left behind that a second look would find
         with pytest.raises(UserError, match=message):
-            load(asked)  # type: ignore[operator]
+            load_object(asked)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,28 @@ def test_ctrl_c_while_a_module_is_imported_is_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_object(f"{tmp_path / 'slow.py'}:f")
+
+
+ENDS = "raise SystemExit('run')\n"
+
+
+def test_a_source_is_digested_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unrun_rewards.py").write_text(ENDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = hashlib.sha256(ENDS.encode()).hexdigest()
+    assert source_digest("unrun_rewards:f") == source_digest(f"{tmp_path}/unrun_rewards.py:f") == digest
+    assert "unrun_rewards" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_rewards:f", "there is no module 'no_such_rewards'; install it"),
+        ("no_such_package.rewards:f", "there is no module 'no_such_package'; install it"),
+        ("/no/such/file.py:f", "there is no file /no/such/file.py"),
+        ("math:sqrt", "math has no source file; name a function of a Python file"),
+    ],
+)
+def test_what_has_no_source_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        source_digest(name)

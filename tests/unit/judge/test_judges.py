@@ -12,7 +12,7 @@ from rayalign.errors import UserError
 from rayalign.judge import make_judge
 from rayalign.judge.asking import ATTEMPTS
 from rayalign.judge.base import Asked, NoVerdict
-from rayalign.judge.llm import LlmJudge, verdict
+from rayalign.judge.llm import LlmJudge
 from rayalign.testing import FakeJudge, FakeScorer
 
 PROMPT = ["why?"]
@@ -29,35 +29,6 @@ def judge_at(endpoint: Endpoint, **fields: str) -> LlmJudge:
     found = make_judge("llm", model="judge", base_url=endpoint.url, api_key_env=KEY_VARIABLE, **fields)
     assert isinstance(found, LlmJudge)
     return found
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("Reply A is kinder.\nVerdict: A", 1.0),
-        ("**Verdict: B**", 0.0),
-        ("verdict: tie.", 0.5),
-        ("My final verdict is: [[B]]", 0.0),
-        ("[[C]]", 0.5),
-        ("a", 1.0),
-        ("2", 0.0),
-        ("Winner: first", 1.0),
-        ("The better reply is: Reply B", 0.0),
-        ("Answer: second\n\n", 0.0),
-        ("Verdict: neither", 0.5),
-        ("B said more.\nVerdict: A", 1.0),
-        ("Verdict: A\nbut it was close", None),
-        ("this is a tie between A and B", None),
-        ("Reply B is worse", None),
-        ("Verdict: Alice", None),
-        ("Verdict: A or B", None),
-        ("3", None),
-        ("-" * 100_000, None),
-        ("", None),
-    ],
-)
-def test_the_verdict_stands_alone_in_the_last_line(answer: str, expected: float | None) -> None:
-    assert verdict(answer) == expected
 
 
 def test_a_liking_for_a_place_cancels(endpoint: Endpoint) -> None:

@@ -12,7 +12,6 @@ from rayalign.errors import UserError
 from rayalign.judge import make_scorer
 from rayalign.judge.asking import ATTEMPTS
 from rayalign.judge.base import Asked, NoVerdict
-from rayalign.judge.llm import rating
 
 
 @pytest.fixture
@@ -25,25 +24,6 @@ def scorer(endpoint: Endpoint, **fields: str):
     return make_scorer("llm", model="judge", base_url=endpoint.url, api_key_env=KEY_VARIABLE, **fields)
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("It is good.\nRating: 7", 7.0),
-        ("**Rating: 8**", 8.0),
-        ("rating = 6.5.", 6.5),
-        ("9/10", 9.0),
-        ("3", 3.0),
-        ("I would give 2 of 5 points for style, and so: Rating: 10", 10.0),
-        ("Rating: 11", None),
-        ("Rating: 0", None),
-        ("it is a 7, I think, or so", None),
-        ("", None),
-    ],
-)
-def test_the_verdict_is_the_number_that_the_answer_ends_in(answer: str, expected: float | None) -> None:
-    assert rating(answer) == expected
-
-
 def test_every_reply_is_rated_with_the_key_from_the_environment(endpoint: Endpoint) -> None:
     judge = scorer(endpoint)
     assert judge.score(["why?"] * 5, ["because", "so", "<b>", "7", "no"]) == [7.0] * 5
@@ -53,7 +33,7 @@ def test_every_reply_is_rated_with_the_key_from_the_environment(endpoint: Endpoi
 
 
 def test_what_fails_is_asked_again_and_counted(endpoint: Endpoint) -> None:
-    endpoint.script = [500, "no idea", "Rating: 4"]
+    endpoint.script = ["", "no idea", "Rating: 4"]
     judge = scorer(endpoint)
     assert judge.score(["why?"], ["because"]) == [4.0]
     assert judge.tally.asked == Asked(calls=3, failures=2)
@@ -85,27 +65,7 @@ def test_no_verdict_is_no_number_and_the_others_are_kept(endpoint: Endpoint) -> 
     assert judge.tally.asked == Asked(calls=2 + ATTEMPTS, failures=ATTEMPTS)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [{}, {"choices": []}, {"choices": None}, {"choices": [None]}, {"choices": [{"message": None}]},
-     {"choices": [{"finish_reason": "length", "message": {"content": "Rating: 1"}}]}],
-)  # fmt: skip
-def test_a_body_without_a_whole_answer_is_a_failed_call(endpoint: Endpoint, body: dict[str, object]) -> None:
-    endpoint.script = [body]
-    judge = scorer(endpoint)
-    assert judge.score(["why?"], ["because"]) == [7.0]
-    assert judge.tally.asked == Asked(calls=2, failures=1)
-
-
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_ends_it_without_showing_it(endpoint: Endpoint, status: int) -> None:
-    endpoint.answer = lambda question: status
-    with pytest.raises(UserError, match=f"answers {status} .*; check the key and model") as caught:
-        scorer(endpoint).score(["why?"], ["because"])
-    assert KEY not in str(caught.value) and "no, Bearer (key)" in str(caught.value)
-
-
-@pytest.mark.parametrize("step", [500, f"I was called with {KEY}"])
+@pytest.mark.parametrize("step", [400, f"I was called with {KEY}"])
 def test_a_server_that_repeats_the_key_does_not_show_it(endpoint: Endpoint, step: int | str) -> None:
     endpoint.answer = lambda question: step
     with pytest.raises(NoVerdict, match=r"\(key\)") as caught:
@@ -113,18 +73,12 @@ def test_a_server_that_repeats_the_key_does_not_show_it(endpoint: Endpoint, step
     assert KEY not in str(caught.value)
 
 
-def test_no_redirect_carries_the_key_elsewhere(endpoint: Endpoint) -> None:
-    endpoint.script = [302, 307]
-    judge = scorer(endpoint)
-    assert judge.score(["why?"], ["because"]) == [7.0]
-    assert judge.tally.asked == Asked(calls=3, failures=2)
-    assert not any("redirected" in body for body in endpoint.seen)
-
-
-def test_nobody_there_is_no_verdict(monkeypatch: pytest.MonkeyPatch, endpoint: Endpoint) -> None:
-    judge = make_scorer("llm", model="judge", base_url="http://127.0.0.1:9/v1", api_key_env=KEY_VARIABLE)
-    with pytest.raises(NoVerdict, match=r"judge at http://127.0.0.1:9/v1/chat/completions gave .*refused"):
-        judge.score(["why?"], ["because"])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_carries_the_key_elsewhere(endpoint: Endpoint, status: int) -> None:
+    endpoint.answer = lambda question: status
+    with pytest.raises(UserError, match=f"answers {status} .*, to /elsewhere"):
+        scorer(endpoint).score(["why?"], ["because"])
+    assert len(endpoint.seen) == 1
 
 
 @pytest.mark.parametrize(

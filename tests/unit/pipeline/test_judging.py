@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +163,40 @@ def test_what_is_missing_is_counted_up_to_the_limit(folder: Path, endpoint: Endp
     assert stricter.points(None, tmp_path)[0].scores["m"] == ((6.0,) * 3,) * 4
 
 
-def test_too_few_verdicts_keep_no_numbers(folder: Path, endpoint: Endpoint, tmp_path: Path) -> None:
-    endpoint.answer = lambda question: 500
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, r"the judge m gave no answer for \d+ of 12 replies.*first: m at http"),
+        (503, r"judge: http.*gives no answer: .*the same command continues"),
+    ],
+)
+def test_too_few_verdicts_keep_no_numbers(
+    folder: Path, endpoint: Endpoint, tmp_path: Path, status: int, message: str
+) -> None:
+    endpoint.answer = lambda question: status
     evaluation = evaluation_of(folder, judge_at(endpoint))
-    with pytest.raises(UserError, match=r"the judge m gave no answer for \d+ of 12 replies.*first: m at http") as found:
+    with pytest.raises(UserError, match=message) as found:
         evaluation.points(folder / "step_000002-abc", tmp_path)
     assert KEY not in str(found.value)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_a_function_fails_on_is_missing_too(folder: Path, tmp_path: Path) -> None:
+    """The replies to one of four prompts are counted, and up to the limit they end nothing."""
+    (folder / "picky.py").write_text(
+        "def picky(prompt, reply):\n    print('asked')\n    return 1 / ('Who' not in prompt)\n"
+    )
+    settings = ["evaluate.scorers=[{name: rule, function: 'picky.py:picky'}]", "evaluate.max_missing_fraction=0.25"]
+    evaluation = evaluation_of(folder, *settings)
+    said: list[str] = []
+    evaluation = replace(evaluation, note=said.append)
+    (point,) = evaluation.points(None, tmp_path)
+    assert point.scores["picky"] == ((1.0,) * 3, (None,) * 3, (1.0,) * 3, (1.0,) * 3)
+    (asked,) = point.answers
+    assert (asked.missing, asked.replies) == (3, 12) and "raised ZeroDivisionError" in asked.problem
+    assert said == ["evaluation: picky.py:picky printed: asked"]
+    with pytest.raises(UserError, match="the scorer picky gave no answer for 3 of 12 replies.*picky' raised ZeroDivis"):
+        evaluation_of(folder, settings[0]).points(None, tmp_path)
 
 
 def test_wins_against_another_run(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import exp, isnan
 from pathlib import Path
@@ -77,34 +78,49 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
         pair([0, 2], name=f"{rules}:bad")
 
 
-def answering(tmp_path: Path, expression: str) -> str:
-    path = tmp_path / "rule.py"
-    path.write_text(f"import math\nimport numpy as np\nimport torch\ndef rule(scores):\n    return {expression}\n")
-    return f"{path}:rule"
-
-
 @pytest.mark.parametrize(
-    "answer",
-    ["(1, 0)", "[1, 0]", "np.array([1, 0])", "(np.argmax(scores), np.argmin(scores))", "torch.tensor([1, 0])"],
+    ("text", "expected"),
+    [
+        ("import numpy as np\nreturn int(np.argmax(s)), np.argmin(s)", (1, 2)),
+        ("import numpy as np\nreturn np.argsort(s)[[-1, 0]]", (1, 2)),
+        ("import torch\nreturn torch.tensor(s).argmax(), torch.tensor(s).argmin()", (1, 2)),
+        ("return [2, 0]", (2, 0)),
+        ("import numpy as np\nreturn np.array([2, 0])", (2, 0)),
+        ("import torch\nreturn torch.tensor([2, 0])", (2, 0)),
+        ("return None", ()),
+        ("import math\nreturn math.nan", ()),
+        ("import numpy as np\nreturn np.nan", ()),
+        ("import numpy as np\nreturn np.float32('nan')", ()),
+        ("import torch\nreturn torch.tensor(float('nan'))", ()),
+        ("return (0, 1, 1)", "returned (0, 1, 1) for 3 scores"),
+        ("return True", "returned True for 3 scores"),
+        ("return {}", "returned {} for 3 scores"),
+        ("return (1, 1)", "returned (1, 1) for 3 scores: it must return (chosen, rejected), two different positions"),
+        ("return (0, 3)", "returned (0, 3) for 3 scores"),
+        ("return (-1, 0)", "returned (-1, 0) for 3 scores"),
+        ("return (True, False)", "returned (True, False) for 3 scores"),
+        ("return (0.0, 1.0)", "returned (0.0, 1.0) for 3 scores"),
+        ("return '01'", "returned '01' for 3 scores"),
+        ("return object", "returned <class 'object'> for 3 scores"),
+        ("raise KeyError('best')", "raised KeyError: 'best' (at rules.py:2 in f) for the scores [0.5, 2.0, 0.1]"),
+        ("import sys; sys.exit(1)", "called sys.exit(1) (at rules.py:2 in f) for the scores"),
+        ("import os; os._exit(1)", "ended its process with exit code 1 for the scores"),
+        ("while True: pass", "did not return within 0.5 s (it was at rules.py:2 in f) for the scores"),
+    ],
 )
-def test_positions_may_be_numbers_of_numpy_and_torch(tmp_path: Path, answer: str) -> None:
-    assert pair([1, 2], name=answering(tmp_path, answer)) == (1, 0)
-
-
-@pytest.mark.parametrize("answer", ["None", "math.nan", "np.nan", "np.float32('nan')", "torch.tensor(float('nan'))"])
-def test_no_preference(tmp_path: Path, answer: str) -> None:
-    assert pair([1, 2], name=answering(tmp_path, answer)) == ()
-
-
-@pytest.mark.parametrize("answer", ["(0, 0)", "(0, 2)", "(-1, 0)", "(0.0, 1.0)", "'01'", "(0, 1, 1)", "True", "{}"])
-def test_any_other_answer_is_refused_with_what_it_was(tmp_path: Path, answer: str) -> None:
-    with pytest.raises(UserError, match=r"for 2 scores: it must return \(chosen, rejected\)"):
-        pair([1, 2], name=answering(tmp_path, answer))
-
-
-def test_a_rule_that_fails_is_named_with_the_scores(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rule' raised ZeroDivisionError: .* for the scores \[1, 2\]"):
-        pair([1, 2], name=answering(tmp_path, "1 / 0"))
+def test_what_a_rule_of_ones_own_may_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[int, ...] | str
+) -> None:
+    if text.startswith("while"):
+        monkeypatch.setattr("rayalign.sources.label.RULE_SECONDS", 0.5)
+    rules = tmp_path / "rules.py"
+    rules.write_text("def f(s):\n    " + text.replace("\n", "\n    ") + "\n")
+    if isinstance(expected, tuple):
+        assert pair([0.5, 2.0, 0.1], name=f"{rules}:f") == expected
+        return
+    with pytest.raises(UserError, match=re.escape(f"rules.py:f' {expected}")) as caught:
+        pair([0.5, 2.0, 0.1], name=f"{rules}:f")
+    assert str(caught.value).startswith("label.name: ")
 
 
 def test_rankings_keep_all_by_their_rewards_or_the_pair_of_a_rule() -> None:
