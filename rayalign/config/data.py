@@ -112,8 +112,12 @@ class DataConfig(Block):
     """What the rows are; auto: found by their fields, row by row."""
     template: TemplatePath = "auto"
     """auto: the tokenizer's chat template, or plain text where it has none; else a Jinja file."""
-    stop: str = "auto"
-    """The token that ends a response. auto: what ends a turn in the template."""
+    stop: Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)] = ("auto",)
+    """The token that ends a response, or a list: the first is what training appends, samples stop at all of them.
+
+    auto: what ends a turn in the template. Samples also stop at the tokenizer's own end token, and at those that the
+    model's generation_config.json names; final/ names them all.
+    """
     max_prompt_tokens: int = Field(default=512, ge=1)
     """Longer prompts lose their beginning."""
     max_tokens: int = Field(default=1024, ge=2)
@@ -124,6 +128,11 @@ class DataConfig(Block):
     """quarantine: write the row and the reason to quarantine.jsonl and go on."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
+
+    @property
+    def end(self) -> str:
+        """What training appends to a response: the first of ``stop``."""
+        return self.stop[0]
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Self:

@@ -259,6 +259,14 @@ def export(run: Run) -> None:
     state, adapter = exportable(run)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
-            adapter(final)
-            save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
+            if run.spec.export_adapter:
+                adapter(final)
+            save_pretrained(
+                run.model,
+                run.tokenizer,
+                final,
+                stop_ids=run.spec.stop_ids,
+                state=state,
+                precision=run.spec.saved,
+            )
             commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

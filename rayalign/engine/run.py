@@ -16,6 +16,7 @@ from rayalign.engine.copies import Mirror
 from rayalign.engine.model import ModelSpec
 from rayalign.engine.objective import Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.precision import EXACT, Precision
 from rayalign.engine.source import GroupSource
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy import Strategy
@@ -56,6 +57,10 @@ class TrainSpec:
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
+    saved: Precision = EXACT
+    """Of ``final/``; checkpoints are float32, from which training continues exactly."""
+    export_adapter: bool = True
+    """``final/`` holds the adapter alone too, which peft reads upon the model that the run began with."""
     track: tuple[str, ...] = ()
     critic: CriticSpec | None = None
     """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""

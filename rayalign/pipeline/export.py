@@ -15,7 +15,8 @@ from rayalign.config.method import resolve_method
 from rayalign.data.group import Candidate, Group
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import Prompts
-from rayalign.engine.model import load_tokenizer, model_directory, tokenizer_digest
+from rayalign.engine.folder import model_directory, tokenizer_digest
+from rayalign.engine.model import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.manifest import TornDirectory, read_manifest
 from rayalign.pipeline.evaluate import KEPT

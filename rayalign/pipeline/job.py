@@ -31,12 +31,14 @@ from rayalign.pipeline.model import (
     model_spec,
     reference_spec,
     row_tokens,
+    saved_precision,
     scorer_identity,
     scorer_spec,
     spec_digest,
     stop_ids,
     trained_spec,
 )
+from rayalign.pipeline.readers import export_facts
 from rayalign.pipeline.rollouts import (
     actor_share,
     draws_rounds,
@@ -97,6 +99,8 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         checkpoint_best=checkpoint_best(run, steps),
         evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
+        saved=saved_precision(run),
+        export_adapter=export_facts(run).get("adapter", True) is True,
         track=run.track,
         reference_in_place=run.reference.place == "trainer",
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,

@@ -14,7 +14,8 @@ from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.engine.model import load_tokenizer, model_directory
+from rayalign.engine.folder import model_directory
+from rayalign.engine.model import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.pipeline.model import tokenizer_spec

@@ -20,6 +20,7 @@ from rayalign.imports import source_digest
 from rayalign.methods._base import Method
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
+from rayalign.pipeline.readers import refuse_unanswerable
 from rayalign.pipeline.stages import Stages
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import EngineOptions
@@ -75,6 +76,9 @@ def chunk_spec(
 ) -> ChunkSpec:
     """How this run's groups are made from prompts; without ``draws`` from stored completions alone."""
     assert run.scorer is not None
+    for store in prompts.stores if draws else ():
+        if not stages.artifacts.pending(store):
+            refuse_unanswerable(store, run)
     return ChunkSpec(
         prompts=prompts,
         seed=run.seed,

@@ -77,7 +77,7 @@ class Stages:
             "format": [units[0].format, dict(units[0].columns)],
             "tokenizer": tokenizer_identity(run),
             "template": template_digest(run.data.template),
-            "stop": run.data.stop,
+            "stop": run.data.end,
             "settings": asdict(tokenizer.settings),
             "shape": shape,
             "bad": [run.data.on_bad_row, run.data.max_bad_fraction],

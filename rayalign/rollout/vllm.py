@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from rayalign.engine.canary import PROMPT_TOKENS, canary_group
+from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec, model_directory
+from rayalign.engine.model import ModelSpec
 from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams

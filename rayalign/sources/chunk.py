@@ -22,8 +22,9 @@ from rayalign.data.split import prompt_text
 from rayalign.data.texts import Prompts
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.canary import TOLERANCE, canary_error
+from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer, model_directory
+from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer

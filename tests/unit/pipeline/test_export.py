@@ -21,7 +21,8 @@ from rayalign.data.schema import Example
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
-from rayalign.engine.model import load_tokenizer, tokenizer_digest
+from rayalign.engine.folder import tokenizer_digest
+from rayalign.engine.model import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.pipeline.card import base_of, model_card
 from rayalign.pipeline.export import alpaca_eval, trl_pairs
