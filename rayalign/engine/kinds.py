@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -30,7 +31,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, field: str 
     refuse_foreign_code(facts, directory, trust_remote_code=trust_remote_code, field=field)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: {directory / CONFIG} is refused by transformers: {told}") from error
 

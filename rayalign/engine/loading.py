@@ -8,6 +8,7 @@ shape is then known. Transformers alone would draw what is missing at random, an
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "base_mo
 """What programs put before the names of a model's tensors."""
 PARTS = ("language_model", "text_model")
 """What models of several parts call the one for texts."""
+EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -93,9 +95,11 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
         try:
             _, found = matched(blank, of_part(part, shapes), place=META)
         except RuntimeError as error:
+            absent = missing_experts(tensors)
+            told = f"it lacks {count(absent, 'tensor')} of its experts: {some(absent)}" if absent else first_line(error)
             raise UserError(
                 f"{source.field}: transformers cannot make a {type(blank).__name__} of the tensors in "
-                f"{source.directory} ({first_line(error)}): copy, convert or save the model again"
+                f"{source.directory} ({told}): copy, convert or save the model again"
             ) from error
         if not found.missing:
             break
@@ -198,6 +202,20 @@ def common_change(missing: Collection[str], unexpected: Collection[str]) -> tupl
         if all(name.startswith(wrapper) and name.removeprefix(wrapper) in left for name in missing):
             return wrapper, ""
     return None
+
+
+def missing_experts(names: Collection[str]) -> list[str]:
+    """Tensors that some experts of a layer have and others lack, in files with a tensor for each expert."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            found.setdefault(match[1], {}).setdefault(match[3], set()).add(match[2])
+    return sorted(
+        f"{layer}{expert}{rest}"
+        for layer, parts in found.items()
+        for rest, own in parts.items()
+        for expert in set().union(*parts.values()) - own
+    )
 
 
 def of_part(part: str | None, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
             adapted = peft.get_peft_model(model, config, adapter_name=NAME, low_cpu_mem_usage=skeleton)
             if not hasattr(adapted.base_model, "merge_and_unload"):
                 raise UserError(
-                    f"{field}: {directory} is an adapter of type {config.peft_type}, which cannot become a part of its "
-                    "base's weights: name a model, or a LoRA adapter"
+                    f"{field}: {directory} is an adapter of type {config.peft_type.value}, which cannot become a part of "
+                    "its base's weights: name a model, or a LoRA adapter"
                 )
             refuse_other_tensors(adapted, tensors, directory, field)
             if skeleton:
@@ -99,7 +99,7 @@ def refuse_other_tensors(adapted: object, tensors: Mapping[str, Tensor], directo
     given = {name: tensor.to("meta") if skeleton else tensor for name, tensor in tensors.items()}
     found = peft.set_peft_model_state_dict(adapted, given, adapter_name=NAME, low_cpu_mem_usage=skeleton)
     missing = [name for name in found.missing_keys if f".{NAME}" in name]
-    unexpected = list(found.unexpected_keys)
+    unexpected = [name for name in found.unexpected_keys if not is_repeated(name, tensors)]
     if missing or unexpected:
         lacks = f"lacks {len(missing)} tensors, such as {missing[0]}" if missing else ""
         holds = f"holds {len(unexpected)} tensors without a place, such as {unexpected[0]}" if unexpected else ""
@@ -108,6 +108,12 @@ def refuse_other_tensors(adapted: object, tensors: Mapping[str, Tensor], directo
             f"{field}: the adapter in {directory} does not fit its base: it {told}; its {ADAPTER_CONFIG} names another "
             "base, or other layers, than it was trained on"
         )
+
+
+def is_repeated(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has the tensor under its plain name too: peft writes embeddings several times."""
+    shorter = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return shorter != name and shorter in tensors
 
 
 def untie_changed_head(model: PreTrainedModel) -> None:

@@ -66,6 +66,8 @@ class TrainSpec:
     """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""
     reference_in_place: bool = False
     """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
+    reference_made: Mapping[str, str] | None = None
+    """With what the stored reference log-probs were computed; None where rollout actors compute them."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

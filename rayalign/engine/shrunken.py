@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rayalign.engine.attention import attention_kind
@@ -16,7 +17,10 @@ WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
 MOST_PARAMETERS = 100_000_000
 """Of a model that is made only to be tried: 400 MB."""
 CPU = torch.device("cpu")
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError, AssertionError)
+FAILURES = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError, AssertionError,
+    StrictDataclassError,
+)  # fmt: skip
 """What configurations and classes raise for sizes that do not go together."""
 
 

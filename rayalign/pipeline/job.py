@@ -51,6 +51,7 @@ from rayalign.pipeline.rollouts import (
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, main_stream, needs_reference
 from rayalign.runtime.placement import Share, elastic_share, host
+from rayalign.runtime.reference import made_with
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
@@ -103,6 +104,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         export_adapter=export_facts(run).get("adapter", True) is True,
         track=run.track,
         reference_in_place=run.reference.place == "trainer",
+        reference_made=reference_made(main.stream),
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
         on_nonfinite=run.optim.on_nonfinite,
         max_skipped_in_a_row=run.optim.max_skipped_in_a_row,
@@ -122,6 +124,12 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         fewest=fewest,
         beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
     )
+
+
+def reference_made(stream: AnyStream) -> dict[str, str] | None:
+    """With what the reference log-probs of stored groups were computed; None where all groups are drawn in rounds."""
+    found = [made_with(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]]
+    return found[0] if found else None
 
 
 def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | None:

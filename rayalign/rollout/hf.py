@@ -70,7 +70,8 @@ class HfEngine:
             raise ValueError(f"{len(prompts)} prompts and {len(keys)} keys")
         if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
             raise ValueError(f"prompt {empty[0]} has no tokens: there is nothing to continue")
-        refuse_long_prompt(max(map(len, prompts), default=0), params.max_new_tokens, self.context)
+        if prompts:
+            refuse_long_prompt(max(map(len, prompts)), params.max_new_tokens, self.context)
         completions: list[Completion] = []
         with torch.no_grad(), _evaluating(self.model):
             for batch in self._batches(prompts, params):

@@ -73,6 +73,10 @@ class VllmSampler:
             self.llm.wake_up()
             self.resting = False
 
+    def digest(self) -> str | None:
+        """vLLM packs weights as its kernels want them."""
+        return None
+
     def canary(self) -> tuple[float, ...]:
         from vllm import SamplingParams as VllmParams
 
