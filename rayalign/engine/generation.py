@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,15 @@ def generation_config(directory: Path, model: PreTrainedModel, *, field: str = F
         found, refused = settled(candidate)
         if found is not None and not refused:
             if problem:
-                log.warning("%s contradicts itself (%s): %s", path, problem, change)
+                tell(path, problem, change)
             return found
     raise AssertionError("a file of token ids alone is never refused")
+
+
+@functools.lru_cache(maxsize=64)
+def tell(path: Path, problem: str, change: str) -> None:
+    """Say it once in a process, which may load a model several times."""
+    log.warning("%s contradicts itself (%s): %s", path, problem, change)
 
 
 def repairs(facts: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:

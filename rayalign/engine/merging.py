@@ -48,8 +48,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
             adapted = peft.get_peft_model(model, config, adapter_name=NAME, low_cpu_mem_usage=skeleton)
             if not hasattr(adapted.base_model, "merge_and_unload"):
                 raise UserError(
-                    f"{field}: {directory} is an adapter of type {config.peft_type.value}, which cannot become a part of "
-                    "its base's weights: name a model, or a LoRA adapter"
+                    f"{field}: {directory} is an adapter of type {config.peft_type.value}, which cannot become a part "
+                    "of its base's weights: name a model, or a LoRA adapter"
                 )
             refuse_other_tensors(adapted, tensors, directory, field)
             if skeleton:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rayalign.engine.folder import FIELD
 from rayalign.engine.loading import Source, load_weights, quiet
 from rayalign.engine.lora import adapted, add_adapter, merged, write_adapter
 from rayalign.engine.model import ModelSpec, blank_model, save_weights
@@ -67,7 +68,7 @@ def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec:
     trial = Trial(**kept)
     if trial.problem or (trial.difference is not None and not trial.difference <= TOLERANCE):
         how = f"it cannot be loaded: {trial.problem}" if trial.problem else f"logits differ by {trial.difference:.2g}"
-        what = "an adapter on" if spec.lora else "a"
+        what = "an adapter on a" if spec.lora else "a"
         raise UserError(
             f"{spec.field}: {what} {model.config.model_type} model is another one once it is saved and loaded again "
             f"({how}), so that its training would be lost; "
@@ -94,7 +95,7 @@ def measured(model: PreTrainedModel, spec: ModelSpec) -> Trial:
             save_weights(small, Path(folder, "final"), state=merged(small, state))
             difference = distance(answer(reloaded(Path(folder, "final"), spec)), expected)
         except (UserError, RuntimeError, ValueError, KeyError, OSError) as error:
-            return Trial(difference=None, problem=first_line(error).replace(folder, "…"))
+            return Trial(difference=None, problem=first_line(error).replace(f"{FIELD}: {folder}/", ""))
         adapter = None
         if spec.lora is not None:
             write_adapter(spec.lora, small, state, Path(folder, "adapter"), base=str(base))

@@ -37,7 +37,7 @@ MENDED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "no padding": ({"eos_token_id": 3, "pad_token_id": -1}, {"eos_token_id": 3}, "ids below 0 are left out"),
     "beams without beams": ({"eos_token_id": 2, "early_stopping": True}, {"eos_token_id": 2}, "only eos_token_id"),
-    "a cache that is none": ({"eos_token_id": [2], "cache_implementation": "foo"}, {"eos_token_id": [2]}, "only eos_token"),
+    "a cache that is none": ({"eos_token_id": 2, "cache_implementation": "foo"}, {"eos_token_id": 2}, "only eos_to"),
     "several answers, greedily": ({"num_return_sequences": 3}, {}, "only none are kept"),
 }  # fmt: skip
 
