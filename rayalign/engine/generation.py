@@ -36,16 +36,14 @@ def generation_config(directory: Path, model: PreTrainedModel, *, field: str = F
     if not model.can_generate():
         return None
     path = generation_file(directory, field=field)
-    if path is None:
-        own: GenerationConfig = model.generation_config
-        return own
-    facts = {name: value for name, value in read_json(path, field).items() if value is not None}
+    told = model.generation_config.to_diff_dict() if path is None else read_json(path, field)
+    facts = {name: value for name, value in told.items() if value is not None}
     _, problem = settled(facts)
     for change, candidate in repairs(facts):
         found, refused = settled(candidate)
         if found is not None and not refused:
             if problem:
-                tell(path, problem, change)
+                tell(path or base_of(directory, field) / CONFIG, problem, change)
             return found
     raise AssertionError("a file of token ids alone is never refused")
 

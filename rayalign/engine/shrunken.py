@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rayalign.engine.attention import attention_kind
 from rayalign.engine.context import ropes
@@ -90,6 +90,7 @@ def miniature(model: PreTrainedModel) -> PreTrainedModel | None:
 
 def like(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     made: PreTrainedModel = type(model)(config).float()
+    made.generation_config = GenerationConfig()  # not the one that is made of this configuration: it may be invalid
     return made
 
 

@@ -126,6 +126,7 @@ def adapter_distance(directory: Path, base: Path, expected: Tensor, *, scalar: b
         return None
 
 
+@torch.no_grad()
 def draw_adapter(model: PreTrainedModel) -> None:
     """Weights for an adapter that does something."""
     generator = torch.Generator().manual_seed(0)
