@@ -24,6 +24,8 @@ class Context:
     tokens: int
     reason: str
     """Where the number comes from, for messages."""
+    rope: str = "default"
+    """The type of the RoPE that it comes from."""
 
 
 def context_of(config: PretrainedConfig) -> Context | None:
@@ -57,14 +59,14 @@ def reach(rope: Mapping[str, Any], positions: int, name: str) -> Context:
     original = rope.get("original_max_position_embeddings")
     if kind == "longrope" and original:
         reason = "original_max_position_embeddings; beyond it longrope depends on the longest sequence of a batch"
-        return Context(tokens=min(int(original), positions), reason=reason)
+        return Context(tokens=min(int(original), positions), reason=reason, rope=kind)
     if kind == "dynamic":
         reason = f"{name}; beyond it dynamic RoPE depends on the longest sequence of a batch"
-        return Context(tokens=positions, reason=reason)
+        return Context(tokens=positions, reason=reason, rope=kind)
     stretched = {"yarn": (original or positions) * factor, "linear": positions * factor}.get(kind, positions)
     if stretched <= positions:
         return Context(tokens=positions, reason=name)
-    return Context(tokens=int(stretched), reason=f"{name}, stretched by {kind} RoPE")
+    return Context(tokens=int(stretched), reason=f"{name}, stretched by {kind} RoPE", rope=kind)
 
 
 def refuse_long_rows(store: TokenStore, context: Context | None, model: str, *, new_tokens: int = 0) -> None:

@@ -36,16 +36,27 @@ class Targets:
     layers: tuple[str, ...]
     experts: tuple[str, ...]
     """Parameters [experts, …] in which a family holds the matrices of all experts."""
-    left_out: tuple[str, ...]
-    """Fused experts, and layers that are bypassed, without an adapter."""
+    plain_experts: tuple[str, ...] = ()
+    """Such parameters without an adapter, where none were chosen."""
+    plain_layers: tuple[str, ...] = ()
+    """Layers that are bypassed, likewise."""
 
     def sentence(self) -> str:
         """What has an adapter and what has none, for logs."""
-        have = f"{len(self.layers)} linear layers ({kinds(self.layers)})"
+        told = f"model.lora: an adapter on {len(self.layers)} linear layers ({kinds(self.layers)})"
         if self.experts:
-            have += f" and {len(self.experts)} tensors of fused experts ({kinds(self.experts)})"
-        none = f"; none on {len(self.left_out)} others ({kinds(self.left_out)})" if self.left_out else ""
-        return f"model.lora: an adapter on {have}{none}"
+            told += f" and {len(self.experts)} tensors of fused experts ({kinds(self.experts)})"
+        if self.plain_experts:
+            told += (
+                f"; none on {len(self.plain_experts)} tensors of fused experts ({kinds(self.plain_experts)}), which get "
+                "one if model.lora.target_modules names them"
+            )
+        if self.plain_layers:
+            told += (
+                f"; none on {len(self.plain_layers)} layers ({kinds(self.plain_layers)}) whose weights the model takes "
+                "past an adapter"
+            )
+        return told
 
 
 def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] = ()) -> Targets:
@@ -62,10 +73,9 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] = ()) -> Targe
             f"model.lora.target_modules: {', '.join(missing)}: an adapter goes onto linear layers of the blocks, which "
             f"are {kinds(layers)}{also}"
         )
-    own = tuple(chosen(wanted, layers)) if wanted else tuple(layers)
-    fused = tuple(chosen(wanted, experts))
-    left = [name for name in (*experts, *bypassed) if name not in fused]
-    return Targets(layers=own, experts=fused, left_out=tuple(left))
+    if wanted:
+        return Targets(layers=tuple(chosen(wanted, layers)), experts=tuple(chosen(wanted, experts)))
+    return Targets(layers=tuple(layers), experts=(), plain_experts=tuple(experts), plain_layers=tuple(bypassed))
 
 
 def chosen(wanted: Sequence[str], names: Collection[str]) -> list[str]:

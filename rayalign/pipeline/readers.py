@@ -23,7 +23,7 @@ from rayalign.engine.context import (
     refuse_unknown_ids,
     refuse_unknown_tokens,
 )
-from rayalign.engine.folder import is_adapter, model_directory
+from rayalign.engine.folder import adapter_base, is_adapter, model_directory
 from rayalign.engine.kinds import read_config
 from rayalign.engine.lora import refuse_missing_peft
 from rayalign.engine.model import ModelSpec, refuse_unusable, tokenizer_of
@@ -131,14 +131,17 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {"dtype": precision.default}
     if run.method.record.trains == "policy":
         facts["end_tokens"] = reader.tokenizer.convert_ids_to_tokens(list(stop_ids(run)))
+    directory = model_directory(run.model.name, run.model.revision)
+    if is_adapter(directory):
+        facts["base"] = f"{adapter_base(directory)} with the adapter in {directory} merged"
     if run.model.text_only:
-        facts["text_only"] = "of a model with several parts, the one for texts"
+        facts["text_only"] = True
     if run.model.lora is not None:
         facts |= {"lora": reader.lora, "adapter": True}
         trial = reader.trial
         if trial is not None and trial.difference is not None and not trial.writes_adapter:
             facts["adapter"] = "none: peft would read it otherwise than it was trained; final/ is the merged model"
-        if is_adapter(model_directory(run.model.name, run.model.revision)):
+        if is_adapter(directory):
             facts["adapter"] = (
                 "none: it would belong upon a model that is an adapter merged; final/ is the merged model"
             )
@@ -148,8 +151,11 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
 def export_told(run: RunConfig) -> Iterator[str]:
     """The same as lines for a person; nothing where it is as anybody expects."""
     facts = export_facts(run)
+    if "base" in facts:
+        yield f"model.name: the run starts from {facts['base']}"
     if facts.get("dtype", "float32") != "float32":
-        yield f"final/ will be saved in {facts['dtype']}, as model.save_dtype says; checkpoints are float32"
+        why = "as the model's own files are" if run.model.save_dtype == "auto" else "as model.save_dtype says"
+        yield f"final/ will be saved in {facts['dtype']}, {why}; checkpoints are float32"
     if len(facts.get("end_tokens", ())) > 1:
         yield f"samples stop at {', '.join(facts['end_tokens'])}; training appends the first"
     if "lora" in facts:
@@ -157,7 +163,7 @@ def export_told(run: RunConfig) -> Iterator[str]:
     if facts.get("adapter", True) is not True:
         yield f"final/adapter: {facts['adapter']}"
     if "text_only" in facts:
-        yield f"model.text_only: final/ will be, {facts['text_only']}"
+        yield "model.text_only: final/ will hold the part for texts alone"
 
 
 def refuse_engine(run: RunConfig) -> None:
@@ -173,7 +179,7 @@ def refuse_engine(run: RunConfig) -> None:
     if run.model.text_only:
         raise UserError("rollout.engine: vllm reads all parts of a model, and model.text_only leaves some: write hf")
     context = context_of(read_config(directory, trust_remote_code=run.model.trust_remote_code))
-    if context is not None and "dynamic RoPE" in context.reason:
+    if context is not None and context.rope == "dynamic":
         raise UserError("rollout.engine: vllm stretches dynamic RoPE for every text, and training does not: write hf")
 
 

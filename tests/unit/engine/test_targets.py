@@ -52,7 +52,7 @@ def test_by_itself_every_linear_layer_that_the_model_calls(family: str) -> None:
         model = animal(family)
     layers, left_out = DEFAULT[family]
     found = adapter_targets(model)
-    assert found.experts == () and kinds(found.left_out) == left_out
+    assert found.experts == () and kinds((*found.plain_experts, *found.plain_layers)) == left_out
     assert not layers or sorted(kinds(found.layers).split(", ")) == sorted(set(layers.split(", ")))
     assert not any("lm_head" in name for name in found.layers)
 
@@ -63,7 +63,7 @@ def test_what_is_named_is_adapted_experts_too() -> None:
     found = adapter_targets(model, ["experts.gate_up_proj", "down_proj"])
     assert found.experts == ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
     assert found.layers == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.down_proj")
-    assert found.left_out == ()
+    assert (found.plain_experts, found.plain_layers) == ((), ())
     assert "2 linear layers (down_proj) and 2 tensors of fused experts (down_proj, gate_up_proj)" in found.sentence()
     with pytest.raises(
         UserError, match=r"target_modules: gate_porj: .*, and experts' tensors, which are down_proj, gate_up"
