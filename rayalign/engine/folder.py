@@ -122,6 +122,11 @@ def model_digest(directory: Path) -> str:
     return own if base == directory else hashlib.sha256(f"{own} {model_digest(base)}".encode()).hexdigest()
 
 
+def weights_directory(directory: Path, *, field: str = FIELD) -> Path:
+    """The folder of a model itself, or of the base of an adapter; raises as :func:`adapter_base` does."""
+    return adapter_base(directory, field=field) if is_adapter(directory) else directory
+
+
 def adapter_base(directory: Path, *, field: str = FIELD) -> Path:
     """The folder of the model that an adapter belongs to: its own where that holds a model, else what it names.
 
@@ -151,7 +156,7 @@ def tokenizer_directory(directory: Path, *, field: str = FIELD) -> Path:
     """
     if any(matching(directory, TOKENIZER_FILES)):
         return directory
-    base = adapter_base(directory, field=field) if is_adapter(directory) else directory
+    base = weights_directory(directory, field=field)
     if any(matching(base, TOKENIZER_FILES)):
         return base
     raise UserError(f"{field}: {base} holds no tokenizer: save one there with tokenizer.save_pretrained")

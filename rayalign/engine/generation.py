@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from rayalign.data.chat import Chat
-from rayalign.engine.folder import CONFIG, FIELD, adapter_base, is_adapter, read_json
+from rayalign.engine.folder import CONFIG, FIELD, read_json, weights_directory
 from rayalign.engine.loading import quiet
 from rayalign.errors import UserError
 
@@ -43,7 +43,7 @@ def generation_config(directory: Path, model: PreTrainedModel, *, field: str = F
         found, refused = settled(candidate)
         if found is not None and not refused:
             if problem:
-                tell(path or base_of(directory, field) / CONFIG, problem, change)
+                tell(path or weights_directory(directory, field=field) / CONFIG, problem, change)
             return found
     raise AssertionError("a file of token ids alone is never refused")
 
@@ -82,14 +82,9 @@ def is_token(value: Any) -> bool:
     return all(type(one) is int and one >= 0 for one in values) and bool(values)
 
 
-def base_of(directory: Path, field: str) -> Path:
-    """The folder of a model, or of the base of an adapter."""
-    return adapter_base(directory, field=field) if is_adapter(directory) else directory
-
-
 def generation_file(directory: Path, *, field: str = FIELD) -> Path | None:
     """The file of a model, or of an adapter's base; None where there is none."""
-    base = base_of(directory, field)
+    base = weights_directory(directory, field=field)
     return next((place / FILE for place in (directory, base) if (place / FILE).is_file()), None)
 
 
@@ -103,7 +98,7 @@ def end_ids(directory: Path, chat: Chat, also: Sequence[str] = (), *, field: str
         UserError: one that is named is no single token.
     """
     named = [single_token(chat.tokenizer, text) for text in also]
-    files = (generation_file(directory, field=field), base_of(directory, field) / CONFIG)
+    files = (generation_file(directory, field=field), weights_directory(directory, field=field) / CONFIG)
     found: Any = next((own for path in files if path and (own := read_json(path, field).get("eos_token_id"))), None)
     told = (found if isinstance(found, list) else [found]) if is_token(found) else []
     known = set(chat.tokenizer.get_vocab().values())

@@ -27,13 +27,13 @@ from rayalign.engine.compiled import compile_blocks
 from rayalign.engine.folder import (
     CONFIG,
     FIELD,
-    adapter_base,
     is_adapter,
     model_directory,
     read_json,
     tensors_of,
     tokenizer_directory,
     weight_files,
+    weights_directory,
 )
 from rayalign.engine.generation import generation_config
 from rayalign.engine.group_attention import GROUP_ATTENTION
@@ -166,7 +166,7 @@ def tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTrainedModel:
     """The model on the meta device, as it will compute on ``device``: without weights, whatever its files hold."""
-    base = adapter_base(directory, field=spec.field) if is_adapter(directory) else directory
+    base = weights_directory(directory, field=spec.field)
     config = read_config(base, trust_remote_code=spec.trust_remote_code, field=spec.field)
     if spec.head is not None:
         set_one_output(config, base, field=spec.field)
@@ -187,7 +187,7 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
 
 def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
     """Where the weights of a model lie, and which of them may be new."""
-    base = adapter_base(directory, field=spec.field) if is_adapter(directory) else directory
+    base = weights_directory(directory, field=spec.field)
     new = frozenset({HEAD_WEIGHT}) if spec.head is not None and has_new_head(spec, directory) else frozenset[str]()
     return Source(
         directory=base,
@@ -202,7 +202,7 @@ def has_new_head(spec: ModelSpec, directory: Path) -> bool:
     """Whether a scalar head is drawn, since the folder holds a language model; an adapter may bring its own then."""
     if spec.from_scratch:
         return True
-    base = adapter_base(directory, field=spec.field) if is_adapter(directory) else directory
+    base = weights_directory(directory, field=spec.field)
     if HEAD_WEIGHT in tensors_of(weight_files(base, field=spec.field), field=spec.field):
         return False
     if is_adapter(directory) and brings_head(directory, spec.field):

@@ -48,8 +48,8 @@ class Targets:
             told += f" and {len(self.experts)} tensors of fused experts ({kinds(self.experts)})"
         if self.plain_experts:
             told += (
-                f"; none on {len(self.plain_experts)} tensors of fused experts ({kinds(self.plain_experts)}), which get "
-                "one if model.lora.target_modules names them"
+                f"; none on {len(self.plain_experts)} tensors of fused experts ({kinds(self.plain_experts)}), which "
+                "get one if model.lora.target_modules names them"
             )
         if self.plain_layers:
             told += (

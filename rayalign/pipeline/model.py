@@ -12,7 +12,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import TokenizeSettings
-from rayalign.engine.folder import adapter_base, is_adapter, model_digest, model_directory, tokenizer_digest
+from rayalign.engine.folder import model_digest, model_directory, tokenizer_digest, weights_directory
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.generation import end_ids
 from rayalign.engine.lora import LoraSpec
@@ -142,7 +142,7 @@ def saved_precision(run: RunConfig) -> Precision:
     if run.model.name == INITIAL or (run.model.from_scratch and run.model.save_dtype == "auto"):
         return EXACT
     directory = model_directory(run.model.name, run.model.revision)
-    base = adapter_base(directory) if is_adapter(directory) else directory
+    base = weights_directory(directory)
     return precision_of(base, run.model.save_dtype)
 
 

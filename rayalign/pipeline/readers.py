@@ -23,8 +23,8 @@ from rayalign.engine.context import (
     refuse_unknown_ids,
     refuse_unknown_tokens,
 )
-from rayalign.engine.folder import adapter_base, is_adapter, model_directory
-from rayalign.engine.kinds import read_config
+from rayalign.engine.folder import is_adapter, model_directory, weights_directory
+from rayalign.engine.kinds import is_composite, read_config
 from rayalign.engine.lora import refuse_missing_peft
 from rayalign.engine.model import ModelSpec, refuse_unusable, tokenizer_of
 from rayalign.engine.scalar import prepare_export
@@ -132,9 +132,10 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
     if run.method.record.trains == "policy":
         facts["end_tokens"] = reader.tokenizer.convert_ids_to_tokens(list(stop_ids(run)))
     directory = model_directory(run.model.name, run.model.revision)
+    base = weights_directory(directory)
     if is_adapter(directory):
-        facts["base"] = f"{adapter_base(directory)} with the adapter in {directory} merged"
-    if run.model.text_only:
+        facts["base"] = f"{base} with the adapter in {directory} merged"
+    if run.model.text_only and is_composite(read_config(base, trust_remote_code=run.model.trust_remote_code)):
         facts["text_only"] = True
     if run.model.lora is not None:
         facts |= {"lora": reader.lora, "adapter": True}

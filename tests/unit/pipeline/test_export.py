@@ -269,6 +269,17 @@ def test_a_card_without_an_evaluation_says_so_and_a_foreign_one_stays(tmp_path: 
         model_card(run, None)
 
 
+def test_a_card_says_how_the_model_is_saved(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "mine")
+    export = {"dtype": "bfloat16", "end_tokens": ["<|im_end|>", "</s>"], "text_only": True, "lora": "model.lora: on 14"}
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "export": export}))
+    _, body = card(run)
+    assert "- saved in: bfloat16\n" in body and "- LoRA: on 14\n" in body
+    assert "a response ends with: &lt;\\|im" in body
+    assert "- Of a model for texts and images it is the part for texts alone.\n" in body
+
+
 def test_the_base_is_found_through_the_runs_between(tmp_path: Path) -> None:
     first = written_run(tmp_path / "first", method={"name": "sft"})
     second = written_run(tmp_path / "second", model={"name": str(first / "final")})
