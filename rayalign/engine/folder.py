@@ -30,7 +30,7 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 FIELD = "model.name"
-"""The setting that names a model, where nobody says otherwise."""
+"""The setting that names a model, unless another is given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def as_text(config: PretrainedConfig, directory: Path, *, text_only: bool, field
     """The configuration of the language model that is loaded: its own, or that of its text part if so asked.
 
     Raises:
-        UserError: only the text part is a language model and nobody asked for that part; or there is no class for it.
+        UserError: only the text part is a language model, and ``text_only`` is off; or there is no class for it.
     """
     known = AutoModelForCausalLM._model_mapping
     if not is_composite(config) or KIND in getattr(config, "auto_map", {}):

@@ -77,7 +77,7 @@ def test_a_file_that_is_no_json_is_named(llama: Path, tmp_path: Path) -> None:
 
 
 def test_every_token_that_ends_a_response(llama: Path, tmp_path: Path) -> None:
-    """<|im_end|> ends a turn (4), </s> is the tokenizer's (1), and files name others; what nobody has is left out."""
+    """<|im_end|> ends a turn (4), </s> is the tokenizer's (1), and files name others; unknown ones are left out."""
     chat = make_chat(byte_level(template=CHATML))
     assert chat.end_id == 4 and chat.tokenizer.eos_token_id == 1
     directory = shutil.copytree(llama, tmp_path / "model")

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         content(lambda data: data[:40], "config.json"),
         r"config.json is not valid JSON",
     ),
-    "a type that nobody knows": (
+    "an unknown type": (
         configuration(model_type="llamb"),
         r"of type 'llamb', which transformers .* does not know",
     ),
