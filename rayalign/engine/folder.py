@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
     "*.model",
     "chat_template*",
 )
+VOCABULARIES = ("tokenizer*", "vocab*", "*.model")
+"""Files without one of which there is no tokenizer."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,7 +79,10 @@ def weight_files(directory: Path, *, field: str = FIELD) -> list[Path]:
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
         raise UserError(f"{field}: {directory} {_instead_of_weights(directory)}")
-    names = sorted(set(read_json(directory / INDEX, field)["weight_map"].values()))
+    places = read_json(directory / INDEX, field).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{field}: {directory / INDEX} has no weight_map: copy it again")
+    names = sorted(set(places.values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise UserError(
@@ -105,12 +110,18 @@ def tensors_of(files: Iterable[Path], *, field: str = FIELD) -> dict[str, Tensor
     return found
 
 
-def read_json(path: Path, field: str = FIELD) -> Any:
-    """Raises UserError where a file of JSON is none."""
+def read_json(path: Path, field: str = FIELD) -> dict[str, Any]:
+    """A file's JSON object; raises UserError where it holds none."""
+    data = path.read_bytes()
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{field}: {path} {_POINTER}")
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(data)
     except ValueError as error:
         raise UserError(f"{field}: {path} is not valid JSON ({error}): copy it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{field}: {path} is no JSON object, such as {{…}}: copy it again")
+    return found
 
 
 def model_digest(directory: Path) -> str:
@@ -143,9 +154,15 @@ def adapter_base(directory: Path, *, field: str = FIELD) -> Path:
         raise UserError(f"{field}: {directory / ADAPTER_CONFIG} does not say base_model_name_or_path: write it there")
     beside = directory / Path(name).expanduser()
     try:
-        return model_directory(str(beside) if beside.is_dir() else name, facts.get("revision"), field=field)
+        base = model_directory(str(beside) if beside.is_dir() else name, facts.get("revision"), field=field)
     except UserError as error:
         raise UserError(f"{error}. {directory} is an adapter, and its {ADAPTER_CONFIG} names that base") from error
+    if not (base / CONFIG).is_file():
+        raise UserError(
+            f"{field}: {directory} is an adapter whose base, {base}, is an adapter too: merge that one first, with "
+            "peft's merge_and_unload"
+        )
+    return base
 
 
 def tokenizer_directory(directory: Path, *, field: str = FIELD) -> Path:
@@ -154,12 +171,19 @@ def tokenizer_directory(directory: Path, *, field: str = FIELD) -> Path:
     Raises:
         UserError: there is none.
     """
-    if any(matching(directory, TOKENIZER_FILES)):
+    if any(matching(directory, VOCABULARIES)):
         return directory
     base = weights_directory(directory, field=field)
-    if any(matching(base, TOKENIZER_FILES)):
+    if any(matching(base, VOCABULARIES)):
         return base
     raise UserError(f"{field}: {base} holds no tokenizer: save one there with tokenizer.save_pretrained")
+
+
+def refuse_pointers(directory: Path, *, field: str = FIELD) -> None:
+    """Raise UserError where one of a tokenizer's files is a pointer of Git LFS."""
+    for path in matching(directory, TOKENIZER_FILES):
+        if path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{field}: {path} {_POINTER}")
 
 
 def tokenizer_digest(directory: Path) -> str:
@@ -221,6 +245,7 @@ def _instead_of_weights(directory: Path) -> str:
     )
 
 
+_POINTER = "is a pointer of Git LFS, not the file itself: run git lfs pull in that folder, or download the model again"
 _GGUF = "GGUF is llama.cpp's format of quantised weights: name the model that it was made from"
 
 
@@ -228,7 +253,7 @@ def _damage(file: Path, error: Exception) -> str:
     with file.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
     if start == LFS_POINTER:
-        return "is a pointer of Git LFS, not the weights: run git lfs pull in that folder, or download the model again"
+        return _POINTER
     return f"is cut short or damaged ({error}): copy or download it again"
 
 

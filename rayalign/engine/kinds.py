@@ -18,6 +18,11 @@ from rayalign.errors import UserError
 KIND = "AutoModelForCausalLM"
 MASKED = ("ForMaskedLM", "ForPreTraining")
 """Ends of the names of classes that fill gaps, where a language model continues texts."""
+FAILURES = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    ImportError, StrictDataclassError,
+)  # fmt: skip
+"""What configurations and classes raise for values that they do not know, or that do not go together."""
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PretrainedConfig:
@@ -31,7 +36,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, field: str 
     refuse_foreign_code(facts, directory, trust_remote_code=trust_remote_code, field=field)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
+    except FAILURES as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: {directory / CONFIG} is refused by transformers: {told}") from error
 
@@ -117,8 +122,10 @@ def as_text(config: PretrainedConfig, directory: Path, *, text_only: bool, field
     if not text_only and type(config) in known and getattr(known[type(config)], "config_class", None) is not type(text):
         return config
     others = [name.removesuffix("_config") for name in config.sub_configs if name != "text_config"]
-    if type(text) in known:
+    if type(text) in known and field.startswith(("model.", "critic.")):
         remedy = "write model.text_only: true to train that part alone; final/ will hold no other"
+    elif type(text) in known:
+        remedy = "name a model of text alone, such as the final/ of a run with model.text_only: true"
     else:
         remedy = f"transformers has no language model for that part ({text.model_type}); name a model of text alone"
     raise UserError(

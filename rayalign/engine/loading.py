@@ -63,7 +63,7 @@ def load_weights(blank: PreTrainedModel, source: Source) -> PreTrainedModel:
     """A model like ``blank``, which is on the meta device, with the weights of ``source`` as float32 on the host.
 
     Raises:
-        UserError: see :func:`refuse_unfit`; or a weight is not a number, or infinite.
+        UserError: see :func:`refuse_unfit`; or tied weights differ, or one is not a number, or infinite.
     """
     part = refuse_unfit(blank, source)
     with contextlib.ExitStack() as stack:
@@ -72,6 +72,7 @@ def load_weights(blank: PreTrainedModel, source: Source) -> PreTrainedModel:
         tensors = {name: file.get_slice(name) for file in opened for name in file.offset_keys()}
         model, found = matched(blank, of_part(part, tensors))
     refuse(found, blank, source)
+    refuse_untied(model, blank, source)
     refuse_nonfinite(model, source)
     return model
 
@@ -175,6 +176,17 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
             f"{where} holds {count(unexpected, 'tensor')} that a {kind} has no place for: {some(unexpected)}. Either "
             "config.json belongs to another model, or they are of no use: then load the model with transformers and "
             "save it again"
+        )
+
+
+def refuse_untied(model: PreTrainedModel, blank: PreTrainedModel, source: Source) -> None:
+    """Raise UserError where one tensor by the configuration is two in the files: serving engines would read one."""
+    untied = sorted(blank.all_tied_weights_keys.keys() - model.all_tied_weights_keys.keys())
+    if untied:
+        raise UserError(
+            f"{source.field}: {source.directory} holds {untied[0]} and {blank.all_tied_weights_keys[untied[0]]}, which "
+            "differ and are one tensor by config.json: write tie_word_embeddings: false there, or copy config.json and "
+            "files from one place"
         )
 
 

@@ -30,6 +30,7 @@ from rayalign.engine.folder import (
     is_adapter,
     model_directory,
     read_json,
+    refuse_pointers,
     tensors_of,
     tokenizer_directory,
     weight_files,
@@ -37,7 +38,7 @@ from rayalign.engine.folder import (
 )
 from rayalign.engine.generation import generation_config
 from rayalign.engine.group_attention import GROUP_ATTENTION
-from rayalign.engine.kinds import as_text, is_composite, read_config, refuse_no_language_model
+from rayalign.engine.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
 from rayalign.engine.loading import META, Source, load_weights, quiet, refuse_unfit
 from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.merging import brings_head, merge_adapter
@@ -175,13 +176,20 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
         config = as_text(config, base, text_only=spec.text_only, field=spec.field)
     silence_dropout(config)
     kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
-    with META:
-        model: PreTrainedModel = kind.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=_attention_implementation(config, device),
-            trust_remote_code=spec.trust_remote_code,
-        )
+    try:
+        with META:
+            model: PreTrainedModel = kind.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=_attention_implementation(config, device),
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except FAILURES as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{spec.field}: transformers cannot make a model of {base / CONFIG} ({told}): a value in it is one that "
+            "the family does not know, or a library is missing"
+        ) from error
     return model
 
 
@@ -230,7 +238,8 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: s
     place = tokenizer_directory(directory, field=field)
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except FAILURES as error:
+        refuse_pointers(place, field=field)
         raise UserError(f"{field}: the tokenizer in {place} cannot be loaded: {first_line(error)}") from error
 
 

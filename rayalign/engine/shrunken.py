@@ -7,21 +7,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rayalign.engine.attention import attention_kind
 from rayalign.engine.context import ropes
+from rayalign.engine.kinds import FAILURES
 
 WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
 MOST_PARAMETERS = 100_000_000
 """Of a model that is made only to be tried: 400 MB."""
 CPU = torch.device("cpu")
-FAILURES = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError, AssertionError,
-    StrictDataclassError,
-)  # fmt: skip
-"""What configurations and classes raise for sizes that do not go together."""
 
 
 def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:

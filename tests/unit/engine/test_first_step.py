@@ -44,7 +44,7 @@ CAUSES: dict[str, tuple[float, dict[str, Any], str]] = {
         r"computed with something else \(torch: 2.11.0 then, 2.13.0 now\): run again with --fresh reference$",
     ),
     "nothing that is known": (0.1, {"made": NOW, "now": NOW}, r"only the machine .* run again with --fresh reference"),
-    "a column without a record": (0.1, {"made": {}, "now": NOW}, r"only the machine .* run again with --fresh reference"),
+    "no record": (0.1, {"made": {}, "now": NOW}, r"only the machine .* run again with --fresh reference"),
     "rounds": (0.1, {"made": None, "now": NOW}, r"own rollout actors computed the reference log-probs: .*report it$"),
     "missing": (float("nan"), {"made": NOW, "now": NOW}, r"\d+ reference log-probs are missing .* --fresh reference$"),
     "missing in rounds": (float("nan"), {"made": None, "now": NOW}, r"are missing .*the rollout actors .* failed"),

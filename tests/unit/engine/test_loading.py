@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, weights_digest
+from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, tokenizer_of, weights_digest
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 
@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "an empty file": (content(lambda data: b""), r"model.safetensors is cut short or damaged"),
     "a pointer of Git LFS": (
         content(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 146136\n"),
-        r"model.safetensors is a pointer of Git LFS, not the weights: run git lfs pull",
+        r"model.safetensors is a pointer of Git LFS, not the file itself: run git lfs pull",
     ),
     "a shard is missing": (one_shard_less, r"lacks 1 of its 2 files of weights: b.safetensors"),
     "a shard holds less than the index says": (an_emptier_shard, rf"lacks 1 of the 21 tensors .*{UP}"),
@@ -166,6 +166,14 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "a configuration that is no JSON": (
         content(lambda data: data[:40], "config.json"),
         r"config.json is not valid JSON",
+    ),
+    "a configuration that is a list": (content(lambda data: b"[]", "config.json"), r"config.json is no JSON object"),
+    "a configuration in Git LFS": (
+        content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "config.json"),
+        r"config.json is a pointer of Git LFS",
+    ),
+    "an activation that does not exist": (
+        configuration(hidden_act="swoosh"), r"transformers cannot make a model of .*config.json \(KeyError: 'swoosh'\)"
     ),
     "an unknown type": (
         configuration(model_type="llamb"),
@@ -210,6 +218,18 @@ def test_what_a_folder_lacks_is_said_before_a_weight_is_read(case: str, llama: P
         assert "\n" not in str(error.value)
 
 
+def test_a_head_that_is_no_copy_of_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+    """Transformers would untie them with a warning, and serving engines read one of the two."""
+    directory = save_tiny(tmp_path / "model", "llama_tied")
+    tensors(lambda found: {**found, "lm_head.weight": 1 + found["model.embed_tokens.weight"]})(directory)
+    refuse_unusable(ModelSpec(name=str(directory)))
+    with pytest.raises(UserError, match=r"lm_head.weight and model.embed_tokens.weight, which differ .*: false there"):
+        load_policy(ModelSpec(name=str(directory)))
+    configuration(tie_word_embeddings=False)(directory)
+    model, _ = load_policy(ModelSpec(name=str(directory)))
+    assert torch.equal(model.lm_head.weight, 1 + model.model.embed_tokens.weight)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_no_numbers_are_named(value: float, llama: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(llama, tmp_path / "model")
@@ -222,6 +242,18 @@ def test_weights_that_are_no_numbers_are_named(value: float, llama: Path, tmp_pa
     refuse_unusable(ModelSpec(name=str(directory)))
     with pytest.raises(UserError, match=rf"no finite numbers, in 1 of its tensors: {UP}"):
         load_policy(ModelSpec(name=str(directory)))
+
+
+def test_a_tokenizer_that_is_not_there(llama: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(llama, tmp_path / "model")
+    content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json")(directory)
+    with pytest.raises(UserError, match=r"tokenizer.json is a pointer of Git LFS"):
+        tokenizer_of(ModelSpec(name=str(directory)))
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    assert any(directory.glob("chat_template*"))
+    with pytest.raises(UserError, match=r"holds no tokenizer: save one there"):
+        tokenizer_of(ModelSpec(name=str(directory)))
 
 
 HARMLESS: dict[str, Edit] = {

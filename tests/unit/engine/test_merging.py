@@ -217,6 +217,13 @@ def test_a_lora_that_is_no_sum_of_matrices(
         load_policy(ModelSpec(name=str(folder)))
 
 
+def test_an_adapter_upon_an_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    first = adapter(bases["llama"], tmp_path / "first", r=2, target_modules=["q_proj"])
+    rename(shutil.copytree(first, tmp_path / "second"), base=str(first))
+    with pytest.raises(UserError, match=r"second is an adapter whose base, .*first, is an adapter too: merge that one"):
+        refuse_unusable(ModelSpec(name=str(tmp_path / "second")))
+
+
 def test_a_prompt_that_was_learned_is_no_part_of_the_weights(bases: dict[str, Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(tmp_path)
