@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rayalign.data.index import Counts, Index
 from rayalign.data.store import TokenStore
@@ -42,6 +42,13 @@ def context_of(config: PretrainedConfig) -> Context | None:
     positions = int(getattr(text, name))
     found = [reach(rope, positions, name) for rope in ropes(text)]
     return min(found or [Context(tokens=positions, reason=name)], key=lambda one: one.tokens)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """The number of tokens that a model has an embedding for, in each of its embeddings."""
+    rows = int(model.get_input_embeddings().num_embeddings)
+    other = getattr(model.config.get_text_config(), "vocab_size_per_layer_input", None)  # Gemma 3n has a second one
+    return min(rows, other or rows)
 
 
 def ropes(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:

@@ -22,6 +22,7 @@ from rayalign.engine.context import (
     refuse_long_rows,
     refuse_unknown_ids,
     refuse_unknown_tokens,
+    vocabulary_of,
 )
 from rayalign.engine.folder import is_adapter, model_directory, weights_directory
 from rayalign.engine.kinds import is_composite, read_config
@@ -104,7 +105,7 @@ def reader_of(spec: ModelSpec, *, trained: bool = False) -> Reader:
         UserError: it cannot be used.
     """
     model, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_of(model)
     trial, lora = None, ""
     if trained:
         if spec.lora is not None:

@@ -18,7 +18,7 @@ from rayalign.data.records import BadRow
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
-from rayalign.engine.context import refuse_unknown_ids
+from rayalign.engine.context import refuse_unknown_ids, vocabulary_of
 from rayalign.engine.folder import model_directory
 from rayalign.engine.generation import end_ids
 from rayalign.engine.model import ModelSpec, load_policy
@@ -51,7 +51,7 @@ class Speaker:
             chat=chat,
             engine=HfEngine(model),
             stop_ids=end_ids(model_directory(name, field="sample"), chat),
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            vocabulary=vocabulary_of(model),
         )
 
     def answers(self, prompts: Sequence[str | Turns], params: SamplingParams) -> list[list[str]]:

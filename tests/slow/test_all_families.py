@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from causal_zoo import TYPES
 from families import COLUMNS, Cell, row
+
+from rayalign.engine.loading import quiet
 
 FEW = ("cohere2", "deepseek_v3", "jamba", "laguna", "llama4_text", "phimoe", "qwen3_next", "trocr")
 """What was wrong once, each in another way."""
@@ -15,8 +18,10 @@ RIGHT = {"load": 110, "LoRA": 100, "LoRA on experts": 35, "sampler": 100}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "cache"))
+    with quiet():
+        yield
 
 
 @pytest.mark.parametrize("model_type", FEW)
