@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def as_text(config: PretrainedConfig, directory: Path, *, text_only: bool, field
         return config
     text = config.get_text_config(decoder=True)
     if text_only and type(text) in known:
+        text = copy.deepcopy(text)
+        text.tie_word_embeddings = config.tie_word_embeddings  # the head belongs to the whole
         return text
     if not text_only and type(config) in known and getattr(known[type(config)], "config_class", None) is not type(text):
         return config

@@ -92,9 +92,10 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
         )
     shapes = {name: like(own) for name, own in tensors.items()}
     parts: tuple[str | None, ...] = (None, *PARTS) if source.text_only else (None,)
+    attempts: list[tuple[Mismatch, str | None]] = []
     for part in parts:
         try:
-            _, found = matched(blank, of_part(part, shapes), place=META)
+            attempts.append((matched(blank, of_part(part, shapes), place=META)[1], part))
         except RuntimeError as error:
             absent = missing_experts(tensors)
             told = f"it lacks {count(absent, 'tensor')} of its experts: {some(absent)}" if absent else first_line(error)
@@ -102,8 +103,7 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
                 f"{source.field}: transformers cannot make a {type(blank).__name__} of the tensors in "
                 f"{source.directory} ({told}): copy, convert or save the model again"
             ) from error
-        if not found.missing:
-            break
+    found, part = min(attempts, key=lambda attempt: len(attempt[0].missing))
     refuse(found, blank, source)
     return part
 
