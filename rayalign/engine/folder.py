@@ -78,7 +78,7 @@ def weight_files(directory: Path, *, field: str = FIELD) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
-        raise UserError(f"{field}: {directory} {_instead_of_weights(directory)}")
+        raise UserError(f"{field}: {directory} {_instead_of_weights(directory, field)}")
     places = read_json(directory / INDEX, field).get("weight_map")
     if not isinstance(places, dict):
         raise UserError(f"{field}: {directory / INDEX} has no weight_map: copy it again")
@@ -228,7 +228,7 @@ def _instead_of_config(directory: Path) -> str:
     return "name a directory in Hugging Face layout"
 
 
-def _instead_of_weights(directory: Path) -> str:
+def _instead_of_weights(directory: Path, field: str) -> str:
     if any(directory.glob("pytorch_model*.bin")):
         return (
             "holds pickled weights, which run code when loaded: convert them with save_pretrained, which writes "
@@ -239,10 +239,8 @@ def _instead_of_weights(directory: Path) -> str:
     others = [path.name for path in sorted(directory.glob("*.safetensors"))]
     if others:
         return f"holds {some(others)}, but neither {WEIGHTS} nor {INDEX}, by which a model's weights are found"
-    return (
-        "holds no weights (*.safetensors): name a trained model, or ask for random weights with model.from_scratch: "
-        "true"
-    )
+    scratch = ", or ask for random weights with model.from_scratch: true" if field == FIELD else ""
+    return f"holds no weights (*.safetensors): name a trained model{scratch}"
 
 
 _POINTER = "is a pointer of Git LFS, not the file itself: run git lfs pull in that folder, or download the model again"
