@@ -114,6 +114,7 @@ class Workshop:
             checkpoint_at=run.evaluate.at if run.evaluate else (),
             stop_ids=stop_ids(run),
             check_initial_logratio=scored,
+            reference_made=None if rollouts else {},
         )
 
         def make_source(layout: Layout, pad_id: int) -> StreamSource:

@@ -169,8 +169,12 @@ class DataConfig(Block):
     """What templates write that ask for today's date, so that a row has the same tokens every day."""
     system: Annotated[str | None, BY_CONTENT] = None
     """Stands before every conversation that has no system turn; a text becomes a conversation by it."""
-    stop: str = "auto"
-    """The token that ends a response. auto: what ends a turn in the template."""
+    stop: Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)] = ("auto",)
+    """The token that ends a response, or a list: the first is what training appends, samples stop at all of them.
+
+    auto: what ends a turn in the template. Samples also stop at the tokenizer's own end token, and at those that the
+    model's generation_config.json names; final/ names them all.
+    """
     max_prompt_tokens: Annotated[int, BY_CONTENT] = Field(default=512, ge=1)
     """What a prompt keeps at least where prompt and response do not fit: its beginning goes. A rollout's prompt keeps
     no more."""
@@ -185,6 +189,11 @@ class DataConfig(Block):
     """quarantine: write the row and the reason to quarantine.jsonl and go on."""
     max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
+
+    @property
+    def end(self) -> str:
+        """What training appends to a response: the first of ``stop``."""
+        return self.stop[0]
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Self:

@@ -26,7 +26,12 @@ class LoraConfig(Block):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is dropped while training."""
     target_modules: Annotated[tuple[str, ...], BeforeValidator(_layers)] = ()
-    """Names of the layers that get an adapter; empty, or all-linear: every linear layer."""
+    """Names of what gets an adapter, layers or experts' fused tensors; empty, or all-linear: every linear layer of the
+    blocks.
+
+    Experts that are fused into one tensor get one only if they are named, such as gate_up_proj: it costs the memory of
+    a second copy of all experts while a layer computes. Which layers have one, and which none, is said at the start.
+    """
 
 
 class ModelConfig(Block):
@@ -47,5 +52,9 @@ class ModelConfig(Block):
     """true: torch.compile the blocks for training; the first steps compile, which takes a while."""
     trust_remote_code: Annotated[bool, MAY_CHANGE] = False
     """Run Python code that comes with the model."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights in final/; auto: that of the model's own files. Checkpoints are float32 always."""
+    text_only: bool = False
+    """Of a model of texts and images, load, train and save the part for texts alone."""
     from_scratch: bool = False
     """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""

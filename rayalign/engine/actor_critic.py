@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,6 @@ from rayalign.engine.sending import copies, num_bytes, offer_weights
 from rayalign.engine.source import RoundWork, StreamWork, TakesValues
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy import Strategy
-from rayalign.errors import UserError
 from rayalign.manifest import commit, read_manifest
 
 CRITIC = "critic"
@@ -150,9 +149,8 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     assert spec is not None and method.critic is not None
     place = resumed.directory / CRITIC if resumed is not None else None
     start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
-    with of_the_critic():
-        model, tokenizer = run.strategy.load(start)
-        run.layout = common_layout(run.layout, layout_of(model, run.strategy))
+    model, tokenizer = run.strategy.load(start)
+    run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
         root_module(model, layout=run.layout), spec.optimizer, compute_dtype=run.runner.compute_dtype
     )
@@ -169,15 +167,6 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         load_optimizer(run, critic.optimizer, place)
         critic.restore(resumed.facts[CRITIC])
     return critic
-
-
-@contextlib.contextmanager
-def of_the_critic() -> Iterator[None]:
-    """Errors in loading a model name the critic's field."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("model.name", "critic.model")) from error
 
 
 def common_layout(one: Layout, other: Layout) -> Layout:
@@ -299,5 +288,5 @@ def export_critic(run: Run, critic: Critic) -> None:
     state = run.strategy.full_state(critic.model)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
-            save_pretrained(critic.model, critic.tokenizer, final, state=state)
+            save_pretrained(critic.model, critic.tokenizer, final, state=state, precision=run.spec.saved)
             commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rayalign.data.rows import Layout
 from rayalign.engine.attention import CONCATENATED_ONLY, AttentionKind, attention_inputs, attention_kind
@@ -17,6 +18,12 @@ from rayalign.engine.scalar import is_scalar
 from rayalign.errors import UserError
 from rayalign.functional.logprobs import at_least_float32, count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch, Scores
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+"""Settings that logits are multiplied by."""
+MULTIPLIED = frozenset({"hyperclovax"})
+"""Types that multiply by ``logits_scaling``, which others divide by."""
 
 pytree.register_dataclass(Scores)  # FSDP2 finds the tensors whose gradients it must wait for by flattening the output
 
@@ -150,9 +157,16 @@ def head_form(model: PreTrainedModel, *, chunk_bytes: int | None = None) -> Head
         raise UserError(
             f"model.name: {model.config.model_type} models have no linear LM head, so they cannot be trained"
         )
-    config = model.config
+    config = model.config.get_text_config()
     return HeadForm(
-        scale=1.0 / getattr(config, "logits_scaling", 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=logit_scale(config),
+        softcap=next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None),
         chunk_bytes=chunk_bytes,
     )
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """The factor between LM head and softmax."""
+    factors = [float(getattr(config, name, None) or 1.0) for name in FACTORS]
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    return math.prod(factors) * (scaling if config.model_type in MULTIPLIED else 1 / scaling)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import transformers
+from transformers import PreTrainedModel
 
+from rayalign import __version__
 from rayalign.data.group import Column, Group
 from rayalign.data.pack import group_lengths, pack
 from rayalign.data.plan import plan_step
@@ -29,17 +32,35 @@ class ScoringSpec:
     logit_temperature: float = 1.0
 
 
+def computed_with(model: PreTrainedModel, layout: Layout, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What log-probs depend on beside model and data."""
+    return {
+        "layout": layout,
+        "attention": str(model.config._attn_implementation),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rayalign": __version__,
+    }
+
+
 class FrozenModel:
     """A frozen model that scores groups."""
 
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
         model, tokenizer = load_policy(spec.model, device=device)
         self.spec = spec
+        self.model = model
         self.device = device
         self.dtype = compute_dtype(spec.model, device)
         self.layout: Layout = choose_layout(model)
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.policy = root_module(model, layout=self.layout).requires_grad_(False)
+
+    def facts(self) -> dict[str, str]:
+        """With what it computes: what may change log-probs although model and data are the same."""
+        return computed_with(self.model, self.layout, self.dtype, self.device)
 
     def token_logps(self, groups: Sequence[Group]) -> list[Column]:
         """For every group, float32 log-probabilities (nats) of its predicted tokens, candidate after candidate."""

@@ -20,6 +20,7 @@ from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, re
 from rayalign.engine.disk import room_for
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.forward import root_module
+from rayalign.engine.frozen import computed_with
 from rayalign.engine.lora import ADAPTER
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model import ModelSpec, compute_dtype, save_pretrained
@@ -192,7 +193,8 @@ def advance(
     work = source.get(run.step)
     waited = time.perf_counter() - began
     if run.step == 0 and spec.check_initial_logratio:
-        check_initial_logratio(run.runner, work)
+        now = computed_with(run.model, run.layout, run.runner.compute_dtype, run.strategy.device)
+        check_initial_logratio(run.runner, work, made=spec.reference_made, now=now)
     rate = spec.optimizer.learning_rate(run.step)
     set_learning_rate(run.optimizer, rate)
     try:
@@ -261,6 +263,14 @@ def export(run: Run) -> None:
     state, adapter = exportable(run)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
-            adapter(final)
-            save_pretrained(run.model, run.tokenizer, final, stop_ids=run.spec.stop_ids, state=state)
+            if run.spec.export_adapter:
+                adapter(final)
+            save_pretrained(
+                run.model,
+                run.tokenizer,
+                final,
+                stop_ids=run.spec.stop_ids,
+                state=state,
+                precision=run.spec.saved,
+            )
             commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rayalign.engine.scalar import HEAD, HEAD_WEIGHT, is_scalar
+from rayalign.engine.targets import adapter_targets, is_hijacked, shortened
 from rayalign.errors import MissingExtra, UserError
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch
@@ -42,14 +44,14 @@ class LoraSpec:
     alpha: float
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
-    """Names of the layers; empty: every linear layer but the head."""
+    """Ends of the names of layers, or of experts' fused tensors; empty: see :class:`Targets`."""
 
 
 class GradientDropout(nn.Dropout):
     """Dropout of what is trained on; measurements, which take no gradient, see the whole adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else x
+        return dropout(x, self.p, training=True) if torch.is_grad_enabled() else x
 
 
 def refuse_missing_peft() -> None:
@@ -62,27 +64,30 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: P
     """Put an adapter into ``model`` and freeze all but a scalar head; ``trained`` holds one to go on from.
 
     Raises:
-        UserError: ``target_modules`` names what is no linear layer of the blocks.
+        UserError: ``target_modules`` names what cannot have an adapter, or dropout is asked for on experts.
         MissingExtra: peft is not installed.
     """
     refuse_missing_peft()
     import peft
 
-    layers = linear_layers(model)
-    wanted = spec.target_modules or tuple(layers)
-    missing = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in layers)]
-    if missing:
-        known = sorted({name.rpartition(".")[2] for name in layers})
+    targets = adapter_targets(model, spec.target_modules)
+    if targets.experts and spec.dropout:
         raise UserError(
-            f"model.lora.target_modules: {', '.join(missing)}: an adapter goes onto linear layers of the blocks, which "
-            f"are {', '.join(known)}"
+            f"model.lora.dropout: {spec.dropout:g}: adapters on fused experts ({targets.experts[0]}) have none; write "
+            "0, or leave the experts out of model.lora.target_modules"
         )
-    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
-    config = peft_config(replace(spec, target_modules=wanted), transposed=transposed)
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.layers)
+    holder = Holder(model)
+    config = peft_config(
+        spec,
+        layers=[f"model.{name}" for name in targets.layers],
+        parameters=[f"model.{name}" for name in targets.experts],
+        transposed=transposed,
+    )
     skeleton = model.device.type == "meta"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=skeleton)
+        peft.inject_adapter_in_model(config, holder, adapter_name=NAME, low_cpu_mem_usage=skeleton)
     for layer in adapted(model).values():
         if spec.dropout:
             layer.lora_dropout[NAME] = GradientDropout(spec.dropout)
@@ -92,29 +97,34 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: P
         load_adapter(model, trained)
 
 
-def peft_config(spec: LoraSpec, *, transposed: bool, head: str | None = None) -> Any:
+class Holder(nn.Module):
+    """A model without its configuration: by that, peft would take names of some families' layers for their experts."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+
+def peft_config(
+    spec: LoraSpec,
+    *,
+    layers: list[str],
+    parameters: list[str],
+    transposed: bool,
+    head: str | None = None,
+) -> Any:
     """``transposed``: the layers hold their matrices as GPT-2's do; ``head`` is trained whole, and scores sequences."""
     import peft
 
     return peft.LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=list(spec.target_modules),
+        target_modules=layers,
+        target_parameters=parameters or None,
         fan_in_fan_out=transposed,
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
         modules_to_save=[head] if head else None,
     )
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that an adapter may change, by name: the head's weight is used in its own way."""
-    head = getattr(model, HEAD) if is_scalar(model) else model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_trained(name: str) -> bool:
@@ -123,7 +133,10 @@ def is_trained(name: str) -> bool:
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers that have an adapter, by name; none in a model that is trained whole."""
+    """The layers that have an adapter, by name; none in a model that is trained whole.
+
+    One around several fused tensors stands several times: ``experts`` and ``experts.base_layer``.
+    """
     return {
         name: module
         for name, module in model.named_modules()
@@ -146,30 +159,65 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` of ``model``, adapter included, as the model without an adapter that computes the same; float32."""
-    layers = adapted(model)
+    layers = {f"{plain(name)}.{parameter_of(layer)}": (name, layer) for name, layer in adapted(model).items()}
     whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if ".lora_" in key:
             continue
-        name, _, rest = key.rpartition(".base_layer.")
-        if name in layers and rest == "weight":
-            layer = layers[name]
-            product = state[f"{name}.lora_B.{NAME}.weight"] @ state[f"{name}.lora_A.{NAME}.weight"]
-            tensor = tensor + layer.scaling[NAME] * (product.T if layer.fan_in_fan_out else product)
-        whole[f"{name}.{rest}" if name in layers else key] = tensor
+        if plain(key) in layers:
+            name, layer = layers[plain(key)]
+            A, B = (state[f"{name}.lora_{factor}.{NAME}.weight"] for factor in "AB")
+            tensor = tensor + layer.scaling[NAME] * product(layer, A, B)
+        whole[plain(key)] = tensor
     return whole
 
 
-def write_adapter(spec: LoraSpec, model: nn.Module, state: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
+def product(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+    """B A as the layer holds its matrix; of experts one for each: A is [E·r, in] and B [out, r·E]."""
+    if not is_of_experts(layer):
+        return (B @ A).T if layer.fan_in_fan_out else B @ A
+    experts = layer.num_experts
+    A, B = A.reshape(experts, -1, A.shape[-1]), B.reshape(B.shape[0], -1, experts)
+    return torch.einsum("ore,eri->eoi" if layer._did_swap_in_out_features else "ore,eri->eio", B, A)
+
+
+def is_of_experts(layer: Any) -> bool:
+    """Whether an adapter is one of peft's around a parameter, and not around a layer."""
+    return hasattr(layer, "parameter_name")
+
+
+def plain(name: str) -> str:
+    """The name of a parameter or layer before an adapter was put around it."""
+    return name.replace(".base_layer", "")
+
+
+def parameter_of(layer: Any) -> str:
+    """Which of its layer's parameters an adapter changes."""
+    return str(getattr(layer, "parameter_name", "weight"))
+
+
+def write_adapter(
+    spec: LoraSpec, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, *, base: str
+) -> None:
     """The adapter in ``state`` as ``peft.PeftModel.from_pretrained`` loads it onto the model ``base``.
 
-    With a scalar head that is ``base`` as a model for sequence classification, with one label.
+    With a scalar head that is ``base`` as a model for sequence classification, with one label. Where peft would take
+    the name of a layer for the experts that have it too, the layer's matrix is named as a parameter.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    suffixes = spec.target_modules or tuple(sorted({name.rpartition(".")[2] for name in adapted(model)}))
-    transposed = any(layer.fan_in_fan_out for layer in adapted(model).values())
+    changed = adapted(model)
+    layers = [name for name, layer in changed.items() if not is_of_experts(layer)]
+    experts = [f"{plain(name)}.{layer.parameter_name}" for name, layer in changed.items() if is_of_experts(layer)]
+    apart = [name for name in layers if is_hijacked(model, name)]
     head = HEAD if is_scalar(model) else None
-    config = peft_config(replace(spec, target_modules=suffixes), transposed=transposed, head=head)
+    config = peft_config(
+        replace(spec, dropout=0.0),
+        layers=shortened([name for name in layers if name not in apart], among=names_of_modules(model)),
+        parameters=shortened([*experts, *(f"{name}.weight" for name in apart)], among=names_of_parameters(model)),
+        transposed=any(layer.fan_in_fan_out for layer in changed.values()),
+        head=head,
+    )
+    config.lora_dropout = 0.0 if config.target_parameters else spec.dropout  # peft refuses it there, even unused
     config.base_model_name_or_path = base
     config.save_pretrained(folder)
     tensors = {
@@ -178,6 +226,14 @@ def write_adapter(spec: LoraSpec, model: nn.Module, state: Mapping[str, Tensor],
         if is_trained(key)
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def names_of_modules(model: nn.Module) -> list[str]:
+    return [plain(name) for name, _ in model.named_modules() if ".lora_" not in name]
+
+
+def names_of_parameters(model: nn.Module) -> list[str]:
+    return [plain(name) for name, _ in model.named_parameters() if ".lora_" not in name]
 
 
 @torch.no_grad()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,27 +21,32 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.attention import FLEX, attention_kind
 from rayalign.engine.compiled import compile_blocks
-from rayalign.engine.group_attention import GROUP_ATTENTION
-from rayalign.engine.lora import LoraSpec, add_adapter
-from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, prepare_export, refuse_scalar, set_one_output
-from rayalign.errors import UserError
-from rayalign.manifest import file_digest
-from rayalign.paths import expanded
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
+from rayalign.engine.folder import (
+    CONFIG,
+    FIELD,
+    is_adapter,
+    model_directory,
+    read_json,
+    refuse_pointers,
+    tensors_of,
+    tokenizer_directory,
+    weight_files,
+    weights_directory,
 )
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
+from rayalign.engine.generation import generation_config
+from rayalign.engine.group_attention import GROUP_ATTENTION
+from rayalign.engine.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
+from rayalign.engine.loading import META, Source, load_weights, quiet, refuse_unfit
+from rayalign.engine.lora import LoraSpec, add_adapter
+from rayalign.engine.merging import brings_head, merge_adapter
+from rayalign.engine.precision import EXACT, Precision
+from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, is_classifier, prepare_export, set_one_output
+from rayalign.errors import UserError, first_line
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,14 @@ class ModelSpec:
     """An adapter, drawn with ``seed``, that is trained instead of the weights, beside a whole ``head``."""
     adapter: Path | None = None
     """Where a trained adapter lies, to go on from."""
+    trained_head: bool = False
+    """The head must be in the files: one that is drawn would measure nothing."""
+    text_only: bool = False
+    """Of a model of texts and images, the part for texts."""
+    rounded: Precision = EXACT
+    """Weights are what they will be once they were saved in this precision."""
+    field: str = FIELD
+    """The setting that names this model, for messages."""
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -82,47 +92,16 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to be trained on ``device`` (the CPU by default), and its tokenizer.
 
-    Its weights are in ``place`` (``device`` by default); on the meta device it is a skeleton, and no file of weights is
-    read.
-
-    A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
-    model.
+    Its weights are in ``place`` (``device`` by default); on the meta device it is a skeleton, and no weight is read.
+    It computes as it does when it is served, without dropout or a router's noise, while it is trained too.
 
     Raises:
-        UserError: there is no such model, or it lacks its configuration, safetensors weights or tokenizer, or it is of
-            the other kind.
+        UserError: see :func:`load_model`; or there is no tokenizer, or no place for an adapter.
     """
-    directory = model_directory(spec.name, spec.revision)
-    device = device or torch.device("cpu")
-    place = place or device
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
-    _silence_noise(config)
-    (set_one_output if spec.head is not None else refuse_scalar)(config, directory)
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attn_implementation": _attention_implementation(config, device),
-        "trust_remote_code": spec.trust_remote_code,
-    }
-    kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
-    if place.type == "meta":
-        missing = {HEAD_WEIGHT}
-        with place:
-            model = kind.from_config(config, **options)
-    elif spec.from_scratch:
-        missing = {HEAD_WEIGHT}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            model = kind.from_config(config, **options)
-    else:
-        _require_weights(directory)
-        with _without_report() if spec.head is not None else contextlib.nullcontext():
-            model, found = kind.from_pretrained(
-                directory, config=config, use_safetensors=True, output_loading_info=True, **options
-            )
-        missing = set(found["missing_keys"])
-    tokenizer = load_tokenizer(directory, trust_remote_code=spec.trust_remote_code)
+    device = device or CPU
+    model = load_model(spec, device=device, place=place)
+    tokenizer = tokenizer_of(spec)
     if spec.head is not None:
-        finish_head(model, missing=missing, seed=spec.seed, directory=directory)
         prepare_export(model, tokenizer, spec.head)
     if spec.lora is not None:
         add_adapter(model, spec.lora, seed=spec.seed, trained=spec.adapter)
@@ -130,41 +109,138 @@ def load_policy(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
         compile_blocks(model, device)
-    return model.to(place).train(), tokenizer
+    return as_served(model.to(place or device)), tokenizer
 
 
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model."""
-    if not any(_matching(directory, TOKENIZER_FILES)):
-        raise UserError(f"model.name: {directory} holds no tokenizer: save one there with tokenizer.save_pretrained")
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+def load_model(
+    spec: ModelSpec, *, device: torch.device | None = None, place: torch.device | None = None
+) -> PreTrainedModel:
+    """The model with its weights, before anything is changed for training.
 
-
-def model_directory(name: str, revision: str | None = None) -> Path:
-    """The local directory of a model: ``name`` itself, or the Hub's files in Hugging Face's cache.
+    A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
+    model. A folder with an adapter is its base with the adapter merged.
 
     Raises:
-        UserError: ``name`` is neither.
+        UserError: there is no such model, or it cannot be trained, or its files lack something: see
+            :mod:`rayalign.engine.folder`, :mod:`rayalign.engine.kinds` and :mod:`rayalign.engine.loading`.
     """
-    path = expanded(name, field="model.name")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.name: {path} has no config.json: name a directory in Hugging Face layout")
-        return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"model.name: there is no directory {path}: name an existing one, or a Hub id such as org/model"
-        )
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    device = device or CPU
+    place = place or device
+    model = blank_model(spec, directory, device)
+    if place.type == "meta":
+        pass
+    elif spec.from_scratch:
+        model = drawn(model, spec)
+    else:
+        model = load_weights(model, source_of(spec, directory, model)).to(place)
+    if spec.head is not None:
+        finish_head(model, new=has_new_head(spec, directory), seed=spec.seed, field=spec.field)
+    if is_adapter(directory) and not spec.from_scratch:
+        model = merge_adapter(model, directory, field=spec.field)
+    if place.type != "meta" and spec.rounded != EXACT:
+        spec.rounded.round(model)
+    model.config._name_or_path = str(directory)
+    if (generation := generation_config(directory, model, field=spec.field)) is not None:
+        model.generation_config = generation
+    freeze_other_parts(model)
+    return as_served(model)
+
+
+def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
+    """Raise what :func:`load_model` would raise, as far as it can be known without reading a weight.
+
+    Returns the skeleton.
+    """
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    if not spec.from_scratch:
+        blank = blank_model(spec, directory, CPU)
+        refuse_unfit(blank, source_of(spec, directory, blank))
+    return load_model(spec, place=META)
+
+
+def tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model; see :func:`load_tokenizer`."""
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    return load_tokenizer(directory, trust_remote_code=spec.trust_remote_code, field=spec.field)
+
+
+def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTrainedModel:
+    """The model on the meta device, as it will compute on ``device``: without weights, whatever its files hold."""
+    base = weights_directory(directory, field=spec.field)
+    config = read_config(base, trust_remote_code=spec.trust_remote_code, field=spec.field)
+    if spec.head is not None:
+        set_one_output(config, base, field=spec.field)
+    else:
+        refuse_no_language_model(config, base, spec.field)
+        config = as_text(config, base, text_only=spec.text_only, field=spec.field)
+    silence_dropout(config)
+    kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*WEIGHT_FILES, *TOKENIZER_FILES, "*.json"])
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        with META:
+            model: PreTrainedModel = kind.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=_attention_implementation(config, device),
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except FAILURES as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"model.name: {name!r} is no directory here and could not be had from the Hugging Face Hub ({reason}): "
-            "check the spelling and the network, or download the model and name its directory"
+            f"{spec.field}: transformers cannot make a model of {base / CONFIG} ({told}): a value in it is one that "
+            "the family does not know, or a library is missing"
         ) from error
+    return model
+
+
+def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
+    """Where the weights of a model lie, and which of them may be new."""
+    base = weights_directory(directory, field=spec.field)
+    new = frozenset({HEAD_WEIGHT}) if spec.head is not None and has_new_head(spec, directory) else frozenset[str]()
+    return Source(
+        directory=base,
+        field=spec.field,
+        new=new,
+        text_only=spec.text_only,
+        backbone=blank.base_model_prefix if spec.head is not None else None,
+    )
+
+
+def has_new_head(spec: ModelSpec, directory: Path) -> bool:
+    """Whether a scalar head is drawn, since the folder holds a language model; an adapter may bring its own then."""
+    if spec.from_scratch:
+        return True
+    base = weights_directory(directory, field=spec.field)
+    if HEAD_WEIGHT in tensors_of(weight_files(base, field=spec.field), field=spec.field):
+        return False
+    if is_adapter(directory) and brings_head(directory, spec.field):
+        return True
+    facts = read_json(base / CONFIG, spec.field)
+    return not (spec.trained_head or is_classifier(facts.get("architectures")))
+
+
+def drawn(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
+    """A model like ``blank`` with weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model: PreTrainedModel = type(blank)._from_config(
+            blank.config, dtype=torch.float32, attn_implementation=blank.config._attn_implementation
+        )
+    return model
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model, or beside the base of an adapter.
+
+    Raises:
+        UserError: there is none, or transformers refuses it.
+    """
+    place = tokenizer_directory(directory, field=field)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except FAILURES as error:
+        refuse_pointers(place, field=field)
+        raise UserError(f"{field}: the tokenizer in {place} cannot be loaded: {first_line(error)}") from error
 
 
 def save_pretrained(
@@ -174,13 +250,14 @@ def save_pretrained(
     *,
     stop_ids: Sequence[int] = (),
     state: Mapping[str, Tensor] | None = None,
+    precision: Precision = EXACT,
 ) -> None:
     """Write a directory that ``from_pretrained`` loads with no conversion.
 
     ``stop_ids`` are the tokens that end a response; generation_config.json names them. ``state`` is what to write as
     the model's weights where the model itself holds only a part of them.
     """
-    model.save_pretrained(directory, state_dict=dict(state) if state is not None else None)
+    save_weights(model, directory, state=state, precision=precision)
     tokenizer.save_pretrained(directory)
     if stop_ids and model.can_generate():
         generation = copy.deepcopy(model.generation_config)
@@ -188,14 +265,19 @@ def save_pretrained(
         generation.save_pretrained(directory)
 
 
-def model_digest(directory: Path) -> str:
-    """SHA-256 of a model's weights, configuration and code, as files."""
-    return _files_digest(_matching(directory, WEIGHT_FILES))
-
-
-def tokenizer_digest(directory: Path) -> str:
-    """SHA-256 of a tokenizer's files, its chat template included."""
-    return _files_digest(_matching(directory, TOKENIZER_FILES))
+def save_weights(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    precision: Precision = EXACT,
+) -> None:
+    """Write a model's weights and configuration."""
+    with quiet():
+        model.save_pretrained(directory, state_dict=precision.cast(model.state_dict() if state is None else state))
+    path = directory / CONFIG
+    facts = {**read_json(path), "dtype": precision.default}  # transformers writes that of the parameters in memory
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def is_renamed(model: PreTrainedModel) -> bool:
@@ -220,54 +302,33 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
         return hashlib.sha256("".join(threads.map(entry, sorted(state.items()))).encode()).hexdigest()
 
 
-def _files_digest(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        facts = path.stat()
-        digest.update(f"{path.name} {_digest_of(path, facts.st_size, facts.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest_of(path: Path, size: int, modified: int) -> str:
-    """A comparison asks for the same many gigabytes once per cell; a file that was written since is read again."""
-    return file_digest(path)
-
-
-def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
-
-
-def _require_weights(directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
-        return
-    if any(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"model.name: {directory} holds pickled weights, which run code when loaded: "
-            "convert them with save_pretrained, which writes safetensors"
-        )
-    raise UserError(
-        f"model.name: {directory} holds no weights (*.safetensors): name a trained model, or ask for random weights "
-        "with model.from_scratch: true"
-    )
-
-
-@contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' warning that the head is new: it is meant to be, and anything else missing is an error."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-def _silence_noise(config: PretrainedConfig) -> None:
-    """Dropout and router jitter off: with them a policy differs from its own reference before the first step."""
+def silence_dropout(config: PretrainedConfig) -> None:
+    """With dropout a policy would differ from its own reference before the first step."""
     for name, value in config.get_text_config().to_dict().items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(config.get_text_config(), name, 0.0)
+
+
+def freeze_other_parts(model: PreTrainedModel) -> None:
+    """Of a model for images too, train what texts pass through: DDP would wait for gradients of the rest for ever."""
+    if not is_composite(model.config):
+        return
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in read)
+
+
+def as_served(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, but for layers that compute their activations again, which look at the mode.
+
+    In training mode some families route tokens at random, which no configuration turns off.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    return model
 
 
 def _attention_implementation(config: PretrainedConfig, device: torch.device) -> str | None:

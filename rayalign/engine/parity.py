@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rayalign.data.group import Candidate, Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
 from rayalign.engine.attention import attention_kind
+from rayalign.engine.context import context_of
 from rayalign.engine.forward import root_module
+from rayalign.engine.proofs import proven
 from rayalign.engine.scalar import is_scalar
+from rayalign.engine.shrunken import VOCABULARY, WINDOW, shrunken
 from rayalign.errors import UserError
 
 TOLERANCE = 1e-3
 """Nats per token, or units of score. Float32 rounding stays below 1e-5; a wrong mask is off by about 1."""
 
-_WINDOW, _VOCABULARY, _WIDTH = 8, 48, 64
+LONGEST = 5 * WINDOW
+"""Tokens of a sequence that the family is tried on, at most."""
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +38,17 @@ def choose_layout(model: PreTrainedModel, *, device: torch.device | None = None)
     """The layout that ``model``'s family is proven to read right: ``packed`` where possible, else ``concatenated``.
 
     The proof is a float32 forward against transformers' own forward of each sequence alone, on a random model of the
-    same configuration with fewer layers (one of each type), a small vocabulary and a window shorter than the sequences.
-    A family outside the table of attention families is tried as it is, on plain sequences. ``device`` is where the
-    family will compute, if the model's weights wait elsewhere. The result is kept in
-    ``$RAYALIGN_CACHE`` (default ``~/.cache/rayalign``), one file per configuration, attention implementation and
-    transformers version.
+    same configuration with fewer layers (one of each type), a small vocabulary and a window shorter than the sequences,
+    which are as long as the model reads (:func:`rayalign.engine.context.context_of`). A family outside the table of
+    attention families is tried as it is, on plain sequences. ``device`` is where the family will compute, if the
+    model's weights wait elsewhere. The result is kept: see :mod:`rayalign.engine.proofs`.
 
     Raises:
         UserError: not even plain sequences give the log-probabilities that transformers gives.
     """
-    path = _cache_directory() / "parity" / f"{_key(model, device or model.device)}.json"
-    if path.is_file():
-        differences = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        differences = measure(model, device=device)
-        _write(path, differences)
+    differences: dict[str, float] = proven(
+        "parity", model, partial(measure, model, device=device), device=device or model.device
+    )
     for layout in ("packed", "concatenated"):
         if differences.get(layout, float("inf")) <= TOLERANCE:
             return layout
@@ -76,7 +71,8 @@ def measure(model: PreTrainedModel, *, device: torch.device | None = None) -> di
     known = attention_kind(model.config).reach is not None
     layouts: tuple[Layout, ...] = ("packed", "concatenated") if known else ("concatenated",)
     probe = shrunken(model, device) if known else model
-    groups = _groups()
+    context = context_of(probe.config)
+    groups = probe_groups(context.tokens if context is not None else LONGEST)
     with torch.no_grad():
         expected = (plain_score if is_scalar(probe) else plain_token_logp)(probe, groups)
         return {layout: _difference(probe, groups, layout, expected) for layout in layouts}
@@ -103,54 +99,27 @@ def plain_score(model: PreTrainedModel, groups: Sequence[Group]) -> Float[Tensor
     return torch.stack(scores)
 
 
-def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
-    """A small random model of the same class: weights large enough that every mistake shows."""
-    config = copy.deepcopy(model.config)
-    config.vocab_size, config.pad_token_id = _VOCABULARY, None
-    for name, most in {
-        "sliding_window": _WINDOW,
-        "attention_chunk_size": _WINDOW,
-        "intermediate_size": _WIDTH,
-        "moe_intermediate_size": _WIDTH,
-        "num_hidden_layers": 2,
-    }.items():
-        if (getattr(config, name, None) or 0) > most:
-            setattr(config, name, most)
-    if isinstance(attention_kind(config).reach, Mapping):
-        config.layer_types = sorted(set(config.layer_types))
-        config.num_hidden_layers = len(config.layer_types)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        probe = type(model)(config).float()
-        for parameter in probe.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return probe.to(device or model.device).eval()
-
-
-def _groups() -> list[Group]:
-    """Ragged groups of 1, 2 and 4 candidates, most of them longer than the window."""
+def probe_groups(most: int) -> list[Group]:
+    """Ragged groups of 1, 2 and 4 candidates, most of them longer than the window; no sequence above ``most``."""
     random = np.random.default_rng(0)
 
     def ids(shortest: int, longest: int) -> np.ndarray:
-        return random.integers(0, _VOCABULARY, random.integers(shortest, longest + 1)).astype(np.int32)
+        return random.integers(0, VOCABULARY, random.integers(shortest, longest + 1)).astype(np.int32)
 
-    def candidate() -> Candidate:
-        tokens = ids(1, 3 * _WINDOW)
+    def candidate(room: int) -> Candidate:
+        tokens = ids(1, room)
         return Candidate(ids=tokens, mask=np.ones(len(tokens), dtype=np.bool_))
 
-    return [
-        Group(prompt_ids=ids(2, 2 * _WINDOW), candidates=tuple(candidate() for _ in range(num_candidates)))
-        for num_candidates in (2, 1, 4)
-    ]
+    groups = []
+    for num_candidates in (2, 1, 4):
+        prompt = ids(2, min(2 * WINDOW, most // 2))
+        room = min(3 * WINDOW, most - len(prompt))
+        groups.append(Group(prompt_ids=prompt, candidates=tuple(candidate(room) for _ in range(num_candidates))))
+    return groups
 
 
 def _difference(probe: PreTrainedModel, groups: Sequence[Group], layout: Layout, expected: Tensor) -> float:
-    batch = pack(
-        groups, positions=range(len(groups)), num_candidates=4, pad_id=0, row_tokens=8 * _WINDOW, layout=layout
-    )
+    batch = pack(groups, positions=range(len(groups)), num_candidates=4, pad_id=0, row_tokens=8 * WINDOW, layout=layout)
     moved: dict[str, Any] = {
         name: value.to(probe.device) for name in batch.__slots__ if isinstance(value := getattr(batch, name), Tensor)
     }
@@ -158,23 +127,3 @@ def _difference(probe: PreTrainedModel, groups: Sequence[Group], layout: Layout,
     scores = root_module(probe, layout=layout)(batch, needs=frozenset({"score"}))
     found = scores.score[batch.candidate_mask] if is_scalar(probe) else scores.token_logp
     return float((found - expected).abs().max())
-
-
-def _key(model: PreTrainedModel, device: torch.device) -> str:
-    volatile = {"_name_or_path", "transformers_version", "dtype", "architectures"}
-    config: PretrainedConfig = model.config
-    facts = {name: value for name, value in config.to_dict().items() if name not in volatile}
-    text = json.dumps(facts, sort_keys=True, default=str)
-    context = f"{transformers.__version__} {type(model).__name__} {config._attn_implementation} {device.type}"
-    return hashlib.sha256(f"{context}\n{text}".encode()).hexdigest()[:32]
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("RAYALIGN_CACHE", "~/.cache/rayalign")).expanduser()
-
-
-def _write(path: Path, differences: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(differences), encoding="utf-8")
-    os.replace(temporary, path)

@@ -16,6 +16,7 @@ from rayalign.engine.copies import Mirror
 from rayalign.engine.model import ModelSpec
 from rayalign.engine.objective import Objective
 from rayalign.engine.optimizer import OptimizerSpec
+from rayalign.engine.precision import EXACT, Precision
 from rayalign.engine.source import GroupSource
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy import Strategy
@@ -58,11 +59,17 @@ class TrainSpec:
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
     """What the saved tokenizer writes conversations with; None: its own. A model with a scalar head has its own."""
+    saved: Precision = EXACT
+    """Of ``final/``; checkpoints are float32, from which training continues exactly."""
+    export_adapter: bool = True
+    """``final/`` holds the adapter alone too, which peft reads upon the model that the run began with."""
     track: tuple[str, ...] = ()
     critic: CriticSpec | None = None
     """Trained beside the policy, by :mod:`rayalign.engine.actor_critic`."""
     reference_in_place: bool = False
     """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
+    reference_made: Mapping[str, str] | None = None
+    """With what the stored reference log-probs were computed; None where rollout actors compute them."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -7,8 +7,9 @@ ends a conversation with the end token of the last answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from transformers import (
 from rayalign.data.chat import make_chat
 from rayalign.data.closing import closing_template
 from rayalign.data.template import TODAY
+from rayalign.engine.folder import FIELD
+from rayalign.engine.kinds import refuse_encoder
 from rayalign.errors import UserError
 
 HEAD = "score"
 """Hugging Face's name of the head."""
 HEAD_WEIGHT = f"{HEAD}.weight"
 KIND = "AutoModelForSequenceClassification"
+OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForMaskedLM")
+"""Ends of the names of classes whose head is no scalar one on the last token."""
 PADDING = "<|pad|>"
 """Added where a tokenizer has no padding token, or pads with the token that ends an answer."""
 WRITTEN = "rayalign"
@@ -45,7 +50,7 @@ class ScalarHead:
     """As ``data.template``."""
     stop: str = "auto"
     """As ``data.stop``."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """As ``data.chat_template_kwargs``; an exported template holds them."""
     date: date = TODAY
     """As ``data.date``; an exported template holds it."""
@@ -55,51 +60,46 @@ def is_scalar(model: PreTrainedModel) -> bool:
     return isinstance(getattr(model, HEAD, None), nn.Linear)
 
 
-def refuse_scalar(config: PretrainedConfig, directory: Path) -> None:
-    """Raise UserError where a language model is wanted and the folder holds a classifier, whose LM head is gone."""
-    if is_classifier(config):
-        raise UserError(
-            f"model.name: {directory} is a model for sequence classification, such as a reward model: it has no LM "
-            "head; name a causal language model"
-        )
-
-
-def set_one_output(config: PretrainedConfig, directory: Path) -> None:
+def set_one_output(config: PretrainedConfig, directory: Path, *, field: str = FIELD) -> None:
     """Make ``config`` one of a single output.
 
     Raises:
-        UserError: transformers has no classifier of this family, or the folder holds one with several outputs.
+        UserError: transformers has no classifier of this family, or the folder holds one with several outputs, or a
+            head of another kind.
     """
+    refuse_encoder(config, directory, field)
     known = type(config) in AutoModelForSequenceClassification._model_mapping
     if not known and KIND not in getattr(config, "auto_map", {}):
         raise UserError(
-            f"model.name: transformers has no {KIND} for {config.model_type} models, so they cannot be trained as "
-            "reward models"
+            f"{field}: transformers has no {KIND} for {config.model_type} models, so they cannot be reward models"
         )
-    if is_classifier(config) and config.num_labels != 1:
-        raise UserError(f"model.name: {directory} has {config.num_labels} outputs; a reward model has one")
+    others = [name for name in config.architectures or () if name.endswith(OTHER_HEADS)]
+    if others:
+        raise UserError(
+            f"{field}: {directory} is a {others[0]}; a reward model is one for sequence classification with one output"
+        )
+    if is_classifier(config.architectures) and config.num_labels != 1:
+        raise UserError(f"{field}: {directory} has {config.num_labels} outputs; a reward model has one")
     config.num_labels = 1
 
 
-def is_classifier(config: PretrainedConfig) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+def is_classifier(architectures: Sequence[str] | None) -> bool:
+    """Whether the classes that a configuration names are for sequence classification."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
 
 
-def finish_head(model: PreTrainedModel, *, missing: Collection[str], seed: int, directory: Path) -> None:
-    """Draw the head if it is among the weights that the folder lacks.
+def finish_head(model: PreTrainedModel, *, new: bool, seed: int, field: str = FIELD) -> None:
+    """Draw a ``new`` head, unless the model is a skeleton.
 
     Raises:
-        UserError: the folder lacks weights of the backbone too, or the family's head is no plain linear one.
+        UserError: the family's head is no plain linear one.
     """
-    absent = sorted(name for name in missing if name != HEAD_WEIGHT)
-    if absent:
-        raise UserError(f"model.name: {directory} lacks weights of the backbone: {', '.join(absent[:3])}")
     if not is_scalar(model):
         raise UserError(
-            f"model.name: {model.config.model_type} models have no linear head on every token, so they cannot be "
-            "trained as reward models"
+            f"{field}: {model.config.model_type} models have no linear head on every token, so they cannot be reward "
+            "models"
         )
-    if HEAD_WEIGHT in missing:
+    if new and model.device.type != "meta":
         init_head(model, seed)
 
 

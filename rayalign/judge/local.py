@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.engine.context import context_of
+from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
+from rayalign.engine.generation import end_ids
+from rayalign.engine.kinds import read_config
+from rayalign.engine.model import ModelSpec, refuse_unusable, tokenizer_of
 from rayalign.errors import UserError
 from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
 from rayalign.judge.base import ScorerUnusable
@@ -41,9 +44,10 @@ class LocalModel:
         self.field = field
         self.engine = engine
         try:
-            self.directory = model_directory(model, revision)
+            self.directory = model_directory(model, revision, field="model")
+            refuse_unusable(spec_of(self.directory).model)
         except UserError as error:
-            raise UserError(f"{field}: {error}") from error
+            raise UserError(f"{field}.{error}") from error
         self.name = f"{model} ({engine})"
         self.remarks = Remarks()
         self.max_new_tokens = max_new_tokens
@@ -56,7 +60,7 @@ class LocalModel:
             temperature=RETRY_TEMPERATURE if attempt else 0.0,
             max_new_tokens=self.max_new_tokens,
             seed=attempt,
-            stop_ids=(chat.end_id,),
+            stop_ids=self.stop_ids,
         )
         prompts = [self._prompt_ids(question, chat) for question in questions]
         longest = self.context - self.max_new_tokens
@@ -80,12 +84,14 @@ class LocalModel:
     def _load(self) -> tuple[Sampler, Chat]:
         if self.sampler is None:
             try:
-                self.chat = make_chat(load_tokenizer(self.directory))
-                self.context = context_of(self.directory)
-                sampler = make_sampler(self.engine, spec_of(self.directory), device())
-                sampler.load(ModelSpec(name=str(self.directory)))
+                spec = spec_of(self.directory)
+                self.chat = make_chat(tokenizer_of(spec.model))
+                self.stop_ids = end_ids(self.directory, self.chat)
+                self.context = tokens_of(self.directory)
+                sampler = make_sampler(self.engine, spec, device())
+                sampler.load(spec.model)
             except UserError as error:
-                raise ScorerUnusable(f"{self.field}: {error}") from error
+                raise ScorerUnusable(f"{self.field}.{error}") from error
             self.sampler = sampler
         return self.sampler, self.chat
 
@@ -103,10 +109,11 @@ def device() -> torch.device:
 
 
 def spec_of(directory: Path) -> ScoringSpec:
-    return ScoringSpec(model=ModelSpec(name=str(directory)), tokens_per_micro_batch=ROW_TOKENS, row_tokens=ROW_TOKENS)
+    model = ModelSpec(name=str(directory), field="model")
+    return ScoringSpec(model=model, tokens_per_micro_batch=ROW_TOKENS, row_tokens=ROW_TOKENS)
 
 
-def context_of(directory: Path) -> int:
+def tokens_of(directory: Path) -> int:
     """Tokens that a model can read and write together; very many where its configuration names no limit."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 2**30)
+    context = context_of(read_config(directory))
+    return context.tokens if context is not None else 2**30

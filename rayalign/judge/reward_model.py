@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.split import transcript
 from rayalign.data.tokenize import TokenizeSettings, to_group
-from rayalign.engine.model import load_tokenizer, model_directory
-from rayalign.engine.scalar import written_as
+from rayalign.engine.context import context_of
+from rayalign.engine.folder import model_directory
+from rayalign.engine.model import ModelSpec, load_model, refuse_unusable, tokenizer_of
+from rayalign.engine.scalar import ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
 
+FIELD = "scorer.model"
 TOKENS_PER_BATCH = 16_384
 UNCUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
 
@@ -29,11 +31,13 @@ class RewardModelScorer:
     model is loaded with the first call; what is longer than its context is an error, not cut.
 
     Raises:
-        UserError: there is no such model, it has more than one output, or no token to pad with.
+        UserError: there is no such model, it has no trained head of one output, or no token to pad with.
     """
 
     def __init__(self, *, model: str, revision: str | None = None) -> None:
-        self.directory = model_directory(model, revision)
+        self.directory = model_directory(model, revision, field=FIELD)
+        self.spec = ModelSpec(name=str(self.directory), head=ScalarHead(), trained_head=True, field=FIELD)
+        self.context = context_of(refuse_unusable(self.spec).config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = None
         self.chat: Chat | None = None
@@ -42,9 +46,12 @@ class RewardModelScorer:
         """See :class:`rayalign.judge.base.Scorer`."""
         self._load()
         ids = [self._ids(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and max(map(len, ids), default=0) > limit:
-            raise UserError(f"scorer: a prompt and reply of {max(map(len, ids))} tokens do not fit {self.directory}")
+        longest = max(map(len, ids), default=0)
+        if self.context is not None and longest > self.context.tokens:
+            raise UserError(
+                f"scorer: a prompt and reply of {longest} tokens do not fit {self.directory}, which reads "
+                f"{self.context.tokens} ({self.context.reason})"
+            )
         scores = [0.0] * len(ids)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         while order:
@@ -57,14 +64,10 @@ class RewardModelScorer:
     def _load(self) -> None:
         if self.model is not None:
             return
-        self.tokenizer = load_tokenizer(self.directory)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-        if model.config.num_labels != 1:
-            raise ScorerUnusable(
-                f"scorer.model: {self.directory} has {model.config.num_labels} outputs; a reward model has one"
-            )
+        try:
+            self.tokenizer, model = tokenizer_of(self.spec), load_model(self.spec, device=self.device)
+        except UserError as error:
+            raise ScorerUnusable(str(error)) from error
         if self.tokenizer.pad_token_id is None:
             raise ScorerUnusable(
                 f"scorer.model: the tokenizer in {self.directory} has no padding token; set one and save it"
@@ -72,7 +75,7 @@ class RewardModelScorer:
         model.config.pad_token_id = self.tokenizer.pad_token_id
         head = written_as(model.config)
         self.chat = make_chat(self.tokenizer, template=head.template, stop=head.stop) if head else None
-        self.model = model.to(self.device).eval()
+        self.model = model
 
     def _ids(self, prompt: str | Turns, reply: str) -> list[int]:
         if self.chat is not None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import REFERENCE, EvaluateConfig
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
+from rayalign.engine.folder import model_directory
+from rayalign.engine.model import ModelSpec, load_tokenizer
 from rayalign.errors import UserError
 from rayalign.pipeline.model import reference_spec
 

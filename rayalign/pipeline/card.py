@@ -26,6 +26,7 @@ from rayalign.report.statistics import Bootstrap, estimate, rate_estimate
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MOST_STAGES = 8
+TEXT_ONLY = "Of a model for texts and images it is the part for texts alone."
 
 
 def model_card(directory: Path, out: Path | None) -> Path:
@@ -97,11 +98,12 @@ def card_of(run: Path, step: int | None) -> Card:
         num_prompts=len(point.length) if point else 0,
         num_samples=len(point.length[0]) if point else 0,
         temperature=configuration.get("evaluate", {}).get("sampling", {}).get("temperature", 1.0),
-        limits=tuple(limits(configuration, figures)),
+        limits=(*limits(configuration, figures), *([TEXT_ONLY] if facts.get("export", {}).get("text_only") else [])),
         facts=(
             ("seed", str(facts["seed"])),
             ("steps", str(facts["steps"])),
             ("workers", str(facts.get("workers", 1))),
+            *export_lines(facts.get("export", {})),
             *((f"{library}", version) for library, version in facts["versions"].items()),
             ("git revision", facts.get("git_revision") or "not recorded"),
             ("ended", f"{facts['status']}, {facts['updated']}"),
@@ -173,6 +175,16 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     return short(value) if isinstance(value, str) else value
+
+
+def export_lines(export: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How the model is saved, as ``run.json`` has it."""
+    if "dtype" in export:
+        yield "saved in", export["dtype"]
+    if "end_tokens" in export:
+        yield "a response ends with", ", ".join(export["end_tokens"])
+    if "lora" in export:
+        yield "LoRA", export["lora"].removeprefix("model.lora: ")
 
 
 def points_at(found: Mapping[int, Points], step: int | None) -> tuple[EvaluationPoint, EvaluationPoint | None] | None:

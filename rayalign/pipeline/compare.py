@@ -25,6 +25,7 @@ from rayalign.pipeline.dry_run import dry_run as show_plan
 from rayalign.pipeline.evaluate import Evaluation, refuse_broken_scorers
 from rayalign.pipeline.job import make_job, num_processes
 from rayalign.pipeline.plan import cells_at_once, processes_at_once
+from rayalign.pipeline.readers import refuse_unusable_models
 from rayalign.pipeline.results import CellResult, comparison_record
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported, run_job
@@ -46,6 +47,8 @@ MEASURED_WITH = (
     ("model", "reference"),
     ("model", "dtype"),
     ("model", "from_scratch"),
+    ("model", "text_only"),
+    ("model", "save_dtype"),
     ("data", "template"),
     ("data", "stop"),
     ("data", "max_prompt_tokens"),
@@ -72,6 +75,7 @@ def compare(
     runs = [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
     for run in (*runs, *comparison.trial_runs):
         refuse_unsupported(run)
+        refuse_unusable_models(run)
     evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
     assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)

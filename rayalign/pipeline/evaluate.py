@@ -19,6 +19,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
 from rayalign.engine.checkpoint import NAME, is_committed, step_of
 from rayalign.engine.model import ModelSpec
+from rayalign.engine.precision import EXACT
 from rayalign.errors import UserError
 from rayalign.judge.base import Asked
 from rayalign.judge.measure import Answered, Measured, ScorerSpec, Table, judge_of, make_scorers
@@ -27,6 +28,7 @@ from rayalign.pipeline.artifacts import Artifacts, digest_of
 from rayalign.pipeline.baseline import baseline_directory, baseline_spec
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.model import (
+    saved_precision,
     scorer_identity,
     scorer_spec,
     scoring_spec,
@@ -34,6 +36,7 @@ from rayalign.pipeline.model import (
     stop_ids,
 )
 from rayalign.pipeline.prompts import prompt_sets
+from rayalign.pipeline.readers import refuse_long_questions, refuse_unusable_models
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
 from rayalign.remarks import Remarks
@@ -75,6 +78,7 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
     if run.evaluate is None:
         raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
     refuse_broken_scorers(run.evaluate)
+    refuse_unusable_models(run, draws=True)
     with connect(import_paths=[folder]) as session, Board(console) as board:
         directory = session.storage(run.storage_path) / run.name
         found = evaluated_checkpoints(directory)
@@ -215,9 +219,13 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
     """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
     assert run.evaluate is not None
     sampling = run.evaluate.sampling
+    sets = prompt_sets(run, stages)
+    for prompts in sets.values():
+        refuse_long_questions(prompts, run)
     return EvaluationSpec(
         reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
-        prompt_sets=prompt_sets(run, stages),
+        prompt_sets=sets,
+        saved=saved_precision(run),
         sampling=SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -250,8 +258,9 @@ def evaluation_digest(spec: EvaluationSpec) -> str:
 
 def measured_by(spec: EvaluationSpec) -> dict[str, str]:
     """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
+    saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
     return {
-        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype]),
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype, *saved]),
         "prompts": digest_of(
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
         ),

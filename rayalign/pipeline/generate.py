@@ -22,6 +22,7 @@ from rayalign.errors import UserError
 from rayalign.pipeline.artifacts import Artifacts
 from rayalign.pipeline.display import Board
 from rayalign.pipeline.model import chat_of, model_spec, spec_digest
+from rayalign.pipeline.readers import refuse_unusable_models
 from rayalign.pipeline.rollouts import drawn_once, prompt_store, prompts_of, relabelled, sampling
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.train import import_folder, refuse_unsupported
@@ -53,6 +54,8 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
     sys.path.insert(0, str(folder))
     run = load_generation(path, overrides, draws=draws, kind=kind)
     refuse_unsupported(run)
+    if draws:
+        refuse_unusable_models(run, draws=True)
     with connect(import_paths=[folder]) as session, Board(console) as board:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)

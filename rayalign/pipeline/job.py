@@ -32,12 +32,14 @@ from rayalign.pipeline.model import (
     model_spec,
     reference_spec,
     row_tokens,
+    saved_precision,
     scorer_content,
     scorer_spec,
     spec_digest,
     stop_ids,
     trained_spec,
 )
+from rayalign.pipeline.readers import export_facts
 from rayalign.pipeline.rollouts import (
     actor_share,
     draws_rounds,
@@ -51,6 +53,7 @@ from rayalign.pipeline.room import refuse_large_groups
 from rayalign.pipeline.stages import Stages
 from rayalign.pipeline.streams import Main, auxiliary_streams, held_out, learns_alone, main_stream, needs_reference
 from rayalign.runtime.placement import Share, elastic_share, host
+from rayalign.runtime.reference import made_with
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
@@ -92,8 +95,11 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         evaluate_at=evaluation_steps(run, steps) if measures_loss(run, method) else (),
         stop_ids=stop_ids(run),
         chat_template=chat_template(run),
+        saved=saved_precision(run),
+        export_adapter=export_facts(run).get("adapter", True) is True,
         track=run.track,
         reference_in_place=run.reference.place == "trainer",
+        reference_made=reference_made(main.stream),
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
         on_nonfinite=run.optim.on_nonfinite,
         max_skipped_in_a_row=run.optim.max_skipped_in_a_row,
@@ -113,6 +119,12 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         fewest=fewest,
         beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
     )
+
+
+def reference_made(stream: AnyStream) -> dict[str, str] | None:
+    """With what the reference log-probs of stored groups were computed; None where all groups are drawn in rounds."""
+    found = [made_with(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]]
+    return found[0] if found else None
 
 
 def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | None:

@@ -13,10 +13,12 @@ from rayalign.config.scoring import PATIENCE, ScorerConfig
 from rayalign.data.budget import Completed, TokenizeSettings
 from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
-from rayalign.engine.actor_critic import of_the_critic
+from rayalign.engine.folder import model_digest, model_directory, tokenizer_digest, weights_directory
 from rayalign.engine.frozen import ScoringSpec
+from rayalign.engine.generation import end_ids
 from rayalign.engine.lora import LoraSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_digest, model_directory, tokenizer_digest
+from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.precision import EXACT, Precision, precision_of
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
@@ -44,6 +46,7 @@ def model_spec(run: RunConfig) -> ModelSpec:
         gradient_checkpointing=model.gradient_checkpointing,
         from_scratch=model.from_scratch,
         seed=run.seed,
+        text_only=model.text_only,
         head=scalar_head(run) if scalar else None,
     )
 
@@ -52,7 +55,7 @@ def scalar_head(run: RunConfig) -> ScalarHead:
     """A scalar head, which reads conversations as the run writes them."""
     return ScalarHead(
         template=run.data.template,
-        stop=run.data.stop,
+        stop=run.data.end,
         template_kwargs=run.data.chat_template_kwargs,
         date=run.data.date,
     )
@@ -71,45 +74,47 @@ def trained_spec(run: RunConfig) -> ModelSpec:
 
 def reference_spec(run: RunConfig) -> ModelSpec:
     """The reference: ``model.reference``, or the policy before the first step."""
-    if run.model.reference is None:
-        return model_spec(run)
-    return ModelSpec(name=run.model.reference, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+    own = run.model.reference
+    return model_spec(run) if own is None else other_spec(run, own, field="model.reference")
 
 
 def critic_model(run: RunConfig) -> ModelSpec:
-    """What a method's critic starts from, with a scalar head where it has none.
-
-    Raises:
-        UserError: ``critic.model`` reads other token ids than the policy.
-    """
+    """What a method's critic starts from, with a scalar head where it has none."""
     head = scalar_head(run)
     own = run.critic.model if run.critic is not None else None
     if own is None:
         return replace(model_spec(run), compile=run.model.compile, head=head)
-    refuse_other_vocabulary(run, own)
+    spec = other_spec(run, own, field="critic.model")
+    return replace(spec, gradient_checkpointing=run.model.gradient_checkpointing, compile=run.model.compile, head=head)
+
+
+def other_spec(run: RunConfig, name: str, *, field: str) -> ModelSpec:
+    """A model that a run reads beside its policy, held as the policy is; ``field`` is the setting that names it."""
     return ModelSpec(
-        name=own,
+        name=name,
         dtype=run.model.dtype,
         trust_remote_code=run.model.trust_remote_code,
-        gradient_checkpointing=run.model.gradient_checkpointing,
-        compile=run.model.compile,
+        text_only=run.model.text_only,
         seed=run.seed,
-        head=head,
+        field=field,
     )
 
 
-def refuse_other_vocabulary(run: RunConfig, critic: str) -> None:
-    """Raise UserError where a token of the policy has another id in the critic's tokenizer, or none."""
+def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
+    """Raise UserError where a token of the policy has another id in another model's tokenizer, or none."""
     model, trusts = run.model, run.model.trust_remote_code
     policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
-    with of_the_critic():
-        known = load_tokenizer(model_directory(critic), trust_remote_code=trusts).get_vocab()
-    other = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
-    if other:
-        id, token = other[0]
+    other = load_tokenizer(
+        model_directory(spec.name, spec.revision, field=spec.field), trust_remote_code=trusts, field=spec.field
+    )
+    known = other.get_vocab()
+    differing = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
+    if differing:
+        id, token = differing[0]
         raise UserError(
-            f"critic.model: {critic} reads other tokens than the policy: {len(other)} of {len(policy)} differ, first "
-            f"{token!r}, which is {id} for the policy; name a model with the policy's tokenizer, or remove critic.model"
+            f"{spec.field}: {spec.name} reads other tokens than the policy: {len(differing)} of {len(policy)} differ, "
+            f"first {token!r}, which is {id} for the policy; name a model with the policy's tokenizer, or remove "
+            f"{spec.field}"
         )
 
 
@@ -134,7 +139,7 @@ def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerS
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
         template=run.data.template,
-        stop=run.data.stop,
+        stop=run.data.end,
         settings=TokenizeSettings(
             max_prompt_tokens=run.data.max_prompt_tokens,
             max_tokens=run.data.max_tokens,
@@ -145,6 +150,15 @@ def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerS
         template_kwargs=run.data.chat_template_kwargs,
         date=run.data.date,
     )
+
+
+def saved_precision(run: RunConfig) -> Precision:
+    """In which precision ``final/`` is written."""
+    if run.model.name == INITIAL or (run.model.from_scratch and run.model.save_dtype == "auto"):
+        return EXACT
+    directory = model_directory(run.model.name, run.model.revision)
+    base = weights_directory(directory)
+    return precision_of(base, run.model.save_dtype)
 
 
 def spec_digest(spec: ModelSpec) -> str:
@@ -173,8 +187,10 @@ def template_digest(template: str) -> str:
 
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:
-    """The token that training appends, rollouts stop at and generation_config names."""
-    return () if run.model.name == INITIAL else (chat_of(run).end_id,)
+    """The tokens that rollouts stop at and generation_config names; the first is what training appends."""
+    if run.model.name == INITIAL:
+        return ()
+    return end_ids(model_directory(run.model.name, run.model.revision), chat_of(run), run.data.stop[1:])
 
 
 def chat_template(run: RunConfig) -> str | None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group, TokenIds
@@ -23,8 +22,8 @@ from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
-from rayalign.engine.scalar import ScalarHead, is_classifier, written_as
+from rayalign.engine.model import ModelSpec, refuse_unusable, tokenizer_of
+from rayalign.engine.scalar import ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.report.formatting import SHARE, interval, number, signed
 from rayalign.report.pairs import PairReport, Pairs, report
@@ -65,16 +64,13 @@ def evaluate_pairs(
 
 def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) -> Judged:
     """The margins of every pair whose ranks differ; rows in which every answer ties have none."""
-    directory = model_directory(model)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if not is_classifier(config):
-        raise UserError(f"{model} has no scalar head; name a reward model, such as the final/ of method: reward_model")
-    head = written_as(config) or ScalarHead()
-    chat = make_chat(load_tokenizer(directory), template=head.template, stop=head.stop)
+    spec = ModelSpec(name=model, head=ScalarHead(), trained_head=True, field="evaluate")
+    head = written_as(refuse_unusable(spec).config) or ScalarHead()
+    chat = make_chat(tokenizer_of(spec), template=head.template, stop=head.stop)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = FrozenModel(
         ScoringSpec(
-            model=ModelSpec(name=str(directory), head=head),
+            model=replace(spec, head=head),
             tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
             row_tokens=CPU_ROW_TOKENS if device.type == "cpu" else None,
         ),

@@ -23,6 +23,7 @@ from rayalign.manifest import committed
 from rayalign.methods._base import Method
 from rayalign.pipeline.artifacts import digest_of
 from rayalign.pipeline.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
+from rayalign.pipeline.readers import refuse_unanswerable
 from rayalign.pipeline.stages import Stages
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
@@ -80,6 +81,9 @@ def chunk_spec(
 ) -> ChunkSpec:
     """How this run's groups are made from prompts; without ``draws`` from stored completions alone."""
     assert run.scorer is not None
+    for store in prompts.stores if draws else ():
+        if not stages.artifacts.pending(store):
+            refuse_unanswerable(store, run)
     return ChunkSpec(
         prompts=prompts,
         seed=run.seed,

@@ -12,7 +12,7 @@ from rayalign.data.plan import check_budget
 from rayalign.data.rows import Layout, rows_needed
 from rayalign.data.store import TokenStore
 from rayalign.engine.attention import attention_kind
-from rayalign.engine.model import model_directory
+from rayalign.engine.folder import model_directory
 from rayalign.errors import UserError
 from rayalign.pipeline.rollouts import keeps_stored
 from rayalign.sources.streams import MixedStream, RoundStream, SourceSpec, StoredStream

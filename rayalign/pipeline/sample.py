@@ -19,6 +19,9 @@ from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.split import prompt_text
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.engine.context import refuse_unknown_ids, vocabulary_of
+from rayalign.engine.folder import model_directory
+from rayalign.engine.generation import end_ids
 from rayalign.engine.model import ModelSpec, load_policy
 from rayalign.errors import UserError
 from rayalign.report.formatting import printable
@@ -35,12 +38,21 @@ class Speaker:
     name: str
     chat: Chat
     engine: HfEngine
+    stop_ids: tuple[int, ...]
+    vocabulary: int
 
     @classmethod
     def load(cls, name: str) -> Speaker:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_policy(ModelSpec(name=name), device=device)
-        return cls(name=name, chat=make_chat(tokenizer), engine=HfEngine(model))
+        model, tokenizer = load_policy(ModelSpec(name=name, field="sample"), device=device)
+        chat = make_chat(tokenizer)
+        return cls(
+            name=name,
+            chat=chat,
+            engine=HfEngine(model),
+            stop_ids=end_ids(model_directory(name, field="sample"), chat),
+            vocabulary=vocabulary_of(model),
+        )
 
     def answers(
         self, prompts: Sequence[str | Turns], params: SamplingParams, *, typed: bool = False
@@ -55,8 +67,10 @@ class Speaker:
             if not isinstance(outcome, Tokenized):
                 raise UserError(f"{prompt_text(example.prompt)[:80]!r} cannot be tokenized: {outcome}")
             ids.append(outcome.group.prompt_ids.tolist())
+            name = f"the prompt {prompt_text(example.prompt)[:40]!r}"
+            refuse_unknown_ids(ids[-1], self.vocabulary, self.name, self.chat.tokenizer, name=name)
         texts: list[list[str]] = [[] for _ in prompts]
-        for completion in self.engine.generate(ids, replace(params, stop_ids=(self.chat.end_id,))):
+        for completion in self.engine.generate(ids, replace(params, stop_ids=self.stop_ids)):
             finished, prompt_ids = completion.finish_reason == "stop", ids[completion.prompt_index]
             text = reply_text(self.chat.tokenizer, completion.token_ids, finished=finished, prompt_ids=prompt_ids)
             texts[completion.prompt_index].append(text if finished else f"{text} …")

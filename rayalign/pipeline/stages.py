@@ -85,7 +85,7 @@ class Stages:
             "format": [units[0].format, dict(units[0].columns), units[0].system, dict(units[0].template_kwargs)],
             "tokenizer": tokenizer_identity(run),
             "template": [template_digest(run.data.template), run.data.chat_template_kwargs, str(run.data.date)],
-            "stop": run.data.stop,
+            "stop": run.data.end,
             "settings": asdict(tokenizer.settings),
             "shape": shape,
             "bad": [run.data.on_bad_row, run.data.max_bad_fraction],

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayalign.config.load import importable
 from rayalign.config.method import resolve_method
-from rayalign.engine.model import model_directory, tokenizer_digest
+from rayalign.engine.folder import model_directory, tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.manifest import TornDirectory, read_manifest
 

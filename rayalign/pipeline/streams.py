@@ -16,6 +16,7 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
 from rayalign.methods._base import Method
 from rayalign.pipeline.model import model_spec, scoring_spec
+from rayalign.pipeline.readers import refuse_unreadable
 from rayalign.pipeline.reads import COLUMN_FIELDS, needed_columns, shape_of, with_format
 from rayalign.pipeline.rollouts import (
     chunk_spec,
@@ -163,6 +164,8 @@ def over(
     groups_per_step: int,
 ) -> StoredStream:
     """The main stream over ``stores``, with reference log-probs where the method needs them."""
+    for store in stores:
+        refuse_unreadable(store, run)
     columns: list[tuple[Path, ...]] = [()] * len(stores)
     if needs_reference(method, run):
         columns = [(stages.reference(store, run),) for store in stores]
@@ -201,10 +204,18 @@ def groups_without(name: str, store: TokenStore) -> list[int]:
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     """One stream of single completions per entry of ``auxiliary``."""
+    made = {
+        auxiliary.name: tuple(
+            stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data
+        )
+        for auxiliary in run.auxiliary or ()
+    }
+    for store in (store for stores in made.values() for store in stores):
+        refuse_unreadable(store, run)
     return [
         StoredStream(
             name=auxiliary.name,
-            stores=tuple(stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data),
+            stores=made[auxiliary.name],
             columns=((),) * len(auxiliary.data),
             weights=tuple(source.weight for source in auxiliary.data),
             groups_per_step=auxiliary.groups_per_step,

@@ -32,6 +32,7 @@ from rayalign.pipeline.display import Board
 from rayalign.pipeline.job import make_job, num_processes, strategy_spec
 from rayalign.pipeline.model import scorer_spec
 from rayalign.pipeline.provenance import provenance
+from rayalign.pipeline.readers import export_facts, export_told, refuse_unusable_models
 from rayalign.pipeline.rollouts import label_spec
 from rayalign.pipeline.stages import Stages, filter_facts
 from rayalign.report.status import facts_of
@@ -60,6 +61,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     sys.path.insert(0, str(folder))
     run = load_run(path, overrides)
     refuse_unsupported(run)
+    refuse_unusable_models(run)
     with connect(import_paths=[folder]) as session, Board(console, Gauges().set) as board, stopping() as stop:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
@@ -83,6 +85,8 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         note = partial(write_run_json, run, job, history)
         note("running")
         collect_quarantine(job)
+        for line in export_told(run):
+            board.say(f"{job.run}: {line}")
         board.start(job.run, job.spec.optimizer.steps)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watching(job.spec.directory, row=partial(board.row, job.run), note=board.say))
@@ -231,6 +235,7 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         "config_version": run.config_version,
         "configuration": dump(run),
         "identity": dict(job.spec.identity),
+        "export": export_facts(run),
         "data": data_facts(job),
         "stages": [stage.name for stage in job.stages],
         **provenance(),

@@ -45,6 +45,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return room[..., :total, :]
 
 
+def select(cache: DynamicCache | None, rows: Tensor) -> None:
+    """Keep ``rows`` of every layer, in their order; a row may come several times, and a layer may be of any kind."""
+    if cache is not None:
+        cache.reorder_cache(rows)
+
+
 def make_cache(config: PretrainedConfig) -> DynamicCache:
     """An empty cache for a model of ``config``; layers of other kinds than plain ones are transformers' own."""
     cache = DynamicCache(config=config)

@@ -15,7 +15,7 @@ import torch
 
 from rayalign.engine.canary import canary_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model import ModelSpec, state_digest
 from rayalign.engine.source import State
 from rayalign.errors import MissingExtra, UserError, first_line
 from rayalign.rollout.base import Completion, RolloutEngine, SamplingParams
@@ -53,6 +53,10 @@ class Sampler(RolloutEngine, Protocol):
         """Leave the device's memory to others until the next ``load`` or ``generate``."""
         ...
 
+    def digest(self) -> str | None:
+        """What identifies the weights in it, as :func:`rayalign.engine.model.state_digest` says; None: not known."""
+        ...
+
     def canary(self) -> tuple[float, ...]:
         """This engine's log-probabilities of :func:`rayalign.engine.canary.canary_group`'s response, nats."""
         ...
@@ -77,6 +81,10 @@ class HfSampler:
     def rest(self) -> None:
         if self.policy is not None:
             self.policy.policy.model.to("cpu")
+
+    def digest(self) -> str | None:
+        assert self.policy is not None, "load comes first"
+        return state_digest(self.policy.policy.model.state_dict())
 
     def canary(self) -> tuple[float, ...]:
         assert self.policy is not None, "load comes first"

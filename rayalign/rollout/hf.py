@@ -1,25 +1,31 @@
-"""The embedded engine: a loaded Hugging Face model, a KV cache and no other process."""
+"""The embedded engine: a loaded Hugging Face model, its cache and no other process."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rayalign.errors import UserError
+from rayalign.engine.context import context_of, refuse_long_prompt
 from rayalign.rollout.base import Completion, SamplingParams
-from rayalign.rollout.cache import make_cache
+from rayalign.rollout.cache import make_cache, select
 from rayalign.rollout.noise import sample_key, uniforms
 from rayalign.rollout.sampling import draw
 
 TOKENS_PER_BATCH = 16_384
 COMPACT_BELOW = 0.9
 """Finished rows leave the batch when the share of live ones falls below this: leaving copies the whole cache once."""
+
+Reading = Literal["padded", "even", "whole"]
+"""How rows are read. ``padded``: prompts of any lengths stand together, filled up on their left. ``even``: prompts of
+one length, since states that run along the row, or positions that are counted, would count the filling too. ``whole``:
+as ``even``, and without a cache: every token reads its whole row again."""
 
 
 class HfEngine:
@@ -30,22 +36,24 @@ class HfEngine:
     Runs in the caller's autocast, so that log-probabilities are those of a training forward there.
 
     Args:
-        model: a causal language model with a key-value cache.
+        model: a causal language model.
+        reading: of rows; None: what :func:`rayalign.rollout.reading.choose_reading` proves right for the family.
         tokens_per_batch: bound on rows × (prompt + new tokens) that are sampled together; one prompt always fits.
 
     Raises:
-        UserError: the model keeps no key-value cache.
+        UserError: no way of reading is right.
     """
 
-    def __init__(self, model: PreTrainedModel, *, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
-        accepted = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepted:
-            raise UserError(
-                f"rollout.engine: {model.config.model_type} models have no key-value cache, so hf cannot sample them"
-            )
+    def __init__(
+        self, model: PreTrainedModel, *, reading: Reading | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+    ) -> None:
+        from rayalign.rollout.reading import choose_reading  # which tries engines itself
+
         self.model = model
+        self.reading: Reading = reading or choose_reading(model)
         self.tokens_per_batch = tokens_per_batch
-        self._takes_positions = "position_ids" in accepted
+        self.context = context_of(model.config)
+        self._accepted = accepted(model)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
@@ -54,6 +62,7 @@ class HfEngine:
 
         Raises:
             ValueError: a prompt is empty, or there is not one key per prompt.
+            UserError: a prompt and its completion do not fit the model's context.
             FloatingPointError: the model's log-probabilities are not finite.
         """
         keys = range(len(prompts)) if keys is None else keys
@@ -61,6 +70,8 @@ class HfEngine:
             raise ValueError(f"{len(prompts)} prompts and {len(keys)} keys")
         if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
             raise ValueError(f"prompt {empty[0]} has no tokens: there is nothing to continue")
+        if prompts:
+            refuse_long_prompt(max(map(len, prompts)), params.max_new_tokens, self.context)
         completions: list[Completion] = []
         with torch.no_grad(), _evaluating(self.model):
             for batch in self._batches(prompts, params):
@@ -70,11 +81,13 @@ class HfEngine:
         return sorted(completions, key=lambda completion: (completion.prompt_index, completion.sample_index))
 
     def _batches(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[list[int]]:
-        """Prompts of similar length together, longest first, so that memory runs out at once or never."""
+        """Prompts of similar or equal length together, longest first, so that memory runs out at once or never."""
         batch: list[int] = []
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
             rows = (len(batch) + 1) * params.num_samples
-            if batch and rows * (len(prompts[batch[0]]) + params.max_new_tokens) > self.tokens_per_batch:
+            full = rows * (len(prompts[batch[0]]) + params.max_new_tokens) > self.tokens_per_batch if batch else False
+            uneven = self.reading != "padded" and batch and len(prompts[index]) != len(prompts[batch[0]])
+            if full or uneven:
                 yield batch
                 batch = []
             batch.append(index)
@@ -89,10 +102,11 @@ class HfEngine:
         noise = noise.to(device)
         stop = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
         ids, attention = _left_padded(prompts, device)
-        cache = make_cache(self.model.config)
-        logits = self._step(ids, attention, cache).repeat_interleave(params.num_samples, dim=0)
-        cache.batch_repeat_interleave(params.num_samples)
-        attention = attention.repeat_interleave(params.num_samples, dim=0)
+        cache = make_cache(self.model.config) if self.reading != "whole" else None
+        shared = torch.arange(len(prompts), device=device).repeat_interleave(params.num_samples)
+        logits = self._step(ids, attention, cache)[shared]
+        ids, attention = ids[shared], attention[shared]
+        select(cache, shared)
 
         tokens = torch.full(noise.shape, -1, device=device)
         logps = torch.full((2, *noise.shape), torch.nan, device=device)
@@ -108,29 +122,43 @@ class HfEngine:
                 break
             if num_live < COMPACT_BELOW * len(rows):
                 kept = live.nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                rows, token, attention, live = rows[kept], token[kept], attention[kept], live[kept]
+                select(cache, kept)
+                rows, token, live = rows[kept], token[kept], live[kept]
+                ids, attention = ids[kept], attention[kept]
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
-            logits = self._step(token[:, None], attention, cache)
+            ids = torch.cat([ids, token[:, None]], dim=1) if cache is None else token[:, None]
+            logits = self._step(ids, attention, cache)
         return tokens, logps[0], logps[1]
 
-    def _step(self, ids: Tensor, attention: Tensor, cache: DynamicCache) -> Tensor:
+    def _step(self, ids: Tensor, attention: Tensor, cache: DynamicCache | None) -> Tensor:
         """Float32 logits [rows, V] after the last column of ``ids`` [rows, columns]; ``cache`` grows by them."""
-        inputs = {"input_ids": ids, "attention_mask": attention, "past_key_values": cache}
-        if self._takes_positions:
-            inputs["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits: Tensor = self.model(**inputs, use_cache=True, logits_to_keep=1).logits
+        inputs = {
+            "attention_mask": attention,
+            "past_key_values": cache,
+            "position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            "use_cache": cache is not None,
+            "logits_to_keep": 1,
+        }
+        known = {name: value for name, value in inputs.items() if name in self._accepted}
+        logits: Tensor = self.model(input_ids=ids, **known).logits
         return logits[:, -1].float()
+
+
+def accepted(model: PreTrainedModel) -> frozenset[str]:
+    """The names of what a model's forward may be told."""
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    """A layer that computes its activations again is in training mode, and would use no cache."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def _noise(keys: Sequence[int], params: SamplingParams) -> Tensor:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rayalign.engine.canary import PROMPT_TOKENS, canary_group
+from rayalign.engine.context import context_of
+from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec, model_directory
+from rayalign.engine.kinds import read_config
+from rayalign.engine.model import ModelSpec
 from rayalign.engine.source import State
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams
@@ -71,6 +75,10 @@ class VllmSampler:
         if self.resting:
             self.llm.wake_up()
             self.resting = False
+
+    def digest(self) -> str | None:
+        """vLLM packs weights as its kernels want them."""
+        return None
 
     def canary(self) -> tuple[float, ...]:
         from vllm import SamplingParams as VllmParams
@@ -153,6 +161,8 @@ def start(directory: str, model: ModelSpec, options: EngineOptions) -> Any:
     dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    context = context_of(read_config(Path(directory), trust_remote_code=model.trust_remote_code))
+    longest = context.tokens if context is not None and context.rope == "longrope" else None
     # A seeded request whose prompt is read in parts makes vLLM 0.32 ask a CPU generator for what only CUDA's have.
     special: dict[str, Any] = {"enable_chunked_prefill": False}
     if torch.cuda.is_available():
@@ -161,6 +171,7 @@ def start(directory: str, model: ModelSpec, options: EngineOptions) -> Any:
         **special,
         tensor_parallel_size=options.tensor_parallel,
         model=directory,
+        max_model_len=longest,  # longrope beyond it has other frequencies than in training
         dtype=dtype,
         trust_remote_code=model.trust_remote_code,
         enable_prefix_caching=True,

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer, model_directory
+from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.precision import EXACT, Precision
 from rayalign.judge.base import Judge, Scorer
 from rayalign.judge.measure import (
     Measured,
@@ -33,6 +35,8 @@ class EvaluationSpec:
     prompt_sets: Mapping[str, tuple[Prompt, ...]]
     sampling: SamplingParams
     scorers: tuple[ScorerSpec, ...]
+    saved: Precision = EXACT
+    """A run's models are measured with the weights that its ``final/`` has, or would have."""
     judge: ScorerSpec | None = None
     baseline: ModelSpec | None = None
     """What wins are counted against; None: the reference."""
@@ -88,7 +92,14 @@ class Evaluator:
         if subject is None:
             return self.loaded.reference
         if isinstance(subject, Path):
-            subject = replace(self.spec.reference.model, name=str(subject), revision=None, from_scratch=False)
+            subject = replace(
+                self.spec.reference.model,
+                name=str(subject),
+                revision=None,
+                from_scratch=False,
+                text_only=False,
+                rounded=self.spec.saved,
+            )
         return FrozenModel(replace(self.spec.reference, model=subject), self.loaded.device)
 
 

@@ -12,12 +12,15 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
+from rayalign.manifest import committed
 from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
 from rayalign.runtime.stage import Pool, dataset, repeated, results
 
 LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""
+MADE = "computed_with"
+"""Of a manifest: what log-probs depend on beside model and data."""
 GROUPS_PER_SHARD = 256
 SHARDS_PER_SCORER = 4
 """Below this a further scorer costs more to start than it saves."""
@@ -32,9 +35,11 @@ class ShardScorer:
         self.directory = directory
         self.model = FrozenModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def __call__(self, groups: range) -> None:
+    def __call__(self, groups: range) -> dict[str, str]:
+        """Score them; returns with what that was computed."""
         columns = self.model.token_logps([self.store[index] for index in groups])
         write_column_shard(self.directory, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
+        return self.model.facts()
 
 
 def shard_name(groups: range) -> str:
@@ -58,14 +63,14 @@ def score_store(
     starts = range(0, len(opened), GROUPS_PER_SHARD)
     shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
 
-    def score() -> None:
+    def score() -> list[dict[str, str]]:
         finished = finished_shards(directory)
         missing = [shard for shard in shards if shard_name(shard) not in finished]
         if not missing:
-            return
+            return []
         actors = min(math.ceil(len(missing) / SHARDS_PER_SCORER), pool_size(session))
         each = share(session, actors)
-        results(
+        return results(
             "reference",
             dataset(missing),
             ShardScorer,
@@ -77,8 +82,15 @@ def score_store(
             done=lambda count: note(f"reference: {len(finished) + count}/{len(shards)} shards"),
         )
 
-    repeated("reference", score)
-    commit_columns(directory, opened, finished_shards(directory).values(), meta=facts)
+    made = repeated("reference", score)
+    meta = {**facts, MADE: made[0]} if made else facts
+    commit_columns(directory, opened, finished_shards(directory).values(), meta=meta)
+
+
+def made_with(columns: Path) -> dict[str, str]:
+    """With what committed log-probs were computed; empty where nobody wrote that down."""
+    found: dict[str, str] = committed(columns)["meta"].get(MADE, {})
+    return found
 
 
 def pool_size(session: Session) -> int:

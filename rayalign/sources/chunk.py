@@ -23,8 +23,9 @@ from rayalign.data.split import prompt_text
 from rayalign.data.texts import Prompts
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.canary import TOLERANCE, canary_error
+from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer, model_directory
+from rayalign.engine.model import ModelSpec, compute_dtype, load_tokenizer
 from rayalign.engine.source import Weights
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
@@ -344,10 +345,24 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
 
 
 def refuse_broken_weights(sampler: Sampler, weights: Weights, dtype: torch.dtype) -> None:
-    """Raise UserError unless the engine scores the canary as the trainer does."""
+    """Raise UserError unless the engine scores the canary as the trainer does: it says why, as far as it is known."""
     error = canary_error(weights.canary, sampler.canary())
-    if not error <= TOLERANCE[dtype]:
-        raise UserError(
-            f"the weights of step {weights.step} score a fixed sequence {error:.2g} nats per token away from the "
-            f"trainer (limit {TOLERANCE[dtype]:g}): they were damaged on the way"
+    if error <= TOLERANCE[dtype]:
+        return
+    found = sampler.digest()
+    if found is None:
+        why = (
+            "either they were damaged on the way, or vLLM computes this family otherwise than transformers (attention, "
+            "RoPE or dtype); rollout.engine: hf samples with the trainer's own forward"
         )
+    elif found == weights.digest:
+        why = (
+            "they arrived as they were sent, so that this process computes otherwise than the trainer: look at its "
+            "device, and at the versions of torch and transformers there"
+        )
+    else:
+        why = "they were damaged on the way"
+    raise UserError(
+        f"the weights of step {weights.step} score a fixed sequence {error:.2g} nats per token away from the trainer "
+        f"(limit {TOLERANCE[dtype]:g}): {why}"
+    )

@@ -210,7 +210,7 @@ def test_wrong_reference_is_refused_before_the_first_step(scenario: Scenario, tm
     other = save_tiny(tmp_path / "other", initializer_range=0.1)
     pairs = store(tmp_path / "pairs", synthetic_groups([2] * 6), reference=other)
     wrong = replace(scenario, streams=(pairs,), objectives=(objective("dpo"),))
-    spec = train_spec(tmp_path / "run", wrong, check_initial_logratio=True)
+    spec = train_spec(tmp_path / "run", wrong, check_initial_logratio=True, reference_made={})
     with pytest.raises(PolicyMismatch, match="before the first step .* run again with --fresh reference"):
         train_alone(spec, wrong)
     assert not (spec.directory / "checkpoints").exists() and rows(spec.directory) == []

@@ -12,16 +12,8 @@ from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from rayalign.engine.model import (
-    ModelSpec,
-    compute_dtype,
-    load_policy,
-    model_digest,
-    model_directory,
-    save_pretrained,
-    tokenizer_digest,
-    weights_digest,
-)
+from rayalign.engine.folder import model_digest, model_directory, tokenizer_digest
+from rayalign.engine.model import ModelSpec, compute_dtype, load_policy, save_pretrained, weights_digest
 from rayalign.errors import UserError
 
 CPU = torch.device("cpu")
@@ -52,7 +44,7 @@ def test_what_is_saved_loads_with_plain_transformers(directory: Path) -> None:
 
 def test_policy_is_float32_without_dropout_while_training(directory: Path) -> None:
     model, loaded_tokenizer = load_policy(ModelSpec(name=str(directory), dtype="bfloat16"))
-    assert model.training
+    assert not any(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert loaded_tokenizer.eos_token == "<eos>"
     ids = torch.tensor([[1, 3, 4, 3]])

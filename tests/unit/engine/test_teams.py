@@ -60,7 +60,7 @@ ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2
 GATHERING = replace(ZERO3, config='{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
 """Of a tiny model, too, every parameter is whole only while it is used."""
 TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": GATHERING}
-METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora", "lora_rewards")
+METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora", "lora_experts", "lora_rewards")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,15 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             objectives=(objective("dpo"),),
             lr=5e-3,
             lora=LoraSpec(rank=3, alpha=6.0),
+            reference_in_place=True,
+            **small,
+        ),
+        "lora_experts": Scenario(
+            model=save_tiny(folder / "experts", "qwen3_moe"),
+            streams=(bare,),
+            objectives=(objective("dpo"),),
+            lr=5e-3,
+            lora=LoraSpec(rank=3, alpha=6.0, target_modules=("q_proj", "gate_up_proj", "down_proj")),
             reference_in_place=True,
             **small,
         ),
@@ -146,7 +155,7 @@ def test_unequal_shares(team: str, name: str, scenarios: dict[str, Scenario], sh
 
 
 STEPS = 6
-LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "experts": "qwen3_moe", "windowed": "gemma3"}
+LOADED = {"tied": "llama_tied", "gpt2": "gpt2", "moe": "qwen3_moe", "windowed": "gemma3"}
 REFUSED = {
     ("zero2", "ddp"): "holds DeepSpeed's own optimizer state, which only strategy: deepspeed reads",
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",

@@ -15,7 +15,7 @@ from rayalign.engine.model import save_pretrained
 from rayalign.errors import MissingExtra, UserError
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.asking import ATTEMPTS, Unanswered
-from rayalign.judge.base import Asked, NoVerdict, ScorerUnusable
+from rayalign.judge.base import Asked, NoVerdict
 from rayalign.judge.local import LocalModel
 
 
@@ -72,12 +72,12 @@ def test_a_question_that_does_not_fit_is_not_cut(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="judge: model.name: there is no directory"):
+    with pytest.raises(UserError, match="judge.model: there is no directory"):
         make_judge("llm", engine="hf", model=str(tmp_path / "nowhere"))
     directory = parrot(tmp_path / "model", "8", "<|im_end|>")
     (directory / "model.safetensors").unlink()
-    with pytest.raises(ScorerUnusable, match="holds no weights"):
-        make_scorer("llm", engine="hf", model=str(directory)).score(["why?"], ["so"])
+    with pytest.raises(UserError, match="scorer.model: .* holds no weights"):
+        make_scorer("llm", engine="hf", model=str(directory))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'rayalign\[vllm"):
         make_judge("llm", engine="vllm", model=str(directory))

@@ -91,7 +91,7 @@ def test_its_numbers_are_hugging_faces(folder: Path, whose: str) -> None:
 def test_what_cannot_be_measured_is_named(folder: Path) -> None:
     pairs = write(folder / "pairs.jsonl", PAIRS)
     for arguments, message in (
-        ((folder / "causal", "--pairs", pairs), "has no scalar head; name a reward model"),
+        ((folder / "causal", "--pairs", pairs), "has no trained scalar head: score.weight is not in its files"),
         ((folder / "rm", "--pairs", write(folder / "tied.jsonl", RANKED[1:2])), "hold no pair in which one answer"),
         (
             (folder / "rm", "--pairs", write(folder / "single.jsonl", [{"prompt": "a", "completion": "b"}])),

@@ -21,7 +21,8 @@ from rayalign.data.schema import Example
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
-from rayalign.engine.model import load_tokenizer, tokenizer_digest
+from rayalign.engine.folder import tokenizer_digest
+from rayalign.engine.model import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.pipeline.card import base_of, model_card
 from rayalign.pipeline.export import alpaca_eval
@@ -267,6 +268,17 @@ def test_a_card_without_an_evaluation_says_so_and_a_foreign_one_stays(tmp_path: 
     (run / "final" / "config.json").unlink()
     with pytest.raises(UserError, match="holds no model: name a run that has ended"):
         model_card(run, None)
+
+
+def test_a_card_says_how_the_model_is_saved(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "mine")
+    export = {"dtype": "bfloat16", "end_tokens": ["<|im_end|>", "</s>"], "text_only": True, "lora": "model.lora: on 14"}
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "export": export}))
+    _, body = card(run)
+    assert "- saved in: bfloat16\n" in body and "- LoRA: on 14\n" in body
+    assert "a response ends with: &lt;\\|im" in body
+    assert "- Of a model for texts and images it is the part for texts alone.\n" in body
 
 
 def test_the_base_is_found_through_the_runs_between(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from rayalign.pipeline.job import (
     run_identity,
 )
 from rayalign.pipeline.model import model_spec
+from rayalign.pipeline.readers import refuse_unusable_models
 from rayalign.pipeline.rollouts import preparation, prompts_of, round_plan
 from rayalign.pipeline.streams import num_steps, require_columns
 from rayalign.runtime.placement import Share, share
@@ -243,6 +244,6 @@ def test_a_critic_that_reads_other_tokens_is_refused(tmp_path: Path) -> None:
     ids[first], ids[second] = ids[second], ids[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=r"critic\.model: .*other reads other tokens than the policy: 2 of \d+ differ"):
-        critic_spec(load_run(None, [*PPO, f"model.name={policy}", f"critic.model={other}"]), 10)
+        refuse_unusable_models(load_run(None, [*PPO, f"model.name={policy}", f"critic.model={other}"]))
     with pytest.raises(UserError, match=r"critic\.model: there is no directory .*nowhere"):
-        critic_spec(load_run(None, [*PPO, f"model.name={policy}", f"critic.model={tmp_path / 'nowhere'}"]), 10)
+        refuse_unusable_models(load_run(None, [*PPO, f"model.name={policy}", f"critic.model={tmp_path / 'nowhere'}"]))

@@ -319,7 +319,7 @@ def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: 
     spec = run.spec(checkpoint_every=1)
     broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
     with torch.no_grad():
-        broken.score.weight.fill_(float("inf"))
+        broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
         model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optimizer=OptimizerSpec(lr=1e-3, steps=2)
@@ -333,7 +333,7 @@ def test_where_the_critic_is_not_finite_both_models_skip(tmp_path: Path, model: 
     run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
     broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
     with torch.no_grad():
-        broken.score.weight.fill_(float("inf"))
+        broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
         model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optimizer=OptimizerSpec(lr=1e-3, steps=2)

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from rayalign.data.store import TokenStore, commit_store
 from rayalign.engine.canary import RESPONSE_TOKENS
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.metrics import read_metrics
+from rayalign.engine.source import Weights
 from rayalign.errors import Stopped, UserError
 from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import read_manifest
 from rayalign.runtime.pool import ItemKilled, PoolClosed
-from rayalign.sources.chunk import Chunk, ChunkMaker
+from rayalign.sources.chunk import Chunk, ChunkMaker, refuse_broken_weights
 from rayalign.sources.label import LabelSpec
 from rayalign.sources.off_policy import StoredGroups
 from rayalign.sources.rounds import RoundPlan
@@ -207,11 +208,44 @@ def test_other_weights_are_refused(tmp_path: Path, model: Path, file: Path) -> N
     damaged = replace(
         chunk, weights=replace(chunk.weights, canary=tuple(value - 0.1 for value in chunk.weights.canary))
     )
-    with pytest.raises(UserError, match=r"score a fixed sequence 0\.1 nats per token away from the trainer"):
+    told = (
+        r"score a fixed sequence 0\.1 nats per token away from the trainer .*: they arrived as they were sent, so that"
+    )
+    with pytest.raises(UserError, match=told):
         ChunkMaker()((run.job.spec, damaged))
     not_a_number = replace(chunk, weights=replace(chunk.weights, canary=(float("nan"),) * RESPONSE_TOKENS))
     with pytest.raises(UserError, match="inf nats per token"):
         ChunkMaker()((run.job.spec, not_a_number))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """An engine that scores the fixed sequence as ``value`` and holds weights of the digest ``found``."""
+
+    value: float
+    found: str | None
+
+    def canary(self) -> tuple[float, ...]:
+        return (self.value,) * RESPONSE_TOKENS
+
+    def digest(self) -> str | None:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        ("sent", "they arrived as they were sent, so that this process computes otherwise than the trainer"),
+        ("other", "they were damaged on the way$"),
+        (None, "either they were damaged on the way, or vLLM computes this family otherwise than transformers"),
+    ],
+)
+def test_why_an_engine_scores_otherwise_is_said(found: str | None, cause: str) -> None:
+    canary = (-3.0,) * RESPONSE_TOKENS
+    weights = Weights(step=4, attempt="a", digest="sent", canary=canary, directory=None, num_bytes=0)
+    refuse_broken_weights(Scored(value=-3.0, found=found), weights, torch.float32)
+    with pytest.raises(UserError, match=rf"the weights of step 4 score .* 0\.5 nats .* \(limit .*\): {cause}"):
+        refuse_broken_weights(Scored(value=-2.5, found=found), weights, torch.float32)
 
 
 def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: Path, model: Path) -> None:
