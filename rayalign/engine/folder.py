@@ -31,6 +31,8 @@ VOCABULARIES = ("tokenizer*", "vocab*", "*.model")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INSIDE = ("*/config.json", "snapshots/*/config.json", "*/adapter_config.json")
+"""Where the models of a folder of checkpoints lie, of Hugging Face's cache, or of an adapter that has a name."""
 LFS_POINTER = b"version https://git-lfs"
 FIELD = "model.name"
 """The setting that names a model, unless another is given."""
@@ -183,7 +185,7 @@ def tokenizer_directory(directory: Path, *, field: str = FIELD) -> Path:
 def refuse_pointers(directory: Path, *, field: str = FIELD) -> None:
     """Raise UserError where one of a tokenizer's files is a pointer of Git LFS."""
     for path in matching(directory, TOKENIZER_FILES):
-        if path.read_bytes().startswith(LFS_POINTER):
+        if _is_pointer(path):
             raise UserError(f"{field}: {path} {_POINTER}")
 
 
@@ -226,6 +228,9 @@ def _instead_of_config(directory: Path) -> str:
         return f"it holds GGUF files. {_GGUF}"
     if any(directory.glob("consolidated*")) or (directory / "params.json").is_file():
         return "it holds weights as their authors trained them; name the model in Hugging Face layout"
+    inside = matching(directory, INSIDE)
+    if inside:
+        return f"name the model inside it, such as {inside[-1].parent}"
     return "name a directory in Hugging Face layout"
 
 
@@ -248,10 +253,13 @@ _POINTER = "is a pointer of Git LFS, not the file itself: run git lfs pull in th
 _GGUF = "GGUF is llama.cpp's format of quantised weights: name the model that it was made from"
 
 
-def _damage(file: Path, error: Exception) -> str:
+def _is_pointer(file: Path) -> bool:
     with file.open("rb") as stream:
-        start = stream.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _damage(file: Path, error: Exception) -> str:
+    if _is_pointer(file):
         return _POINTER
     return f"is cut short or damaged ({error}): copy or download it again"
 

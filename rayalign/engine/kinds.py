@@ -36,10 +36,12 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, field: str 
     refuse_quantised(facts, directory, field)
     refuse_foreign_code(facts, directory, trust_remote_code=trust_remote_code, field=field)
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except FAILURES as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: {directory / CONFIG} is refused by transformers: {told}") from error
+    vars(config).pop("quantization_config", None)  # an empty one, which transformers takes for a method without name
+    return config
 
 
 def refuse_quantised(facts: Mapping[str, Any], directory: Path, field: str) -> None:

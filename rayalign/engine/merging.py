@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rayalign.engine.folder import ADAPTER_CONFIG, FIELD, tensors_of
+from rayalign.engine.kinds import FAILURES
+from rayalign.engine.loading import refuse_nonfinite
 from rayalign.engine.lora import WEIGHTS, refuse_missing_peft
 from rayalign.engine.scalar import HEAD_WEIGHT
 from rayalign.errors import UserError
@@ -34,7 +36,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
     are one tensor in the base become two where the adapter makes them differ.
 
     Raises:
-        UserError: the adapter cannot be merged, or has no place for one of its tensors, or lacks one.
+        UserError: the adapter cannot be merged, has no place for one of its tensors or lacks one, or makes a weight
+            that is not a number, or infinite.
         MissingExtra: peft is not installed.
     """
     refuse_missing_peft()
@@ -66,11 +69,13 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
             merged: PreTrainedModel = blank or adapted.merge_and_unload(safe_merge=False)
     except UserError:
         raise
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"{field}: peft cannot put the adapter in {directory} upon its base: {told}") from error
+    except FAILURES as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+        raise UserError(f"{field}: peft cannot put the adapter in {directory} upon its base ({told})") from error
     if tie is not None:
         settle(merged, tied=tie)
+    if not skeleton:
+        refuse_nonfinite(merged, directory, field=field)
     merged.requires_grad_(True)
     return merged
 

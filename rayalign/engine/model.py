@@ -233,14 +233,25 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: s
     """The tokenizer that stands beside a model, or beside the base of an adapter.
 
     Raises:
-        UserError: there is none, or transformers refuses it.
+        UserError: there is none, transformers refuses it, or it writes control tokens as words.
     """
     place = tokenizer_directory(directory, field=field)
+    refuse_pointers(place, field=field)
+    return open_tokenizer(str(place), trust_remote_code=trust_remote_code, field=field)
+
+
+def open_tokenizer(name: str, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a Hub id; raises as :func:`load_tokenizer` does."""
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except FAILURES as error:
-        refuse_pointers(place, field=field)
-        raise UserError(f"{field}: the tokenizer in {place} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{field}: the tokenizer in {name} cannot be loaded: {first_line(error)}") from error
+    if getattr(found, "split_special_tokens", False):
+        raise UserError(
+            f"{field}: the tokenizer in {name} says split_special_tokens: true, so that the control tokens of its "
+            "chat template become words: remove that from tokenizer_config.json"
+        )
+    return found
 
 
 def save_pretrained(

@@ -164,7 +164,7 @@ def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_
     with pytest.raises(UserError, match=r"no directory /nowhere/model.* is an adapter, and its adapter_config"):
         refuse_unusable(ModelSpec(name=str(folder)))
     rename(folder, base=str(bases["gpt2"]))
-    with pytest.raises(UserError, match=r"peft cannot put the adapter in .* upon its base: .*q_proj"):
+    with pytest.raises(UserError, match=r"peft cannot put the adapter in .* upon its base \(.*q_proj.*\)"):
         refuse_unusable(ModelSpec(name=str(folder)))
     rename(folder, base=str(bases["llama"]))
     file = folder / "adapter_model.safetensors"
@@ -175,6 +175,13 @@ def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_
         refuse_unusable(ModelSpec(name=str(folder)))
     save_file({**found, name.replace("q_proj", "z_proj"): found[name].clone()}, file)
     with pytest.raises(UserError, match=r"holds 1 tensors without a place, such as .*z_proj"):
+        refuse_unusable(ModelSpec(name=str(folder)))
+    save_file({**found, name: torch.full_like(found[name], torch.nan)}, file)
+    with pytest.raises(UserError, match=r"adapter holds weights that are no finite numbers, in 1 of its tensors: .*q_"):
+        load_policy(ModelSpec(name=str(folder)))
+    configuration = folder / "adapter_config.json"
+    configuration.write_text(json.dumps({**json.loads(configuration.read_text()), "megatron_config": {"a": 1}}))
+    with pytest.raises(UserError, match=r"peft cannot put the adapter in .* \(ModuleNotFoundError: .*megatron"):
         refuse_unusable(ModelSpec(name=str(folder)))
     file.rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match=r"holds a pickled adapter"):
