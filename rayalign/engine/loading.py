@@ -125,6 +125,19 @@ def refuse_whole_numbers(blank: PreTrainedModel, source: Source, shapes: Mapping
         )
 
 
+def made_of(blank: PreTrainedModel, source: Source, names: Collection[str]) -> frozenset[str]:
+    """The tensors of the model that are made of the given ones of the files, alone or with others."""
+    part = refuse_unfit(blank, source)
+    tensors = tensors_of(weight_files(source.directory, field=source.field), field=source.field)
+    shapes = of_part(part, {name: like(own) for name, own in tensors.items()})
+    others = {name: own for name, own in shapes.items() if name not in names}
+    try:
+        before, after = (set(matched(blank, given, place=META)[1].missing) for given in (shapes, others))
+    except RuntimeError:  # some of a layer's experts are left, and not others: they become one tensor
+        return frozenset()
+    return frozenset(after - before)
+
+
 def matched(
     blank: PreTrainedModel, tensors: Mapping[str, Any], *, place: torch.device | None = None
 ) -> tuple[PreTrainedModel, Mismatch]:
@@ -142,9 +155,17 @@ def matched(
         )
     return model, Mismatch(
         missing=tuple(sorted(found["missing_keys"])),
-        unexpected=tuple(sorted(found["unexpected_keys"])),
+        unexpected=tuple(sorted(name for name in found["unexpected_keys"] if not is_mask(name, tensors))),
         other_shape=tuple(sorted((name, tuple(own), tuple(wanted)) for name, own, wanted in found["mismatched_keys"])),
     )
+
+
+def is_mask(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a tensor without a place is a causal mask, or what masked scores become: old files hold them."""
+    if name not in tensors:
+        return False
+    shape = tensors[name].shape if isinstance(tensors[name], torch.Tensor) else tensors[name].get_shape()
+    return name.endswith(".masked_bias") or (len(shape) == 4 and shape[0] == shape[1] == 1 < shape[2] == shape[3])
 
 
 def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:

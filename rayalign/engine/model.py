@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,10 +39,10 @@ from rayalign.engine.folder import (
 from rayalign.engine.generation import generation_config
 from rayalign.engine.group_attention import GROUP_ATTENTION
 from rayalign.engine.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
-from rayalign.engine.loading import META, Source, load_weights, quiet, refuse_unfit
+from rayalign.engine.loading import META, Source, load_weights, made_of, quiet, refuse_unfit
 from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.merging import brings_head, merge_adapter
-from rayalign.engine.precision import EXACT, Precision
+from rayalign.engine.precision import EXACT, Precision, SaveDtype, precision_of
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, is_classifier, prepare_export, set_one_output
 from rayalign.errors import UserError, first_line
 
@@ -204,6 +204,16 @@ def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Sourc
         text_only=spec.text_only,
         backbone=blank.base_model_prefix if spec.head is not None else None,
     )
+
+
+def kept_precision(spec: ModelSpec, wanted: SaveDtype) -> Precision:
+    """In which precision a model that begins as ``spec`` is saved, by the names that its tensors have in memory."""
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    found = precision_of(weights_directory(directory, field=spec.field), wanted, field=spec.field)
+    if not found.exact:
+        return found
+    blank = blank_model(spec, directory, CPU)
+    return replace(found, exact=found.exact | made_of(blank, source_of(spec, directory, blank), found.exact))
 
 
 def has_new_head(spec: ModelSpec, directory: Path) -> bool:

@@ -281,6 +281,13 @@ def test_a_tokenizer_that_writes_control_tokens_as_words(llama: Path, tmp_path: 
 
 HARMLESS: dict[str, Edit] = {
     "frequencies of RoPE": with_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", 1.0),
+    "causal masks": tensors(
+        lambda found: {
+            **found,
+            "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+            "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
+        }
+    ),
     "two files": sharded,
     "no quantisation": configuration(quantization_config={}),
     "whole numbers of no account": tensors(
