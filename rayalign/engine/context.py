@@ -155,14 +155,15 @@ def refuse_unknown_tokens(store: TokenStore, vocabulary: int, model: str, tokeni
     if max(tokenizer.get_vocab().values(), default=0) < vocabulary:
         return
     for row in range(len(store)):
-        group = store[row]
-        refuse_unknown_ids(
-            [*group.prompt_ids.tolist(), *(token for own in group.candidates for token in own.ids.tolist())],
-            vocabulary,
-            model,
-            tokenizer,
-            name=store.index.name(row),
-        )
+        refuse_unknown_group(store[row], vocabulary, model, tokenizer, name=store.index.name(row))
+
+
+def refuse_unknown_group(group: Group, vocabulary: int, model: str, tokenizer: Any, *, name: str = "") -> None:
+    """The same of one row, which goes by its source and line."""
+    parts = [group.prompt_ids, *(own.ids for own in group.candidates)]
+    if max(int(part.max(initial=0)) for part in parts) >= vocabulary:
+        ids = [token for part in parts for token in part.tolist()]
+        refuse_unknown_ids(ids, vocabulary, model, tokenizer, name=name or f"{group.source}:{group.line}")
 
 
 def refuse_unknown_ids(ids: Sequence[int], vocabulary: int, model: str, tokenizer: Any, *, name: str) -> None:

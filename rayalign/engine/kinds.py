@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -14,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rayalign.engine.folder import CONFIG, FIELD, read_json, some
-from rayalign.errors import UserError
+from rayalign.errors import UserError, first_line
 
 KIND = "AutoModelForCausalLM"
 MASKED = ("ForMaskedLM", "ForPreTraining")
@@ -103,6 +105,20 @@ def refuse_encoder(config: PretrainedConfig, directory: Path, field: str = FIELD
             f"{field}: {directory} is a model with an encoder and a decoder ({config.model_type}); name one that only "
             "decodes, such as a Llama or a Qwen"
         )
+
+
+@contextlib.contextmanager
+def computing(config: PretrainedConfig, field: str = FIELD) -> Iterator[None]:
+    """Raise UserError where a model of a configuration can be made, and the block that computes with it fails."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except FAILURES as error:
+        raise UserError(
+            f"{field}: a {config.model_type} model of this configuration computes nothing ({type(error).__name__}: "
+            f"{first_line(error)}): a value in its {CONFIG} does not go with the others, or the family's code fails"
+        ) from error
 
 
 def _fills_gaps(config: PretrainedConfig) -> bool:

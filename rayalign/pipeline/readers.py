@@ -23,6 +23,7 @@ from rayalign.engine.context import (
     refuse_long_group,
     refuse_long_prompt,
     refuse_long_rows,
+    refuse_unknown_group,
     refuse_unknown_ids,
     refuse_unknown_tokens,
     vocabulary_of,
@@ -218,10 +219,7 @@ def refuse_group(group: Group, readers: Sequence[Reader], *, new_tokens: int = 0
     """The same of one row that is not stored; with ``new_tokens`` so many are drawn after its prompt."""
     for reader in readers:
         refuse_long_group(group, reader.context, reader.name, new_tokens=new_tokens, drawn=drawn)
-        parts = [group.prompt_ids, *(own.ids for own in group.candidates)]
-        if max(int(part.max(initial=0)) for part in parts) >= reader.vocabulary:
-            ids, name = [token for part in parts for token in part.tolist()], f"{group.source}:{group.line}"
-            refuse_unknown_ids(ids, reader.vocabulary, reader.name, reader.tokenizer, name=name)
+        refuse_unknown_group(group, reader.vocabulary, reader.name, reader.tokenizer)
 
 
 def refuse_long_questions(prompts: tuple[Prompt, ...], run: RunConfig) -> None:

@@ -122,3 +122,14 @@ def test_answers_beyond_what_the_model_reads(folder: Path) -> None:
     assert done.code == 2 and "pairs.jsonl:6 has" in told and "reads 64 (max_position_embeddings)" in told
     short = ("--max-tokens", "64", "--max-prompt-tokens", "32")  # as the message says
     assert evaluated(folder / "rm", pairs, arguments=short)["cut_answers"] == 1
+
+
+def test_tokens_beyond_the_embedding(folder: Path) -> None:
+    """The embedding would grow by rows of zeros, as it may where a reward model is trained."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "rm")
+    tokenizer.add_tokens(["Zanzibar"])
+    tokenizer.save_pretrained(folder / "rm")
+    assert evaluated(folder / "rm", write(folder / "pairs.jsonl", PAIRS))["pairs"] == len(PAIRS)
+    pairs = write(folder / "pairs.jsonl", [*PAIRS, {"prompt": "Where?", "chosen": "Zanzibar.", "rejected": "No."}])
+    done = rayalign("evaluate", str(folder / "rm"), "--pairs", pairs)
+    assert done.code == 2 and "pairs.jsonl:6 has the token 'Zanzibar'" in " ".join(done.printed.split())
