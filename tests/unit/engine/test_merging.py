@@ -158,6 +158,39 @@ def test_a_reward_models_adapter_brings_its_head(bases: dict[str, Path], tmp_pat
     assert torch.equal(loaded.score.weight, head)
 
 
+def test_adapters_on_single_experts(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As peft made them before transformers fused experts: W + (α / r) B A of each. Other scales are refused."""
+    base, layers, names = bases["qwen3_moe"], {}, ("gate_proj", "up_proj", "down_proj")
+    file = tmp_path / "merged" / "model.safetensors"
+    shutil.copytree(base, file.parent)
+    found = load_file(file)
+    torch.manual_seed(0)
+    for name in [name for name in found if ".experts." in name]:
+        weight = found[name]
+        A, B = 0.3 * torch.randn(3, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], 3)
+        found[name] = weight + 5 / 3 * B @ A
+        short = "base_model.model." + name.removesuffix(".weight")
+        layers |= {f"{short}.lora_A.weight": A, f"{short}.lora_B.weight": B}
+    save_file(found, file, metadata={"format": "pt"})
+    folder = tmp_path / "adapter"
+    LoraConfig(
+        r=3, lora_alpha=5, target_modules=list(names), base_model_name_or_path=str(base), task_type="CAUSAL_LM"
+    ).save_pretrained(folder)
+    save_file(layers, folder / "adapter_model.safetensors")
+    byte_level(template=CHATML).save_pretrained(folder)
+    refuse_unusable(ModelSpec(name=str(folder)))
+    expected = logits(AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32))
+    torch.testing.assert_close(logits(load_policy(ModelSpec(name=str(folder)))[0]), expected, atol=1e-5, rtol=0)
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    for setting in ({"use_rslora": True}, {"alpha_pattern": dict.fromkeys(names, 4)}):
+        path.write_text(json.dumps({**saved, **setting}))
+        with pytest.raises(
+            UserError, match=rf"adapter on single experts with (use_rslora|{next(iter(setting))}), which"
+        ):
+            refuse_unusable(ModelSpec(name=str(folder)))
+
+
 def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     rename(folder, base="/nowhere/model")
