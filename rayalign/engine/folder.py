@@ -83,8 +83,8 @@ def weight_files(directory: Path, *, field: str = FIELD) -> list[Path]:
     if not (directory / INDEX).is_file():
         raise UserError(f"{field}: {directory} {_instead_of_weights(directory, field)}")
     places = read_json(directory / INDEX, field).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{field}: {directory / INDEX} has no weight_map: copy it again")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{field}: {directory / INDEX} has no weight_map that names files: copy it again")
     names = sorted(set(places.values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
@@ -153,7 +153,7 @@ def adapter_base(directory: Path, *, field: str = FIELD) -> Path:
         return directory
     facts = read_json(directory / ADAPTER_CONFIG, field)
     name = facts.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"{field}: {directory / ADAPTER_CONFIG} does not say base_model_name_or_path: write it there")
     beside = directory / expanded(name, field=field)
     try:

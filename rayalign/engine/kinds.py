@@ -37,11 +37,16 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, field: str 
     facts = read_json(directory / CONFIG, field)
     refuse_quantised(facts, directory, field)
     refuse_foreign_code(facts, directory, trust_remote_code=trust_remote_code, field=field)
+    classes = facts.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise UserError(f"{field}: {directory / CONFIG} has architectures that are no list of names: copy it again")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except FAILURES as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: {directory / CONFIG} is refused by transformers: {told}") from error
+    if not isinstance(config.get_text_config(), PretrainedConfig):
+        raise UserError(f"{field}: {directory / CONFIG} has a text_config, which {config.model_type} models have not")
     vars(config).pop("quantization_config", None)  # an empty one, which transformers takes for a method without name
     return config
 
@@ -49,10 +54,11 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, field: str 
 def refuse_quantised(facts: Mapping[str, Any], directory: Path, field: str) -> None:
     """Raise UserError where a configuration says that the weights are quantised."""
     parts = [facts, *(value for value in facts.values() if isinstance(value, Mapping))]
-    found: Mapping[str, Any] | None = next(filter(None, (part.get("quantization_config") for part in parts)), None)
+    found: Any = next(filter(None, (part.get("quantization_config") for part in parts)), None)
     if found is None:
         return
-    kind = found.get("quant_method") or ("bitsandbytes" if any("load_in_" in key for key in found) else "some method")
+    known = found if isinstance(found, Mapping) else {"quant_method": found}
+    kind = known.get("quant_method") or ("bitsandbytes" if any("load_in_" in key for key in known) else "some method")
     raise UserError(
         f"{field}: the weights in {directory} are quantised ({kind}, see quantization_config in its {CONFIG}), and "
         "what is trained or scored here is whole: name the model that they were made from, or a copy of them that was "

@@ -175,6 +175,7 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
         refuse_no_language_model(config, base, spec.field)
         config = as_text(config, base, text_only=spec.text_only, field=spec.field)
     silence_dropout(config)
+    config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
     kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
     try:
         with META:
@@ -256,6 +257,10 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False, field: str = F
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except FAILURES as error:
         raise UserError(f"{field}: the tokenizer in {name} cannot be loaded: {first_line(error)}") from error
+    if not isinstance(found.model_max_length, int | float):
+        raise UserError(
+            f"{field}: the tokenizer in {name} says model_max_length: {found.model_max_length!r}, no number"
+        )
     if getattr(found, "split_special_tokens", False):
         raise UserError(
             f"{field}: the tokenizer in {name} says split_special_tokens: true, so that the control tokens of its "

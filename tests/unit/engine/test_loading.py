@@ -196,6 +196,18 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         own_code,
         r"code of its own \(tinyx.py\), which runs only if you say so: .*model.trust_remote_code: true",
     ),
+    "classes that are no names": (configuration(architectures=[None]), r"has architectures that are no list of names"),
+    "a part that the type has not": (
+        configuration(text_config={"vocab_size": 4}),
+        r"has a text_config, which llama models have not",
+    ),
+    "an index without names": (
+        lambda directory: sharded(directory) or content(
+            lambda data: b'{"weight_map": {"lm_head.weight": null}}', "model.safetensors.index.json"
+        )(directory),
+        r"index.json has no weight_map that names files",
+    ),
+    "quantised somehow": (configuration(quantization_config="awq"), r"are quantised \(awq, see quantization"),
     "AWQ": (
         configuration(quantization_config={"quant_method": "awq", "bits": 4}),
         r"are quantised \(awq, see quantization",
@@ -290,6 +302,7 @@ HARMLESS: dict[str, Edit] = {
     ),
     "two files": sharded,
     "no quantisation": configuration(quantization_config={}),
+    "further outputs": configuration(output_attentions=True, output_hidden_states=True, return_dict=False),
     "whole numbers of no account": tensors(
         lambda found: {**found, "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4)}
     ),

@@ -113,7 +113,7 @@ def test_a_base_beside_its_adapter_is_not_looked_for_elsewhere(bases: dict[str, 
     assert not torch.equal(logits(model), logits(load_policy(ModelSpec(name=str(bases["llama"])))[0]))
 
 
-def rename(folder: Path, *, base: str) -> None:
+def rename(folder: Path, *, base: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
 
@@ -195,6 +195,9 @@ def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_
     folder = adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     rename(folder, base="/nowhere/model")
     with pytest.raises(UserError, match=r"no directory /nowhere/model.* is an adapter, and its adapter_config"):
+        refuse_unusable(ModelSpec(name=str(folder)))
+    rename(folder, base=5)
+    with pytest.raises(UserError, match=r"adapter_config.json does not say base_model_name_or_path: write it there"):
         refuse_unusable(ModelSpec(name=str(folder)))
     rename(folder, base=str(bases["gpt2"]))
     with pytest.raises(UserError, match=r"peft cannot put the adapter in .* upon its base \(.*q_proj.*\)"):
