@@ -62,6 +62,8 @@ def model_directory(name: str, revision: str | None = None, *, field: str = FIEL
                 f"{field}: there is no directory {path}: name an existing one, or a Hub id such as org/model"
             )
         path = _from_hub(name, revision, field)
+    elif revision is not None:
+        raise UserError(f"{field}: {path} is a folder, which has no revision {revision}: remove revision")
     if not (path / CONFIG).is_file() and not is_adapter(path):
         raise UserError(f"{field}: {path} has no config.json: {_instead_of_config(path)}")
     return path
@@ -157,7 +159,11 @@ def adapter_base(directory: Path, *, field: str = FIELD) -> Path:
         raise UserError(f"{field}: {directory / ADAPTER_CONFIG} does not say base_model_name_or_path: write it there")
     beside = directory / expanded(name, field=field)
     try:
-        base = model_directory(str(beside) if beside.is_dir() else name, facts.get("revision"), field=field)
+        place = beside if beside.is_dir() else expanded(name, field=field)
+        is_local = place.is_dir()
+        base = model_directory(
+            str(place) if is_local else name, None if is_local else facts.get("revision"), field=field
+        )
     except UserError as error:
         raise UserError(f"{error}. {directory} is an adapter, and its {ADAPTER_CONFIG} names that base") from error
     if not (base / CONFIG).is_file():

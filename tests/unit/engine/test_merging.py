@@ -115,7 +115,8 @@ def test_a_base_beside_its_adapter_is_not_looked_for_elsewhere(bases: dict[str, 
 
 def rename(folder: Path, *, base: object) -> None:
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    changes = {"base_model_name_or_path": base, "revision": "main"}  # of the base where it came from the Hub
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_relative_base_lies_beside_the_adapter(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def test_scores_are_the_models_logits_one_by_one(tmp_path: Path) -> None:
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no directory"):
         make_scorer("reward_model", model=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="scorer.model: .*one is a folder, which has no revision v2: remove revision"):
+        make_scorer("reward_model", model=str(save(tmp_path / "one")), revision="v2")
     with pytest.raises(UserError, match="scorer.model: .*two has 2 outputs; a reward model has one"):
         make_scorer("reward_model", model=str(save(tmp_path / "two", labels=2)))
     short = make_scorer("reward_model", model=str(save(tmp_path / "short", context=16)))
