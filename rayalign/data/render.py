@@ -73,7 +73,8 @@ def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, 
     rules = {"transcript"} if asked is not example else set()
     if not rendered:
         if not example.drawn:
-            refuse_rendered(given, controls, end=speaker.endings.run)
+            was_text = isinstance(asked.prompt, str) and not isinstance(given.prompt, str)
+            refuse_rendered(given, controls, end=speaker.endings.run, was_text=was_text)
         words = shielded(given, controls)
         rules |= {"spelled"} if words is not given else set()
         given = words
