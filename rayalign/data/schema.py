@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rayalign.config.variables import refuse_truths_as_texts
 from rayalign.data.records import BadRow, RawRow, excerpt_of
 
 Fields = Mapping[str, Any]
@@ -163,7 +164,10 @@ def template_kwargs(row: Fields) -> Fields:
         return {}
     if not isinstance(value, dict):
         raise RowProblem("chat_template_kwargs", f"chat_template_kwargs must be an object, not a {kind(value)}")
-    return value
+    try:
+        return refuse_truths_as_texts(value)
+    except ValueError as error:
+        raise RowProblem("chat_template_kwargs", f"chat_template_kwargs: {error}") from error
 
 
 def _from_json(value: Any, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import datasets
 import families
 import pytest
 import tiny_tokenizers as tiny
+from pydantic import ValidationError
 from shapes import ASK, TOOLS, answer, call, pair, result, user
 
+from rayalign.config.data import DataConfig, DataSource
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.records import BadRow, RawRow
@@ -142,6 +145,17 @@ def test_a_null_that_somebody_wrote_stays() -> None:
     assert '"unit": null' in learned(row, QWEN)[0]
 
 
+@pytest.mark.parametrize("said", ["false", "True", " null"])
+def test_a_truth_value_in_quotes_is_no_variable_of_a_template(said: str) -> None:
+    row = {"prompt": "a", "completion": "b", "chat_template_kwargs": {"enable_thinking": said}}
+    told = f"enable_thinking is the text {said!r}, which a template takes for true"
+    assert told in refusal(row, make_chat(families.tokenizer_of("qwen3")))
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        DataConfig.model_validate({"train": ["a.jsonl"], "chat_template_kwargs": {"enable_thinking": said}})
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        DataSource.model_validate({"path": "a.jsonl", "chat_template_kwargs": {"enable_thinking": said}})
+
+
 # Prompts of families that are not here, and pictures.
 
 ASKED = {
@@ -219,3 +233,29 @@ def test_what_may_be_a_prompt_is_never_left_out(row: dict[str, Any], reason: str
 def test_the_index_of_a_table_only_describes(name: str) -> None:
     example = parse_row(RawRow(source="r", line=1, value={name: "0", "prompt": "a", "completion": "b"}))
     assert isinstance(example, Example) and (example.unread, example.metadata) == ((), (name,))
+
+
+# Templates that do something to certain words, which marks in their place do not show.
+
+CALLS = "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+SHORTENED = {
+    "thought": "{% if m.reasoning_content %}<think>{{ m.reasoning_content[:12] }}</think>{% endif %}{{ m.content }}",
+    "argument": "{{ m.content }}" + CALLS.replace("call.function | tojson", "(call.function | tojson)[:70]"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("thought", "a long thought of many words"), ("argument", " ".join(f"far{place}" for place in range(30)))],
+)
+def test_a_template_that_shortens_long_words_is_noticed(kind: str, words: str) -> None:
+    body = SHORTENED[kind]
+    source = tiny.CHATML.replace("{{ message.content }}", "{% set m = message %}" + body)
+    assert source != tiny.CHATML
+    chat = make_chat(tiny.byte_level(template=source))
+    said = {"reasoning_content": words} if kind == "thought" else {"tool_calls": [call({"place": words})]}
+    assert f"writes turn 2 (assistant) otherwise: {words.strip()[:60]!r} is not in it" in refusal(
+        {"messages": [ASK, answer("b", **said)]}, chat
+    )
+    short = {"reasoning_content": "hm"} if kind == "thought" else {"tool_calls": [call({"place": "sky"})]}
+    assert len(learned({"messages": [ASK, answer("b", **short)]}, chat)) == 1
