@@ -29,7 +29,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "unfinished": "an answer that was cut off stands as it was drawn, without an end token",
         "spelled": "control tokens that somebody spells are tokenized as text",
         "transcript": "a prompt `Human: … Assistant:` is read as turns",
-        "names": "the template leaves out a `name`, or another field of a turn that it does not know",
+        "names": "the template leaves out a `name`, or a field of a turn or a detail of a tool that it does not know",
     }
 )
 """Where a row's text is not its conversation as the template writes it whole: told and counted."""

@@ -259,3 +259,45 @@ def test_a_template_that_shortens_long_words_is_noticed(kind: str, words: str) -
     )
     short = {"reasoning_content": "hm"} if kind == "thought" else {"tool_calls": [call({"place": "sky"})]}
     assert len(learned({"messages": [ASK, answer("b", **short)]}, chat)) == 1
+
+
+# Tools, in all their details.
+
+TYPED = {
+    "type": "object",
+    "title": "Ztitle",
+    "properties": {
+        "zplace": {"type": "string", "description": "Zwhere", "enum": ["zsky", "zsea"], "default": "zsky"},
+        "zmany": {"type": "array", "items": {"type": "object", "properties": {"zdeep": {"type": "number"}}}},
+    },
+    "required": ["zplace"],
+}
+TYPED_TOOL = {"type": "function", "function": {"name": "zlook", "description": "Zlooks.", "parameters": TYPED}}
+
+
+@pytest.mark.parametrize(
+    ("family", "rules"), [("qwen2_5", set()), ("llama3_1", set()), ("gptoss", {"names"}), ("gemma4_v5", {"names"})]
+)
+def test_details_of_tools_that_a_template_leaves_out_are_told(family: str, rules: set[str]) -> None:
+    """Every keyword is in the prompt, or a rule says that one is not."""
+    chat = make_chat(families.tokenizer_of(family))
+    row = {"tools": [TYPED_TOOL], "prompt": [ASK], "completion": [answer("b")]}
+    (outcome,) = rows_to_groups([RawRow(source="r", line=1, value=row)], chat, SETTINGS)
+    assert isinstance(outcome, Tokenized) and outcome.rules == rules
+    prompt = chat.tokenizer.decode(outcome.group.prompt_ids)
+    names = ("zlook", "Zlooks.", "zplace", "Zwhere", "zsky", "zsea", "zmany", "zdeep")
+    assert all(word in prompt for word in names) and ("Ztitle" in prompt) == (rules == set())
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"),
+    [("{{ name }} {{ own.description }}", "zsky"), ("{{ name }} {{ own.description }} {{ own.enum }}", "zdeep")],
+)
+def test_parameters_that_a_template_leaves_out_are_missed(written: str, lost: str) -> None:
+    source = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {{ tool.function.description }}"
+        "{% for name, own in tool.function.parameters.properties.items() %} " + written + "{% endfor %}{% endfor %}"
+    )
+    chat = make_chat(tiny.byte_level(template=source + tiny.CHATML))
+    row = {"tools": [TYPED_TOOL], "prompt": [ASK], "completion": [answer("b")]}
+    assert f"leaves out '{lost}' of the tools" in refusal(row, chat)
