@@ -21,6 +21,7 @@ from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.errors import UserError
 
 SETTINGS = TokenizeSettings(max_prompt_tokens=10_000, max_tokens=20_000)
 CHATML = make_chat(tiny.byte_level(template=tiny.CHATML))
@@ -301,3 +302,21 @@ def test_parameters_that_a_template_leaves_out_are_missed(written: str, lost: st
     chat = make_chat(tiny.byte_level(template=source + tiny.CHATML))
     row = {"tools": [TYPED_TOOL], "prompt": [ASK], "completion": [answer("b")]}
     assert f"leaves out '{lost}' of the tools" in refusal(row, chat)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ({"rag": tiny.CHATML}, "the tokenizer has chat templates by name (rag), and no default"),
+        (
+            "{{ range(10 ** 9) | length }}" + tiny.CHATML,
+            "the chat template refuses one user turn and one assistant turn",
+        ),
+        ("{{ 1 // (messages | length - 2) }}" + tiny.CHATML, "the chat template refuses one user turn"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_a_sentence(template: Any, reason: str) -> None:
+    tokenizer = tiny.byte_level()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=re.escape(reason)):
+        make_chat(tokenizer)
