@@ -33,8 +33,7 @@ _THOUGHT = """\
 {%- if before and not said.text.startswith(opening) and not answer.tool_calls and @CLOSES in answer.content %}
 {%- set spelled = @OPENS in answer.content.partition(@CLOSES)[0] %}
 {%- set words = answer.content.partition(@OPENS)[2].removeprefix(@SPACE) if spelled else answer.content %}
-{%- set is_kept = spelled and answer.content.strip() in said.text %}
-{%- if not is_kept and (not spelled or not answer.content.partition(@OPENS)[0].strip()) %}
+{%- if not spelled or not answer.content.partition(@OPENS)[0].strip() %}
 {%- set said.text = opening + words + @TAIL %}
 {%- endif %}
 {%- endif %}"""

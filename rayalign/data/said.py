@@ -111,7 +111,7 @@ class Speaker:
         if whole.startswith(opening):
             return self._ended(whole, len(opening))
         thought = continued_thought(answer, opening)
-        if thought is not None and not _is_spelled_in(answer, whole):
+        if thought is not None:
             closing = self.endings.split(whole)[1]
             return Said(opening + thought + closing, len(opening), len(opening) + len(thought), "thought")
         parted = shared_length(opening, whole)
@@ -193,12 +193,6 @@ def continued_thought(answer: Message, opening: str) -> str | None:
     if opened not in content.partition(THOUGHT_TAGS[opened])[0]:
         return content
     return None if content.partition(opened)[0].strip() else _after_tag(content, opening)
-
-
-def _is_spelled_in(answer: Message, whole: str) -> bool:
-    """Whether the template writes an answer with the thought that it spells, opening tag and all."""
-    content = str(answer["content"]).strip()
-    return content.startswith(tuple(THOUGHT_TAGS)) and content in whole
 
 
 def _opened(opening: str) -> str | None:

@@ -44,11 +44,6 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], str]] = {
         [pair(ASK, chosen=[thought("hm", "Blue.")], rejected=[thought("hu", "Green.")])],
         "texts",
     ),
-    "a thought that the template writes": (
-        "nemotron_3_nano",
-        [pair(ASK, chosen=[answer("<think></think>Blue.")], rejected=[answer("<think></think>Green.")])],
-        "turns",
-    ),
     "an end that the template does not write": ("glm4moe", [PLAIN], "texts"),
     "a date that is another today": ("llama3_2", [PLAIN], "texts"),
     "margins": ("qwen2_5", [{**PLAIN, "margin": 2.0, "soft_label": 0.75}], "turns"),
