@@ -152,7 +152,7 @@ def check(
         "eval": eval_files,
     }
     options = Options(
-        of_files={name: value for name, value in of_files.items() if value},
+        of_files={name: value for name, value in of_files.items() if value not in (None, [], {})},
         show=show,
         max_bad_fraction=max_bad_fraction,
         quarantine=quarantine,

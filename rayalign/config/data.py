@@ -17,6 +17,7 @@ from rayalign.config.fields import (
     listed,
 )
 from rayalign.config.suffixes import data_suffix, file_name
+from rayalign.config.variables import Variables
 
 Format = Literal[
     "auto",
@@ -114,7 +115,7 @@ class DataSource(Block):
     """Our column → the file's column, where the names differ."""
     system: Annotated[str | None, BY_CONTENT] = None
     """Overrides ``data.system`` for this source; an empty text is none."""
-    chat_template_kwargs: Annotated[dict[str, Any], BY_CONTENT] = {}
+    chat_template_kwargs: Annotated[Variables, BY_CONTENT] = {}
     """Added to ``data.chat_template_kwargs`` for this source."""
     weight: float = Field(default=1.0, gt=0)
     """Passes over the source per epoch."""
@@ -163,7 +164,7 @@ class DataConfig(Block):
     template: Annotated[TemplatePath, BY_CONTENT] = "auto"
     """auto: the tokenizer's chat template, or plain text where it has none. none: texts of rows are rendered already.
     Else a Jinja file."""
-    chat_template_kwargs: Annotated[dict[str, Any], BY_CONTENT] = {}
+    chat_template_kwargs: Annotated[Variables, BY_CONTENT] = {}
     """Variables of the template, such as ``enable_thinking: false``; a row's own column of this name wins."""
     date: Annotated[datetime.date, BY_CONTENT] = datetime.date(2024, 7, 26)
     """What templates write that ask for today's date, so that a row has the same tokens every day."""

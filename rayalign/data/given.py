@@ -64,13 +64,14 @@ def shown(example: Example, controls: ControlTokens) -> Example:
     return replace(example, prompt=controls.restore(example.prompt), candidates=controls.restore(example.candidates))
 
 
-def refuse_rendered(example: Example, controls: ControlTokens, *, end: str) -> None:
+def refuse_rendered(example: Example, controls: ControlTokens, *, end: str, was_text: bool) -> None:
     """Raise :class:`RowProblem` where a text is a rendered conversation, or an answer ends in the ``end`` token.
 
+    ``was_text``: the prompt was a text, of which a turn is made.
     Answers of which the row says whether they were finished were drawn: what stands in them is what a model wrote.
     """
     for words in _words(example.prompt):
-        controls.refuse_rendered(words, may_begin=isinstance(example.prompt, str))
+        controls.refuse_rendered(words, may_begin=isinstance(example.prompt, str), is_prompt=was_text)
     for answer in example.candidates if example.finished is None else ():
         for words in _words(answer):
             controls.refuse_rendered(words, end=end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from rayalign.data.said import Speaker
 from rayalign.data.schema import PLAIN, WEIGHT, Fields, Message, RowProblem, Turns, is_assistant
 from rayalign.data.spelled import THOUGHT_TAGS
 from rayalign.data.template import THOUGHTS, Context
+from rayalign.data.tool_words import tool_words
 
 LABELS = frozenset({"role", "id", "tool_call_id", "type", WEIGHT})
 """Fields of a turn that say who speaks of what to whom: they stand as they are, and a template may leave them out."""
@@ -107,7 +108,13 @@ class Marks:
         if verdict.lost:
             raise RowProblem("", verdict.lost)
         refuse_other_words(turns, text, self.tags)
-        return frozenset({"names"} if verdict.unnamed else ())
+        absent = [word for word in tool_words(context.tools or ()) if not _is_written(word.text, text)]
+        if lost := next((word.text for word in absent if word.needed), None):
+            raise RowProblem(
+                "",
+                f"the chat template leaves out {lost!r} of the tools: name a template that writes it in data.template",
+            )
+        return frozenset({"names"} if verdict.unnamed or absent else ())
 
     def _outline(self, turns: Turns, context: Context, answered: bool) -> str:
         """What two conversations have in common that a template writes alike, whatever their words."""
@@ -204,21 +211,52 @@ def _told(mark: Mark, turns: Turns) -> str:
 
 
 def refuse_other_words(turns: Turns, text: str, tags: re.Pattern[str]) -> None:
-    """Raise :class:`RowProblem` unless every content stands in ``text`` as it is, or as JSON.
+    """Raise :class:`RowProblem` unless every text that is said stands in ``text`` as it is, or as JSON.
 
     Marks have told that this structure is written; a template may still do something to certain words. What a history
     drops of earlier answers is left aside.
     """
     for place, turn in enumerate(turns):
-        earlier = place < len(turns) - 1 and is_assistant(turn)
-        if earlier and turn.get("tool_calls"):
-            continue
+        words = _words(turn, tags, is_earlier=place < len(turns) - 1 and is_assistant(turn))
+        absent = [word for word in words if word not in text and _as_json(word) not in text]
+        absent += [word for word in _arguments(turn) if not _is_written(word, text)]
+        if absent:
+            reason = (
+                f"the chat template writes turn {place + 1} ({turn['role']}) otherwise: {absent[0][:60]!r} is not in it"
+            )
+            raise RowProblem("", reason)
+
+
+def _as_json(word: str) -> str:
+    return json.dumps(word, ensure_ascii=False)[1:-1]
+
+
+def _is_written(argument: str, text: str) -> bool:
+    """Whether the argument of a call stands in a text: as JSON, or word by word, since notations of calls differ."""
+    return _as_json(argument) in text or all(run in text for run in re.findall(r"[A-Za-z0-9]+", argument))
+
+
+def _words(turn: Message, tags: re.Pattern[str], *, is_earlier: bool) -> Iterator[str]:
+    """The words and thoughts of a turn, without white space around them; of an earlier answer what a history keeps."""
+    if not (is_earlier and turn.get("tool_calls")):
         parts = tags.split(turn["content"])
-        for index in range(0, len(parts), 2):
-            word = parts[index].strip()
-            dropped = earlier and _kind(parts, index)
-            if word not in text and not dropped and json.dumps(word, ensure_ascii=False)[1:-1] not in text:
-                reason = (
-                    f"the chat template writes turn {place + 1} ({turn['role']}) otherwise: {word[:60]!r} is not in it"
-                )
-                raise RowProblem("", reason)
+        kept = (index for index in range(0, len(parts), 2) if not (is_earlier and _kind(parts, index)))
+        yield from (parts[index].strip() for index in kept)
+    if not is_earlier:
+        yield from (turn[name].strip() for name in THOUGHTS if isinstance(turn.get(name), str))
+
+
+def _arguments(turn: Message) -> Iterator[str]:
+    """The texts in the arguments of a turn's calls."""
+    for call in turn.get("tool_calls", ()):
+        arguments = call["function"].get("arguments") or {}
+        yield from _texts(json.loads(arguments or "{}") if isinstance(arguments, str) else arguments)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, without white space around it."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)

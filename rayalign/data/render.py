@@ -29,7 +29,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "unfinished": "an answer that was cut off stands as it was drawn, without an end token",
         "spelled": "control tokens that somebody spells are tokenized as text",
         "transcript": "a prompt `Human: … Assistant:` is read as turns",
-        "names": "the template leaves out a `name`, or another field of a turn that it does not know",
+        "names": "the template leaves out a `name`, or a field of a turn or a detail of a tool that it does not know",
     }
 )
 """Where a row's text is not its conversation as the template writes it whole: told and counted."""
@@ -73,7 +73,8 @@ def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, 
     rules = {"transcript"} if asked is not example else set()
     if not rendered:
         if not example.drawn:
-            refuse_rendered(given, controls, end=speaker.endings.run)
+            was_text = isinstance(asked.prompt, str) and not isinstance(given.prompt, str)
+            refuse_rendered(given, controls, end=speaker.endings.run, was_text=was_text)
         words = shielded(given, controls)
         rules |= {"spelled"} if words is not given else set()
         given = words

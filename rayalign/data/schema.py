@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rayalign.config.variables import refuse_truths_as_texts
 from rayalign.data.records import BadRow, RawRow, excerpt_of
 
 Fields = Mapping[str, Any]
@@ -22,10 +23,15 @@ WEIGHT = "weight"
 """Field of a turn: 0 where it is not to be trained."""
 PLAIN = frozenset({"role", "content"})
 """Fields of a turn that is words alone."""
-_WEIGHTS = (WEIGHT, "train", "trainable", "loss")
+_WEIGHTS = (
+    WEIGHT, "train", "trainable", "training", "loss", "loss_weight", "loss_mask", "learn", "do_train", "is_trainable",
+    "train_on", "train_on_turn",
+)  # fmt: skip
 """Names under which files say so."""
-_PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content)'")
-"""How a list of turns begins that Python printed."""
+_MAYBE_WEIGHT = re.compile(r".*(train|loss|learn|mask|weight|ignore|skip).*", re.IGNORECASE)
+"""Names that may say so as well, in a way that is not known."""
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")
+"""Names under which files have the arguments of a call."""
 
 
 class RowProblem(Exception):
@@ -94,7 +100,7 @@ def text(row: Fields, name: str) -> str:
 
 
 def turns(row: Fields, name: str) -> Turns:
-    value = decoded(required(row, name), name)
+    value = required(row, name)
     if not isinstance(value, list | tuple):
         raise RowProblem(name, f"{name} must be a list of turns, not a {kind(value)}")
     if not value:
@@ -104,26 +110,12 @@ def turns(row: Fields, name: str) -> Turns:
 
 def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
     """``may_be_empty``: an empty text is an answer too, which ends at once."""
-    value = decoded(required(row, name), name)
+    value = required(row, name)
     if isinstance(value, str):
         return value if may_be_empty else text(row, name)
     if isinstance(value, list | tuple):
         return turns({name: value}, name)
     raise RowProblem(name, f"{name} must be a text or a list of turns, not a {kind(value)}")
-
-
-def decoded(value: Any, name: str) -> Any:
-    """A conversation that is written as JSON text, as a conversation; any other value as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    if _PYTHON.match(value):
-        raise RowProblem(name, f"{name} is a list of turns as Python prints it; write it as JSON (json.dumps)")
-    try:
-        found = json.loads(value)
-    except ValueError:
-        return value
-    is_conversation = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
-    return found if is_conversation and any("role" in turn or "from" in turn for turn in found) else value
 
 
 def number(row: Fields, name: str) -> float:
@@ -172,7 +164,10 @@ def template_kwargs(row: Fields) -> Fields:
         return {}
     if not isinstance(value, dict):
         raise RowProblem("chat_template_kwargs", f"chat_template_kwargs must be an object, not a {kind(value)}")
-    return value
+    try:
+        return refuse_truths_as_texts(value)
+    except ValueError as error:
+        raise RowProblem("chat_template_kwargs", f"chat_template_kwargs: {error}") from error
 
 
 def _from_json(value: Any, name: str) -> Any:
@@ -214,6 +209,11 @@ def message(value: Any, place: str, name: str) -> Message:
     if not isinstance(fields.get("role"), str):
         raise RowProblem(name, f"{place} has no role")
     trained = [_weight(fields.pop(key), f"{place}.{key}", name) for key in _WEIGHTS if key in fields]
+    unknown = next(filter(_MAYBE_WEIGHT.fullmatch, fields), None) if fields["role"] == "assistant" else None
+    if unknown is not None:
+        raise RowProblem(
+            name, f"{place}.{unknown} may say that the answer is not to be learned: write weight: 0 or 1 in its place"
+        )
     calls = _calls(fields.pop("tool_calls", None), place, name)
     content = fields.get("content", "" if calls else None)
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -248,24 +248,23 @@ def _tool_call(value: Any, place: str, name: str) -> Fields:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowProblem(name, f"{place} names no function")
-    arguments = _from_json(function.get("arguments"), f"{place}.function.arguments")
-    if arguments is not None and not isinstance(arguments, dict):
-        raise RowProblem(name, f"{place}.function.arguments must be an object, not a {kind(arguments)}")
-    if "function" in call:
-        return {"type": "function", **call}
-    named = {"id": call["id"]} if "id" in call else {}
-    return {**named, "type": "function", "function": {key: call[key] for key in ("name", "arguments") if key in call}}
+    own = {**call, **function}
+    given = [key for key in _ARGUMENTS if own.get(key) is not None]
+    if len(given) > 1:
+        raise RowProblem(name, f"{place} has {given[0]} and {given[1]}: which are the arguments is not certain")
+    arguments = {"arguments": own[given[0]]} if given else {}
+    found = _from_json(arguments.get("arguments"), f"{place}.function.arguments")
+    if found is not None and not isinstance(found, dict):
+        raise RowProblem(name, f"{place}.function.arguments must be an object, not a {kind(found)}")
+    if "function" not in call:
+        named = {"id": call["id"]} if "id" in call else {}
+        return {**named, "type": "function", "function": {"name": call["name"], **arguments}}
+    around, inside = (_without(fields, _ARGUMENTS) for fields in (call, function))
+    return {"type": "function", **around, "function": {**inside, **arguments}}
 
 
-def from_arrow(row: Fields) -> Fields:
-    """A row of a table without the fields of objects that are null: Arrow fills in those that other rows have."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+def _without(fields: Fields, names: tuple[str, ...]) -> Fields:
+    return {key: value for key, value in fields.items() if key not in names}
 
 
 def _finite(value: Any, place: str, name: str) -> float:

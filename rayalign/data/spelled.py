@@ -44,6 +44,22 @@ _WAITS = ("ASSISTANT:", "### Response:", "### Assistant:")
 """Prompts of families that write turns in plain words (Vicuna, Alpaca): somebody asks, and they wait for an answer."""
 
 
+_TAG_OF_USER = re.compile(
+    r"<[^<>\s]{0,30}(?:user|human|prompter|用户|reserved_106)[^<>\s]{0,20}>|[>\]]\s*(?:user|human)\b", re.IGNORECASE
+)
+_TAG_OF_ASSISTANT = re.compile(
+    r"(?:<[^<>\s]{0,30}(?:assistant|bot|gpt|ai|reserved_107)[^<>\s]{0,20}>|[>\]]\s*(?:assistant|ai|bot|gpt)\b[^\n<>]{0,30})"
+    r"(?:<[^<>\s]{1,30}>)?\s*:?\s*\Z",
+    re.IGNORECASE,
+)
+"""Any tag that names who speaks, or that stands before the name: a text that ends in one waits for an answer."""
+_WORD_OF_USER = re.compile(
+    r"(?:^|[.:!>]\s*)(?:\w+ ){0,3}(?:user|human|instruct|问)\s*[:：]", re.IGNORECASE | re.MULTILINE
+)
+_WORD_OF_ASSISTANT = re.compile(r"(?:^|[\s>])(?:assistant|gpt|bot|ai|output|答)\s*[:：]\s*\Z", re.IGNORECASE)
+"""The same in plain words, which count where a text is a prompt by itself."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlTokens:
     """The special tokens of a tokenizer, and how one of its rendered conversations is told from plain text."""
@@ -108,12 +124,13 @@ class ControlTokens:
     def _matches(self, text: str) -> list[re.Match[str]]:
         return list(self.ends.finditer(text)) if self.ends is not None else []
 
-    def refuse_rendered(self, text: str, *, end: str = "", may_begin: bool = False) -> None:
+    def refuse_rendered(self, text: str, *, end: str = "", may_begin: bool = False, is_prompt: bool = False) -> None:
         """Raise :class:`RowProblem` where the words are a rendered conversation, or end in the ``end`` token.
 
-        ``may_begin``: they may start with the token that begins a text.
+        ``may_begin``: they may start with the token that begins a text. ``is_prompt``: they are a whole prompt, in
+        which a transcript that waits for an answer is one.
         """
-        found = self._rendered(text.removeprefix(self.begin) if may_begin else text)
+        found = self._rendered(text.removeprefix(self.begin) if may_begin else text, is_prompt=is_prompt)
         if found:
             raise RowProblem(
                 "",
@@ -127,10 +144,14 @@ class ControlTokens:
                 "already, write data.template: none",
             )
 
-    def _rendered(self, text: str) -> str:
+    def _rendered(self, text: str, *, is_prompt: bool) -> str:
         waits = text.rstrip().endswith(_WAITS)
         if match := _RENDERED.search(text) or (_ASKED.search(text) if waits else None):
             return match[0]
+        if (waiting := _TAG_OF_ASSISTANT.search(text)) and _TAG_OF_USER.search(text):
+            return waiting[0].strip()
+        if is_prompt and (waiting := _WORD_OF_ASSISTANT.search(text)) and _WORD_OF_USER.search(text):
+            return waiting[0].strip()
         words = text.strip()
         if self.begin and words.startswith(self.begin):
             return self.begin

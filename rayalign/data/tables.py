@@ -18,8 +18,9 @@ import pyarrow.parquet
 from rayalign.config.suffixes import ARROW, LINES, PARQUET
 from rayalign.data.files import open_raw, open_rows, suffix_of
 from rayalign.data.lines import read_lines
+from rayalign.data.nulls import from_arrow
 from rayalign.data.records import BadRow, EmptyFile, RawRow, Row, excerpt_of
-from rayalign.data.schema import Fields, from_arrow
+from rayalign.data.schema import Fields
 from rayalign.errors import UserError, first_line
 
 BATCH_ROWS = 512

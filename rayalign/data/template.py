@@ -21,7 +21,7 @@ TODAY = date(2024, 7, 26)
 """What templates write that ask for today's date, so that a row has the same tokens every day."""
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Names of the field with an answer's thought."""
-_REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+_REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What templates raise, on purpose and otherwise: they concatenate what may be no text."""
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now"})
 PROBE = "rayalign"
@@ -104,10 +104,20 @@ class Template:
             raise RowProblem("", f"the chat template refuses these messages: {error}") from error
 
     def code(self, *, tools: bool = False) -> str:
-        """The Jinja source; empty for transcripts. Some tokenizers have one of their own for tools."""
+        """The Jinja source; empty for transcripts. Some tokenizers have one of their own for tools.
+
+        Raises:
+            UserError: the tokenizer has several, and none of them is the usual one.
+        """
         if not self.exists:
             return ""
-        return str(self.tokenizer.get_chat_template(self.source, [{}] if tools else None))
+        try:
+            return str(self.tokenizer.get_chat_template(self.source, [{}] if tools else None))
+        except ValueError as error:
+            names = ", ".join(self.tokenizer.chat_template)
+            raise UserError(
+                f"the tokenizer has chat templates by name ({names}), and no default; name a file in data.template"
+            ) from error
 
     def unread(self, names: Sequence[str], *, tools: bool = False) -> list[str]:
         """Those variables that the template does not read, and those that are not for rows to set."""

@@ -94,7 +94,8 @@ class RewardModelScorer:
 
     def _written(self, prompt: str | Turns, reply: str, chat: Chat) -> list[int]:
         """As training writes them: prompt and reply tokenized apart, the reply closed by its end token."""
-        found = to_group(Example(format="preference", prompt=prompt, candidates=(reply,), drawn=True), chat, UNCUT)
+        answer = reply if isinstance(prompt, str) else assistant(reply)
+        found = to_group(Example(format="preference", prompt=prompt, candidates=(answer,), drawn=True), chat, UNCUT)
         if not isinstance(found, Group):
             raise UserError(f"scorer: a reply cannot be tokenized: {found}")
         return [*found.prompt_ids.tolist(), *found.candidates[0].ids.tolist()]

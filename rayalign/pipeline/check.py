@@ -152,6 +152,7 @@ def _count(
     examples: Sequence[Example | BadRow | LeftOut], source: Checked, found: FileFindings, seen: Seen, how: Checking
 ) -> list[BadRow]:
     """Count a chunk of rows; the bad ones."""
+    needs = source.needs - {"label"} if source.shape == "labelled" else source.needs  # a pair's labels are its sides
     for example in examples:
         if isinstance(example, BadRow):
             found.add_bad(example)
@@ -159,7 +160,7 @@ def _count(
             found.add_left_out(example.example)
         else:
             found.add_text(example, seen)
-            found.add_lacking(example, source.needs)
+            found.add_lacking(example, needs)
     bad = [example for example in examples if isinstance(example, BadRow)]
     if how.chat is None:
         return bad

@@ -146,7 +146,7 @@ def _each(given: Sequence[str]) -> Iterator[str]:
 def _of_file(file: str, options: Options) -> Checked:
     source = _source(file, {name: options.of_files[name] for name in OF_SOURCES if name in options.of_files})
     method = options.of_files.get("method")
-    record = resolve_method(method) if method else None
+    record = resolve_method(method) if method is not None else None
     return Checked(
         title=file,
         path=file,
@@ -165,7 +165,7 @@ def _source(file: str, given: Mapping[str, Any]) -> DataSource:
         return DataSource.model_validate({"path": file, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        field = ".".join(str(part) for part in first["loc"] if part != "[key]").replace("_", "-")
         raise UserError(f"{f'--{field}: ' if field else ''}{first['msg'].removeprefix('Value error, ')}") from error
 
 

@@ -178,7 +178,8 @@ def compared(pair: Pair, row: Row, tokenizer: Any) -> list[str] | None:
     if read.prompt != pair.prompt_ids:
         bos = tokenizer.bos_token_id
         kept = pair.prompt_ids[1:] if pair.prompt_ids[:1] == [bos] else pair.prompt_ids
-        if not kept or read.prompt[-len(kept) :] != kept:
+        before = read.prompt[: len(read.prompt) - len(kept)]
+        if not kept or read.prompt[-len(kept) :] != kept or {*before} <= {bos}:  # which TRL's tokenizer adds to texts
             return None
         notes.append(SHORTENED)
     for own, theirs in zip(pair.candidates, read.candidates, strict=True):

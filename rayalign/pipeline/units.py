@@ -48,7 +48,7 @@ def rows_made(name: str, make: Callable[..., Any], arguments: Mapping[str, Any])
             yield row
     except UserError:
         raise
-    except Exception as error:  # the user's function may raise anything
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise UserError(f"{name!r}: row {count + 1}: {type(error).__name__}: {first_line(error)}") from error
     if not count:
         raise UserError(f"{name!r} made no row")

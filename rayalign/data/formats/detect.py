@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from types import MappingProxyType
 from typing import Final
@@ -10,7 +10,7 @@ from typing import Final
 from rayalign.data.formats.advice import nothing_found
 from rayalign.data.formats.base import Body, Format
 from rayalign.data.formats.compared import COMPARED
-from rayalign.data.formats.names import MEDIA, PROMPTS, QUARANTINE, best, may_be_prompt
+from rayalign.data.formats.names import MARKER, MARKER_ALONE, MEDIA, PROMPTS, QUARANTINE, best, may_be_prompt
 from rayalign.data.formats.pairs import PAIRS
 from rayalign.data.formats.scored import SCORED
 from rayalign.data.formats.single import SINGLE
@@ -61,6 +61,19 @@ def refuse_what_none_learns(row: Fields) -> None:
         )
     if row.keys() == QUARANTINE:
         raise RowProblem("", "the row is of a quarantine, a list of bad rows, and no data; leave the file out")
+
+
+def refuse_markers(columns: Collection[str], texts: Iterable[str]) -> None:
+    """Raise RowProblem where a text shows a picture that the row does not hold, as by a line ``<image>``.
+
+    Where ``columns`` has one of media, even an empty one, every such marker counts.
+    """
+    marker = MARKER if any(map(MEDIA.fullmatch, columns)) else MARKER_ALONE
+    if found := next(filter(None, map(marker.search, texts)), None):
+        shown = found[0].strip()
+        raise RowProblem(
+            "", f"{shown} stands for what is no text: rayalign trains on text alone; leave rows with {shown} out"
+        )
 
 
 def refuse_uncertain_prompt(name: str, form: Format, row: Fields, unread: Collection[str], body: Body) -> None:

@@ -21,6 +21,8 @@ ANSWERS: Final = (
     "summaries", "generations", "reference_answer",
 )  # fmt: skip
 """Columns that may be an answer, the likeliest first."""
+_BESIDE_TEXT: Final = ("role", "code", "canonical_solution")
+"""Columns that make a text a turn, or a prompt."""
 VERDICTS: Final = frozenset({"chosen", "rejected", "label", "labels", "choice", "kto_tag", "preference", "winner"})
 """Columns that say which answer is better, or how good one is."""
 _NUMBERED = re.compile(r"(response|answer|completion|output|reply|candidate|summary|text)_?([0-9]|[a-dA-D])")
@@ -33,13 +35,17 @@ NUMBERS: Final = (
 """Columns that hold numbers or truth values; in a CSV file every other cell is a text."""
 MEDIA: Final = re.compile(r"(image|video|audio)s?(_(path|file|url|uri|byte|data)s?)?|pixel_values")
 """Columns of what is no text."""
+MARKER: Final = re.compile(r"<(image|video|audio)>")
+"""Stands in a text where a picture is shown."""
+MARKER_ALONE: Final = re.compile(r"\A<(image|video|audio)>[ \t]*\n|\n[ \t]*<(image|video|audio)>\Z")
+"""The same in the first or last line, where nothing else can be meant."""
 QUARANTINE: Final = frozenset({"file", "line", "reason", "field", "excerpt"})
 _METADATA: Final = re.compile(
     r"(.*[_-])?(id|ids|uuid|hash|sha256|index|idx|source|sources|dataset|dataset_name|model|models|url|urls|link|links"
     r"|split|subset|config|meta|metadata|timestamp|time|date|created|updated|created_at|language|lang|domain|category"
     r"|categories|topic|topics|tag|tags|task_type|license|version|batch|worker|annotator|annotators|author|name|names"
     r"|seed|difficulty|turns|tokens|token_count|length|len|num|count|sampling|permalink|file|path|index_level_0__)"
-    r"|num_.*|__.*__|n_.*|good_natured|conv(ersation)?_turns"
+    r"|num_.*|__.*__|n_.*|good_natured|conv(ersation)?_turns|(unnamed: \d+)?"
 )
 
 
@@ -56,7 +62,7 @@ def is_answer_like(name: str) -> bool:
 def is_text_alone(row: Fields) -> bool:
     """Whether no column beside ``text`` could be a prompt or an answer."""
     others = (name for name in row if name != "text")
-    return not any(is_answer_like(name) or name.lower() in PROMPTS for name in others)
+    return not any(is_answer_like(name) or name.lower() in (*PROMPTS, *_BESIDE_TEXT) for name in others)
 
 
 def best(names: Iterable[str], known: tuple[str, ...]) -> str | None:
@@ -68,13 +74,15 @@ def best(names: Iterable[str], known: tuple[str, ...]) -> str | None:
 def may_be_prompt(name: str, value: Any, *, is_text: bool) -> bool:
     """Whether a column that was not read could be the prompt of the row.
 
-    Where answers are texts and nothing is known of the prompt (``is_text``), every text may be that no name excludes.
+    Where answers are texts and nothing is known of the prompt (``is_text``), every conversation may be, and every text
+    that no name excludes.
     """
     first = value[0] if isinstance(value, list | tuple) and value else None
     is_conversation = isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
     if name.lower() in PROMPTS:
         return isinstance(value, str | dict) or is_conversation
-    return is_text and isinstance(value, str) and not is_metadata(name) and not is_answer_like(name)
+    is_free = isinstance(value, str) and not is_metadata(name) and not is_answer_like(name)
+    return is_text and (is_conversation or is_free)
 
 
 def is_said(value: Any, texts: frozenset[str]) -> bool:

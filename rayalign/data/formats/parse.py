@@ -11,12 +11,14 @@ from rayalign.data.formats.base import CONVERSATION, FINISHED, Body, Format, Tex
 from rayalign.data.formats.detect import (
     FORMATS,
     detect_format,
+    refuse_markers,
     refuse_uncertain_prompt,
     refuse_what_none_learns,
 )
 from rayalign.data.formats.names import is_metadata, is_said
 from rayalign.data.formats.system import system_of, with_system
 from rayalign.data.formats.tools import tools_of
+from rayalign.data.nulls import from_arrow, was_in_a_table
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example, Fields, RowProblem, bad_row, finished
 from rayalign.data.schema import template_kwargs as row_kwargs
@@ -69,13 +71,14 @@ def parse_row(
 def _example(
     row: RawRow, format: str, columns: Mapping[str, str], system: str | None, defaults: Mapping[str, Any]
 ) -> Example:
-    fields = renamed(row.value, columns)
+    fields = renamed(from_arrow(row.value) if was_in_a_table(row.value) else row.value, columns)
     refuse_what_none_learns(fields.held)
     name = detect_format(fields.held, nulls=fields.nulls, named=columns) if format == "auto" else format
     form = FORMATS[name]
     _refuse_nulls(form, fields, is_found=format == "auto")
     body = form.read(fields.held)
     unread, metadata = not_read(form, fields, body)
+    refuse_markers(row.value, _texts(body))
     if format == "auto" and "prompt" not in columns:
         refuse_uncertain_prompt(name, form, fields.held, unread, body)
     prompt, candidates = body.prompt, body.candidates

@@ -11,8 +11,9 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final
 
+from rayalign.data.formats.encoded import decoded
 from rayalign.data.formats.parts import from_parts
-from rayalign.data.schema import Fields, RowProblem, Turns, decoded, required, text_or_turns
+from rayalign.data.schema import Fields, RowProblem, Turns, required, text_or_turns
 
 _NAMES = {
     "user": ("human", "prompter"),
@@ -66,7 +67,8 @@ def our_turns(item: Any, place: str, name: str) -> Iterator[Any]:
             name, f"{place} has no role, but {keys}: write {{role: user, content: …}} or {{from: human, value: …}}"
         )
     if isinstance(role, str) and role.strip().lower() == CALLS:
-        yield {"role": "assistant", "content": "", "tool_calls": _calls(turn.get("content"), place, name)}
+        calls = _calls(turn.get("content"), place, name)
+        yield {**turn, "role": "assistant", "content": "", "tool_calls": calls}
         return
     turn["role"] = _our_role(role, place, name)
     if "content" not in turn and "refusal" in turn:
@@ -115,7 +117,4 @@ def _calls(value: Any, place: str, name: str) -> list[dict[str, Any]]:
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise RowProblem(name, f"{place}: the value of {CALLS} must be {{name: …, arguments: …}}, or a list of such")
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
+    return [{"type": "function", "function": call} for call in calls]

@@ -9,6 +9,7 @@ import torch
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from rayalign.engine.scalar import WRITTEN, ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
 
@@ -48,6 +49,24 @@ def test_scores_are_the_models_logits_one_by_one(tmp_path: Path) -> None:
         with torch.no_grad():
             assert score == pytest.approx(float(model(input_ids=ids).logits[0, 0]), abs=1e-5)
     assert len({round(score, 4) for score in found}) == 3
+
+
+def test_conversations_are_read_as_our_own_reward_models_were_trained(tmp_path: Path) -> None:
+    """They end in the end token, without the line end that the template writes after it."""
+    directory = save(tmp_path)
+    config = LlamaConfig.from_pretrained(directory)
+    setattr(config, WRITTEN, {"template": "auto", "stop": "auto"})
+    config.save_pretrained(directory)
+    assert written_as(config) == ScalarHead(template="auto", stop="auto")
+    found = make_scorer("reward_model", model=str(directory)).score(PROMPTS, REPLIES)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    tokenizer = byte_level(template=CHATML)
+    for prompt, reply, score in zip(PROMPTS, REPLIES, found, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": reply}], tokenize=False)
+        ids = tokenizer(text.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert score == pytest.approx(float(model(input_ids=ids).logits[0, 0]), abs=1e-5)
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:

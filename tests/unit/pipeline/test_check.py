@@ -168,6 +168,11 @@ def test_rows_that_a_method_cannot_learn_from_are_refused(
     assert code == 1 and reason in " ".join(printed.split())
 
 
+def test_pairs_are_labelled_examples_for_kto(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert run(path, method="kto")[0] == 0
+
+
 def test_options_say_how_files_are_meant(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"question": "Q", "answer": "A"}, {"question": "R", "answer": "B"})
     assert run(path)[0] == 1
@@ -394,6 +399,7 @@ def test_rows_that_a_function_makes_and_a_system_prompt(tmp_path: Path, weights:
     ("body", "message"),
     [
         ("    raise RuntimeError('no rows today')\n    yield", "row 1: RuntimeError: no rows today"),
+        ("    raise SystemExit(0)\n    yield", "row 1: SystemExit: 0"),
         ("    yield from ()", "made no row"),
         ("    yield {1, 2}", "row 1 cannot be written as JSON"),
     ],

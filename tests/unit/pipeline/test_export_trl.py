@@ -21,6 +21,7 @@ from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
 from rayalign.engine.folder import tokenizer_digest
+from rayalign.errors import UserError
 from rayalign.pipeline.export_trl import Exported, trl_pairs
 
 BLUE, GREEN = [answer("Blue.")], [answer("Green.")]
@@ -95,6 +96,12 @@ def test_a_prompt_that_was_cut_is_whole_in_the_file(tmp_path: Path) -> None:
     assert len(group.prompt_ids) < 25 and written["prompt"] == [BRIEF, ASK]
     (note,) = found.notes
     assert "the prompt was cut here" in note
+
+
+def test_a_token_that_the_tokenizer_adds_to_texts_is_not_taken_for_a_cut_prompt(tmp_path: Path) -> None:
+    """The date is another today, so that turns do not do; and the template writes no token that begins texts."""
+    with pytest.raises(UserError, match="that TRL would tokenize otherwise"):
+        exported("gptoss", [PLAIN], tmp_path)
 
 
 def test_rows_of_which_trl_makes_other_tokens_are_left_out_and_told(tmp_path: Path) -> None:
