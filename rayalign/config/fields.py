@@ -58,6 +58,11 @@ class Block(BaseModel):
         """Settings that the others of this block leave without use."""
         return frozenset()
 
+    def given_without_use(self) -> list[str]:
+        """Those of them that are not at their defaults."""
+        fields = type(self).model_fields
+        return sorted(key for key in self.unused() if getattr(self, key) != fields[key].default)
+
 
 def named(value: object) -> object:
     """``dpo`` is short for ``{name: dpo}``; a boolean is kept as a name, so that the error can explain it."""
