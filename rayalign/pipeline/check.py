@@ -196,6 +196,7 @@ def _print(findings: Sequence[FileFindings], unreadable: Sequence[str], how: Che
         console.print_json(json.dumps(report))
         return
     for found in findings:
+        console.print(Text(printable(found.source), style="italic"), soft_wrap=True)
         console.print(table(found))
     if how.scores:
         said = kept(**filtering) if filtering else "no row has a completion to score"

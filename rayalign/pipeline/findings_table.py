@@ -15,7 +15,7 @@ MOST_REASONS = 10
 
 
 def table(found: FileFindings) -> Table:
-    rows = Table(title=Text(printable(found.source)), title_justify="left", show_header=False, min_width=60)
+    rows = Table(show_header=False, min_width=60)
     rows.add_row("rows", f"{found.good + found.bad:,}")
     rows.add_row("good", f"{found.good:,}")
     rows.add_row("bad", f"{found.bad:,}", style="red" if found.bad else None)

@@ -17,7 +17,7 @@ TABLE: dict[OnResume | None, list[str]] = {
     # With another value the run ends in another model.
     None: [
         *("config_version", "seed", "method", "filter.policy_logp_quantile", "critic.lr", "data.stop"),
-        *("model.dtype", "model.from_scratch"),
+        *("model.dtype", "model.from_scratch", "model.save_dtype", "model.text_only"),
         *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "target_modules")),
         *(f"{source}.weight" for source in SOURCES),
         *(f"weighting.{key}" for key in ("name", "alignment", "clamp", "which", "permute")),
@@ -35,8 +35,11 @@ TABLE: dict[OnResume | None, list[str]] = {
     # Where something lies, or how it is read: the digest of what is read decides.
     BY_CONTENT: [
         *(f"{source}.{key}" for source in SOURCES for key in ("path", "function", "arguments", "split", "revision")),
-        *(f"{source}.{key}" for source in SOURCES for key in ("columns", "format")),
+        *(f"{source}.{key}" for source in SOURCES for key in ("columns", "format", "version", "config", "data_dir")),
+        *(f"{source}.{key}" for source in SOURCES for key in ("data_files", "max_samples", "system")),
+        *(f"{source}.chat_template_kwargs" for source in SOURCES),
         *(f"data.{key}" for key in ("format", "template", "max_prompt_tokens", "max_tokens", "truncated")),
+        *(f"data.{key}" for key in ("chat_template_kwargs", "date", "system", "long_prompts")),
         *("model.name", "model.revision", "model.reference", "critic.model"),
         *("scorer[rule].function", "scorer[reward_model].model", "scorer[reward_model].revision"),
         "scorer[llm].revision",
@@ -51,7 +54,11 @@ TABLE: dict[OnResume | None, list[str]] = {
         *("model.gradient_checkpointing", "model.compile", "model.trust_remote_code"),
         *(f"rollout.{key}" for key in ("actors", "placement", "tensor_parallel", "gpu_memory_utilization")),
         *("rollout.transfer", "rollout.python"),
-        *("scorer[rule].unit", "scorer[rule].description", "scorer[llm].base_url", "scorer[llm].api_key_env"),
+        *(f"scorer[rule].{key}" for key in ("unit", "description", "timeout_seconds")),
+        *(
+            f"scorer[llm].{key}"
+            for key in ("base_url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency")
+        ),
         *(f"optim.{key}" for key in ("tokens_per_micro_batch", "on_nonfinite", "max_skipped_in_a_row")),
     ],
 }

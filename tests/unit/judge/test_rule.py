@@ -109,7 +109,7 @@ def test_what_a_users_module_lacks_is_not_blamed_on_its_name(tmp_path: Path, mon
     (tmp_path / "needy_rewards.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("needy_rewards:f", f"{tmp_path}/needy_rewards.py:f"):
-        with pytest.raises(UserError, match=r"raised ModuleNotFoundError: .*no_such_dependency.*at needy_rewards.py:1"):
+        with pytest.raises(UserError, match=r"ModuleNotFoundError: .*no_such_dependency.*needy_rewards.py:1"):
             RuleScorer(function=name)
 
 
@@ -263,20 +263,21 @@ def test_what_a_function_prints_is_told_once() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("1 / 0", r"raised ZeroDivisionError: division by zero \(at broken_rewards.py:1 in <module>\)"),
-        ("def f(:", r"raised SyntaxError: .*\(broken_rewards.py, line 1\)"),
-        ("import sys; sys.exit(2)", r"called sys.exit\(2\)"),
-        ("import os; os._exit(2)", "ended its process with exit code 2"),
-        ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
-        ("import ctypes; ctypes.string_at(0)", "ended its process by SIGSEGV"),
-        ("import no_such_package", "raised ModuleNotFoundError: No module named 'no_such_package'"),
+        (
+            "1 / 0",
+            r".*broken_rewards.py cannot be imported: ZeroDivisionError: division by zero \(.*broken_rewards.py:1\)",
+        ),
+        ("def f(:", r".*broken_rewards.py cannot be imported: SyntaxError: .*\(.*broken_rewards.py:1\)"),
+        ("import sys; sys.exit(2)", r".*broken_rewards.py cannot be imported: SystemExit: 2 \(.*broken_rewards.py:1\)"),
+        ("import no_such_package", ".*cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("import os; os._exit(2)", "the import of its module ended its process with exit code 2"),
+        ("raise KeyboardInterrupt", "the import of its module raised KeyboardInterrupt"),
+        ("import ctypes; ctypes.string_at(0)", "the import of its module ended its process by SIGSEGV"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_said_to_be(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "broken_rewards.py").write_text(text + "\n")
-    with pytest.raises(
-        UserError, match=f"scorer.function: '.*broken_rewards.py:f': the import of its module {expected}"
-    ):
+    with pytest.raises(UserError, match=f"scorer.function: '.*broken_rewards.py:f': {expected}"):
         RuleScorer(function=f"{tmp_path}/broken_rewards.py:f")
 
 

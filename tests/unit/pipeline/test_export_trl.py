@@ -20,7 +20,7 @@ from rayalign.data.prepare import Unit, prepare_chunk
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
-from rayalign.engine.model import tokenizer_digest
+from rayalign.engine.folder import tokenizer_digest
 from rayalign.pipeline.export_trl import Exported, trl_pairs
 
 BLUE, GREEN = [answer("Blue.")], [answer("Green.")]
