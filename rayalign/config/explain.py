@@ -215,10 +215,12 @@ def _unknown_parameter(key: str, document: Document) -> str:
     choice = document.get(("method",))
     name = str(choice.get("name")) if isinstance(choice, Mapping) else ""
     fields, value = resolve_method(name).config.model_fields, document.get(("method", key))
-    meant = _renamed(key, name, fields) or _near_parameter(key, value, fields) or _not_a_parameter(key, value, fields)
+    others = [other for other in METHODS if key in resolve_method(other).config.model_fields]
+    meant = _renamed(key, name, fields) or _near_parameter(key, value, fields)
+    if not meant and not others:
+        meant = _not_a_parameter(key, value, fields)
     if meant:
         return f"{UNKNOWN} of {name}; {meant}"
-    others = [other for other in METHODS if key in resolve_method(other).config.model_fields]
     whose = f"; {key} is of {', '.join(others)}" if others else ""
     return f"{UNKNOWN} of {name}; its keys are {', '.join(fields)}{whose}"
 

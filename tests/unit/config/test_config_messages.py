@@ -41,6 +41,18 @@ strategy: {name: single, workers: 4}
             "optim: stop skips no step: remove max_skipped_in_a_row, or write on_nonfinite: skip",
         ),
         (
+            "method: dpo\nlabel: {gap: 2}",
+            "label: best_worst does not read gap: remove it, or write name: wpo",
+        ),
+        (
+            "method: dpo\nlabel: {name: wpo, scale: 2}",
+            "label: wpo does not read scale: remove it, or write name: bradley_terry",
+        ),
+        (
+            "method: dpo\ndata_policy: {name: hybrid, mix: candidates, on_fraction: 0.3}",
+            "data_policy: mix: candidates has both kinds in every group: remove on_fraction, or write mix: groups",
+        ),
+        (
             "method: dpo\ncheckpoint: {best: {metric: loss}}",
             "checkpoint.best.mode: missing; this key is required",
         ),
