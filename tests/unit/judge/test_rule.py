@@ -119,7 +119,7 @@ def test_unknown_scorers() -> None:
 
 
 def test_a_function_with_other_parameters(rewards: Path) -> None:
-    with pytest.raises(UserError, match=r"scorer.function: .*words' takes \(prompt, reply, \*, per_word=1.0\), and is called"):
+    with pytest.raises(UserError, match=r"scorer.function: .*words' takes \(prompt, reply, \*, per_word=1.0\), and is"):
         RuleScorer(function=f"{rewards}:words", arguments={"per_wrod": 2})
     RuleScorer(function="math:fmod")  # written in C, without a signature
 
