@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.document import Document
+from rayalign.config.explain import explain
 from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
 from rayalign.config.run import RunConfig
@@ -151,9 +153,10 @@ def _source(file: str, given: Mapping[str, Any]) -> DataSource:
     try:
         return DataSource.model_validate({"path": file, **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        raise UserError(f"{f'--{field}: ' if field else ''}{first['msg'].removeprefix('Value error, ')}") from error
+        document = Document(data={"path": file, **given}, directory=Path.cwd())
+        problem = explain(error, document, model=DataSource)[0]
+        option = f"--{problem.field.replace('_', '-')}: " if problem.field else ""
+        raise UserError(f"{option}{problem.message}") from error
 
 
 def _chat(model: str, template: str) -> Chat:
