@@ -65,8 +65,9 @@ class Response:
             return None
 
     def shown(self, text: object) -> str:
-        """Something of it in one line, cut, and without the secret."""
-        line = " ".join(str(text).replace(self.secret, "(key)").split())
+        """Something of it in one line, cut, without the secret, and in characters that can be written."""
+        writable = str(text).encode("utf-8", errors="backslashreplace").decode()
+        line = " ".join(writable.replace(self.secret, "(key)").split())
         return line if len(line) <= EXCERPT else f"{line[:EXCERPT]}…"
 
     def said(self) -> str:

@@ -262,6 +262,12 @@ def test_one_that_insists_on_a_temperature_of_1_gets_it(endpoint: Endpoint) -> N
     assert [body.get("temperature") for body in endpoint.seen] == [0.0, None, 1.0, 1.0]
 
 
+def test_half_a_character_of_an_error_can_be_written(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda question: Reply(400, '{"error": {"message": "cut here: \\ud83d"}}')
+    said = failure(endpoint, NoVerdict)
+    assert said.encode().endswith(rb"it answers 400 cut here: \ud83d")
+
+
 def test_a_refusal_that_names_no_parameter_is_said(endpoint: Endpoint) -> None:
     endpoint.answer = lambda question: Reply(400, error("the temperature of the data centre is too high"))
     assert "it answers 400 the temperature of the data centre is too high" in failure(endpoint, NoVerdict)
