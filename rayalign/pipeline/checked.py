@@ -29,7 +29,7 @@ from rayalign.engine.model import ModelSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 from rayalign.pipeline.check import Checked, Checking, check
-from rayalign.pipeline.reads import Read, needed_columns, reads, shape_of
+from rayalign.pipeline.reads import Read, needed_of_rows, reads, shape_of
 from rayalign.pipeline.units import origin_of, rows_made, unit_of
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _of_file(file: str, options: Options) -> Checked:
         path=file,
         chunks=partial(_chunks, source, DataConfig(train=(source,))),
         shape=shape_of(record) if record else None,
-        needs=needed_columns(record, record.config()) if record else frozenset(),
+        needs=needed_of_rows(record, record.config()) if record else frozenset(),
         columns=source.columns,
         max_bad_fraction=options.max_bad_fraction or 0.0,
         is_scored="policy_logp_quantile" in options.of_files,
