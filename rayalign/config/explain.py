@@ -54,6 +54,10 @@ _KINDS = {
     "string_type": "text; quote it",
     "tuple_type": "a list",
     "list_type": "a list",
+    **dict.fromkeys(
+        ("date_type", "date_parsing", "date_from_datetime_parsing", "date_from_datetime_inexact"),
+        "a date such as 2024-07-26",
+    ),
 }
 
 

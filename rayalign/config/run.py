@@ -43,7 +43,7 @@ class RunConfig(Block):
     """Of this schema; a file of another version is refused."""
     name: Annotated[Name, MAY_CHANGE] = "run"
     """The folder of the results, below storage_path; the same name continues."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0)
     """Order of the data, samples, new weights: everything that is drawn."""
     storage_path: Annotated[str, MAY_CHANGE] = Field(default="runs", min_length=1)
     """A folder that all nodes see; relative: to where the run starts, on a cluster to $RAYALIGN_STORAGE."""

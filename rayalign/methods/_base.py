@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from rayalign.methods._fields import refuse_booleans
+from rayalign.methods._fields import refuse_odd_numbers
 from rayalign.types import Round, Scored
 
 Need = Literal[
@@ -50,7 +50,7 @@ class MethodConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_no_booleans(cls, data: Any) -> Any:
-        return refuse_booleans(cls, data)
+        return refuse_odd_numbers(cls, data)
 
     logit_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of policy, reference and behavior alike: the temperature that the data were drawn at."""
