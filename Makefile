@@ -5,6 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --durations=15
+# Two at a time; the tests that start Ray are one group (tests/conftest.py), as each of them takes the machine.
+PARALLEL := --numprocesses 2 --dist loadgroup --max-worker-restart 0
+# The tests' tensors are small: more threads wait for each other.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs audit bench clean
@@ -16,7 +20,7 @@ quickstart: $(VENV)/.installed ## the README's first comparison, on this machine
 	$(BIN)/rayalign compare examples/quickstart.yaml
 
 test: check ## what a change must pass: lint, types, import walls, the default tests
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-docs: $(VENV)/.installed-test ## every command, YAML and link of the documentation, the slow ones too
 	$(PYTEST) -m "not gpu" tests/docs

@@ -34,7 +34,7 @@ Best = Annotated[bool, typer.Option("--best", help="The completion with the high
 Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
 
 TAKES_SETTINGS = {"ignore_unknown_options": True}
-"""Of commands whose last arguments are settings: ``--lr 1e-6`` comes there too, and is answered like them."""
+"""For commands whose last arguments are settings: ``--lr 1e-6`` is then answered like a setting."""
 FAILURE = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130

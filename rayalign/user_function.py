@@ -31,7 +31,7 @@ LOOK_SECONDS = 0.2
 """Between looks at a process that says nothing: whatever it has started may keep its end of the pipe open."""
 REAP_SECONDS = 10.0
 MOST_BYTES = 10_000
-"""Of a line that is printed, and of a trace."""
+"""How much of a printed line, and of a trace, is kept."""
 _FRAME = re.compile(r'  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>.*)')
 
 
@@ -164,7 +164,7 @@ class Process:
     link: Connection
     output: IO[bytes]
     trace: int
-    """Of a file without a name: where the function was when its time was over."""
+    """Descriptor of a file without a name: where the function was when its time was over."""
     waiting: selectors.BaseSelector
     main_thread: int = 0
 

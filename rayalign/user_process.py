@@ -1,4 +1,4 @@
-"""The program in which a user's function runs: it answers calls until nobody asks any more.
+"""The program in which a user's function runs: it answers calls until its caller is gone.
 
 :class:`rayalign.user_function.UserFunction` starts it by its path, so that it imports nothing of this package before it
 knows where that is. Whatever the function does to its process, it does to this one alone.
@@ -118,7 +118,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Real | Decimal):
         return float(value)
     if hasattr(value, "close") and hasattr(value, "cr_await"):
-        value.close()  # a coroutine that nobody awaits would warn later
+        value.close()  # a coroutine that is never awaited would warn later
     raise NotPlain(type(value).__name__)
 
 
@@ -152,7 +152,7 @@ def words_of(error: BaseException) -> str:
 
 
 def place(frames: Sequence[tuple[str, int, str]]) -> str:
-    """The innermost of (file, line, function) that is nobody's library, or of all; frames run outwards from there."""
+    """The innermost of (file, line, function) that is in no library, or of all; frames run outwards from there."""
     known = [frame for frame in frames if not frame[0].startswith("<frozen")]
     libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     for file, line, name in [*(frame for frame in known if not frame[0].startswith(libraries)), *known]:

@@ -16,6 +16,13 @@ install_import_hook(
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of processes that share the tests, one runs all that start a Ray, and each file is run by one."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real preference pairs (``RAYALIGN_TEST_DATA``); tests that need it skip without it."""

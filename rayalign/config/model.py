@@ -55,6 +55,6 @@ class ModelConfig(Block):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights in final/; auto: that of the model's own files. Checkpoints are float32 always."""
     text_only: bool = False
-    """Of a model of texts and images, load, train and save the part for texts alone."""
+    """For a model of texts and images: load, train and save only the part for texts."""
     from_scratch: bool = False
     """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""

@@ -12,7 +12,7 @@ from rayalign.config.fields import AS_PATH, MAY_CHANGE, Block, Elastic, Interpre
 PAIR_RULES = ("best_worst", "wpo", "bradley_terry")
 LABEL_RULES = (*PAIR_RULES, "best", "rewards")
 PARAMETERS = {"bradley_terry": frozenset({"scale"}), "wpo": frozenset({"threshold", "gap", "rejected"})}
-"""Of ``label``: what each rule reads."""
+"""What each rule of ``label`` reads."""
 
 
 def unread_parameters(rule: str) -> frozenset[str]:

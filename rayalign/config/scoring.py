@@ -36,7 +36,7 @@ class RuleScorerConfig(Block):
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``function``."""
     timeout_seconds: Annotated[float, MAY_CHANGE] = Field(default=60.0, gt=0, le=86_400)
-    """Of one call; one that takes longer is ended and costs its prompt. What starts slowly belongs into the module."""
+    """Limit of one call: a longer one is ended and costs its prompt. Load models when the module is imported."""
     unit: Annotated[str, MAY_CHANGE] = ""
     """Of its numbers, for the report; ``share`` is shown in per cent."""
     description: Annotated[str, MAY_CHANGE] = ""
@@ -95,7 +95,7 @@ class LlmScorerConfig(Block):
     api_key_env: Annotated[str, AfterValidator(_variable), MAY_CHANGE] = API_KEY_ENV
     """The environment variable that holds the endpoint's key; the key itself is never written here."""
     timeout_seconds: Annotated[float, MAY_CHANGE] = Field(default=120.0, gt=0, le=86_400)
-    """Of one call to the endpoint."""
+    """Limit of one call to the endpoint."""
     retry_seconds: Annotated[float, MAY_CHANGE] = Field(default=600.0, ge=0, le=86_400)
     """How long a call is made again while the endpoint is busy or does not answer; an endpoint that has never answered
     gets a minute of it."""

@@ -204,7 +204,7 @@ def _leads(tokenizer: Any, end: str) -> bool:
 
 
 def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False, follows: bool = False) -> list[int]:
-    """Of one text, control tokens in it as text or not; ``follows``: as it is after another, whatever that is."""
+    """Token ids of one text; control tokens in it are text or not. ``follows``: as the text is after another one."""
     for before in ("\n", "a", ".") if follows else ():
         head, whole = _encode(tokenizer, [before, before + text], split_special_tokens=split_special_tokens)
         if whole[: len(head)] == head:

@@ -27,7 +27,7 @@ _THOUGHT_WORDS = frozenset({*THOUGHT_TAGS, *THOUGHT_TAGS.values()})
 
 
 class Mark(NamedTuple):
-    """A word of nobody's, in the place of words."""
+    """A made-up word that stands in the place of words."""
 
     text: str
     turn: int
@@ -87,7 +87,7 @@ class Marks:
         self.verdicts: dict[str, Verdict] = {}
 
     def check(self, turns: Turns, context: Context, text: str, *, answered: bool) -> frozenset[str]:
-        """Of :data:`rayalign.data.render.RULES` what a row breaks: ``names``, or nothing.
+        """Which of :data:`rayalign.data.render.RULES` a row breaks: ``names``, or none.
 
         ``text`` is what is written of the turns; ``answered``: the last of them is an answer that is trained on.
 

@@ -71,7 +71,7 @@ class ShardReport:
     truncated_prompts: int
     truncated_responses: int
     rules: Mapping[str, int]
-    """Of :data:`rayalign.data.render.RULES`: in how many rows each."""
+    """In how many rows each of :data:`rayalign.data.render.RULES` was applied."""
     formats: Counter[str]
     unread: Counter[str]
     """Columns that hold something and were not read, in how many rows."""

@@ -54,7 +54,7 @@ class Rendered(NamedTuple):
     raw: bool
     """Text without a template: the tokenizer's own beginning-of-sequence token goes in front."""
     rules: frozenset[str] = frozenset()
-    """Of :data:`RULES`."""
+    """Names in :data:`RULES`."""
 
 
 def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, completed: bool) -> Rendered:

@@ -12,14 +12,14 @@ _OPENED = re.compile(
     re.IGNORECASE,
 )
 _TAIL_TOKENS = 32
-"""Of a prompt: no thought's opening is longer."""
+"""How much of a prompt is looked at: no thought's opening is longer."""
 
 
 def reply_text(tokenizer: Any, ids: Sequence[int], *, finished: bool, prompt_ids: Sequence[int]) -> str:
     """What a completion's tokens spell: special tokens and white space too, but without the one end token.
 
     Where the prompt ends in an opened thought, as the generation prompts of DeepSeek-R1's distillates do, the reply
-    begins with that opening: a thought is whole, whoever opened it.
+    begins with that opening: a thought is whole, whether the prompt or the model opened it.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

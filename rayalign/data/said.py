@@ -26,7 +26,7 @@ class Said(NamedTuple):
     body: int
     """Where its end token stands."""
     rule: str = ""
-    """Of :data:`rayalign.data.render.RULES`."""
+    """A name in :data:`rayalign.data.render.RULES`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

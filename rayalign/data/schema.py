@@ -52,7 +52,7 @@ class Example:
     drawn: bool = False
     """Its words are a model's or somebody's at a prompt, of no file: whatever stands in them is words."""
     finished: tuple[bool, ...] | None = None
-    """Of every candidate: False for one that was cut off, which has no end token; None: all are finished."""
+    """For every candidate: False where it was cut off and has no end token; None: all are finished."""
     preference: Preference = "stored"
     tools: tuple[Fields, ...] | None = None
     template_kwargs: Fields = field(default_factory=dict)

@@ -21,7 +21,7 @@ THOUGHT_TAGS: Mapping[str, str] = {
 }
 """What begins a thought that an answer spells → what ends it. Special or not, these are tokens in answers."""
 SHIELD = "\U0010fffd"
-"""Stands inside a control token that is a word; the last character of Unicode's private use, in nobody's text."""
+"""Stands inside a control token that is a word; the last character of Unicode's private use, which no text contains."""
 _HEADERS = (
     r"<\|im_start\|>\s*(?:system|user|assistant|tool|developer)",
     r"<\|start_header_id\|>",
@@ -51,7 +51,7 @@ class ControlTokens:
     special: re.Pattern[str] | None
     """Every special token; None where there is none."""
     words: re.Pattern[str] | None
-    """Those that nobody means where he writes them: all but a thought's."""
+    """Those that a writer never means: all but a thought's."""
     ends: re.Pattern[str] | None
     """What may end an answer: special tokens, and what the template writes like one."""
     user_header: str

@@ -42,7 +42,7 @@ class Forms:
     """How a template wants what can be said in several ways; found by trying them."""
 
     arguments: Literal["object", "text"] = "object"
-    """Of a tool call: a JSON object, or its text."""
+    """The arguments of a tool call: a JSON object, or its text."""
     silence: Literal[""] | None = ""
     """The content of an answer that is a tool call alone."""
     thought: str | None = None
@@ -81,7 +81,7 @@ class Template:
     source: str | None = None
     """Jinja in place of the tokenizer's own."""
     variables: Fields = field(default_factory=dict)
-    """Of every row; a row's own ``chat_template_kwargs`` win."""
+    """For every row; a row's own ``chat_template_kwargs`` win."""
     date: date = TODAY
     """Stands for today's."""
     forms: Forms = Forms()

@@ -34,7 +34,7 @@ class Tokenized:
     example: Example
     """What was tokenized, before anything was cut."""
     rules: frozenset[str] = frozenset()
-    """Of :data:`rayalign.data.render.RULES`."""
+    """Names in :data:`rayalign.data.render.RULES`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,7 @@ def refuse_long_rows(store: TokenStore, context: Context | None, model: str, *, 
 
 
 def longest(index: Index) -> Counts:
-    """Of every group the tokens of its longest sequence: the prompt with one of its candidates."""
+    """The tokens of each group's longest sequence: the prompt with one of its candidates."""
     most = np.zeros(len(index), np.int64)
     np.maximum.at(most, np.repeat(np.arange(len(index)), index.num_candidates), index.candidate_tokens)
     return index.prompt_tokens + most

@@ -73,7 +73,7 @@ class ModelSpec:
     trained_head: bool = False
     """The head must be in the files: one that is drawn would measure nothing."""
     text_only: bool = False
-    """Of a model of texts and images, the part for texts."""
+    """For a model of texts and images: only the part for texts."""
     rounded: Precision = EXACT
     """Weights are what they will be once they were saved in this precision."""
     field: str = FIELD
@@ -310,7 +310,7 @@ def silence_dropout(config: PretrainedConfig) -> None:
 
 
 def freeze_other_parts(model: PreTrainedModel) -> None:
-    """Of a model for images too, train what texts pass through: DDP would wait for gradients of the rest for ever."""
+    """Train only what texts pass through: DDP would wait for ever for the gradients of a part for images."""
     if not is_composite(model.config):
         return
     parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]

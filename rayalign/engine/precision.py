@@ -21,7 +21,7 @@ BY_HEADER = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """Of the tensors of a saved model."""
+    """The precision of the tensors of a saved model."""
 
     default: str = "float32"
     exact: frozenset[str] = frozenset()

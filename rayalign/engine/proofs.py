@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rayalign.paths import expanded
 
 VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "architectures"})
-"""Of a configuration: says nothing of how the model computes."""
+"""Keys of a configuration that say nothing about how the model computes."""
 
 
 VERSION = 2

@@ -60,7 +60,7 @@ class TrainSpec:
     chat_template: str | None = None
     """What the saved tokenizer writes conversations with; None: its own. A model with a scalar head has its own."""
     saved: Precision = EXACT
-    """Of ``final/``; checkpoints are float32, from which training continues exactly."""
+    """The precision of ``final/``; checkpoints are float32, so that training continues exactly."""
     export_adapter: bool = True
     """``final/`` holds the adapter alone too, which peft reads upon the model that the run began with."""
     track: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from rayalign.engine.kinds import FAILURES
 
 WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
 MOST_PARAMETERS = 100_000_000
-"""Of a model that is made only to be tried: 400 MB."""
+"""The largest model that is made only to be tried: 400 MB."""
 CPU = torch.device("cpu")
 
 

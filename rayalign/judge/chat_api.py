@@ -47,7 +47,7 @@ class Response:
     """By lower-case name."""
     body: bytes
     secret: str
-    """What nobody is to see of it."""
+    """What must not be shown of it."""
 
     @property
     def kind(self) -> str:

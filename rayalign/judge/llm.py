@@ -38,7 +38,7 @@ Explain in one sentence, then write the verdict alone in the last line: "Verdict
 where neither is better."""
 
 MAX_NEW_TOKENS = 512
-"""Of a model that is loaded here, where nothing else is said."""
+"""The default for a model that is loaded here."""
 
 
 class LlmScorer:

@@ -30,7 +30,7 @@ SHORTENED = "the prompt was cut here, and is whole in the file"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """Of a store: rows written, what to know of some, and groups that are left out, by why."""
+    """The rows that were written, notes on some of them, and the groups that were left out, by reason."""
 
     rows: int
     left_out: Mapping[str, int]

@@ -57,7 +57,7 @@ class Speaker:
     def answers(
         self, prompts: Sequence[str | Turns], params: SamplingParams, *, typed: bool = False
     ) -> list[list[str]]:
-        """Texts by prompt and sample; a prompt's noise is that of its place, whoever answers.
+        """Texts by prompt and sample; a prompt's noise depends on its place alone, so that every model has the same.
 
         ``typed``: the prompts are of no file, and whatever stands in them is words.
         """

@@ -20,7 +20,7 @@ from rayalign.rollout.cache import make_cache
 from rayalign.rollout.hf import HfEngine, Reading, accepted
 
 PROMPTS = ((3, 5, 7), (11, 2, 6, 9, 4, 8, 10, 3, 12), (5, 4, 3))
-"""Of several lengths, two of them equal."""
+"""Prompts of several lengths, two of them equal."""
 NEW_TOKENS = 8
 EXACT = 1e-4
 """Nats per token by which rounding lets a way differ; one that is further off is taken only if no other is better."""

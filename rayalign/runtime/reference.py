@@ -20,7 +20,7 @@ from rayalign.runtime.stage import Pool, dataset, repeated, results
 LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""
 MADE = "computed_with"
-"""Of a manifest: what log-probs depend on beside model and data."""
+"""A manifest's key for what log-probs depend on besides model and data."""
 GROUPS_PER_SHARD = 256
 SHARDS_PER_SCORER = 4
 """Below this a further scorer costs more to start than it saves."""
@@ -88,7 +88,7 @@ def score_store(
 
 
 def made_with(columns: Path) -> dict[str, str]:
-    """With what committed log-probs were computed; empty where nobody wrote that down."""
+    """With what committed log-probs were computed; empty where that was not recorded."""
     found: dict[str, str] = committed(columns)["meta"].get(MADE, {})
     return found
 

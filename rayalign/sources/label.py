@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 """(chosen, rejected), indices of candidates."""
 
 RULE_SECONDS = 60.0
-"""Of one call of a rule of the user's own."""
+"""Limit of one call of a rule of the user's own."""
 LABEL_STREAM = -1
 """Stands where noise is keyed by a sample's index: a label's draw is none of the samples'."""
 

@@ -75,6 +75,7 @@ def test_losses_are_the_engines(model: Path, tmp_path: Path, monkeypatch: pytest
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 0.1 * 3e-4
 
 
+@pytest.mark.slow
 def test_runs_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     (loss,) = one_file.main(one_file.parse(["--steps", "1", "--groups-per-step", "4"]))
     assert loss == pytest.approx(0.693147, abs=1e-5)

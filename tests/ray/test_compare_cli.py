@@ -18,6 +18,9 @@ SMALL = (
     "base.optim.warmup=1",
     "base.evaluate.at=[2, 4]",
     "base.evaluate.sampling.max_new_tokens=8",
+    "initial.data.train[0].arguments.n=100",
+    "base.data.train[0].arguments.n=64",
+    "base.evaluate.prompts[0].arguments.n=16",
 )
 
 pytestmark = pytest.mark.ray
@@ -56,8 +59,8 @@ def test_the_report_holds_every_cell_and_step(storage: Path) -> None:
     comparison = json.loads((storage / "own-method" / "comparison.json").read_text())
     assert [(cell["id"], cell["status"]) for cell in comparison["cells"]] == [("dpo", "done"), ("calibrated", "done")]
     assert [point["step"] for point in comparison["cells"][0]["points"]] == [2, 4]
-    assert len(comparison["reference"][0]["scores"]["oracle"]) == 64
-    assert comparison["reference"][0]["kl"] == {"kl_rb": [[0.0]] * 64, "k1": [[0.0]] * 64}
+    assert len(comparison["reference"][0]["scores"]["oracle"]) == 16
+    assert comparison["reference"][0]["kl"] == {"kl_rb": [[0.0]] * 16, "k1": [[0.0]] * 16}
     assert results
     assert "<svg" in (storage / "own-method" / "report" / "report.html").read_text()
 

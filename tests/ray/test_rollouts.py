@@ -245,6 +245,7 @@ def test_a_pool_that_no_node_can_hold_is_refused_at_once(session: Session) -> No
         pool.call(1)
 
 
+@pytest.mark.slow
 def test_a_pool_answers_every_item_once(session: Session) -> None:
     with Pool("identity", attrgetter, "real", share=Share(cpus=0.1, gpus=0, threads=1), most=2) as pool:
         assert list(pool.map(range(20))) == list(range(20))
@@ -265,6 +266,7 @@ def test_an_elastic_pool_uses_the_room_there_is_and_gives_it_back(session: Sessi
         assert pool.call(7) == 7
 
 
+@pytest.mark.slow
 def test_a_trainer_that_ends_leaves_another_its_weights(session: Session, tmp_path: Path) -> None:
     """Cells of a comparison are trained side by side, and one trainer runs out of them first."""
     nothing = cast(Any, SimpleNamespace(engine="hf", policy=None))

@@ -138,6 +138,7 @@ def test_data_that_cannot_be_used_end_the_command(
     assert "Traceback" not in refused.printed and not workspace.directory("unusable").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_load_ends_the_command(workspace: Workspace, session: Session) -> None:
     refused = rayalign("train", workspace.run("absent"), "data.stop=<|absent|>")
     assert refused.code == 2

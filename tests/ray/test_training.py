@@ -183,7 +183,8 @@ def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace)
     }
     failed = rayalign("evaluate", workspace.run("undisturbed", evaluate=evaluate))
     assert failed.code == 2
-    assert "error: scorer.function: 'my_methods:unsure' returned nan for row 0" in failed.printed
+    assert "the scorer unsure gave no answer for 200 of 200 replies" in failed.printed
+    assert "scorer.function: 'my_methods:unsure' returned nan for row 0" in failed.printed
     assert "Traceback" not in failed.printed
     wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "the evaluator's CPUs")
 

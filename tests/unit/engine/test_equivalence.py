@@ -107,7 +107,7 @@ DEEPSPEED = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-slow"),
 ]
-MARKS = {"zero2": DEEPSPEED, "zero3": DEEPSPEED, "fsdp2_kept": [pytest.mark.slow]}
+MARKS = {"zero2": DEEPSPEED, "zero3": DEEPSPEED, "fsdp2_kept": [pytest.mark.slow], "ddp": [pytest.mark.slow]}
 
 
 @pytest.fixture(
@@ -231,6 +231,7 @@ def test_a_lost_stream_is_noticed(scenarios: dict[str, Scenario], alone: dict[st
     assert_not_equivalent(run(scenario, change=without_the_other_streams), alone["mpo"], lr=scenario.lr)
 
 
+@pytest.mark.slow
 def test_real_pairs(test_data: Path, tmp_path: Path) -> None:
     """Pairs of 40 to 160 tokens with shared first turns, in one row, in many rows and one sequence a row."""
     model = save_tiny(tmp_path / "model", max_position_embeddings=256)

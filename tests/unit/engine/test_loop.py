@@ -113,7 +113,7 @@ def assert_same_end(directory: Path, other: Path) -> None:
     assert [row["step"] for row in rows(directory)] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("lost_after", [1, 5, 6])
+@pytest.mark.parametrize("lost_after", [pytest.param(1, marks=pytest.mark.slow), 5, 6])
 def test_resume_is_exact(lost_after: int, scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     """Lost before the first checkpoint, between two, and right before one."""
     spec = train_spec(tmp_path / "run", scenario)
@@ -133,7 +133,7 @@ def test_a_finished_run_is_left_alone(scenario: Scenario, whole: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before and rows(whole) == kept
 
 
-@pytest.mark.parametrize("place", ["optimizer", "manifest"])
+@pytest.mark.parametrize("place", ["manifest", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_kill_in_the_middle_of_a_checkpoint(place: str, scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", scenario)
     (tmp_path / "run.pkl").write_bytes(pickle.dumps((spec, scenario)))
@@ -342,6 +342,7 @@ def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_workers_skip_or_stop_together(dpo: Scenario, tmp_path: Path) -> None:
     """One worker alone has the bad group; both leave the step out, and both name the group."""
     multiprocessing.spawn(skipping_worker, args=(tmp_path, dpo), nprocs=2)
@@ -430,7 +431,7 @@ def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(
     assert counted == {STEPS - 4.0}
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_full_disk_is_a_message_and_the_old_checkpoint_survives(
     asynchronous: bool, dpo: Scenario, whole: Path, tmp_path: Path
 ) -> None:

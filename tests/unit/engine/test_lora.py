@@ -151,7 +151,9 @@ def test_only_the_adapter_is_trained(scenario: Scenario) -> None:
     assert min(trajectory.loss) < trajectory.loss[0] - 0.02
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "exo_pref", "wpo"])
+@pytest.mark.parametrize(
+    "method", ["kto", *(pytest.param(own, marks=pytest.mark.slow) for own in ("dpo", "exo_pref", "wpo"))]
+)
 def test_a_reference_in_place_is_the_one_in_the_data(method: str, scenario: Scenario, tmp_path: Path) -> None:
     """Every loss and weight to the bit: the same forward made the stored log-probs."""
     if method == "kto":
@@ -213,7 +215,7 @@ def test_an_adapter_of_transposed_layers_loads_in_peft(models: dict[str, Path], 
         assert torch.allclose(PeftModel.from_pretrained(base, final / ADAPTER)(ids).logits, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_resume_is_exact(dropout: float, scenario: Scenario, tmp_path: Path) -> None:
     dropped = replace(scenario, lora=replace(LORA, dropout=dropout))
     straight, interrupted = (train_spec(tmp_path / name, dropped) for name in ("straight", "interrupted"))

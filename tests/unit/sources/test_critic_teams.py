@@ -206,7 +206,7 @@ def test_an_adapter_learns_beside_a_critic_that_is_trained_whole(
     assert not (adapted.directory / "final_critic" / ADAPTER).exists()
 
 
-@pytest.mark.parametrize("last_step", [3, 5])
+@pytest.mark.parametrize("last_step", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_trainer_of_an_adapter_ends_in_the_same_two_models(
     adapted: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int
 ) -> None:

@@ -133,7 +133,9 @@ def never(number: int) -> InProcess:
     return InProcess(leave)
 
 
-@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize(
+    "kind", [own if own in ("synchronous", "lag 2") else pytest.param(own, marks=pytest.mark.slow) for own in PLANS]
+)
 def test_a_workspace_that_is_lost_after_every_step_changes_no_bit(
     kind: str, undisturbed: Callable[[str], OnPolicyRun], make: Make, mirror: Mirror, tmp_path: Path
 ) -> None:

@@ -103,7 +103,7 @@ def test_metrics_name_their_round(undisturbed: OnPolicyRun) -> None:
     assert rows[0]["rollout/length"] == pytest.approx(ledger["tokens_generated"] / 24)
 
 
-@pytest.mark.parametrize("last_step", [1, 3, 5])
+@pytest.mark.parametrize("last_step", [pytest.param(1, marks=pytest.mark.slow), 3, 5])
 def test_a_killed_trainer_goes_on_with_the_same_rounds(
     undisturbed: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int
 ) -> None:
