@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rayalign.data.group import Group
 from rayalign.data.index import Counts, Index
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 
 LIMITS = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
 """What configurations call the number of positions."""
+DRAWN = "rollout.max_new_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,17 +91,52 @@ def refuse_long_rows(store: TokenStore, context: Context | None, model: str, *, 
         return
     row = int(lengths.argmax())
     others = f" ({beyond} rows are too long; this is the longest)" if beyond > 1 else ""
-    has = f"{store.index.name(row)} has {lengths[row] - new_tokens} tokens"
+    raise too_long(
+        store.index.name(row), int(lengths[row]) - new_tokens, context, model, new_tokens=new_tokens, others=others
+    )
+
+
+def refuse_long_group(
+    group: Group,
+    context: Context | None,
+    model: str,
+    *,
+    new_tokens: int = 0,
+    setting: str = "data.max_tokens",
+    drawn: str = DRAWN,
+) -> None:
+    """The same of one row; ``setting`` is what cuts it, and ``drawn`` says how many tokens are."""
+    if context is None:
+        return
+    answers = [len(own.ids) for own in group.candidates] if not new_tokens else [0]
+    tokens = len(group.prompt_ids) + max(answers, default=0)
+    if tokens + new_tokens > context.tokens:
+        name = f"{group.source}:{group.line}"
+        raise too_long(name, tokens, context, model, new_tokens=new_tokens, setting=setting, drawn=drawn)
+
+
+def too_long(
+    name: str,
+    tokens: int,
+    context: Context,
+    model: str,
+    *,
+    new_tokens: int,
+    others: str = "",
+    setting: str = "data.max_tokens",
+    drawn: str = DRAWN,
+) -> UserError:
+    """The row ``name`` has more than ``model`` reads; with ``new_tokens`` it is a prompt."""
     if new_tokens:
         room = context.tokens - new_tokens
         remedy = f"data.max_prompt_tokens to {room} or " if room > 0 else ""
-        raise UserError(
-            f"{has} and rollout.max_new_tokens are {new_tokens}, more than the {context.tokens} that {model} reads "
-            f"({context.reason}){others}: lower {remedy}rollout.max_new_tokens"
+        return UserError(
+            f"{name} has {tokens} tokens and {drawn} are {new_tokens}, more than the {context.tokens} that {model} "
+            f"reads ({context.reason}){others}: lower {remedy}{drawn}"
         )
-    raise UserError(
-        f"{has}, prompt and response together, and {model} reads {context.tokens} ({context.reason}){others}: lower "
-        f"data.max_tokens to {context.tokens}, or name a model that reads more"
+    return UserError(
+        f"{name} has {tokens} tokens, prompt and response together, and {model} reads {context.tokens} "
+        f"({context.reason}){others}: lower {setting} to {context.tokens}, or name a model that reads more"
     )
 
 
@@ -118,14 +155,15 @@ def refuse_unknown_tokens(store: TokenStore, vocabulary: int, model: str, tokeni
     if max(tokenizer.get_vocab().values(), default=0) < vocabulary:
         return
     for row in range(len(store)):
-        group = store[row]
-        refuse_unknown_ids(
-            [*group.prompt_ids.tolist(), *(token for own in group.candidates for token in own.ids.tolist())],
-            vocabulary,
-            model,
-            tokenizer,
-            name=store.index.name(row),
-        )
+        refuse_unknown_group(store[row], vocabulary, model, tokenizer, name=store.index.name(row))
+
+
+def refuse_unknown_group(group: Group, vocabulary: int, model: str, tokenizer: Any, *, name: str = "") -> None:
+    """The same of one row, which goes by its source and line."""
+    parts = [group.prompt_ids, *(own.ids for own in group.candidates)]
+    if max(int(part.max(initial=0)) for part in parts) >= vocabulary:
+        ids = [token for part in parts for token in part.tolist()]
+        refuse_unknown_ids(ids, vocabulary, model, tokenizer, name=name or f"{group.source}:{group.line}")
 
 
 def refuse_unknown_ids(ids: Sequence[int], vocabulary: int, model: str, tokenizer: Any, *, name: str) -> None:

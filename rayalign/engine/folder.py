@@ -31,6 +31,8 @@ VOCABULARIES = ("tokenizer*", "vocab*", "*.model")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INSIDE = ("*/config.json", "snapshots/*/config.json", "*/adapter_config.json")
+"""Where the models of a folder of checkpoints lie, of Hugging Face's cache, or of an adapter that has a name."""
 LFS_POINTER = b"version https://git-lfs"
 FIELD = "model.name"
 """The setting that names a model, unless another is given."""
@@ -60,6 +62,8 @@ def model_directory(name: str, revision: str | None = None, *, field: str = FIEL
                 f"{field}: there is no directory {path}: name an existing one, or a Hub id such as org/model"
             )
         path = _from_hub(name, revision, field)
+    elif revision is not None:
+        raise UserError(f"{field}: {path} is a folder, which has no revision {revision}: remove revision")
     if not (path / CONFIG).is_file() and not is_adapter(path):
         raise UserError(f"{field}: {path} has no config.json: {_instead_of_config(path)}")
     return path
@@ -81,8 +85,8 @@ def weight_files(directory: Path, *, field: str = FIELD) -> list[Path]:
     if not (directory / INDEX).is_file():
         raise UserError(f"{field}: {directory} {_instead_of_weights(directory, field)}")
     places = read_json(directory / INDEX, field).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{field}: {directory / INDEX} has no weight_map: copy it again")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{field}: {directory / INDEX} has no weight_map that names files: copy it again")
     names = sorted(set(places.values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
@@ -151,11 +155,15 @@ def adapter_base(directory: Path, *, field: str = FIELD) -> Path:
         return directory
     facts = read_json(directory / ADAPTER_CONFIG, field)
     name = facts.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"{field}: {directory / ADAPTER_CONFIG} does not say base_model_name_or_path: write it there")
     beside = directory / expanded(name, field=field)
     try:
-        base = model_directory(str(beside) if beside.is_dir() else name, facts.get("revision"), field=field)
+        place = beside if beside.is_dir() else expanded(name, field=field)
+        is_local = place.is_dir()
+        base = model_directory(
+            str(place) if is_local else name, None if is_local else facts.get("revision"), field=field
+        )
     except UserError as error:
         raise UserError(f"{error}. {directory} is an adapter, and its {ADAPTER_CONFIG} names that base") from error
     if not (base / CONFIG).is_file():
@@ -183,7 +191,7 @@ def tokenizer_directory(directory: Path, *, field: str = FIELD) -> Path:
 def refuse_pointers(directory: Path, *, field: str = FIELD) -> None:
     """Raise UserError where one of a tokenizer's files is a pointer of Git LFS."""
     for path in matching(directory, TOKENIZER_FILES):
-        if path.read_bytes().startswith(LFS_POINTER):
+        if _is_pointer(path):
             raise UserError(f"{field}: {path} {_POINTER}")
 
 
@@ -226,6 +234,9 @@ def _instead_of_config(directory: Path) -> str:
         return f"it holds GGUF files. {_GGUF}"
     if any(directory.glob("consolidated*")) or (directory / "params.json").is_file():
         return "it holds weights as their authors trained them; name the model in Hugging Face layout"
+    inside = matching(directory, INSIDE)
+    if inside:
+        return f"name the model inside it, such as {inside[-1].parent}"
     return "name a directory in Hugging Face layout"
 
 
@@ -248,10 +259,13 @@ _POINTER = "is a pointer of Git LFS, not the file itself: run git lfs pull in th
 _GGUF = "GGUF is llama.cpp's format of quantised weights: name the model that it was made from"
 
 
-def _damage(file: Path, error: Exception) -> str:
+def _is_pointer(file: Path) -> bool:
     with file.open("rb") as stream:
-        start = stream.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _damage(file: Path, error: Exception) -> str:
+    if _is_pointer(file):
         return _POINTER
     return f"is cut short or damaged ({error}): copy or download it again"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -14,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rayalign.engine.folder import CONFIG, FIELD, read_json, some
-from rayalign.errors import UserError
+from rayalign.errors import UserError, first_line
 
 KIND = "AutoModelForCausalLM"
 MASKED = ("ForMaskedLM", "ForPreTraining")
@@ -35,20 +37,28 @@ def read_config(directory: Path, *, trust_remote_code: bool = False, field: str 
     facts = read_json(directory / CONFIG, field)
     refuse_quantised(facts, directory, field)
     refuse_foreign_code(facts, directory, trust_remote_code=trust_remote_code, field=field)
+    classes = facts.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise UserError(f"{field}: {directory / CONFIG} has architectures that are no list of names: copy it again")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except FAILURES as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{field}: {directory / CONFIG} is refused by transformers: {told}") from error
+    if not isinstance(config.get_text_config(), PretrainedConfig):
+        raise UserError(f"{field}: {directory / CONFIG} has a text_config, which {config.model_type} models have not")
+    vars(config).pop("quantization_config", None)  # an empty one, which transformers takes for a method without name
+    return config
 
 
 def refuse_quantised(facts: Mapping[str, Any], directory: Path, field: str) -> None:
     """Raise UserError where a configuration says that the weights are quantised."""
     parts = [facts, *(value for value in facts.values() if isinstance(value, Mapping))]
-    found: Mapping[str, Any] | None = next(filter(None, (part.get("quantization_config") for part in parts)), None)
+    found: Any = next(filter(None, (part.get("quantization_config") for part in parts)), None)
     if found is None:
         return
-    kind = found.get("quant_method") or ("bitsandbytes" if any("load_in_" in key for key in found) else "some method")
+    known = found if isinstance(found, Mapping) else {"quant_method": found}
+    kind = known.get("quant_method") or ("bitsandbytes" if any("load_in_" in key for key in known) else "some method")
     raise UserError(
         f"{field}: the weights in {directory} are quantised ({kind}, see quantization_config in its {CONFIG}), and "
         "what is trained or scored here is whole: name the model that they were made from, or a copy of them that was "
@@ -101,6 +111,20 @@ def refuse_encoder(config: PretrainedConfig, directory: Path, field: str = FIELD
             f"{field}: {directory} is a model with an encoder and a decoder ({config.model_type}); name one that only "
             "decodes, such as a Llama or a Qwen"
         )
+
+
+@contextlib.contextmanager
+def computing(config: PretrainedConfig, field: str = FIELD) -> Iterator[None]:
+    """Raise UserError where a model of a configuration can be made, and the block that computes with it fails."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except FAILURES as error:
+        raise UserError(
+            f"{field}: a {config.model_type} model of this configuration computes nothing ({type(error).__name__}: "
+            f"{first_line(error)}): a value in its {CONFIG} does not go with the others, or the family's code fails"
+        ) from error
 
 
 def _fills_gaps(config: PretrainedConfig) -> bool:

@@ -20,12 +20,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rayalign.engine.folder import FIELD, Tensor, some, tensors_of, weight_files
-from rayalign.engine.scalar import HEAD_WEIGHT
+from rayalign.engine.scalar import HEAD, HEAD_WEIGHT
 from rayalign.errors import UserError, first_line
 
 META = torch.device("meta")
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "base_model.model.", "policy.")
-"""What programs put before the names of a model's tensors."""
 PARTS = ("language_model", "text_model")
 """What models of several parts call the one for texts."""
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -73,7 +71,7 @@ def load_weights(blank: PreTrainedModel, source: Source) -> PreTrainedModel:
         model, found = matched(blank, of_part(part, tensors))
     refuse(found, blank, source)
     refuse_untied(model, blank, source)
-    refuse_nonfinite(model, source)
+    refuse_nonfinite(model, source.directory, field=source.field)
     return model
 
 
@@ -105,7 +103,39 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
             ) from error
     found, part = min(attempts, key=lambda attempt: len(attempt[0].missing))
     refuse(found, blank, source)
+    refuse_whole_numbers(blank, source, of_part(part, shapes))
     return part
+
+
+def refuse_whole_numbers(blank: PreTrainedModel, source: Source, shapes: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where a weight is whole numbers in the files, of which the scale is kept elsewhere or lost."""
+    whole = [name for name, own in shapes.items() if not own.is_floating_point()]
+    if not whole:
+        return
+    state = blank.state_dict()
+    try:
+        found = matched(blank, {name: own for name, own in shapes.items() if name not in whole}, place=META)[1]
+        used = [name for name in found.missing if name not in source.new and state[name].is_floating_point()]
+    except RuntimeError:  # some of a layer's experts are left, and not others
+        used = whole
+    if used:
+        raise UserError(
+            f"{source.field}: {source.directory} holds whole numbers for {count(used, 'tensor')}: {some(used)}. Such "
+            "weights are quantised: name the model that they were made from"
+        )
+
+
+def made_of(blank: PreTrainedModel, source: Source, names: Collection[str]) -> frozenset[str]:
+    """The tensors of the model that are made of the given ones of the files, alone or with others."""
+    part = refuse_unfit(blank, source)
+    tensors = tensors_of(weight_files(source.directory, field=source.field), field=source.field)
+    shapes = of_part(part, {name: like(own) for name, own in tensors.items()})
+    others = {name: own for name, own in shapes.items() if name not in names}
+    try:
+        before, after = (set(matched(blank, given, place=META)[1].missing) for given in (shapes, others))
+    except RuntimeError:  # some of a layer's experts are left, and not others: they become one tensor
+        return frozenset()
+    return frozenset(after - before)
 
 
 def matched(
@@ -125,9 +155,17 @@ def matched(
         )
     return model, Mismatch(
         missing=tuple(sorted(found["missing_keys"])),
-        unexpected=tuple(sorted(found["unexpected_keys"])),
+        unexpected=tuple(sorted(name for name in found["unexpected_keys"] if not is_mask(name, tensors))),
         other_shape=tuple(sorted((name, tuple(own), tuple(wanted)) for name, own, wanted in found["mismatched_keys"])),
     )
+
+
+def is_mask(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a tensor without a place is a causal mask, or what masked scores become: old files hold them."""
+    if name not in tensors:
+        return False
+    shape = tensors[name].shape if isinstance(tensors[name], torch.Tensor) else tensors[name].get_shape()
+    return name.endswith(".masked_bias") or (len(shape) == 4 and shape[0] == shape[1] == 1 < shape[2] == shape[3])
 
 
 def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
@@ -137,9 +175,15 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
     if source.text_only:
         unexpected = []
     if source.backbone is not None:
-        unexpected = [name for name in unexpected if name.startswith(f"{source.backbone}.")]
+        ours = (f"{source.backbone}.", *(() if HEAD_WEIGHT in source.new else (f"{HEAD}.",)))
+        unexpected = [name for name in unexpected if name.startswith(ours)]
     where, kind = f"{source.field}: {source.directory}", type(blank).__name__
     total = len(blank.state_dict())
+    if empty := [name for name, own, _ in found.other_shape if 0 in own]:
+        raise UserError(
+            f"{where} holds {count(empty, 'tensor')} without content: {some(empty)}. They were saved while a strategy "
+            "such as ZeRO-3 or FSDP held their values elsewhere: gather them, and save the model again"
+        )
     if found.other_shape:
         name, own, wanted = found.other_shape[0]
         others = f" ({len(found.other_shape)} tensors have another shape)" if len(found.other_shape) > 1 else ""
@@ -147,12 +191,12 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
             f"{where}: {name} is {shape_text(own)} in the files, and {shape_text(wanted)} by config.json{others}: the "
             "two are of different models; copy both from one place"
         )
-    if missing and (renamed := common_change(missing, unexpected)):
+    if missing and (renamed := common_change(missing, found.unexpected)):
         old, new = renamed
         raise UserError(
             f"{where}: {len(missing)} of the {total} tensors of a {kind} have other names in the files: "
             + (f"{new!r} stands before them" if new else f"{old!r} is missing before them")
-            + f", as in {unexpected[0]}. Save the model without what was wrapped around it, or rename them"
+            + f", as in {found.unexpected[0]}. Save the model without what was wrapped around it, or rename them"
         )
     if missing == [HEAD_WEIGHT]:
         also = f", which have {some(unexpected or found.unexpected)} instead" if found.unexpected else ""
@@ -190,12 +234,12 @@ def refuse_untied(model: PreTrainedModel, blank: PreTrainedModel, source: Source
         )
 
 
-def refuse_nonfinite(model: PreTrainedModel, source: Source) -> None:
+def refuse_nonfinite(model: PreTrainedModel, directory: Path, *, field: str = FIELD) -> None:
     """Raise UserError where a weight is not a number, or infinite: it names the tensor."""
     bad = [name for name, weight in model.named_parameters() if weight.numel() and not is_finite(weight)]
     if bad:
         raise UserError(
-            f"{source.field}: {source.directory} holds weights that are no finite numbers, in {len(bad)} of its "
+            f"{field}: {directory} holds weights that are no finite numbers, in {len(bad)} of its "
             f"tensors: {some(bad)}. Whatever is computed with them is NaN; name another checkpoint of that model"
         )
 
@@ -207,11 +251,12 @@ def is_finite(weight: torch.Tensor) -> bool:
 
 def common_change(missing: Collection[str], unexpected: Collection[str]) -> tuple[str, str] | None:
     """(what the names of the missing tensors begin with, what stands there instead in the unexpected ones), if so."""
-    left = set(unexpected)
-    for wrapper in WRAPPERS:
-        if all(f"{wrapper}{name}" in left for name in missing):
+    left, name = set(unexpected), min(missing)
+    for wrapper in sorted(other.removesuffix(name) for other in left if other.endswith(f".{name}")):
+        if all(f"{wrapper}{other}" in left for other in missing):
             return "", wrapper
-        if all(name.startswith(wrapper) and name.removeprefix(wrapper) in left for name in missing):
+    for wrapper in sorted(name.removesuffix(other) for other in left if name.endswith(f".{other}")):
+        if all(other.startswith(wrapper) and other.removeprefix(wrapper) in left for other in missing):
             return wrapper, ""
     return None
 

@@ -17,12 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayalign.engine.folder import ADAPTER_CONFIG, FIELD, tensors_of
+from rayalign.engine.folder import ADAPTER_CONFIG, FIELD, read_json, tensors_of
+from rayalign.engine.kinds import FAILURES
+from rayalign.engine.loading import refuse_nonfinite
 from rayalign.engine.lora import WEIGHTS, refuse_missing_peft
 from rayalign.engine.scalar import HEAD_WEIGHT
 from rayalign.errors import UserError
 
 NAME = "default"
+OF_RANKS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "lora_bias")
+"""Settings of LoRA that mean something else at another rank."""
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's tensors."""
 
@@ -34,7 +38,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
     are one tensor in the base become two where the adapter makes them differ.
 
     Raises:
-        UserError: the adapter cannot be merged, or has no place for one of its tensors, or lacks one.
+        UserError: the adapter cannot be merged, has no place for one of its tensors or lacks one, or makes a weight
+            that is not a number, or infinite.
         MissingExtra: peft is not installed.
     """
     refuse_missing_peft()
@@ -66,11 +71,13 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
             merged: PreTrainedModel = blank or adapted.merge_and_unload(safe_merge=False)
     except UserError:
         raise
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"{field}: peft cannot put the adapter in {directory} upon its base: {told}") from error
+    except FAILURES as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+        raise UserError(f"{field}: peft cannot put the adapter in {directory} upon its base ({told})") from error
     if tie is not None:
         settle(merged, tied=tie)
+    if not skeleton:
+        refuse_nonfinite(merged, directory, field=field)
     merged.requires_grad_(True)
     return merged
 
@@ -142,15 +149,22 @@ def grow_embedding(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Non
         model.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
-def refuse_other_tensors(adapted: object, tensors: Mapping[str, Tensor], directory: Path, field: str) -> None:
-    """Load the adapter; raise UserError where its file lacks a tensor, or has one without a place."""
-    import peft
+def refuse_other_tensors(adapted: Any, tensors: Mapping[str, Tensor], directory: Path, field: str) -> None:
+    """Load the adapter; raise UserError where its file lacks a tensor, or has one without a place.
 
-    skeleton = next(adapted.parameters()).device.type == "meta"  # type: ignore[attr-defined]
+    Adapters on single experts are those on the fused tensors that the experts have become.
+    """
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    skeleton = next(adapted.parameters()).device.type == "meta"
     given = {name: tensor.to("meta") if skeleton else tensor for name, tensor in tensors.items()}
     found = peft.set_peft_model_state_dict(adapted, given, adapter_name=NAME, low_cpu_mem_usage=skeleton)
     expected = peft.get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
-    missing = sorted(expected.keys() - tensors.keys())
+    fused = convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config[NAME], given, NAME)
+    if len(fused) != len(given):
+        refuse_other_scales(directory, field)
+    missing = sorted(expected.keys() - fused.keys())
     unexpected = [name for name in found.unexpected_keys if not is_repeated(name, tensors)]
     if missing or unexpected:
         lacks = f"lacks {len(missing)} tensors, such as {missing[0]}" if missing else ""
@@ -159,6 +173,18 @@ def refuse_other_tensors(adapted: object, tensors: Mapping[str, Tensor], directo
         raise UserError(
             f"{field}: the adapter in {directory} does not fit its base: it {told}; its {ADAPTER_CONFIG} names another "
             "base, or other layers, than it was trained on"
+        )
+
+
+def refuse_other_scales(directory: Path, field: str) -> None:
+    """Raise UserError for an adapter on single experts with a setting by which peft would give their fusion a scale of
+    its own: peft doubles the rank of what it fuses, and counts patterns by it."""
+    facts = read_json(directory / ADAPTER_CONFIG, field)
+    if found := [name for name in OF_RANKS if facts.get(name)]:
+        raise UserError(
+            f"{field}: {directory} is an adapter on single experts with {found[0]}, which peft would put upon fused "
+            "experts with another scale than it was trained with: merge it with the versions of peft and transformers "
+            "that it was trained with, and name the merged model"
         )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,10 +39,10 @@ from rayalign.engine.folder import (
 from rayalign.engine.generation import generation_config
 from rayalign.engine.group_attention import GROUP_ATTENTION
 from rayalign.engine.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
-from rayalign.engine.loading import META, Source, load_weights, quiet, refuse_unfit
+from rayalign.engine.loading import META, Source, load_weights, made_of, quiet, refuse_unfit
 from rayalign.engine.lora import LoraSpec, add_adapter
 from rayalign.engine.merging import brings_head, merge_adapter
-from rayalign.engine.precision import EXACT, Precision
+from rayalign.engine.precision import EXACT, Precision, SaveDtype, precision_of
 from rayalign.engine.scalar import HEAD_WEIGHT, ScalarHead, finish_head, is_classifier, prepare_export, set_one_output
 from rayalign.errors import UserError, first_line
 
@@ -175,6 +175,7 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
         refuse_no_language_model(config, base, spec.field)
         config = as_text(config, base, text_only=spec.text_only, field=spec.field)
     silence_dropout(config)
+    config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
     kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
     try:
         with META:
@@ -206,6 +207,16 @@ def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Sourc
     )
 
 
+def kept_precision(spec: ModelSpec, wanted: SaveDtype) -> Precision:
+    """In which precision a model that begins as ``spec`` is saved, by the names that its tensors have in memory."""
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    found = precision_of(weights_directory(directory, field=spec.field), wanted, field=spec.field)
+    if not found.exact:
+        return found
+    blank = blank_model(spec, directory, CPU)
+    return replace(found, exact=found.exact | made_of(blank, source_of(spec, directory, blank), found.exact))
+
+
 def has_new_head(spec: ModelSpec, directory: Path) -> bool:
     """Whether a scalar head is drawn, since the folder holds a language model; an adapter may bring its own then."""
     if spec.from_scratch:
@@ -233,14 +244,29 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: s
     """The tokenizer that stands beside a model, or beside the base of an adapter.
 
     Raises:
-        UserError: there is none, or transformers refuses it.
+        UserError: there is none, transformers refuses it, or it writes control tokens as words.
     """
     place = tokenizer_directory(directory, field=field)
+    refuse_pointers(place, field=field)
+    return open_tokenizer(str(place), trust_remote_code=trust_remote_code, field=field)
+
+
+def open_tokenizer(name: str, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a Hub id; raises as :func:`load_tokenizer` does."""
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except FAILURES as error:
-        refuse_pointers(place, field=field)
-        raise UserError(f"{field}: the tokenizer in {place} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{field}: the tokenizer in {name} cannot be loaded: {first_line(error)}") from error
+    if not isinstance(found.model_max_length, int | float):
+        raise UserError(
+            f"{field}: the tokenizer in {name} says model_max_length: {found.model_max_length!r}, no number"
+        )
+    if getattr(found, "split_special_tokens", False):
+        raise UserError(
+            f"{field}: the tokenizer in {name} says split_special_tokens: true, so that the control tokens of its "
+            "chat template become words: remove that from tokenizer_config.json"
+        )
+    return found
 
 
 def save_pretrained(

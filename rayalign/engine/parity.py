@@ -20,6 +20,7 @@ from rayalign.data.rows import Layout
 from rayalign.engine.attention import attention_kind
 from rayalign.engine.context import context_of
 from rayalign.engine.forward import root_module
+from rayalign.engine.kinds import computing
 from rayalign.engine.proofs import proven
 from rayalign.engine.scalar import is_scalar
 from rayalign.engine.shrunken import VOCABULARY, WINDOW, shrunken
@@ -44,7 +45,7 @@ def choose_layout(model: PreTrainedModel, *, device: torch.device | None = None)
     model's weights wait elsewhere. The result is kept: see :mod:`rayalign.engine.proofs`.
 
     Raises:
-        UserError: not even plain sequences give the log-probabilities that transformers gives.
+        UserError: not even plain sequences give the log-probabilities that transformers gives, or it gives none.
     """
     differences: dict[str, float] = proven(
         "parity", model, partial(measure, model, device=device), device=device or model.device
@@ -74,7 +75,8 @@ def measure(model: PreTrainedModel, *, device: torch.device | None = None) -> di
     context = context_of(probe.config)
     groups = probe_groups(context.tokens if context is not None else LONGEST)
     with torch.no_grad():
-        expected = (plain_score if is_scalar(probe) else plain_token_logp)(probe, groups)
+        with computing(model.config):
+            expected = (plain_score if is_scalar(probe) else plain_token_logp)(probe, groups)
         return {layout: _difference(probe, groups, layout, expected) for layout in layouts}
 
 

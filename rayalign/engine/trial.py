@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rayalign.engine.folder import FIELD
+from rayalign.engine.kinds import computing
 from rayalign.engine.loading import Source, load_weights, quiet
 from rayalign.engine.lora import adapted, add_adapter, merged, write_adapter
 from rayalign.engine.model import ModelSpec, blank_model, save_weights
@@ -90,7 +91,8 @@ def measured(model: PreTrainedModel, spec: ModelSpec) -> Trial:
             add_adapter(small, replace(spec.lora, dropout=0.0), seed=0)
             draw_adapter(small)
         state = small.state_dict()
-        expected = answer(small)
+        with computing(model.config, spec.field):
+            expected = answer(small)
         try:
             save_weights(small, Path(folder, "final"), state=merged(small, state))
             difference = distance(answer(reloaded(Path(folder, "final"), spec)), expected)

@@ -12,7 +12,7 @@ from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import TokenizeSettings, to_group
-from rayalign.engine.context import context_of
+from rayalign.engine.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.generation import end_ids
@@ -45,7 +45,7 @@ class LocalModel:
         self.engine = engine
         try:
             self.directory = model_directory(model, revision, field="model")
-            refuse_unusable(spec_of(self.directory).model)
+            self.vocabulary = vocabulary_of(refuse_unusable(spec_of(self.directory).model))
         except UserError as error:
             raise UserError(f"{field}.{error}") from error
         self.name = f"{model} ({engine})"
@@ -101,7 +101,12 @@ class LocalModel:
         group = to_group(example, chat, NOTHING_IS_CUT)
         if not isinstance(group, Group):
             raise ScorerUnusable(f"{self.field}.model: {self.directory} cannot be asked: {group}")
-        return [int(token) for token in group.prompt_ids]
+        ids = [int(token) for token in group.prompt_ids]
+        try:
+            refuse_unknown_ids(ids, self.vocabulary, str(self.directory), chat.tokenizer, name="a question")
+        except UserError as error:
+            raise ScorerUnusable(f"{self.field}.model: {error}") from error
+        return ids
 
 
 def device() -> torch.device:

@@ -12,7 +12,7 @@ from rayalign.data.group import Group
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.split import transcript
 from rayalign.data.tokenize import TokenizeSettings, to_group
-from rayalign.engine.context import context_of
+from rayalign.engine.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.folder import model_directory
 from rayalign.engine.model import ModelSpec, load_model, refuse_unusable, tokenizer_of
 from rayalign.engine.scalar import ScalarHead, written_as
@@ -28,7 +28,8 @@ class RewardModelScorer:
     """Reads prompt and reply as the model's chat template writes them, and answers with its one logit, float32.
 
     A model that ``method: reward_model`` trained reads them as it did in training, with or without a template. The
-    model is loaded with the first call; what is longer than its context is an error, not cut.
+    model is loaded with the first call; what is longer than its context, or has a token beyond its embedding, is an
+    error, not cut.
 
     Raises:
         UserError: there is no such model, it has no trained head of one output, or no token to pad with.
@@ -37,7 +38,8 @@ class RewardModelScorer:
     def __init__(self, *, model: str, revision: str | None = None) -> None:
         self.directory = model_directory(model, revision, field=FIELD)
         self.spec = ModelSpec(name=str(self.directory), head=ScalarHead(), trained_head=True, field=FIELD)
-        self.context = context_of(refuse_unusable(self.spec).config)
+        skeleton = refuse_unusable(self.spec)
+        self.context, self.vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = None
         self.chat: Chat | None = None
@@ -46,6 +48,9 @@ class RewardModelScorer:
         """See :class:`rayalign.judge.base.Scorer`."""
         self._load()
         ids = [self._ids(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+        for own, reply in zip(ids, replies, strict=True):
+            name = f"scorer: what ends in the reply {reply[:40]!r}"
+            refuse_unknown_ids(own, self.vocabulary, str(self.directory), self.tokenizer, name=name)
         longest = max(map(len, ids), default=0)
         if self.context is not None and longest > self.context.tokens:
             raise UserError(

@@ -62,6 +62,8 @@ class Checked:
     """Whether ``filter`` chooses among its rows."""
     is_held_out: bool = False
     """Its rows are not trained on, so that they are compared with no other."""
+    refuse: Callable[[Group], None] | None = None
+    """Raises UserError for a row that one of the run's models cannot read; None where no run is checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +170,8 @@ def _count(
             found.add_tokens(example, outcome, how.chat)
             bad += [outcome] if isinstance(outcome, BadRow) else []
         if isinstance(outcome, Tokenized):
+            if source.refuse is not None:
+                source.refuse(outcome.group)
             made = shaped(outcome.group, source.shape or "group", preference=outcome.example.preference)
             found.left_out += not made
             groups += made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -20,12 +20,13 @@ from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat, make_chat
+from rayalign.data.group import Group
 from rayalign.data.json_rows import parsed
 from rayalign.data.origin import Part, find, is_pattern, matching
 from rayalign.data.prepare import CHUNK_ROWS, Unit, read_chunks
 from rayalign.data.records import Row
 from rayalign.data.tokenize import TokenizeSettings
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model import ModelSpec, load_tokenizer, open_tokenizer
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 from rayalign.pipeline.check import Checked, Checking, check
@@ -63,12 +64,14 @@ def check_given(given: Sequence[str], options: Options, console: Console) -> int
 def check_run(path: Path, overrides: Sequence[str], options: Options, console: Console) -> int:
     """Check every source that a run reads, as it reads them."""
     from rayalign.pipeline.model import chat_of, model_spec, tokenizer_spec  # imports Ray, which files do not need
+    from rayalign.pipeline.readers import readers_of, refuse_group
 
     if options.of_files:
         name = next(iter(options.of_files)).replace("_", "-")
         raise UserError(f"--{name} is of files; a run says it in its YAML, or behind it: {path} data.max_tokens=512")
     run = load_run(path, overrides)
-    sources = [_of_run(read, run, options) for read in reads(run)]
+    unfit = partial(refuse_group, readers=readers_of(run))
+    sources = [_of_run(read, run, options, refuse=partial(unfit, **_drawn(read, run))) for read in reads(run)]
     how = Checking(
         chat=chat_of(run),
         settings=tokenizer_spec(run).settings,
@@ -83,7 +86,16 @@ def check_run(path: Path, overrides: Sequence[str], options: Options, console: C
         return check(sources, how, console)
 
 
-def _of_run(read: Read, run: RunConfig, options: Options) -> Checked:
+def _drawn(read: Read, run: RunConfig) -> dict[str, Any]:
+    """How many tokens a run draws after a source's prompts, and which setting says so."""
+    if run.evaluate is not None and read.field.startswith("evaluate.prompts"):
+        return {"new_tokens": run.evaluate.sampling.max_new_tokens, "drawn": "evaluate.sampling.max_new_tokens"}
+    if run.rollout is not None and read.completed != "no":
+        return {"new_tokens": run.rollout.max_new_tokens}
+    return {}
+
+
+def _of_run(read: Read, run: RunConfig, options: Options, *, refuse: Callable[[Group], None]) -> Checked:
     """A source with the limits that ``train`` holds it to."""
     most = run.data.max_bad_fraction if options.max_bad_fraction is None else options.max_bad_fraction
     is_strict = read.is_strict or run.data.on_bad_row == "fail"
@@ -98,6 +110,7 @@ def _of_run(read: Read, run: RunConfig, options: Options) -> Checked:
         is_scored=run.filter is not None and read.field.startswith("data.train"),
         is_held_out=read.field.startswith(("data.eval", "evaluate.prompts")),
         completed=read.completed,
+        refuse=refuse,
     )
 
 
@@ -160,12 +173,8 @@ def _source(file: str, given: Mapping[str, Any]) -> DataSource:
 
 
 def _chat(model: str, template: str) -> Chat:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: no tokenizer there: {error}") from error
+    is_folder = Path(model).is_dir()
+    tokenizer = load_tokenizer(Path(model), field="--model") if is_folder else open_tokenizer(model, field="--model")
     return make_chat(tokenizer, template=template)
 
 

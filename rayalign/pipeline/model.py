@@ -13,12 +13,12 @@ from rayalign.config.scoring import PATIENCE, ScorerConfig
 from rayalign.data.budget import Completed, TokenizeSettings
 from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
-from rayalign.engine.folder import model_digest, model_directory, tokenizer_digest, weights_directory
+from rayalign.engine.folder import model_digest, model_directory, tokenizer_digest
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.generation import end_ids
 from rayalign.engine.lora import LoraSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer
-from rayalign.engine.precision import EXACT, Precision, precision_of
+from rayalign.engine.model import ModelSpec, kept_precision, load_tokenizer
+from rayalign.engine.precision import EXACT, Precision
 from rayalign.engine.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
@@ -156,9 +156,7 @@ def saved_precision(run: RunConfig) -> Precision:
     """In which precision ``final/`` is written."""
     if run.model.name == INITIAL or (run.model.from_scratch and run.model.save_dtype == "auto"):
         return EXACT
-    directory = model_directory(run.model.name, run.model.revision)
-    base = weights_directory(directory)
-    return precision_of(base, run.model.save_dtype)
+    return kept_precision(model_spec(run), run.model.save_dtype)
 
 
 def spec_digest(spec: ModelSpec) -> str:

@@ -21,6 +21,7 @@ from rayalign.data.prepare import Unit, fitted, parsed, read_chunks, shaped
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.engine.context import context_of, refuse_long_group, refuse_unknown_group, vocabulary_of
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model import ModelSpec, refuse_unusable, tokenizer_of
 from rayalign.engine.scalar import ScalarHead, written_as
@@ -48,7 +49,7 @@ def evaluate_pairs(
     """Print how well ``model`` orders the pairs of ``files``, as tables or as one JSON object.
 
     Raises:
-        UserError: the model has no trained scalar head, or a row is no pair or ranking.
+        UserError: the model has no trained scalar head, or a row is no pair or ranking, or is beyond what it reads.
     """
     judged = judge_pairs(model, files, settings)
     found = report(judged.pairs)
@@ -65,8 +66,10 @@ def evaluate_pairs(
 def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) -> Judged:
     """The margins of every pair whose ranks differ; rows in which every answer ties have none."""
     spec = ModelSpec(name=model, head=ScalarHead(), trained_head=True, field="evaluate")
-    head = written_as(refuse_unusable(spec).config) or ScalarHead()
-    chat = make_chat(tokenizer_of(spec), template=head.template, stop=head.stop)
+    skeleton, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
+    context, vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
+    head = written_as(skeleton.config) or ScalarHead()
+    chat = make_chat(tokenizer, template=head.template, stop=head.stop)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = FrozenModel(
         ScoringSpec(
@@ -79,6 +82,9 @@ def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) ->
     columns: list[tuple[float, float, float]] = []
     rows = cut = 0
     for groups, cut_here in read_rankings(files, chat, settings):
+        for group in groups:
+            refuse_long_group(group, context, model, setting="--max-tokens")
+            refuse_unknown_group(group, vocabulary, model, tokenizer)
         for group, scores in zip(groups, frozen.scores([as_read(group, chat) for group in groups]), strict=True):
             columns += [(*pair, float(rows)) for pair in compare(group, scores.astype(np.float64))]
             rows += 1

@@ -7,19 +7,23 @@ is said in one sentence, before Ray starts and before a stage is made.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayalign.config.compare import INITIAL
 from rayalign.config.run import RunConfig
+from rayalign.data.group import Group
 from rayalign.data.store import TokenStore
 from rayalign.engine.context import (
+    DRAWN,
     Context,
     context_of,
+    refuse_long_group,
     refuse_long_prompt,
     refuse_long_rows,
+    refuse_unknown_group,
     refuse_unknown_ids,
     refuse_unknown_tokens,
     vocabulary_of,
@@ -209,6 +213,13 @@ def refuse_unanswerable(store: Path, run: RunConfig) -> None:
     for reader in readers_of(run):
         refuse_long_rows(opened, reader.context, reader.name, new_tokens=run.rollout.max_new_tokens)
         refuse_unknown_tokens(opened, reader.vocabulary, reader.name, reader.tokenizer)
+
+
+def refuse_group(group: Group, readers: Sequence[Reader], *, new_tokens: int = 0, drawn: str = DRAWN) -> None:
+    """The same of one row that is not stored; with ``new_tokens`` so many are drawn after its prompt."""
+    for reader in readers:
+        refuse_long_group(group, reader.context, reader.name, new_tokens=new_tokens, drawn=drawn)
+        refuse_unknown_group(group, reader.vocabulary, reader.name, reader.tokenizer)
 
 
 def refuse_long_questions(prompts: tuple[Prompt, ...], run: RunConfig) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
@@ -120,6 +121,15 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         r"21 of the 21 .* 'module\.' stands before them, as in module\.lm_head",
     ),
     "saved from torch.compile": (renamed("_orig_mod.{}".format), r"'_orig_mod\.' stands before them"),
+    "saved as a part of something": (renamed("actor.{}".format), r"'actor\.' stands before them, as in actor\.lm_head"),
+    "saved while ZeRO-3 held it": (
+        tensors(lambda found: {**found, UP: torch.empty(0)}),
+        rf"holds 1 tensor without content: {UP}\. .*ZeRO-3",
+    ),
+    "whole numbers": (
+        tensors(lambda found: {**found, UP: found[UP].to(torch.int8)}),
+        rf"holds whole numbers for 1 tensor: {UP}\. Such weights are quantised",
+    ),
     "other names": (
         renamed(lambda name: name.replace("self_attn", "attention")),
         r"lacks 8 of the 21 .*self_attn.*; it has model.layers.0.attention.*instead",
@@ -186,6 +196,18 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         own_code,
         r"code of its own \(tinyx.py\), which runs only if you say so: .*model.trust_remote_code: true",
     ),
+    "classes that are no names": (configuration(architectures=[None]), r"has architectures that are no list of names"),
+    "a part that the type has not": (
+        configuration(text_config={"vocab_size": 4}),
+        r"has a text_config, which llama models have not",
+    ),
+    "an index without names": (
+        lambda directory: sharded(directory) or content(
+            lambda data: b'{"weight_map": {"lm_head.weight": null}}', "model.safetensors.index.json"
+        )(directory),
+        r"index.json has no weight_map that names files",
+    ),
+    "quantised somehow": (configuration(quantization_config="awq"), r"are quantised \(awq, see quantization"),
     "AWQ": (
         configuration(quantization_config={"quant_method": "awq", "bits": 4}),
         r"are quantised \(awq, see quantization",
@@ -249,6 +271,10 @@ def test_a_tokenizer_that_is_not_there(llama: Path, tmp_path: Path) -> None:
     content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json")(directory)
     with pytest.raises(UserError, match=r"tokenizer.json is a pointer of Git LFS"):
         tokenizer_of(ModelSpec(name=str(directory)))
+    shutil.copy(llama / "tokenizer.json", directory)
+    content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "chat_template.jinja")(directory)
+    with pytest.raises(UserError, match=r"chat_template.jinja is a pointer of Git LFS"):
+        tokenizer_of(ModelSpec(name=str(directory)))
     for file in directory.glob("tokenizer*"):
         file.unlink()
     assert any(directory.glob("chat_template*"))
@@ -256,9 +282,30 @@ def test_a_tokenizer_that_is_not_there(llama: Path, tmp_path: Path) -> None:
         tokenizer_of(ModelSpec(name=str(directory)))
 
 
+def test_a_tokenizer_that_writes_control_tokens_as_words(llama: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(llama, tmp_path / "model")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
+    assert len(AutoTokenizer.from_pretrained(directory)("<|im_end|>")["input_ids"]) > 1
+    with pytest.raises(UserError, match=r"says split_special_tokens: true, .*: remove that from tokenizer_config.json"):
+        tokenizer_of(ModelSpec(name=str(directory)))
+
+
 HARMLESS: dict[str, Edit] = {
     "frequencies of RoPE": with_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", 1.0),
+    "causal masks": tensors(
+        lambda found: {
+            **found,
+            "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+            "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
+        }
+    ),
     "two files": sharded,
+    "no quantisation": configuration(quantization_config={}),
+    "further outputs": configuration(output_attentions=True, output_hidden_states=True, return_dict=False),
+    "whole numbers of no account": tensors(
+        lambda found: {**found, "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(4)}
+    ),
     "bfloat16": tensors(lambda found: {name: tensor.bfloat16().float() for name, tensor in found.items()}),
 }
 
@@ -323,6 +370,12 @@ def test_files_and_folders_of_other_formats_are_named(tmp_path: Path) -> None:
     (meta / "params.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no config.json: it holds weights as their authors trained them"):
         refuse_unusable(ModelSpec(name=str(meta)))
+    for inside in ("checkpoint-100/config.json", "snapshots/0123/config.json", "dpo/adapter_config.json"):
+        path = tmp_path / inside.replace("/", "-") / inside
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        with pytest.raises(UserError, match=f"has no config.json: name the model inside it, such as {path.parent}"):
+            refuse_unusable(ModelSpec(name=str(tmp_path / inside.replace("/", "-"))))
 
 
 # Scalar heads
@@ -340,6 +393,10 @@ def test_a_trained_head_must_be_in_the_files(llama: Path, tmp_path: Path) -> Non
     spec = ModelSpec(name=str(scalar(tmp_path / "rm")), head=ScalarHead(), trained_head=True)
     head = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
     assert torch.equal(load_policy(spec)[0].score.weight, head)
+    with_tensor("score.bias", 1.0)(tmp_path / "rm")
+    with pytest.raises(UserError, match=r"has no place for: score.bias"):
+        load_policy(spec)
+    tensors(lambda found: {name: tensor for name, tensor in found.items() if name != "score.bias"})(tmp_path / "rm")
     renamed(lambda name: name.replace("score.", "value_head."))(tmp_path / "rm")
     message = r"has no trained scalar head: score.weight is not in its files, which have value_head.weight instead"
     with pytest.raises(UserError, match=message):

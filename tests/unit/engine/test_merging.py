@@ -113,9 +113,10 @@ def test_a_base_beside_its_adapter_is_not_looked_for_elsewhere(bases: dict[str, 
     assert not torch.equal(logits(model), logits(load_policy(ModelSpec(name=str(bases["llama"])))[0]))
 
 
-def rename(folder: Path, *, base: str) -> None:
+def rename(folder: Path, *, base: object) -> None:
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    changes = {"base_model_name_or_path": base, "revision": "main"}  # of the base where it came from the Hub
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_relative_base_lies_beside_the_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -158,13 +159,49 @@ def test_a_reward_models_adapter_brings_its_head(bases: dict[str, Path], tmp_pat
     assert torch.equal(loaded.score.weight, head)
 
 
+def test_adapters_on_single_experts(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As peft made them before transformers fused experts: W + (α / r) B A of each. Other scales are refused."""
+    base, layers, names = bases["qwen3_moe"], {}, ("gate_proj", "up_proj", "down_proj")
+    file = tmp_path / "merged" / "model.safetensors"
+    shutil.copytree(base, file.parent)
+    found = load_file(file)
+    torch.manual_seed(0)
+    for name in [name for name in found if ".experts." in name]:
+        weight = found[name]
+        A, B = 0.3 * torch.randn(3, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], 3)
+        found[name] = weight + 5 / 3 * B @ A
+        short = "base_model.model." + name.removesuffix(".weight")
+        layers |= {f"{short}.lora_A.weight": A, f"{short}.lora_B.weight": B}
+    save_file(found, file, metadata={"format": "pt"})
+    folder = tmp_path / "adapter"
+    LoraConfig(
+        r=3, lora_alpha=5, target_modules=list(names), base_model_name_or_path=str(base), task_type="CAUSAL_LM"
+    ).save_pretrained(folder)
+    save_file(layers, folder / "adapter_model.safetensors")
+    byte_level(template=CHATML).save_pretrained(folder)
+    refuse_unusable(ModelSpec(name=str(folder)))
+    expected = logits(AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32))
+    torch.testing.assert_close(logits(load_policy(ModelSpec(name=str(folder)))[0]), expected, atol=1e-5, rtol=0)
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    for setting in ({"use_rslora": True}, {"alpha_pattern": dict.fromkeys(names, 4)}):
+        path.write_text(json.dumps({**saved, **setting}))
+        with pytest.raises(
+            UserError, match=rf"adapter on single experts with (use_rslora|{next(iter(setting))}), which"
+        ):
+            refuse_unusable(ModelSpec(name=str(folder)))
+
+
 def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     rename(folder, base="/nowhere/model")
     with pytest.raises(UserError, match=r"no directory /nowhere/model.* is an adapter, and its adapter_config"):
         refuse_unusable(ModelSpec(name=str(folder)))
+    rename(folder, base=5)
+    with pytest.raises(UserError, match=r"adapter_config.json does not say base_model_name_or_path: write it there"):
+        refuse_unusable(ModelSpec(name=str(folder)))
     rename(folder, base=str(bases["gpt2"]))
-    with pytest.raises(UserError, match=r"peft cannot put the adapter in .* upon its base: .*q_proj"):
+    with pytest.raises(UserError, match=r"peft cannot put the adapter in .* upon its base \(.*q_proj.*\)"):
         refuse_unusable(ModelSpec(name=str(folder)))
     rename(folder, base=str(bases["llama"]))
     file = folder / "adapter_model.safetensors"
@@ -175,6 +212,13 @@ def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_
         refuse_unusable(ModelSpec(name=str(folder)))
     save_file({**found, name.replace("q_proj", "z_proj"): found[name].clone()}, file)
     with pytest.raises(UserError, match=r"holds 1 tensors without a place, such as .*z_proj"):
+        refuse_unusable(ModelSpec(name=str(folder)))
+    save_file({**found, name: torch.full_like(found[name], torch.nan)}, file)
+    with pytest.raises(UserError, match=r"adapter holds weights that are no finite numbers, in 1 of its tensors: .*q_"):
+        load_policy(ModelSpec(name=str(folder)))
+    configuration = folder / "adapter_config.json"
+    configuration.write_text(json.dumps({**json.loads(configuration.read_text()), "megatron_config": {"a": 1}}))
+    with pytest.raises(UserError, match=r"peft cannot put the adapter in .* \(ModuleNotFoundError: .*megatron"):
         refuse_unusable(ModelSpec(name=str(folder)))
     file.rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match=r"holds a pickled adapter"):

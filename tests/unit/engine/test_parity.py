@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_zoo import save_animal
 from tiny_models import tiny
 from transformers import PreTrainedModel
 
 from rayalign.engine import parity
 from rayalign.engine.attention import AttentionKind, Reach
+from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, tokenizer_of
 from rayalign.engine.parity import choose_layout, measure
+from rayalign.engine.trial import try_export
 from rayalign.errors import UserError
 
 
@@ -71,6 +74,16 @@ def test_a_family_that_changes_its_logits_is_refused() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(UserError, match=r"log-probs of bloom models differ by \d.* nats"):
         choose_layout(model)
+
+
+def test_a_configuration_that_computes_nothing_is_a_sentence(tmp_path: Path) -> None:
+    """More experts per token than there are: it can be made and loaded, and transformers fails with its first text."""
+    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "mixtral", num_experts_per_tok=9)))
+    message = r"a mixtral model of this configuration computes nothing \(RuntimeError: .*\): a value in its config.json"
+    with pytest.raises(UserError, match=message):
+        try_export(refuse_unusable(spec), tokenizer_of(spec), spec)
+    with pytest.raises(UserError, match=message):
+        choose_layout(load_policy(spec)[0])
 
 
 def test_the_proof_is_kept_per_configuration(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

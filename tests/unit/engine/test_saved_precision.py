@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_zoo import save_animal
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from tiny_runs import Scenario, objective, save_tiny, store, synthetic_groups, train_alone, train_spec
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM
 
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model import ModelSpec, kept_precision, load_policy, save_pretrained, weights_digest
 from rayalign.engine.precision import EXACT, Precision, precision_of
 
 NORM = "model.norm.weight"
@@ -34,6 +35,21 @@ def test_by_itself_that_of_the_files(mixed: Path, tmp_path: Path) -> None:
     assert precision_of(mixed, "float32") == EXACT
     assert precision_of(mixed, "float16") == Precision(default="float16")
     assert precision_of(save_tiny(tmp_path / "exact"), "auto") == EXACT
+
+
+def test_tensors_that_have_other_names_in_memory(tmp_path: Path) -> None:
+    """A router in float32, which Mixtral's files call block_sparse_moe.gate and its class mlp.gate."""
+    directory = save_animal(tmp_path / "model", "mixtral")
+    file = directory / "model.safetensors"
+    found = {name: own if ".gate." in name else own.bfloat16() for name, own in load_file(file).items()}
+    save_file(found, file, metadata={"format": "pt"})
+    spec = ModelSpec(name=str(directory))
+    precision = kept_precision(spec, "auto")
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"} < precision.exact
+    save_pretrained(*load_policy(spec), tmp_path / "final", precision=precision)
+    saved = load_file(tmp_path / "final" / "model.safetensors")
+    assert saved.keys() == found.keys()
+    assert all(saved[name].dtype == own.dtype and torch.equal(saved[name], own) for name, own in found.items())
 
 
 def test_final_is_saved_so_and_checkpoints_are_float32(mixed: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import torch
 from parrots import parrot
 from tiny_models import tiny
 from tiny_tokenizers import CHATML, byte_level
+from transformers import AutoTokenizer
 
 from rayalign.engine.model import save_pretrained
 from rayalign.errors import MissingExtra, UserError
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.asking import ATTEMPTS, Unanswered
-from rayalign.judge.base import Asked, NoVerdict
+from rayalign.judge.base import Asked, NoVerdict, ScorerUnusable
 from rayalign.judge.local import LocalModel
 
 
@@ -61,6 +62,17 @@ def test_an_answer_that_is_cut_is_none(tmp_path: Path) -> None:
         make_scorer("llm", engine="hf", model=str(directory), max_new_tokens=1).score(["why?"], ["so"])
     assert math.isnan(found.value.values[0])
     assert make_scorer("llm", engine="hf", model=str(directory), max_new_tokens=3).score(["why?"], ["so"]) == [10.0]
+
+
+def test_a_question_with_a_token_beyond_the_embedding(tmp_path: Path) -> None:
+    directory = parrot(tmp_path, "8", "<|im_end|>")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(["Zanzibar"])
+    tokenizer.save_pretrained(directory)
+    scorer = make_scorer("llm", engine="hf", model=str(directory))
+    assert scorer.score(["why?"], ["so"]) == [8.0]
+    with pytest.raises(ScorerUnusable, match=r"scorer.model: a question has the token 'Zanzibar' \(id \d+\)"):
+        scorer.score(["where?"], ["in Zanzibar"])
 
 
 def test_a_question_that_does_not_fit_is_not_cut(tmp_path: Path) -> None:

@@ -53,8 +53,21 @@ def test_scores_are_the_models_logits_one_by_one(tmp_path: Path) -> None:
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no directory"):
         make_scorer("reward_model", model=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="scorer.model: .*one is a folder, which has no revision v2: remove revision"):
+        make_scorer("reward_model", model=str(save(tmp_path / "one")), revision="v2")
     with pytest.raises(UserError, match="scorer.model: .*two has 2 outputs; a reward model has one"):
         make_scorer("reward_model", model=str(save(tmp_path / "two", labels=2)))
     short = make_scorer("reward_model", model=str(save(tmp_path / "short", context=16)))
     with pytest.raises(UserError, match="do not fit"):
         short.score(["hi"], ["a reply that is longer than the context"])
+
+
+def test_a_token_beyond_the_embedding_is_named(tmp_path: Path) -> None:
+    directory = save(tmp_path)
+    tokenizer = byte_level(template=CHATML)
+    tokenizer.add_tokens(["Zanzibar"])
+    tokenizer.save_pretrained(directory)
+    scorer = make_scorer("reward_model", model=str(directory))
+    assert len(scorer.score(["hi"], ["yes"])) == 1
+    with pytest.raises(UserError, match=r"the reply 'in Zanzibar' has the token 'Zanzibar' \(id \d+\), and the embed"):
+        scorer.score(["where?"], ["in Zanzibar"])

@@ -15,6 +15,7 @@ import yaml
 from bad_inputs import BAD_INPUTS, BadInput, line
 from rich.console import Console
 from tiny_runs import save_tiny
+from transformers import AutoTokenizer
 from workspaces import rayalign
 
 from rayalign.data.chat import make_chat
@@ -273,7 +274,7 @@ def test_tokens_need_a_tokenizer(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="name the tokenizer's model with --model"):
             run("rows.jsonl", **options)
     (tmp_path / "rows.jsonl").write_bytes(line())
-    with pytest.raises(UserError, match="no tokenizer there"):
+    with pytest.raises(UserError, match="--model: the tokenizer in .*absent cannot be loaded"):
         run(str(tmp_path / "rows.jsonl"), model=str(tmp_path / "absent"))
 
 
@@ -364,7 +365,11 @@ def test_a_run_is_checked_with_its_own_sources(tmp_path: Path, weights: str) -> 
             "max_tokens": 10,
         },
         auxiliary=[{"name": "sft", "data": ["sft.jsonl"]}],
-        evaluate={"prompts": ["ask.jsonl"], "scorers": [{"name": "rule", "function": "score.py:length"}]},
+        evaluate={
+            "prompts": ["ask.jsonl"],
+            "sampling": {"max_new_tokens": 8},
+            "scorers": [{"name": "rule", "function": "score.py:length"}],
+        },
     )
     (tmp_path / "score.py").write_text("def length(prompt, reply):\n    return len(reply)\n")
     code, printed = run(path, as_json=True)
@@ -411,7 +416,7 @@ def test_prompts_of_an_on_policy_run(tmp_path: Path, weights: str) -> None:
     write(tmp_path / "train.jsonl", {"prompt": "Q", "answer": "A"})
     blocks = {
         "data_policy": "on_policy",
-        "rollout": {"engine": "hf", "samples": 2},
+        "rollout": {"engine": "hf", "samples": 2, "max_new_tokens": 8},
         "scorer": {"name": "rule", "function": "score.py:length"},
     }
     (tmp_path / "score.py").write_text("def length(prompt, reply):\n    return len(reply)\n")
@@ -430,3 +435,35 @@ def test_a_runs_filter(tmp_path: Path, weights: str) -> None:
     write(tmp_path / "train.jsonl", *pairs(10))
     code, printed = run(run_yaml(tmp_path, weights, filter={"policy_logp_quantile": 0.5}))
     assert code == 0 and "filter 0.5 by" in printed and "of 10 rows" in printed
+
+
+def test_rows_that_a_model_of_the_run_cannot_read(tmp_path: Path, weights: str) -> None:
+    """By length and by token, of the policy and of what reads its rows beside it; with what is drawn after prompts."""
+    short = save_tiny(tmp_path / "short", max_position_embeddings=32)
+    write(tmp_path / "train.jsonl", {"prompt": "Q", "chosen": "A", "rejected": "B"}, *pairs(1))
+    write(tmp_path / "long.jsonl", *pairs(1), {"prompt": "Q", "chosen": "A", "rejected": "word " * 10})
+    assert run(run_yaml(tmp_path, str(short)))[0] == 0
+    long = {"train": ["long.jsonl"]}
+    for blocks in ({"model": {"name": str(short)}}, {"model": {"name": weights, "reference": str(short)}}):
+        code, printed = run(run_yaml(tmp_path, weights, data=long, **blocks), width=1000)
+        assert code == 2 and "data.train[0]: " in printed and "long.jsonl:2 has" in printed
+        assert f"{short} reads 32 (max_position_embeddings)" in printed
+    assert run(run_yaml(tmp_path, weights, data=long))[0] == 0
+    drawn = {
+        "model": {"name": str(short)},
+        "data_policy": "on_policy",
+        "rollout": {"engine": "hf", "samples": 2, "max_new_tokens": 30},
+        "scorer": {"name": "rule", "function": "score.py:length"},
+    }
+    code, printed = run(run_yaml(tmp_path, weights, **drawn), width=1000)
+    assert code == 2 and "train.jsonl:1 has" in printed and "rollout.max_new_tokens are 30" in printed
+    asked = {"prompts": ["train.jsonl"], "sampling": {"max_new_tokens": 31}, "scorers": [drawn["scorer"]]}
+    code, printed = run(run_yaml(tmp_path, str(short), evaluate=asked), width=1000)
+    assert code == 2 and "evaluate.prompts[0]: " in printed and "evaluate.sampling.max_new_tokens are 31" in printed
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    tokenizer.add_tokens(["Zanzibar"])
+    small = save_tiny(tmp_path / "small")
+    tokenizer.save_pretrained(small)
+    write(tmp_path / "long.jsonl", *pairs(1), {"prompt": "Where is Zanzibar?", "chosen": "A", "rejected": "B"})
+    code, printed = run(run_yaml(tmp_path, str(small), data=long), width=1000)
+    assert code == 2 and f"long.jsonl:2 has the token 'Zanzibar' (id {len(tokenizer) - 1})" in printed

@@ -110,3 +110,26 @@ def test_what_cannot_be_measured_is_named(folder: Path) -> None:
     ):
         done = rayalign("evaluate", *map(str, arguments))
         assert done.code == 2 and message in " ".join(done.printed.split()), done.printed
+
+
+def test_answers_beyond_what_the_model_reads(folder: Path) -> None:
+    """RoPE has no end of its own: scores beyond it would be numbers of a model that was never trained there."""
+    path = folder / "rm" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    pairs = write(folder / "pairs.jsonl", [*PAIRS, {"prompt": "Why?", "chosen": "So. " * 40, "rejected": "No."}])
+    done = rayalign("evaluate", str(folder / "rm"), "--pairs", pairs)
+    told = " ".join(done.printed.split())
+    assert done.code == 2 and "pairs.jsonl:6 has" in told and "reads 64 (max_position_embeddings)" in told
+    short = ("--max-tokens", "64", "--max-prompt-tokens", "32")  # as the message says
+    assert evaluated(folder / "rm", pairs, arguments=short)["cut_answers"] == 1
+
+
+def test_tokens_beyond_the_embedding(folder: Path) -> None:
+    """The embedding would grow by rows of zeros, as it may where a reward model is trained."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "rm")
+    tokenizer.add_tokens(["Zanzibar"])
+    tokenizer.save_pretrained(folder / "rm")
+    assert evaluated(folder / "rm", write(folder / "pairs.jsonl", PAIRS))["pairs"] == len(PAIRS)
+    pairs = write(folder / "pairs.jsonl", [*PAIRS, {"prompt": "Where?", "chosen": "Zanzibar.", "rejected": "No."}])
+    done = rayalign("evaluate", str(folder / "rm"), "--pairs", pairs)
+    assert done.code == 2 and "pairs.jsonl:6 has the token 'Zanzibar'" in " ".join(done.printed.split())
