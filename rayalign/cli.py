@@ -118,16 +118,20 @@ def check(
     columns: Annotated[
         list[str] | None, typer.Option(help="Of files: our column=the file's (repeatable).", metavar="OURS=THEIRS")
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(help="Of files: read so many rows at most.")] = None,
-    show: Annotated[int, typer.Option(help="Show this many rows of every source, marked by what becomes of them.")] = 0,
+    max_samples: Annotated[int | None, typer.Option(help="Of files: read so many rows at most.", min=1)] = None,
+    show: Annotated[
+        int, typer.Option(help="Show this many rows of every source, marked by what becomes of them.", min=0)
+    ] = 0,
     eval_files: Annotated[list[str] | None, typer.Option("--eval", help="Held-out files: look for overlap.")] = None,
     max_bad_fraction: Annotated[
         float | None,
-        typer.Option(help="Fail when more than this share of rows is bad. Of files: 0, of a run: its own."),
+        typer.Option(
+            help="Fail when more than this share of rows is bad. Of files: 0, of a run: its own.", min=0, max=1
+        ),
     ] = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write bad rows to this file.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_prompt_tokens.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_tokens.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_prompt_tokens.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_tokens.", min=1)] = None,
     policy_logp_quantile: Annotated[
         float | None, typer.Option(help="Of files: score rows with the model and say what `filter` would keep.")
     ] = None,
@@ -219,9 +223,9 @@ def sample(
     models: Annotated[list[str], typer.Argument(help="Folders of checkpoints, or models on the hub.")],
     prompts: Annotated[Path | None, typer.Option(help="JSONL with the prompts to complete.")] = None,
     interactive: Annotated[bool, typer.Option("-i", help="A chat: every model answers what you type.")] = False,
-    samples: Annotated[int, typer.Option("-n", help="Completions of each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
+    samples: Annotated[int, typer.Option("-n", help="Completions of each prompt.", min=1)] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0)] = 1.0,
     seed: Annotated[int, typer.Option(help="The same noise for every model.")] = 0,
 ) -> None:
     """Show completions of several models side by side, at equal seeds."""
@@ -239,8 +243,8 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
     pairs: Annotated[list[str] | None, typer.Option(help="Held-out pairs or rankings (repeatable).")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(help="With --pairs, as data.max_prompt_tokens.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="With --pairs, as data.max_tokens.")] = 1024,
+    max_prompt_tokens: Annotated[int, typer.Option(help="With --pairs, as data.max_prompt_tokens.", min=1)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="With --pairs, as data.max_tokens.", min=1)] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="With --pairs, print JSON instead of tables.")] = False,
 ) -> None:
     """Sample and score the checkpoints of a run against its reference, or measure a reward model on --pairs."""

@@ -52,7 +52,8 @@ def load_function(name: str, /, *positional: object, **keywords: object) -> Call
     try:
         signature.bind(*positional, **keywords)
     except TypeError as error:
-        raise UserError(f"{name!r} takes {signature}: {error}") from error
+        call = ", ".join([*map(repr, positional), *(f"{key}={value!r}" for key, value in keywords.items())])
+        raise UserError(f"{name!r} takes {signature}, and is called with ({call}): {error}") from error
     return function
 
 

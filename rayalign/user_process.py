@@ -124,7 +124,7 @@ def plain(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     try:
-        return repr(value)[:LONGEST]
+        return repr(value).encode("utf-8", errors="backslashreplace").decode()[:LONGEST]
     except Exception:  # of an integer with very many digits, say
         return f"a value of type {type(value).__name__}"
 
@@ -134,13 +134,21 @@ def told(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         said = f"called sys.exit({'' if error.code is None else repr(error.code)})"
     else:
-        words = " ".join(str(error).split())[:LONGEST]
+        words = " ".join(words_of(error).split())[:LONGEST]
         said = f"raised {type(error).__name__}{': ' if words else ''}{words}"
     here = Path(__file__).parent
     ours = (__file__, str(here / "imports.py"))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
     where = place([(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)])
     return f"{said} ({where})" if where else said
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception says, in characters that can be written; nothing where it cannot say it."""
+    try:
+        return str(error).encode("utf-8", errors="backslashreplace").decode()
+    except Exception:
+        return ""
 
 
 def place(frames: Sequence[tuple[str, int, str]]) -> str:

@@ -54,6 +54,10 @@ _KINDS = {
     "string_type": "text; quote it",
     "tuple_type": "a list",
     "list_type": "a list",
+    **dict.fromkeys(
+        ("date_type", "date_parsing", "date_from_datetime_parsing", "date_from_datetime_inexact"),
+        "a date such as 2024-07-26",
+    ),
 }
 
 
@@ -171,6 +175,8 @@ def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
         return f"{text or _show(value)} is a boolean in YAML; quote it"
     if kind in _KINDS:
         return f"{_show(value)} is not {_KINDS[kind]}"
+    if kind == "too_long":
+        return f"{_show(value)} has {context['actual_length']} items; write {context['max_length']} at most"
     if kind == "too_short":
         return "is empty; name at least one"
     if kind == "string_too_short":
@@ -205,20 +211,42 @@ def _parameter(key: str, document: Document) -> str:
         fields = resolve_method(name).config.model_fields
     except UserError:
         return ""
-    ours = key if key in fields else foreign.parameter(name, key)
-    return f"did you mean method.{ours}?" if ours else ""
+    return f"did you mean method.{key}?" if key in fields else _renamed(key, name, fields)
 
 
 def _unknown_parameter(key: str, document: Document) -> str:
     """What to write instead of a parameter that the method does not have."""
     choice = document.get(("method",))
     name = str(choice.get("name")) if isinstance(choice, Mapping) else ""
-    fields = resolve_method(name).config.model_fields
-    ours = foreign.parameter(name, key) or _near(key, document.get(("method", key)), fields)
-    if ours:
-        return f"{UNKNOWN} of {name}; did you mean method.{ours}?"
-    said = foreign.beside_method(key, document.get(("method", key)))
-    return f"{UNKNOWN} of {name}; {said or 'its keys are ' + ', '.join(fields)}"
+    fields, value = resolve_method(name).config.model_fields, document.get(("method", key))
+    others = [other for other in METHODS if key in resolve_method(other).config.model_fields]
+    meant = _renamed(key, name, fields) or _near_parameter(key, value, fields)
+    if not meant and not others:
+        meant = _not_a_parameter(key, value, fields)
+    if meant:
+        return f"{UNKNOWN} of {name}; {meant}"
+    whose = f"; {key} is of {', '.join(others)}" if others else ""
+    return f"{UNKNOWN} of {name}; its keys are {', '.join(fields)}{whose}"
+
+
+def _renamed(key: str, method: str, fields: Mapping[str, FieldInfo]) -> str:
+    """What to write instead of another trainer's parameter in ``method``; empty where it has none like it."""
+    ours = foreign.parameter(method, key)
+    if " " in ours:
+        return ours
+    return f"did you mean method.{ours}?" if ours in fields else ""
+
+
+def _near_parameter(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
+    close = _near(key, value, fields)
+    return f"did you mean method.{close}?" if close else ""
+
+
+def _not_a_parameter(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
+    """What to write instead of a key that stands among a method's parameters and is none; empty where none fits."""
+    said = foreign.advice(("method", key), value) or _guess(("method", key), value, (), RunConfig)
+    of_method = said.removeprefix("did you mean method.").removesuffix("?")
+    return "" if of_method != said.removesuffix("?") and of_method not in fields else said
 
 
 def _guess(path: FieldPath, value: object, blocks: Sequence[Model], model: Model) -> str:
@@ -230,6 +258,8 @@ def _guess(path: FieldPath, value: object, blocks: Sequence[Model], model: Model
     if key in COMMON or any(isinstance(part, int) for part in path):
         return ""
     elsewhere = {name: field for name, field in _fields(model, "") if name.rpartition(".")[2] == key}
+    if len(path) > 1:  # a block inside another block has words of its own: alpha, columns
+        elsewhere = {name: field for name, field in elsewhere.items() if name.count(".") < 2}
     fitting = [name for name, field in elsewhere.items() if name != dotted(path) and _fits(value, field)]
     return f"did you mean {fitting[0]}?" if len(fitting) == 1 else ""
 
@@ -248,13 +278,25 @@ def _fields_of(blocks: Sequence[Model]) -> dict[str, FieldInfo]:
 
 
 def _near(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
-    """The field whose name is a slip away and that can have the value; empty for none."""
+    """The field whose name is a slip away and that can have the value; empty for none.
+
+    A block is meant whatever it holds, and so is a name that differs in its case alone.
+    """
     likely = [
-        (difflib.SequenceMatcher(None, key, name).ratio(), name)
+        (difflib.SequenceMatcher(None, _plain(key), name).ratio(), name)
         for name, field in fields.items()
-        if _is_slip(key, name) and _fits(value, field)
+        if _is_slip(_plain(key), name)
+        and (_plain(key) == name or _fits(value, field) or (isinstance(value, Mapping) and _is_block(field)))
     ]
     return max(likely, default=(0.0, ""))[1]
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("-", "_")
+
+
+def _is_block(field: FieldInfo) -> bool:
+    return not _is_list(field.annotation) and any(True for _ in _blocks(field.annotation, None))
 
 
 def _is_slip(key: str, name: str) -> bool:

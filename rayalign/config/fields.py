@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from rayalign.config.suffixes import data_suffix
-from rayalign.methods._fields import refuse_booleans
+from rayalign.methods._fields import refuse_odd_numbers
 
 _MIRRORS = {"s3": {"region", "scheme", "endpoint_override"}, "gs": {"scheme", "endpoint_override"}, "file": set[str]()}
 """By scheme: what may stand after the question mark."""
@@ -52,11 +52,16 @@ class Block(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_no_booleans(cls, data: Any) -> Any:
-        return refuse_booleans(cls, data)
+        return refuse_odd_numbers(cls, data)
 
     def unused(self) -> frozenset[str]:
         """Settings that the others of this block leave without use."""
         return frozenset()
+
+    def given_without_use(self) -> list[str]:
+        """Those of them that are not at their defaults."""
+        fields = type(self).model_fields
+        return sorted(key for key in self.unused() if getattr(self, key) != fields[key].default)
 
 
 def named(value: object) -> object:

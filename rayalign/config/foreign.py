@@ -42,6 +42,7 @@ class Table:
     methods: Mapping[str, str]
     unknown_methods: frozenset[str]
     parameters: Mapping[str, Mapping[str, str]]
+    aliases: Mapping[str, str]
 
     def exact(self, parts: Sequence[str]) -> Answer | None:
         """The answer of the longest key that is the end of a path."""
@@ -81,6 +82,7 @@ def table() -> Table:
         methods=data["methods"],
         unknown_methods=frozenset(data["unknown_methods"]),
         parameters=data["parameters"],
+        aliases=data["aliases"],
     )
 
 
@@ -146,18 +148,10 @@ def track_advice(value: object) -> str:
     return f"write track: [{', '.join(known)}]" + ("" if known == names else "; tensorboard and wandb are the trackers")
 
 
-def beside_method(key: str, value: object) -> str:
-    """What to write instead of a key that stands among a method's parameters and is none; empty for most."""
-    answer = table().exact(parts_of((key,)))
-    if answer is not None and answer.translates == "method":
-        return method_advice(value)
-    ours = answer.ours if answer is not None else ""
-    return f"did you mean {ours}?" if ours and not ours.startswith("method.") else ""
-
-
 def parameter(method: str, key: str) -> str:
-    """What a parameter of others is called in ``method``; empty where it has none like it."""
-    return table().parameters.get(method, {}).get(key, "")
+    """What a parameter of others is called in ``method``, or a sentence where its value is another; empty for none."""
+    usual = table().aliases.get(key.lower(), key.lower())
+    return table().parameters.get(method, {}).get(usual, usual if usual != key else "")
 
 
 def block_advice(path: FieldPath) -> str:

@@ -61,11 +61,11 @@ def resolve_method(name: str) -> Method:
     """
     from rayalign.methods import resolve
 
-    others = foreign.table()
-    if name in others.methods:
-        raise UserError(f"{name!r} is another project's name; write {others.methods[name]}")
-    if name in others.unknown_methods:
-        raise UserError(foreign.method_advice(name))
+    others, plain = foreign.table(), name.lower()
+    if plain in others.methods:
+        raise UserError(f"{name!r} is another project's name; write {others.methods[plain]}")
+    if plain in others.unknown_methods:
+        raise UserError(foreign.method_advice(plain))
     return resolve(name)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from rayalign.config.data import Source
 from rayalign.config.fields import AS_PATH, MAY_CHANGE, Block, Elastic, InterpreterPath, check_function, named
@@ -73,6 +73,12 @@ class HybridConfig(RoundsConfig):
     def unused(self) -> frozenset[str]:
         return frozenset({"on_fraction"} if self.mix == "candidates" else ())
 
+    @model_validator(mode="after")
+    def _fraction_is_read(self) -> Self:
+        if self.given_without_use():
+            raise ValueError("mix: candidates has both kinds in every group: remove on_fraction, or write mix: groups")
+        return self
+
 
 DataPolicyConfig = Annotated[
     OffPolicyConfig | OnPolicyConfig | HybridConfig, Field(discriminator="name"), BeforeValidator(named)
@@ -128,3 +134,10 @@ class LabelConfig(Block):
 
     def unused(self) -> frozenset[str]:
         return unread_parameters(self.name)
+
+    @model_validator(mode="after")
+    def _every_parameter_is_read(self) -> Self:
+        for key in self.given_without_use():
+            rule = next(rule for rule, parameters in PARAMETERS.items() if key in parameters)
+            raise ValueError(f"{self.name} does not read {key}: remove it, or write name: {rule}")
+        return self

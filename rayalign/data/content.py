@@ -34,17 +34,24 @@ def content_key(path: str) -> str:
     if _AT_COMMIT.match(path):
         return path
     if "://" not in path:
-        return file_digest(Path(path))
+        return _local_digest(path)
     try:
         system, inside = fsspec.core.url_to_fs(path, **options(path))
         if isinstance(system, LocalFileSystem):
-            return file_digest(Path(inside))
+            return _local_digest(inside)
         system.invalidate_cache()
         info: Mapping[str, Any] = system.info(inside)
     except Exception as error:  # whatever the library of this kind of address raises
         raise UserError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}") from error
     facts = {name: str(info[name]) for name in FACTS if info.get(name) is not None}
     return _digest([plain(path), info.get("size"), facts]) if facts else _read_digest(path)
+
+
+def _local_digest(path: str) -> str:
+    try:
+        return file_digest(Path(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def plain(path: str) -> str:

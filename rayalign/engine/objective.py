@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rayalign.data.plan import StepCounts
+from rayalign.errors import UserError
 from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.types import PackedBatch, Scored
 
@@ -41,7 +42,10 @@ class Objective:
     def loss(self, scored: Scored, statistics: Statistics, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss (float64), and of each of its terms, by name."""
         shares: dict[str, Tensor] = {}
-        for term in self.method.loss(scored, self.config, statistics):
+        terms = self.method.loss(scored, self.config, statistics)
+        if not isinstance(terms, tuple | list) or not all(isinstance(term, Term) for term in terms):
+            raise UserError(f"method {self.method.name!r}: its loss returned {type(terms).__name__}, no tuple of Term")
+        for term in terms:
             share = self.weight * term.weight * masked_total(term) / denominator(term, counts)
             shares[term.name] = shares[term.name] + share if term.name in shares else share
         return torch.stack(list(shares.values())).sum(), {name: share.detach() for name, share in shares.items()}

@@ -14,6 +14,7 @@ from rayalign.engine.lora import adapter_off, with_reference
 from rayalign.engine.objective import MAIN_STREAM, REFERENCE_NEEDS, Objective
 from rayalign.engine.source import StreamWork
 from rayalign.engine.strategy import Strategy
+from rayalign.errors import UserError
 from rayalign.methods._base import Statistics
 from rayalign.types import PackedBatch, Scored
 
@@ -99,6 +100,9 @@ class Runner:
             with self.strategy.forward_context(self.module, last=last):
                 scored = self.score(objective, batch)
                 loss, shares = objective.loss(scored, statistics[part.stream], part.counts)
+                if not loss.requires_grad:
+                    name = objective.method.name
+                    raise UserError(f"method {name!r}: its loss has no gradient: make it of scored.scores, undetached")
                 # Every strategy averages gradients over workers; the loss is divided by the counts of all of them.
                 self.strategy.backward(self.module, loss * self.strategy.world_size, last=last)
             losses.append(loss.detach())

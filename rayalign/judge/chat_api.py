@@ -14,7 +14,7 @@ OPTIONAL = ("temperature", "seed", "max_tokens", "max_completion_tokens")
 """Parameters that an endpoint may refuse, and be asked without."""
 _REFUSAL = (
     r"(?:unsupported|not support|unrecognized|unknown|unexpected|extra"
-    r"|not permitted|not allowed|only the default|invalid)"
+    r"|not permitted|not allowed|only the default|invalid|deprecated|no longer|must be)"
 )
 EXCERPT = 300
 """Characters of what a server says."""
@@ -65,8 +65,9 @@ class Response:
             return None
 
     def shown(self, text: object) -> str:
-        """Something of it in one line, cut, and without the secret."""
-        line = " ".join(str(text).replace(self.secret, "(key)").split())
+        """Something of it in one line, cut, without the secret, and in characters that can be written."""
+        writable = str(text).encode("utf-8", errors="backslashreplace").decode()
+        line = " ".join(writable.replace(self.secret, "(key)").split())
         return line if len(line) <= EXCERPT else f"{line[:EXCERPT]}…"
 
     def said(self) -> str:
@@ -133,6 +134,12 @@ def refused_parameter(response: Response, sent: Mapping[str, Any]) -> str | None
         if re.search(near, response.text, re.IGNORECASE | re.DOTALL):
             return name
     return None
+
+
+def asks_for_the_default(response: Response, sent: Mapping[str, Any]) -> bool:
+    """Whether a response to a call without a temperature insists on one of 1."""
+    insists = re.search(r"\btemperature\b.{0,200}?\(1(?:\.0)?\)", response.text, re.IGNORECASE | re.DOTALL)
+    return insists is not None and "temperature" not in sent
 
 
 def _message(value: Any) -> str:

@@ -19,7 +19,15 @@ from typing import Any
 from rayalign.errors import UserError, first_line
 from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
 from rayalign.judge.base import ScorerUnusable
-from rayalign.judge.chat_api import BUSY, Busy, NoAnswer, Response, refused_parameter, text_of
+from rayalign.judge.chat_api import (
+    BUSY,
+    Busy,
+    NoAnswer,
+    Response,
+    asks_for_the_default,
+    refused_parameter,
+    text_of,
+)
 from rayalign.judge.patience import Patience, retry_after
 from rayalign.remarks import Remarks
 
@@ -86,6 +94,8 @@ class Endpoint:
         self.remarks = Remarks()
         self.taken: dict[str, str | None] = {}
         """Parameters that the endpoint refuses → what it takes in their place."""
+        self.insisted: dict[str, float] = {}
+        """Parameters that it does not do without, although it takes one value only."""
         self.lock = threading.Lock()
         self.opener = urllib.request.build_opener(StayHere)
         self._key()
@@ -162,13 +172,15 @@ class Endpoint:
                 taken = self.taken[taken]
             if taken is not None:
                 named[taken] = value
-        return named
+        return named | self.insisted
 
     def _leaves_out(self, response: Response, sent: Mapping[str, Any]) -> bool:
         """Whether a response refuses a parameter; it is left out, or called otherwise, from now on."""
         name = refused_parameter(response, sent)
         if name is None:
-            return False
+            insists = asks_for_the_default(response, sent)
+            self.insisted = {"temperature": 1.0} if insists else self.insisted
+            return insists
         with self.lock:
             known = name in self.taken
             self.taken[name] = LENGTHS.get(name)

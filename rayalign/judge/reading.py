@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 _THOUGHT = re.compile(r"<(?P<ends>/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
-_CONTROL = re.compile(r"<\|\w{1,40}\|>")
+_CONTROL = re.compile(r"<\|\w{1,40}\|>|</?s>")
 
 _POINTS = r"(?:\s*points?)?"
 _NUMBER = r"(?P<value>\d+(?:\.\d+)?)"
@@ -28,6 +28,7 @@ _END = (
 _LABEL = (
     r"(?:rating|score|grade|mark|评分|得分|分数|評価|点数|スコア|평점|점수|оценка"
     r"|bewertung|punktzahl|puntuación|calificación|valutazione|avaliação)"
+    rf"(?:\s*[(\[]\s*(?:(?:on\s+)?(?:a\s+|the\s+)?scale:?\s+)?(?:{_RANGE}|(?:out\s+)?of\s+{_TEN})\s*[)\]])?"
 )
 _OWN = r"(?:(?:my|the|this|its|final|overall|total)\s+)*"
 _JUST = r"(?:(?:so|thus|therefore|hence|overall|finally|in\s+conclusion|in\s+summary)\s*,?\s+)?"
@@ -122,7 +123,7 @@ def bare(line: str) -> str:
     line = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", line)
     line = re.sub(r"<(rating|score|grade)>(.*?)</\1>", r"\1: \2", line, flags=re.IGNORECASE)
     line = re.sub(r"[*`#$\"]+|__", "", line)
-    line = re.sub(r"\[+\s*(\d+(?:\.\d+)?(?:\s*/\s*10)?)\s*\]+", r"\1", line)
+    line = re.sub(r"[\[<]+\s*(\d+(?:\.\d+)?(?:\s*/\s*10)?)\s*[\]>]+", r"\1", line)
     line = re.sub(r"^\s*(?:[->•]\s+|\d+[.)]\s+(?=\D*\d))", "", line)
     return re.sub(r"\s+", " ", line).strip() if re.search(r"\w", line) else ""
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from rayalign.methods._fields import refuse_booleans
+from rayalign.errors import UserError
+from rayalign.methods._fields import refuse_odd_numbers
 from rayalign.types import Round, Scored
 
 Need = Literal[
@@ -28,6 +29,7 @@ Need = Literal[
     "log_sum_p2",  # [N] token statistics of the forward
     "log_max_p",
     "plain_token_logp",
+    "entropy",
     "rank",  # [B, K] place in the annotators' order, 0 is best, equal places are ties
     "value",  # [N] scalar head before every token: a critic's
     "score",  # [B, K] scalar head at every candidate's last token: a reward model's
@@ -50,7 +52,7 @@ class MethodConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_no_booleans(cls, data: Any) -> Any:
-        return refuse_booleans(cls, data)
+        return refuse_odd_numbers(cls, data)
 
     logit_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of policy, reference and behavior alike: the temperature that the data were drawn at."""
@@ -71,6 +73,15 @@ class Term:
     weight: float = 1.0
     count: Float[Tensor, ""] | None = None
     """The step's items, where only ``statistics`` know how many count; None: as many as the plan has of ``over``."""
+
+    def __post_init__(self) -> None:
+        if self.over not in get_args(Over):
+            raise UserError(f"term {self.name!r}: over {self.over!r} is none of {' | '.join(get_args(Over))}")
+        if self.per_item.shape != self.mask.shape:
+            raise UserError(
+                f"term {self.name!r}: per_item has the shape {list(self.per_item.shape)} and mask "
+                f"{list(self.mask.shape)}: give one number per item, which the engine averages"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +159,26 @@ class Method:
     def needed_of_round(self, config: MethodConfig) -> frozenset[Need]:
         """Everything that ``round_prepare`` may look at or make: the critic reads the same columns."""
         return self.needed(config) | (self.critic.needed(config) - {"value"} if self.critic else frozenset())
+
+
+def problem_of(method: Method) -> str:
+    """What is wrong with a record; empty where its parts are of the kinds that they are to be."""
+    functions = ("loss", "extra_needs", "implicit_beta", "round_prepare", "round_limit", "step_prepare", "metrics")
+    for name in functions:
+        value = getattr(method, name)
+        if not callable(value) and (name == "loss" or value is not None):
+            return f"{name} is {value!r}, which is no function"
+    if not (isinstance(method.config, type) and issubclass(method.config, MethodConfig)):
+        return f"config is {method.config!r}, which is no subclass of rayalign.methods.MethodConfig"
+    hints = get_type_hints(Method)
+    for name in ("candidates", "trains"):
+        if getattr(method, name) not in get_args(hints[name]):
+            return f"{name} is {getattr(method, name)!r}; write {' | '.join(get_args(hints[name]))}"
+    for name, known in (("needs", get_args(Need)), ("data_policies", get_args(DataPolicy))):
+        unknown = sorted(map(str, set(getattr(method, name)) - set(known)))
+        if unknown:
+            return f"{name} has {unknown[0]!r}; there are {' | '.join(known)}"
+    return ""
 
 
 def margin(values: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:

@@ -18,32 +18,39 @@ def _share_of_flipped_labels(value: float) -> float:
     return value
 
 
-def refuse_booleans(model: type[BaseModel], data: Any) -> Any:
+LARGEST = 2**63 - 1
+"""Of whole numbers: arrays and generators take no larger ones."""
+
+
+def refuse_odd_numbers(model: type[BaseModel], data: Any) -> Any:
     """``data`` for ``model``, before it is read: YAML's ``true`` is no 1 where a number is expected.
 
-    Raises ValidationError at every field that takes numbers and no booleans, and has one, alone or in a list.
+    Raises ValidationError at every field that takes numbers and no booleans, and has a boolean or a whole number that
+    is larger than any array takes, alone or in a list.
     """
     given = data if isinstance(data, Mapping) else {}
     found = [
         InitErrorDetails(
-            type=PydanticCustomError(
-                "number_expected", "{value} is a boolean in YAML; write a number", {"value": value}
-            ),
+            type=PydanticCustomError("number_expected", "{value} {problem}", {"value": odd[0], "problem": odd[1]}),
             loc=(name,),
             input=given[name],
         )
         for name, field in model.model_fields.items()
-        if (value := _boolean_in(given.get(name))) and _takes_numbers_only(field.annotation)
+        if (odd := _odd_number(given.get(name))) and _takes_numbers_only(field.annotation)
     ]
     if found:
         raise ValidationError.from_exception_data(model.__name__, found)
     return data
 
 
-def _boolean_in(value: Any) -> str:
-    """``true`` or ``false`` where the value is one or a list with one; else empty."""
-    items = value if isinstance(value, list | tuple) else (value,)
-    return next((str(item).lower() for item in items if isinstance(item, bool)), "")
+def _odd_number(value: Any) -> tuple[str, str] | None:
+    """What is no number here and why, where the value is such, or a list with one."""
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, bool):
+            return str(item).lower(), "is a boolean in YAML; write a number"
+        if isinstance(item, int) and abs(item) > LARGEST:
+            return "a whole number of more than 63 bits", f"is too large; write {LARGEST} at most"
+    return None
 
 
 def _takes_numbers_only(annotation: Any) -> bool:

@@ -192,6 +192,6 @@ def _shuffled(statistics: Statistics) -> Float[Tensor, " G"]:
     """The step's weights, dealt anew among the slots that have one; 0 in the others."""
     weights = statistics.sums["wpo/weights"]
     weighed = torch.nonzero(statistics.sums["wpo/weighed"]).flatten()
-    generator = torch.Generator().manual_seed(statistics.seed * 1_000_003 + statistics.step)
+    generator = torch.Generator().manual_seed((statistics.seed * 1_000_003 + statistics.step) % 2**63)
     order = torch.randperm(len(weighed), generator=generator).to(weights.device)
     return torch.zeros_like(weights).index_copy(0, weighed, weights[weighed[order]])

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.document import Document
+from rayalign.config.explain import explain
 from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
 from rayalign.config.run import RunConfig
@@ -28,7 +30,7 @@ from rayalign.engine.model import ModelSpec, load_tokenizer, open_tokenizer
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 from rayalign.pipeline.check import Checked, Checking, check
-from rayalign.pipeline.reads import Read, needed_columns, reads, shape_of
+from rayalign.pipeline.reads import Read, needed_of_rows, reads, shape_of
 from rayalign.pipeline.units import origin_of, rows_made, unit_of
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ def _of_file(file: str, options: Options) -> Checked:
         path=file,
         chunks=partial(_chunks, source, DataConfig(train=(source,))),
         shape=shape_of(record) if record else None,
-        needs=needed_columns(record, record.config()) if record else frozenset(),
+        needs=needed_of_rows(record, record.config()) if record else frozenset(),
         columns=source.columns,
         max_bad_fraction=options.max_bad_fraction or 0.0,
         is_scored="policy_logp_quantile" in options.of_files,
@@ -164,9 +166,10 @@ def _source(file: str, given: Mapping[str, Any]) -> DataSource:
     try:
         return DataSource.model_validate({"path": file, **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "[key]").replace("_", "-")
-        raise UserError(f"{f'--{field}: ' if field else ''}{first['msg'].removeprefix('Value error, ')}") from error
+        document = Document(data={"path": file, **given}, directory=Path.cwd())
+        problem = explain(error, document, model=DataSource)[0]
+        option = f"--{problem.field.replace('_', '-')}: " if problem.field else ""
+        raise UserError(f"{option}{problem.message}") from error
 
 
 def _chat(model: str, template: str) -> Chat:

@@ -46,7 +46,7 @@ def reads(run: RunConfig) -> Iterator[Read]:
     record, policy = run.method.record, run.data_policy
     relabels = run.label is not None and run.label.relabel
     shape: Shape = "prompt" if relabels else shape_of(record)
-    needs = frozenset({"completion"}) if relabels else needed_columns(record, run.method.config)
+    needs = frozenset({"completion"}) if relabels else needed_of_rows(record, run.method.config)
     if policy.name == "off_policy" or (policy.name == "hybrid" and policy.mix == "groups"):
         yield from _listed("data.train", run.data.train, shape, needs)
     elif policy.prompts is None:
@@ -90,6 +90,11 @@ def shape_of(method: Method) -> Shape:
     if method.candidates == "one":
         return "labelled" if "label" in method.needs else "one"
     return method.candidates
+
+
+def needed_of_rows(method: Method, config: Any) -> frozenset[str]:
+    """Of :func:`needed_columns` those that rows have to have: a pair has no label, and is two labelled answers."""
+    return needed_columns(method, config) - ({"label"} if shape_of(method) == "labelled" else set())
 
 
 def needed_columns(method: Method, config: Any) -> frozenset[str]:

@@ -244,7 +244,7 @@ def commit_drawn(
     failures = bad_prompts(reports)
     if failures:
         lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
-        write_whole(directory / "quarantine.jsonl", lines.encode())
+        write_whole(directory / "quarantine.jsonl", lines.encode("utf-8", errors="backslashreplace"))  # as JSON has it
     if len(failures) > max_bad_fraction * ledger.prompts:
         raise UserError(told_bad(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
     look(ledger)

@@ -129,7 +129,8 @@ class Unlabelled:
     """Counts the rounds in a row from which nothing can be learned, and ends a run of them.
 
     A policy that earns nothing yet may have such rounds at first. But as no step on them moves it, only luck ends
-    them: ``max_unlabelled`` in a row end the run, and so do all rounds of a run that has fewer.
+    them: ``max_unlabelled`` in a row end the run, and so do all rounds of a run that has fewer. Where stored groups
+    stand beside the fresh ones, they teach, and the round is only told of.
     """
 
     def __init__(self, job: RolloutJob, note: Callable[[str], None]) -> None:
@@ -146,6 +147,9 @@ class Unlabelled:
         spec = self.job.spec
         why = nothing_learned([ledger], scorer=spec.scorer.label, rule=spec.label.name, shape=spec.shape)
         told = f"round {number + 1}/{self.job.plan.num_rounds}: {why}"
+        if self.job.plan.fresh_fraction < 1:
+            self.note(f"{told}; only the stored groups of its steps teach")
+            return
         if rounds < min(self.job.max_unlabelled, self.job.plan.num_rounds):
             self.note(f"{told}; its steps teach nothing")
             return

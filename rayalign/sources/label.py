@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeGuard
 
 from rayalign.data.prepare import Shape
 from rayalign.data.rank import places
@@ -160,6 +160,8 @@ def bradley_terry(scored: Scored, *, scale: float) -> Pair | None:
 class OwnRule:
     """``function(scores) → (chosen, rejected)``, or None or NaN for no preference; it runs in a process of its own.
 
+    One position twice is no preference too, where all scores are equal: ``argmax`` and ``argmin`` of a tie.
+
     Raises:
         UserError: there is no such function, or it cannot be imported.
     """
@@ -178,7 +180,7 @@ class OwnRule:
             found = self.function(scores)
         except CallFailed as failure:
             raise UserError(f"label.name: {self.name!r} {failure} for the scores {scores}") from failure
-        if (found.value is None and not found.other) or is_nan(found.value):
+        if (found.value is None and not found.other) or is_nan(found.value) or is_tie(found.value, scores):
             return None
         if not is_pair(found.value, len(scores)):
             raise UserError(
@@ -196,7 +198,16 @@ def own_rule(spec: LabelSpec) -> OwnRule | None:
 
 def is_pair(value: object, count: int) -> bool:
     """Whether these are two different positions among ``count``."""
-    if not isinstance(value, list) or len(value) != 2 or value[0] == value[1]:
+    return are_positions(value, count) and value[0] != value[1]
+
+
+def is_tie(value: object, scores: Sequence[float]) -> bool:
+    """Whether this is one position twice, of scores that are all equal."""
+    return are_positions(value, len(scores)) and value[0] == value[1] and min(scores) == max(scores)
+
+
+def are_positions(value: object, count: int) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) != 2:
         return False
     return all(type(k) is int and 0 <= k < count for k in value)
 

@@ -64,6 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("evaluate --json", "--json goes with --pairs"),
         ("evaluate --pairs pairs.jsonl", "takes one reward model"),
         ("sample model", "--prompts"),
+        ("check pairs.jsonl --format nope", "--format: 'nope' is none of auto | preference"),
         ("report missing", "missing holds no comparison.json"),
         ("report file", "file holds no comparison.json"),
         ("report empty", "empty holds no comparison.json"),
@@ -91,6 +92,22 @@ def test_what_is_not_there(command: str, told: str) -> None:
     assert told in done.printed
     assert done.printed.startswith("error: ")
     assert "Traceback" not in done.printed
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("sample model --prompts pairs.jsonl -n 0", "-n"),
+        ("sample model --prompts pairs.jsonl --temperature -1", "--temperature"),
+        ("sample model --prompts pairs.jsonl --max-new-tokens 0", "--max-new-tokens"),
+        ("check pairs.jsonl --max-bad-fraction 5", "--max-bad-fraction"),
+        ("evaluate model --pairs pairs.jsonl --max-tokens 0", "--max-tokens"),
+    ],
+)
+def test_numbers_out_of_range(command: str, option: str) -> None:
+    done = rayalign(*command.split())
+    assert (done.code, f"Invalid value for '{option}'" in done.printed, "Traceback" in done.printed) == (2, True, False)
 
 
 @pytest.mark.usefixtures("folder")

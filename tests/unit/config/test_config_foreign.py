@@ -83,8 +83,14 @@ def test_foreign_names_of_methods_are_not_ours_and_lead_to_ours() -> None:
         assert set(re.findall(r"[a-z_]{3,}", said)) & set(OURS), said
     assert named & set(OURS)
     for method, renamed in known.parameters.items():
-        assert set(renamed.values()) <= resolve(method).config.model_fields.keys()
-        assert not renamed.keys() & resolve(method).config.model_fields.keys()
+        fields = resolve(method).config.model_fields.keys()
+        named = {said for said in renamed.values() if " " not in said}
+        sentences = set(renamed.values()) - named
+        assert named <= fields and not renamed.keys() & fields
+        assert {field for said in sentences for field in re.findall(r"method\.(\w+)", said)} <= fields
+    usual = {parameter for renamed in known.parameters.values() for parameter in renamed}
+    every = {field for name in OURS for field in resolve(name).config.model_fields}
+    assert set(known.aliases.values()) <= usual | every and not known.aliases.keys() & every
 
 
 # What TRL has.
@@ -258,7 +264,31 @@ def test_false_friends_are_not_suggested(tmp_path: Path, line: str, key: str, fr
         ("method: {name: dpo, beat: 0.2}", "did you mean method.beta?"),
         ("method: {name: grpo, beta: 0.2}", "unknown key of grpo; did you mean method.kl_coef?"),
         ("method: {name: ipo, beta: 0.2}", "unknown key of ipo; did you mean method.tau?"),
-        ("method: {name: sft, beta: 0.2}", "unknown key of sft; its keys are logit_temperature, reduction"),
+        ("method: {name: sft, beta: 0.2}", "unknown key of sft; its keys are logit_temperature, reduction; beta is of"),
+        ("method: {name: dpo, rpo_alpha: 1.0}", "of dpo; write auxiliary: [{name: sft, data: …, weight: …}]"),
+        ("method: {name: dpo, pref_beta: 0.2}", "of dpo; did you mean method.beta?"),
+        ("method: {name: dpo, kl_coef: 0.2}", "kl_coef is of grpo, ppo, reinforce_pp, rloo"),
+        ("method: {name: dpo, epochs: 2}", "of dpo; did you mean optim.epochs?"),
+        ("method: {name: dpo, use_vllm: true}", "of dpo; write rollout.engine: vllm or hf"),
+        ("method: {name: dpo, Beta: 0.2}", "of dpo; did you mean method.beta?"),
+        ("method: {name: ppo, cliprange: 0.2}", "of ppo; did you mean method.clip?"),
+        ("method: {name: grpo, clip_ratio_high: 0.28}", "of grpo; did you mean method.clip_high?"),
+        ("method: {name: kto, desirable_loss_weight: 1}", "of kto; did you mean method.desirable_weight?"),
+        ("method: {name: simpo, gamma_beta_ratio: 0.5}", "of simpo; write method.gamma: beta × gamma_beta_ratio"),
+        ("method: {name: slic, beta: 0.5}", "of slic; write method.delta: 1 / beta"),
+        ("method: CPO", "'CPO' is another project's name; write dpo or simpo"),
+        ("method: {name: RM}", "'RM' is another project's name; write reward_model"),
+        ("Method: DPO", "did you mean method?"),
+        ("SEED: 1", "did you mean seed?"),
+        ("optim: {LR: 1}", "did you mean optim.lr?"),
+        ("refrence: {model: x}", "did you mean reference?"),
+        ("filters: {}", "did you mean filter?"),
+        ("scorers: {name: rule}", "did you mean scorer?"),
+        ("optim: {type: adamw}", "the optimizer is AdamW in float32"),
+        ("evaluate: {steps: 5}", "did you mean evaluate.every?"),
+        ("columns: {prompt: q}", "write data.train: [{path: …, columns: {prompt: …"),
+        ("optim: {betas: [0.9, 0.99, 0.999]}", "[0.9, 0.99, 0.999] has 3 items; write 2 at most"),
+        ("image_max_pixels: 5", "only text is trained"),
     ],
 )
 def test_slips_are_answered_with_the_key_that_was_meant(tmp_path: Path, line: str, said: str) -> None:

@@ -29,6 +29,11 @@ strategy: {name: single, workers: 4}
     ]
 
 
+def test_a_date_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="data.date: 'tomorrow' is not a date such as 2024-07-26"):
+        load_run(None, ["model.name=m", "data={train: t, date: tomorrow}", "method=dpo"])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -39,6 +44,26 @@ strategy: {name: single, workers: 4}
         (
             "method: dpo\noptim: {max_skipped_in_a_row: 9}",
             "optim: stop skips no step: remove max_skipped_in_a_row, or write on_nonfinite: skip",
+        ),
+        (
+            f"method: dpo\nseed: {2**63}",
+            "seed: a whole number of more than 63 bits is too large; write 9223372036854775807 at most",
+        ),
+        (
+            f"method: dpo\noptim: {{steps: {10**400}}}",
+            "optim.steps: a whole number of more than 63 bits is too large; write 9223372036854775807 at most",
+        ),
+        (
+            "method: dpo\nlabel: {gap: 2}",
+            "label: best_worst does not read gap: remove it, or write name: wpo",
+        ),
+        (
+            "method: dpo\nlabel: {name: wpo, scale: 2}",
+            "label: wpo does not read scale: remove it, or write name: bradley_terry",
+        ),
+        (
+            "method: dpo\ndata_policy: {name: hybrid, mix: candidates, on_fraction: 0.3}",
+            "data_policy: mix: candidates has both kinds in every group: remove on_fraction, or write mix: groups",
         ),
         (
             "method: dpo\ncheckpoint: {best: {metric: loss}}",

@@ -99,12 +99,8 @@ LORA = [*OFF, "model.lora={}"]
         (LORA, ["reference.place=trainer"]),
         (ON, ["rollout={engine: hf, actors: [0, 8], placement: separate, python: /venv/bin/python}"]),
         (ON, ["scorer.unit=share", "scorer.description=What it is."]),
-        (ON, ["label={threshold: 3, gap: 2, rejected: minimum, scale: 9}"]),
         (ON, ["label=best_worst"]),
-        ([*ON, "label={name: wpo, threshold: 3}"], ["label.scale=5"]),
-        ([*ON, "label={name: bradley_terry}"], ["label.gap=5"]),
         (GROUPS, ["label=rewards"]),
-        ([*ON, "data_policy={name: hybrid, mix: candidates}"], ["data_policy.on_fraction=0.1"]),
         ([*GROUPS, "method=ppo"], ["critic={}"]),
     ],
 )

@@ -259,6 +259,14 @@ def test_patterns_and_folders_of_other_file_systems() -> None:
     assert "nowhere" in refusal("nowhere://origin/*.csv")
 
 
+def test_the_content_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "nosuch.jsonl"), f"file://{tmp_path}/nosuch.jsonl"):
+        with pytest.raises(UserError, match=r"nosuch.jsonl: (cannot be read: .*)?No such file or directory"):
+            content_key(path)
+    with pytest.raises(UserError, match="Is a directory"):
+        content_key(str(tmp_path))
+
+
 def test_keys_hold_content(tmp_path: Path, server: FileServer) -> None:
     path = write(tmp_path / "a.jsonl", "a")
     key = content_key(str(path))

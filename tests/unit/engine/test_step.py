@@ -6,7 +6,7 @@ import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from rayalign.engine.objective import MAIN_STREAM, Objective, denominator
 from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep, Runner
 from rayalign.engine.strategy import make_strategy
+from rayalign.errors import UserError
 from rayalign.methods import Method, MethodConfig, Term
 from rayalign.methods._base import Over
 
@@ -78,6 +79,19 @@ def sequence_logp(model: torch.nn.Module, group: Group) -> Tensor:
 
 def plain(directory: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_loss_without_gradient_is_refused(dpo: Scenario) -> None:
+    """A run that moves nothing would end well."""
+    (plain,) = dpo.objectives
+
+    def loss(*given: Any) -> tuple[Term, ...]:
+        return tuple(replace(term, per_item=term.per_item.detach()) for term in plain.method.loss(*given))
+
+    scenario = replace(dpo, objectives=(replace(plain, method=replace(plain.method, loss=loss)),))
+    work = make_source(scenario, SINGLE).get(0)
+    with pytest.raises(UserError, match="method 'dpo': its loss has no gradient: make it of scored.scores"):
+        step(scenario, work)
 
 
 def test_first_dpo_step_is_ln_2(model: Path, tmp_path: Path) -> None:

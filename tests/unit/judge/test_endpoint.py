@@ -208,6 +208,7 @@ def test_a_fault_of_one_question_does_not_hold_up_the_others(endpoint: Endpoint)
         ({"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]},
          422, "seed"),
         (error("extra fields not permitted: temperature"), 422, "temperature"),
+        (error("`temperature` is deprecated for this model."), 400, "temperature"),
         (
             error(
                 "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
@@ -248,6 +249,23 @@ def test_one_that_refuses_everything_is_asked_with_nothing(endpoint: Endpoint) -
     endpoint.answer = answer
     assert scorer(endpoint, max_new_tokens=100, concurrency=1).score(["why?"], ["because"]) == [7.0]
     assert [len(body) - 2 for body in endpoint.seen] == [3, 2, 1, 1, 0]
+
+
+def test_one_that_insists_on_a_temperature_of_1_gets_it(endpoint: Endpoint) -> None:
+    refusal = error("Unsupported value: 'temperature' does not support 0. Only the default (1) value is supported.")
+
+    def answer(question: str) -> Step:
+        return "Rating: 7" if endpoint.seen[-1].get("temperature") == 1 else Reply(400, refusal)
+
+    endpoint.answer = answer
+    assert scorer(endpoint, concurrency=1).score(["why?"] * 2, ["a", "b"]) == [7.0] * 2
+    assert [body.get("temperature") for body in endpoint.seen] == [0.0, None, 1.0, 1.0]
+
+
+def test_half_a_character_of_an_error_can_be_written(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda question: Reply(400, '{"error": {"message": "cut here: \\ud83d"}}')
+    said = failure(endpoint, NoVerdict)
+    assert said.encode().endswith(rb"it answers 400 cut here: \ud83d")
 
 
 def test_a_refusal_that_names_no_parameter_is_said(endpoint: Endpoint) -> None:

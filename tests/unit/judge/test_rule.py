@@ -119,7 +119,7 @@ def test_unknown_scorers() -> None:
 
 
 def test_a_function_with_other_parameters(rewards: Path) -> None:
-    with pytest.raises(UserError, match=r"scorer.function: .*words' takes \(prompt, reply, \*, per_word=1.0\): got an"):
+    with pytest.raises(UserError, match=r"scorer.function: .*words' takes \(prompt, reply, \*, per_word=1.0\), and is"):
         RuleScorer(function=f"{rewards}:words", arguments={"per_wrod": 2})
     RuleScorer(function="math:fmod")  # written in C, without a signature
 
@@ -160,7 +160,11 @@ def test_tensors_are_scores_too() -> None:
         ("coroutine", "is an async function, and nothing would await it: write def, not async def"),
         ("instance", "is an async function"),
         ("generator", "is a generator: return its value, do not yield it"),
-        ("wants_more", r"takes \(prompt: 'str', reply: 'str', answer: 'str'\) -> 'float': missing a required argument"),
+        (
+            "wants_more",
+            r"takes \(prompt: 'str', reply: 'str', answer: 'str'\) -> 'float', and is called with "
+            r"\('a prompt', 'a reply'\): missing a required argument",
+        ),
     ],
 )
 def test_functions_that_could_give_no_number_are_refused_at_once(function: str, message: str) -> None:
@@ -193,6 +197,8 @@ def test_a_call_that_hangs_is_ended_and_costs_its_prompt(reply: str) -> None:
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
+        ("says_what_cannot_be_written", r"raised ValueError: \\ud800 \(at odd_rewards.py"),
+        ("cannot_say_it", r"raised Speechless \(at odd_rewards.py:\d+ in cannot_say_it\)"),
         ("sys_exits", r"called sys.exit\(3\) \(at odd_rewards.py:\d+ in sys_exits\)"),
         ("os_exits", "ended its process with exit code 3"),
         ("ends_well", "ended its process with exit code 0"),

@@ -143,6 +143,7 @@ def test_permutation_changes_from_step_to_step_and_not_from_run_to_run(pairs: li
         return method.loss(scored, method.config(), statistics)[0].per_item.tolist()
 
     assert dealt(0, 1) == dealt(0, 1)
+    assert dealt(2**63 - 1, 1) == dealt(2**63 - 1, 1)
     assert len({tuple(dealt(seed, step)) for seed in (0, 1) for step in range(4)}) > 4
 
 

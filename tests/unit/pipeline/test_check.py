@@ -128,6 +128,12 @@ def test_labels_ties_and_inverted_scores_are_counted(tmp_path: Path) -> None:
     assert (found["inverted_scores"], found["tied_scores"]) == (1, 1)
 
 
+def test_pairs_are_labelled_answers_for_kto(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", {"prompt": "Q", "chosen": "A", "rejected": "B"})
+    code, found = facts(path, method="kto")
+    assert (code, found["good"], found["bad"]) == (0, 1, 0)
+
+
 TIE = {"prompt": "Q", "response_1": "A", "response_2": "B", "preference_strength": 0}
 MISFITS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a prompt for dpo": (

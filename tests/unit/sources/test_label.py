@@ -78,6 +78,13 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
         pair([0, 2], name=f"{rules}:bad")
 
 
+def test_one_position_twice_is_a_tie_where_all_scores_are_equal(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.py"
+    rules.write_text("def ends(s):\n    import numpy as np\n    return np.argmax(s), np.argmin(s)\n")
+    assert pair([0.5, 0.5, 0.5], name=f"{rules}:ends") == ()
+    assert pair([0.5, 0.5, 0.25], name=f"{rules}:ends") == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -17,6 +17,7 @@ from rayalign.judge.measure import ScorerSpec
 from rayalign.manifest import MANIFEST
 from rayalign.rollout.base import SamplingParams
 from rayalign.runtime.drawing import Ledger
+from rayalign.runtime.rounds import Unlabelled
 from rayalign.sources.chunk import Chunk
 from rayalign.sources.label import LabelSpec
 from rayalign.sources.rounds import RoundPlan
@@ -74,6 +75,16 @@ def test_a_run_of_fewer_rounds_ends_at_its_last(tmp_path: Path, model: Path, fil
     once = make(tmp_path / "once", model, file, "dpo", plan=plan)
     with pytest.raises(UserError, match=r"round 1/1: .* found no preference: the run learns nothing"):
         once.train()
+
+
+def test_stored_groups_beside_the_fresh_ones_teach(tmp_path: Path, model: Path, file: Path) -> None:
+    run = make(tmp_path, model, file, "dpo")
+    notes: list[str] = []
+    idle = Unlabelled(replace(run.job, plan=replace(PLAN, fresh_fraction=0.5)), notes.append)
+    for number in range(PLAN.num_rounds):
+        idle.see(number, Ledger.of([report(0.35, 0.35)]))
+    told = f"no prompt is labelled: {EVERY}, and {RULE}; only the stored groups of its steps teach"
+    assert notes == [f"round {number}/5: {told}" for number in range(1, 6)]
 
 
 def test_rewards_that_come_late_let_the_run_go_on(tmp_path: Path, model: Path, file: Path) -> None:
