@@ -19,7 +19,7 @@ LINES = b'{"prompt": "a"}\n' * 3
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("rows.json", json.dumps([{"prompt": "a"}]).encode()),
         ("array.jsonl", json.dumps([{"prompt": "a"}]).encode()),
         ("rows.csv", b"prompt\na\n"),
