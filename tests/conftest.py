@@ -16,6 +16,7 @@ install_import_hook(
 REPOSITORY = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of processes that share the tests, one runs all that start a Ray, and each file is run by one."""
     if config.pluginmanager.hasplugin("xdist"):
