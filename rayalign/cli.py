@@ -118,7 +118,7 @@ def check(
     columns: Annotated[
         list[str] | None, typer.Option(help="Of files: our column=the file's (repeatable).", metavar="OURS=THEIRS")
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(help="Of files: read so many rows at most.", min=1)] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Of files: read so many rows at most.")] = None,
     show: Annotated[
         int, typer.Option(help="Show this many rows of every source, marked by what becomes of them.", min=0)
     ] = 0,

@@ -124,8 +124,9 @@ def vital_child(pid: int) -> Child | None:
     folder = Path("/proc", str(pid))
     with contextlib.suppress(OSError):
         name = (folder / "comm").read_text().strip()
-        if name in VITAL:
-            logs = _LOG_DIR.search((folder / "cmdline").read_bytes())
+        words = (folder / "cmdline").read_bytes()  # empty for a moment after the name is there
+        if name in VITAL and words:
+            logs = _LOG_DIR.search(words)
             return Child(pid, name, logs[1].decode() if logs else str(newest_logs()))
     return None
 

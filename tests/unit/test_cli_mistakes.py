@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train run.yaml --lr 1e-6", "--lr: there is no such option (--help lists them); write optim.lr=1e-6"),
         ("train --learning-rate=1e-6", "write optim.lr=1e-6"),
         ("train run.yaml --optim.lr 1e-6", "write optim.lr=1e-6"),
-        ("check pairs.jsonl --max-samples 0", "'--max-samples'"),
+        ("check pairs.jsonl --max-samples 0", "--max-samples: 0 must be at least 1"),
         ("check pairs.jsonl --method=", "method"),
         ("compare run.yaml --dryrun", "--dryrun: there is no such option (--help lists them); a setting is key=value"),
         ("compare missing.yaml", "missing.yaml: cannot be read"),
