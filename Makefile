@@ -5,8 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --durations=15
-# Two at a time; the tests that start Ray are one group (tests/conftest.py), as each of them takes the machine.
-PARALLEL := --numprocesses 2 --dist loadgroup --max-worker-restart 0
+# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine.
+PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
 # The tests' tensors are small: more threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 

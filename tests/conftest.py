@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -17,13 +17,20 @@ install_import_hook(
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.hookimpl(wrapper=True)  # or xdist would read the groups first
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """Of processes that share the tests, one runs all that start a Ray, and each file is run by one."""
-    if hasattr(config, "workerinput"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
-    yield
+@pytest.hookimpl(optionalhook=True)  # tests also run one after another, without xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file is run by one of the processes that share the tests; files that start a Ray all by the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduler = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+
+    def group(nodeid: str) -> str:
+        file = file_of(nodeid)
+        return "ray" if file.startswith("tests/ray/") else file
+
+    scheduler._split_scope = group  # the one place where xdist lets files be put together
+    return scheduler
 
 
 @pytest.fixture(scope="session")
