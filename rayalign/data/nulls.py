@@ -14,7 +14,7 @@ def from_arrow(row: Fields) -> Fields:
 
 
 def was_in_a_table(row: Fields) -> bool:
-    """Whether a row of JSON was written from a table: nulls stand where nobody writes them.
+    """Whether a row of JSON was written from a table: nulls stand where a writer of JSON leaves the key out.
 
     That is a turn of a user or a tool without calls that has ``tool_calls: null``, or a tool with a parameter that is
     null in place of its schema.

@@ -19,7 +19,7 @@ def _share_of_flipped_labels(value: float) -> float:
 
 
 LARGEST = 2**63 - 1
-"""Of whole numbers: arrays and generators take no larger ones."""
+"""The largest whole number: arrays and generators take no larger one."""
 
 
 def refuse_odd_numbers(model: type[BaseModel], data: Any) -> Any:

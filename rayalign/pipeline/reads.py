@@ -93,7 +93,7 @@ def shape_of(method: Method) -> Shape:
 
 
 def needed_of_rows(method: Method, config: Any) -> frozenset[str]:
-    """Of :func:`needed_columns` those that rows have to have: a pair has no label, and is two labelled answers."""
+    """Those of :func:`needed_columns` that rows must have: a pair has no label, and is two labelled answers."""
     return needed_columns(method, config) - ({"label"} if shape_of(method) == "labelled" else set())
 
 
