@@ -124,10 +124,12 @@ def vital_child(pid: int) -> Child | None:
     folder = Path("/proc", str(pid))
     with contextlib.suppress(OSError):
         name = (folder / "comm").read_text().strip()
-        words = (folder / "cmdline").read_bytes()  # empty for a moment after the name is there
-        if name in VITAL and words:
+        if name in VITAL:
+            words = (folder / "cmdline").read_bytes()
             logs = _LOG_DIR.search(words)
-            return Child(pid, name, logs[1].decode() if logs else str(newest_logs()))
+            child = Child(pid, name, logs[1].decode() if logs else str(newest_logs()))
+            # The kernel tells the name a moment before the command line, which it forgets at the end.
+            return child if words or child.ending() else None
     return None
 
 
