@@ -136,7 +136,7 @@ def compare(
         save(record, directory)
         board.say(f"report: {render(record, directory)}")
         if not any(result.failure or result.stopped for result in results):
-            session.vital.settled.set()
+            session.vital.settle()
     refuse_unfinished(results, ending.budget)
 
 

@@ -69,7 +69,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
         with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
             board.say(f"model: {final}")
-            session.vital.settled.set()
+            session.vital.settle()
     return final
 
 

@@ -158,7 +158,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
         try:
             yield describe(started_here=address is None, vital=vital)
         finally:
-            vital.released.set()
+            vital.release()
             auto_init_hook.enable_auto_connect = False  # a thread that still waits for Ray must not start another one
             ray.shutdown()
 

@@ -11,11 +11,14 @@ import os
 import re
 import select
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from rayalign.runtime import witness
 
 VITAL = {"raylet": "raylet", "gcs_server": "GCS"}
 """Names of programs → what Ray's documentation calls them."""
@@ -25,7 +28,7 @@ SOON_SECONDS = 0.01
 GRACE_SECONDS = 1.0
 """For a run whose last file is written to be told of, which needs no GCS."""
 FAILED = 1
-SHOW_CURSOR = "\x1b[?25h"
+STOPPED = 128 + signal.SIGTERM
 _LOG_DIR = re.compile(rb"--log[_-]dir=([^\0]+)")
 
 
@@ -38,18 +41,6 @@ class Child:
     logs: str
     """Where Ray's logs are."""
 
-    def ending(self) -> str | None:
-        """How it ended, in a word; None: it lives. Ray can still collect it."""
-        try:
-            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # Ray has
-            return "its exit code is not known"
-        if found is None:
-            return None
-        if found.si_code == os.CLD_EXITED:
-            return f"exit code {found.si_status}"
-        return signal.Signals(found.si_status).name
-
 
 @dataclass(slots=True)
 class Vital:
@@ -59,14 +50,26 @@ class Vital:
     """
 
     settled: threading.Event = field(default_factory=threading.Event)
-    """What the command is for is done and told: a death from here on does not make it a failure."""
     released: threading.Event = field(default_factory=threading.Event)
-    """Ray may end: it was asked to."""
     watched: dict[int, Child] = field(default_factory=dict)
+    """Numbers of the open handles on them."""
+    _witness: subprocess.Popen[str] | None = None
 
     def watch(self) -> None:
         others = {child.pid for child in children()}
         threading.Thread(target=self._look, args=(others,), daemon=True).start()
+
+    def settle(self) -> None:
+        """What the command is for is done and told: a death from here on does not make it a failure."""
+        self.settled.set()
+        self._say(witness.TOLD)
+
+    def release(self) -> None:
+        """Ray may end: it was asked to."""
+        self.released.set()
+        self._say(witness.TOLD)
+        if self._witness is not None:
+            self._witness.wait()
 
     def _look(self, others: set[int]) -> None:
         ends = select.poll()
@@ -76,39 +79,36 @@ class Vital:
                 for child in children():
                     if child.pid not in others:
                         others.add(child.pid)
-                        self.watched[child.pid] = child
-                        ends.register(os.pidfd_open(child.pid), select.POLLIN)
-            if ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS)) and not self.released.is_set():
-                for child in self.watched.values():
-                    if (how := child.ending()) is not None:
-                        self._leave(child, how)
+                        number = os.pidfd_open(child.pid)
+                        ends.register(number, select.POLLIN)
+                        self.watched[number] = child
+                        self._say(f"{child.pid} {VITAL[child.name]} {child.logs}")
+            for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS)):
+                if not self.released.is_set():
+                    self._leave(self.watched[number])
 
-    def _leave(self, dead: Child, how: str) -> None:
+    def _leave(self, dead: Child) -> None:
         """End this process at once: what waits for Ray cannot be woken, and the files are such that nothing is lost."""
-        if (
-            dead.name == "raylet"
-        ):  # Ray itself ends this process within moments, and tells it in its way through its GCS
-            for child in self.watched.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGKILL)
+        how = witness.ending(dead.pid)
         patience = GRACE_SECONDS if dead.name == "gcs_server" else 0.0
-        code, line = (0, "") if self.settled.wait(patience) else last_words(dead, how)
-        for stream in (sys.__stdout__, sys.__stderr__):
-            with contextlib.suppress(OSError, ValueError):
-                if stream is not None:
-                    end = line if stream is sys.__stderr__ else ""
-                    stream.write(f"{SHOW_CURSOR}{end}" if stream.isatty() else end)
-                    stream.flush()
-        os._exit(code)
+        settled = self.settled.wait(patience)
+        self._say(witness.TOLD)
+        witness.show_cursor()
+        if not settled:
+            witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs))
+        os._exit(0 if settled else STOPPED if witness.asked(how) else FAILED)
 
-
-def last_words(dead: Child, how: str) -> tuple[int, str]:
-    """(exit code, line): a process that was asked to end is no failure, as when a job is cancelled."""
-    then = f"the same command continues from what is saved. Ray's logs: {dead.logs}\n"
-    if how in ("exit code 0", "SIGTERM"):
-        return 128 + signal.SIGTERM, f"stopped: Ray's {VITAL[dead.name]} was asked to end ({how}); {then}"
-    why = ", as when memory runs out" if how == "SIGKILL" else ""
-    return FAILED, f"error: Ray's {VITAL[dead.name]} ended ({how}{why}) while this command ran; {then}"
+    def _say(self, line: str) -> None:
+        """To the process that tells of a death where Ray ends this process first."""
+        if self._witness is None:
+            if line == witness.TOLD:
+                return
+            command = [sys.executable, "-I", "-S", witness.__file__]
+            self._witness = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert self._witness.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._witness.stdin.write(f"{line}\n")
+            self._witness.stdin.flush()
 
 
 def children() -> Iterator[Child]:
@@ -129,7 +129,7 @@ def vital_child(pid: int) -> Child | None:
             logs = _LOG_DIR.search(words)
             child = Child(pid, name, logs[1].decode() if logs else str(newest_logs()))
             # The kernel tells the name a moment before the command line, which it forgets at the end.
-            return child if words or child.ending() else None
+            return child if words or witness.has_ended(pid) else None
     return None
 
 

@@ -67,10 +67,10 @@ def test_its_death_is_one_line_and_the_same_command_continues(
         seconds = time.monotonic() - killed
     assert command.returncode == 1, printed
     told = printed.splitlines()[-1]
-    assert told.startswith(
-        f"error: Ray's {TITLES[victim]} ended (SIGKILL, as when memory runs out) while this command ran"
-    )
-    assert f"Ray's logs: {own_ray['RAY_TMPDIR']}/ray/session" in told
+    ended = f"error: Ray's {TITLES[victim]} ended (SIGKILL, as when memory runs out) while this command ran"
+    # At its first moment Ray itself may see the death first.
+    assert told.startswith((ended, "error: Ray did not start") if moment == "start" else ended)
+    assert f"{own_ray['RAY_TMPDIR']}/ray/session" in told and "logs" in told
     assert "(raylet)" not in printed and "rpc_client" not in printed and "Traceback" not in printed
     assert seconds < ENDS_WITHIN_SECONDS
     wait_until(lambda: not any(own_ray["RAY_TMPDIR"] in line for _, _, line in processes()), "Ray to be gone")

@@ -11,7 +11,7 @@ import pytest
 from programs import REPOSITORY
 
 PROGRAM = """
-import os, signal, subprocess, sys, threading
+import ctypes, os, signal, subprocess, sys, threading
 from rayalign.runtime.vital import Vital
 
 victim, way, settled = sys.argv[1:]
@@ -26,16 +26,23 @@ while len(vital.watched) < 2:
     pass
 print("watched", flush=True)
 if settled == "before":
-    vital.settled.set()
+    vital.settle()
 if settled == "released":
-    vital.released.set()
+    vital.release()
+if way == "the command":
+    os.kill(os.getpid(), signal.SIGKILL)
+if settled == "too late":  # as Ray's C++ ends a process: no other thread of it comes to a word
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    holding = ctypes.PyDLL(None)
+    holding.kill(children[victim].pid, signal.Signals[way])
+    holding.usleep(50_000_000)
 if way.isdigit():
     children[victim].stdin.write(way + "\\n")
     children[victim].stdin.flush()
 else:
     os.kill(children[victim].pid, signal.Signals[way])
 if settled == "meanwhile":
-    threading.Timer(0.1, vital.settled.set).start()
+    threading.Timer(0.1, vital.settle).start()
 children[victim].wait() if settled == "released" or victim == "bystander" else threading.Event().wait(60)
 for child in children.values():
     child.kill()
@@ -57,6 +64,15 @@ print("lives")
         ("gcs_server", "SIGKILL", "meanwhile", 0, ""),
         ("raylet", "SIGKILL", "released", 0, ""),
         ("bystander", "SIGKILL", "no", 0, ""),
+        (
+            "raylet",
+            "SIGKILL",
+            "too late",
+            -14,
+            "error: Ray's raylet ended (SIGKILL, as when memory runs out) while this",
+        ),
+        ("gcs_server", "SIGTERM", "too late", -14, "stopped: Ray's GCS was asked to end (SIGTERM); the same command"),
+        ("raylet", "the command", "no", -9, ""),
     ],
 )
 def test_a_command_ends_with_its_ray(
