@@ -3,10 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Modules are compiled when they are first imported: most never are.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --durations=15
-# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine.
-PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
+# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine. They
+# are few and long, and begin early where the order stays that of the folders.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # The tests' tensors are small: more threads wait for each other.
 export OMP_NUM_THREADS ?= 1
 
