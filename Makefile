@@ -34,7 +34,7 @@ test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a tabl
 	$(PYTEST) tests/chaos
 
 test-s3: $(VENV)/.installed-test $(VENV)-s3/.installed ## mirrors of checkpoints on a real S3 server of this machine, in an environment of its own
-	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/engine/test_mirror.py tests/unit/sources/test_mirrored_rounds.py
+	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/engine/test_mirror.py tests/unit/rounds/test_mirrored_rounds.py
 
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py

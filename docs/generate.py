@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import rayalign.cli
-import rayalign.report.results
+import rayalign.report.results_json
 from rayalign.config.compare import CompareConfig
 from rayalign.config.data import Format
 from rayalign.config.fields import OnResume
@@ -30,7 +30,7 @@ from rayalign.config.run import RunConfig
 from rayalign.data.formats import FORMATS
 from rayalign.data.formats.base import OF_PAIRS, never
 from rayalign.methods import METHODS, resolve
-from rayalign.methods._base import Method, MethodConfig
+from rayalign.methods.method import Method, MethodConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 DATA = Path(__file__).parent / "how-to" / "data.md"
@@ -324,7 +324,7 @@ def parameter_default(parameter: Any) -> str:
 
 def with_results(text: str) -> str:
     """``files.md`` with the schema of results.json as the report's module describes it."""
-    described = (rayalign.report.results.__doc__ or "").partition("::\n\n")[2]
+    described = (rayalign.report.results_json.__doc__ or "").partition("::\n\n")[2]
     schema, _, notes = described.partition("\n\nESTIMATE")
     lines = "\n".join(line.removeprefix("    ") for line in schema.splitlines())
     said = f"```text\n{lines}\n```\n\n{plain_quotes('ESTIMATE' + notes).strip()}"

@@ -22,12 +22,12 @@ from lab.world import pairs as lab_pairs
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
-from rayalign.data.prepare import Unit, misfit, read_chunks
 from rayalign.data.records import RawRow, Row
 from rayalign.data.stream import Stream
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
-from rayalign.engine.forward import Policy
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.data.tokenize_rows import Unit, misfit, read_chunks
+from rayalign.engine.model.forward import Policy
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.methods import dpo_loss
 from rayalign.types import PackedBatch
 

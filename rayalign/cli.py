@@ -138,7 +138,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Read data wholly, as a run does, and say what is in them; exits 1 where a run would refuse them."""
-    from rayalign.pipeline.checked import Options, check_given
+    from rayalign.verbs.checked import Options, check_given
 
     of_files = {
         "model": model,
@@ -182,7 +182,7 @@ def train(
     fresh: Fresh = None,
 ) -> None:
     """Train one run: rayalign train run.yaml optim.lr=1e-6"""
-    from rayalign.pipeline.train import train as run_train
+    from rayalign.run.train import train as run_train
 
     path, settings = split_config(config, overrides)
     run_train(path, settings, fresh=frozenset(fresh or ()), console=Console())
@@ -197,7 +197,7 @@ def generate(
     best: Best = False,
 ) -> None:
     """Complete the prompts of data.train: rayalign generate run.yaml rollout.samples=8 --out new.jsonl"""
-    from rayalign.pipeline.generate import generate as run_generate
+    from rayalign.verbs.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
     run_generate(path, settings, out=out, draws=True, kind=kind_of(pairs, best), console=Console())
@@ -212,7 +212,7 @@ def score(
     best: Best = False,
 ) -> None:
     """Score the completions of data.train: rayalign score run.yaml scorer.function=my:helpful --out new.jsonl"""
-    from rayalign.pipeline.generate import generate as run_generate
+    from rayalign.verbs.generate import generate as run_generate
 
     path, settings = split_config(config, overrides)
     run_generate(path, settings, out=out, draws=False, kind=kind_of(pairs, best), console=Console())
@@ -229,8 +229,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="The same noise for every model.")] = 0,
 ) -> None:
     """Show completions of several models side by side, at equal seeds."""
-    from rayalign.pipeline.sample import sample as run_sample
     from rayalign.rollout.base import SamplingParams
+    from rayalign.verbs.sample import sample as run_sample
 
     params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, num_samples=samples, seed=seed)
     run_sample(models, prompts, params, interactive=interactive, console=Console())
@@ -250,7 +250,7 @@ def evaluate(
     """Sample and score the checkpoints of a run against its reference, or measure a reward model on --pairs."""
     if pairs:
         from rayalign.data.tokenize import TokenizeSettings
-        from rayalign.pipeline.pairs import evaluate_pairs
+        from rayalign.verbs.pairs import evaluate_pairs
 
         if config is None or overrides:
             raise UserError("evaluate --pairs takes one reward model: rayalign evaluate runs/rm/final --pairs a.jsonl")
@@ -258,7 +258,7 @@ def evaluate(
         return evaluate_pairs(config, pairs, budget, as_json=as_json, console=Console())
     if as_json:
         raise UserError("evaluate: --json goes with --pairs")
-    from rayalign.pipeline.evaluate import evaluate as run_evaluate
+    from rayalign.comparison.evaluate import evaluate as run_evaluate
 
     path, settings = split_config(config, overrides)
     run_evaluate(path, settings, console=Console())
@@ -275,7 +275,7 @@ def compare(
     fresh: Fresh = None,
 ) -> None:
     """Train every cell of a grid and write the report."""
-    from rayalign.pipeline.compare import compare as run_compare
+    from rayalign.comparison.compare import compare as run_compare
 
     if pilot is not None and not dry_run:
         raise UserError("--pilot: only a plan is estimated; add --dry-run")
@@ -316,7 +316,7 @@ def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparis
 @artifacts.command("ls")
 def list_artifacts(storage: Storage = Path("runs")) -> None:
     """List the stages of a storage path: size, age, last use, and the runs that used them."""
-    from rayalign.pipeline.shelf import ls
+    from rayalign.verbs.shelf import ls
 
     ls(storage, Console())
 
@@ -328,7 +328,7 @@ def collect_artifacts(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
 ) -> None:
     """Remove stages that were not used for a while; none that a run wants which is not finished."""
-    from rayalign.pipeline.shelf import gc
+    from rayalign.verbs.shelf import gc
 
     gc(storage, unused_for=unused_for, dry_run=dry_run, console=Console())
 
@@ -340,7 +340,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say whether runs will work here, and how to mend what will not; exits 1 when something is broken."""
-    from rayalign.pipeline.doctor import doctor as run_doctor
+    from rayalign.verbs.doctor import doctor as run_doctor
 
     raise typer.Exit(run_doctor(storage_path, start_ray=start_ray, as_json_text=as_json, console=Console()))
 

@@ -20,7 +20,7 @@ def alpaca_eval(
     generator: Annotated[str | None, typer.Option(help="What leaderboards call the model.")] = None,
 ) -> None:
     """Replies as AlpacaEval's model_outputs: alpaca_eval --model_outputs model_outputs.json"""
-    from rayalign.pipeline.export import alpaca_eval as run_export
+    from rayalign.verbs.export import alpaca_eval as run_export
 
     count = run_export(directory, out, step=step, prompts=prompts, sample=sample, generator=generator)
     print(f"{count} replies: {out}")
@@ -33,8 +33,8 @@ def trl_pairs(
     model: Annotated[str | None, typer.Option(help="Whose tokens these are, where no run.json says so.")] = None,
 ) -> None:
     """Pairs with TRL's columns, which TRL tokenizes as they were: prompt, chosen, rejected, tools …"""
-    from rayalign.pipeline.export_trl import told
-    from rayalign.pipeline.export_trl import trl_pairs as run_export
+    from rayalign.verbs.export_trl import told
+    from rayalign.verbs.export_trl import trl_pairs as run_export
 
     for line in told(run_export(store, out, model=model), out):
         print(line)
@@ -46,6 +46,6 @@ def model_card(
     out: Annotated[Path | None, typer.Option(help="README.md beside the model, if not given.")] = None,
 ) -> None:
     """A README.md for the Hub: base, method, data, figures with intervals, limits, configuration."""
-    from rayalign.pipeline.card import model_card as run_export
+    from rayalign.verbs.card import model_card as run_export
 
     print(run_export(directory, out))

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rayalign.engine.model import save_pretrained
+from rayalign.engine.model.pretrained import save_pretrained
 
 REPOSITORY = Path(__file__).parents[2]
 CHATML = (

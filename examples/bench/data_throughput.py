@@ -19,10 +19,10 @@ from typing import Any
 import datasets
 
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.prepare import Unit
 from rayalign.data.records import RawRow
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
-from rayalign.engine.model import load_tokenizer
+from rayalign.data.tokenize_rows import Unit
+from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.runtime.datasets import TokenizerSpec, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.session import connect

@@ -23,23 +23,23 @@ from examples.lab.in_process import Alone
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.state import TrainSpec
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve
-from rayalign.pipeline.model import CPU_ROW_TOKENS
 from rayalign.rollout.base import SamplingParams
+from rayalign.rounds.chunk import ChunkSpec
+from rayalign.rounds.columns import Preparation
+from rayalign.rounds.label import LabelSpec
+from rayalign.rounds.plan import RoundPlan
+from rayalign.rounds.source import StreamSource
+from rayalign.rounds.streams import RoundStream, SourceSpec
+from rayalign.run.model import CPU_ROW_TOKENS
 from rayalign.runtime.placement import Share
 from rayalign.runtime.rounds import RolloutJob, serving
-from rayalign.sources.chunk import ChunkSpec
-from rayalign.sources.label import LabelSpec
-from rayalign.sources.prepared import Preparation
-from rayalign.sources.rounds import RoundPlan
-from rayalign.sources.source import StreamSource
-from rayalign.sources.streams import RoundStream, SourceSpec
 
 from .common import arguments, in_fresh_process, machine, spread, table
 from .offline_step import TOKENS_PER_MICRO_BATCH
@@ -188,7 +188,7 @@ def trl(folder: Path, drawn: ChunkSpec, steps: int) -> Record:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from rayalign.sources.off_policy import StoredGroups
+    from rayalign.rounds.stored import StoredGroups
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

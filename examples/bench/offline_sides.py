@@ -22,15 +22,15 @@ from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import train
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.state import TrainSpec
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import resolve
-from rayalign.pipeline.model import CPU_ROW_TOKENS
-from rayalign.sources.source import StreamSource
-from rayalign.sources.streams import SourceSpec, StoredStream
+from rayalign.rounds.source import StreamSource
+from rayalign.rounds.streams import SourceSpec, StoredStream
+from rayalign.run.model import CPU_ROW_TOKENS
 
 GROUPS_PER_SHARD = 256
 LR, BETA, MAX_GRAD_NORM = 1e-4, 0.1, 1.0

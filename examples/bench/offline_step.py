@@ -22,11 +22,11 @@ from transformers import LlamaConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group, GroupLengths
 from rayalign.data.pack import group_lengths
-from rayalign.data.prepare import Unit, read_chunks
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.data.stream import Stream
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.objective import MAIN_STREAM
 
 from .common import (

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from rayalign.engine.metrics import read_metrics
-from rayalign.pipeline.train import train
+from rayalign.run.train import train
 from rayalign.runtime.session import connect
 
 from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model

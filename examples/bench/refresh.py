@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayalign.engine.model import weights_digest
-from rayalign.engine.sending import num_bytes
-from rayalign.engine.source import Weights
+from rayalign.engine.batches import Weights
+from rayalign.engine.checkpoint.sending import num_bytes
+from rayalign.engine.model.pretrained import weights_digest
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect

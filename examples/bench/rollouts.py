@@ -21,20 +21,20 @@ from transformers import AutoModelForCausalLM
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.judge.measure import ScorerSpec
-from rayalign.pipeline.model import CPU_ROW_TOKENS
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
+from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
+from rayalign.rounds.label import LabelSpec
+from rayalign.rounds.stored import StoredGroups
+from rayalign.rounds.streams import StoredStream
+from rayalign.run.model import CPU_ROW_TOKENS
 from rayalign.runtime.drawing import draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect
-from rayalign.sources.chunk import ChunkMaker, ChunkSpec
-from rayalign.sources.label import LabelSpec
-from rayalign.sources.off_policy import StoredGroups
-from rayalign.sources.streams import StoredStream
 
 from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model
 from .offline_step import TOKENIZER_VOCABULARY, tokenized_pairs

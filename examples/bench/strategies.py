@@ -26,16 +26,16 @@ import torch.multiprocessing as multiprocessing
 from transformers import LlamaConfig
 
 from rayalign.data.group import Candidate, Group
+from rayalign.data.micro_batches import count_step
 from rayalign.data.pack import group_lengths, pack
-from rayalign.data.plan import count_step
-from rayalign.engine.forward import root_module
-from rayalign.engine.lora import LoraSpec
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.batches import StreamWork
+from rayalign.engine.model.forward import root_module
+from rayalign.engine.model.lora import LoraSpec
+from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.source import StreamWork
 from rayalign.engine.step import Runner
-from rayalign.engine.strategy import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import StrategySpec, make_strategy
 from rayalign.methods import resolve
 
 from .common import arguments, machine, pairs_file, table, train_tokenizer

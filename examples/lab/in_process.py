@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 
+from rayalign.comparison.prompts import tokenized
 from rayalign.config.data import DataSource
 from rayalign.config.policy import LabelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Group
-from rayalign.data.prepare import Shape, shaped
 from rayalign.data.records import RawRow
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
@@ -24,30 +24,30 @@ from rayalign.data.select import rows_file, scores_of, select, write_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.engine import actor_critic
+from rayalign.data.tokenize_rows import Shape, shaped
+from rayalign.engine import critic as actor_critic
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import train
-from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.engine.objective import MAIN_STREAM
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.state import TrainSpec
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
-from rayalign.manifest import commit
-from rayalign.pipeline.job import critic_spec, method_of, objectives, optimizer_spec
-from rayalign.pipeline.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
-from rayalign.pipeline.prompts import tokenized
-from rayalign.pipeline.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
-from rayalign.pipeline.rollouts import prompts_of as prompts_in
-from rayalign.pipeline.streams import needs_reference, shape_of
 from rayalign.remarks import Remarks
+from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
+from rayalign.rounds.source import StreamSource
+from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
+from rayalign.run.job import critic_spec, method_of, objectives, optimizer_spec
+from rayalign.run.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
+from rayalign.run.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
+from rayalign.run.rollouts import prompts_of as prompts_in
+from rayalign.run.streams import needs_reference, shape_of
 from rayalign.runtime.drawing import commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.rounds import RolloutJob, serving
-from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
-from rayalign.sources.source import StreamSource
-from rayalign.sources.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
+from rayalign.storage.manifest import commit
 
 CPU = torch.device("cpu")
 
@@ -172,7 +172,7 @@ class Workshop:
         return mixed, rollouts
 
     def chunk_spec(self, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
-        """How the run's own samples become groups, as :func:`rayalign.pipeline.rollouts.chunk_spec` says it."""
+        """How the run's own samples become groups, as :func:`rayalign.run.rollouts.chunk_spec` says it."""
         assert run.scorer is not None
         policy = run.data_policy
         prompts = self.prompt_store(run)

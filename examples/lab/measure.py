@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from rayalign.comparison.evaluate import evaluated_checkpoints
 from rayalign.config import load_compare
 from rayalign.config.compare import Comparison, started_from
 from rayalign.config.data import DataSource
 from rayalign.config.method import MethodChoice
 from rayalign.config.run import RunConfig
 from rayalign.engine.frozen import FrozenModel
-from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.judge.measure import Prompt, ScorerSpec, make_scorers, measure
-from rayalign.pipeline.evaluate import evaluated_checkpoints
-from rayalign.pipeline.model import scorer_spec, stop_ids
 from rayalign.rollout.base import SamplingParams
+from rayalign.run.model import scorer_spec, stop_ids
 
 from .claims import claims_table
 from .in_process import CPU, Workshop, prompts_of, scoring_spec

@@ -24,7 +24,7 @@ from rayalign.config.training import CheckpointConfig, CriticConfig, OptimConfig
 from rayalign.config.tune import TuneConfig
 
 if TYPE_CHECKING:
-    from rayalign.methods._base import Method
+    from rayalign.methods.method import Method
 
 BLOCKS = (
     AuxiliaryConfig,

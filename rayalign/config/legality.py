@@ -10,7 +10,7 @@ from rayalign.config.method import why_not_weighted
 
 if TYPE_CHECKING:
     from rayalign.config.run import RunConfig
-    from rayalign.methods._base import Method
+    from rayalign.methods.method import Method
 
 
 class Violation(NamedTuple):

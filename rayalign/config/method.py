@@ -12,7 +12,7 @@ from rayalign.config import foreign
 from rayalign.errors import UserError
 
 if TYPE_CHECKING:
-    from rayalign.methods._base import Method, MethodConfig
+    from rayalign.methods.method import Method, MethodConfig
     from rayalign.methods.weighting import WPOWeighting
 
 

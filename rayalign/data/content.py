@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rayalign.data.files import open_binary, options
 from rayalign.errors import UserError, first_line
-from rayalign.manifest import file_digest
+from rayalign.storage.manifest import file_digest
 
 CHUNK_BYTES = 1 << 20
 _AT_COMMIT = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rayalign.data.schema import Example, Turns, assistant, user
+from rayalign.data.shared_prompt import asked_transcript
 from rayalign.data.spelled import ControlTokens
-from rayalign.data.split import asked_transcript
 
 
 def as_asked(example: Example) -> Example:

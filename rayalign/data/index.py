@@ -14,7 +14,7 @@ from safetensors.numpy import load
 
 from rayalign.data.group import GroupLengths
 from rayalign.data.shard import ShardInfo
-from rayalign.manifest import TornDirectory
+from rayalign.storage.manifest import TornDirectory
 
 Counts = NDArray[np.int64]
 

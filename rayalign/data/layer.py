@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rayalign.data.remote import read_ranges
 from rayalign.data.shard import ShardInfo, Words, has_checksum
-from rayalign.manifest import TornDirectory
+from rayalign.storage.manifest import TornDirectory
 
 WORD_BYTES = 4
 

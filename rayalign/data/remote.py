@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 
 from rayalign.data.shard import write_whole
-from rayalign.manifest import MANIFEST, TornDirectory, write_durably
+from rayalign.storage.manifest import MANIFEST, TornDirectory, write_durably
 
 INDEX_SUFFIX = ".index"
 RECORD_SUFFIXES = (".tokens", ".columns")

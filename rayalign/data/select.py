@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rayalign.data.group import Group
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
-from rayalign.manifest import verify
+from rayalign.storage.manifest import verify
 
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float64]

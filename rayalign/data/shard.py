@@ -29,7 +29,7 @@ from safetensors.numpy import save
 from rayalign.data.check import check_group
 from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds
 from rayalign.data.schema import Turns
-from rayalign.manifest import file_digest
+from rayalign.storage.manifest import file_digest
 
 Words = NDArray[np.int32]
 _SIDECAR = ".shard.json"

@@ -20,8 +20,8 @@ from rayalign.data.index import Index, offsets, read_index
 from rayalign.data.layer import Layer
 from rayalign.data.remote import mirror
 from rayalign.data.shard import ShardInfo, decode_tokens, finished_shards
-from rayalign.manifest import TornDirectory, commit, read_manifest
-from rayalign.manifest import verify as verify_files
+from rayalign.storage.manifest import TornDirectory, commit, read_manifest
+from rayalign.storage.manifest import verify as verify_files
 
 
 class StoreMismatch(ValueError):

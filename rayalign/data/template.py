@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from rayalign.data.schema import PLAIN, WEIGHT, Fields, Message, RowProblem, Turns, assistant, user
-from rayalign.data.split import transcript
+from rayalign.data.shared_prompt import transcript
 from rayalign.errors import UserError
 
 TODAY = date(2024, 7, 26)

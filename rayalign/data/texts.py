@@ -13,9 +13,9 @@ import numpy as np
 from rayalign.data.group import Candidate, Group
 from rayalign.data.schema import Example, Turns
 from rayalign.data.shard import PROMPTS, Said
-from rayalign.data.split import prompt_text
+from rayalign.data.shared_prompt import prompt_text
 from rayalign.data.store import TokenStore
-from rayalign.manifest import TornDirectory
+from rayalign.storage.manifest import TornDirectory
 
 SHARDS_IN_MEMORY = 8
 ANSWERS = "answers"

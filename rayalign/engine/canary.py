@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from rayalign.data.group import Candidate, Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
-from rayalign.engine.forward import Policy
+from rayalign.engine.model.forward import Policy
 from rayalign.engine.step import to_device
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 4, 28

@@ -10,9 +10,9 @@ import torch
 
 from rayalign.data.group import Column, Group
 from rayalign.data.rows import Layout
-from rayalign.engine.forward import Policy
 from rayalign.engine.frozen import FrozenModel
-from rayalign.engine.head import token_divergence
+from rayalign.engine.model.forward import Policy
+from rayalign.engine.model.head import token_divergence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

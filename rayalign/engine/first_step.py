@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from rayalign.engine.batches import StreamWork
 from rayalign.engine.objective import MAIN_STREAM
-from rayalign.engine.source import StreamWork
 from rayalign.engine.step import Runner
 
 LOGRATIO_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.5)}

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from rayalign import __version__
 from rayalign.data.group import Column, Group
+from rayalign.data.micro_batches import plan_step
 from rayalign.data.pack import group_lengths, pack
-from rayalign.data.plan import plan_step
 from rayalign.data.rows import Layout
-from rayalign.engine.forward import root_module
-from rayalign.engine.model import ModelSpec, compute_dtype, load_policy
-from rayalign.engine.parity import choose_layout
+from rayalign.engine.model.forward import root_module
+from rayalign.engine.model.parity import choose_layout
+from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_policy
 from rayalign.engine.step import to_device
 from rayalign.types import PackedBatch, Scores
 

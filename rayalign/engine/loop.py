@@ -16,26 +16,26 @@ import torch
 from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
-from rayalign.engine.disk import room_for
+from rayalign.engine.batches import FollowsPolicy, GroupSource, StreamWork
+from rayalign.engine.checkpoint.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
+from rayalign.engine.checkpoint.optimizer_state import UnreadableOptimizer
+from rayalign.engine.checkpoint.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
+from rayalign.engine.checkpoint.sending import exportable, num_bytes, offer_weights
 from rayalign.engine.first_step import check_initial_logratio
-from rayalign.engine.forward import root_module
 from rayalign.engine.frozen import computed_with
-from rayalign.engine.lora import ADAPTER
 from rayalign.engine.metrics import open_sinks
-from rayalign.engine.model import ModelSpec, compute_dtype, save_pretrained
+from rayalign.engine.model.forward import root_module
+from rayalign.engine.model.lora import ADAPTER
+from rayalign.engine.model.parity import choose_layout
+from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pretrained
 from rayalign.engine.nonfinite import skipped
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import set_learning_rate
-from rayalign.engine.optimizer_state import UnreadableOptimizer
-from rayalign.engine.parity import choose_layout
-from rayalign.engine.run import MakeSource, NoNotices, Notices, Run, TrainSpec, checkpointer_of
-from rayalign.engine.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
-from rayalign.engine.sending import exportable, num_bytes, offer_weights
-from rayalign.engine.source import FollowsPolicy, GroupSource, StreamWork
+from rayalign.engine.state import MakeSource, NoNotices, Notices, Run, TrainSpec, checkpointer_of
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
-from rayalign.engine.strategy import Strategy
-from rayalign.manifest import commit, read_manifest
+from rayalign.engine.strategy.base import Strategy
+from rayalign.storage.disk import room_for
+from rayalign.storage.manifest import commit, read_manifest
 from rayalign.types import PADDING_GROUP
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
-from rayalign.engine.checkpoint import decisive
+from rayalign.engine.checkpoint.checkpoint import decisive
 from rayalign.errors import MissingExtra
-from rayalign.manifest import write_durably
+from rayalign.storage.manifest import write_durably
 
 
 @runtime_checkable

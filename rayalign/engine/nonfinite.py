@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayalign.engine.run import Run
-from rayalign.engine.source import StreamWork
+from rayalign.engine.batches import StreamWork
+from rayalign.engine.state import Run
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
-from rayalign.manifest import write_durably
-from rayalign.methods._base import Term
+from rayalign.methods.method import Term
+from rayalign.storage.manifest import write_durably
 from rayalign.types import PackedBatch, Scored
 
 log = logging.getLogger(__name__)

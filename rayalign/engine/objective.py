@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rayalign.data.plan import StepCounts
+from rayalign.data.micro_batches import StepCounts
 from rayalign.errors import UserError
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term
 from rayalign.types import PackedBatch, Scored
 
 MAIN_STREAM = "train"

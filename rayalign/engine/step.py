@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayalign.engine.lora import adapter_off, with_reference
+from rayalign.engine.batches import StreamWork
+from rayalign.engine.model.lora import adapter_off, with_reference
 from rayalign.engine.objective import MAIN_STREAM, REFERENCE_NEEDS, Objective
-from rayalign.engine.source import StreamWork
-from rayalign.engine.strategy import Strategy
+from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import UserError
-from rayalign.methods._base import Statistics
+from rayalign.methods.method import Statistics
 from rayalign.types import PackedBatch, Scored
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayalign.data.schema import Turns
-from rayalign.data.split import prompt_text
+from rayalign.data.shared_prompt import prompt_text
 from rayalign.judge.asking import Ask, Questionnaire
 from rayalign.judge.base import refuse_missing
 from rayalign.judge.endpoint import Endpoint

@@ -12,12 +12,12 @@ from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import TokenizeSettings, to_group
-from rayalign.engine.context import context_of, refuse_unknown_ids, vocabulary_of
-from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.generation import end_ids
-from rayalign.engine.kinds import read_config
-from rayalign.engine.model import ModelSpec, refuse_unusable, tokenizer_of
+from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
+from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.generation import end_ids
+from rayalign.engine.model.kinds import read_config
+from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable, tokenizer_of
 from rayalign.errors import UserError
 from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
 from rayalign.judge.base import ScorerUnusable

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rayalign.data.group import Candidate, Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
-from rayalign.data.split import prompt_text
+from rayalign.data.shared_prompt import prompt_text
 from rayalign.engine.divergence import divergences
 from rayalign.engine.frozen import FrozenModel
 from rayalign.judge import make_judge, make_scorer

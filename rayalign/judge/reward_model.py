@@ -10,12 +10,12 @@ import torch
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.schema import Example, Turns, assistant, user
-from rayalign.data.split import transcript
+from rayalign.data.shared_prompt import transcript
 from rayalign.data.tokenize import TokenizeSettings, to_group
-from rayalign.engine.context import context_of, refuse_unknown_ids, vocabulary_of
-from rayalign.engine.folder import model_directory
-from rayalign.engine.model import ModelSpec, load_model, refuse_unusable, tokenizer_of
-from rayalign.engine.scalar import ScalarHead, written_as
+from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
+from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.pretrained import ModelSpec, load_model, refuse_unusable, tokenizer_of
+from rayalign.engine.model.scalar import ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from rayalign.data.schema import Turns
-from rayalign.data.split import prompt_text
+from rayalign.data.shared_prompt import prompt_text
 from rayalign.errors import UserError
 from rayalign.judge.base import NoVerdict, ScorerUnusable
 from rayalign.user_function import CallFailed, UserFunction

@@ -11,7 +11,6 @@ from rayalign.errors import UserError
 from rayalign.imports import load_object
 
 if TYPE_CHECKING:
-    from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term, margin
     from rayalign.methods._clipped import ppo_policy_loss
     from rayalign.methods.composition import compose
     from rayalign.methods.dpo import dpo_loss
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from rayalign.methods.hinge import hinge_loss
     from rayalign.methods.ipo import ipo_loss
     from rayalign.methods.kto import kto_loss
+    from rayalign.methods.method import Method, MethodConfig, Need, Statistics, Term, margin
     from rayalign.methods.mpo import mpo_loss
     from rayalign.methods.orpo import orpo_loss
     from rayalign.methods.ppo import ppo_value_loss
@@ -57,11 +57,11 @@ METHODS: Mapping[str, str] = {
 """Name → "module:attribute" of its :class:`Method`. A user's own method needs no entry: its name is that string."""
 
 _MODULE_OF: Mapping[str, str] = {
-    "Method": "_base",
-    "MethodConfig": "_base",
-    "Need": "_base",
-    "Statistics": "_base",
-    "Term": "_base",
+    "Method": "method",
+    "MethodConfig": "method",
+    "Need": "method",
+    "Statistics": "method",
+    "Term": "method",
     "WPOWeighting": "weighting",
     "compose": "composition",
     "dpo_loss": "dpo",
@@ -73,7 +73,7 @@ _MODULE_OF: Mapping[str, str] = {
     "hinge_loss": "hinge",
     "ipo_loss": "ipo",
     "kto_loss": "kto",
-    "margin": "_base",
+    "margin": "method",
     "mpo_loss": "mpo",
     "orpo_loss": "orpo",
     "ppo_policy_loss": "_clipped",
@@ -133,7 +133,7 @@ def resolve(name: str) -> Method:
     Raises:
         UserError: nothing has that name (the nearest names are in the message), or it is no method.
     """
-    from rayalign.methods._base import Method, problem_of
+    from rayalign.methods.method import Method, problem_of
 
     if name not in METHODS and ":" not in name:
         plain = name.lower().replace("-", "_")

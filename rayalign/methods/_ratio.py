@@ -30,10 +30,10 @@ from torch import Tensor
 
 from rayalign.functional.advantages import kl_shaped_reward
 from rayalign.functional.kl import k1, k3
-from rayalign.methods._base import MethodConfig, Need
 from rayalign.methods._clipped import importance_ratio, ppo_policy_loss
 from rayalign.methods._fields import Positive
 from rayalign.methods._pairs import MetricSums, mean_over
+from rayalign.methods.method import MethodConfig, Need
 from rayalign.types import Round, Scored
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rayalign.errors import UserError
 from rayalign.functional.masked import masked_sum
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.methods._pairs import MetricSums, mean_over
 from rayalign.methods.kto import example_mask, is_desirable
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term
 from rayalign.methods.weighting import WPOWeighting
 from rayalign.methods.wpo import METHOD as WPO
 from rayalign.methods.wpo import candidate_weight, pair_weight, weight_metrics, weight_needs, wpo_unpaired_weight

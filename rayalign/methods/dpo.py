@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term, margin
 from rayalign.methods._fields import LabelSmoothing, Positive
 from rayalign.methods._pairs import MetricSums, pair_logp, pair_ref_logp, preference_metrics
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term, margin
 from rayalign.types import Scored
 
 

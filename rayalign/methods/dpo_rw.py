@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rayalign.functional.masked import masked_log_softmax
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.methods._fields import Positive
 from rayalign.methods._groups import group_metrics, rewarded
 from rayalign.methods._pairs import MetricSums
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term
 from rayalign.types import Scored
 
 

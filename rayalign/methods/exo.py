@@ -18,10 +18,10 @@ from pydantic import AfterValidator, model_validator
 from torch import Tensor
 
 from rayalign.functional.masked import masked_log_softmax
-from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term
 from rayalign.methods._fields import LabelSmoothing, Positive
 from rayalign.methods._groups import group_metrics, rewarded
 from rayalign.methods._pairs import MetricSums, pair_logp, pair_ref_logp, preference_metrics
+from rayalign.methods.method import Method, MethodConfig, Need, Statistics, Term
 from rayalign.types import Scored
 
 

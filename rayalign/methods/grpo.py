@@ -27,7 +27,6 @@ from torch import Tensor
 from rayalign.functional.advantages import grpo_advantage
 from rayalign.functional.kl import k3
 from rayalign.functional.logprobs import sum_per_candidate
-from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._clipped import ppo_policy_loss
 from rayalign.methods._fields import NonNegative, Positive
 from rayalign.methods._pairs import MetricSums
@@ -40,6 +39,7 @@ from rayalign.methods._ratio import (
     reference_needs,
     scored_candidates,
 )
+from rayalign.methods.method import Method, Statistics, Term
 from rayalign.types import Round, Scored
 
 CONSTANT_TOKENS = 256.0

@@ -12,9 +12,9 @@ from typing import Literal
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term, margin
 from rayalign.methods._fields import Positive
 from rayalign.methods._pairs import MetricSums, pair_length, pair_logp, pair_ref_logp, preference_metrics
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term, margin
 from rayalign.types import Scored
 
 

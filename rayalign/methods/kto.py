@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rayalign.functional.masked import masked_sum
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term
 from rayalign.methods._fields import NonNegative, Positive
 from rayalign.methods._pairs import MetricSums, mean_over
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term
 from rayalign.types import Scored
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Need, Statistics, Term, margin
 from rayalign.methods._fields import LabelSmoothing, Positive
 from rayalign.methods._pairs import MetricSums, mean_over, pair_length, pair_logp, pair_ref_logp, preference_metrics
+from rayalign.methods.method import Method, MethodConfig, Need, Statistics, Term, margin
 from rayalign.types import Scored
 
 SATURATED = 1e-3

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term, margin
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums, pair_length, pair_logp, preference_metrics
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term, margin
 from rayalign.types import Scored
 
 

@@ -23,7 +23,6 @@ from pydantic import Field
 from torch import Tensor
 
 from rayalign.functional.advantages import gae, whiten
-from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._fields import NonNegative, Positive
 from rayalign.methods._pairs import MetricSums, mean_over
 from rayalign.methods._ratio import (
@@ -36,6 +35,7 @@ from rayalign.methods._ratio import (
     scored_candidates,
     shaped_reward,
 )
+from rayalign.methods.method import Method, Statistics, Term
 from rayalign.types import Round, Scored
 
 

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rayalign.functional.masked import masked_mean
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term
-from rayalign.methods._base import margin as chosen_minus_rejected
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums, mean_over, reward_metrics
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term
+from rayalign.methods.method import margin as chosen_minus_rejected
 from rayalign.types import Scored
 
 

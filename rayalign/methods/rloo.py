@@ -20,7 +20,6 @@ from torch import Tensor
 from rayalign.functional.advantages import rloo_advantage
 from rayalign.functional.kl import k1
 from rayalign.functional.logprobs import last_per_candidate, sum_per_candidate
-from rayalign.methods._base import Method, Statistics, Term
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums
 from rayalign.methods._ratio import (
@@ -34,6 +33,7 @@ from rayalign.methods._ratio import (
     reward_spread,
     scored_candidates,
 )
+from rayalign.methods.method import Method, Statistics, Term
 from rayalign.types import Round, Scored
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term
 from rayalign.types import Scored
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from rayalign.methods._base import Method, MethodConfig, Statistics, Term, margin
 from rayalign.methods._fields import NonNegative
 from rayalign.methods._pairs import MetricSums, pair_logp, preference_metrics
+from rayalign.methods.method import Method, MethodConfig, Statistics, Term, margin
 from rayalign.types import Scored
 
 

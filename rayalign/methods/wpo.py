@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
-from rayalign.methods._base import Need, Statistics, Term
 from rayalign.methods._pairs import MetricSums, mean_over
 from rayalign.methods.dpo import METHOD as DPO
 from rayalign.methods.dpo import DPOConfig
 from rayalign.methods.dpo import metrics as dpo_metrics
+from rayalign.methods.method import Need, Statistics, Term
 from rayalign.methods.weighting import WPOWeight
 from rayalign.types import Scored
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rayalign.report.drawing import PALETTE, Series, Style, Yardstick, draw
 from rayalign.report.entries import Entry
 from rayalign.report.points import REFERENCE, Comparison, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
+from rayalign.report.svg import PALETTE, Series, Style, Yardstick, draw
 from rayalign.report.trials import Cost
 
 MARKERS = tuple(zip("os^DvPX*ph<>", "●■▲◆▼✚✖★⬟⬢◀▶", strict=True))

@@ -10,12 +10,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rayalign.report import drawing, figures, formatting
+from rayalign.report import figures, formatting
+from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
 from rayalign.report.matrix import by_pair
 from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
-from rayalign.report.results import results_json
+from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
 from rayalign.report.trials import Tuning

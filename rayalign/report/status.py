@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rayalign.errors import UserError
-from rayalign.manifest import MANIFEST
 from rayalign.report.formatting import printable
+from rayalign.storage.manifest import MANIFEST
 
 TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import torch
 
+from rayalign.engine.batches import State
 from rayalign.engine.canary import canary_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, state_digest
-from rayalign.engine.source import State
+from rayalign.engine.model.pretrained import ModelSpec, state_digest
 from rayalign.errors import MissingExtra, UserError, first_line
 from rayalign.rollout.base import Completion, RolloutEngine, SamplingParams
 from rayalign.rollout.hf import HfEngine
@@ -54,7 +54,7 @@ class Sampler(RolloutEngine, Protocol):
         ...
 
     def digest(self) -> str | None:
-        """What identifies the weights in it, as :func:`rayalign.engine.model.state_digest` says; None: not known."""
+        """What identifies its weights (:func:`rayalign.engine.model.pretrained.state_digest`); None: not known."""
         ...
 
     def canary(self) -> tuple[float, ...]:

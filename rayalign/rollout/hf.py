@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rayalign.engine.context import context_of, refuse_long_prompt
+from rayalign.engine.model.context import context_of, refuse_long_prompt
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.cache import make_cache, select
 from rayalign.rollout.noise import sample_key, uniforms

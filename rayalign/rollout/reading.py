@@ -9,11 +9,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from rayalign.engine.attention import attention_kind
-from rayalign.engine.context import context_of
-from rayalign.engine.parity import TOLERANCE
-from rayalign.engine.proofs import proven
-from rayalign.engine.shrunken import shrunken
+from rayalign.engine.model.attention import attention_kind
+from rayalign.engine.model.context import context_of
+from rayalign.engine.model.parity import TOLERANCE
+from rayalign.engine.model.proofs import proven
+from rayalign.engine.model.shrunken import shrunken
 from rayalign.errors import UserError, first_line
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.cache import make_cache
@@ -36,7 +36,7 @@ def choose_reading(model: PreTrainedModel) -> Reading:
 
     The proof compares the log-probabilities that the engine says of its own samples with those of one plain forward
     over each; a family outside the table of attention families is tried as it is, others small. The result is kept: see
-    :mod:`rayalign.engine.proofs`.
+    :mod:`rayalign.engine.model.proofs`.
 
     Raises:
         UserError: not even reading all of a row for every token gives the log-probabilities of a plain forward.

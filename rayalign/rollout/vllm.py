@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from rayalign.engine.batches import State
 from rayalign.engine.canary import PROMPT_TOKENS, canary_group
-from rayalign.engine.context import context_of
-from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.kinds import read_config
-from rayalign.engine.model import ModelSpec
-from rayalign.engine.source import State
+from rayalign.engine.model.context import context_of
+from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.kinds import read_config
+from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions

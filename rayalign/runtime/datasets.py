@@ -16,12 +16,12 @@ from typing import Any
 import ray
 
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk
 from rayalign.data.records import BadRow
 from rayalign.data.template import TODAY
 from rayalign.data.tokenize import TokenizeSettings
-from rayalign.engine.folder import model_directory
-from rayalign.engine.model import load_tokenizer
+from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk
+from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.runtime.reading import CPUS, Chunk, read_unit
 from rayalign.runtime.stage import Pool, dataset, repeated, results

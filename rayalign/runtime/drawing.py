@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayalign.data.prepare import Shape
 from rayalign.data.shard import finished_shards, write_whole
 from rayalign.data.store import commit_store
-from rayalign.engine.source import Weights
+from rayalign.data.tokenize_rows import Shape
+from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
 from rayalign.remarks import Remarks
+from rayalign.rounds.chunk import Chunk, ChunkReport, ChunkSpec, told_prompt
 from rayalign.runtime.pool import MAX_ATTEMPTS, ItemKilled
-from rayalign.sources.chunk import Chunk, ChunkReport, ChunkSpec, told_prompt
 
 log = logging.getLogger(__name__)
 

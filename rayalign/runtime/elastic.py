@@ -14,8 +14,8 @@ from ray._private.state import available_resources_per_node, state
 
 from rayalign.errors import Stopped, UserError
 from rayalign.runtime.placement import Share
-from rayalign.runtime.stop import Stop
 from rayalign.runtime.worker import TrainJob
+from rayalign.stop import Stop
 
 log = logging.getLogger(__name__)
 

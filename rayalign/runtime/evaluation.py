@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rayalign.engine.folder import model_directory
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer
-from rayalign.engine.precision import EXACT, Precision
+from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.precision import EXACT, Precision
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.judge.base import Judge, Scorer
 from rayalign.judge.measure import (
     Measured,

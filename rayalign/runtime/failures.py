@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import ray
 from ray.train.v2._internal.exceptions import RayTrainError, WorkerHealthCheckFailedError
 
-from rayalign.engine.checkpoint import IncompatibleCheckpoint
+from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import UserError, first_line
-from rayalign.manifest import TornDirectory
+from rayalign.storage.manifest import TornDirectory
 
 PERMANENT = (UserError, PolicyMismatch, NonFiniteStep, IncompatibleCheckpoint, TornDirectory)
 """Errors whose message says everything, and which another attempt would only repeat."""

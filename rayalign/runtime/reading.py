@@ -12,8 +12,8 @@ import ray
 from rayalign.config.suffixes import LINES
 from rayalign.data.files import suffix_of
 from rayalign.data.lines import ByteRange, count_lines, is_whole, number_ranges, plan_ranges, size_of
-from rayalign.data.prepare import Unit, read_chunks
 from rayalign.data.records import Row
+from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.errors import UserError
 from rayalign.runtime.stage import packed
 

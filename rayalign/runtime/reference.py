@@ -12,10 +12,10 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.manifest import committed
 from rayalign.runtime.placement import share
 from rayalign.runtime.session import Session
 from rayalign.runtime.stage import Pool, dataset, repeated, results
+from rayalign.storage.manifest import committed
 
 LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""

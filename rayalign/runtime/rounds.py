@@ -15,16 +15,16 @@ from pathlib import Path
 from rayalign.data.shard import write_whole
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
-from rayalign.manifest import MANIFEST, committed
 from rayalign.remarks import Remarks
+from rayalign.rounds.chunk import REST, ChunkMaker, ChunkSpec
+from rayalign.rounds.columns import Preparation, prepare_columns
+from rayalign.rounds.plan import Request, RoundFolder, RoundPlan
+from rayalign.rounds.weights import WeightsGone
 from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, Workers, commit_drawn, draw, nothing_learned
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool, PoolClosed
 from rayalign.runtime.weights import BOARD, ObjectStore
-from rayalign.sources.chunk import REST, ChunkMaker, ChunkSpec
-from rayalign.sources.prepared import Preparation, prepare_columns
-from rayalign.sources.rounds import Request, RoundFolder, RoundPlan
-from rayalign.sources.weights import WeightsGone
+from rayalign.storage.manifest import MANIFEST, committed
 
 log = logging.getLogger(__name__)
 

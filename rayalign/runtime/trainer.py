@@ -31,19 +31,19 @@ from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_V
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.placement_group import remove_placement_group
 
-from rayalign.engine.checkpoint import newest_step
-from rayalign.engine.disk import free_bytes, full_disk
+from rayalign.engine.checkpoint.checkpoint import newest_step
 from rayalign.engine.metrics import last_step
-from rayalign.engine.strategy import StrategySpec
+from rayalign.engine.strategy.base import StrategySpec
 from rayalign.errors import Stopped, UserError, blocked
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob, make_pool
-from rayalign.runtime.stop import Stop, StopRequest
 from rayalign.runtime.weights import make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
+from rayalign.stop import Stop, StopRequest
+from rayalign.storage.disk import free_bytes, full_disk
 
 log = logging.getLogger(__name__)
 

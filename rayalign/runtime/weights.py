@@ -19,9 +19,9 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from rayalign.engine.source import State, Weights
+from rayalign.engine.batches import State, Weights
 from rayalign.errors import UserError
-from rayalign.sources.weights import WeightsGone
+from rayalign.rounds.weights import WeightsGone
 
 BOARD = "weights"
 SECONDS = 600.0

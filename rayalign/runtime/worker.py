@@ -20,18 +20,18 @@ from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from rayalign.data.rows import Layout
-from rayalign.engine import actor_critic
+from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train
-from rayalign.engine.run import MakeSource, TrainSpec
-from rayalign.engine.strategy import Strategy, StrategySpec, make_strategy
+from rayalign.engine.state import MakeSource, TrainSpec
+from rayalign.engine.strategy.base import Strategy, StrategySpec, make_strategy
 from rayalign.errors import Stopped
+from rayalign.rounds.source import StreamSource
+from rayalign.rounds.streams import SourceSpec
 from rayalign.runtime.placement import Share
 from rayalign.runtime.preemption import DrainNotices
 from rayalign.runtime.progress import logging_to
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.weights import ObjectStore
-from rayalign.sources.source import StreamSource
-from rayalign.sources.streams import SourceSpec
 
 POLL_SECONDS = 0.1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
-from rayalign.methods._base import PREPARED, Method, MethodConfig
+from rayalign.methods.method import PREPARED, Method, MethodConfig
 from rayalign.types import PackedBatch, Round, Scored, Scores
 
 PER_CANDIDATE = ("ref_logp", "behavior_logp", "reward", "label", "soft_label", "margin", "rank")

@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rayalign.methods._base import PREPARED, Method, MethodConfig, Over, Statistics, Term
+from rayalign.methods.method import PREPARED, Method, MethodConfig, Over, Statistics, Term
 from rayalign.testing._batches import RandomGroup, random_groups, random_round, scored_batch, without
 from rayalign.types import MissingNeed, Round, Scored
 

@@ -31,7 +31,7 @@ def is_banned(source: str, file: str) -> bool:
 
 
 @pytest.mark.parametrize("source", SPELLINGS)
-@pytest.mark.parametrize("file", ["rayalign/methods/planted.py", "rayalign/pipeline/planted.py", "examples/planted.py"])
+@pytest.mark.parametrize("file", ["rayalign/methods/planted.py", "rayalign/run/planted.py", "examples/planted.py"])
 def test_torch_distributed_is_banned_outside(file: str, source: str) -> None:
     assert is_banned(source, file)
 

@@ -29,7 +29,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["rayalign", "rayalign.cli", "rayalign.config", "rayalign.methods", "rayalign.report", "rayalign.pipeline.doctor"],
+    ["rayalign", "rayalign.cli", "rayalign.config", "rayalign.methods", "rayalign.report", "rayalign.verbs.doctor"],
 )
 def test_import_is_light(name: str) -> None:
     assert loaded_by(f"import {name}") == set()

@@ -14,10 +14,10 @@ from dying_teams import WATCHED_STEP, Fault, Plan, Story, make_plan, run_through
 from incidents import Incident
 from tiny_runs import Scenario, objective, optimizer_in, save_tiny, store, synthetic_groups
 
-from rayalign.engine.checkpoint import step_of
+from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.strategy import Name
-from rayalign.manifest import verify
+from rayalign.engine.strategy.base import Name
+from rayalign.storage.manifest import verify
 
 GROUPS, GROUPS_PER_STEP, STEPS = 10, 4, 5
 """Two epochs; the third step straddles them."""

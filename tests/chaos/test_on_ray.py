@@ -26,9 +26,9 @@ from workspaces import (
     weights,
 )
 
-from rayalign.engine.checkpoint import step_of
-from rayalign.manifest import MANIFEST, verify
+from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.runtime.session import Session
+from rayalign.storage.manifest import MANIFEST, verify
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TWO: dict[str, Any] = {"strategy": {"name": "ddp", "workers": 2, "timeout_seconds": 20}}

@@ -30,7 +30,7 @@ from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.methods import METHODS, WPOWeighting, compose, resolve
-from rayalign.sources.rounds import RoundPlan
+from rayalign.rounds.plan import RoundPlan
 
 PAGE = REPOSITORY / "docs" / "reference" / "metrics.md"
 PLACEHOLDERS = {"<stream>": r"[\w.-]+", "<term>": r"\w+", "<key>": r".+"}

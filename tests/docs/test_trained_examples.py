@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from rayalign.config import load_run
 from rayalign.config.run import RunConfig
-from rayalign.engine.model import load_policy
-from rayalign.pipeline.model import model_spec
+from rayalign.engine.model.pretrained import load_policy
+from rayalign.run.model import model_spec
 
 
 def trained() -> list[Any]:

@@ -12,10 +12,10 @@ from tiny_runs import CPU, Scenario, objective, store, train_alone, train_spec
 from transformers import AutoModelForCausalLM
 
 from rayalign.data.chat import make_chat
-from rayalign.data.prepare import Unit, read_chunks
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.model import ModelSpec, load_policy, load_tokenizer, save_pretrained
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, load_tokenizer, save_pretrained
 from rayalign.engine.optimizer import OptimizerSpec
 
 STEPS = 20

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from workspaces import Workspace, metrics, rayalign
 
-from rayalign.engine.checkpoint import step_of
+from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.runtime.session import Session
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

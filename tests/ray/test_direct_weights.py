@@ -12,10 +12,10 @@ import ray
 import torch
 from workspaces import Workspace, metrics, rayalign, weights
 
-from rayalign.engine.source import Weights
+from rayalign.engine.batches import Weights
+from rayalign.rounds.weights import WeightsGone
 from rayalign.runtime.session import Session
 from rayalign.runtime.weights import ObjectStore, make_board
-from rayalign.sources.weights import WeightsGone
 
 pytestmark = [
     pytest.mark.ray,

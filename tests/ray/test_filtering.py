@@ -14,12 +14,12 @@ from workspaces import Finished, Workspace, rayalign
 from rayalign.config.compare import load_compare
 from rayalign.data.select import read_rows, rows_file, scores_of
 from rayalign.data.store import TokenStore
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.job import make_job
-from rayalign.pipeline.stages import Stages
+from rayalign.rounds.streams import StoredStream
+from rayalign.run.job import make_job
+from rayalign.run.stages import Stages
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.session import Session
-from rayalign.sources.streams import StoredStream
+from rayalign.storage.artifacts import Artifacts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from workspaces import Workspace, metrics
 
 from rayalign.config.load import load_run
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.job import make_job
-from rayalign.pipeline.stages import Stages
+from rayalign.run.job import make_job
+from rayalign.run.stages import Stages
 from rayalign.runtime.session import Session
 from rayalign.runtime.trainer import Trainer
+from rayalign.storage.artifacts import Artifacts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -10,14 +10,14 @@ import pytest
 import yaml
 from workspaces import Workspace
 
+from rayalign.comparison.compare import common_evaluation
+from rayalign.comparison.forecast import tokens_to_generate, tokens_to_train
+from rayalign.comparison.plan import Plan, Planned, plan
 from rayalign.config import load_compare
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.compare import common_evaluation
-from rayalign.pipeline.forecast import tokens_to_generate, tokens_to_train
-from rayalign.pipeline.job import make_job
-from rayalign.pipeline.plan import Plan, Planned, plan
-from rayalign.pipeline.stages import Stages
+from rayalign.run.job import make_job
+from rayalign.run.stages import Stages
 from rayalign.runtime.session import Session
+from rayalign.storage.artifacts import Artifacts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

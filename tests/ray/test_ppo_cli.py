@@ -14,8 +14,8 @@ from tiny_runs import save_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from workspaces import Workspace, kill_workers, metrics, num_rows, rayalign, wait_until, weights
 
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
-from rayalign.engine.scalar import ScalarHead
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.model.scalar import ScalarHead
 from rayalign.runtime.session import Session
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -14,10 +14,10 @@ from workspaces import Workspace, metrics, rayalign
 
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import Prompts
-from rayalign.engine.model import load_tokenizer
+from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.judge import make_scorer
+from rayalign.rounds.answers import reply_text
 from rayalign.runtime.session import Session
-from rayalign.sources.answers import reply_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

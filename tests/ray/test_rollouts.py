@@ -14,16 +14,16 @@ import safetensors.numpy
 from workspaces import Workspace, metrics, rayalign, wait_until, weights
 
 from rayalign.data.store import TokenStore
-from rayalign.engine.source import Weights
+from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
-from rayalign.manifest import read_manifest
+from rayalign.rounds.weights import WeightsGone
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.weights import ObjectStore
-from rayalign.sources.weights import WeightsGone
+from rayalign.storage.manifest import read_manifest
 
 pytestmark = pytest.mark.ray
 

@@ -13,11 +13,11 @@ from workspaces import Workspace, kill_workers, rayalign, wait_until
 
 from rayalign.config.load import load_run
 from rayalign.data.store import TokenStore
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.model import scoring_spec
-from rayalign.pipeline.stages import Stages
+from rayalign.run.model import scoring_spec
+from rayalign.run.stages import Stages
 from rayalign.runtime import reference
 from rayalign.runtime.session import Session
+from rayalign.storage.artifacts import Artifacts
 
 pytestmark = pytest.mark.ray
 

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from workspaces import Workspace, kill_workers, metrics, num_rows, rayalign, started, wait_until, weights
 
 from rayalign.config.load import load_run
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.job import make_job
-from rayalign.pipeline.stages import Stages
-from rayalign.runtime.lease import lease
+from rayalign.run.job import make_job
+from rayalign.run.stages import Stages
 from rayalign.runtime.session import Session
 from rayalign.runtime.trainer import Trainer, TrainingFailed
 from rayalign.runtime.worker import TrainJob
+from rayalign.storage.artifacts import Artifacts
+from rayalign.storage.lease import lease
 
 pytestmark = pytest.mark.ray
 

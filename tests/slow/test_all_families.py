@@ -9,7 +9,7 @@ import pytest
 from causal_zoo import TYPES
 from family_cells import COLUMNS, Cell, row
 
-from rayalign.engine.loading import quiet
+from rayalign.engine.model.loading import quiet
 
 FEW = ("cohere2", "deepseek_v3", "jamba", "laguna", "llama4_text", "phimoe", "qwen3_next", "trocr")
 """What was wrong once, each in another way."""

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayalign.engine.canary import RESPONSE_TOKENS, canary_error, canary_logps
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.base import Asked

@@ -12,8 +12,8 @@ from tiny_runs import save_tiny
 from workspaces import Workspace, metrics, rayalign
 
 from rayalign.data.store import TokenStore
-from rayalign.manifest import read_manifest
 from rayalign.runtime.session import Session, connect
+from rayalign.storage.manifest import read_manifest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm installs it into an environment of its own")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.manifest import MANIFEST, TornDirectory, commit, read_manifest, verify, write_durably
+from rayalign.storage.manifest import MANIFEST, TornDirectory, commit, read_manifest, verify, write_durably
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rayalign.report.drawing import LEGEND_ROW, PALETTE, SETTINGS
+from rayalign.report.svg import LEGEND_ROW, PALETTE, SETTINGS
 
 WIDTH, HEIGHT, COLUMNS = 7.2, 2.7, 3
 MARKERS, LINES = "os^Dv<>P*X", ("-", "--", "-.", ":")

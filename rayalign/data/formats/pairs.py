@@ -21,7 +21,7 @@ from rayalign.data.formats.base import (
 from rayalign.data.formats.single import CONVERSATIONS, asked, instructed
 from rayalign.data.formats.turns import ROLES, said, turns_said
 from rayalign.data.schema import Fields, RowProblem, Turns, required, text
-from rayalign.data.split import is_transcript, split_texts, split_turns, transcript_turns
+from rayalign.data.shared_prompt import is_transcript, split_texts, split_turns, transcript_turns
 
 QUESTIONS = ("question", "query", "input")
 

@@ -7,7 +7,7 @@ from typing import Any
 from rayalign.data.formats.base import SYSTEM, Texts, one_of
 from rayalign.data.formats.parts import texts_joined
 from rayalign.data.schema import Fields, RowProblem, assistant, user
-from rayalign.data.split import asked_transcript
+from rayalign.data.shared_prompt import asked_transcript
 
 ROLES = ("system", "developer")
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import Refused
 
 from rayalign.config import ConfigError, load_run
-from rayalign.pipeline.job import optimizer_spec
+from rayalign.run.job import optimizer_spec
 
 
 def test_every_mistake_is_reported_in_the_order_of_the_file(refused: Refused) -> None:

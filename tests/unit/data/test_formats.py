@@ -11,7 +11,7 @@ from rayalign.data.formats import parse_row
 from rayalign.data.lines import read_lines
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
-from rayalign.data.split import split_texts, transcript, transcript_turns
+from rayalign.data.shared_prompt import split_texts, transcript, transcript_turns
 from rayalign.errors import UserError
 
 

@@ -14,10 +14,10 @@ import pytest
 from known_rows import KNOWN, Known, reply, said
 
 from rayalign.data.formats import FORMATS, parse_row
-from rayalign.data.prepare import LeftOut, Shape, fitted
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
+from rayalign.data.tokenize_rows import LeftOut, Shape, fitted
 
 CASES = pytest.mark.parametrize("known", KNOWN.values(), ids=KNOWN.keys())
 FOUND = {name: known for name, known in KNOWN.items() if not known.is_named and not known.renamed}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayalign.data.group import GroupLengths
-from rayalign.data.plan import MicroBatch, PlanError, StepCounts, count_step, plan_step
+from rayalign.data.micro_batches import MicroBatch, PlanError, StepCounts, count_step, plan_step
 from rayalign.data.rows import rows_needed
 
 

@@ -10,10 +10,10 @@ import pytest
 import tiny_tokenizers as tiny
 
 from rayalign.data.chat import make_chat
-from rayalign.data.prepare import Shape, ShardReport, Unit, prepare_chunk, read_chunks
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk, read_chunks
 from rayalign.errors import UserError
 
 CHAT = make_chat(tiny.byte_level(template=tiny.CHATML))

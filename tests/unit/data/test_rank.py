@@ -10,11 +10,11 @@ import pytest
 from tiny_tokenizers import CHATML, byte_level
 
 from rayalign.data.chat import make_chat
-from rayalign.data.prepare import ShardReport, Unit, prepare_chunk
 from rayalign.data.rank import places
 from rayalign.data.records import RawRow
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.tokenize_rows import ShardReport, Unit, prepare_chunk
 
 
 def prepared(directory: Path, rows: list[dict[str, Any]]) -> ShardReport:

@@ -15,7 +15,7 @@ from rayalign.data.select import likelihood, read_rows, rows_file, scores_of, se
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.errors import UserError
-from rayalign.manifest import TornDirectory, commit
+from rayalign.storage.manifest import TornDirectory, commit
 
 
 def test_likelihood_is_the_mean_over_completions_of_the_mean_over_tokens() -> None:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayalign.data.group import Candidate, Group
+from rayalign.data.micro_batches import PlanError, check_budget
 from rayalign.data.pack import group_lengths
-from rayalign.data.plan import PlanError, check_budget
 from rayalign.data.shard import finished_shards, write_column_shard, write_shard
 from rayalign.data.store import StoreMismatch, TokenStore, commit_columns, commit_store
-from rayalign.manifest import MANIFEST, TornDirectory
+from rayalign.storage.manifest import MANIFEST, TornDirectory
 
 REWARDS = (0.25, float("nan"), -3.0)
 

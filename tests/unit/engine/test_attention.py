@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, WINDOW, tiny
 from torch.nn.attention.flex_attention import create_mask
 
 from rayalign.data.pack import pack
-from rayalign.engine.attention import (
+from rayalign.engine.model.attention import (
     CONCATENATED_ONLY,
     Reach,
     additive_mask,

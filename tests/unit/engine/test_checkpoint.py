@@ -14,7 +14,7 @@ import torch
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
-from rayalign.engine.checkpoint import (
+from rayalign.engine.checkpoint.checkpoint import (
     Best,
     Checkpoint,
     Checkpointer,
@@ -22,10 +22,16 @@ from rayalign.engine.checkpoint import (
     differences,
     step_of,
 )
-from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.checkpoint.optimizer_state import (
+    METADATA,
+    UnreadableOptimizer,
+    load_state,
+    named_state,
+    save_state,
+)
+from rayalign.engine.model.pretrained import ModelSpec, load_policy
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.optimizer_state import METADATA, UnreadableOptimizer, load_state, named_state, save_state
-from rayalign.manifest import MANIFEST, commit
+from rayalign.storage.manifest import MANIFEST, commit
 
 MODEL, TOKENIZER = tiny("llama"), byte_level()
 SPEC = OptimizerSpec(lr=1e-3, steps=10)

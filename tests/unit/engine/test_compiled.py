@@ -30,11 +30,11 @@ from tiny_runs import (
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from rayalign.engine.compiled import compile_blocks, refuse_missing_compiler
-from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.model import load_policy, weights_digest
-from rayalign.engine.strategy import StrategySpec, make_strategy
+from rayalign.engine.model.compiled import compile_blocks, refuse_missing_compiler
+from rayalign.engine.model.lora import LoraSpec
+from rayalign.engine.model.pretrained import load_policy, weights_digest
+from rayalign.engine.strategy.base import StrategySpec, make_strategy
 from rayalign.errors import Stopped, UserError
 
 SINGLE = make_strategy("single", CPU)

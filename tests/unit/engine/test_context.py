@@ -15,9 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rayalign.data.group import Candidate, Group
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.engine import parity
-from rayalign.engine.context import Context, context_of, refuse_long_rows, refuse_unknown_tokens
-from rayalign.engine.parity import choose_layout, measure
+from rayalign.engine.model import parity
+from rayalign.engine.model.context import Context, context_of, refuse_long_rows, refuse_unknown_tokens
+from rayalign.engine.model.parity import choose_layout, measure
 from rayalign.errors import UserError
 
 LONGROPE = {

@@ -30,9 +30,9 @@ from tiny_runs import (
 )
 
 from rayalign.data.rank import ranked
+from rayalign.engine.batches import StreamWork
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.source import StreamWork
-from rayalign.engine.strategy import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import StrategySpec, make_strategy
 from rayalign.methods import WPOWeighting, compose, resolve
 
 WORKERS = 2

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_runs import Scenario, make_runner, make_source, objective, save_tiny, store, synthetic_groups
 
+from rayalign.engine.batches import StreamWork
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
-from rayalign.engine.source import StreamWork
 from rayalign.engine.step import Runner
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.strategy.base import make_strategy
 
 SINGLE = make_strategy("single", torch.device("cpu"))
 NOW = {"torch": "2.13.0", "attention": "sdpa", "dtype": "float32"}

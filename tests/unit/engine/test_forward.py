@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
-from rayalign.engine.attention import AttentionKind, Reach, attention_kind
-from rayalign.engine.forward import Policy
+from rayalign.engine.model.attention import AttentionKind, Reach, attention_kind
+from rayalign.engine.model.forward import Policy
 from rayalign.errors import UserError
 from rayalign.types import PackedBatch
 

@@ -12,9 +12,9 @@ from tiny_runs import CPU, save_tiny, synthetic_groups
 from transformers import AutoModelForCausalLM
 
 from rayalign.data.group import Group
-from rayalign.data.plan import PlanError
+from rayalign.data.micro_batches import PlanError
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model.pretrained import ModelSpec
 
 GROUPS = synthetic_groups([2, 1, 4, 3, 2, 2])
 

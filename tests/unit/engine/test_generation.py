@@ -14,8 +14,8 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import GenerationConfig
 
 from rayalign.data.chat import make_chat
-from rayalign.engine.generation import FILE, end_ids
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.model.generation import FILE, end_ids
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.errors import UserError
 
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
-from rayalign.engine.attention import Reach, additive_mask, attention_kind
-from rayalign.engine.forward import Policy
-from rayalign.engine.group_attention import GROUP_ATTENTION, branch_runs, seen
+from rayalign.engine.model.attention import Reach, additive_mask, attention_kind
+from rayalign.engine.model.forward import Policy
+from rayalign.engine.model.group_attention import GROUP_ATTENTION, branch_runs, seen
 from rayalign.types import PackedBatch
 
 GROUPS = random_groups((1, 2, 4, 2), vocabulary=VOCABULARY, prompt_tokens=(WINDOW - 1, 2 * WINDOW))

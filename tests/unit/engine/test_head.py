@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rayalign.engine.head import STATISTICS, HeadForm, token_logprobs
+from rayalign.engine.model.head import STATISTICS, HeadForm, token_logprobs
 
 N, H, V = 37, 16, 53
 FORMS = {

@@ -27,8 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, tokenizer_of, weights_digest
-from rayalign.engine.scalar import ScalarHead
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of, weights_digest
+from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 
 Edit = Callable[[Path], None]

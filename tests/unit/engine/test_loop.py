@@ -34,19 +34,19 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayalign.data.plan import PlanError
+from rayalign.data.micro_batches import PlanError
 from rayalign.data.rows import Layout
-from rayalign.engine.checkpoint import Best, IncompatibleCheckpoint, step_of
-from rayalign.engine.disk import DiskFull
+from rayalign.engine.batches import StreamWork
+from rayalign.engine.checkpoint.checkpoint import Best, IncompatibleCheckpoint, step_of
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
 from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.source import StreamWork
+from rayalign.engine.state import TrainSpec
 from rayalign.engine.step import NonFiniteStep
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped, UserError
-from rayalign.manifest import commit, verify
+from rayalign.storage.disk import DiskFull
+from rayalign.storage.manifest import commit, verify
 
 SINGLE = make_strategy("single", torch.device("cpu"))
 FIXTURES = Path(__file__).parents[2] / "fixtures"

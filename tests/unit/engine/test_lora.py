@@ -34,11 +34,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.data.rank import ranked
-from rayalign.engine.forward import Policy, ScalarModel
-from rayalign.engine.lora import ADAPTER, LoraSpec, adapted, adapter_off, merged
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
-from rayalign.engine.scalar import ScalarHead
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.model.forward import Policy, ScalarModel
+from rayalign.engine.model.lora import ADAPTER, LoraSpec, adapted, adapter_off, merged
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.model.scalar import ScalarHead
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import UserError
 
 SINGLE = make_strategy("single", torch.device("cpu"))

@@ -25,11 +25,11 @@ from tiny_tokenizers import CHATML, byte_level
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rayalign.engine.folder import model_digest
-from rayalign.engine.loading import META
-from rayalign.engine.lora import LoraSpec
-from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, save_pretrained
-from rayalign.engine.scalar import ScalarHead
+from rayalign.engine.model.folder import model_digest
+from rayalign.engine.model.loading import META
+from rayalign.engine.model.lora import LoraSpec
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, save_pretrained
+from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 
 IDS = torch.arange(5, 40)[None]

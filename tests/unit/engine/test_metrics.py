@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayalign.engine.checkpoint import DESCRIBED
+from rayalign.engine.checkpoint.checkpoint import DESCRIBED
 from rayalign.engine.metrics import MetricsFile, TensorBoard, WandB, read_metrics
 from rayalign.errors import MissingExtra
 

@@ -18,13 +18,13 @@ from mirrors import Lost, There, found_again, lost_after
 from s3_server import KEYS
 from tiny_runs import Scenario, objective, same_optimizer, save_tiny, store, synthetic_groups, train_alone, train_spec
 
-from rayalign.engine.checkpoint import Best, IncompatibleCheckpoint, step_of
-from rayalign.engine.copies import Mirror, MirrorFailed, refuse_outside
-from rayalign.engine.disk import DiskFull
+from rayalign.engine.checkpoint.checkpoint import Best, IncompatibleCheckpoint, step_of
+from rayalign.engine.checkpoint.mirror import upload
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.mirror import upload
-from rayalign.engine.run import TrainSpec
-from rayalign.manifest import MANIFEST, TornDirectory, manifest_digest, verify
+from rayalign.engine.state import TrainSpec
+from rayalign.storage.copies import Mirror, MirrorFailed, refuse_outside
+from rayalign.storage.disk import DiskFull
+from rayalign.storage.manifest import MANIFEST, TornDirectory, manifest_digest, verify
 
 STEPS = 6
 mirror, server = mirrors.mirror, mirrors.server

@@ -12,11 +12,11 @@ from causal_zoo import save_animal
 from tiny_models import tiny
 from transformers import PreTrainedModel
 
-from rayalign.engine import parity
-from rayalign.engine.attention import AttentionKind, Reach
-from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, tokenizer_of
-from rayalign.engine.parity import choose_layout, measure
-from rayalign.engine.trial import try_export
+from rayalign.engine.model import parity
+from rayalign.engine.model.attention import AttentionKind, Reach
+from rayalign.engine.model.parity import choose_layout, measure
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
+from rayalign.engine.model.trial import try_export
 from rayalign.errors import UserError
 
 

@@ -19,15 +19,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rayalign.data.group import Group
 from rayalign.engine.first_step import LOGRATIO_LIMITS, check_initial_logratio
-from rayalign.engine.forward import Policy
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, load_policy
+from rayalign.engine.model.forward import Policy
+from rayalign.engine.model.pretrained import ModelSpec, load_policy
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
 from rayalign.engine.step import Runner
-from rayalign.engine.strategy import Single
+from rayalign.engine.strategy.base import Single
 from rayalign.methods import compose, resolve
-from rayalign.methods._base import Method, Statistics
+from rayalign.methods.method import Method, Statistics
 from rayalign.methods.weighting import WPOWeighting
 
 CPU = torch.device("cpu")

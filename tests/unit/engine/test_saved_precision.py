@@ -14,8 +14,8 @@ from tiny_runs import Scenario, objective, save_tiny, store, synthetic_groups, t
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM
 
-from rayalign.engine.model import ModelSpec, kept_precision, load_policy, save_pretrained, weights_digest
-from rayalign.engine.precision import EXACT, Precision, precision_of
+from rayalign.engine.model.precision import EXACT, Precision, precision_of
+from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_policy, save_pretrained, weights_digest
 
 NORM = "model.norm.weight"
 

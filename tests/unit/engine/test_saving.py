@@ -17,18 +17,18 @@ from tiny_runs import train_spec as spec_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from rayalign.engine import saving
-from rayalign.engine.checkpoint import Best, step_of
-from rayalign.engine.lora import LoraSpec
+from rayalign.engine.checkpoint import saving
+from rayalign.engine.checkpoint.checkpoint import Best, step_of
+from rayalign.engine.checkpoint.optimizer_state import named_state
+from rayalign.engine.checkpoint.saving import Writer
+from rayalign.engine.checkpoint.sending import copies
 from rayalign.engine.metrics import read_metrics
+from rayalign.engine.model.lora import LoraSpec
 from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.optimizer_state import named_state
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.saving import Writer
-from rayalign.engine.sending import copies
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.state import TrainSpec
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped
-from rayalign.manifest import verify
+from rayalign.storage.manifest import verify
 
 SINGLE = make_strategy("single", CPU)
 STEPS = 12

@@ -22,18 +22,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Candidate, Group
+from rayalign.data.micro_batches import StepCounts
 from rayalign.data.pack import pack
-from rayalign.data.plan import StepCounts
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import TokenizeSettings, to_group
-from rayalign.engine.forward import Policy, ScalarModel, last_positions, root_module
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model.forward import Policy, ScalarModel, last_positions, root_module
+from rayalign.engine.model.parity import choose_layout
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model.scalar import PADDING, ScalarHead, prepare_export, written_as
 from rayalign.engine.objective import Objective
-from rayalign.engine.parity import choose_layout
-from rayalign.engine.scalar import PADDING, ScalarHead, prepare_export, written_as
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
 from rayalign.methods import Statistics, resolve

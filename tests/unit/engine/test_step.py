@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rayalign.data.group import Candidate, Group
-from rayalign.data.plan import StepCounts
+from rayalign.data.micro_batches import StepCounts
+from rayalign.engine.batches import StreamWork
 from rayalign.engine.objective import MAIN_STREAM, Objective, denominator
-from rayalign.engine.source import StreamWork
 from rayalign.engine.step import NonFiniteStep, Runner
-from rayalign.engine.strategy import make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import UserError
 from rayalign.methods import Method, MethodConfig, Term
-from rayalign.methods._base import Over
+from rayalign.methods.method import Over
 
 SINGLE = make_strategy("single", torch.device("cpu"))
 PAIRS = synthetic_groups([2] * 9)

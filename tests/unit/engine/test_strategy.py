@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from rayalign.engine.forward import Policy
+from rayalign.engine.model.forward import Policy
 from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.strategy import Single, Strategy, make_strategy
+from rayalign.engine.strategy.base import Single, Strategy, make_strategy
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from causal_zoo import animal, save_animal
 from tiny_models import tiny
 from tiny_runs import save_tiny
 
-from rayalign.engine import trial
-from rayalign.engine.lora import LoraSpec, adapted, merged
-from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable, tokenizer_of
-from rayalign.engine.shrunken import miniature
-from rayalign.engine.targets import adapter_targets, fused_experts, kinds, shortened
-from rayalign.engine.trial import Trial, try_export
+from rayalign.engine.model import trial
+from rayalign.engine.model.lora import LoraSpec, adapted, merged
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
+from rayalign.engine.model.shrunken import miniature
+from rayalign.engine.model.targets import adapter_targets, fused_experts, kinds, shortened
+from rayalign.engine.model.trial import Trial, try_export
 from rayalign.errors import UserError
 
 LORA = LoraSpec(rank=2, alpha=4.0)

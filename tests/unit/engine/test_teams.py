@@ -40,14 +40,14 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 
 from rayalign.data.rank import ranked
-from rayalign.engine.lora import ADAPTER as ADAPTER_FOLDER
-from rayalign.engine.lora import LoraSpec
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.model import ModelSpec, load_policy, state_digest, weights_digest
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.scalar import ScalarHead
-from rayalign.engine.strategy import StrategySpec, make_strategy
-from rayalign.manifest import verify
+from rayalign.engine.model.lora import ADAPTER as ADAPTER_FOLDER
+from rayalign.engine.model.lora import LoraSpec
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, state_digest, weights_digest
+from rayalign.engine.model.scalar import ScalarHead
+from rayalign.engine.state import TrainSpec
+from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.storage.manifest import verify
 
 pytestmark = [
     pytest.mark.slow,

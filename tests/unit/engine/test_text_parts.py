@@ -24,8 +24,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from rayalign.engine.lora import LoraSpec
-from rayalign.engine.model import ModelSpec, load_policy, refuse_unusable
+from rayalign.engine.model.lora import LoraSpec
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable
 from rayalign.errors import UserError
 
 IDS = torch.arange(5, 40)[None]

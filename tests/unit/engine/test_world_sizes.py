@@ -21,10 +21,10 @@ from tiny_runs import (
     train_spec,
 )
 
-from rayalign.engine.checkpoint import step_of
+from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.run import TrainSpec
-from rayalign.engine.strategy import StrategySpec, make_strategy
+from rayalign.engine.state import TrainSpec
+from rayalign.engine.strategy.base import StrategySpec, make_strategy
 
 GROUPS, GROUPS_PER_STEP = 10, 4
 DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.strategy import StrategySpec
-from rayalign.engine.zero_config import with_buckets, zero_config
+from rayalign.engine.strategy.base import StrategySpec
+from rayalign.engine.strategy.zero_config import with_buckets, zero_config
 from rayalign.errors import UserError
 
 OPTIMIZER = OptimizerSpec(lr=1e-3, steps=10, max_grad_norm=0.5)

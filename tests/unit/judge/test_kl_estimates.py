@@ -13,8 +13,8 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM
 
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.head import HeadForm, HeadInput, token_divergence
-from rayalign.engine.model import ModelSpec, save_pretrained
+from rayalign.engine.model.head import HeadForm, HeadInput, token_divergence
+from rayalign.engine.model.pretrained import ModelSpec, save_pretrained
 from rayalign.functional.kl import exact_kl
 from rayalign.judge.measure import Prompt, kl_estimates
 from rayalign.rollout.base import Completion

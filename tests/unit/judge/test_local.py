@@ -12,7 +12,7 @@ from tiny_models import tiny
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoTokenizer
 
-from rayalign.engine.model import save_pretrained
+from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import MissingExtra, UserError
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.asking import ATTEMPTS, Unanswered

@@ -9,7 +9,7 @@ import torch
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rayalign.engine.scalar import WRITTEN, ScalarHead, written_as
+from rayalign.engine.model.scalar import WRITTEN, ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
 

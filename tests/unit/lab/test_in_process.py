@@ -15,10 +15,10 @@ from tiny_rollouts import SCORER
 from rayalign.config.compare import started_from
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
-from rayalign.manifest import read_manifest
-from rayalign.sources.off_policy import drawn_rows
-from rayalign.sources.streams import StoredStream
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
+from rayalign.rounds.stored import drawn_rows
+from rayalign.rounds.streams import StoredStream
+from rayalign.storage.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,12 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from rayalign.data.group import Group
-from rayalign.engine.forward import Policy
+from rayalign.engine.model.forward import Policy
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.step import Runner, StepResult
-from rayalign.engine.strategy import Single
+from rayalign.engine.strategy.base import Single
 from rayalign.methods import compose, resolve
-from rayalign.methods._base import Method, Statistics
+from rayalign.methods.method import Method, Statistics
 from rayalign.methods.weighting import WPOWeighting
 from rayalign.types import Scored, Scores
 

@@ -26,7 +26,7 @@ MISTAKES = """
 import json, sys
 from dataclasses import replace
 
-from rayalign.data.plan import StepCounts
+from rayalign.data.micro_batches import StepCounts
 from rayalign.engine.objective import Objective
 from rayalign.errors import UserError
 from rayalign.methods import METHODS, Statistics, resolve

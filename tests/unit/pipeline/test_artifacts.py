@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from workspaces import wait_until
 
-from rayalign.manifest import commit
-from rayalign.pipeline.artifacts import STAGE_VERSIONS, Artifacts, digest_of, path_digest, stage_key
+from rayalign.storage.artifacts import STAGE_VERSIONS, Artifacts, digest_of, path_digest, stage_key
+from rayalign.storage.manifest import commit
 
 INPUTS = {"store": "abc", "temperature": 1.0}
 
@@ -100,8 +100,8 @@ def test_of_two_that_want_one_stage_the_second_waits_and_finds_it(tmp_path: Path
 MAKES = """
 import sys, time
 from pathlib import Path
-from rayalign.manifest import commit
-from rayalign.pipeline.artifacts import Artifacts
+from rayalign.storage.manifest import commit
+from rayalign.storage.artifacts import Artifacts
 
 root, building, go = map(Path, sys.argv[1:])
 

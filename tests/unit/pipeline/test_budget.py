@@ -11,20 +11,20 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from rayalign.comparison.budget import Budget, Ending, reached
+from rayalign.comparison.cells import measure_cell, stopped_cell, train_cell
+from rayalign.comparison.compare import refuse_unfinished
+from rayalign.comparison.evaluate import Evaluation
+from rayalign.comparison.record import CellResult, cell_status
 from rayalign.config.budget import BudgetConfig
 from rayalign.config.compare import Cell
 from rayalign.config.run import RunConfig
 from rayalign.errors import Stopped, UserError
-from rayalign.manifest import commit
-from rayalign.pipeline.budget import Budget, Ending, reached
-from rayalign.pipeline.cells import measure_cell, stopped_cell, train_cell
-from rayalign.pipeline.compare import refuse_unfinished
-from rayalign.pipeline.display import Board
-from rayalign.pipeline.evaluate import Evaluation
-from rayalign.pipeline.results import CellResult, cell_status
-from rayalign.runtime.stop import StopRequest
+from rayalign.run.display import Board
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
+from rayalign.stop import StopRequest
+from rayalign.storage.manifest import commit
 
 RUN = RunConfig.model_validate(
     {

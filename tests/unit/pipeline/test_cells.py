@@ -13,19 +13,19 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from rayalign.comparison import cells
+from rayalign.comparison.budget import Budget, Ending
+from rayalign.comparison.compare import refuse_unfinished, whole_trial
+from rayalign.comparison.evaluate import Evaluation
+from rayalign.comparison.record import CellResult
 from rayalign.config.budget import BudgetConfig
 from rayalign.config.compare import Cell
 from rayalign.config.run import RunConfig
 from rayalign.errors import Stopped, UserError
-from rayalign.manifest import commit
-from rayalign.pipeline import cells
-from rayalign.pipeline.budget import Budget, Ending
-from rayalign.pipeline.compare import refuse_unfinished, whole_trial
-from rayalign.pipeline.display import Board
-from rayalign.pipeline.evaluate import Evaluation
-from rayalign.pipeline.results import CellResult
-from rayalign.runtime.stop import StopRequest
+from rayalign.run.display import Board
 from rayalign.runtime.worker import TrainJob
+from rayalign.stop import StopRequest
+from rayalign.storage.manifest import commit
 
 RUN = RunConfig.model_validate(
     {

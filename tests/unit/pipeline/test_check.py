@@ -19,13 +19,13 @@ from transformers import AutoTokenizer
 from workspaces import rayalign
 
 from rayalign.data.chat import make_chat
-from rayalign.data.prepare import Unit, read_chunks
 from rayalign.data.select import likelihood
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.errors import UserError
-from rayalign.pipeline.checked import Options, check_given
+from rayalign.verbs.checked import Options, check_given
 
 
 def run(*given: str, width: int = 200, **options: Any) -> tuple[int, str]:

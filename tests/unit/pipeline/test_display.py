@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from rayalign.pipeline.display import Board
+from rayalign.run.display import Board
 
 ROW = {"step": 1, "seconds": 0.5, "num_tokens": 100, "step_tokens": 100}
 

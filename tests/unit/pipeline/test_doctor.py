@@ -17,9 +17,11 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from rayalign.pipeline.doctor import check_folder, doctor, judge_cluster
-from rayalign.pipeline.findings import Finding, as_json, as_table, num_broken
-from rayalign.pipeline.machine import (
+from rayalign.runtime.nodes import Cluster
+from rayalign.runtime.session import Node
+from rayalign.verbs.doctor import check_folder, doctor, judge_cluster
+from rayalign.verbs.findings import Finding, as_json, as_table, num_broken
+from rayalign.verbs.machine import (
     GIB,
     OPERATIONS,
     check_disk,
@@ -29,9 +31,7 @@ from rayalign.pipeline.machine import (
     judge_limits,
     judge_shared_memory,
 )
-from rayalign.pipeline.packages import judge_devices, judge_extras, judge_packages, judge_python, judge_vllm
-from rayalign.runtime.nodes import Cluster
-from rayalign.runtime.session import Node
+from rayalign.verbs.packages import judge_devices, judge_extras, judge_packages, judge_python, judge_vllm
 
 REQUIREMENTS = [
     Requirement(text)

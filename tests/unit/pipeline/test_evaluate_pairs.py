@@ -15,8 +15,8 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workspaces import rayalign
 
-from rayalign.engine.model import ModelSpec, load_policy, save_pretrained
-from rayalign.engine.scalar import WRITTEN, ScalarHead
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.model.scalar import WRITTEN, ScalarHead
 
 PAIRS = [{"prompt": f"What is {n}?", "chosen": "It is the answer. " * n, "rejected": "Blue."} for n in range(1, 6)]
 RANKED = [

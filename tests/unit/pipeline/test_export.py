@@ -15,18 +15,18 @@ from rayalign.cli import main
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Group
-from rayalign.data.prepare import Shape, shaped
 from rayalign.data.records import RawRow
 from rayalign.data.schema import Example
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
-from rayalign.engine.folder import tokenizer_digest
-from rayalign.engine.model import load_tokenizer
+from rayalign.data.tokenize_rows import Shape, shaped
+from rayalign.engine.model.folder import tokenizer_digest
+from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
-from rayalign.pipeline.card import base_of, model_card
-from rayalign.pipeline.export import alpaca_eval
-from rayalign.pipeline.export_trl import trl_pairs
+from rayalign.verbs.card import base_of, model_card
+from rayalign.verbs.export import alpaca_eval
+from rayalign.verbs.export_trl import trl_pairs
 
 CONFIGURATION = {
     "name": "mine",

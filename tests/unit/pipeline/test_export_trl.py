@@ -16,13 +16,13 @@ from trl.trainer.utils import remove_none_values
 
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
-from rayalign.data.prepare import Unit, prepare_chunk
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
-from rayalign.engine.folder import tokenizer_digest
+from rayalign.data.tokenize_rows import Unit, prepare_chunk
+from rayalign.engine.model.folder import tokenizer_digest
 from rayalign.errors import UserError
-from rayalign.pipeline.export_trl import Exported, trl_pairs
+from rayalign.verbs.export_trl import Exported, trl_pairs
 
 BLUE, GREEN = [answer("Blue.")], [answer("Green.")]
 CALL = [answer("", tool_calls=[SKY])]

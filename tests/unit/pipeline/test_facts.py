@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from rayalign.config.data import DataSource
-from rayalign.data.prepare import ShardReport
 from rayalign.data.records import BadRow
+from rayalign.data.tokenize_rows import ShardReport
 from rayalign.errors import UserError
-from rayalign.pipeline.facts import refuse_absent_columns, summary, warning
+from rayalign.run.facts import refuse_absent_columns, summary, warning
 from rayalign.runtime.datasets import Preparation
 
 

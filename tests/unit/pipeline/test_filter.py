@@ -22,14 +22,14 @@ from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.methods import resolve
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.stages import Stages, filter_facts
-from rayalign.pipeline.streams import filtered as filtered_stream
 from rayalign.report.formatting import kept
+from rayalign.rounds.stored import drawn_rows, order_of
+from rayalign.rounds.streams import StoredStream
+from rayalign.run.stages import Stages, filter_facts
+from rayalign.run.streams import filtered as filtered_stream
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.session import Node, Session
-from rayalign.sources.off_policy import drawn_rows, order_of
-from rayalign.sources.streams import StoredStream
+from rayalign.storage.artifacts import Artifacts
 
 GROUPS = synthetic_groups([2] * 21, seed=5)
 QUANTILE = 0.7

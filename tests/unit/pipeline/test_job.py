@@ -13,16 +13,16 @@ from tiny_tokenizers import CHATML, byte_level
 
 from rayalign.config import load_run
 from rayalign.data.chat import make_chat
-from rayalign.data.prepare import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
-from rayalign.engine.checkpoint import Best
-from rayalign.engine.scalar import ScalarHead
+from rayalign.engine.checkpoint.checkpoint import Best
+from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.methods import resolve
-from rayalign.pipeline.job import (
+from rayalign.run.job import (
     checkpoint_best,
     critic_spec,
     method_of,
@@ -30,10 +30,10 @@ from rayalign.pipeline.job import (
     optimizer_spec,
     run_identity,
 )
-from rayalign.pipeline.model import model_spec
-from rayalign.pipeline.readers import refuse_unusable_models
-from rayalign.pipeline.rollouts import preparation, prompts_of, round_plan
-from rayalign.pipeline.streams import num_steps, require_columns
+from rayalign.run.model import model_spec
+from rayalign.run.readers import refuse_unusable_models
+from rayalign.run.rollouts import preparation, prompts_of, round_plan
+from rayalign.run.streams import num_steps, require_columns
 from rayalign.runtime.placement import Share, share
 from rayalign.runtime.session import Node, Session
 

@@ -15,12 +15,7 @@ from tiny_models import tiny
 from tiny_runs import save_tiny
 from tiny_tokenizers import LLAMA3, byte_level
 
-from rayalign.config import load_compare, load_run
-from rayalign.engine.model import save_pretrained
-from rayalign.errors import UserError
-from rayalign.judge.measure import Measured
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.evaluate import (
+from rayalign.comparison.evaluate import (
     Evaluation,
     answers_told,
     evaluation_digest,
@@ -28,11 +23,16 @@ from rayalign.pipeline.evaluate import (
     points_table,
     refuse_broken_scorers,
 )
-from rayalign.pipeline.results import assumptions, judge_of
-from rayalign.pipeline.stages import Stages
+from rayalign.comparison.record import assumptions, judge_of
+from rayalign.config import load_compare, load_run
+from rayalign.engine.model.pretrained import save_pretrained
+from rayalign.errors import UserError
+from rayalign.judge.measure import Measured
 from rayalign.report.points import Answers, EvaluationPoint
+from rayalign.run.stages import Stages
 from rayalign.runtime.evaluation import Evaluator
 from rayalign.runtime.session import Node, Session
+from rayalign.storage.artifacts import Artifacts
 
 PROMPTS = ["Why?", "Who is it?", "What is the sky?", "And then?"]
 SAMPLES = 3

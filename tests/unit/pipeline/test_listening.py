@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.pipeline.listening import Listener, check_ports, decoded, judge_ports, listening, ray_listeners
+from rayalign.verbs.listening import Listener, check_ports, decoded, judge_ports, listening, ray_listeners
 
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 

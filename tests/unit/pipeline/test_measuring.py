@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from tiny_runs import save_tiny
 
+from rayalign.comparison.compare import common_evaluation
+from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, measured_by, refuse_broken_scorers
+from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.compare import common_evaluation
-from rayalign.pipeline.evaluate import evaluation_digest, evaluation_spec, measured_by, refuse_broken_scorers
-from rayalign.pipeline.job import evaluation_steps, optimizer_spec
-from rayalign.pipeline.results import assumptions, entry_labels
-from rayalign.pipeline.stages import Stages
+from rayalign.run.job import evaluation_steps, optimizer_spec
+from rayalign.run.stages import Stages
 from rayalign.runtime.evaluation import EvaluationSpec
 from rayalign.runtime.session import Node, Session
+from rayalign.storage.artifacts import Artifacts
 
 RUN = """
 model: {name: tiny}

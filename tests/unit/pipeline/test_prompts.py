@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from lab.world import pairs
 
+from rayalign.comparison.prompts import prompt_sets, prompt_text, read_examples
 from rayalign.config import load_run
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.records import RawRow
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
-from rayalign.engine.model import load_tokenizer
+from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.prompts import prompt_sets, prompt_text, read_examples
-from rayalign.pipeline.stages import Stages
+from rayalign.run.stages import Stages
 from rayalign.runtime.session import Node, Session
+from rayalign.storage.artifacts import Artifacts
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
 

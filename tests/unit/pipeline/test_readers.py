@@ -24,11 +24,11 @@ from rayalign.config import load_run
 from rayalign.config.run import RunConfig
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
-from rayalign.engine.model import save_pretrained
+from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
-from rayalign.pipeline.model import stop_ids
-from rayalign.pipeline.readers import (
+from rayalign.run.model import stop_ids
+from rayalign.run.readers import (
     export_facts,
     export_told,
     refuse_long_questions,

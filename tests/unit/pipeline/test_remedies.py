@@ -17,13 +17,13 @@ from tiny_runs import Scenario, save_tiny, store, synthetic_groups, train_alone
 import rayalign
 from rayalign.config import load_run
 from rayalign.config.run import RunConfig
-from rayalign.engine.checkpoint import IncompatibleCheckpoint
+from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.run import TrainSpec
+from rayalign.engine.state import TrainSpec
 from rayalign.errors import Stopped
-from rayalign.pipeline.job import method_of, objectives, optimizer_spec, run_identity
-from rayalign.pipeline.model import trained_spec
-from rayalign.sources.streams import StoredStream
+from rayalign.rounds.streams import StoredStream
+from rayalign.run.job import method_of, objectives, optimizer_spec, run_identity
+from rayalign.run.model import trained_spec
 
 ROOMS = ("engine", "runtime", "rollout", "sources", "judge")
 """Where a run's messages are written once it has started."""

@@ -15,11 +15,11 @@ from rayalign.data.pack import pack
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.errors import UserError
-from rayalign.pipeline.job import method_of
-from rayalign.pipeline.rollouts import prompts_of, round_plan
-from rayalign.pipeline.room import refuse_large_groups
-from rayalign.pipeline.streams import shape_of
-from rayalign.sources.streams import RoundStream, SourceSpec, StoredStream
+from rayalign.rounds.streams import RoundStream, SourceSpec, StoredStream
+from rayalign.run.job import method_of
+from rayalign.run.rollouts import prompts_of, round_plan
+from rayalign.run.room import refuse_large_groups
+from rayalign.run.streams import shape_of
 
 SCORED = "scorer={name: rule, function: 'm:f'}"
 

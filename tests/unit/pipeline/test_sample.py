@@ -12,8 +12,8 @@ from rich.console import Console
 from tiny_runs import save_tiny
 
 from rayalign.errors import UserError
-from rayalign.pipeline.sample import Speaker, sample
 from rayalign.rollout.base import SamplingParams
+from rayalign.verbs.sample import Speaker, sample
 
 PARAMS = SamplingParams(max_new_tokens=6, num_samples=2, seed=3)
 

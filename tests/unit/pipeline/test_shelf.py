@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from rayalign.errors import UserError
-from rayalign.manifest import commit
-from rayalign.pipeline.artifacts import USED, Artifacts
-from rayalign.pipeline.shelf import artifacts, gc, ls, seconds
-from rayalign.runtime.lease import lease
+from rayalign.storage.artifacts import USED, Artifacts
+from rayalign.storage.lease import lease
+from rayalign.storage.manifest import commit
+from rayalign.verbs.shelf import artifacts, gc, ls, seconds
 
 DAY = 86400.0
 

@@ -13,24 +13,24 @@ from lab.world import pairs
 
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
-from rayalign.data.prepare import Unit, prepare_chunk
 from rayalign.data.records import RawRow
 from rayalign.data.select import rows_file, scores_of, select, write_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import TokenizeSettings
+from rayalign.data.tokenize_rows import Unit, prepare_chunk
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.judge.measure import ScorerSpec
-from rayalign.manifest import file_digest
 from rayalign.methods import resolve
-from rayalign.pipeline.artifacts import STAGE_VERSIONS
+from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkSpec
+from rayalign.rounds.columns import Preparation, prepare_columns
+from rayalign.rounds.label import LabelSpec
+from rayalign.rounds.streams import StoredStream
 from rayalign.runtime.reference import LOG_PROBS
-from rayalign.sources.chunk import Chunk, ChunkMaker, ChunkSpec
-from rayalign.sources.label import LabelSpec
-from rayalign.sources.prepared import Preparation, prepare_columns
-from rayalign.sources.streams import StoredStream
+from rayalign.storage.artifacts import STAGE_VERSIONS
+from rayalign.storage.manifest import file_digest
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
 PAIR_TOKENS = 610

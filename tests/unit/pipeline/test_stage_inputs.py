@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from tiny_runs import save_tiny
 
+from rayalign.comparison.plan import Plan
 from rayalign.config import load_run
 from rayalign.config.data import DataSource
-from rayalign.data.prepare import Unit
+from rayalign.data.tokenize_rows import Unit
 from rayalign.errors import MissingExtra, UserError
-from rayalign.manifest import commit
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.plan import Plan
-from rayalign.pipeline.reads import with_format
-from rayalign.pipeline.stages import Stages, input_digest, source_units
-from rayalign.pipeline.train import refuse_unsupported
+from rayalign.run.reads import with_format
+from rayalign.run.stages import Stages, input_digest, source_units
+from rayalign.run.train import refuse_unsupported
 from rayalign.runtime.session import Node, Session
+from rayalign.storage.artifacts import Artifacts
+from rayalign.storage.manifest import commit
 
 
 def stages_of(folder: Path) -> Stages:

@@ -11,25 +11,25 @@ import yaml
 from rich.console import Console
 from tiny_runs import save_tiny
 
+from rayalign.comparison.compare import compare
+from rayalign.comparison.forecast import estimate, read_pilot
+from rayalign.comparison.plan import Plan, Planned, plan, stage_state
 from rayalign.config import load_compare, load_run
 from rayalign.config.dump import dump
 from rayalign.config.errors import ConfigError
 from rayalign.data.chat import make_chat
-from rayalign.data.prepare import Unit, read_chunks, shaped
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import Tokenized, rows_to_groups
-from rayalign.engine.model import load_tokenizer
+from rayalign.data.tokenize_rows import Unit, read_chunks, shaped
+from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
-from rayalign.manifest import commit
-from rayalign.pipeline.artifacts import Artifacts
-from rayalign.pipeline.compare import compare
-from rayalign.pipeline.forecast import estimate, read_pilot
-from rayalign.pipeline.model import tokenizer_spec
-from rayalign.pipeline.plan import Plan, Planned, plan, stage_state
-from rayalign.pipeline.stages import Stages
-from rayalign.runtime.lease import lease
+from rayalign.run.model import tokenizer_spec
+from rayalign.run.stages import Stages
 from rayalign.runtime.session import Node, Session
+from rayalign.storage.artifacts import Artifacts
+from rayalign.storage.lease import lease
+from rayalign.storage.manifest import commit
 
 SESSION = Session(started_here=True, nodes=(Node(id="", name="", cpus=2, gpus=0),))
 BASE = {

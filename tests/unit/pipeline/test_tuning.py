@@ -11,16 +11,16 @@ from typing import cast
 import pytest
 from rich.console import Console
 
+from rayalign.comparison import tuning
+from rayalign.comparison.record import CellResult
+from rayalign.comparison.tuning import Measure, Outcome, mean, pick, settle, trial_cells, trials_table
 from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
 from rayalign.errors import Stopped
 from rayalign.judge.measure import Prompt, ScorerSpec
-from rayalign.pipeline import tuning
-from rayalign.pipeline.display import Board
-from rayalign.pipeline.results import CellResult
-from rayalign.pipeline.stages import Stages
-from rayalign.pipeline.tuning import Measure, Outcome, mean, pick, settle, trial_cells, trials_table
 from rayalign.rollout.base import SamplingParams
+from rayalign.run.display import Board
+from rayalign.run.stages import Stages
 from rayalign.runtime.evaluation import EvaluationSpec
 
 YAML = """\

@@ -9,11 +9,11 @@ import pytest
 from synthetic_comparison import few_cells, make_comparison, seeded
 
 from rayalign.report import figures
-from rayalign.report.drawing import THEME
 from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison
 from rayalign.report.render import render
 from rayalign.report.statistics import Bootstrap
+from rayalign.report.svg import THEME
 
 
 @pytest.fixture(scope="module", params=["single", "seeded"])

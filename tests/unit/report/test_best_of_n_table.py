@@ -16,7 +16,7 @@ from rayalign.functional.best_of_n import best_of_n_distribution, best_of_n_kl_b
 from rayalign.report.best_of_n import best_of_n, expected_best, kl_bound
 from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison
-from rayalign.report.results import results_json
+from rayalign.report.results_json import results_json
 from rayalign.report.statistics import Bootstrap
 
 

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 import pytest
 from synthetic_comparison import comparison_input, few_cells, make_comparison
 
-from rayalign.report.drawing import THEME, inline, standalone
 from rayalign.report.entries import entries_of
 from rayalign.report.estimates import summarize
 from rayalign.report.figures import draw_all, styles, trailing_mean
 from rayalign.report.points import Comparison
 from rayalign.report.statistics import Bootstrap
+from rayalign.report.svg import THEME, inline, standalone
 
 
 def drawn(comparison: Comparison) -> dict[str, str]:

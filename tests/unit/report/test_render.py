@@ -16,7 +16,7 @@ from synthetic_comparison import against_another, few_cells, judged, make_compar
 from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison, load, save
 from rayalign.report.render import limits, render
-from rayalign.report.results import results_json
+from rayalign.report.results_json import results_json
 
 HEAD = "interval over prompts, one training run"
 

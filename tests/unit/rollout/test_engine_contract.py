@@ -12,7 +12,7 @@ from tiny_runs import save_tiny
 from torch import Tensor
 
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.engines import HfSampler
 from rayalign.rollout.fake import FakeEngine

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.runtime import lease as module
-from rayalign.runtime.lease import Held, lease, take_over
+from rayalign.storage import lease as module
+from rayalign.storage.lease import Held, lease, take_over
 
 ELSEWHERE = {"token": "theirs", "host": "another-machine", "pid": 1, "since": "2026-01-01 00:00:00"}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.engine.model import ModelSpec
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.rounds.chunk import Chunk
 from rayalign.runtime.pool import described
-from rayalign.sources.chunk import Chunk
 
 CHUNK = Chunk(name="0000000008", positions=range(8, 16), directory=Path("rounds"), weights=None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayalign.data.lines import ByteRange
-from rayalign.data.prepare import Unit
+from rayalign.data.tokenize_rows import Unit
 from rayalign.runtime.reading import split_units, unit_ranges
 
 LINES = b'{"prompt": "a"}\n' * 3

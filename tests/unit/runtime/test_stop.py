@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from rayalign.errors import Stopped
-from rayalign.runtime.stop import stopping
+from rayalign.stop import stopping
 
 
 @pytest.fixture(autouse=True)

@@ -19,16 +19,16 @@ from ray.train.v2._internal.exceptions import (
 
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.data.records import EmptyFile
-from rayalign.engine.checkpoint import IncompatibleCheckpoint
-from rayalign.engine.disk import DiskFull
+from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
-from rayalign.manifest import MANIFEST, TornDirectory
 from rayalign.runtime.failures import WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
 from rayalign.runtime.placement import Share
 from rayalign.runtime.trainer import Trainer, TrainingFailed
 from rayalign.runtime.worker import TrainJob
+from rayalign.storage.disk import DiskFull
+from rayalign.storage.manifest import MANIFEST, TornDirectory
 
 JOB = cast(
     TrainJob,

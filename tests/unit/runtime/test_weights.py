@@ -11,9 +11,9 @@ import torch
 from tiny_runs import save_tiny
 
 from rayalign.engine.canary import canary_error, canary_logps
+from rayalign.engine.checkpoint.sending import num_bytes
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model import ModelSpec, load_policy, weights_digest
-from rayalign.engine.sending import num_bytes
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, weights_digest
 from rayalign.rollout.engines import HfSampler
 from rayalign.runtime.weights import Board, flat, tensors
 

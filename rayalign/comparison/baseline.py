@@ -1,0 +1,51 @@
+"""``evaluate.baseline``: the policy that wins are counted against, where that is not the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rayalign.config.run import RunConfig
+from rayalign.config.scoring import REFERENCE, EvaluateConfig
+from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.errors import UserError
+from rayalign.run.model import reference_spec
+
+
+def baseline_spec(run: RunConfig) -> ModelSpec | None:
+    """The policy that wins are counted against; None is the reference.
+
+    Raises UserError where it is no model, or reads other tokens than the reference.
+    """
+    assert run.evaluate is not None
+    directory = baseline_directory(run.evaluate)
+    if directory is None:
+        return None
+    reference = reference_spec(run)
+    own, theirs = (
+        load_tokenizer(folder, trust_remote_code=reference.trust_remote_code).get_vocab()
+        for folder in (model_directory(reference.name, reference.revision), directory)
+    )
+    if own != theirs:
+        raise UserError(
+            f"evaluate.baseline: {run.evaluate.baseline} has another tokenizer than the reference; policies are "
+            "compared on the same prompt tokens"
+        )
+    return replace(reference, name=str(directory), revision=None, from_scratch=False, seed=0)
+
+
+def baseline_directory(config: EvaluateConfig) -> Path | None:
+    """Where the baseline's model is: a folder in Hugging Face layout, a run's ``final/``, or the Hub's files."""
+    if config.baseline == REFERENCE:
+        return None
+    final = Path(config.baseline) / "final"
+    try:
+        return model_directory(str(final) if final.is_dir() else config.baseline)
+    except UserError as error:
+        raise UserError(f"evaluate.baseline: {error}") from error
+
+
+def baseline_label(baseline: str) -> str:
+    """What tables call it: the last part of a path or of a hub's name."""
+    return baseline.rstrip("/").removesuffix("/final").rpartition("/")[2]

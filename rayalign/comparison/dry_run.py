@@ -1,0 +1,191 @@
+"""``rayalign compare --dry-run``: the plan of a comparison as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rayalign.comparison.budget import HOUR
+from rayalign.comparison.evaluate import evaluated_checkpoints
+from rayalign.comparison.forecast import (
+    NO_PILOT,
+    Estimate,
+    PilotRun,
+    estimate,
+    num_steps,
+    read_pilot,
+    steps_done,
+    tokens_to_generate,
+    tokens_to_train,
+)
+from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
+from rayalign.config.compare import Comparison
+from rayalign.config.run import RunConfig
+from rayalign.run.rollouts import num_workers
+from rayalign.run.stages import Stages
+from rayalign.run.train import finished
+from rayalign.runtime.placement import Share, share
+from rayalign.runtime.session import Session, preview
+
+SHOWN_CELLS = 3
+
+
+def dry_run(
+    comparison: Comparison, evaluated: RunConfig, *, fresh: frozenset[str], pilot: Path | None, console: Console
+) -> None:
+    """Print what the comparison would do; nothing is written, and no Ray is started.
+
+    Raises:
+        UserError: ``pilot`` holds no run that says how long steps take.
+    """
+    pilots = read_pilot(pilot) if pilot is not None else []
+    with preview() as session:
+        keeper = Plan(root=session.place(comparison.storage_path) / "artifacts", fresh=fresh)
+        planned = plan(comparison, evaluated, keeper, session)
+        console.print(runs_table(comparison, planned, Stages(artifacts=keeper, session=session)))
+        console.print(stages_table(planned, fresh))
+        console.print(summary(planned), highlight=False, soft_wrap=True)
+        if comparison.trial_runs:
+            console.print(
+                f"tune: its {len(comparison.trial_runs)} runs are counted neither in stages nor in tokens and hours; a "
+                "cell that it settles is planned with the values before that, and as if nothing of it were there",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if pilots:
+            print_times(comparison, planned, pilots, session, console)
+        else:
+            console.print(
+                "how long it takes, and what it costs: --pilot with the folder of a run or comparison like this one "
+                "that was trained for some steps",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def runs_table(comparison: Comparison, planned: Planned, stages: Stages) -> Table:
+    """Every cell: what runs from where to where, what is refused, and the tokens of it."""
+    table = Table(
+        title=f"{comparison.name}: {len(comparison.cells)} cells",
+        caption="tokens of the whole run, evaluation not counted; to generate: at most",
+    )
+    for column in ("cell", "objective", "data policy", "seed", "state", "steps", "tokens to train", "to generate"):
+        table.add_column(column)
+    found = {run.name: run for run in planned.runs}
+    for name, skipped in [
+        *([("initial", "")] if comparison.initial is not None else []),
+        *((cell.id, cell.skipped_reason) for cell in comparison.cells),
+    ]:
+        run = found.get(name)
+        if run is None:
+            table.add_row(name, "", "", "", f"skipped, because {escape(skipped)}")
+            continue
+        who = (name, run.run.display_name, run.run.data_policy.name, str(run.run.seed))
+        if run.refused:
+            table.add_row(*who, f"will fail, because {escape(run.refused)}")
+            continue
+        counts = (num_steps(run), tokens_to_train(run), tokens_to_generate(run, stages))
+        table.add_row(*who, run_state(run), *map(counted, counts))
+    return table
+
+
+def run_state(run: PlannedRun) -> str:
+    """How far a run is."""
+    if run.tuned:
+        return "by what tune picks"
+    if run.job is not None and finished(run.job):
+        return "finished before"
+    if run.job is None and (run.directory / "final").exists():
+        return "trained before; that counts if its data come out the same"
+    step = max(evaluated_checkpoints(run.directory), default=0)
+    return f"to go on from step {step}" if step else "to train"
+
+
+def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:
+    """What is made before training, for whom, and what of it is there."""
+    unknown = any(stage.waits_for for stage in planned.stages)
+    caption = "?: another key once what it depends on is made" if unknown else None
+    table = Table(title="stages before training", caption=caption)
+    for column in ("stage", "for", "state"):
+        table.add_column(column, no_wrap=column == "stage")
+    for stage, users in planned.stages.items():
+        table.add_row(stage.label, listed(users, len(planned.runs)), stage_state(stage, planned, fresh))
+    return table
+
+
+def listed(users: Sequence[str], runs: int) -> str:
+    """``dpo, ipo``; ``15 cells: dpo, ipo, …`` where there are many."""
+    if len(users) <= SHOWN_CELLS:
+        return ", ".join(users)
+    return f"{len(users)}: {', '.join(users[:SHOWN_CELLS])}, …"
+
+
+def summary(planned: Planned) -> str:
+    cells = sum(run.name != "initial" for run in planned.runs)
+    shared = sum(len(users) > 1 for users in planned.stages.values())
+    cached = sum(stage.made for stage in planned.stages)
+    return f"{len(planned.stages)} stages for {cells} cells, {shared} of them shared, {cached} cached"
+
+
+def print_times(
+    comparison: Comparison, planned: Planned, pilots: Sequence[PilotRun], session: Session, console: Console
+) -> None:
+    """What is left of every run in hours, by the pilot's seconds per step, and in money where prices are given."""
+    prices = comparison.prices
+    table = Table(title="what is left to train, at the pilot's speed", caption="evaluation and stages not counted")
+    money = [prices.label] if prices is not None else []
+    for column in ("cell", "seconds per step", "steps left", "hours", "device-hours", *money):
+        table.add_column(column)
+    total, unknown = 0.0, 0
+    notes: dict[str, None] = {}
+    for run in planned.runs:
+        if run.refused:
+            continue
+        workers, each = placed(run, comparison, session)
+        found = estimate(run.run, pilots, workers=workers, threads=None if each.gpus else each.threads)
+        steps = num_steps(run)
+        if found is None or isinstance(steps, str):
+            unknown += 1
+            table.add_row(run.name, *([NO_PILOT] if found is None else [f"{found.seconds_per_step:.3g}", str(steps)]))
+            continue
+        left = max(0, steps - steps_done(run))
+        hours = left * found.seconds_per_step / HOUR
+        devices = workers * each.devices
+        total += hours * devices
+        cost = [f"{hours * devices * prices.device_hour:.2f}"] if prices is not None else []
+        table.add_row(
+            run.name, f"{found.seconds_per_step:.3g}", f"{left:,}", f"{hours:.2f}", f"{hours * devices:.2f}", *cost
+        )
+        notes.update(dict.fromkeys(told(run, found)))
+    cost = [f"{total * prices.device_hour:.2f}"] if prices is not None else []
+    table.add_row(f"all but {unknown}" if unknown else "all", "", "", "", f"{total:.2f}", *cost)
+    console.print(table)
+    if prices is None:
+        console.print(
+            "money: write prices: {device_hour: …} into the comparison", highlight=False, markup=False, soft_wrap=True
+        )
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def placed(run: PlannedRun, comparison: Comparison, session: Session) -> tuple[int, Share]:
+    """(workers, what each of them gets)"""
+    if run.job is not None:
+        return run.job.workers, run.job.share
+    cells = [cell for cell in comparison.cells if cell.run is not None]
+    workers = num_workers(run.run, session)
+    return workers, share(session, processes_at_once(cells, session), workers=workers)
+
+
+def told(run: PlannedRun, found: Estimate) -> list[str]:
+    if not found.differences:
+        return []
+    return [f"{run.name}: the pilot is another run and may be slower or faster: {'; '.join(found.differences)}"]
+
+
+def counted(value: int | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,343 @@
+"""``rayalign evaluate``, and the evaluation that a comparison shares: what is measured, and each policy's numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from rayalign import __version__
+from rayalign.comparison.baseline import baseline_directory, baseline_spec
+from rayalign.comparison.prompts import prompt_sets
+from rayalign.config.load import load_run
+from rayalign.config.run import RunConfig
+from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
+from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of
+from rayalign.engine.model.precision import EXACT
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.errors import UserError
+from rayalign.judge.base import Asked
+from rayalign.judge.measure import Answered, Measured, ScorerSpec, Table, judge_of, make_scorers
+from rayalign.remarks import Remarks
+from rayalign.report.formatting import SHARE, interval, number
+from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_array
+from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
+from rayalign.rollout.base import SamplingParams
+from rayalign.run.display import Board
+from rayalign.run.model import (
+    saved_precision,
+    scorer_identity,
+    scorer_spec,
+    scoring_spec,
+    spec_digest,
+    stop_ids,
+)
+from rayalign.run.readers import refuse_long_questions, refuse_unusable_models
+from rayalign.run.stages import Stages
+from rayalign.run.train import import_folder, refuse_unsupported
+from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
+from rayalign.runtime.placement import Share, share
+from rayalign.runtime.pool import Pool
+from rayalign.runtime.session import connect
+from rayalign.storage.artifacts import Artifacts, digest_of
+from rayalign.storage.manifest import MANIFEST, file_digest, write_durably
+
+SHOWN_PROMPTS = 6
+"""Prompts of each set whose replies the report shows."""
+MEASURED_KL = ("kl_rb", "k1")
+"""Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
+KEPT = "replies"
+"""What is kept beside the numbers: every prompt and reply, for :mod:`rayalign.verbs.export`."""
+TEXT_RULE = 2
+"""Raised by hand when replies are written otherwise for scorers: 2 keeps special tokens and white space."""
+COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
+
+Role = Literal["scorer", "diagnostic", "judge"]
+Points = tuple[EvaluationPoint, ...]
+"""One per prompt set."""
+
+
+def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> None:
+    """Measure the checkpoints of a finished run against its reference and print the table."""
+    folder = import_folder(path)
+    sys.path.insert(0, str(folder))
+    run = load_run(path, overrides)
+    refuse_unsupported(run)
+    if run.method.record.trains != "policy":
+        raise UserError(
+            f"{run.method.name} trains no policy that could be sampled; measure its model on held-out pairs: "
+            f"rayalign evaluate {run.storage_path}/{run.name}/final --pairs test.jsonl"
+        )
+    if run.evaluate is None:
+        raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
+    refuse_broken_scorers(run.evaluate)
+    refuse_unusable_models(run, draws=True)
+    with connect(import_paths=[folder]) as session, Board(console) as board:
+        directory = session.storage(run.storage_path) / run.name
+        found = evaluated_checkpoints(directory)
+        if not found:
+            raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
+        stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
+        with closing(Evaluation.start(run, stages, share=share(session, 1), actors=1)) as evaluation:
+            baseline = evaluation.baseline(directory)
+            rows = {"0": evaluation.points(None, directory)}
+            if baseline is not None:
+                rows["baseline"] = baseline
+            for step, checkpoint in sorted(found.items()):
+                board.say(f"{run.name}: measuring step {step}")
+                rows[str(step)] = evaluation.points(checkpoint, directory)
+    console.print(points_table(run.evaluate, rows))
+    for sentence in answers_told(rows):
+        console.print(sentence, markup=False, highlight=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One evaluation shared by many policies: same prompts, seeds, scorers and reference."""
+
+    spec: EvaluationSpec
+    config: EvaluateConfig
+    digest: str
+    evaluators: Pool
+    note: Callable[[str], None] = lambda line: None
+    told: Remarks = field(default_factory=Remarks)
+    """What scorers and judge have remarked so far."""
+
+    @classmethod
+    def start(cls, run: RunConfig, stages: Stages, *, share: Share, actors: int) -> Evaluation:
+        """``actors`` processes that hold the reference."""
+        assert run.evaluate is not None
+        spec = evaluation_spec(run, stages)
+        pool = Pool("evaluation", Evaluator, spec, share=share, most=actors)
+        digest, note = evaluation_digest(spec), stages.artifacts.note
+        return cls(spec=spec, config=run.evaluate, digest=digest, evaluators=pool, note=note)
+
+    def points(self, checkpoint: Path | None, directory: Path) -> Points:
+        """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``.
+
+        Raises:
+            UserError: a scorer or the judge left too much unanswered.
+        """
+        step = step_of(checkpoint) if checkpoint else 0
+        identity = digest_of([self.digest, file_digest(checkpoint / MANIFEST) if checkpoint else None])
+        return self._kept(directory / "evaluation" / f"step_{step:06d}.json", identity, checkpoint, step)
+
+    def baseline(self, directory: Path) -> Points | None:
+        """The numbers of the policy that wins are counted against, where that is not the reference."""
+        if self.spec.baseline is None:
+            return None
+        identity = digest_of([self.digest, "baseline"])
+        return self._kept(directory / "evaluation" / "baseline.json", identity, self.spec.baseline, 0)
+
+    def _kept(self, path: Path, identity: str, subject: Path | ModelSpec | None, step: int) -> Points:
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["identity"] == identity:
+                points = tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
+                if not too_many_missing(points, self.config.max_missing_fraction):
+                    return points
+        measured = self.evaluators.call(subject)
+        self._tell(measured)
+        points = tuple(self.point(name, step, found) for name, found in measured.items())
+        missing = too_many_missing(points, self.config.max_missing_fraction)
+        if missing:
+            raise UserError(missing[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {
+            "identity": identity,
+            "points": [point.model_dump(mode="json") for point in points],
+            KEPT: {
+                name: {"prompts": [prompt.text for prompt in self.spec.prompt_sets[name]], "replies": found.replies}
+                for name, found in measured.items()
+            },
+        }
+        write_durably(path, json.dumps(stored) + "\n")
+        return points
+
+    def _tell(self, measured: Mapping[str, Measured]) -> None:
+        """Say what scorers and judge remarked and was not said before."""
+        for found in measured.values():
+            for answered in (*found.scored.values(), found.judged):
+                for remark in answered.remarks if answered is not None else ():
+                    self.told.add(remark)
+        for remark in self.told.take():
+            self.note(f"evaluation: {remark}")
+
+    @property
+    def measured_by(self) -> dict[str, str]:
+        return measured_by(self.spec)
+
+    def point(self, prompt_set: str, step: int, measured: Measured) -> EvaluationPoint:
+        scores = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.scorers}
+        diagnostics = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.diagnostics}
+        return EvaluationPoint(
+            prompt_set=prompt_set,
+            step=step,
+            scores=scores,
+            kl={"kl_rb": samples(measured.kl_rb), "k1": samples(measured.k1)},
+            length=samples(measured.length),
+            finished=samples(measured.finished),
+            diagnostics=diagnostics,
+            verdicts=samples(measured.judged.values) if measured.judged is not None else None,
+            answers=tuple(self._answers(measured)),
+            replies=tuple(
+                Reply(prompt=prompt, sample=0, text=replies[0])
+                for prompt, replies in enumerate(measured.replies[:SHOWN_PROMPTS])
+            ),
+        )
+
+    def _answers(self, measured: Measured) -> Iterator[Answers]:
+        """Of everybody who counts what they are asked, or left something unanswered."""
+        config = self.config
+        asked: list[tuple[Role, ScorerConfig, Answered | None]] = []
+        asked += [("scorer", scorer, measured.scored[scorer.label]) for scorer in config.scorers]
+        asked += [("diagnostic", scorer, measured.scored[scorer.label]) for scorer in config.diagnostics]
+        asked += [("judge", config.judge, measured.judged)] if config.judge is not None else []
+        for role, scorer, found in asked:
+            if found is not None and (found.asked is not None or found.missing):
+                yield Answers(
+                    role=role,
+                    name=scorer.label,
+                    replies=found.values.size,
+                    missing=found.missing,
+                    problem=found.problem,
+                    **asdict(found.asked or Asked()),
+                )
+
+    def close(self) -> None:
+        self.evaluators.close()
+
+
+def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
+    """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
+    assert run.evaluate is not None
+    sampling = run.evaluate.sampling
+    sets = prompt_sets(run, stages)
+    for prompts in sets.values():
+        refuse_long_questions(prompts, run)
+    return EvaluationSpec(
+        reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
+        prompt_sets=sets,
+        saved=saved_precision(run),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+            num_samples=sampling.samples,
+            seed=run.seed,
+            stop_ids=stop_ids(run),
+        ),
+        scorers=scorer_specs(run.evaluate),
+        judge=scorer_spec(run.evaluate.judge) if run.evaluate.judge is not None else None,
+        baseline=baseline_spec(run),
+    )
+
+
+def too_many_missing(points: Points, limit: float) -> list[str]:
+    """A sentence for every scorer and judge that left more than ``limit`` of a prompt set's replies unanswered."""
+    return [
+        f"evaluation of {point.prompt_set}: the {found.role} {found.name} gave no answer for {found.missing} of "
+        f"{found.replies} replies, more than evaluate.max_missing_fraction {limit:g} allows; first: {found.problem}"
+        for point in points
+        for found in point.answers
+        if found.missing > limit * found.replies
+    ]
+
+
+def evaluation_digest(spec: EvaluationSpec) -> str:
+    """What a policy's numbers depend on beside it."""
+    return digest_of(measured_by(spec))
+
+
+def measured_by(spec: EvaluationSpec) -> dict[str, str]:
+    """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
+    saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
+    return {
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype, *saved]),
+        "prompts": digest_of(
+            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
+        ),
+        "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
+        "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
+        "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
+        "sampling": digest_of(asdict(spec.sampling)),
+        "package": digest_of([MEASURED_KL, KEPT, TEXT_RULE, __version__]),
+    }
+
+
+def refuse_broken_scorers(config: EvaluateConfig) -> None:
+    """Raise UserError now for what could not be measured with once the models are trained: scorers, judge, baseline."""
+    baseline_directory(config)
+    make_scorers(scorer_specs(config))
+    if config.judge is not None:
+        judge_of(scorer_spec(config.judge))
+
+
+def scorer_specs(config: EvaluateConfig) -> tuple[ScorerSpec, ...]:
+    return tuple(scorer_spec(scorer) for scorer in (*config.scorers, *config.diagnostics))
+
+
+def evaluated_checkpoints(directory: Path) -> dict[int, Path]:
+    """Step → committed checkpoint of a run."""
+    found = sorted((directory / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
+    return {step_of(path): path for path in found if NAME.fullmatch(path.name) and is_committed(path)}
+
+
+def evaluated_points(directory: Path) -> dict[int, Points]:
+    """Step → the numbers that were kept of a run's checkpoints; those of its reference at step 0."""
+    files = sorted((directory / "evaluation").glob("step_*.json"))
+    kept = {int(path.stem.removeprefix("step_")): json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {
+        step: tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
+        for step, stored in kept.items()
+    }
+
+
+def samples(table: Table) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())
+
+
+def points_table(config: EvaluateConfig, rows: Mapping[str, Points]) -> RichTable:
+    """Means with their intervals over prompts, one line per step and prompt set."""
+    table = RichTable(caption="mean [95 % interval over prompts, one training run]; KL: kl_rb and k1, nats per reply")
+    scorers = (*config.scorers, *config.diagnostics)
+    labels = [scorer.label for scorer in scorers]
+    shares = {scorer.label for scorer in scorers if isinstance(scorer, RuleScorerConfig) and scorer.unit == SHARE}
+    wins = [f"win rate, judged by {config.judge.label}"] if config.judge is not None else []
+    for column in ("step", "prompts", *labels, *wins, "KL, kl_rb", "KL, k1", "tokens", "cut at the limit"):
+        table.add_column(column)
+    for step, points in rows.items():
+        for point in points:
+            columns = {**point.scores, **point.diagnostics}
+            found = [estimated(columns[label], rate=label in shares) for label in labels]
+            found += [estimated(point.verdicts, rate=True)] if point.verdicts is not None else []
+            found += [estimated(value) for value in (point.kl["kl_rb"], point.kl["k1"], point.length)]
+            cut = number(1 - estimated(point.finished).mean, SHARE)
+            table.add_row(step, point.prompt_set, *map(with_interval, found), cut)
+    return table
+
+
+def answers_told(rows: Mapping[str, Points]) -> Iterator[str]:
+    """One sentence for everybody who was asked, at every step."""
+    for step, points in rows.items():
+        for point in points:
+            for found in point.answers:
+                counts = ", ".join(f"{getattr(found, key)} {key}" for key in COUNTED)
+                yield f"step {step}, {point.prompt_set}: {found.role} {found.name}: {found.replies} replies, {counts}"
+
+
+def estimated(values: Samples, *, rate: bool = False) -> Estimate:
+    """Mean and interval over prompts; of a ``rate``, where its values are such, inside [0, 1]."""
+    table = as_array(values)
+    return (rate_estimate if rate and is_rate(table) else estimate)(prompt_means(table), Bootstrap())
+
+
+def with_interval(found: Estimate) -> str:
+    return f"{number(found.mean)} {interval(found)}"

@@ -1,0 +1,204 @@
+"""What a planned run will use: tokens, exact or as an upper bound, and the time and money that a pilot lets expect.
+
+Nothing is guessed: what only preparing the data, drawing or a pilot could tell is said to be unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from pydantic import ValidationError
+
+from rayalign.comparison.evaluate import evaluated_checkpoints
+from rayalign.comparison.plan import PlannedRun, drawn_once_spec
+from rayalign.config.compare import INITIAL
+from rayalign.config.dump import diff
+from rayalign.config.run import RunConfig
+from rayalign.engine.metrics import read_metrics
+from rayalign.errors import UserError
+from rayalign.report.status import facts_of, runs
+from rayalign.rounds.mixed import MixedGroups
+from rayalign.rounds.stored import StoredGroups
+from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, StoredStream
+from rayalign.run.job import method_of
+from rayalign.run.reads import shape_of
+from rayalign.run.rollouts import draws_rounds, groups_per_epoch, round_plan
+from rayalign.run.stages import Stages
+from rayalign.run.train import finished
+from rayalign.runtime.worker import TrainJob
+
+UNPREPARED = "unknown until prepared"
+DRAWN = "unknown: drawn while it trains"
+NO_PILOT = "no such run in the pilot"
+DECIDES_SPEED = (
+    "model.",
+    "data.max_tokens",
+    "data.max_prompt_tokens",
+    "data_policy.",
+    "method.name",
+    "weighting.",
+    "auxiliary",
+    "optim.groups_per_step",
+    "optim.tokens_per_micro_batch",
+    "reference.",
+    "rollout.",
+    "strategy.",
+)
+"""Settings, by their beginnings, that change how long a step takes."""
+
+
+def num_steps(planned: PlannedRun) -> int | str:
+    """Of the whole run."""
+    if planned.job is not None:
+        return planned.job.spec.optimizer.steps
+    return planned.run.optim.steps or UNPREPARED
+
+
+def steps_done(planned: PlannedRun) -> int:
+    """Steps that a run would not train again: those of its newest checkpoint, or all."""
+    if planned.tuned:
+        return 0
+    if planned.job is not None and not planned.refused and finished(planned.job):
+        return planned.job.spec.optimizer.steps
+    return max(evaluated_checkpoints(planned.directory), default=0)
+
+
+def tokens_to_train(planned: PlannedRun) -> int | str:
+    """``num_tokens`` of the last row that the whole run will write."""
+    if planned.job is None:
+        return DRAWN if draws_rounds(planned.run) else UNPREPARED
+    if planned.job.rollouts is not None:
+        return DRAWN
+    return sum(stored_tokens(stream, planned.job) for stream in planned.job.source.streams)
+
+
+def stored_tokens(stream: AnyStream, job: TrainJob) -> int:
+    """Tokens of every group that a run takes from a stream in which nothing is fresh."""
+    groups, total = opened(stream, job.source.seed), 0
+    packed: dict[tuple[int, int], int] = {}
+    for step in range(job.spec.optimizer.steps):
+        for drawn in groups.draw(step):
+            place = id(drawn.store), drawn.row
+            if place not in packed:
+                packed[place] = drawn.lengths.packed if drawn.lengths.candidates else 0
+            total += packed[place]
+    return total
+
+
+def opened(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
+    if isinstance(stream, StoredStream):
+        return StoredGroups(stream, seed)
+    assert isinstance(stream, MixedStream) and not isinstance(stream.fresh, RoundStream)
+    return MixedGroups(stream, fresh=StoredGroups(stream.fresh, seed), stored=StoredGroups(stream.stored, seed))
+
+
+def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
+    """At most, in this run: prompts × samples × ``max_new_tokens``; 0 where what is drawn once is there already."""
+    run = planned.run
+    if run.data_policy.name == "off_policy":
+        return 0
+    assert run.rollout is not None
+    per_prompt = run.rollout.samples * run.rollout.max_new_tokens
+    if draws_rounds(run):
+        steps = num_steps(planned)
+        if isinstance(steps, str):
+            return steps
+        plan = round_plan(run, steps)
+        return sum(len(plan.round_positions(number)) for number in range(plan.num_rounds)) * per_prompt
+    if all(stage.made for stage in planned.stages if stage.name == "rollouts"):
+        return 0
+    spec = drawn_once_spec(run, stages)
+    if any(stages.artifacts.pending(store) for store in spec.prompts.stores):
+        return UNPREPARED
+    return groups_per_epoch(spec) * per_prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PilotRun:
+    """A run that was trained before, and how long its steps took."""
+
+    directory: Path
+    run: RunConfig
+    workers: int
+    threads: int
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Time of one step, and in what the pilot that it is from differs from the planned run."""
+
+    seconds_per_step: float
+    differences: tuple[str, ...]
+
+
+def read_pilot(directory: Path) -> list[PilotRun]:
+    """Every run at or below ``directory`` that has rows of metrics.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = []
+    for folder in runs(directory):
+        facts, rows = facts_of(folder / "run.json"), folder / "metrics.jsonl"
+        seconds = tuple(row["seconds"] for row in read_metrics(rows)) if rows.exists() else ()
+        if not seconds or "configuration" not in facts:
+            continue
+        try:
+            run = RunConfig.model_validate(facts["configuration"])
+        except (ValidationError, UserError):  # of a version with other settings, or with a method that is not here
+            continue
+        found.append(
+            PilotRun(
+                directory=folder,
+                run=run,
+                workers=facts["workers"] if isinstance(facts["workers"], int) else facts["workers"][-1],
+                threads=facts["threads_per_worker"],
+                seconds=seconds,
+            )
+        )
+    if not found:
+        raise UserError(
+            f"--pilot {directory}: there is no run with metrics at or below it; name the folder of a run or of a "
+            "comparison that was trained for some steps"
+        )
+    return found
+
+
+def kind(run: RunConfig) -> tuple[str, str, bool]:
+    """What runs must have in common for the time of one to tell of the other's."""
+    return shape_of(method_of(run)), run.data_policy.name, draws_rounds(run)
+
+
+def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> Estimate | None:
+    """The median over all steps of those pilots of this kind that differ from the run in the fewest settings.
+
+    ``threads`` is None where a GPU computes.
+    """
+    alike = [pilot for pilot in pilots if kind(pilot.run) == kind(run)]
+    if not alike:
+        return None
+    found = {pilot.directory: slowing(pilot, run, workers=workers, threads=threads) for pilot in alike}
+    fewest = min(map(len, found.values()))
+    nearest = [pilot for pilot in alike if len(found[pilot.directory]) == fewest]
+    return Estimate(
+        seconds_per_step=median(seconds for pilot in nearest for seconds in pilot.seconds),
+        differences=tuple(dict.fromkeys(text for pilot in nearest for text in found[pilot.directory])),
+    )
+
+
+def slowing(pilot: PilotRun, run: RunConfig, *, workers: int, threads: int | None) -> list[str]:
+    """``setting: the pilot's → the run's`` for all that changes the time of a step."""
+    found = [
+        str(change)
+        for change in diff(pilot.run, run)
+        if change.field.startswith(DECIDES_SPEED) and not (change.field == "model.name" and change.right == INITIAL)
+    ]
+    if pilot.workers != workers:
+        found.append(f"workers: {pilot.workers} → {workers}")
+    if threads is not None and pilot.threads != threads:
+        found.append(f"threads per worker: {pilot.threads} → {threads}")
+    return found

@@ -1,0 +1,286 @@
+"""What a comparison would make, before anything is made: its stages by key, and what is there of them.
+
+A :class:`Plan` stands in the place of :class:`rayalign.storage.artifacts.Artifacts`: the same code asks it for the
+same stages with the same inputs, and it lists them. A stage whose inputs hold the digest of something that is not made
+yet has a key that stands for the final one: equal where the final keys will be equal, and shown as unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayalign.config.compare import Cell, Comparison, started_from
+from rayalign.config.data import DataSource
+from rayalign.config.run import RunConfig
+from rayalign.errors import UserError
+from rayalign.methods.method import Method
+from rayalign.rounds.chunk import ChunkSpec
+from rayalign.rounds.streams import StoredStream
+from rayalign.run.job import make_job, measures_loss, method_of, num_processes
+from rayalign.run.reads import shape_of, with_format
+from rayalign.run.rollouts import (
+    chunk_spec,
+    fresh_fraction,
+    num_workers,
+    preparation,
+    prompt_sources,
+    prompt_store,
+    rollout_stage,
+)
+from rayalign.run.stages import Stages
+from rayalign.run.streams import filter_stage, needs_reference
+from rayalign.run.train import finished
+from rayalign.runtime.session import Session
+from rayalign.runtime.worker import TrainJob
+from rayalign.storage.artifacts import PENDING, refuse_unknown, stage_key
+from rayalign.storage.lease import holder
+from rayalign.storage.manifest import MANIFEST
+
+SHOWN_KEY = 8
+"""Digits of a key that tables show."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStage:
+    """One stage; ``waits_for`` names what must be made before its key is known."""
+
+    name: str
+    directory: Path
+    waits_for: tuple[str, ...]
+    made: bool
+
+    @property
+    def label(self) -> str:
+        """As tables call it; a key that is not the final one has a question mark."""
+        return short(self.directory.name) + ("?" if self.waits_for else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Lists the stages that it is asked for; nothing is written."""
+
+    root: Path
+    fresh: frozenset[str] = frozenset()
+    stages: dict[Path, PlannedStage] = field(default_factory=dict)
+    asked: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        refuse_unknown(self.fresh)
+
+    @property
+    def note(self) -> Callable[[str], None]:
+        return lambda line: None
+
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+        directory = self.root / f"{name}-{stage_key(name, inputs)}"
+        waits_for = tuple(dict.fromkeys(unknown_in(inputs)))
+        made = not waits_for and name not in self.fresh and (directory / MANIFEST).exists()
+        self.stages[directory] = PlannedStage(name=name, directory=directory, waits_for=waits_for, made=made)
+        self.asked.append(directory)
+        return directory
+
+    def pending(self, directory: Path) -> str:
+        planned = self.stages.get(directory)
+        return "" if planned is None or planned.made else f"{PENDING}{directory.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """A cell, or the initial run: its stages, and its job where all of them are made."""
+
+    name: str
+    directory: Path
+    run: RunConfig
+    stages: tuple[PlannedStage, ...]
+    job: TrainJob | None
+    refused: str = ""
+    """Why it would fail before its first step."""
+    tuned: bool = False
+    """``tune`` settles its configuration: only then it is known how far it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A comparison as it would run."""
+
+    stages: Mapping[PlannedStage, Sequence[str]]
+    """Stage → the cells that want it."""
+    runs: tuple[PlannedRun, ...]
+    """The initial run, where there is one, and every cell that is not skipped."""
+
+
+def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Session) -> Planned:
+    """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
+    stages = Stages(artifacts=keeper, session=session)
+    directory = keeper.root.parent / comparison.name
+    users: dict[Path, list[str]] = {}
+    runs: list[PlannedRun] = []
+
+    def add(name: str, run: RunConfig, folder: Path, processes: int, *, tuned: bool = False) -> PlannedRun:
+        found = plan_run(name, run, folder, keeper, stages, processes=processes, tuned=tuned)
+        runs.append(found)
+        for stage in found.stages:
+            users.setdefault(stage.directory, []).append(name)
+        return found
+
+    model = None
+    if comparison.initial is not None:
+        processes = num_processes(comparison.initial, session)
+        initial = add("initial", comparison.initial, directory / "initial", processes)
+        if initial.job is not None and not initial.refused and finished(initial.job):
+            model = str(initial.directory / "final")
+    cells = [cell for cell in comparison.cells if cell.run is not None]
+    processes = processes_at_once(cells, session)
+    tuned = {cell for tuning in comparison.tuning if tuning.trials for cell in tuning.cells}
+    for cell in cells:
+        assert cell.run is not None
+        run = started_from(cell.run, model) if model else cell.run
+        add(cell.id, run, directory / "cells" / cell.id, processes, tuned=cell.id in tuned)
+    first = len(keeper.asked)
+    ask_for_prompts(evaluated, stages)
+    for stage in dict.fromkeys(keeper.asked[first:]):
+        users.setdefault(stage, []).append("evaluation")
+    return Planned(stages={keeper.stages[stage]: names for stage, names in users.items()}, runs=tuple(runs))
+
+
+def plan_run(
+    name: str, run: RunConfig, directory: Path, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
+) -> PlannedRun:
+    """List what one run needs; where all of it is made, its job says the rest without work."""
+    first, job, refused = len(keeper.asked), None, ""
+    try:
+        ask_for_stages(run, stages)
+        if all(keeper.stages[stage].made for stage in keeper.asked[first:]):
+            job = make_job(run, directory, stages, processes=processes, label=name)
+            if not tuned:
+                finished(job)
+    except UserError as error:
+        refused = str(error)
+    found = tuple(keeper.stages[stage] for stage in dict.fromkeys(keeper.asked[first:]))
+    return PlannedRun(name=name, directory=directory, run=run, stages=found, job=job, refused=refused, tuned=tuned)
+
+
+def ask_for_stages(run: RunConfig, stages: Stages) -> None:
+    """Ask for every stage that :func:`rayalign.run.job.make_job` asks for, without looking into any."""
+    method, policy = method_of(run), run.data_policy
+    if policy.name != "off_policy":
+        prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
+        if policy.refresh_every == "never":
+            ask_for_drawn(prompts, run, method, stages)
+    if policy.name == "off_policy" or fresh_fraction(run) < 1:
+        stores = ask_for_stored(run, run.data.train, method, stages)
+        if run.filter is not None:
+            filter_stage(stores, run, method, stages)
+    for auxiliary in run.auxiliary or ():
+        for source in auxiliary.data:
+            stages.tokens(with_format(source, auxiliary.term), run, "one")
+    if measures_loss(run, method):
+        ask_for_stored(run, run.data.eval, method, stages)
+
+
+def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], method: Method, stages: Stages) -> list[Path]:
+    """The stores of stored groups, with their reference log-probs."""
+    shape = shape_of(method)
+    if run.label is not None and run.label.relabel:
+        prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
+        specs = [roll(run, [store], [1.0], method, stages, draws=False) for store in prompts]
+        stores = [rollout_stage(spec, run, stages) for spec in specs]
+    else:
+        stores = [stages.tokens(source, run, shape) for source in sources]
+        if "mismatched" in method.needs:
+            stores = [stages.mismatched(store) for store in stores]
+    if needs_reference(method, run):
+        for store in stores:
+            stages.reference(store, run)
+    return stores
+
+
+def ask_for_drawn(prompts: list[Path], run: RunConfig, method: Method, stages: Stages) -> None:
+    """What is drawn once, before the first step."""
+    store = rollout_stage(once(run, prompts, method, stages), run, stages)
+    columns = [stages.reference(store, run)] if needs_reference(method, run) else []
+    prepared = preparation(run, method)
+    if prepared is not None:
+        stages.prepared(store, columns, prepared)
+
+
+def drawn_once_spec(run: RunConfig, stages: Stages) -> ChunkSpec:
+    """How the completions that a run draws once are drawn."""
+    prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
+    return once(run, prompts, method_of(run), stages)
+
+
+def once(run: RunConfig, prompts: list[Path], method: Method, stages: Stages) -> ChunkSpec:
+    return roll(run, prompts, [source.weight for source in prompt_sources(run)], method, stages, draws=True)
+
+
+def roll(
+    run: RunConfig, prompts: list[Path], weights: list[float], method: Method, stages: Stages, *, draws: bool
+) -> ChunkSpec:
+    stream = StoredStream(
+        name="prompts",
+        stores=tuple(prompts),
+        columns=((),) * len(prompts),
+        weights=tuple(weights),
+        groups_per_step=1,
+        num_candidates=0,
+    )
+    return chunk_spec(run, stream, shape_of(method), stages, draws=draws, needs_reference=False)
+
+
+def ask_for_prompts(run: RunConfig, stages: Stages) -> None:
+    """Prompts that an evaluation's own function makes."""
+    assert run.evaluate is not None
+    for source in run.evaluate.prompts or run.data.eval:
+        if source.function is not None:
+            stages.rows(source)
+
+
+def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
+    """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
+    workers = max(num_workers(cell.run, session) for cell in cells if cell.run is not None)
+    devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
+    return max(1, min(len(cells), int(devices // workers)))
+
+
+def processes_at_once(cells: Sequence[Cell], session: Session) -> int:
+    """Those of all cells that train at the same time, and the evaluator."""
+    most = max(num_processes(cell.run, session) for cell in cells if cell.run is not None)
+    return cells_at_once(cells, session) * most + 1
+
+
+def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) -> str:
+    """What is there of a stage."""
+    if stage.made:
+        return "cached"
+    if stage.waits_for:
+        labels = {other.directory.name: other.label for other in planned.stages}
+        names = [labels.get(name, f"the {name} run") for name in stage.waits_for]
+        return f"to make; its key depends on {', '.join(names)}"
+    writer = holder(stage.directory)
+    if writer:
+        return f"in progress: {writer.partition(' is being written by ')[2]}"
+    if stage.name in fresh and (stage.directory / MANIFEST).exists():
+        return "to make again (--fresh)"
+    return "begun, to go on with" if stage.directory.exists() else "to make"
+
+
+def short(name: str) -> str:
+    """``tokens-1a2b3c4d`` of the folder of a stage."""
+    stage, _, key = name.partition("-")
+    return f"{stage}-{key[:SHOWN_KEY]}"
+
+
+def unknown_in(value: Any) -> Iterator[str]:
+    """The names of what is not made yet, in the inputs of a stage."""
+    if isinstance(value, str) and value.startswith(PENDING):
+        yield value.removeprefix(PENDING)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from unknown_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from unknown_in(item)

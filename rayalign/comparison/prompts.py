@@ -1,0 +1,59 @@
+"""Prompt sets: the prompts of a source, as the model reads them and as scorers do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from rayalign.config.data import DataSource
+from rayalign.config.run import RunConfig
+from rayalign.data.records import BadRow
+from rayalign.data.schema import Example
+from rayalign.data.shared_prompt import prompt_text
+from rayalign.data.tokenize import Tokenized, to_groups
+from rayalign.data.tokenize_rows import parsed, read_chunks
+from rayalign.errors import UserError
+from rayalign.judge.measure import Prompt
+from rayalign.run.model import tokenizer_spec
+from rayalign.run.stages import Stages, source_units
+from rayalign.runtime.datasets import load_chat
+
+
+def prompt_sets(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
+    """Every set that ``evaluate`` names, or the prompts of ``data.eval``, by label."""
+    assert run.evaluate is not None
+    if not run.evaluate.prompts:
+        examples = [example for source in run.data.eval for example in read_examples(source, run, stages)]
+        return {"eval": tokenized(examples, run)}
+    # `data.format` is that of the rows that are trained on; prompts may come otherwise.
+    sources = [source.model_copy(update={"format": source.format or "auto"}) for source in run.evaluate.prompts]
+    sets = {source.label: tokenized(read_examples(source, run, stages), run) for source in sources}
+    if len(sets) < len(run.evaluate.prompts):
+        raise UserError("evaluate.prompts: two sets have the same name; give each its own `name`")
+    return sets
+
+
+def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Example]:
+    """The distinct prompts of a source, in order; their completions are not read. A bad row is an error."""
+    examples: dict[str, Example] = {}
+    for unit in source_units(source, run.data, stages):
+        for row in (row for chunk in read_chunks(unit) for row in chunk):
+            found = parsed(row, unit)
+            if isinstance(found, BadRow):
+                raise UserError(f"evaluate.prompts: {found}")
+            examples.setdefault(prompt_text(found.prompt), replace(found, candidates=(), columns={}))
+    return list(examples.values())
+
+
+def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
+    """The prompts as training writes them."""
+    spec = tokenizer_spec(run)
+    chat = load_chat(spec)
+    examples = list(examples)
+    prompts = []
+    settings = replace(spec.settings, truncated="keep", long_prompts="cut")  # every prompt is measured
+    for example, outcome in zip(examples, to_groups(examples, chat, settings), strict=True):
+        if not isinstance(outcome, Tokenized):
+            raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
+        prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), prompt=outcome.example.prompt))
+    return tuple(prompts)

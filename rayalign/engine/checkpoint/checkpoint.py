@@ -1,0 +1,230 @@
+"""What a checkpoint holds, how it is committed, and which one a run continues from.
+
+``checkpoints/step_000100-a<attempt>/`` is a Hugging Face model directory (safetensors, tokenizer, generation config)
+with the optimizer's state beside the weights, and is loaded as any other model is. Every stream's position, the
+learning rate and the random state are functions of the step, so the step is all that they need. Two attempts never
+write into one directory: the attempt is in its name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayalign.engine.batches import State
+from rayalign.engine.model.pretrained import save_pretrained
+from rayalign.errors import UserError
+from rayalign.storage.manifest import MANIFEST, TornDirectory, commit, read_manifest, verify, write_durably
+
+DESCRIBED = "described"
+"""Key of an identity: settings that explain its digests, and decide nothing themselves."""
+NAME = re.compile(r"step_(\d{6,})-a([A-Za-z0-9]+)")
+
+log = logging.getLogger(__name__)
+
+
+class IncompatibleCheckpoint(UserError):
+    """A directory belongs to another run: other data, another method, another model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """Which checkpoint is the best one: where its step's row of metrics has the smallest or the largest ``metric``."""
+
+    metric: str
+    mode: Literal["min", "max"]
+
+    def refuse_unknown(self, names: Collection[str], *, evaluated: Collection[str]) -> None:
+        """Raise UserError unless rows have ``metric``: ``names``, or ``eval_`` and one of ``evaluated``."""
+        known = {*names, *(f"eval_{name}" for name in evaluated)}
+        if self.metric not in known:
+            listed = ", ".join(sorted(name for name in known if not name.startswith("seconds")))
+            raise UserError(
+                f"checkpoint.best.metric: no row of metrics has {self.metric!r}; rows of this run have {listed}"
+            )
+
+    def of(self, values: Mapping[int, float]) -> int | None:
+        """The best of step → value; of equal ones the first."""
+        sign = 1 if self.mode == "min" else -1
+        return min(values, key=lambda step: (sign * values[step], step), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    directory: Path
+    step: int
+    """Optimizer steps done."""
+    facts: Mapping[str, Any]
+    """What :meth:`Checkpointer.save` was given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointer:
+    """Writes and finds the checkpoints of one run below ``root``."""
+
+    root: Path
+    attempt: str
+    keep: int
+    """Steps that retention leaves, the newest ones."""
+    always_keep: tuple[int, ...]
+    """Steps that retention does not remove."""
+    best: Best | None = None
+    """Retention leaves the best one too, and ``best.json`` names it."""
+    identity: Mapping[str, Any]
+    """What the run is (its configuration, digests of data and model); a checkpoint with another one is refused."""
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        facts: Mapping[str, Any],
+        state: State | None = None,
+    ) -> Path:
+        """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this.
+
+        What else the state is, such as the optimizer's, lies in folders of :meth:`directory` already; ``state`` is
+        what :func:`rayalign.engine.model.pretrained.save_pretrained` takes.
+        """
+        directory = self.directory(step)
+        save_pretrained(model, tokenizer, directory, stop_ids=stop_ids, state=state)
+        commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
+        self.prune(step)
+        return directory
+
+    def directory(self, step: int) -> Path:
+        """Where this attempt writes the checkpoint of ``step``."""
+        return self.root / f"step_{step:06d}-a{self.attempt}"
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; one that is not whole is skipped with a warning that names the damage.
+
+        Raises:
+            IncompatibleCheckpoint: it is another run's.
+        """
+        for directory in self.directories():
+            try:
+                manifest = verify(directory)
+            except TornDirectory as damage:
+                log.warning("skipping a checkpoint that is not whole: %s", damage)
+                continue
+            refuse_other_run(directory, manifest["identity"], self.identity)
+            return Checkpoint(directory=directory, step=int(manifest["step"]), facts=manifest["facts"])
+        return None
+
+    def directories(self) -> list[Path]:
+        """Checkpoint directories, newest step first; of one step, the one written last."""
+        found = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+
+    def prune(self, step: int) -> None:
+        """Up to ``step``, leave the newest ``keep``, the best and ``always_keep``, once each; uncommitted remains go.
+
+        A checkpoint beyond ``step`` is damaged, or the run would have continued from it; the next of its step
+        replaces it.
+        """
+        kept: set[int] = set()
+        recent: set[int] = set()
+        manifests = {path: manifest_of(path) for path in self.directories() if step_of(path) <= step}
+        best = self.choose(manifests)
+        for directory, manifest in manifests.items():
+            own = step_of(directory)
+            if own in kept or manifest is None:
+                shutil.rmtree(directory)
+            elif own in self.always_keep:
+                kept.add(own)
+            elif len(recent) < self.keep:
+                kept.add(own)
+                recent.add(own)
+            elif directory == best:
+                kept.add(own)
+            else:
+                shutil.rmtree(directory)
+
+    def choose(self, manifests: Mapping[Path, Mapping[str, Any] | None]) -> Path | None:
+        """The best checkpoint of those whose step was measured, newest first; told in ``best.json``."""
+        if self.best is None:
+            return None
+        metric = self.best.metric
+        found: dict[int, tuple[Path, float]] = {}
+        for directory, manifest in manifests.items():
+            value = manifest["facts"].get("metrics", {}).get(metric) if manifest is not None else None
+            if value is not None:
+                found.setdefault(step_of(directory), (directory, value))
+        step = self.best.of({own: value for own, (_, value) in found.items()})
+        if step is None:
+            return None
+        directory, value = found[step]
+        told = {"step": step, "directory": directory.name, "metric": metric, "mode": self.best.mode, "value": value}
+        write_durably(self.root / "best.json", json.dumps(told) + "\n")
+        return directory
+
+
+def manifest_of(directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where it was not committed, or says nothing that can be read."""
+    try:
+        return read_manifest(directory)
+    except TornDirectory:
+        return None
+
+
+def is_committed(directory: Path) -> bool:
+    return manifest_of(directory) is not None
+
+
+def newest_step(root: Path) -> int:
+    """The step of the newest committed checkpoint below ``root``, damaged or not; 0 where there is none."""
+    steps = [step_of(path.parent) for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
+    return max(steps, default=0)
+
+
+def step_of(directory: Path) -> int:
+    match = NAME.fullmatch(directory.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def refuse_other_run(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise :class:`IncompatibleCheckpoint` naming every setting in which two identities differ."""
+    changed = differences(theirs, ours)
+    if changed:
+        raise IncompatibleCheckpoint(
+            f"{directory} was written by another run: {'; '.join(changed)}. "
+            f"Give this run another name, or remove {directory.parent} to start over."
+        )
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """``key: theirs there, ours here`` for every leaf of two nested mappings that is not the same as JSON.
+
+    What is :data:`DESCRIBED` is told only beside another difference, which it may explain.
+    """
+    there, here = dict(leaves(theirs)), dict(leaves(ours))
+    keys = sorted(there.keys() | here.keys())
+    pairs = [(key, there.get(key, "nothing"), here.get(key, "nothing")) for key in keys]
+    found = {key: f"{key}: {left} there, {right} here" for key, left, right in pairs if left != right}
+    decides = any(not key.startswith(f"{DESCRIBED}.") for key in found)
+    return list(found.values()) if decides else []
+
+
+def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without what is :data:`DESCRIBED`."""
+    return {key: value for key, value in identity.items() if key != DESCRIBED}
+
+
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, sort_keys=True)

@@ -1,0 +1,292 @@
+"""The steps of a method with a critic: a second model, which values every token, learns beside the policy.
+
+The critic lives in the training workers and reads the micro-batches that the policy reads. When a round is opened, and
+before the first step on it, it values all tokens of the round; the method prepares the round with these values, and
+they are committed beside it, so that every worker and every restart trains on the same numbers. A new attempt that
+opens a round again values it again: the version of the values names the step and the attempt.
+
+Policy and critic have an optimizer each, and their gradients are clipped apart; the strategy spreads both over the
+workers. A checkpoint of the policy holds the critic in ``critic/``; at the end it lies in ``final_critic/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayalign.data.rows import Layout
+from rayalign.engine.batches import RoundWork, StreamWork, TakesValues
+from rayalign.engine.checkpoint.checkpoint import Checkpoint
+from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
+from rayalign.engine.checkpoint.sending import copies, num_bytes, offer_weights
+from rayalign.engine.loop import advance, awaited, begin, export, layout_of, load_optimizer
+from rayalign.engine.metrics import open_sinks
+from rayalign.engine.model.forward import root_module
+from rayalign.engine.model.pretrained import save_pretrained
+from rayalign.engine.objective import MAIN_STREAM, Objective
+from rayalign.engine.optimizer import set_learning_rate
+from rayalign.engine.state import CriticSpec, MakeSource, Notices, Run, TrainSpec
+from rayalign.engine.step import Runner, StepResult
+from rayalign.engine.strategy.base import Strategy
+from rayalign.storage.disk import room_for
+from rayalign.storage.manifest import commit, read_manifest
+
+CRITIC = "critic"
+"""The critic's folder in a checkpoint."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Critic:
+    """One worker's critic, and where it stands between steps."""
+
+    spec: CriticSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    objective: Objective
+    runner: Runner
+    optimizer: torch.optim.Optimizer
+    version: str = ""
+    """Of the values that the round in progress was prepared with."""
+    stopped_at: tuple[int, int] | None = None
+    """(round, pass) in which the policy moved too far: later passes over that round are skipped."""
+    skipped_steps: int = 0
+    """Of the whole run so far."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside weights and optimizer; plain JSON values."""
+        return {
+            "version": self.version,
+            "stopped_at": list(self.stopped_at) if self.stopped_at else None,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.version = state["version"]
+        self.stopped_at = tuple(state["stopped_at"]) if state["stopped_at"] else None
+        self.skipped_steps = state["skipped_steps"]
+
+    def written(self, copied: bool) -> SharedWrite:
+        """What writes weights, tokenizer and optimizer: see :class:`rayalign.engine.checkpoint.saving.Beside`."""
+        strategy = self.runner.strategy
+        state, held = strategy.full_state(self.model), strategy.optimizer_state(self.optimizer)
+        if copied:
+            held = copies(held)
+        if copied and strategy.rank == 0:
+            state = copies(state, of=self.model)
+
+        def write(directory: Path, group: dist.ProcessGroup | None) -> None:
+            strategy.save_optimizer(held, directory / CRITIC, group=group)
+            if strategy.rank == 0:
+                save_pretrained(self.model, self.tokenizer, directory / CRITIC, state=state)
+
+        return write
+
+
+def train(
+    spec: TrainSpec,
+    make_source: MakeSource,
+    strategy: Strategy,
+    *,
+    on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
+    notices: Notices | None = None,
+) -> Path:
+    """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
+    :func:`rayalign.engine.loop.train`, whose errors it raises too.
+    """
+    run, resumed = begin(spec, strategy, stop, notices)
+    critic = begin_critic(run, resumed)
+    source = make_source(run.layout, int(run.tokenizer.pad_token_id or 0))
+    if not isinstance(source, TakesValues):
+        raise TypeError(f"a {type(source).__name__} has no rounds that a critic could value")
+    if resumed is not None:
+        source.restore(resumed.facts["source"])
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
+        keep = partial(save, run, writer, source, beside=critic)
+        sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
+        for sink in sinks:
+            stack.callback(sink.close)
+        opened: int | None = None
+        while run.step < spec.optimizer.steps and not run.stopping:
+            writer.check()
+            offer_weights(run, source)
+            number, _ = source.place(run.step)
+            clocks: Mapping[str, float] = {}
+            if number != opened:
+                if not awaited(run, source):
+                    break
+                clocks = open_round(run, critic, source)
+                opened = number
+            row = skip(run, critic) if is_skipped(critic, source.place(run.step)) else step(run, critic, source)
+            row |= {name: seconds + row.get(name, 0.0) for name, seconds in clocks.items()}
+            for sink in sinks:
+                sink.write(row)
+            if strategy.rank == 0:
+                on_step(row)
+            if checkpoint_is_due(run):
+                keep(facts={CRITIC: critic.state()})
+        refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
+    export_critic(run, critic)
+    export(run)
+    return spec.directory / "final"
+
+
+def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
+    """Load the critic, as the policy's checkpoint has it where there is one; both are read in one layout."""
+    spec = run.spec.critic
+    method, config = main_objective(run).method, main_objective(run).config
+    assert spec is not None and method.critic is not None
+    place = resumed.directory / CRITIC if resumed is not None else None
+    start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
+    model, tokenizer = run.strategy.load(start)
+    run.layout = common_layout(run.layout, layout_of(model, run.strategy))
+    module, optimizer = run.strategy.wrap(
+        root_module(model, layout=run.layout), spec.optimizer, compute_dtype=run.runner.compute_dtype
+    )
+    objective = Objective(stream=MAIN_STREAM, method=method.critic, config=config)
+    critic = Critic(
+        spec=spec,
+        model=model,
+        tokenizer=tokenizer,
+        objective=objective,
+        runner=replace(run.runner, module=module, objectives={MAIN_STREAM: objective}),
+        optimizer=optimizer,
+    )
+    if resumed is not None and place is not None:
+        load_optimizer(run, critic.optimizer, place)
+        critic.restore(resumed.facts[CRITIC])
+    return critic
+
+
+def common_layout(one: Layout, other: Layout) -> Layout:
+    """The layout that both read: who reads packed rows reads one sequence a row as well."""
+    return "packed" if one == other == "packed" else "concatenated"
+
+
+def main_objective(run: Run) -> Objective:
+    return run.runner.objectives[MAIN_STREAM]
+
+
+def open_round(run: Run, critic: Critic, source: TakesValues) -> dict[str, float]:
+    """Value the round that this step begins, or find the values of one that was begun before a restart.
+
+    Returns what it adds to the clocks of the step's row.
+    """
+    began = waited = time.perf_counter()
+    begins = run.step == 0 or source.place(run.step)[0] != source.place(run.step - 1)[0]
+    if begins:
+        critic.version = f"step_{run.step:06d}-{run.checkpointer.attempt}"
+        work = source.whole_round(run.step)
+        waited = time.perf_counter()
+        values = round_values(critic, work)
+        if run.strategy.rank == 0:
+            source.commit_values(run.step, critic.version, values)
+    source.use_values(run.step, critic.version)
+    done = time.perf_counter()
+    return {
+        "seconds": done - began,
+        "seconds_waiting_for_data": waited - began,
+        "seconds_valuing": done - waited,
+    }
+
+
+@torch.no_grad()
+def round_values(critic: Critic, work: RoundWork) -> Tensor:
+    """What the critic says of the state before every token of a round [N], float32 on the CPU; on every worker."""
+    strategy = critic.runner.strategy
+    values = torch.zeros(work.num_tokens, device=strategy.device)
+    for batch in work.micro_batches:
+        scored = critic.runner.score(critic.objective, batch)
+        if not batch.candidate_mask.any():
+            continue  # a dummy: its group is another micro-batch's
+        group = batch.candidate_of // batch.candidate_mask.shape[1]
+        sizes = torch.bincount(group, minlength=len(batch.group_index))
+        inside = torch.arange(len(group)) - (sizes.cumsum(0) - sizes)[group]
+        place = work.first_token[batch.group_index[group]] + inside
+        values[place.to(values.device)] = scored.token("value").to(values.dtype)
+    return strategy.all_sum(values).cpu()
+
+
+def step(run: Run, critic: Critic, source: TakesValues) -> dict[str, Any]:
+    """One step of both models and its row of metrics; notes in which pass over a round the limit is exceeded."""
+    objective, place = main_objective(run), source.place(run.step)
+    row = advance(run, source, (), update=partial(update, critic=critic))
+    assert row is not None  # its round is open
+    limit = objective.method.round_limit(objective.config) if objective.method.round_limit is not None else None
+    if limit is None:
+        return row
+    name, largest = limit
+    # Every worker has the same sum; that they also go the same way must not hang on its last bit.
+    if run.strategy.broadcast(row.get(name, 0.0) > largest) and critic.stopped_at is None:
+        critic.stopped_at = place
+    return {**row, "skipped_steps": run.skipped_steps + critic.skipped_steps}
+
+
+def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
+    """The gradients of both models on the same groups, then both updates: none where one gradient is not finite.
+
+    DeepSpeed updates the policy before the critic's gradient is known; there such a step ends the run, and is not kept.
+    """
+    own = [part for part in work if part.stream == MAIN_STREAM]
+    most = run.spec.optimizer.max_grad_norm
+    rate = critic.spec.optimizer.learning_rate(run.step)
+    set_learning_rate(critic.optimizer, rate)
+    policy = run.runner.gradient(run.step, work, optimizer=run.optimizer, max_grad_norm=most)
+    values = critic.runner.gradient(
+        run.step, own, optimizer=critic.optimizer, max_grad_norm=critic.spec.optimizer.max_grad_norm
+    )
+    run.optimizer.step()
+    critic.optimizer.step()
+    said = {"loss": values.loss, "grad_norm": values.grad_norm, "learning_rate": rate}
+    return replace(
+        policy,
+        metrics={**policy.metrics, **{f"critic/{name}": value for name, value in said.items()}, **values.metrics},
+    )
+
+
+def is_skipped(critic: Critic, place: tuple[int, int]) -> bool:
+    """Whether the policy moved too far in an earlier pass over this round."""
+    if critic.stopped_at is not None and critic.stopped_at[0] != place[0]:
+        critic.stopped_at = None
+    return critic.stopped_at is not None and place[1] > critic.stopped_at[1]
+
+
+def skip(run: Run, critic: Critic) -> dict[str, Any]:
+    """A step that trains nothing, and its row: it has its place in the plan, as the learning rate has."""
+    began = time.perf_counter()
+    run.step += 1
+    run.urgent = False  # the step before was saved
+    critic.skipped_steps += 1
+    waited, run.seconds_saving = run.seconds_saving, 0.0
+    return {
+        "step": run.step,
+        "num_tokens": run.num_tokens,
+        "step_tokens": 0,
+        "workers": run.strategy.world_size,
+        "skipped_steps": run.skipped_steps + critic.skipped_steps,
+        "seconds": time.perf_counter() - began,
+        "seconds_saving": waited,
+    }
+
+
+def export_critic(run: Run, critic: Critic) -> None:
+    """Write ``final_critic/`` once, as :func:`rayalign.engine.loop.export` does ``final/``."""
+    final = run.spec.directory / "final_critic"
+    if run.strategy.broadcast(read_manifest(final) is not None):
+        return
+    state = run.strategy.full_state(critic.model)
+    if run.strategy.rank == 0:
+        with room_for(final, num_bytes(state)):
+            save_pretrained(critic.model, critic.tokenizer, final, state=state, precision=run.spec.saved)
+            commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

@@ -1,0 +1,374 @@
+"""Models and tokenizers in and out: Hugging Face directories, float32 parameters, no dropout, safetensors only."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayalign.engine.model.attention import FLEX, attention_kind
+from rayalign.engine.model.compiled import compile_blocks
+from rayalign.engine.model.folder import (
+    CONFIG,
+    FIELD,
+    is_adapter,
+    model_directory,
+    read_json,
+    refuse_pointers,
+    tensors_of,
+    tokenizer_directory,
+    weight_files,
+    weights_directory,
+)
+from rayalign.engine.model.generation import generation_config
+from rayalign.engine.model.group_attention import GROUP_ATTENTION
+from rayalign.engine.model.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
+from rayalign.engine.model.loading import META, Source, load_weights, made_of, quiet, refuse_unfit
+from rayalign.engine.model.lora import LoraSpec, add_adapter
+from rayalign.engine.model.merging import brings_head, merge_adapter
+from rayalign.engine.model.precision import EXACT, Precision, SaveDtype, precision_of
+from rayalign.engine.model.scalar import (
+    HEAD_WEIGHT,
+    ScalarHead,
+    finish_head,
+    is_classifier,
+    prepare_export,
+    set_one_output,
+)
+from rayalign.errors import UserError, first_line
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which model, and how it is held. Parameters are float32 always; ``dtype`` is what autocast computes in."""
+
+    name: str
+    """A directory in Hugging Face layout, or a Hub id."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Blocks are compiled where a gradient follows."""
+    from_scratch: bool = False
+    """``name`` holds a configuration and a tokenizer; the weights are drawn with ``seed``."""
+    seed: int = 0
+    head: ScalarHead | None = None
+    """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
+    lora: LoraSpec | None = None
+    """An adapter, drawn with ``seed``, that is trained instead of the weights, beside a whole ``head``."""
+    adapter: Path | None = None
+    """Where a trained adapter lies, to go on from."""
+    trained_head: bool = False
+    """The head must be in the files: one that is drawn would measure nothing."""
+    text_only: bool = False
+    """For a model of texts and images: only the part for texts."""
+    rounded: Precision = EXACT
+    """Weights are what they will be once they were saved in this precision."""
+    field: str = FIELD
+    """The setting that names this model, for messages."""
+
+
+def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """The dtype of autocast: ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    if spec.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if spec.dtype == "float32" else torch.bfloat16
+
+
+def load_policy(
+    spec: ModelSpec, *, device: torch.device | None = None, place: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready to be trained on ``device`` (the CPU by default), and its tokenizer.
+
+    Its weights are in ``place`` (``device`` by default); on the meta device it is a skeleton, and no weight is read.
+    It computes as it does when it is served, without dropout or a router's noise, while it is trained too.
+
+    Raises:
+        UserError: see :func:`load_model`; or there is no tokenizer, or no place for an adapter.
+    """
+    device = device or CPU
+    model = load_model(spec, device=device, place=place)
+    tokenizer = tokenizer_of(spec)
+    if spec.head is not None:
+        prepare_export(model, tokenizer, spec.head)
+    if spec.lora is not None:
+        add_adapter(model, spec.lora, seed=spec.seed, trained=spec.adapter)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.compile:
+        compile_blocks(model, device)
+    return as_served(model.to(place or device)), tokenizer
+
+
+def load_model(
+    spec: ModelSpec, *, device: torch.device | None = None, place: torch.device | None = None
+) -> PreTrainedModel:
+    """The model with its weights, before anything is changed for training.
+
+    A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
+    model. A folder with an adapter is its base with the adapter merged.
+
+    Raises:
+        UserError: there is no such model, or it cannot be trained, or its files lack something: see
+            :mod:`rayalign.engine.model.folder`, :mod:`rayalign.engine.model.kinds` and
+            :mod:`rayalign.engine.model.loading`.
+    """
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    device = device or CPU
+    place = place or device
+    model = blank_model(spec, directory, device)
+    if place.type == "meta":
+        pass
+    elif spec.from_scratch:
+        model = drawn(model, spec)
+    else:
+        model = load_weights(model, source_of(spec, directory, model)).to(place)
+    if spec.head is not None:
+        finish_head(model, new=has_new_head(spec, directory), seed=spec.seed, field=spec.field)
+    if is_adapter(directory) and not spec.from_scratch:
+        model = merge_adapter(model, directory, field=spec.field)
+    if place.type != "meta" and spec.rounded != EXACT:
+        spec.rounded.round(model)
+    model.config._name_or_path = str(directory)
+    if (generation := generation_config(directory, model, field=spec.field)) is not None:
+        model.generation_config = generation
+    freeze_other_parts(model)
+    return as_served(model)
+
+
+def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
+    """Raise what :func:`load_model` would raise, as far as it can be known without reading a weight.
+
+    Returns the skeleton.
+    """
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    if not spec.from_scratch:
+        blank = blank_model(spec, directory, CPU)
+        refuse_unfit(blank, source_of(spec, directory, blank))
+    return load_model(spec, place=META)
+
+
+def tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model; see :func:`load_tokenizer`."""
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    return load_tokenizer(directory, trust_remote_code=spec.trust_remote_code, field=spec.field)
+
+
+def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTrainedModel:
+    """The model on the meta device, as it will compute on ``device``: without weights, whatever its files hold."""
+    base = weights_directory(directory, field=spec.field)
+    config = read_config(base, trust_remote_code=spec.trust_remote_code, field=spec.field)
+    if spec.head is not None:
+        set_one_output(config, base, field=spec.field)
+    else:
+        refuse_no_language_model(config, base, spec.field)
+        config = as_text(config, base, text_only=spec.text_only, field=spec.field)
+    silence_dropout(config)
+    config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
+    kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
+    try:
+        with META:
+            model: PreTrainedModel = kind.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=_attention_implementation(config, device),
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except FAILURES as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{spec.field}: transformers cannot make a model of {base / CONFIG} ({told}): a value in it is one that "
+            "the family does not know, or a library is missing"
+        ) from error
+    return model
+
+
+def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
+    """Where the weights of a model lie, and which of them may be new."""
+    base = weights_directory(directory, field=spec.field)
+    new = frozenset({HEAD_WEIGHT}) if spec.head is not None and has_new_head(spec, directory) else frozenset[str]()
+    return Source(
+        directory=base,
+        field=spec.field,
+        new=new,
+        text_only=spec.text_only,
+        backbone=blank.base_model_prefix if spec.head is not None else None,
+    )
+
+
+def kept_precision(spec: ModelSpec, wanted: SaveDtype) -> Precision:
+    """In which precision a model that begins as ``spec`` is saved, by the names that its tensors have in memory."""
+    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    found = precision_of(weights_directory(directory, field=spec.field), wanted, field=spec.field)
+    if not found.exact:
+        return found
+    blank = blank_model(spec, directory, CPU)
+    return replace(found, exact=found.exact | made_of(blank, source_of(spec, directory, blank), found.exact))
+
+
+def has_new_head(spec: ModelSpec, directory: Path) -> bool:
+    """Whether a scalar head is drawn, since the folder holds a language model; an adapter may bring its own then."""
+    if spec.from_scratch:
+        return True
+    base = weights_directory(directory, field=spec.field)
+    if HEAD_WEIGHT in tensors_of(weight_files(base, field=spec.field), field=spec.field):
+        return False
+    if is_adapter(directory) and brings_head(directory, spec.field):
+        return True
+    facts = read_json(base / CONFIG, spec.field)
+    return not (spec.trained_head or is_classifier(facts.get("architectures")))
+
+
+def drawn(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
+    """A model like ``blank`` with weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model: PreTrainedModel = type(blank)._from_config(
+            blank.config, dtype=torch.float32, attn_implementation=blank.config._attn_implementation
+        )
+    return model
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model, or beside the base of an adapter.
+
+    Raises:
+        UserError: there is none, transformers refuses it, or it writes control tokens as words.
+    """
+    place = tokenizer_directory(directory, field=field)
+    refuse_pointers(place, field=field)
+    return open_tokenizer(str(place), trust_remote_code=trust_remote_code, field=field)
+
+
+def open_tokenizer(name: str, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a Hub id; raises as :func:`load_tokenizer` does."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except FAILURES as error:
+        raise UserError(f"{field}: the tokenizer in {name} cannot be loaded: {first_line(error)}") from error
+    if not isinstance(found.model_max_length, int | float):
+        raise UserError(
+            f"{field}: the tokenizer in {name} says model_max_length: {found.model_max_length!r}, no number"
+        )
+    if getattr(found, "split_special_tokens", False):
+        raise UserError(
+            f"{field}: the tokenizer in {name} says split_special_tokens: true, so that the control tokens of its "
+            "chat template become words: remove that from tokenizer_config.json"
+        )
+    return found
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    stop_ids: Sequence[int] = (),
+    state: Mapping[str, Tensor] | None = None,
+    precision: Precision = EXACT,
+) -> None:
+    """Write a directory that ``from_pretrained`` loads with no conversion.
+
+    ``stop_ids`` are the tokens that end a response; generation_config.json names them. ``state`` is what to write as
+    the model's weights where the model itself holds only a part of them.
+    """
+    save_weights(model, directory, state=state, precision=precision)
+    tokenizer.save_pretrained(directory)
+    if stop_ids and model.can_generate():
+        generation = copy.deepcopy(model.generation_config)
+        generation.eos_token_id = list(stop_ids)
+        generation.save_pretrained(directory)
+
+
+def save_weights(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    precision: Precision = EXACT,
+) -> None:
+    """Write a model's weights and configuration."""
+    with quiet():
+        model.save_pretrained(directory, state_dict=precision.cast(model.state_dict() if state is None else state))
+    path = directory / CONFIG
+    facts = {**read_json(path), "dtype": precision.default}  # transformers writes that of the parameters in memory
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_renamed(model: PreTrainedModel) -> bool:
+    """Whether files name or cut the weights in another way than the loaded model does, as with experts."""
+    return bool(getattr(model, "_weight_conversions", None))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the parameters and buffers in memory: equal where every bit is."""
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """The same of a model's whole state, wherever it was gathered from."""
+
+    def entry(item: tuple[str, Tensor]) -> str:
+        name, tensor = item
+        content = hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}\n"
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return hashlib.sha256("".join(threads.map(entry, sorted(state.items()))).encode()).hexdigest()
+
+
+def silence_dropout(config: PretrainedConfig) -> None:
+    """With dropout a policy would differ from its own reference before the first step."""
+    for name, value in config.get_text_config().to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config.get_text_config(), name, 0.0)
+
+
+def freeze_other_parts(model: PreTrainedModel) -> None:
+    """Train only what texts pass through: DDP would wait for ever for the gradients of a part for images."""
+    if not is_composite(model.config):
+        return
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in read)
+
+
+def as_served(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, but for layers that compute their activations again, which look at the mode.
+
+    In training mode some families route tokens at random, which no configuration turns off.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    return model
+
+
+def _attention_implementation(config: PretrainedConfig, device: torch.device) -> str | None:
+    """Transformers' name of the implementation; None is its own choice."""
+    if attention_kind(config).reach is not None and device.type == "cuda":
+        return FLEX
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"  # sdpa leaves the cap out without saying so
+    return GROUP_ATTENTION if attention_kind(config).reach is not None else None

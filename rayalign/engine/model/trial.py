@@ -1,0 +1,175 @@
+"""The export, tried before the first step: what a run will write is written, loaded again and compared."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayalign.engine.model.folder import FIELD
+from rayalign.engine.model.kinds import computing
+from rayalign.engine.model.loading import Source, load_weights, quiet
+from rayalign.engine.model.lora import adapted, add_adapter, merged, write_adapter
+from rayalign.engine.model.pretrained import ModelSpec, blank_model, save_weights
+from rayalign.engine.model.proofs import proven
+from rayalign.engine.model.scalar import is_scalar
+from rayalign.engine.model.shrunken import CPU, VOCABULARY, miniature
+from rayalign.errors import UserError, first_line
+
+TOLERANCE = 1e-3
+"""Units of a logit or score, between a trained model and what was saved of it."""
+TOKENS = 12
+SAME = ("get_vocab", "chat_template", "eos_token_id", "pad_token_id", "bos_token_id")
+"""What of a tokenizer decides which tokens it makes, and which end a text."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What the export of a family showed."""
+
+    difference: float | None
+    """Between a random model and itself saved and loaded; None where no small one could be made."""
+    adapter_difference: float | None = None
+    """The same of the adapter, which peft put upon the base again; None without an adapter."""
+    problem: str = ""
+    """Why it could not be loaded again."""
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the adapter alone is worth writing: peft reads it as it was trained."""
+        return self.adapter_difference is not None and self.adapter_difference <= TOLERANCE
+
+
+def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Trial:
+    """Save, load and compare a small random model of the class, configuration and adapter that ``spec`` would export.
+
+    ``model`` may be a skeleton. The result is kept: see :mod:`rayalign.engine.model.proofs`. The tokenizer and the
+    generation configuration are the real ones, and tried every time.
+
+    Raises:
+        UserError: what is saved is not what was trained, or cannot be loaded.
+    """
+    lora = asdict(spec.lora) if spec.lora is not None else None
+    kept = proven("export", model, lambda: asdict(measured(model, spec)), device=CPU, on=[lora, spec.head is not None])
+    trial = Trial(**kept)
+    if trial.problem or (trial.difference is not None and not trial.difference <= TOLERANCE):
+        how = f"it cannot be loaded: {trial.problem}" if trial.problem else f"logits differ by {trial.difference:.2g}"
+        what = "an adapter on a" if spec.lora else "a"
+        raise UserError(
+            f"{spec.field}: {what} {model.config.model_type} model is another one once it is saved and loaded again "
+            f"({how}), so that its training would be lost; "
+            + ("name other model.lora.target_modules, or train without" if spec.lora else "name another model")
+        )
+    try_tokenizer(model, tokenizer, spec.field)
+    return trial
+
+
+def measured(model: PreTrainedModel, spec: ModelSpec) -> Trial:
+    """The trial of a family, on a small model."""
+    small = miniature(model)
+    if small is None:
+        return Trial(difference=None)
+    with tempfile.TemporaryDirectory() as folder, quiet(), torch.no_grad():
+        base = Path(folder, "base")
+        save_weights(small, base)
+        if spec.lora is not None:
+            add_adapter(small, replace(spec.lora, dropout=0.0), seed=0)
+            draw_adapter(small)
+        state = small.state_dict()
+        with computing(model.config, spec.field):
+            expected = answer(small)
+        try:
+            save_weights(small, Path(folder, "final"), state=merged(small, state))
+            difference = distance(answer(reloaded(Path(folder, "final"), spec)), expected)
+        except (UserError, RuntimeError, ValueError, KeyError, OSError) as error:
+            return Trial(difference=None, problem=first_line(error).replace(f"{FIELD}: {folder}/", ""))
+        adapter = None
+        if spec.lora is not None:
+            write_adapter(spec.lora, small, state, Path(folder, "adapter"), base=str(base))
+            adapter = adapter_distance(Path(folder, "adapter"), base, expected, scalar=is_scalar(small))
+    return Trial(difference=difference, adapter_difference=adapter)
+
+
+def reloaded(directory: Path, spec: ModelSpec) -> PreTrainedModel:
+    """What was saved, as a run that begins with it loads it."""
+    saved = replace(spec, name=str(directory), text_only=False, lora=None, from_scratch=False, revision=None)
+    blank = blank_model(saved, directory, CPU)
+    return load_weights(blank, Source(directory=directory)).eval()
+
+
+def adapter_distance(directory: Path, base: Path, expected: Tensor, *, scalar: bool) -> float | None:
+    """How far peft's own reading of an adapter is from what was trained; None where peft cannot read it."""
+    import peft
+
+    kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    options: dict[str, Any] = {"num_labels": 1} if scalar else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = kind.from_pretrained(base, dtype=torch.float32, attn_implementation="eager", **options)
+            found = peft.PeftModel.from_pretrained(model, directory).eval()
+            return distance(answer(found.get_base_model()), expected)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError):
+        return None
+
+
+@torch.no_grad()
+def draw_adapter(model: PreTrainedModel) -> None:
+    """Weights for an adapter that does something."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in adapted(model).values():
+        for factor in (layer.lora_A, layer.lora_B):
+            for part in factor.values():
+                part.weight.copy_(0.2 * torch.randn(part.weight.shape, generator=generator))
+
+
+def answer(model: PreTrainedModel) -> Tensor:
+    """Logits, or scores, at every token of one fixed text."""
+    ids = torch.arange(1, 1 + TOKENS)[None] * 3 % min(VOCABULARY, model.get_input_embeddings().num_embeddings)
+    if is_scalar(model):
+        scores: Tensor = model.score(model.base_model(input_ids=ids).last_hidden_state)[0].float()
+        return scores
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+    return logits
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+
+
+def try_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, field: str) -> None:
+    """Raise UserError where a tokenizer is another one once it is saved, or the generation settings cannot be saved."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        try:
+            tokenizer.save_pretrained(folder)
+            again = AutoTokenizer.from_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{field}: the tokenizer cannot be saved and loaded again: {first_line(error)}") from error
+    changed = [name for name in SAME if told(tokenizer, name) != told(again, name)]
+    if changed:
+        raise UserError(
+            f"{field}: the tokenizer is another one once it is saved and loaded again ({', '.join(changed)} differ): "
+            "load it with transformers, save it, and compare its files"
+        )
+
+
+def told(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+    found = getattr(tokenizer, name)
+    return found() if callable(found) else found

@@ -1,0 +1,243 @@
+"""How gradients meet: one protocol, here for one process and for DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayalign.engine.batches import State
+from rayalign.engine.checkpoint.optimizer_state import Held, load_state, named_state, save_state
+from rayalign.engine.model.forward import RootModule
+from rayalign.engine.model.pretrained import ModelSpec, load_policy
+from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+
+Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategySpec:
+    """Which strategy, and what it may be told; plain values, so that they travel between processes."""
+
+    name: Name = "single"
+    reshard_after_forward: bool = True
+    """fsdp2: free a block's gathered parameters after its forward, and gather them again for its backward."""
+    sync_every_micro_batch: bool = False
+    """fsdp2: average gradients after each micro-batch; they stay sharded, at the price of more communication."""
+    cpu_offload: bool = False
+    """fsdp2, deepspeed: parameters and optimizer state wait in the host's memory."""
+    zero_stage: Literal[2, 3] | None = None
+    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; None: what ``config`` says, else 2."""
+    config: str | None = None
+    """deepspeed: the text of the user's own JSON."""
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """What the loop asks of a way of training. Every strategy averages gradients over ranks.
+
+    ``wrap``, ``clip``, ``all_sum``, ``broadcast``, ``full_state`` and every forward may be collectives: all ranks call
+    them alike.
+    """
+
+    @property
+    def spec(self) -> StrategySpec: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+
+    def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model as :meth:`wrap` wants it; only rank 0 is sure to hold its weights."""
+        ...
+
+    def wrap(
+        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module whose forward and backward train ``policy``, which holds rank 0's weights now, and its AdamW."""
+        ...
+
+    def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss``; ``last`` is the step's last micro-batch, after which gradients are averaged."""
+        ...
+
+    def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Held around one micro-batch's forward and backward."""
+        ...
+
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        """Clip the averaged gradient to ``max_norm`` (0 = no clipping); returns the norm before clipping."""
+        ...
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over ranks, the same on each."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable ``value`` on every rank."""
+        ...
+
+    def full_state(self, model: PreTrainedModel) -> State:
+        """``model``'s whole state by name on rank 0, tied tensors as one; nothing that counts on the others."""
+        ...
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        """What this rank has to write of the optimizer's state: the tensors themselves, not copies."""
+        ...
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        """Write what :meth:`optimizer_state` gave; all ranks call this alike, and rank 0 returns when all is there.
+
+        ``group`` is where ranks meet that write beside training; None is where training meets.
+        """
+        ...
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        """Load the optimizer's state from a checkpoint.
+
+        Raises:
+            UnreadableOptimizer: this strategy or this number of workers cannot read it; on every rank.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One process, one device."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    spec: StrategySpec = StrategySpec()
+
+    def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_policy(spec, device=self.device)
+
+    def wrap(
+        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return policy, make_optimizer(policy, optimizer)
+
+    def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
+        torch.autograd.backward(loss)
+
+    def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        return clip_gradient(module, max_norm)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def full_state(self, model: PreTrainedModel) -> State:
+        state: State = model.state_dict()
+        return state
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        return named_state(optimizer)
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        save_state(held, directory, alone=True)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
+
+
+@dataclass(frozen=True, slots=True)
+class DDP:
+    """Replicated parameters, gradients averaged once per step by DistributedDataParallel (gloo or NCCL)."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    spec: StrategySpec = StrategySpec(name="ddp")
+
+    def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_policy(spec, device=self.device)
+
+    def wrap(
+        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        module = DistributedDataParallel(policy, device_ids=device_ids, gradient_as_bucket_view=True)
+        # They are constants, and sending them would be a collective in every forward. Set here since the argument's
+        # name is another one in newer versions of torch.
+        module.broadcast_buffers = False
+        return module, make_optimizer(policy, optimizer)
+
+    def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
+        torch.autograd.backward(loss)
+
+    def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        assert isinstance(module, DistributedDataParallel)
+        return contextlib.nullcontext() if last else module.no_sync()
+
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        return clip_gradient(module, max_norm)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        return sum_over_ranks(values)
+
+    def broadcast(self, value: Any) -> Any:
+        return from_rank_0(value, self.device)
+
+    def full_state(self, model: PreTrainedModel) -> State:
+        state: State = model.state_dict()
+        return state
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Held:
+        return named_state(optimizer) if self.rank == 0 else {}
+
+    def save_optimizer(self, held: Held, directory: Path, *, group: dist.ProcessGroup | None = None) -> None:
+        if self.rank == 0:
+            save_state(held, directory, alone=True)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+        load_state(optimizer, directory)
+
+
+def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def from_rank_0(value: Any, device: torch.device) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device if device.type == "cuda" else None)
+    return box[0]
+
+
+def make_strategy(spec: StrategySpec | Name, device: torch.device) -> Strategy:
+    """The strategy for this process; one without a process group trains alone, whatever it would be in a group."""
+    if isinstance(spec, str):
+        spec = StrategySpec(name=spec)
+    if spec.name == "single" or not dist.is_initialized():
+        return Single(device)
+    if spec.name == "ddp":
+        return DDP(device, dist.get_rank(), dist.get_world_size(), spec)
+    if spec.name == "fsdp2":
+        from rayalign.engine.strategy.fsdp2 import FSDP2
+
+        return FSDP2(device, dist.get_rank(), dist.get_world_size(), spec)
+    from rayalign.engine.strategy.deepspeed import DeepSpeed
+
+    return DeepSpeed(device, dist.get_rank(), dist.get_world_size(), spec)

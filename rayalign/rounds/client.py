@@ -1,0 +1,207 @@
+"""Groups drawn from the policy itself: asked for with the weights they must come from, then read like any store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rayalign.data.store import TokenStore
+from rayalign.data.stream import Stream
+from rayalign.engine.batches import Rounds, State, Weights
+from rayalign.errors import UserError
+from rayalign.rounds.columns import prepare_columns
+from rayalign.rounds.plan import Request, RoundFolder
+from rayalign.rounds.stored import Drawn
+from rayalign.rounds.streams import RoundStream
+from rayalign.rounds.weights import WeightChannel
+from rayalign.storage.manifest import MANIFEST, committed, read_manifest
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 3600.0
+POLL_SECONDS = 0.05
+TELL_SECONDS = 60.0
+
+
+class FreshGroups:
+    """An opened :class:`RoundStream`, as one worker sees it; rank 0 does the asking for all."""
+
+    def __init__(self, stream: RoundStream, seed: int, *, rank: int, channel: WeightChannel | None = None) -> None:
+        self.plan = stream.plan
+        self.channel = channel
+        self.prepared = stream.prepared
+        self.preparation = stream.preparation
+        self.num_candidates = stream.num_candidates
+        self.folder = RoundFolder(stream.folder)
+        self.rank = rank
+        self.requests: dict[int, Request] = {}
+        """By round: the weights that it must be drawn with."""
+        self.opened: tuple[int, TokenStore, Mapping[str, int | float]] | None = None
+        self.read: tuple[Path, ...] = ()
+        """The folders of the round that is open."""
+        sizes = tuple(len(TokenStore.open(store)) for store in stream.prompts.stores)
+        self.order = Stream(
+            name=stream.prompts.name,
+            sizes=sizes,
+            weights=stream.prompts.weights,
+            groups_per_step=stream.plan.groups_per_step,
+            seed=seed,
+        )
+
+    def draw(self, step: int) -> list[Drawn]:
+        """The groups of ``step``; waits for their round."""
+        number = self.plan.round_of(step)
+        store, _ = self._open(number)
+        first = self.plan.round_positions(number).start
+        return [Drawn(store, position - first) for position in self.plan.positions(step)]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the prompts finished when ``step`` ends."""
+        return self.order.epoch(self.plan.positions(step).stop)
+
+    def facts(self, step: int) -> Mapping[str, int | float]:
+        """What is known of the round of ``step``, for the row of metrics."""
+        number = self.plan.round_of(step)
+        return {"round": number, **self._open(number)[1]}
+
+    # The weights that rounds are drawn with.
+
+    def wants_weights(self, step: int) -> bool:
+        return len(self.plan.rounds_drawn_at(step)) > 0
+
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+        """A round that lags may still be wanted after a restart, which then no longer has its weights."""
+        if self.channel is not None and self.plan.lag == 0 and not written:
+            return None
+        return self.folder.weights / f"step_{step:06d}-{attempt}"
+
+    def send(self, weights: Weights, state: State) -> None:
+        if self.channel is not None:
+            self.channel.send(weights, state)
+
+    def follow(self, weights: Weights) -> None:
+        """Ask for the rounds that are to be drawn with ``weights``."""
+        for number in self.plan.rounds_drawn_at(weights.step):
+            self._ask(Request(number=number, weights=weights))
+
+    # Their arrival.
+
+    def opens_round(self, step: int) -> bool:
+        return self.opened is None or self.opened[0] != self.plan.round_of(step)
+
+    def wait(self, step: int, stop: Callable[[], bool]) -> bool:
+        """Whether the round of ``step`` came before ``stop`` said that nobody waits any longer."""
+        return all(
+            wait_for(directory, self._failure, stop) for directory in self._directories(self.plan.round_of(step))
+        )
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The requests for rounds that are trained on from ``step`` on."""
+        return {str(number): request.to_json() for number, request in self._needed(step).items()}
+
+    def rounds(self, step: int) -> Rounds:
+        """Their folders."""
+        needed = self._needed(step)
+        begun = needed.pop(self.opened[0], None) if self.opened is not None else None
+        ahead = {}
+        for request in needed.values():
+            assert request.weights.directory is not None  # only a round that lags is needed before it is begun
+            ahead[self.folder.round(request)] = request.weights.directory
+        return Rounds(begun=self.read if begun is not None else (), ahead=ahead)
+
+    def _needed(self, step: int) -> dict[int, Request]:
+        """What later steps need and a restart does not ask for itself, as it does for what ``step``'s weights draw."""
+        first = self.plan.round_of(step) if step < self.plan.steps else self.plan.num_rounds
+        return {
+            number: request
+            for number, request in self.requests.items()
+            if number >= first and request.weights.step < step
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the run that had ``state``, and ask again: another attempt may have asked for other weights."""
+        for value in state.values():
+            self._ask(self.folder.here(Request.from_json(value)))
+
+    # What a critic says of rounds.
+
+    def round_store(self, step: int) -> TokenStore:
+        """The round of ``step`` as it was drawn, or with its columns; waits for it."""
+        return self._open(self.plan.round_of(step))[0]
+
+    def commit_values(self, step: int, version: str, values: Tensor) -> None:
+        """Make the columns of the round of ``step`` with the critic's values of its tokens [N]."""
+        assert self.preparation is not None
+        prepare_columns(self.round_store(step), self._columns(step, version), self.preparation, old_value=values)
+
+    def use_values(self, step: int, version: str) -> None:
+        """Lay the columns over the round of ``step``; waits for them."""
+        number = self.plan.round_of(step)
+        directory = self._columns(step, version)
+        wait_for(directory, self._failure)
+        store, facts = self._open(number)
+        self.opened = (number, store.with_columns(directory), {**facts, **committed(directory)["meta"]["facts"]})
+        self.read = (self.folder.round(self.requests[number]), directory)
+
+    def _columns(self, step: int, version: str) -> Path:
+        assert self.preparation is not None
+        request = self.requests[self.plan.round_of(step)]
+        return self.folder.prepared(request, f"{self.preparation.key}-{version}")
+
+    def _ask(self, request: Request) -> None:
+        self.requests[request.number] = request
+        if self.rank == 0:
+            self.folder.ask(request)
+
+    def _open(self, number: int) -> tuple[TokenStore, Mapping[str, int | float]]:
+        if self.opened is None or self.opened[0] != number:
+            directory, *columns = self._directories(number)
+            for awaited in (directory, *columns):
+                wait_for(awaited, self._failure)
+            manifest = read_manifest(directory)
+            assert manifest is not None
+            store = TokenStore.open(directory)
+            for laid_over in columns:
+                store = store.with_columns(laid_over)
+            self.opened = (number, store, manifest["meta"]["facts"])
+            self.read = (directory, *columns)
+            self.requests = {later: request for later, request in self.requests.items() if later >= number}
+        return self.opened[1], self.opened[2]
+
+    def _directories(self, number: int) -> list[Path]:
+        """What the driver commits of a round: its groups, and the columns that a method makes of them."""
+        request = self.requests[number]
+        columns = [self.folder.prepared(request, self.prepared)] if self.prepared is not None else []
+        return [self.folder.round(request), *columns]
+
+    def _failure(self) -> str:
+        return self.folder.failure.read_text(encoding="utf-8") if self.folder.failure.exists() else ""
+
+
+def wait_for(directory: Path, failure: Callable[[], str], stop: Callable[[], bool] = lambda: False) -> bool:
+    """Return once ``directory`` is committed: True; or once ``stop`` says so: False.
+
+    Raises UserError with the driver's message when it gave up, or after an hour, naming what was waited for.
+    """
+    began = told = time.monotonic()
+    while not (directory / MANIFEST).exists():
+        if message := failure():
+            raise UserError(message)
+        if stop():
+            return False
+        now = time.monotonic()
+        if now - began > WAIT_SECONDS:
+            raise UserError(
+                f"training waited {WAIT_SECONDS / 60:.0f} minutes for {directory.name}, which the rollout pool of the "
+                "driver draws: look for its messages, and give it more actors or fewer samples"
+            )
+        if now - told > TELL_SECONDS:
+            log.warning("waiting for %s since %.0f s", directory.name, now - began)
+            told = now
+        time.sleep(POLL_SECONDS)
+    return True

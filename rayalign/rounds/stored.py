@@ -1,0 +1,84 @@
+"""Stored groups as they are, all or those that a filter keeps, in the order of one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayalign.data.group import Group, GroupLengths
+from rayalign.data.select import Rows, read_rows
+from rayalign.data.store import TokenStore
+from rayalign.data.stream import Stream
+from rayalign.rounds.streams import StoredStream
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One group of a step and where it lies; it is read when it is packed."""
+
+    store: TokenStore
+    row: int
+
+    @property
+    def lengths(self) -> GroupLengths:
+        return self.store.lengths(self.row)
+
+    @property
+    def name(self) -> str:
+        return self.store.index.name(self.row)
+
+    def read(self) -> Group:
+        return self.store[self.row]
+
+
+class StoredGroups:
+    """An opened :class:`StoredStream`."""
+
+    def __init__(self, stream: StoredStream, seed: int) -> None:
+        self.stores = open_stores(stream)
+        self.kept = kept_rows(stream, self.stores)
+        self.order = order_of(stream, self.kept, seed)
+
+    def draw(self, step: int) -> list[Drawn]:
+        """The groups of ``step``."""
+        return self.at(self.order.positions(step))
+
+    def at(self, positions: range) -> list[Drawn]:
+        rows = (self.order.row(position) for position in positions)
+        return [Drawn(self.stores[source], int(self.kept[source][row])) for source, row in rows]
+
+    def epoch(self, step: int) -> float:
+        """Epochs finished when ``step`` ends."""
+        return self.order.epoch(self.order.positions(step).stop)
+
+
+def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows | range, ...]:
+    """The rows of every store that the stream draws."""
+    return tuple(map(read_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
+
+
+def order_of(stream: StoredStream, kept: Sequence[Rows | range], seed: int) -> Stream:
+    """Which of the kept rows stands at which position."""
+    return Stream(
+        name=stream.name,
+        sizes=tuple(map(len, kept)),
+        weights=stream.weights,
+        groups_per_step=stream.groups_per_step,
+        seed=seed,
+    )
+
+
+def drawn_rows(stream: StoredStream) -> tuple[Rows | range, ...]:
+    """:func:`kept_rows` of a stream that is not open."""
+    return kept_rows(stream, [TokenStore.open(store) for store in stream.stores])
+
+
+def open_stores(stream: StoredStream) -> tuple[TokenStore, ...]:
+    """The stores of a stream with their columns laid over them."""
+    opened = []
+    for path, overlays in zip(stream.stores, stream.columns, strict=True):
+        store = TokenStore.open(path)
+        for overlay in overlays:
+            store = store.with_columns(overlay)
+        opened.append(store)
+    return tuple(opened)

@@ -1,0 +1,250 @@
+"""The shared stages before training: rows made by a function, token stores, reference log-probs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.dump import redact
+from rayalign.config.fields import portable
+from rayalign.config.run import RunConfig
+from rayalign.data.budget import Completed
+from rayalign.data.content import content_key, plain
+from rayalign.data.origin import Origin, Part, find
+from rayalign.data.records import append_quarantine
+from rayalign.data.render import RULES
+from rayalign.data.select import scores_of, select, write_rows
+from rayalign.data.shard import write_shard
+from rayalign.data.store import TokenStore, commit_store
+from rayalign.data.tokenize_rows import CHUNK_ROWS, Shape, Unit
+from rayalign.data.unpair import Mismatched
+from rayalign.engine.frozen import ScoringSpec
+from rayalign.errors import UserError
+from rayalign.imports import load_function, source_digest
+from rayalign.rounds.columns import Preparation as RoundPreparation
+from rayalign.rounds.columns import prepare_columns
+from rayalign.run.facts import refuse_absent_columns, summary, warning
+from rayalign.run.model import scoring_spec, spec_digest, template_digest, tokenizer_identity, tokenizer_spec
+from rayalign.run.units import origin_of, rows_made, unit_of
+from rayalign.runtime.datasets import Preparation, prepare
+from rayalign.runtime.reading import split_units
+from rayalign.runtime.reference import LOG_PROBS, score_store
+from rayalign.runtime.session import Session
+from rayalign.storage.artifacts import Keeper
+from rayalign.storage.manifest import commit, committed, read_manifest
+
+SHOWN_BAD_ROWS = 5
+BYTES_PER_WRITER = 2 << 20
+"""Below this a second tokenizing process costs more to start than it saves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """Where stages live and what they run on."""
+
+    artifacts: Keeper
+    session: Session
+
+    def digest(self, directory: Path) -> str:
+        """What identifies the content of a committed store, or of columns; a plan may ask before it is made."""
+        return self.artifacts.pending(directory) or committed(directory)["digest"]
+
+    def rows(self, source: DataSource) -> Path:
+        """A maker's rows as a JSONL file."""
+        assert source.function is not None
+        function = source.function
+        inputs: dict[str, Any] = {"function": portable(function), "source": source_digest(function)}
+        inputs["arguments"] = source.arguments
+        if source.version is not None:
+            inputs["version"] = source.version
+
+        def build(directory: Path) -> None:
+            make = load_function(function, **source.arguments)
+            with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
+                for number, row in enumerate(rows_made(function, make, source.arguments), start=1):
+                    try:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    except (TypeError, ValueError) as error:
+                        raise UserError(f"{function!r}: row {number} cannot be written as JSON: {error}") from error
+            commit(directory, {"inputs": redact(inputs)})
+
+        return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
+
+    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Path:
+        """The token store of one source; ``completed`` as of :class:`rayalign.data.budget.TokenizeSettings`."""
+        tokenizer = tokenizer_spec(run, completed=completed)
+        units = source_units(source, run.data, self)
+        inputs = {
+            "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
+            "format": [units[0].format, dict(units[0].columns), units[0].system, dict(units[0].template_kwargs)],
+            "tokenizer": tokenizer_identity(run),
+            "template": [template_digest(run.data.template), run.data.chat_template_kwargs, str(run.data.date)],
+            "stop": run.data.end,
+            "settings": asdict(tokenizer.settings),
+            "shape": shape,
+            "bad": [run.data.on_bad_row, run.data.max_bad_fraction],
+        }
+
+        def build(directory: Path) -> None:
+            (directory / "quarantine.jsonl").unlink(missing_ok=True)
+            writers = num_writers(units, int(self.session.num_cpus))
+            found = prepare(split_units(units), tokenizer, shape, directory, writers=writers, note=self.artifacts.note)
+            append_quarantine(directory / "quarantine.jsonl", found.bad)
+            refuse_bad_rows(found, run.data, directory)
+            refuse_absent_columns(source, found)
+            shards = [report.shard for report in found.reports if report.shard is not None]
+            facts = {"source": source.label, "files": files_of(units)} | summary(found)
+            for rule, count in facts["rules"].items():
+                self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
+            commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
+
+        directory = self.artifacts.stage("tokens", inputs, build)
+        manifest = read_manifest(directory)
+        told = warning(source.label, manifest["meta"].get("preparation", {})) if manifest is not None else ""
+        if told:
+            self.artifacts.note(told)
+        return directory
+
+    def mismatched(self, store: Path) -> Path:
+        """The same examples, each with another prompt's completion beside it (KTO's KL estimate)."""
+        inputs = {"store": self.digest(store)}
+
+        def build(directory: Path) -> None:
+            groups = Mismatched(TokenStore.open(store))
+            bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
+            shards = [
+                write_shard(directory, f"{indices.start:010d}", [groups[index] for index in indices])
+                for indices in bounds
+            ]
+            commit_store(directory, shards, meta={"inputs": inputs})
+
+        return self.artifacts.stage("mismatched", inputs, build)
+
+    def reference(self, store: Path, run: RunConfig) -> Path:
+        """Reference log-probs of every predicted token, as a column laid over ``store``."""
+        return self.log_probs(store, scoring_spec(run, self.session))
+
+    def log_probs(self, store: Path, spec: ScoringSpec) -> Path:
+        """Log-probs of every predicted token under a frozen model, as a column laid over ``store``."""
+        inputs = {
+            "store": self.digest(store),
+            "model": spec_digest(spec.model),
+            "logit_temperature": spec.logit_temperature,
+            "dtype": spec.model.dtype,
+            "device": self.session.device,
+            "transformers": transformers.__version__,
+            "budget": [spec.tokens_per_micro_batch, spec.row_tokens],
+        }
+
+        def build(directory: Path) -> None:
+            score_store(
+                store, directory, spec, session=self.session, facts={"inputs": inputs}, note=self.artifacts.note
+            )
+
+        return self.artifacts.stage("reference", inputs, build)
+
+    def filtered(
+        self,
+        stores: Sequence[Path],
+        log_probs: Sequence[Path],
+        *,
+        quantile: float,
+        own_candidates: int | None,
+        unit: str,
+    ) -> Path:
+        """The rows of ``stores`` that a filter keeps, by the ``log_probs`` laid over each; ``unit`` names rows."""
+        inputs = {
+            "log_probs": [self.digest(columns) for columns in log_probs],
+            "policy_logp_quantile": quantile,
+            "own_candidates": own_candidates,
+        }
+
+        def build(directory: Path) -> None:
+            laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
+            scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
+            selection = select(scores, quantile)
+            write_rows(directory, selection)
+            found = {
+                "policy_logp_quantile": quantile,
+                "threshold": selection.threshold,
+                "kept": sum(map(len, selection.kept)),
+                "of": sum(map(len, scores)),
+                "unit": unit,
+            }
+            commit(directory, {"inputs": inputs, "filter": found})
+
+        return self.artifacts.stage("filter", inputs, build)
+
+    def prepared(self, store: Path, columns: Sequence[Path], preparation: RoundPreparation) -> Path:
+        """What a method makes of ``store``, drawn once, as one round; ``columns`` lie over it already."""
+        inputs = {
+            "store": self.digest(store),
+            "columns": [self.digest(path) for path in columns],
+            "method": preparation.key,
+        }
+
+        def build(directory: Path) -> None:
+            opened = TokenStore.open(store)
+            for path in columns:
+                opened = opened.with_columns(path)
+            prepare_columns(opened, directory, preparation)
+
+        return self.artifacts.stage("prepared", inputs, build)
+
+
+def filter_facts(directory: Path) -> dict[str, Any]:
+    """What a committed filter did: its quantile and threshold, and how many of how many it kept."""
+    facts: dict[str, Any] = committed(directory)["filter"]
+    return facts
+
+
+def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:
+    """What one entry of ``data.train`` names: files, a dataset, or the rows that a function makes."""
+    if source.function is None:
+        parts = find(origin_of(source))
+    else:
+        made = str(stages.rows(source))
+        exists = not stages.artifacts.pending(Path(made).parent)
+        parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (Part(path=made),)
+    return [unit_of(part, source, data) for part in parts]
+
+
+def num_writers(units: list[Unit], num_cpus: int) -> int:
+    """Tokenizing processes that are worth starting; a dataset's size is not known, so it gets one per core."""
+    paths = [Path(unit.path) for unit in units]
+    if not all(path.is_file() for path in paths):
+        return max(1, num_cpus)
+    return max(1, min(num_cpus, sum(path.stat().st_size for path in paths) // BYTES_PER_WRITER))
+
+
+def input_digest(unit: Unit) -> str:
+    """What identifies a unit's rows: its file's content, and which rows of it."""
+    key = content_key(unit.path)
+    return key if unit.first == 0 and unit.last is None else f"{key}[{unit.first}:{unit.last}]"
+
+
+def files_of(units: Sequence[Unit]) -> list[str]:
+    """Every file, by an address without secrets."""
+    return [plain(unit.path) for unit in units]
+
+
+def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
+    """Raise UserError when too many rows are bad, or none is left; the first few are named."""
+    if not found.bad and any(report.shard for report in found.reports):
+        return
+    share = len(found.bad) / max(1, found.rows)
+    named = "\n".join(f"  {row}" for row in found.bad[:SHOWN_BAD_ROWS])
+    listed = f"{len(found.bad)} of {found.rows} rows are bad ({share:.2%}); all are in {directory / 'quarantine.jsonl'}"
+    if data.on_bad_row == "fail" or share > data.max_bad_fraction:
+        limit = (
+            "data.on_bad_row: fail" if data.on_bad_row == "fail" else f"data.max_bad_fraction {data.max_bad_fraction:g}"
+        )
+        raise UserError(f"{listed}, more than {limit} allows:\n{named}")
+    if not any(report.shard for report in found.reports):
+        raise UserError(f"no row is left to train on: {listed}\n{named}")

@@ -1,0 +1,303 @@
+"""``rayalign train``: from a YAML to a committed model, in stages that are shared and can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rayalign.config.dump import dump
+from rayalign.config.load import load_run
+from rayalign.config.run import RunConfig
+from rayalign.config.supported import unsupported
+from rayalign.engine.checkpoint.checkpoint import differences
+from rayalign.engine.checkpoint.mirror import restore, upload, upload_run
+from rayalign.engine.model.lora import refuse_missing_peft
+from rayalign.engine.state import checkpointer_of
+from rayalign.engine.strategy.deepspeed import refuse_missing_deepspeed
+from rayalign.errors import MissingExtra, Stopped, UserError, first_line
+from rayalign.judge.measure import make_scorers
+from rayalign.report.status import facts_of
+from rayalign.rollout.engines import refuse_missing
+from rayalign.rounds.label import own_rule
+from rayalign.rounds.stored import drawn_rows
+from rayalign.rounds.streams import StoredStream, stored_parts
+from rayalign.run.display import Board
+from rayalign.run.job import make_job, num_processes, strategy_spec
+from rayalign.run.model import scorer_spec
+from rayalign.run.provenance import provenance
+from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
+from rayalign.run.rollouts import label_spec
+from rayalign.run.stages import Stages, filter_facts
+from rayalign.runtime.gauges import Gauges
+from rayalign.runtime.progress import watching
+from rayalign.runtime.rounds import serving
+from rayalign.runtime.session import connect
+from rayalign.runtime.trainer import Trainer
+from rayalign.runtime.worker import TrainJob
+from rayalign.stop import stopping
+from rayalign.storage.artifacts import Artifacts
+from rayalign.storage.lease import lease
+from rayalign.storage.manifest import read_manifest, write_durably
+
+KEPT_FAILURES = 20
+FOLDERS = ("", "checkpoints", "final", "rounds")
+FILES = ("run.json", "metrics.jsonl", "train.log", "quarantine.jsonl", ".lease")
+"""What a run keeps in its folder."""
+
+
+def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
+    """Train the run that ``path`` and ``overrides`` describe; returns the exported model's directory."""
+    folder = import_folder(path)
+    sys.path.insert(0, str(folder))
+    run = load_run(path, overrides)
+    refuse_unsupported(run)
+    refuse_unusable_models(run)
+    with connect(import_paths=[folder]) as session, Board(console, Gauges().set) as board, stopping() as stop:
+        storage = session.storage(run.storage_path)
+        stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
+        job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
+        with Trainer(stop=stop) as trainer:
+            final = run_job(run, job, trainer, board)
+            board.say(f"model: {final}")
+            session.vital.settle()
+    return final
+
+
+def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Path:
+    """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
+    refuse_obstacles(job.spec.directory)
+    with lease(job.spec.directory):
+        if finished(job):
+            board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
+            return job.spec.directory / "final"
+        restore_copies(job, board)
+        history = History.of(job)
+        note = partial(write_run_json, run, job, history)
+        note("running")
+        collect_quarantine(job)
+        for line in export_told(run):
+            board.say(f"{job.run}: {line}")
+        board.start(job.run, job.spec.optimizer.steps)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(watching(job.spec.directory, row=partial(board.row, job.run), note=board.say))
+            if job.rollouts is not None:
+                tell = partial(told, job.run, board)
+                stack.enter_context(serving(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
+            try:
+                with trainer.stop.patience():
+                    final = trainer.fit(job, lost=partial(begin_again, history, note))
+            except Stopped as stopped:
+                trainer.close_rollouts()  # nobody waits for what they draw; the next attempt goes on with it
+                note("stopped")
+                raise Stopped(f"{job.run}: {stopped}") from stopped
+            except KeyboardInterrupt:
+                trainer.close_rollouts()
+                raise
+            except Exception as error:
+                history.fail(first_line(error))
+                note("failed")
+                raise
+        collect_quarantine(job)
+        note("finished")
+        return final
+
+
+def restore_copies(job: TrainJob, board: Board) -> None:
+    """Fetch from the mirror what it has beyond the run's folder, and send there what it lacks."""
+    mirror, directory = job.spec.mirror, job.spec.directory
+    if mirror is None:
+        return
+    checkpointer = checkpointer_of(job.spec, attempt="")
+    restore(mirror, directory, checkpointer, note=lambda text: board.say(f"{job.run}: {text}"))
+    newest = checkpointer.newest()
+    if newest is not None:
+        upload(mirror, directory, step=newest.step)
+
+
+def begin_again(history: History, note: Callable[[str], None], reason: str) -> None:
+    """Write down that an attempt was lost and the next one begins."""
+    history.fail(reason)
+    history.attempts += 1
+    note("running")
+
+
+def told(run: str, board: Board, line: str) -> None:
+    board.say(f"{run}: {line}")
+
+
+def refuse_unsupported(run: RunConfig) -> None:
+    reasons = unsupported(run)
+    if reasons:
+        raise UserError("; ".join(reasons))
+    if run.model.lora is not None:
+        refuse_missing_peft()
+    if run.strategy.name == "deepspeed":
+        refuse_missing_deepspeed()
+        strategy_spec(run)
+    if run.rollout is not None:
+        refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
+    if run.scorer is not None:
+        make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
+    if run.label is not None:
+        own_rule(label_spec(run.label))
+    for tracker in run.track:
+        if importlib.util.find_spec(tracker) is None:
+            raise MissingExtra(tracker, "tracking")
+
+
+def import_folder(path: Path | None) -> Path:
+    """Where the user's own modules are searched: beside the YAML, or in the current folder."""
+    return path.resolve().parent if path is not None else Path.cwd()
+
+
+def refuse_obstacles(directory: Path) -> None:
+    """Raise UserError where a file stands in the place of one of the run's folders, or a folder in that of a file."""
+    for name in FOLDERS:
+        if (directory / name).exists() and not (directory / name).is_dir():
+            raise UserError(f"{directory / name} is a file, and the run needs a folder there: remove or rename it")
+    for name in FILES:
+        if (directory / name).is_dir():
+            raise UserError(f"{directory / name} is a folder, and the run needs a file there: remove or rename it")
+
+
+def finished(job: TrainJob) -> bool:
+    """Whether ``final/`` is this very run's; another configuration's is refused."""
+    manifest = read_manifest(job.spec.directory / "final")
+    if manifest is None:
+        return False
+    changed = differences(manifest["identity"], job.spec.identity)
+    if changed:
+        raise UserError(
+            f"{job.spec.directory} holds a finished run of another configuration ({'; '.join(changed)}): "
+            "give this run another name, or remove that folder"
+        )
+    return True
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """What happened to a run so far, in this command and those before."""
+
+    started: str
+    """This command; ISO 8601."""
+    attempts: int
+    """Times that a command began with it or its workers were lost."""
+    failures: list[str]
+    """Why each attempt ended that neither finished nor was asked to stop, the newest ones."""
+
+    @classmethod
+    def of(cls, job: TrainJob) -> History:
+        """Goes on from the run's own ``run.json``; a command that left no last word was lost."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        path = job.spec.directory / "run.json"
+        before = facts_of(path) if path.exists() else {}
+        if differences(before.get("identity", {}), job.spec.identity):
+            before = {}
+        history = cls(started=now, attempts=before.get("attempts", 0), failures=before.get("failures", []))
+        if before.get("status") == "running":
+            history.fail("the command was lost")
+        history.attempts += 1
+        return history
+
+    @classmethod
+    def waiting(cls) -> History:
+        """Of a run that no command has begun."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return cls(started=now, attempts=0, failures=[])
+
+    def fail(self, reason: str) -> None:
+        self.failures = [*self.failures, f"attempt {self.attempts}: {reason}"][-KEPT_FAILURES:]
+
+
+def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str) -> None:
+    """``run.json``: what was asked, what it ran on, and how far it is."""
+    facts = {
+        "name": run.name,
+        "status": status,
+        "attempts": history.attempts,
+        "failures": history.failures,
+        "started": history.started,
+        "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": run.seed,
+        "steps": job.spec.optimizer.steps,
+        "workers": job.workers if job.fewest is None else [job.fewest, job.workers],
+        "threads_per_worker": job.share.threads,
+        "config_version": run.config_version,
+        "configuration": dump(run),
+        "identity": dict(job.spec.identity),
+        "export": export_facts(run),
+        "data": data_facts(job),
+        "stages": [stage.name for stage in job.stages],
+        **provenance(),
+    }
+    write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
+    if job.spec.mirror is not None and status != "waiting":
+        upload_run(job.spec.mirror, job.spec.directory)
+
+
+def announce(run: RunConfig, job: TrainJob) -> None:
+    """Say in ``run.json`` that a run will begin, so that its stages are kept meanwhile; one that had begun says so."""
+    path = job.spec.directory / "run.json"
+    if path.exists() and facts_of(path).get("status") != "waiting":
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_run_json(run, job, History.waiting(), "waiting")
+
+
+def collect_quarantine(job: TrainJob) -> None:
+    """``quarantine.jsonl``: the bad rows of every store that the run reads; no bad row, no file."""
+    found = [
+        path.read_text(encoding="utf-8") for store in stores_of(job) if (path := store / "quarantine.jsonl").exists()
+    ]
+    if found:
+        write_durably(job.spec.directory / "quarantine.jsonl", "".join(found))
+
+
+def data_facts(job: TrainJob) -> list[dict[str, Any]]:
+    """Rows, shards, nodes and bytes of each store that the run reads, as its preparation counted them.
+
+    Of a store that a filter has chosen from, also what it kept of it, and what the filter did to all of them.
+    """
+    manifests = {store: read_manifest(store) for store in stores_of(job)}
+    chosen = {
+        store: {"kept": len(rows), "filter": filter_facts(file.parent)}
+        for part in stored_streams(job)
+        if part.kept
+        for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True)
+    }
+    return [
+        {
+            "store": str(store),
+            "digest": manifest["digest"],
+            **manifest["meta"].get("preparation", {}),
+            **chosen.get(store, {}),
+        }
+        for store, manifest in manifests.items()
+        if manifest is not None
+    ]
+
+
+def stored_streams(job: TrainJob) -> list[StoredStream]:
+    return [part for stream in job.source.streams for part in stored_parts(stream)]
+
+
+def filter_of(job: TrainJob) -> dict[str, Any] | None:
+    """What the run's filter did; None where it has none."""
+    files = [file for part in stored_streams(job) for file in part.kept]
+    return filter_facts(files[0].parent) if files else None
+
+
+def stores_of(job: TrainJob) -> list[Path]:
+    """Every committed store that a run has read: of groups, of prompts, and its rounds so far."""
+    rounds = sorted(job.rollouts.folder.glob("round_*")) if job.rollouts is not None else []
+    return list(dict.fromkeys([*(store for part in stored_streams(job) for store in part.stores), *rounds]))

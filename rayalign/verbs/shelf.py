@@ -1,0 +1,201 @@
+"""``rayalign artifacts``: what lies in a content-addressed folder, for whom, and what of it nobody wants any more."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from rayalign.errors import UserError
+from rayalign.report.status import facts_of, runs
+from rayalign.storage.artifacts import STAGE_VERSIONS, USED
+from rayalign.storage.lease import Held, holder, lease
+from rayalign.storage.manifest import MANIFEST
+
+FOLDER = "artifacts"
+STAGE = re.compile(rf"({'|'.join(STAGE_VERSIONS)})-[0-9a-f]{{16}}")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+LEASE = ".lease"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """One stage's folder; without a manifest it is what an attempt left that did not end."""
+
+    directory: Path
+    committed: bool
+    num_bytes: int
+    created: float
+    used: float
+    """When it was last asked for, or last written to; seconds since the epoch, as ``created``."""
+    users: Mapping[str, str]
+    """Run → its status, of the runs whose ``run.json`` names the stage."""
+
+    @property
+    def wanted_by(self) -> list[str]:
+        """Runs that may still go on: all that are not finished."""
+        return [f"{name} ({status})" for name, status in self.users.items() if status != "finished"]
+
+
+def ls(storage: Path, console: Console) -> None:
+    """Print every stage of a storage path.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    folder = artifacts_folder(storage)
+    table = Table(title=str(folder))
+    for column in ("stage", "key", "bytes", "created", "last used", "used by"):
+        table.add_column(column, no_wrap=column == "key")
+    found = list(artifacts(folder))
+    for item in found:
+        stage, _, key = item.directory.name.partition("-")
+        first, *others = item.users or [""]
+        users = f"{first} and {len(others)} more" if others else first
+        table.add_row(stage, key, decimal(item.num_bytes), day(item.created), day(item.used), users or state(item))
+    console.print(table)
+    console.print(
+        f"{len(found)} stages, {decimal(sum(item.num_bytes for item in found))}", highlight=False, soft_wrap=True
+    )
+
+
+def gc(storage: Path, *, unused_for: str, dry_run: bool, console: Console) -> None:
+    """Remove the stages that no run has asked for in ``unused_for``, and what dead attempts left in that time.
+
+    What is being written stays, and what a run wants that is not finished; its ``run.json`` says so.
+
+    Raises:
+        UserError: there is no such folder, or ``unused_for`` is no time.
+    """
+    folder, oldest = artifacts_folder(storage), time.time() - seconds(unused_for)
+    found = list(artifacts(folder))
+    removed = []
+    for item in found:
+        if item.used > oldest:
+            continue
+        kept = ", ".join(item.wanted_by) or holder(item.directory)
+        if kept or not (dry_run or remove(item.directory, oldest)):
+            console.print(f"kept {item.directory.name}: {kept or 'it is used again'}", highlight=False, soft_wrap=True)
+            continue
+        removed.append(item)
+        word = "would remove" if dry_run else "removed"
+        facts = f"{decimal(item.num_bytes)}, last used {day(item.used)}{'' if item.committed else ', never finished'}"
+        console.print(f"{word} {item.directory.name}: {facts}", highlight=False, soft_wrap=True)
+    word = "would be removed" if dry_run else "removed"
+    total = decimal(sum(item.num_bytes for item in removed))
+    console.print(f"{len(removed)} of {len(found)} stages {word}: {total}", highlight=False, soft_wrap=True)
+
+
+def artifacts_folder(storage: Path) -> Path:
+    """The folder of stages of a storage path, which may be given itself.
+
+    Raises:
+        UserError: there is none, or what is there was not made by stages.
+    """
+    folder = storage if storage.name == FOLDER else storage / FOLDER
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir() or (entries and not any(map(is_stage, entries))):
+        raise UserError(f"{storage} holds no artifacts: name a storage_path such as runs, or its folder {FOLDER}")
+    return folder
+
+
+def is_stage(path: Path) -> bool:
+    return STAGE.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
+def artifacts(folder: Path) -> Iterator[Artifact]:
+    """Every stage, in the order of the names; other things that lie there are left alone."""
+    users = users_of(folder.parent)
+    for directory in sorted(filter(is_stage, folder.iterdir())):
+        manifest = directory / MANIFEST
+        times = list(map(modified, (manifest, directory / USED)))
+        committed = times[0] > 0
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        if not committed:
+            times = [*map(modified, files), directory.stat().st_mtime]
+        yield Artifact(
+            directory=directory,
+            committed=committed,
+            num_bytes=sum(size(path) for path in files),
+            created=times[0] if committed else min(times),
+            used=max(times),
+            users=users.get(directory.name, {}),
+        )
+
+
+def users_of(storage: Path) -> dict[str, dict[str, str]]:
+    """Stage → the runs below ``storage`` that name it, and how far they are.
+
+    Raises:
+        UserError: a ``run.json`` cannot be read, so that nobody knows what its run wants.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for run in runs(storage):
+        facts = facts_of(run / "run.json")
+        if "status" not in facts:
+            raise UserError(f"{run / 'run.json'} cannot be read, so nobody knows what its run needs: remove it first")
+        named = [*facts.get("stages", ()), *(Path(entry["store"]).name for entry in facts.get("data", ()))]
+        for stage in named:
+            found.setdefault(stage, {})[str(run.relative_to(storage))] = facts["status"]
+    return found
+
+
+def remove(directory: Path, oldest: float) -> bool:
+    """Remove a stage under its lease, its manifest first; False where somebody writes to it or has just used it."""
+    try:
+        with lease(directory):
+            if max(map(modified, (directory / MANIFEST, directory / USED))) > oldest:
+                return False
+            (directory / MANIFEST).unlink(missing_ok=True)
+            for path in directory.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LEASE:
+                    path.unlink(missing_ok=True)
+    except Held:
+        return False
+    with suppress(OSError):  # somebody who wants the stage has come and makes it again
+        directory.rmdir()
+    return True
+
+
+def seconds(text: str) -> float:
+    """``30d`` in seconds."""
+    match = re.fullmatch(r"(\d+)([smhdw])", text)
+    if match is None:
+        raise UserError(f"--unused-for {text}: write a number and one of {', '.join(UNITS)}, such as 30d")
+    return float(int(match[1]) * UNITS[match[2]])
+
+
+def state(item: Artifact) -> str:
+    """What is said of a stage that no run names."""
+    if item.committed:
+        return "–"
+    return "being made" if holder(item.directory) else "never finished"
+
+
+def modified(path: Path) -> float:
+    """0 where there is no such file."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def day(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
