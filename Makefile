@@ -43,11 +43,12 @@ test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on t
 test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-check: $(VENV)/.installed-test ## lint, format, types and import walls, without the tests
+check: $(VENV)/.installed-test ## lint, format, types, import walls and prose, without the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m docs.prose
 
 format: $(VENV)/.installed-test ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
