@@ -34,7 +34,7 @@ _BLOCK = re.compile(r"^\s*(?:[-*]|\d+\.|#{1,6}|>)\s+")
 _CODE = re.compile(r"`+[^`]*`+|\$[^$]*\$")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _NOT_TEXT = re.compile(r"<!--.*?-->|\{#.*?#\}|\{%.*?%\}|<(?:script|style)\b.*?</(?:script|style)>|<[^>]+>", re.DOTALL)
-_END = re.compile(r"(?<=[.!?])[)\"'*_”]*\s+(?=[A-Z0-9`*_\"(\[\\“])")
+_END = re.compile(r"(?<=[.!?])[)\"'*_”]*\s+(?=[^\sa-zα-ω])")
 _WORD = re.compile(r"[^\W_]")
 _SECTION = re.compile(r"^(Raises|Args|Returns|Yields|Example|Examples):$")
 
@@ -136,7 +136,7 @@ def texts(path: Path) -> Iterator[Text]:
 
 def sentences(text: str) -> Iterator[str]:
     """The sentences of a text; code and formulas count as one word, a link as what it shows."""
-    plain = _LINK.sub(r"\1", _CODE.sub("code", text))
+    plain = _LINK.sub(r"\1", _CODE.sub("Code", text))
     yield from (own for own in _END.split(plain) if own)
 
 
@@ -145,7 +145,7 @@ def check(path: Path, rules: Rules) -> Iterator[Finding]:
     for own in texts(path):
         if own.is_docstring_start and re.match(r"Of\b", own.text):
             yield Finding(path, own.line, "of", f'a docstring begins with "Of": {own.text[:60]}')
-        plain = _CODE.sub("code", own.text)
+        plain = _CODE.sub("Code", own.text)
         for pattern, instead in rules.words.items():
             for found in pattern.finditer(plain):
                 yield Finding(path, own.line, "word", f'"{found[0]}"; write: {instead}')

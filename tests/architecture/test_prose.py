@@ -42,6 +42,8 @@ def test_no_count_has_risen() -> None:
         (f"- {LONG}.\n- {LONG}.\n", []),
         (f"{LONG}. {LONG.capitalize()}.\n", []),
         (f"{LONG}.\nTwo {LONG}.\n", []),
+        (f"{LONG}. `code {LONG}` {LONG}.\n", []),
+        (f"{LONG}, i. e. {LONG}.\n", [("long", 1)]),
         ("Rows are so.\n", [("word", 1)]),
         ("Rows are so long that they end.\n", []),
     ],
