@@ -1,4 +1,4 @@
-"""A hook of MkDocs (`make site`): links that lead out of ``docs/`` become links to the file in the repository."""
+"""Hooks of MkDocs (`make site`): links that lead out of ``docs/``, and cross-references in docstrings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 REPOSITORY = "https://github.com/rayalign/rayalign/blob/main"
+_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?")
 _LINK = re.compile(r"(?<=\])\((?P<target>\.\./[^)\s]+)\)")
 
 
@@ -19,3 +20,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: object) -> str:
         return found[0] if path.startswith("docs/") else f"({REPOSITORY}/{path})"
 
     return _LINK.sub(address, markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """The page's HTML, Sphinx's cross-references shown as code."""
+    return _ROLE.sub("<code>", html)
