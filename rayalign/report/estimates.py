@@ -16,7 +16,6 @@ from rayalign.report.entries import Entry, entries_of
 from rayalign.report.formatting import SHARE
 from rayalign.report.frontier import (
     FrontierPoint,
-    SeedCrossings,
     pareto,
     pareto_frequency,
     score_at_kl,
@@ -183,10 +182,6 @@ def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Seq
         cells = [cell.id for cell in entry.cells]
         for level in dict.fromkeys(row.level for row in at_kl if row.cell in cells):
             rows = [found.get((cell, level)) for cell in cells]
-
-            def crossings(name: str, rows: Sequence[AtKl | None] = rows) -> SeedCrossings:
-                return seed_crossings([row.crossings[name] if row else None for row in rows])
-
             yield EntryAtKl(
                 entry=entry.id,
                 prompt_set=at_kl[0].prompt_set,

@@ -119,8 +119,3 @@ def ratio_estimate(sums: Vector, counts: Vector, bootstrap: Bootstrap) -> Estima
     variance = float(np.square((sums - mean * counts) / counts.mean()).sum()) / (n - 1) / n
     low, high = rate_interval(mean, variance, n=n, df=n - 1, level=bootstrap.level)
     return Estimate(mean=mean, low=low, high=high, n=n)
-
-
-def paired_change(per_prompt: Vector, baseline: Vector, bootstrap: Bootstrap) -> Estimate:
-    """Mean of ``per_prompt - baseline`` over the prompts that have both; the pairs are resampled whole."""
-    return estimate(per_prompt - baseline, bootstrap)
