@@ -24,8 +24,7 @@ from rayalign.report.frontier import (
 from rayalign.report.matrix import contests
 from rayalign.report.points import BASELINE, REFERENCE, Answers, Comparison, EvaluationPoint, PromptSet
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
-from rayalign.report.split import in_half
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, is_rate, prompt_draws
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, in_half, is_rate, prompt_draws
 from rayalign.report.summary import AnswersSummary, AtKl, Chosen, EntryAtKl, PointSummary, Summary
 
 Mask = NDArray[np.bool_]

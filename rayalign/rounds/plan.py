@@ -54,6 +54,10 @@ class RoundPlan:
         """Which pass over its round ``step`` belongs to, from 0."""
         return step % self.refresh_every // self.pass_steps
 
+    def weights_step(self, number: int) -> int:
+        """The step before which round ``number``'s weights are taken: (r − lag)·k, or 0 where that is negative."""
+        return max(0, (number - self.lag) * self.refresh_every)
+
     def rounds_drawn_at(self, step: int) -> range:
         """The rounds that are drawn with the weights that step ``step`` begins with; several at step 0 when lagging."""
         if step % self.refresh_every:
