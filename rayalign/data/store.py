@@ -32,7 +32,7 @@ class TokenStore:
     """A committed store, opened for reading; many processes may do so at once. Every record's checksum is checked."""
 
     digest: str
-    """Of the content: equal groups in equal shards have it on every machine, whatever their files are called."""
+    """Digest of the content: the same for equal groups in equal shards, whatever machine and file names."""
     meta: Mapping[str, Any]
     """What the commit said about the store."""
     index: Index

@@ -79,7 +79,7 @@ class Row:
 
     id: str
     stream: int
-    """Of the draws of seeds: the entry's place."""
+    """Stream of the random draws of seeds: the entry's place."""
     step: int
     runs: tuple[Columns, ...]
     of_seeds: int
@@ -199,7 +199,7 @@ def _chosen(
     bootstrap: Bootstrap,
     shares: frozenset[str],
 ) -> Iterator[Chosen]:
-    """Of entries with several checkpoints that as many seeds reached, where both halves have prompts."""
+    """Checkpoints chosen of entries with several that as many seeds reached, where both halves have prompts."""
     select, report = (in_half(prompts.prompts, half) for half in ("select", "report"))
     if not select.any() or not report.any():
         return
