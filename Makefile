@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most never are.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --durations=15
-# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine. They
-# are few and long, and begin early where the order stays that of the folders.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine.
+PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
 # The tests' tensors are small: more threads wait for each other.
 export OMP_NUM_THREADS ?= 1
+# Where it is set, every process of Ray compiles all that it imports, at every start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs site pictures audit bench clean

@@ -150,7 +150,7 @@ def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
     if stopped:
         reasons.append(
             f"the budget is used up ({budget.exceeded}): {'; '.join(stopped)}. Raise it and start the same command "
-            "again: every cell goes on from where it is"
+            "again: every cell resumes from where it is"
         )
     if reasons:
         raise UserError("\n".join(reasons))
@@ -215,7 +215,7 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
                 raise
             raise UserError(
                 f"the budget is used up ({ending.budget.exceeded}), and no cell has begun: {stopped}. Raise it and "
-                "start the same command again: the initial run goes on from there"
+                "start the same command again: the initial run resumes from there"
             ) from stopped
 
 

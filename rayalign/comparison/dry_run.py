@@ -102,7 +102,7 @@ def run_state(run: PlannedRun) -> str:
     if run.job is None and (run.directory / "final").exists():
         return "trained before; that counts if its data come out the same"
     step = max(evaluated_checkpoints(run.directory), default=0)
-    return f"to go on from step {step}" if step else "to train"
+    return f"to resume from step {step}" if step else "to train"
 
 
 def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:

@@ -194,7 +194,7 @@ class Evaluation:
         )
 
     def _answers(self, measured: Measured) -> Iterator[Answers]:
-        """Of everybody who counts what they are asked, or left something unanswered."""
+        """Counts of the scorers and judges that count what they are asked, or left something unanswered."""
         config = self.config
         asked: list[tuple[Role, ScorerConfig, Answered | None]] = []
         asked += [("scorer", scorer, measured.scored[scorer.label]) for scorer in config.scorers]

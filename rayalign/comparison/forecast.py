@@ -51,7 +51,7 @@ DECIDES_SPEED = (
 
 
 def num_steps(planned: PlannedRun) -> int | str:
-    """Of the whole run."""
+    """Total of the whole run."""
     if planned.job is not None:
         return planned.job.spec.optimizer.steps
     return planned.run.optim.steps or UNPREPARED

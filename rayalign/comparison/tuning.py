@@ -28,8 +28,7 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
 from rayalign.report import trials
 from rayalign.report.points import EvaluationPoint, Samples, as_array
-from rayalign.report.split import half_of
-from rayalign.report.statistics import prompt_means
+from rayalign.report.statistics import half_of, prompt_means
 from rayalign.run.display import Board
 from rayalign.run.job import evaluation_steps
 from rayalign.run.stages import Stages

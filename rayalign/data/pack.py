@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayalign.data.check import check_group
-from rayalign.data.group import Column, Group, GroupLengths, TokenIds
+from rayalign.data.group import Column, Group, GroupLengths, TokenIds, check_group
 from rayalign.data.rows import Block, Layout, arrange, row_shape
 from rayalign.types import PADDING_GROUP, PackedBatch
 

@@ -1,4 +1,4 @@
-"""Questions to a language model, asked until the answer can be read; whoever answers, the count is the same."""
+"""Questions to a language model, asked until the answer can be read, and counted alike for every model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayalign.remarks import Remarks
 
 ATTEMPTS = 4
 RETRY_TEMPERATURE = 0.7
-"""Of every attempt but the first, which is greedy: the same answer again would be of no use."""
+"""Temperature of every attempt after the first, which is greedy: a repeated answer would be of no use."""
 
 
 @dataclass(frozen=True, slots=True)

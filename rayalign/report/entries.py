@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def cost(self) -> Cost:
-        """Of one run: the mean over the seeds that were trained to their end, or over all where none was."""
+        """Cost of one run: the mean over the seeds that were trained to their end, or over all where none was."""
         done = [cell.cost for cell in self.cells if cell.status == "done"] or [cell.cost for cell in self.cells]
         if len(done) == 1:
             return done[0]

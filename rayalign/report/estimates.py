@@ -16,7 +16,6 @@ from rayalign.report.entries import Entry, entries_of
 from rayalign.report.formatting import SHARE
 from rayalign.report.frontier import (
     FrontierPoint,
-    SeedCrossings,
     pareto,
     pareto_frequency,
     score_at_kl,
@@ -25,8 +24,7 @@ from rayalign.report.frontier import (
 from rayalign.report.matrix import contests
 from rayalign.report.points import BASELINE, REFERENCE, Answers, Comparison, EvaluationPoint, PromptSet
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
-from rayalign.report.split import in_half
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, is_rate, prompt_draws
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, in_half, is_rate, prompt_draws
 from rayalign.report.summary import AnswersSummary, AtKl, Chosen, EntryAtKl, PointSummary, Summary
 
 Mask = NDArray[np.bool_]
@@ -81,7 +79,7 @@ class Row:
 
     id: str
     stream: int
-    """Of the draws of seeds: the entry's place."""
+    """Stream of the random draws of seeds: the entry's place."""
     step: int
     runs: tuple[Columns, ...]
     of_seeds: int
@@ -183,10 +181,6 @@ def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Seq
         cells = [cell.id for cell in entry.cells]
         for level in dict.fromkeys(row.level for row in at_kl if row.cell in cells):
             rows = [found.get((cell, level)) for cell in cells]
-
-            def crossings(name: str, rows: Sequence[AtKl | None] = rows) -> SeedCrossings:
-                return seed_crossings([row.crossings[name] if row else None for row in rows])
-
             yield EntryAtKl(
                 entry=entry.id,
                 prompt_set=at_kl[0].prompt_set,
@@ -205,7 +199,7 @@ def _chosen(
     bootstrap: Bootstrap,
     shares: frozenset[str],
 ) -> Iterator[Chosen]:
-    """Of entries with several checkpoints that as many seeds reached, where both halves have prompts."""
+    """Checkpoints chosen of entries with several that as many seeds reached, where both halves have prompts."""
     select, report = (in_half(prompts.prompts, half) for half in ("select", "report"))
     if not select.any() or not report.any():
         return

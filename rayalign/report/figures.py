@@ -133,7 +133,7 @@ def _against_cost(
 
 
 def last_step(entry: Entry) -> int:
-    """Of its runs: trained where that is known, else measured."""
+    """Number of its runs: trained where that is known, else measured."""
     logged = [row.get("step") for cell in entry.cells for row in cell.metrics]
     trained = [int(step) for step in logged if step is not None]
     return max([*trained, *(point.step for cell in entry.cells for point in cell.points)])

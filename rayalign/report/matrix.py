@@ -10,8 +10,7 @@ import numpy as np
 
 from rayalign.report.entries import Entry
 from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, rate_estimate
-from rayalign.report.winrate import win_shares
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, rate_estimate, win_shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,7 @@ class EvaluationPoint(Record):
     verdicts: Samples | None = None
     """The judge's: how much better each reply is than the baseline's of the same prompt and number: 1, 1/2 or 0."""
     answers: tuple[Answers, ...] = ()
-    """Of scorers and judges that count what they are asked, or left something unanswered."""
+    """Counts of scorers and judges that count what they are asked, or left something unanswered."""
     replies: tuple[Reply, ...] = ()
     """The few texts that the report shows."""
 
@@ -269,7 +269,7 @@ class Comparison(Record):
     """None: wins are counted against the reference."""
     cells: tuple[Cell, ...]
     tuning: tuple[Tuning, ...] = ()
-    """One per configuration where there were trials; empty: nobody tuned anything."""
+    """One per configuration where there were trials; empty where nothing was tuned."""
     measured: Mapping[str, str] = {}
     """Digests of what decides the numbers beside the policies: ``reference``, ``prompts``, ``scorers`` …"""
     parts: tuple[Part, ...] = ()

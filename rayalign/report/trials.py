@@ -46,7 +46,7 @@ class Trial(Record):
     kl: float | None = None
     """The same of the KL, nats per reply."""
     cost: Cost = Cost()
-    """Of all its runs."""
+    """Total over all its runs."""
 
 
 class Tuning(Record):
@@ -61,7 +61,7 @@ class Tuning(Record):
     scorer: str
     prompt_set: str
     num_prompts: int
-    """Of the select half."""
+    """Number of prompts in the select half."""
     max_kl: float | None = None
     trials: tuple[Trial, ...] = ()
     """Empty: untuned."""

@@ -35,7 +35,7 @@ from rayalign.verbs.findings_table import table
 from rayalign.verbs.show import LEGEND, shown
 
 if TYPE_CHECKING:
-    from rayalign.verbs.nearness import RowScores
+    from rayalign.verbs.filter_preview import RowScores
 
 Chunks = Callable[[], Iterator[tuple[Unit, list[Row]]]]
 

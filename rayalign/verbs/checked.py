@@ -34,7 +34,7 @@ from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.verbs.check import Checked, Checking, check
 
 if TYPE_CHECKING:
-    from rayalign.verbs.nearness import RowScores
+    from rayalign.verbs.filter_preview import RowScores
 
 YAML = (".yaml", ".yml")
 OF_SOURCES = ("split", "config", "data_dir", "format", "columns", "max_samples")
@@ -179,7 +179,7 @@ def _chat(model: str, template: str) -> Chat:
 
 
 def _scores(spec: ModelSpec) -> RowScores:
-    from rayalign.verbs.nearness import RowScores  # loads torch, which no other check needs
+    from rayalign.verbs.filter_preview import RowScores  # loads torch, which no other check needs
 
     return RowScores(spec)
 

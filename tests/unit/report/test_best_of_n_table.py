@@ -12,7 +12,7 @@ import pytest
 import torch
 from synthetic_comparison import comparison_input, few_cells
 
-from rayalign.functional.best_of_n import best_of_n_distribution, best_of_n_kl_bound
+from rayalign.functional.best_of_n import best_of_n_distribution
 from rayalign.report.best_of_n import best_of_n, expected_best, kl_bound
 from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison
@@ -64,7 +64,7 @@ def test_sizes_are_powers_of_two_up_to_the_samples() -> None:
         given = Comparison.model_validate(comparison_input(num_prompts=3, num_samples=samples))
         found = best_of_n(given.reference[0], Bootstrap(resamples=10))
         assert [row.n for row in found] == sizes
-        assert [row.kl_bound for row in found] == pytest.approx([best_of_n_kl_bound(n) for n in sizes])
+        assert [row.kl_bound for row in found] == pytest.approx([kl_bound(n) for n in sizes])
 
 
 def test_the_bound_by_hand() -> None:

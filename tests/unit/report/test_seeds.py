@@ -16,8 +16,7 @@ from rayalign.report.estimates import summarize
 from rayalign.report.points import Comparison
 from rayalign.report.render import render
 from rayalign.report.replication import two_level
-from rayalign.report.split import half_of, in_half
-from rayalign.report.statistics import Bootstrap
+from rayalign.report.statistics import Bootstrap, half_of, in_half
 from rayalign.report.summary import Summary
 
 GIVEN = seeded(few_cells(num_prompts=12))
