@@ -1,13 +1,15 @@
-"""Hooks of MkDocs (`make site`): links that lead out of ``docs/``, and cross-references in docstrings."""
+"""Hooks of MkDocs (`make site`): links that lead out of ``docs/``, formulas, and cross-references in docstrings."""
 
 from __future__ import annotations
 
+import html
 import posixpath
 import re
 from typing import Any
 
 REPOSITORY = "https://github.com/rayalign/rayalign/blob/main"
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?")
+_FORMULA = re.compile(r'<(?P<kind>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=kind)>', re.DOTALL)
 _LINK = re.compile(r"(?<=\])\((?P<target>\.\./[^)\s]+)\)")
 
 
@@ -22,6 +24,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: object) -> str:
     return _LINK.sub(address, markdown)
 
 
-def on_page_content(html: str, **_: object) -> str:
-    """The page's HTML, Sphinx's cross-references shown as code."""
-    return _ROLE.sub("<code>", html)
+def on_page_content(page_html: str, **_: object) -> str:
+    """The page's HTML with formulas as MathML, which needs no script, and Sphinx's cross-references as code."""
+    return _FORMULA.sub(_mathml, _ROLE.sub("<code>", page_html))
+
+
+def _mathml(found: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
+    display = "block" if found["kind"] == "div" else "inline"
+    return convert(html.unescape(found["latex"]), display=display)
