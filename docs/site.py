@@ -7,6 +7,8 @@ import posixpath
 import re
 from typing import Any
 
+from latex2mathml.converter import convert
+
 REPOSITORY = "https://github.com/rayalign/rayalign/blob/main"
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?")
 _FORMULA = re.compile(r'<(?P<kind>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=kind)>', re.DOTALL)
@@ -30,7 +32,6 @@ def on_page_content(page_html: str, **_: object) -> str:
 
 
 def _mathml(found: re.Match[str]) -> str:
-    from latex2mathml.converter import convert
-
     display = "block" if found["kind"] == "div" else "inline"
-    return convert(html.unescape(found["latex"]), display=display)
+    mathml: str = convert(html.unescape(found["latex"]), display=display)
+    return mathml
