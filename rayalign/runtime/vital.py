@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayalign.runtime import witness
+from rayalign.stop import Stop
 
 VITAL = {"raylet": "raylet", "gcs_server": "GCS"}
 """Names of programs → what Ray's documentation calls them."""
@@ -53,6 +54,8 @@ class Vital:
     released: threading.Event = field(default_factory=threading.Event)
     watched: dict[int, Child] = field(default_factory=dict)
     """Numbers of the open handles on them."""
+    stop: Stop | None = None
+    """Whether the command was asked to end: a death from then on does not make it a failure."""
     _witness: subprocess.Popen[str] | None = None
 
     def watch(self) -> None:
@@ -94,9 +97,10 @@ class Vital:
         settled = self.settled.wait(patience)
         self._say(witness.TOLD)
         witness.show_cursor()
+        stopping = self.stop is not None and self.stop.asked
         if not settled:
-            witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs))
-        os._exit(0 if settled else STOPPED if witness.asked(how) else FAILED)
+            witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs, stopping=stopping))
+        os._exit(0 if settled else STOPPED if stopping or witness.asked(how) else FAILED)
 
     def _say(self, line: str) -> None:
         """To the process that tells of a death where Ray ends this process first."""
