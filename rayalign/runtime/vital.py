@@ -86,9 +86,12 @@ class Vital:
                         ends.register(number, select.POLLIN)
                         self.watched[number] = child
                         self._say(f"{child.pid} {VITAL[child.name]} {child.logs}")
-            for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS)):
-                if not self.released.is_set():
-                    self._leave(self.watched[number])
+            ended = [
+                self.watched[number] for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS))
+            ]
+            if ended and not self.released.is_set():
+                # The witness ends the GCS where the raylet has ended: that is no news.
+                self._leave(next((child for child in ended if child.name == "raylet"), ended[0]))
 
     def _leave(self, dead: Child) -> None:
         """End this process at once: what waits for Ray cannot be woken, and the files are such that nothing is lost."""
