@@ -93,7 +93,8 @@ def compare(
         directory = storage / comparison.name
         stack.enter_context(lease(directory))
         board = stack.enter_context(Board(console, Gauges().set))
-        ending = Ending(stack.enter_context(stopping()), Budget(comparison.budget))
+        session.vital.stop = stop = stack.enter_context(stopping())
+        ending = Ending(stop, Budget(comparison.budget))
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
         model = initial_model(comparison, directory, stages, board, ending)

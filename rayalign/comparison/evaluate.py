@@ -27,7 +27,7 @@ from rayalign.judge.base import Asked
 from rayalign.judge.measure import Answered, Measured, ScorerSpec, Table, judge_of, make_scorers
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, interval, number
-from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_array
+from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
@@ -193,7 +193,7 @@ class Evaluation:
             ),
         )
 
-    def _answers(self, measured: Measured) -> Iterator[Answers]:
+    def _answers(self, measured: Measured) -> Iterator[AnswerCounts]:
         """Counts of the scorers and judges that count what they are asked, or left something unanswered."""
         config = self.config
         asked: list[tuple[Role, ScorerConfig, Answered | None]] = []
@@ -202,7 +202,7 @@ class Evaluation:
         asked += [("judge", config.judge, measured.judged)] if config.judge is not None else []
         for role, scorer, found in asked:
             if found is not None and (found.asked is not None or found.missing):
-                yield Answers(
+                yield AnswerCounts(
                     role=role,
                     name=scorer.label,
                     replies=found.values.size,

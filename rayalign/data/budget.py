@@ -52,7 +52,7 @@ class Truncation:
         return self.prompt > 0 or any(self.responses)
 
 
-class Answer(NamedTuple):
+class UncutCandidate(NamedTuple):
     """A candidate before it is cut."""
 
     ids: list[int]
@@ -70,7 +70,7 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    prompt: list[int], answers: Sequence[Answer], settings: TokenizeSettings, *, bos: int | None, end_id: int
+    prompt: list[int], answers: Sequence[UncutCandidate], settings: TokenizeSettings, *, bos: int | None, end_id: int
 ) -> Fitted | Truncation:
     """The group within its budget; or what would have to be cut, where it is left out.
 
@@ -91,7 +91,7 @@ def fit(
     return Fitted(cut_prompt, candidates, truncation)
 
 
-def _kept_of_prompt(length: int, answers: Sequence[Answer], settings: TokenizeSettings) -> int:
+def _kept_of_prompt(length: int, answers: Sequence[UncutCandidate], settings: TokenizeSettings) -> int:
     if settings.completed != "no" or not answers:
         return min(length, settings.max_prompt_tokens)
     longest = max(len(answer.ids) for answer in answers)
@@ -106,7 +106,7 @@ def _cut_left(ids: list[int], limit: int, bos: int | None) -> list[int]:
     return ids[len(ids) - limit :]
 
 
-def _cut_right(answer: Answer, room: int, end_id: int, *, close: bool) -> tuple[Candidate | None, int]:
+def _cut_right(answer: UncutCandidate, room: int, end_id: int, *, close: bool) -> tuple[Candidate | None, int]:
     """The candidate that fits, and the number of tokens cut. What is left ends in a token that is predicted.
 
     None: no predicted token fits.

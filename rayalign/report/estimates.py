@@ -22,7 +22,7 @@ from rayalign.report.frontier import (
     seed_crossings,
 )
 from rayalign.report.matrix import contests
-from rayalign.report.points import BASELINE, REFERENCE, Answers, Comparison, EvaluationPoint, PromptSet
+from rayalign.report.points import BASELINE, REFERENCE, AnswerCounts, ComparisonRecord, EvaluationPoint, PromptSet
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
 from rayalign.report.statistics import Bootstrap, Estimate, Matrix, in_half, is_rate, prompt_draws
 from rayalign.report.summary import AnswersSummary, AtKl, Chosen, EntryAtKl, PointSummary, Summary
@@ -32,7 +32,7 @@ Mask = NDArray[np.bool_]
 COUNTS = ("replies", "missing", "calls", "failures", "ties", "disagreements")
 
 
-def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Summary:
+def summarize(comparison: ComparisonRecord, bootstrap: Bootstrap | None = None) -> Summary:
     """Every estimate of the report. Equal comparisons give equal summaries."""
     bootstrap = bootstrap or Bootstrap()
     entries = entries_of(comparison.cells)
@@ -96,7 +96,9 @@ class Row:
         return two_level(values if among is None else values[:, among], bootstrap, stream=self.stream, rate=rate)
 
 
-def _summarize_set(comparison: Comparison, entries: Sequence[Entry], index: int, bootstrap: Bootstrap) -> SetSummary:
+def _summarize_set(
+    comparison: ComparisonRecord, entries: Sequence[Entry], index: int, bootstrap: Bootstrap
+) -> SetSummary:
     reference = comparison.reference[index]
     baseline = comparison.baseline.points[index] if comparison.baseline else reference
     prompts = comparison.prompt_sets[index]
@@ -232,11 +234,11 @@ def _mean_of(values: Matrix) -> float:
     return float(present.mean()) if len(present) else math.nan
 
 
-def _answers(comparison: Comparison) -> Iterator[AnswersSummary]:
+def _answers(comparison: ComparisonRecord) -> Iterator[AnswersSummary]:
     baseline = [(BASELINE, comparison.baseline.points)] if comparison.baseline else []
     cells = [(cell.id, cell.points) for cell in comparison.cells]
     for cell, points in ((REFERENCE, comparison.reference), *baseline, *cells):
-        found: dict[tuple[str, str], list[Answers]] = {}
+        found: dict[tuple[str, str], list[AnswerCounts]] = {}
         for answers in (answers for point in points for answers in point.answers):
             found.setdefault((answers.role, answers.name), []).append(answers)
         for (role, name), parts in found.items():
@@ -245,7 +247,7 @@ def _answers(comparison: Comparison) -> Iterator[AnswersSummary]:
             yield AnswersSummary(cell=cell, role=role, name=name, problem=problem, **sums)
 
 
-def shares_of(comparison: Comparison) -> frozenset[str]:
+def shares_of(comparison: ComparisonRecord) -> frozenset[str]:
     """Names of the scorers and diagnostics that are shares."""
     return frozenset(one.name for one in (*comparison.scorers, *comparison.diagnostics) if one.unit == SHARE)
 

@@ -12,7 +12,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.records import BadRow, Row
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
-from rayalign.data.tokenize_rows import LeftOut
+from rayalign.data.tokenize_rows import UndecidedRow
 from rayalign.report.formatting import printable
 
 STYLES = {"prompt": "cyan", "trained": "green", "seen": "yellow", "cut": "red", "end": "bold magenta"}
@@ -27,7 +27,7 @@ Marked = tuple[str, str]
 """(role, text)."""
 
 
-def shown(row: Row, found: Example | BadRow | LeftOut, chat: Chat, settings: TokenizeSettings) -> Iterator[Text]:
+def shown(row: Row, found: Example | BadRow | UndecidedRow, chat: Chat, settings: TokenizeSettings) -> Iterator[Text]:
     """The lines of one row."""
     if isinstance(found, Example):
         whole = replace(settings, max_prompt_tokens=UNLIMITED, max_tokens=2 * UNLIMITED)
