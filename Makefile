@@ -17,12 +17,12 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs site pictures audit bench clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.installed ## the README's first comparison, on this machine
+quickstart: $(VENV)/.installed ## the first comparison, fifteen entries on this machine
 	$(BIN)/rayalign compare examples/quickstart.yaml
 
-test: check ## what a change must pass: lint, types, import walls, the default tests
+test: check ## what a change must pass: check and the default tests
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-docs: $(VENV)/.installed-test ## every command, YAML and link of the documentation, the slow ones too
@@ -55,7 +55,7 @@ format: $(VENV)/.installed-test ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-test ## write the pages of docs/reference that the code knows again
+docs: $(VENV)/.installed-test ## write the pages of docs/reference that follow from the code
 	$(BIN)/python -m docs.generate
 
 site: $(VENV)-docs/.installed ## the documentation as a site, in build/site; broken links end it
@@ -65,7 +65,7 @@ pictures: $(VENV)/.installed ## the pictures of the README: nine runs, ten minut
 	$(BIN)/rayalign compare examples/tutorial.yaml name=pictures "report.title=The tutorial's comparison on three seeds" 'grid.seed=[0,1,2]' 'base.evaluate.at=[8,16,24]'
 	$(BIN)/python -m docs.pictures runs/pictures/report
 
-audit: $(VENV)/.installed-test ## ask the package index for known vulnerabilities; fails where one is known or it cannot be asked
+audit: $(VENV)/.installed-test ## ask the package index for known vulnerabilities of what is installed
 	$(PIP) pip-audit
 	$(BIN)/pip-audit --strict --skip-editable --progress-spinner off
 
