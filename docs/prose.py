@@ -167,9 +167,11 @@ def files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def unit(path: Path) -> str:
-    """What shares one count: a page, or all modules of a room of ``rayalign``."""
+    """What shares one count: a page, all modules of a room of ``rayalign``, or those that are in no room."""
     parts = path.relative_to(ROOT).parts
-    return "/".join(parts[:2]) if parts[0] == "rayalign" else str(path.relative_to(ROOT))
+    if parts[0] != "rayalign":
+        return "/".join(parts)
+    return "/".join(parts[:2]) if len(parts) > 2 else "rayalign"
 
 
 def counts(findings: Iterable[Finding]) -> dict[str, dict[Kind, int]]:
