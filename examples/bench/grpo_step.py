@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from examples.lab.in_process import Alone
+from rayalign.config.training import OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.judge.measure import ScorerSpec
@@ -148,7 +148,8 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         directory=folder / "run",
         model=policy,
         objectives=(Objective(stream=MAIN_STREAM, method=method, config=config),),
-        optimizer=OptimizerSpec(lr=1e-5, steps=steps, schedule="constant", max_grad_norm=1.0),
+        optim=OptimConfig(lr=1e-5, schedule="constant", warmup=0),
+        steps=steps,
         seed=0,
         identity={},
         checkpoint_every=10_000,

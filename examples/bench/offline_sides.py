@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from rayalign.config.training import OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
@@ -24,7 +25,6 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import train
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import resolve
@@ -92,7 +92,8 @@ def training(job: Mapping[str, Any], directory: Path) -> tuple[TrainSpec, Source
         directory=directory,
         model=ModelSpec(name=job["model"]),
         objectives=(Objective(stream=MAIN_STREAM, method=dpo, config=dpo.config(beta=BETA)),),  # type: ignore[call-arg]
-        optimizer=OptimizerSpec(lr=LR, steps=job["steps"], schedule="constant", max_grad_norm=MAX_GRAD_NORM),
+        optim=OptimConfig(lr=LR, schedule="constant", max_grad_norm=MAX_GRAD_NORM, warmup=0),
+        steps=job["steps"],
         seed=0,
         identity={},
         checkpoint_every=job["steps"],

@@ -38,7 +38,7 @@ from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
-from rayalign.run.job import critic_spec, method_of, objectives, optimizer_spec
+from rayalign.run.job import critic_spec, method_of, objectives
 from rayalign.run.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
 from rayalign.run.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
 from rayalign.run.rollouts import prompts_of as prompts_in
@@ -105,8 +105,9 @@ class Workshop:
             directory=self.folder / name,
             model=model_spec(run),
             objectives=objectives(run, method),
-            optimizer=optimizer_spec(run, run.optim.steps),
-            critic=critic_spec(run, run.optim.steps) if method.critic is not None else None,
+            optim=run.optim,
+            steps=run.optim.steps,
+            critic=critic_spec(run) if method.critic is not None else None,
             seed=run.seed,
             identity={"name": name},
             checkpoint_every=run.optim.steps,

@@ -53,7 +53,7 @@ DECIDES_SPEED = (
 def num_steps(planned: PlannedRun) -> int | str:
     """Of the whole run."""
     if planned.job is not None:
-        return planned.job.spec.optimizer.steps
+        return planned.job.spec.steps
     return planned.run.optim.steps or UNPREPARED
 
 
@@ -62,7 +62,7 @@ def steps_done(planned: PlannedRun) -> int:
     if planned.tuned:
         return 0
     if planned.job is not None and not planned.refused and finished(planned.job):
-        return planned.job.spec.optimizer.steps
+        return planned.job.spec.steps
     return max(evaluated_checkpoints(planned.directory), default=0)
 
 
@@ -79,7 +79,7 @@ def stored_tokens(stream: AnyStream, job: TrainJob) -> int:
     """Tokens of every group that a run takes from a stream in which nothing is fresh."""
     groups, total = opened(stream, job.source.seed), 0
     packed: dict[tuple[int, int], int] = {}
-    for step in range(job.spec.optimizer.steps):
+    for step in range(job.spec.steps):
         for drawn in groups.draw(step):
             place = id(drawn.store), drawn.row
             if place not in packed:

@@ -75,6 +75,7 @@ class OptimConfig(Block):
         return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
 
 
+StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
 OPTIONS = {
     "zero_stage": ("deepspeed",),
     "config": ("deepspeed",),
@@ -88,7 +89,7 @@ OPTIONS = {
 class StrategyConfig(Block):
     """How the policy is spread over workers."""
 
-    name: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    name: StrategyName = "single"
     """single: one process; ddp: whole copies; fsdp2: shards; deepspeed: ZeRO."""
     workers: Elastic = "auto"
     """A number, [smallest, largest] (elastic), or auto: one per GPU, on CPUs one."""

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayalign import __version__
 from rayalign.config import resume
 from rayalign.config.run import RunConfig
-from rayalign.config.training import CriticConfig
+from rayalign.config.training import CriticConfig, OptimConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint.checkpoint import DESCRIBED, Best
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.state import CriticSpec, TrainSpec
-from rayalign.engine.strategy.base import StrategySpec
 from rayalign.engine.strategy.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
@@ -69,6 +66,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     method = method_of(run)
     main = main_stream(run, method, stages, directory / "rounds")
     steps = main.steps
+    refuse_long_warmup(run.optim, steps)
     streams: list[AnyStream] = [main.stream, *auxiliary_streams(run, stages)]
     source = SourceSpec(
         streams=tuple(streams),
@@ -81,8 +79,9 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         directory=directory,
         model=trained_spec(run),
         objectives=objectives(run, method),
-        optimizer=optimizer_spec(run, steps),
-        critic=critic_spec(run, steps) if method.critic is not None else None,
+        optim=run.optim,
+        steps=steps,
+        critic=critic_spec(run) if method.critic is not None else None,
         seed=run.seed,
         identity=run_identity(run, streams),
         checkpoint_every=run.checkpoint.every,
@@ -101,16 +100,14 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         reference_in_place=run.reference.place == "trainer",
         reference_made=reference_made(main.stream),
         check_initial_logratio=needs_reference(method, run) and run.model.reference is None,
-        on_nonfinite=run.optim.on_nonfinite,
-        max_skipped_in_a_row=run.optim.max_skipped_in_a_row,
     )
     evaluated = held_out(run, method, source, stages) if measures_loss(run, method) else None
     return TrainJob(
         spec=spec,
         source=source,
         held_out=evaluated,
-        strategy=strategy_spec(run),
-        timeout_seconds=run.strategy.timeout_seconds,
+        strategy=run.strategy,
+        zero=zero_file(run),
         workers=workers,
         share=host(each) if takes_turns(run, session) else each,
         run=label,
@@ -235,47 +232,28 @@ def objectives(run: RunConfig, method: Method) -> tuple[Objective, ...]:
     )
 
 
-def optimizer_spec(run: RunConfig, steps: int) -> OptimizerSpec:
-    optim = run.optim
-    if optim.warmup_steps(steps) > steps:
-        raise UserError(f"optim.warmup of {optim.warmup:g} steps is longer than the run of {steps}")
-    return OptimizerSpec(
-        lr=optim.lr,
-        steps=steps,
-        schedule=optim.schedule,
-        warmup_steps=optim.warmup_steps(steps),
-        min_lr_ratio=optim.min_lr_ratio,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm or 0.0,
-    )
-
-
-def critic_spec(run: RunConfig, steps: int) -> CriticSpec:
+def critic_spec(run: RunConfig) -> CriticSpec:
     """The second model: another one, or the policy before the first step, with a scalar head and a rate of its own."""
     critic = run.critic or CriticConfig()
-    return CriticSpec(model=critic_model(run), optimizer=replace(optimizer_spec(run, steps), lr=critic.lr))
+    return CriticSpec(model=critic_model(run), optim=run.optim.model_copy(update={"lr": critic.lr}))
 
 
-def strategy_spec(run: RunConfig) -> StrategySpec:
-    """Raises UserError where a DeepSpeed file cannot be read or contradicts the YAML."""
-    strategy = run.strategy
+def refuse_long_warmup(optim: OptimConfig, steps: int) -> None:
+    """Raise UserError where a run of ``steps``, as its data make it, would end before its warm-up."""
+    if optim.warmup_steps(steps) > steps:
+        raise UserError(f"optim.warmup of {optim.warmup:g} steps is longer than the run of {steps}")
+
+
+def zero_file(run: RunConfig) -> str | None:
+    """The text of the user's DeepSpeed file; raises UserError where it cannot be read or contradicts the YAML."""
+    path = run.strategy.config
     try:
-        config = Path(strategy.config).read_text(encoding="utf-8") if strategy.config else None
+        text = Path(path).read_text(encoding="utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"strategy.config: {strategy.config} cannot be read: {error}") from error
-    spec = StrategySpec(
-        name=strategy.name,
-        reshard_after_forward=strategy.reshard_after_forward,
-        sync_every_micro_batch=strategy.sync_every_micro_batch,
-        cpu_offload=strategy.cpu_offload,
-        zero_stage=strategy.zero_stage,
-        config=config,
-    )
-    if strategy.name == "deepspeed":
-        zero_config(spec, optimizer_spec(run, steps=run.optim.steps or 1), bfloat16=False)
-    return spec
+        raise UserError(f"strategy.config: {path} cannot be read: {error}") from error
+    if run.strategy.name == "deepspeed":
+        zero_config(run.strategy, run.optim, text, bfloat16=False)
+    return text
 
 
 def checkpoint_best(run: RunConfig, steps: int) -> Best | None:

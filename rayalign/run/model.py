@@ -16,7 +16,6 @@ from rayalign.data.closing import policy_template
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.folder import model_digest, model_directory, tokenizer_digest
 from rayalign.engine.model.generation import end_ids
-from rayalign.engine.model.lora import LoraSpec
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_tokenizer
 from rayalign.engine.model.scalar import ScalarHead
@@ -63,13 +62,7 @@ def scalar_head(run: RunConfig) -> ScalarHead:
 
 def trained_spec(run: RunConfig) -> ModelSpec:
     """The same as it is trained: compiled, with an adapter that is trained in its place, or neither."""
-    lora, spec = run.model.lora, replace(model_spec(run), compile=run.model.compile)
-    if lora is None:
-        return spec
-    adapter = LoraSpec(
-        rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=tuple(lora.target_modules)
-    )
-    return replace(spec, lora=adapter)
+    return replace(model_spec(run), compile=run.model.compile, lora=run.model.lora)
 
 
 def reference_spec(run: RunConfig) -> ModelSpec:

@@ -32,7 +32,7 @@ from rayalign.rounds.label import own_rule
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import StoredStream, stored_parts
 from rayalign.run.display import Board
-from rayalign.run.job import make_job, num_processes, strategy_spec
+from rayalign.run.job import make_job, num_processes, zero_file
 from rayalign.run.model import scorer_spec
 from rayalign.run.provenance import provenance
 from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
@@ -87,7 +87,7 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         collect_quarantine(job)
         for line in export_told(run):
             board.say(f"{job.run}: {line}")
-        board.start(job.run, job.spec.optimizer.steps)
+        board.start(job.run, job.spec.steps)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watching(job.spec.directory, row=partial(board.row, job.run), note=board.say))
             if job.rollouts is not None:
@@ -143,7 +143,7 @@ def refuse_unsupported(run: RunConfig) -> None:
         refuse_missing_peft()
     if run.strategy.name == "deepspeed":
         refuse_missing_deepspeed()
-        strategy_spec(run)
+        zero_file(run)
     if run.rollout is not None:
         refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
     if run.scorer is not None:
@@ -229,7 +229,7 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         "started": history.started,
         "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": run.seed,
-        "steps": job.spec.optimizer.steps,
+        "steps": job.spec.steps,
         "workers": job.workers if job.fewest is None else [job.fewest, job.workers],
         "threads_per_worker": job.share.threads,
         "config_version": run.config_version,

@@ -88,7 +88,7 @@ def measured(model: PreTrainedModel, spec: ModelSpec) -> Trial:
         base = Path(folder, "base")
         save_weights(small, base)
         if spec.lora is not None:
-            add_adapter(small, replace(spec.lora, dropout=0.0), seed=0)
+            add_adapter(small, spec.lora.model_copy(update={"dropout": 0.0}), seed=0)
             draw_adapter(small)
         state = small.state_dict()
         with computing(model.config, spec.field):

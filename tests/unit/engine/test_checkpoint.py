@@ -14,6 +14,7 @@ import torch
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
+from rayalign.config.training import OptimConfig
 from rayalign.engine.checkpoint.checkpoint import (
     Best,
     Checkpoint,
@@ -30,11 +31,11 @@ from rayalign.engine.checkpoint.optimizer_state import (
     save_state,
 )
 from rayalign.engine.model.pretrained import ModelSpec, load_policy
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer import make_optimizer, set_learning_rate
 from rayalign.storage.manifest import MANIFEST, commit
 
 MODEL, TOKENIZER = tiny("llama"), byte_level()
-SPEC = OptimizerSpec(lr=1e-3, steps=10)
+OPTIM = OptimConfig(lr=1e-3)
 IDENTITY = {"configuration": {"optim": {"lr": 1e-3, "betas": (0.9, 0.999)}}, "data": "d1"}
 
 
@@ -56,7 +57,8 @@ def save(checkpoints: Checkpointer, step: int, model=MODEL, optimizer=None) -> P
 
 def stepped(model: torch.nn.Module) -> torch.optim.Optimizer:
     """An optimizer that has a state; the model is as before."""
-    optimizer = make_optimizer(model, OptimizerSpec(lr=0.0, steps=10))
+    optimizer = make_optimizer(model, OPTIM)
+    set_learning_rate(optimizer, 0.0)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -139,7 +141,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         loaded, _ = load_policy(ModelSpec(name=str(directory)))
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()), name
-        restored = make_optimizer(loaded, SPEC)
+        restored = make_optimizer(loaded, OPTIM)
         load_state(restored, directory)
         theirs = restored.state_dict()["state"]
         for index, state in optimizer.state_dict()["state"].items():
@@ -230,13 +232,13 @@ def test_the_description_of_an_optimizer_names_no_place(tmp_path: Path) -> None:
     save_state(named_state(stepped(MODEL)), tmp_path, alone=True)
     content = (tmp_path / METADATA).read_bytes()
     assert b"pathlib" not in content and tmp_path.name.encode() not in content
-    load_state(make_optimizer(MODEL, SPEC), tmp_path)
+    load_state(make_optimizer(MODEL, OPTIM), tmp_path)
 
 
 def test_code_in_the_description_of_an_optimizer_is_not_run(root: Path, tmp_path: Path) -> None:
     directory = root / "step_000004-aa1"
     (directory / METADATA).write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
-    optimizer = make_optimizer(MODEL, SPEC)
+    optimizer = make_optimizer(MODEL, OPTIM)
     with pytest.raises(UnreadableOptimizer, match=r"\.metadata .*posix\.mkdir is nothing that torch writes"):
         load_state(optimizer, directory)
     assert not (tmp_path / "planted").exists() and not optimizer.state

@@ -169,7 +169,7 @@ def test_what_is_written_loads_as_a_model(scenario: Scenario, whole: Path, capfd
 def test_the_template_of_the_run_is_saved_with_every_model(scenario: Scenario, tmp_path: Path) -> None:
     """The model is asked as it was trained, wherever it is served or trained further."""
     spec = train_spec(tmp_path, scenario, checkpoint_every=1, chat_template="{{ messages[0].content }}</s>")
-    final = train_alone(replace(spec, optimizer=replace(spec.optimizer, steps=1)), scenario)
+    final = train_alone(replace(spec, steps=1), scenario)
     for folder in (final, *(tmp_path / "checkpoints").glob("step_*")):
         saved = AutoTokenizer.from_pretrained(folder)
         assert saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a</s>"
@@ -298,7 +298,7 @@ def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(dpo:
 
 def test_a_step_that_is_skipped_changes_nothing_and_is_counted(dpo: Scenario, tmp_path: Path) -> None:
     """The weights after it are those before it, and a restart goes on counting."""
-    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip", checkpoint_every=1, checkpoint_keep=12)
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}, checkpoint_every=1, checkpoint_keep=12)
     with pytest.raises(Interrupted):
         train(spec, Poisoned(dpo, {3, 6, 7}), SINGLE, on_step=interrupt_after(9))
     before, after = (checkpoint_of(spec.directory, step) for step in (3, 4))
@@ -313,7 +313,7 @@ def test_a_step_that_is_skipped_changes_nothing_and_is_counted(dpo: Scenario, tm
 
 
 def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> None:
-    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip", max_skipped_in_a_row=2)
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip", "max_skipped_in_a_row": 2})
     train(replace(spec, directory=tmp_path / "two"), Poisoned(dpo, {3, 4, 6, 7}), SINGLE)
     with pytest.raises(NonFiniteStep, match="step 6: .*after 2 that were skipped, which optim.max_skipped_in_a_row"):
         train(spec, Poisoned(dpo, {3, 4, 5}), SINGLE)
@@ -322,7 +322,7 @@ def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> N
 
 
 def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_path: Path) -> None:
-    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip")
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"})
     with pytest.raises(Stopped, match="stopped after step 4 of 12"):
         train(spec, Poisoned(dpo, {3}), SINGLE, stop=asked_in(4, spec.directory))
     assert [row["loss"] is None for row in rows(spec.directory)] == [False, False, False, True]
@@ -333,7 +333,7 @@ def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_pat
 def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
     strategy = join(rank, 2, folder / "meeting-point")
     for name in ("ddp", "fsdp2"):
-        spec = train_spec(folder / name, dpo, on_nonfinite="skip", check_initial_logratio=False)
+        spec = train_spec(folder / name, dpo, optim={"on_nonfinite": "skip"}, check_initial_logratio=False)
         train(spec, Poisoned(dpo, {3}, rank=rank, world_size=2), make_strategy(name, torch.device("cpu")))
     stopping = train_spec(folder / "stopped", dpo)
     with pytest.raises(NonFiniteStep) as caught:
@@ -525,7 +525,9 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
 
 
 def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Path) -> None:
-    spec = replace(train_spec(tmp_path / "run", dpo, on_nonfinite="skip"), checkpoint_every=STEPS, checkpoint_keep=9)
+    spec = replace(
+        train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}), checkpoint_every=STEPS, checkpoint_keep=9
+    )
     train(spec, Poisoned(dpo, {4}), SINGLE, notices=Notice())
     assert [row["step"] for row in rows(spec.directory) if row["loss"] is None] == [5]
     assert [step_of(path) for path in sorted((spec.directory / "checkpoints").glob("step_*"))] == [5, STEPS]
@@ -533,9 +535,9 @@ def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Pat
 
 def test_resume_on_two_workers(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     """Six steps, then the other six: exactly the twelve of two workers, and up to rounding those of one."""
-    constant = {"schedule": "constant", "warmup_steps": 0, "lr": 1e-3}
+    constant = {"schedule": "constant", "warmup": 0, "lr": 1e-3}
     spec = train_spec(tmp_path / "straight", scenario)
-    spec = replace(spec, optimizer=replace(spec.optimizer, **constant))
+    spec = replace(spec, optim=spec.optim.model_copy(update=constant))
     multiprocessing.spawn(resuming_worker, args=(tmp_path, spec, scenario), nprocs=2)
     straight, resumed = (checkpoint_of(tmp_path / name, STEPS) for name in ("straight", "resumed"))
     assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()

@@ -27,7 +27,6 @@ from rayalign.run.job import (
     critic_spec,
     method_of,
     num_processes,
-    optimizer_spec,
     run_identity,
 )
 from rayalign.run.model import model_spec
@@ -220,13 +219,13 @@ PPO = [
 def test_a_critic_starts_from_the_policy_or_from_its_own_folder_and_has_a_rate_of_its_own(tmp_path: Path) -> None:
     policy, other = (save_tiny(tmp_path / name) for name in ("policy", "other"))
     null = load_run(None, [*PPO, f"model.name={policy}", "model.from_scratch=true", "seed=5"])
-    spec = critic_spec(null, 10)
+    spec = critic_spec(null)
     assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.from_scratch
-    assert spec.optimizer == replace(optimizer_spec(null, 10), lr=9e-6)
+    assert spec.optim == null.optim.model_copy(update={"lr": 9e-6})
     run = load_run(None, [*PPO, f"model.name={policy}", f"critic={{model: {other}, lr: 1e-4}}", "data.stop=<|end|>"])
-    spec = critic_spec(run, 10)
+    spec = critic_spec(run)
     assert spec.model.name == str(other) and spec.model.head == ScalarHead(stop="<|end|>")
-    assert spec.optimizer == replace(optimizer_spec(run, 10), lr=1e-4)
+    assert spec.optim == run.optim.model_copy(update={"lr": 1e-4})
     # Other weights of the critic are another run.
     before = run_identity(run, [])
     assert run_identity(run, []) == before

@@ -157,7 +157,7 @@ def test_what_is_made_before_makes_more_keys_known(folder: Path) -> None:
     # simpo has no reference, so all of it is there: five steps of two of the three pairs, in the plan's order
     dpo, simpo = found.runs
     assert dpo.job is None and simpo.job is not None
-    assert simpo.job.spec.optimizer.steps == 5
+    assert simpo.job.spec.steps == 5
     assert len(store) == 3
     again = planned(folder, grid=grid, fresh=frozenset({"tokens"}))
     states = {stage.name: stage_state(stage, again, frozenset({"tokens"})) for stage in again.stages}
