@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from examples.lab.in_process import Alone
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.config.training import OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
@@ -28,12 +30,10 @@ from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
-from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.columns import Preparation
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
@@ -127,8 +127,8 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         engine="hf",
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=SAMPLES),
         keep_stored=False,
-        scorer=ScorerSpec(label="length", name="rule", parameters={"function": f"{folder / 'scores.py'}:score"}),
-        label=LabelSpec(name="rewards"),
+        scorer=RuleScorerConfig(function=f"{folder / 'scores.py'}:score"),
+        label=LabelConfig(name="rewards"),
         shape="group",
         needs_reference=True,
     )

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
-from rayalign.judge.measure import ScorerSpec
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.model import CPU_ROW_TOKENS
@@ -131,8 +131,8 @@ def write_job(root: Path, *, engine: str, prompts: int) -> Job:
         engine=engine,
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=8),
         keep_stored=False,
-        scorer=ScorerSpec(label="none", name="rule", parameters={"function": "rayalign.judge.rule:no_score"}),
-        label=LabelSpec(name="rewards"),
+        scorer=RuleScorerConfig(function="rayalign.judge.rule:no_score"),
+        label=LabelConfig(name="rewards"),
         shape="group",
         needs_reference=False,
     )

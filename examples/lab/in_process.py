@@ -39,8 +39,8 @@ from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.job import critic_spec, method_of, objectives
-from rayalign.run.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
-from rayalign.run.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
+from rayalign.run.model import CPU_ROW_TOKENS, model_spec, stop_ids
+from rayalign.run.rollouts import fresh_fraction, kept_candidates, preparation, round_plan, sampling
 from rayalign.run.rollouts import prompts_of as prompts_in
 from rayalign.run.streams import needs_reference, shape_of
 from rayalign.runtime.drawing import commit_drawn, draw
@@ -185,8 +185,8 @@ class Workshop:
             engine="hf",
             sampling=sampling(run),
             keep_stored=policy.name == "hybrid" and policy.mix == "candidates",
-            scorer=scorer_spec(run.scorer),
-            label=label_spec(run.label or LabelConfig()),
+            scorer=run.scorer,
+            label=run.label or LabelConfig(),
             shape=shape,
             needs_reference=scored,
         )
@@ -283,9 +283,8 @@ def scoring_spec(run: RunConfig, model: ModelSpec | None = None) -> ScoringSpec:
 
 def groups_of(run: RunConfig, source: DataSource, shape: Shape) -> list[Group]:
     """The rows of a maker as token ids."""
-    spec = tokenizer_spec(run)
-    chat = make_chat(load_tokenizer(Path(spec.name)), template=spec.template, stop=spec.stop)
-    outcomes = to_groups(examples_of(source), chat, spec.settings)
+    chat = make_chat(load_tokenizer(Path(run.model.name)), template=run.data.template, stop=run.data.end)
+    outcomes = to_groups(examples_of(source), chat, run.data)
     if bad := [outcome for outcome in outcomes if not isinstance(outcome, Tokenized)]:
         raise ValueError(f"the world made a row that cannot be used: {bad[0]}")
     return [group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shaped(outcome.group, shape)]

@@ -29,7 +29,6 @@ from rayalign.run.model import (
     row_tokens,
     saved_precision,
     scorer_content,
-    scorer_spec,
     spec_digest,
     stop_ids,
     trained_spec,
@@ -201,7 +200,7 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
     kept = [file for stream in streams for part in stored_parts(stream) for file in part.kept]
     if kept:
         identity["kept"] = digest_of([file_digest(file) for file in kept])
-    scorer = scorer_content(scorer_spec(run.scorer)) if run.scorer is not None else None
+    scorer = scorer_content(run.scorer) if run.scorer is not None else None
     if scorer is not None:
         identity["scorer"] = scorer
     if run.label is not None and ":" in run.label.name and draws_rounds(run):  # else "data" has what it made

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayalign.config.compare import INITIAL
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import PATIENCE, ScorerConfig
-from rayalign.data.budget import Completed, TokenizeSettings
+from rayalign.config.scoring import PATIENCE, RewardModelScorerConfig, RuleScorerConfig, ScorerConfig
 from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
 from rayalign.engine.frozen import ScoringSpec
@@ -21,8 +20,8 @@ from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_tok
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.judge.measure import ScorerSpec
-from rayalign.runtime.datasets import TokenizerSpec, load_chat
+from rayalign.judge import parameters_of
+from rayalign.runtime.datasets import load_chat
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import PENDING, digest_of
 from rayalign.storage.manifest import file_digest
@@ -125,26 +124,6 @@ def row_tokens(session: Session) -> int | None:
     return None if session.num_gpus else CPU_ROW_TOKENS
 
 
-def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerSpec:
-    """The policy's tokenizer and how it writes conversations."""
-    return TokenizerSpec(
-        name=run.model.name,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-        template=run.data.template,
-        stop=run.data.end,
-        settings=TokenizeSettings(
-            max_prompt_tokens=run.data.max_prompt_tokens,
-            max_tokens=run.data.max_tokens,
-            truncated=run.data.truncated,
-            long_prompts=run.data.long_prompts,
-            completed=completed,
-        ),
-        template_kwargs=run.data.chat_template_kwargs,
-        date=run.data.date,
-    )
-
-
 def saved_precision(run: RunConfig) -> Precision:
     """In which precision ``final/`` is written."""
     if run.model.name == INITIAL or (run.model.from_scratch and run.model.save_dtype == "auto"):
@@ -191,34 +170,27 @@ def chat_template(run: RunConfig) -> str | None:
 
 def chat_of(run: RunConfig) -> Chat:
     """How the policy's tokenizer writes conversations in this run."""
-    return load_chat(tokenizer_spec(run))
+    return load_chat(run.model, run.data)
 
 
-def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:
-    """A scorer as it travels to the processes that call it."""
-    parameters = scorer.model_dump(exclude={"name", "unit", "description"})
-    return ScorerSpec(label=scorer.label, name=scorer.name, parameters=parameters)
-
-
-def scorer_identity(scorer: ScorerSpec) -> list[Any]:
+def scorer_identity(scorer: ScorerConfig) -> list[Any]:
     """What decides a scorer's numbers: its parameters, and its code or weights, where those can be known.
 
     Where those lie does not.
     """
-    parameters = {key: value for key, value in scorer.parameters.items() if key not in PATIENCE}
+    parameters = {key: value for key, value in parameters_of(scorer).items() if key not in PATIENCE}
     places: dict[str, Any] = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
-    said = asdict(replace(scorer, parameters={**parameters, **places}))
+    said = {"label": scorer.label, "name": scorer.name, "parameters": {**parameters, **places}}
     content = scorer_content(scorer)
     return [said] if content is None else [said, content]
 
 
-def scorer_content(scorer: ScorerSpec) -> str | None:
+def scorer_content(scorer: ScorerConfig) -> str | None:
     """The digest of a scorer's code or weights; None for a model behind an endpoint."""
-    parameters = scorer.parameters
-    if scorer.name == "rule":
-        return source_digest(parameters["function"])
-    if scorer.name == "reward_model" or parameters.get("engine"):
-        return model_digest(model_directory(parameters["model"], parameters["revision"]))
+    if isinstance(scorer, RuleScorerConfig):
+        return source_digest(scorer.function)
+    if isinstance(scorer, RewardModelScorerConfig) or scorer.engine:
+        return model_digest(model_directory(scorer.model, scorer.revision))
     return None
 
 
@@ -231,6 +203,5 @@ def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:
 
 
 def source_of(scorer: ScorerConfig) -> list[Any]:
-    spec = scorer_spec(scorer)
-    asking = (*PATIENCE, *(("template", "api_key_env", "max_new_tokens") if spec.name == "llm" else ()))
-    return [spec.name, {key: value for key, value in spec.parameters.items() if key not in asking}]
+    asking = (*PATIENCE, *(("template", "api_key_env", "max_new_tokens") if scorer.name == "llm" else ()))
+    return [scorer.name, {key: value for key, value in parameters_of(scorer).items() if key not in asking}]

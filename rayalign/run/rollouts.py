@@ -25,10 +25,9 @@ from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import EngineOptions
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import Preparation
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.model import model_spec, scorer_identity, scorer_spec, scoring_spec, spec_digest, stop_ids
+from rayalign.run.model import model_spec, scorer_identity, scoring_spec, spec_digest, stop_ids
 from rayalign.run.readers import refuse_unanswerable
 from rayalign.run.stages import Stages
 from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, commit_drawn, draw, nothing_learned
@@ -94,8 +93,8 @@ def chunk_spec(
         sampling=sampling(run) if draws else None,
         keep_stored=keeps_stored(run) or not draws,
         keep_unscored=keep_unscored,
-        scorer=scorer_spec(run.scorer),
-        label=label_spec(run.label or LabelConfig()),
+        scorer=run.scorer,
+        label=run.label or LabelConfig(),
         shape=shape,
         needs_reference=needs_reference,
     )
@@ -158,10 +157,6 @@ def actor_share(each: Share, options: EngineOptions) -> Share:
     if options.takes_turns:
         return guest(each)
     return replace(each, gpus=float(options.tensor_parallel)) if options.tensor_parallel > 1 and each.gpus else each
-
-
-def label_spec(config: LabelConfig) -> LabelSpec:
-    return LabelSpec(**config.model_dump(exclude={"relabel"}))
 
 
 def drawn_once(
@@ -241,9 +236,10 @@ def groups_per_epoch(spec: ChunkSpec) -> int:
     return order.groups_per_epoch
 
 
-def label_identity(spec: LabelSpec) -> Any:
-    read = {key: value for key, value in asdict(spec).items() if key not in unread_parameters(spec.name)}
-    return [{**read, "name": portable(spec.name)}, source_digest(spec.name) if ":" in spec.name else None]
+def label_identity(label: LabelConfig) -> list[Any]:
+    """What decides a rule's preferences: its name and the parameters that it reads, and its code."""
+    read = label.model_dump(exclude={"relabel", *unread_parameters(label.name)})
+    return [{**read, "name": portable(label.name)}, source_digest(label.name) if ":" in label.name else None]
 
 
 def num_actors(run: RunConfig, auto: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from rayalign.engine.model.lora import refuse_missing_peft
 from rayalign.engine.state import checkpointer_of
 from rayalign.engine.strategy.deepspeed import refuse_missing_deepspeed
 from rayalign.errors import MissingExtra, Stopped, UserError, first_line
-from rayalign.judge.measure import make_scorers
+from rayalign.judge import scorer_of
 from rayalign.report.status import facts_of
 from rayalign.rollout.engines import refuse_missing
 from rayalign.rounds.label import own_rule
@@ -33,10 +33,8 @@ from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import StoredStream, stored_parts
 from rayalign.run.display import Board
 from rayalign.run.job import make_job, num_processes, zero_file
-from rayalign.run.model import scorer_spec
 from rayalign.run.provenance import provenance
 from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
-from rayalign.run.rollouts import label_spec
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.progress import watching
@@ -147,9 +145,9 @@ def refuse_unsupported(run: RunConfig) -> None:
     if run.rollout is not None:
         refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
     if run.scorer is not None:
-        make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
+        scorer_of(run.scorer)  # what is misspelt is said now, not after hours
     if run.label is not None:
-        own_rule(label_spec(run.label))
+        own_rule(run.label)
     for tracker in run.track:
         if importlib.util.find_spec(tracker) is None:
             raise MissingExtra(tracker, "tracking")

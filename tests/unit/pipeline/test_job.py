@@ -12,10 +12,10 @@ from tiny_runs import save_tiny
 from tiny_tokenizers import CHATML, byte_level
 
 from rayalign.config import load_run
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.checkpoint.checkpoint import Best
@@ -167,7 +167,7 @@ def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "gr
     path = folder / "ranked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     unit = Unit(path=str(path))
-    chat, settings = make_chat(byte_level(template=CHATML)), TokenizeSettings(max_prompt_tokens=20, max_tokens=40)
+    chat, settings = make_chat(byte_level(template=CHATML)), TokenBudget(max_prompt_tokens=20, max_tokens=40)
     [chunk] = read_chunks(unit)
     report = prepare_chunk(chunk, chat, settings, unit=unit, shape=shape, directory=folder / "store", name="0")
     assert report.shard is not None and not report.bad
