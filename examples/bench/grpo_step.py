@@ -37,9 +37,9 @@ from rayalign.rounds.columns import Preparation
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
-from rayalign.run.model import CPU_ROW_TOKENS
 from rayalign.runtime.placement import Share
 from rayalign.runtime.rounds import RolloutJob, serving
+from rayalign.runtime.session import CPU_ROW_TOKENS
 
 from .common import arguments, in_fresh_process, machine, spread, table
 from .offline_step import TOKENS_PER_MICRO_BATCH

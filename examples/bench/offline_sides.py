@@ -30,7 +30,7 @@ from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import resolve
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec, StoredStream
-from rayalign.run.model import CPU_ROW_TOKENS
+from rayalign.runtime.session import CPU_ROW_TOKENS
 
 GROUPS_PER_SHARD = 256
 LR, BETA, MAX_GRAD_NORM = 1e-4, 0.1, 1.0

@@ -30,11 +30,10 @@ from rayalign.rollout.engines import make_sampler
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.model import CPU_ROW_TOKENS
 from rayalign.runtime.drawing import draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.session import connect
+from rayalign.runtime.session import CPU_ROW_TOKENS, connect
 
 from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model
 from .offline_step import TOKENIZER_VOCABULARY, tokenized_pairs

@@ -12,7 +12,6 @@ import torch
 
 from rayalign.comparison.prompts import tokenized
 from rayalign.config.data import DataSource
-from rayalign.config.policy import LabelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
@@ -38,15 +37,16 @@ from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
-from rayalign.run.job import critic_spec, method_of, objectives
-from rayalign.run.model import CPU_ROW_TOKENS, model_spec, stop_ids
-from rayalign.run.rollouts import fresh_fraction, kept_candidates, preparation, round_plan, sampling
+from rayalign.run.job import critic_spec, objectives
+from rayalign.run.model import model_spec, stop_ids
+from rayalign.run.rollouts import kept_candidates, preparation, round_plan, sampling
 from rayalign.run.rollouts import prompts_of as prompts_in
-from rayalign.run.streams import needs_reference, shape_of
+from rayalign.run.streams import shape_of
 from rayalign.runtime.drawing import commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.rounds import RolloutJob, serving
+from rayalign.runtime.session import CPU_ROW_TOKENS
 from rayalign.storage.manifest import commit
 
 CPU = torch.device("cpu")
@@ -85,8 +85,8 @@ class Workshop:
     def train(self, run: RunConfig, name: str) -> Path:
         """Train ``run`` in the folder ``name`` and return its ``final/``."""
         assert run.optim.steps is not None
-        method = method_of(run)
-        scored = needs_reference(method, run)
+        method = run.trained_method
+        scored = run.needs_reference
         main, rollouts = self.main_stream(run, shape_of(method), name, scored=scored)
         streams = [main]
         streams += [
@@ -104,7 +104,7 @@ class Workshop:
         spec = TrainSpec(
             directory=self.folder / name,
             model=model_spec(run),
-            objectives=objectives(run, method),
+            objectives=objectives(run),
             optim=run.optim,
             steps=run.optim.steps,
             critic=critic_spec(run) if method.critic is not None else None,
@@ -143,7 +143,7 @@ class Workshop:
         else:
             assert run.optim.steps is not None
             plan, folder = round_plan(run, run.optim.steps), self.folder / name / "rounds"
-            method, prepared = method_of(run), preparation(run, method_of(run))
+            method, prepared = run.trained_method, preparation(run)
             with_critic = method.critic is not None
             fresh = RoundStream(
                 name=MAIN_STREAM,
@@ -166,9 +166,9 @@ class Workshop:
                 max_bad_fraction=0.0,
                 preparation=None if with_critic else prepared,
             )
-        if fresh_fraction(run) == 1:
+        if policy.fresh_fraction == 1:
             return fresh, rollouts
-        fraction = fresh_fraction(run)
+        fraction = policy.fresh_fraction
         mixed = MixedStream(name=MAIN_STREAM, fresh=fresh, stored=stored, fresh_fraction=fraction, groups_per_step=size)
         return mixed, rollouts
 
@@ -186,7 +186,7 @@ class Workshop:
             sampling=sampling(run),
             keep_stored=policy.name == "hybrid" and policy.mix == "candidates",
             scorer=run.scorer,
-            label=run.label or LabelConfig(),
+            label=run.label_rule,
             shape=shape,
             needs_reference=scored,
         )

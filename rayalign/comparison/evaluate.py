@@ -32,13 +32,8 @@ from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
-from rayalign.run.model import (
-    saved_precision,
-    scorer_identity,
-    scoring_spec,
-    spec_digest,
-    stop_ids,
-)
+from rayalign.run.identity import scorer_identity, spec_digest
+from rayalign.run.model import saved_precision, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_long_questions, refuse_unusable_models
 from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported

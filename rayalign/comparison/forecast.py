@@ -23,9 +23,8 @@ from rayalign.report.status import facts_of, runs
 from rayalign.rounds.mixed import MixedGroups
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, StoredStream
-from rayalign.run.job import method_of
 from rayalign.run.reads import shape_of
-from rayalign.run.rollouts import draws_rounds, groups_per_epoch, round_plan
+from rayalign.run.rollouts import groups_per_epoch, round_plan
 from rayalign.run.stages import Stages
 from rayalign.run.train import finished
 from rayalign.runtime.worker import TrainJob
@@ -69,7 +68,7 @@ def steps_done(planned: PlannedRun) -> int:
 def tokens_to_train(planned: PlannedRun) -> int | str:
     """``num_tokens`` of the last row that the whole run will write."""
     if planned.job is None:
-        return DRAWN if draws_rounds(planned.run) else UNPREPARED
+        return DRAWN if planned.run.data_policy.draws_rounds else UNPREPARED
     if planned.job.rollouts is not None:
         return DRAWN
     return sum(stored_tokens(stream, planned.job) for stream in planned.job.source.streams)
@@ -102,7 +101,7 @@ def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
         return 0
     assert run.rollout is not None
     per_prompt = run.rollout.samples * run.rollout.max_new_tokens
-    if draws_rounds(run):
+    if run.data_policy.draws_rounds:
         steps = num_steps(planned)
         if isinstance(steps, str):
             return steps
@@ -170,7 +169,7 @@ def read_pilot(directory: Path) -> list[PilotRun]:
 
 def kind(run: RunConfig) -> tuple[str, str, bool]:
     """What runs must have in common for the time of one to tell of the other's."""
-    return shape_of(method_of(run)), run.data_policy.name, draws_rounds(run)
+    return shape_of(run.trained_method), run.data_policy.name, run.data_policy.draws_rounds
 
 
 def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> Estimate | None:

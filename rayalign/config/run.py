@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -22,6 +22,9 @@ from rayalign.config.training import (
     StrategyConfig,
     WeightingConfig,
 )
+
+if TYPE_CHECKING:
+    from rayalign.methods.method import Method
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Track = Literal["tensorboard", "wandb"]
@@ -85,6 +88,35 @@ class RunConfig(Block):
             ]
             raise ValidationError.from_exception_data("RunConfig", details)
         return self
+
+    @property
+    def trained_method(self) -> Method:
+        """The method's record, with WPO's weight on top where the run asks for it."""
+        from rayalign.methods.composition import compose  # loads torch
+
+        record = self.method.record
+        return compose(record, self.weighting) if self.weighting is not None else record
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether groups come with the reference's log-probs; else the training process asks its own adapter's base."""
+        needed = self.trained_method.needed(self.method.config)
+        return self.reference.place == "pool" and bool(needed & {"ref_logp", "ref_token_logp"})
+
+    @property
+    def relabels(self) -> bool:
+        """Whether stored completions are scored and labelled anew."""
+        return self.label is not None and self.label.relabel
+
+    @property
+    def label_rule(self) -> LabelConfig:
+        """How scores become preferences, where the run does not say it too."""
+        return self.label or LabelConfig()
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether ``data.eval`` has a loss; what is prepared of rounds, stored rows do not have."""
+        return bool(self.data.eval) and self.method.record.round_prepare is None
 
     @property
     def has_no_kl_term(self) -> bool:

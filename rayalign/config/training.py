@@ -107,6 +107,20 @@ class StrategyConfig(Block):
     config: InputPath | None = None
     """deepspeed: a JSON file of its settings; where it contradicts this file, every conflict is named."""
 
+    @property
+    def fewest(self) -> int | None:
+        """The smaller of two numbers of workers; None where the run is not elastic."""
+        return self.workers[0] if isinstance(self.workers, tuple) else None
+
+    @property
+    def most(self) -> int | None:
+        """The number of workers, the larger of two; None: one per device."""
+        if self.name == "single":
+            return 1
+        if self.workers == "auto":
+            return None
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
     @model_validator(mode="after")
     def _enough_workers(self) -> Self:
         smallest = self.workers[0] if isinstance(self.workers, tuple) else self.workers

@@ -31,7 +31,7 @@ from rayalign.engine.model.context import (
 from rayalign.engine.model.folder import is_adapter, model_directory, weights_directory
 from rayalign.engine.model.kinds import is_composite, read_config
 from rayalign.engine.model.lora import refuse_missing_peft
-from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, refuse_unusable, tokenizer_of
 from rayalign.engine.model.scalar import prepare_export
 from rayalign.engine.model.targets import adapter_targets
 from rayalign.engine.model.trial import Trial, try_export
@@ -41,7 +41,6 @@ from rayalign.run.model import (
     critic_model,
     model_spec,
     reference_spec,
-    refuse_other_tokens,
     saved_precision,
     stop_ids,
     trained_spec,
@@ -80,6 +79,24 @@ def refuse_unusable_models(run: RunConfig, *, draws: bool = False) -> None:
     critic = critic_spec(run)
     if critic is not None and critic.name != INITIAL:
         reader_of(critic, trained=True)
+
+
+def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
+    """Raise UserError where a token of the policy has another id in another model's tokenizer, or none."""
+    model, trusts = run.model, run.model.trust_remote_code
+    policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
+    other = load_tokenizer(
+        model_directory(spec.name, spec.revision, field=spec.field), trust_remote_code=trusts, field=spec.field
+    )
+    known = other.get_vocab()
+    differing = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
+    if differing:
+        id, token = differing[0]
+        raise UserError(
+            f"{spec.field}: {spec.name} reads other tokens than the policy: {len(differing)} of {len(policy)} differ, "
+            f"first {token!r}, which is {id} for the policy; name a model with the policy's tokenizer, or remove "
+            f"{spec.field}"
+        )
 
 
 def others(run: RunConfig) -> Iterator[ModelSpec]:

@@ -10,8 +10,6 @@ from typing import Any
 import transformers
 
 from rayalign.config.data import DataSource
-from rayalign.config.fields import portable
-from rayalign.config.policy import HybridConfig, LabelConfig, unread_parameters
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.store import TokenStore
@@ -19,28 +17,28 @@ from rayalign.data.stream import Stream
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.methods.method import Method
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.engines import EngineOptions
+from rayalign.rollout.engines import ALONE, EngineOptions
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import Preparation
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.model import model_spec, scorer_identity, scoring_spec, spec_digest, stop_ids
+from rayalign.run.identity import label_identity, scorer_identity, spec_digest
+from rayalign.run.model import model_spec, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_unanswerable
+from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages
 from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, commit_drawn, draw, nothing_learned
 from rayalign.runtime.placement import Share, guest, share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import digest_of
 from rayalign.storage.manifest import committed
 
 
 def prompt_store(source: DataSource, run: RunConfig, stages: Stages, *, draws: bool) -> Path:
     """Every row of a source as a prompt: with whatever completions it has, unless fresh ones take their place."""
-    completed: Completed = "no" if not draws else "beside" if keeps_stored(run) else "alone"
+    completed: Completed = "no" if not draws else "beside" if run.data_policy.keeps_stored else "alone"
     return stages.tokens(source, run, "prompt", completed=completed)
 
 
@@ -89,12 +87,12 @@ def chunk_spec(
         policy=model_spec(run),
         reference=scoring_spec(run, stages.session),
         engine=run.rollout.engine if run.rollout is not None and draws else "none",
-        options=engine_options(run, stages.session) if draws else EngineOptions(),
+        options=resolve(run, stages.session).engine if draws else ALONE,
         sampling=sampling(run) if draws else None,
-        keep_stored=keeps_stored(run) or not draws,
+        keep_stored=run.data_policy.keeps_stored or not draws,
         keep_unscored=keep_unscored,
         scorer=run.scorer,
-        label=run.label or LabelConfig(),
+        label=run.label_rule,
         shape=shape,
         needs_reference=needs_reference,
     )
@@ -110,46 +108,6 @@ def sampling(run: RunConfig) -> SamplingParams:
         seed=run.seed,
         stop_ids=stop_ids(run),
     )
-
-
-def engine_options(run: RunConfig, session: Session) -> EngineOptions:
-    assert run.rollout is not None
-    shared = takes_turns(run, session)
-    return EngineOptions(
-        tensor_parallel=run.rollout.tensor_parallel,
-        takes_turns=shared,
-        memory_share=run.rollout.gpu_memory_utilization or (0.4 if shared else 0.9),
-    )
-
-
-def takes_turns(run: RunConfig, session: Session) -> bool:
-    """Whether rollout actors use the devices of the training workers, which wait while rounds are drawn."""
-    if run.rollout is None or not draws_rounds(run):
-        return False
-    if run.rollout.placement == "auto":
-        needed = num_workers(run, session) + num_actors(run, 1)[0] * run.rollout.tensor_parallel
-        may_wait = run.data_policy.name != "off_policy" and run.data_policy.lag == 0
-        return 0 < session.num_gpus < needed and may_wait and run.rollout.tensor_parallel == 1
-    return run.rollout.placement == "shared"
-
-
-def draws_rounds(run: RunConfig) -> bool:
-    """Whether completions are drawn while the run trains."""
-    return run.data_policy.name != "off_policy" and run.data_policy.refresh_every != "never"
-
-
-def num_workers(run: RunConfig, session: Session) -> int:
-    """``strategy.workers``, the most of an elastic run; auto is one per GPU, and one on CPUs."""
-    if run.strategy.name == "single":
-        return 1
-    if run.strategy.workers == "auto":
-        return max(1, int(session.num_gpus))
-    return run.strategy.workers if isinstance(run.strategy.workers, int) else run.strategy.workers[1]
-
-
-def fewest_workers(run: RunConfig) -> int | None:
-    """The smaller of two numbers in ``strategy.workers``; None where there is one."""
-    return run.strategy.workers[0] if isinstance(run.strategy.workers, tuple) else None
 
 
 def actor_share(each: Share, options: EngineOptions) -> Share:
@@ -195,7 +153,7 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
 
     def build(directory: Path) -> None:
         devices = max(1, int(session.num_gpus or session.num_cpus) // spec.options.tensor_parallel)
-        least, most = num_actors(run, devices)
+        least, most = run.rollout.actor_range(devices) if run.rollout is not None else (devices, devices)
         each = actor_share(share(session, max(1, least)), spec.options)
         python = run.rollout.python if run.rollout is not None else None
         with Pool("rollouts", ChunkMaker, share=each, most=most, least=least, python=python) as pool:
@@ -219,7 +177,7 @@ def refuse_unlabelled(stores: Sequence[Path], run: RunConfig, shape: Shape, *, a
     assert run.scorer is not None
     ledgers = [Ledger(**committed(store)["meta"]["ledger"]) for store in stores]
     if not any(ledger.teaches(alone=alone) for ledger in ledgers):
-        rule = (run.label or LabelConfig()).name
+        rule = run.label_rule.name
         why = nothing_learned(ledgers, scorer=run.scorer.label, rule=rule, shape=shape)
         raise UserError(f"{why}: the run would learn nothing. Give it {WHAT_DISTINGUISHES}")
 
@@ -236,19 +194,6 @@ def groups_per_epoch(spec: ChunkSpec) -> int:
     return order.groups_per_epoch
 
 
-def label_identity(label: LabelConfig) -> list[Any]:
-    """What decides a rule's preferences: its name and the parameters that it reads, and its code."""
-    read = label.model_dump(exclude={"relabel", *unread_parameters(label.name)})
-    return [{**read, "name": portable(label.name)}, source_digest(label.name) if ":" in label.name else None]
-
-
-def num_actors(run: RunConfig, auto: int) -> tuple[int, int]:
-    """(least, most) of ``rollout.actors``; stored completions need no engine, but the same processes score them."""
-    if run.rollout is None or run.rollout.actors == "auto":
-        return auto, auto
-    return run.rollout.actors if isinstance(run.rollout.actors, tuple) else (run.rollout.actors, run.rollout.actors)
-
-
 def round_plan(run: RunConfig, steps: int) -> RoundPlan:
     policy = run.data_policy
     assert policy.name != "off_policy" and isinstance(policy.refresh_every, int)
@@ -257,14 +202,9 @@ def round_plan(run: RunConfig, steps: int) -> RoundPlan:
         refresh_every=policy.refresh_every,
         lag=policy.lag,
         groups_per_step=run.optim.groups_per_step,
-        fresh_fraction=fresh_fraction(run),
-        passes=num_passes(run),
+        fresh_fraction=policy.fresh_fraction,
+        passes=policy.passes,
     )
-
-
-def num_passes(run: RunConfig) -> int:
-    """Times that a round is trained on."""
-    return run.data_policy.passes if run.data_policy.name == "on_policy" else 1
 
 
 def kept_candidates(shape: Shape, spec: ChunkSpec) -> int:
@@ -275,22 +215,11 @@ def kept_candidates(shape: Shape, spec: ChunkSpec) -> int:
     return 1 if shape == "one" else 2
 
 
-def fresh_fraction(run: RunConfig) -> float:
-    """Of the groups of a step, those that are drawn: all, unless ``mix: groups`` says otherwise."""
-    policy = run.data_policy
-    return policy.on_fraction if isinstance(policy, HybridConfig) and policy.mix == "groups" else 1.0
-
-
-def preparation(run: RunConfig, method: Method) -> Preparation | None:
+def preparation(run: RunConfig) -> Preparation | None:
     """What the method makes of every round; None where it makes nothing."""
+    method = run.trained_method
     if method.round_prepare is None:
         return None
     source = source_digest(run.method.name) if ":" in run.method.name else None
     key = digest_of([method.name, run.method.config.model_dump(mode="json"), source])[:12]
     return Preparation(method=method, config=run.method.config, key=key)
-
-
-def keeps_stored(run: RunConfig) -> bool:
-    """Whether stored candidates of a prompt are scored and labelled together with the fresh ones."""
-    policy = run.data_policy
-    return isinstance(policy, HybridConfig) and policy.mix == "candidates"

@@ -15,7 +15,6 @@ from rayalign.engine.model.attention import attention_kind
 from rayalign.engine.model.folder import model_directory
 from rayalign.errors import UserError
 from rayalign.rounds.streams import MixedStream, RoundStream, SourceSpec, StoredStream
-from rayalign.run.rollouts import keeps_stored
 
 
 def refuse_large_groups(run: RunConfig, source: SourceSpec) -> None:
@@ -49,7 +48,7 @@ def refuse_large_rounds(run: RunConfig, stream: RoundStream, source: SourceSpec,
         store = TokenStore.open(path)
         prompts = store.index.prompt_tokens
         prompt, longest = int(prompts.max()), run.rollout.max_new_tokens
-        if keeps_stored(run):
+        if run.data_policy.keeps_stored:
             longest = max(longest, int(store.index.candidate_tokens.max(initial=0)))
         candidates = (longest,) * stream.num_candidates
         lengths = GroupLengths(prompt=prompt, candidates=candidates, predicted=candidates)

@@ -30,7 +30,8 @@ from rayalign.imports import load_function, source_digest
 from rayalign.rounds.columns import Preparation as RoundPreparation
 from rayalign.rounds.columns import prepare_columns
 from rayalign.run.facts import refuse_absent_columns, summary, warning
-from rayalign.run.model import scoring_spec, spec_digest, template_digest, tokenizer_identity
+from rayalign.run.identity import spec_digest, template_digest, tokenizer_identity
+from rayalign.run.model import scoring_spec
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units

@@ -32,9 +32,10 @@ from rayalign.rounds.label import own_rule
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import StoredStream, stored_parts
 from rayalign.run.display import Board
-from rayalign.run.job import make_job, num_processes, zero_file
+from rayalign.run.job import make_job, zero_file
 from rayalign.run.provenance import provenance
 from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
+from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.progress import watching
@@ -63,7 +64,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     with connect(import_paths=[folder]) as session, Board(console, Gauges().set) as board, stopping() as stop:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
-        job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
+        job = make_job(run, storage / run.name, stages, processes=resolve(run, session).processes, label=run.name)
         with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
             board.say(f"model: {final}")

@@ -21,7 +21,8 @@ from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.rounds.answers import written_back
 from rayalign.run.display import Board
-from rayalign.run.model import chat_of, model_spec, spec_digest
+from rayalign.run.identity import spec_digest
+from rayalign.run.model import chat_of, model_spec
 from rayalign.run.readers import refuse_unusable_models
 from rayalign.run.rollouts import drawn_once, prompt_store, prompts_of, relabelled, sampling
 from rayalign.run.stages import Stages

@@ -64,7 +64,7 @@ def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec:
     Raises:
         UserError: what is saved is not what was trained, or cannot be loaded.
     """
-    lora = asdict(spec.lora) if spec.lora is not None else None
+    lora = spec.lora.model_dump() if spec.lora is not None else None
     kept = proven("export", model, lambda: asdict(measured(model, spec)), device=CPU, on=[lora, spec.head is not None])
     trial = Trial(**kept)
     if trial.problem or (trial.difference is not None and not trial.difference <= TOLERANCE):

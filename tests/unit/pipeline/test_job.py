@@ -21,16 +21,11 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.checkpoint.checkpoint import Best
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
-from rayalign.methods import resolve
-from rayalign.run.job import (
-    checkpoint_best,
-    critic_spec,
-    method_of,
-    num_processes,
-    run_identity,
-)
+from rayalign.run.identity import run_identity
+from rayalign.run.job import checkpoint_best, critic_spec
 from rayalign.run.model import model_spec
 from rayalign.run.readers import refuse_unusable_models
+from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import preparation, prompts_of, round_plan
 from rayalign.run.streams import num_steps, require_columns
 from rayalign.runtime.placement import Share, share
@@ -49,7 +44,7 @@ ON_POLICY = ["model.name=m", "data.train=t.jsonl", "rollout.samples=4", "scorer=
 def test_rounds_have_the_passes_and_the_preparation_of_the_configuration() -> None:
     def of(method: str, policy: str) -> tuple[int, str | None]:
         run = load_run(None, [*ON_POLICY, f"method={method}", f"data_policy={policy}"])
-        prepared = preparation(run, method_of(run))
+        prepared = preparation(run)
         return round_plan(run, 8).passes, prepared.key if prepared else None
 
     twice = "{name: on_policy, refresh_every: 4, passes: 2}"
@@ -68,9 +63,9 @@ def test_rollouts_on_nodes_of_their_own_leave_those_that_are_there_to_training()
     )
     settings = [*ON_POLICY, "data_policy=on_policy", "method=dpo", "strategy={name: ddp, workers: 2}"]
     run = load_run(None, [*settings, "rollout.actors=[0, 8]", "rollout.placement=separate"])
-    assert num_processes(run, session) == 2
+    assert resolve(run, session).processes == 2
     assert share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
-    counted = num_processes(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session)
+    counted = resolve(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session).processes
     with pytest.raises(UserError, match=r"3 processes need a GPU each, the cluster has 2: .*placement: separate"):
         share(session, counted, workers=2)
 
@@ -197,16 +192,16 @@ def test_rows_without_a_number_are_named_before_training(
     run = load_run(None, ["model.name=m", "data.train=t.jsonl", f"method={method}"])
     store = ranked_store(tmp_path, rows)
     if not lacking:
-        return require_columns(run, method_of(run), "ranked", store)
+        return require_columns(run, "ranked", store)
     with pytest.raises(UserError, match=f"ranked: {run.method.name} needs {lacking}"):
-        require_columns(run, method_of(run), "ranked", store)
+        require_columns(run, "ranked", store)
 
 
 def test_labels_are_of_the_examples_not_of_their_mismatched_company(tmp_path: Path) -> None:
     run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=kto"])
     examples = Mismatched(ranked_store(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}], shape="labelled"))
     shard = write_shard(tmp_path / "mismatched", "0", [examples[0], examples[1]])
-    require_columns(run, resolve("kto"), "pairs", commit_store(tmp_path / "mismatched", [shard], meta={}))
+    require_columns(run, "pairs", commit_store(tmp_path / "mismatched", [shard], meta={}))
 
 
 SCORER = Path(__file__).parents[2] / "fixtures" / "scorers.py"

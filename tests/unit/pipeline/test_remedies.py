@@ -22,7 +22,8 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.engine.state import TrainSpec
 from rayalign.errors import Stopped
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.job import method_of, objectives, run_identity
+from rayalign.run.identity import run_identity
+from rayalign.run.job import objectives
 from rayalign.run.model import trained_spec
 
 ROOMS = ("engine", "runtime", "rollout", "sources", "judge")
@@ -83,7 +84,7 @@ def trained(stored: StoredStream, directory: Path, settings: list[str], **argume
     scenario = Scenario(
         model=model,
         streams=(stored,),
-        objectives=objectives(run, method_of(run)),
+        objectives=objectives(run),
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
     )
     spec = TrainSpec(

@@ -72,7 +72,7 @@ def test_a_reward_that_hangs_or_exits_costs_its_prompt(
     report = made(tmp_path, model, scorer, most_bad=1)
     (told,) = report.quarantined
     assert (Path(told["file"]).name, told["line"], told["prompt"]) == ("prompts.jsonl", 3, "poison 2")
-    assert f"{scorer.parameters['function']!r} {expected}" in told["reason"]
+    assert f"{scorer.function!r} {expected}" in told["reason"]
     store = commit_store(tmp_path / "out", [report.shard], meta={})
     assert [store.index.line[row] for row in range(8) if not store[row].candidates] == [3]
     assert report.reward_sum > 0
