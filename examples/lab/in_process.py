@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from rayalign.comparison.prompts import tokenized
+from rayalign.config.candidates import Drawing
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
@@ -129,20 +130,22 @@ class Workshop:
         self, run: RunConfig, shape: Shape, name: str, *, scored: bool
     ) -> tuple[AnyStream, RolloutJob | None]:
         """The stream of the method, and how its rounds are drawn where it has any."""
-        policy, size = run.data_policy, run.optim.groups_per_step
+        policy, drawing, size = run.data_policy, run.drawing, run.optim.groups_per_step
         stored = self.stream(run, run.data.train, name=MAIN_STREAM, shape=shape, groups_per_step=size, scored=scored)
         if run.filter is not None:
             stored = self.filtered(stored, run.filter.policy_logp_quantile, name)
-        if policy.name == "off_policy":
+        if drawing is None:
             return stored, None
-        chunks = self.chunk_spec(run, shape, scored=scored)
+        chunks = self.chunk_spec(drawing, run, shape, scored=scored)
         rollouts = None
         fresh: StoredStream | RoundStream
-        if policy.refresh_every == "never":
+        every = drawing.policy.refresh_every
+        if every == "never":
             fresh = replace(stored, stores=(self.drawn_once(chunks),), columns=((),))
         else:
             assert run.optim.steps is not None
-            plan, folder = round_plan(run, run.optim.steps), self.folder / name / "rounds"
+            plan = round_plan(drawing, run, refresh_every=every, steps=run.optim.steps)
+            folder = self.folder / name / "rounds"
             method, prepared = run.trained_method, preparation(run)
             with_critic = method.critic is not None
             fresh = RoundStream(
@@ -172,10 +175,8 @@ class Workshop:
         mixed = MixedStream(name=MAIN_STREAM, fresh=fresh, stored=stored, fresh_fraction=fraction, groups_per_step=size)
         return mixed, rollouts
 
-    def chunk_spec(self, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
-        """How the run's own samples become groups, as :func:`rayalign.run.rollouts.chunk_spec` says it."""
-        assert run.scorer is not None
-        policy = run.data_policy
+    def chunk_spec(self, drawing: Drawing, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
+        """How the run's own samples become groups, as :func:`rayalign.run.rollouts.drawn_spec` says it."""
         prompts = self.prompt_store(run)
         return ChunkSpec(
             prompts=prompts_in([prompts], weights=[1.0], groups_per_step=run.optim.groups_per_step),
@@ -183,10 +184,10 @@ class Workshop:
             policy=model_spec(run),
             reference=scoring_spec(run),
             engine="hf",
-            sampling=sampling(run),
-            keep_stored=policy.name == "hybrid" and policy.mix == "candidates",
-            scorer=run.scorer,
-            label=run.label_rule,
+            sampling=sampling(drawing.rollout, run),
+            keep_stored=drawing.policy.keeps_stored,
+            scorer=drawing.labelling.scorer,
+            label=drawing.labelling.label,
             shape=shape,
             needs_reference=scored,
         )

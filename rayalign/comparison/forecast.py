@@ -96,20 +96,20 @@ def opened(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
 
 def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
     """At most, in this run: prompts × samples × ``max_new_tokens``; 0 where what is drawn once is there already."""
-    run = planned.run
-    if run.data_policy.name == "off_policy":
+    run, drawing = planned.run, planned.run.drawing
+    if drawing is None:
         return 0
-    assert run.rollout is not None
-    per_prompt = run.rollout.samples * run.rollout.max_new_tokens
-    if run.data_policy.draws_rounds:
+    per_prompt = drawing.rollout.samples * drawing.rollout.max_new_tokens
+    every = drawing.policy.refresh_every
+    if isinstance(every, int):
         steps = num_steps(planned)
         if isinstance(steps, str):
             return steps
-        plan = round_plan(run, steps)
+        plan = round_plan(drawing, run, refresh_every=every, steps=steps)
         return sum(len(plan.round_positions(number)) for number in range(plan.num_rounds)) * per_prompt
     if all(stage.made for stage in planned.stages if stage.name == "rollouts"):
         return 0
-    spec = drawn_once_spec(run, stages)
+    spec = drawn_once_spec(drawing, run, stages)
     if any(stages.artifacts.pending(store) for store in spec.prompts.stores):
         return UNPREPARED
     return groups_per_epoch(spec) * per_prompt

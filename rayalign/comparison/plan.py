@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayalign.config.candidates import Drawing
 from rayalign.config.compare import Cell, Comparison, started_from
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
@@ -22,11 +23,11 @@ from rayalign.run.job import make_job
 from rayalign.run.reads import shape_of, with_format
 from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import (
-    chunk_spec,
+    drawn_spec,
     preparation,
-    prompt_sources,
     prompt_store,
     rollout_stage,
+    stored_spec,
 )
 from rayalign.run.stages import Stages
 from rayalign.run.streams import filter_stage
@@ -163,12 +164,12 @@ def plan_run(
 
 def ask_for_stages(run: RunConfig, stages: Stages) -> None:
     """Ask for every stage that :func:`rayalign.run.job.make_job` asks for, without looking into any."""
-    policy = run.data_policy
-    if policy.name != "off_policy":
-        prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
-        if policy.refresh_every == "never":
-            ask_for_drawn(prompts, run, stages)
-    if policy.fresh_fraction < 1:
+    drawing = run.drawing
+    if drawing is not None:
+        prompts = [prompt_store(source, run, stages, draws=True) for source in drawing.prompts(run.data.train)]
+        if not drawing.policy.draws_rounds:
+            ask_for_drawn(drawing, run, prompts, stages)
+    if run.data_policy.fresh_fraction < 1:
         stores = ask_for_stored(run, run.data.train, stages)
         if run.filter is not None:
             filter_stage(stores, run, stages)
@@ -182,9 +183,11 @@ def ask_for_stages(run: RunConfig, stages: Stages) -> None:
 def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages) -> list[Path]:
     """The stores of stored groups, with their reference log-probs."""
     method = run.trained_method
-    if run.relabels:
+    labelling = run.relabelling
+    if labelling is not None:
         prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
-        specs = [roll(run, [store], [1.0], stages, draws=False) for store in prompts]
+        shape = shape_of(method)
+        specs = [stored_spec(labelling, run, unread([store], [1.0]), shape, stages) for store in prompts]
         stores = [rollout_stage(spec, run, stages) for spec in specs]
     else:
         stores = [stages.tokens(source, run, shape_of(method)) for source in sources]
@@ -196,27 +199,29 @@ def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages
     return stores
 
 
-def ask_for_drawn(prompts: list[Path], run: RunConfig, stages: Stages) -> None:
+def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> None:
     """What is drawn once, before the first step."""
-    store = rollout_stage(once(run, prompts, stages), run, stages)
+    store = rollout_stage(once(drawing, run, prompts, stages), run, stages)
     columns = [stages.reference(store, run)] if run.needs_reference else []
     prepared = preparation(run)
     if prepared is not None:
         stages.prepared(store, columns, prepared)
 
 
-def drawn_once_spec(run: RunConfig, stages: Stages) -> ChunkSpec:
+def drawn_once_spec(drawing: Drawing, run: RunConfig, stages: Stages) -> ChunkSpec:
     """How the completions that a run draws once are drawn."""
-    prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
-    return once(run, prompts, stages)
+    prompts = [prompt_store(source, run, stages, draws=True) for source in drawing.prompts(run.data.train)]
+    return once(drawing, run, prompts, stages)
 
 
-def once(run: RunConfig, prompts: list[Path], stages: Stages) -> ChunkSpec:
-    return roll(run, prompts, [source.weight for source in prompt_sources(run)], stages, draws=True)
+def once(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> ChunkSpec:
+    stream = unread(prompts, [source.weight for source in drawing.prompts(run.data.train)])
+    return drawn_spec(drawing, run, stream, shape_of(run.trained_method), stages, needs_reference=False)
 
 
-def roll(run: RunConfig, prompts: list[Path], weights: list[float], stages: Stages, *, draws: bool) -> ChunkSpec:
-    stream = StoredStream(
+def unread(prompts: list[Path], weights: list[float]) -> StoredStream:
+    """Stores of prompts that may not be made yet, so that nothing of them is known."""
+    return StoredStream(
         name="prompts",
         stores=tuple(prompts),
         columns=((),) * len(prompts),
@@ -224,7 +229,6 @@ def roll(run: RunConfig, prompts: list[Path], weights: list[float], stages: Stag
         groups_per_step=1,
         num_candidates=0,
     )
-    return chunk_spec(run, stream, shape_of(run.trained_method), stages, draws=draws, needs_reference=False)
 
 
 def ask_for_prompts(run: RunConfig, stages: Stages) -> None:

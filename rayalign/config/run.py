@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from rayalign.config.candidates import Drawing, Labelling
 from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
 from rayalign.config.fields import MAY_CHANGE, Block, listed, named
 from rayalign.config.legality import violations
@@ -104,14 +105,29 @@ class RunConfig(Block):
         return self.reference.place == "pool" and bool(needed & {"ref_logp", "ref_token_logp"})
 
     @property
+    def labelling(self) -> Labelling | None:
+        """How candidates are scored and labelled; None where the labels of the data are trusted."""
+        if self.scorer is None:
+            return None
+        return Labelling(scorer=self.scorer, label=self.label or LabelConfig())
+
+    @property
+    def relabelling(self) -> Labelling | None:
+        """How stored completions are scored and labelled anew; None where they are not."""
+        return self.labelling if self.relabels else None
+
+    @property
     def relabels(self) -> bool:
-        """Whether stored completions are scored and labelled anew."""
+        """Whether ``label`` asks for new labels of stored completions."""
         return self.label is not None and self.label.relabel
 
     @property
-    def label_rule(self) -> LabelConfig:
-        """How scores become preferences, where the run does not say it too."""
-        return self.label or LabelConfig()
+    def drawing(self) -> Drawing | None:
+        """How completions are drawn; None where the run learns from stored ones alone."""
+        labelling = self.labelling
+        if self.data_policy.name == "off_policy" or self.rollout is None or labelling is None:
+            return None
+        return Drawing(policy=self.data_policy, rollout=self.rollout, labelling=labelling)
 
     @property
     def measures_loss(self) -> bool:

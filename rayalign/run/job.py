@@ -12,7 +12,7 @@ from rayalign.engine.state import CriticSpec, TrainSpec
 from rayalign.engine.strategy.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.methods import resolve as method_called
-from rayalign.rounds.streams import AnyStream, SourceSpec, round_part, stored_parts
+from rayalign.rounds.streams import AnyStream, SourceSpec, stored_parts
 from rayalign.run.identity import run_identity
 from rayalign.run.model import (
     chat_template,
@@ -26,7 +26,7 @@ from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import actor_share, preparation
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
-from rayalign.run.streams import Main, auxiliary_streams, held_out, main_stream
+from rayalign.run.streams import DrawnRounds, auxiliary_streams, held_out, main_stream
 from rayalign.runtime.placement import Share, elastic_share, host
 from rayalign.runtime.reference import made_with
 from rayalign.runtime.rounds import RolloutJob
@@ -88,7 +88,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         workers=workers,
         share=host(each) if resolved.takes_turns else each,
         run=label,
-        rollouts=rollout_job(run, main, each, actors=resolved.actors) if main.chunks is not None else None,
+        rollouts=rollout_job(main.rounds, run, each, actors=resolved.actors) if main.rounds is not None else None,
         stages=tuple(dict.fromkeys(stages.artifacts.asked[asked_before:])),
         fewest=fewest,
         beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
@@ -107,24 +107,22 @@ def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | Non
     return Mirror(uri=uri, folder=directory.relative_to(storage).as_posix()) if uri is not None else None
 
 
-def rollout_job(run: RunConfig, main: Main, each: Share, *, actors: tuple[int, int]) -> RolloutJob:
+def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tuple[int, int]) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
-    rounds = round_part(main.stream)
-    assert rounds is not None and main.chunks is not None and run.rollout is not None
-    assert run.data_policy.name != "off_policy"
+    drawing, options = rounds.drawing, rounds.chunks.options
     least, most = actors
     return RolloutJob(
-        spec=main.chunks,
-        plan=rounds.plan,
-        folder=rounds.folder,
+        spec=rounds.chunks,
+        plan=rounds.stream.plan,
+        folder=rounds.stream.folder,
         most=most,
         least=least,
-        share=actor_share(each, main.chunks.options),
-        takes_turns=main.chunks.options.takes_turns,
-        direct_weights=run.rollout.transfer == "nixl",
-        python=run.rollout.python,
+        share=actor_share(each, options),
+        takes_turns=options.takes_turns,
+        direct_weights=drawing.rollout.transfer == "nixl",
+        python=drawing.rollout.python,
         max_bad_fraction=run.data.max_bad_fraction,
-        max_unlabelled=run.data_policy.max_unlabelled_rounds,
+        max_unlabelled=drawing.policy.max_unlabelled_rounds,
         alone=run.method.record.learns_alone,
         preparation=preparation(run) if run.method.record.critic is None else None,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.config.compare import INITIAL
+from rayalign.config.policy import RolloutConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.group import Group
 from rayalign.data.store import TokenStore
@@ -223,12 +224,11 @@ def refuse_unreadable(store: Path, run: RunConfig) -> None:
         refuse_unknown_tokens(opened, reader.vocabulary, reader.name, reader.tokenizer)
 
 
-def refuse_unanswerable(store: Path, run: RunConfig) -> None:
+def refuse_unanswerable(store: Path, run: RunConfig, rollout: RolloutConfig) -> None:
     """The same of a store of prompts, whose completions are drawn."""
-    assert run.rollout is not None
     opened = TokenStore.open(store)
     for reader in readers_of(run):
-        refuse_long_rows(opened, reader.context, reader.name, new_tokens=run.rollout.max_new_tokens)
+        refuse_long_rows(opened, reader.context, reader.name, new_tokens=rollout.max_new_tokens)
         refuse_unknown_tokens(opened, reader.vocabulary, reader.name, reader.tokenizer)
 
 

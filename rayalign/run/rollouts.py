@@ -9,7 +9,9 @@ from typing import Any
 
 import transformers
 
+from rayalign.config.candidates import Drawing, Labelling
 from rayalign.config.data import DataSource
+from rayalign.config.policy import RolloutConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.store import TokenStore
@@ -19,7 +21,7 @@ from rayalign.errors import UserError
 from rayalign.imports import source_digest
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.engines import ALONE, EngineOptions
+from rayalign.rollout.engines import EngineOptions
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import Preparation
 from rayalign.rounds.plan import RoundPlan
@@ -42,17 +44,12 @@ def prompt_store(source: DataSource, run: RunConfig, stages: Stages, *, draws: b
     return stages.tokens(source, run, "prompt", completed=completed)
 
 
-def prompt_stream(run: RunConfig, stages: Stages, *, groups_per_step: int) -> StoredStream:
-    """The prompts that completions are drawn for: ``data_policy.prompts``, or those of ``data.train``."""
-    sources = prompt_sources(run)
+def prompt_stream(drawing: Drawing, run: RunConfig, stages: Stages) -> StoredStream:
+    """The prompts that completions are drawn for, as many of a step as ``optim.groups_per_step``."""
+    sources = drawing.prompts(run.data.train)
     stores = [prompt_store(source, run, stages, draws=True) for source in sources]
-    return prompts_of(stores, weights=[source.weight for source in sources], groups_per_step=groups_per_step)
-
-
-def prompt_sources(run: RunConfig) -> tuple[DataSource, ...]:
-    assert run.data_policy.name != "off_policy"
-    own = run.data_policy.prompts
-    return run.data.train if own is None else (own.model_copy(update={"format": own.format or "auto"}),)
+    weights = [source.weight for source in sources]
+    return prompts_of(stores, weights=weights, groups_per_step=run.optim.groups_per_step)
 
 
 def prompts_of(stores: list[Path], *, weights: list[float], groups_per_step: int) -> StoredStream:
@@ -66,45 +63,64 @@ def prompts_of(stores: list[Path], *, weights: list[float], groups_per_step: int
     )
 
 
-def chunk_spec(
+def drawn_spec(
+    drawing: Drawing,
     run: RunConfig,
     prompts: StoredStream,
     shape: Shape,
     stages: Stages,
     *,
-    draws: bool,
     needs_reference: bool,
     keep_unscored: bool = False,
 ) -> ChunkSpec:
-    """How this run's groups are made from prompts; without ``draws`` from stored completions alone."""
-    assert run.scorer is not None
-    for store in prompts.stores if draws else ():
+    """How groups are made of what the policy answers to prompts."""
+    for store in prompts.stores:
         if not stages.artifacts.pending(store):
-            refuse_unanswerable(store, run)
+            refuse_unanswerable(store, run, drawing.rollout)
+    stored = stored_spec(drawing.labelling, run, prompts, shape, stages, keep_unscored=keep_unscored)
+    return replace(
+        stored,
+        engine=drawing.rollout.engine,
+        options=resolve(run, stages.session).engine,
+        sampling=sampling(drawing.rollout, run),
+        keep_stored=drawing.policy.keeps_stored,
+        needs_reference=needs_reference,
+    )
+
+
+def stored_spec(
+    labelling: Labelling,
+    run: RunConfig,
+    prompts: StoredStream,
+    shape: Shape,
+    stages: Stages,
+    *,
+    keep_unscored: bool = False,
+) -> ChunkSpec:
+    """How groups are made of the completions that prompts are stored with."""
     return ChunkSpec(
         prompts=prompts,
         seed=run.seed,
         policy=model_spec(run),
         reference=scoring_spec(run, stages.session),
-        engine=run.rollout.engine if run.rollout is not None and draws else "none",
-        options=resolve(run, stages.session).engine if draws else ALONE,
-        sampling=sampling(run) if draws else None,
-        keep_stored=run.data_policy.keeps_stored or not draws,
+        engine="none",
+        sampling=None,
+        keep_stored=True,
         keep_unscored=keep_unscored,
-        scorer=run.scorer,
-        label=run.label_rule,
+        scorer=labelling.scorer,
+        label=labelling.label,
         shape=shape,
-        needs_reference=needs_reference,
+        needs_reference=False,
     )
 
 
-def sampling(run: RunConfig) -> SamplingParams:
-    assert run.rollout is not None
+def sampling(rollout: RolloutConfig, run: RunConfig) -> SamplingParams:
+    """How the policy is sampled, with the run's seed and the tokens that end its answers."""
     return SamplingParams(
-        temperature=run.rollout.temperature,
-        top_p=run.rollout.top_p,
-        max_new_tokens=run.rollout.max_new_tokens,
-        num_samples=run.rollout.samples,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_new_tokens=rollout.max_new_tokens,
+        num_samples=rollout.samples,
         seed=run.seed,
         stop_ids=stop_ids(run),
     )
@@ -118,20 +134,28 @@ def actor_share(each: Share, options: EngineOptions) -> Share:
 
 
 def drawn_once(
-    run: RunConfig, prompts: StoredStream, shape: Shape, stages: Stages, *, keep_unscored: bool = False
+    drawing: Drawing,
+    run: RunConfig,
+    prompts: StoredStream,
+    shape: Shape,
+    stages: Stages,
+    *,
+    keep_unscored: bool = False,
 ) -> Path:
     """One epoch of the prompts, completed by the policy before the first step: ``refresh_every: never``."""
-    spec = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=False, keep_unscored=keep_unscored)
+    spec = drawn_spec(drawing, run, prompts, shape, stages, needs_reference=False, keep_unscored=keep_unscored)
     return rollout_stage(spec, run, stages)
 
 
-def relabelled(store: Path, run: RunConfig, shape: Shape, stages: Stages, *, keep_unscored: bool = False) -> Path:
+def relabelled(
+    labelling: Labelling, run: RunConfig, store: Path, shape: Shape, stages: Stages, *, keep_unscored: bool = False
+) -> Path:
     """Stored completions, scored and labelled like fresh ones: ``label.relabel``."""
     prompts = prompts_of([store], weights=[1.0], groups_per_step=1)
     lonely = [row for row, count in enumerate(TokenStore.open(store).index.num_candidates) if count < 1]
     if lonely:
         raise UserError(f"label.relabel: {TokenStore.open(store).index.name(lonely[0])} has no completion to label")
-    spec = chunk_spec(run, prompts, shape, stages, draws=False, needs_reference=False, keep_unscored=keep_unscored)
+    spec = stored_spec(labelling, run, prompts, shape, stages, keep_unscored=keep_unscored)
     return rollout_stage(spec, run, stages)
 
 
@@ -172,13 +196,12 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
     return stages.artifacts.stage("rollouts", inputs, build)
 
 
-def refuse_unlabelled(stores: Sequence[Path], run: RunConfig, shape: Shape, *, alone: bool) -> None:
+def refuse_unlabelled(stores: Sequence[Path], labelling: Labelling, shape: Shape, *, alone: bool) -> None:
     """Raise UserError where stores that were labelled once and for all have nothing that teaches."""
-    assert run.scorer is not None
     ledgers = [Ledger(**committed(store)["meta"]["ledger"]) for store in stores]
     if not any(ledger.teaches(alone=alone) for ledger in ledgers):
-        rule = run.label_rule.name
-        why = nothing_learned(ledgers, scorer=run.scorer.label, rule=rule, shape=shape)
+        rule = labelling.label.name
+        why = nothing_learned(ledgers, scorer=labelling.scorer.label, rule=rule, shape=shape)
         raise UserError(f"{why}: the run would learn nothing. Give it {WHAT_DISTINGUISHES}")
 
 
@@ -194,16 +217,15 @@ def groups_per_epoch(spec: ChunkSpec) -> int:
     return order.groups_per_epoch
 
 
-def round_plan(run: RunConfig, steps: int) -> RoundPlan:
-    policy = run.data_policy
-    assert policy.name != "off_policy" and isinstance(policy.refresh_every, int)
+def round_plan(drawing: Drawing, run: RunConfig, *, refresh_every: int, steps: int) -> RoundPlan:
+    """Which rounds a run of ``steps`` draws, one for every ``refresh_every`` of them."""
     return RoundPlan(
         steps=steps,
-        refresh_every=policy.refresh_every,
-        lag=policy.lag,
+        refresh_every=refresh_every,
+        lag=drawing.policy.lag,
         groups_per_step=run.optim.groups_per_step,
-        fresh_fraction=policy.fresh_fraction,
-        passes=policy.passes,
+        fresh_fraction=drawing.policy.fresh_fraction,
+        passes=drawing.policy.passes,
     )
 
 

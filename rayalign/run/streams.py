@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rayalign.config.candidates import Drawing
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
 from rayalign.data.select import rows_file
@@ -16,14 +17,15 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
 from rayalign.report.formatting import kept
 from rayalign.rounds.chunk import ChunkSpec
+from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import drawn_rows, order_of
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.model import model_spec, scoring_spec
 from rayalign.run.readers import refuse_unreadable
 from rayalign.run.reads import COLUMN_FIELDS, needed_columns, shape_of, with_format
 from rayalign.run.rollouts import (
-    chunk_spec,
     drawn_once,
+    drawn_spec,
     kept_candidates,
     preparation,
     prompt_store,
@@ -39,58 +41,98 @@ UNITS = {"one": "completions", "pair": "pairs", "group": "groups", "labelled": "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnRounds:
+    """Rounds that are drawn while the run trains."""
+
+    drawing: Drawing
+    chunks: ChunkSpec
+    stream: RoundStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Main:
     """The stream of the method itself."""
 
     stream: AnyStream
     steps: int
     """Of the run."""
-    chunks: ChunkSpec | None = None
-    """How its rounds are drawn while it trains; None where every group is stored before."""
+    rounds: DrawnRounds | None = None
+    """None where every group is stored before the first step."""
 
 
 def main_stream(run: RunConfig, stages: Stages, folder: Path) -> Main:
     """Stored, fresh or both; what is drawn once is drawn here, what is drawn in rounds will lie in ``folder``."""
-    policy, size, method = run.data_policy, run.optim.groups_per_step, run.trained_method
-    shape = shape_of(method)
-    if policy.name == "off_policy":
-        stored = filtered(stored_stream(run, run.data.train, stages, groups_per_step=size), run, stages)
+    if run.drawing is None:
+        stored = stored_main(run, stages)
         return Main(stream=stored, steps=num_steps(run, stored))
-    prompts = prompt_stream(run, stages, groups_per_step=size)
+    return drawn_main(run.drawing, run, stages, folder)
+
+
+def stored_main(run: RunConfig, stages: Stages) -> StoredStream:
+    """The stored groups that the method trains on."""
+    stored = stored_stream(run, run.data.train, stages, groups_per_step=run.optim.groups_per_step)
+    return filtered(stored, run, stages)
+
+
+def drawn_main(drawing: Drawing, run: RunConfig, stages: Stages, folder: Path) -> Main:
+    """Groups that the policy draws, or these and stored ones."""
+    policy = drawing.policy
+    prompts = prompt_stream(drawing, run, stages)
     if policy.keeps_stored:  # their scores will be known; who wrote them, only the data can say
         for path in prompts.stores:
             require_columns(run, "mix: candidates", TokenStore.open(path), among=("behavior_logp",))
-    both = None
-    if policy.fresh_fraction < 1:
-        both = filtered(stored_stream(run, run.data.train, stages, groups_per_step=size), run, stages)
-    steps = num_steps(run, both or prompts)
-    prepared = preparation(run)
-    chunks = None
+    stored = stored_main(run, stages) if policy.fresh_fraction < 1 else None
+    steps = num_steps(run, stored or prompts)
+    rounds = None
     fresh: StoredStream | RoundStream
-    if policy.refresh_every == "never":
-        store = drawn_once(run, prompts, shape, stages)
-        refuse_unlabelled([store], run, shape, alone=method.learns_alone)
-        fresh = over([store], run, stages, weights=[1.0], groups_per_step=size)
-        if prepared is not None:
-            columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
-            fresh = replace(fresh, columns=(columns,))
+    if isinstance(policy.refresh_every, int):
+        plan = round_plan(drawing, run, refresh_every=policy.refresh_every, steps=steps)
+        rounds = drawn_rounds(drawing, run, prompts, plan, stages, folder)
+        fresh = rounds.stream
     else:
-        chunks = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=run.needs_reference)
-        fresh = RoundStream(
-            name=MAIN_STREAM,
-            prompts=prompts,
-            plan=round_plan(run, steps),
-            folder=folder,
-            num_candidates=kept_candidates(shape, chunks),
-            prepared=prepared.key if prepared and method.critic is None else None,
-            preparation=prepared if method.critic is not None else None,
-        )
-    if both is None:
-        return Main(stream=fresh, steps=steps, chunks=chunks)
+        fresh = drawn_before(drawing, run, prompts, stages)
+    if stored is None:
+        return Main(stream=fresh, steps=steps, rounds=rounds)
     mixed = MixedStream(
-        name=MAIN_STREAM, fresh=fresh, stored=both, fresh_fraction=policy.fresh_fraction, groups_per_step=size
+        name=MAIN_STREAM,
+        fresh=fresh,
+        stored=stored,
+        fresh_fraction=policy.fresh_fraction,
+        groups_per_step=run.optim.groups_per_step,
     )
-    return Main(stream=mixed, steps=steps, chunks=chunks)
+    return Main(stream=mixed, steps=steps, rounds=rounds)
+
+
+def drawn_before(drawing: Drawing, run: RunConfig, prompts: StoredStream, stages: Stages) -> StoredStream:
+    """What the policy before the first step draws, once and for all."""
+    method, prepared = run.trained_method, preparation(run)
+    shape = shape_of(method)
+    store = drawn_once(drawing, run, prompts, shape, stages)
+    refuse_unlabelled([store], drawing.labelling, shape, alone=method.learns_alone)
+    fresh = over([store], run, stages, weights=[1.0], groups_per_step=run.optim.groups_per_step)
+    if prepared is None:
+        return fresh
+    columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
+    return replace(fresh, columns=(columns,))
+
+
+def drawn_rounds(
+    drawing: Drawing, run: RunConfig, prompts: StoredStream, plan: RoundPlan, stages: Stages, folder: Path
+) -> DrawnRounds:
+    """Rounds that will be drawn into ``folder`` while the run trains."""
+    method, prepared = run.trained_method, preparation(run)
+    shape = shape_of(method)
+    chunks = drawn_spec(drawing, run, prompts, shape, stages, needs_reference=run.needs_reference)
+    stream = RoundStream(
+        name=MAIN_STREAM,
+        prompts=prompts,
+        plan=plan,
+        folder=folder,
+        num_candidates=kept_candidates(shape, chunks),
+        prepared=prepared.key if prepared and method.critic is None else None,
+        preparation=prepared if method.critic is not None else None,
+    )
+    return DrawnRounds(drawing=drawing, chunks=chunks, stream=stream)
 
 
 def stored_stream(
@@ -99,9 +141,11 @@ def stored_stream(
     """Stored groups with their columns: labels of the data or, with ``label.relabel``, of the run's own scorer."""
     method = run.trained_method
     shape = shape_of(method)
-    if run.relabels:
-        stores = [relabelled(prompt_store(source, run, stages, draws=False), run, shape, stages) for source in sources]
-        refuse_unlabelled(stores, run, shape, alone=method.learns_alone)
+    labelling = run.relabelling
+    if labelling is not None:
+        prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
+        stores = [relabelled(labelling, run, store, shape, stages) for store in prompts]
+        refuse_unlabelled(stores, labelling, shape, alone=method.learns_alone)
     else:
         stores = [stages.tokens(source, run, shape) for source in sources]
         if "mismatched" in method.needs:

@@ -45,7 +45,9 @@ def test_rounds_have_the_passes_and_the_preparation_of_the_configuration() -> No
     def of(method: str, policy: str) -> tuple[int, str | None]:
         run = load_run(None, [*ON_POLICY, f"method={method}", f"data_policy={policy}"])
         prepared = preparation(run)
-        return round_plan(run, 8).passes, prepared.key if prepared else None
+        assert run.drawing is not None
+        plan = round_plan(run.drawing, run, refresh_every=4, steps=8)
+        return plan.passes, prepared.key if prepared else None
 
     twice = "{name: on_policy, refresh_every: 4, passes: 2}"
     assert of("dpo", twice) == (2, None)

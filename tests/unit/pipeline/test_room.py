@@ -56,10 +56,11 @@ def test_rounds_may_hold_the_longest_prompt_with_completions_at_their_limit(
         policy = ["data_policy=on_policy", "rollout={samples: 4, max_new_tokens: 12}", SCORED]
         settings = [f"model.name={tmp_path / 'model'}", "data.train=t.jsonl", *policy]
         run = load_run(None, [*settings, f"method={method}", f"optim.tokens_per_micro_batch={tokens_per_micro_batch}"])
+        assert run.drawing is not None
         stream = RoundStream(
             name="train",
             prompts=prompts_of([tmp_path / "prompts"], weights=[1.0], groups_per_step=2),
-            plan=round_plan(run, 4),
+            plan=round_plan(run.drawing, run, refresh_every=4, steps=4),
             folder=tmp_path / "rounds",
             num_candidates=kept,
         )
