@@ -22,7 +22,7 @@ import torch
 from examples.lab.in_process import Alone
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
-from rayalign.config.training import OptimConfig
+from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
@@ -152,8 +152,7 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         steps=steps,
         seed=0,
         identity={},
-        checkpoint_every=10_000,
-        checkpoint_keep=1,
+        checkpoint=CheckpointConfig(every=10_000, keep=1),
     )
     rows: list[Record] = []
 

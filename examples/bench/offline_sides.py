@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rayalign.config.training import OptimConfig
+from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
@@ -96,8 +96,7 @@ def training(job: Mapping[str, Any], directory: Path) -> tuple[TrainSpec, Source
         steps=job["steps"],
         seed=0,
         identity={},
-        checkpoint_every=job["steps"],
-        checkpoint_keep=1,
+        checkpoint=CheckpointConfig(every=job["steps"], keep=1),
         check_initial_logratio=True,
     )
     return spec, source

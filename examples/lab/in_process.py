@@ -14,6 +14,7 @@ from rayalign.comparison.prompts import tokenized
 from rayalign.config.candidates import Drawing
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
+from rayalign.config.training import CheckpointConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Group
@@ -111,8 +112,7 @@ class Workshop:
             critic=critic_spec(run) if method.critic is not None else None,
             seed=run.seed,
             identity={"name": name},
-            checkpoint_every=run.optim.steps,
-            checkpoint_keep=1,
+            checkpoint=CheckpointConfig(every=run.optim.steps, keep=1),
             checkpoint_at=run.evaluate.at if run.evaluate else (),
             stop_ids=stop_ids(run),
             check_initial_logratio=scored,

@@ -112,7 +112,7 @@ def train(
     if resumed is not None:
         source.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
         keep = partial(save, run, writer, source, beside=critic)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import FollowsPolicy, GroupSource, StreamWork
-from rayalign.engine.checkpoint.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
+from rayalign.engine.checkpoint.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    differences,
+    refuse_other_run,
+    refuse_unknown_metric,
+)
 from rayalign.engine.checkpoint.optimizer_state import UnreadableOptimizer
 from rayalign.engine.checkpoint.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
 from rayalign.engine.checkpoint.sending import exportable, num_bytes, offer_weights
@@ -70,7 +76,7 @@ def train(
         source.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
@@ -147,7 +153,7 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) 
     try:
         run.strategy.load_optimizer(optimizer, directory)
     except UnreadableOptimizer as error:
-        if not run.spec.restart_optimizer:
+        if not run.spec.checkpoint.restart_optimizer:
             raise
         log.warning(
             "%s goes on from the weights of %s alone: its optimizer starts afresh, as checkpoint.restart_optimizer "
@@ -232,9 +238,10 @@ def advance(
     if held_out and run.step in spec.evaluate_at:
         row |= {f"eval_{name}": value for name, value in run.runner.evaluate(run.step, held_out).items()}
     if run.skipped_in_a_row == 0:
-        if spec.checkpoint_best is not None and not run.row:
+        best = spec.checkpoint.best
+        if best is not None and not run.row:
             measured = {"loss", *result.metrics, *result.absent}
-            spec.checkpoint_best.refuse_unknown({*row, *measured}, evaluated=measured if held_out else set())
+            refuse_unknown_metric(best, {*row, *measured}, evaluated=measured if held_out else set())
         run.row = row
     return row
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.config.training import OptimConfig
+from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import GroupSource
-from rayalign.engine.checkpoint.checkpoint import Best, Checkpointer
+from rayalign.engine.checkpoint.checkpoint import Checkpointer
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import Objective
@@ -44,18 +44,11 @@ class TrainSpec:
     seed: int
     identity: Mapping[str, Any]
     """What this run is (digests of data, model and configuration): a checkpoint of another is refused."""
-    checkpoint_every: int
-    checkpoint_keep: int
+    checkpoint: CheckpointConfig
     checkpoint_at: tuple[int, ...] = ()
     """Further steps whose checkpoint is written and kept until the run ends."""
-    checkpoint_best: Best | None = None
-    """By which metric one checkpoint is kept beside the newest."""
-    checkpoint_asynchronous: bool = False
-    """Checkpoints are written while training goes on."""
     mirror: Mirror | None = None
     """Where committed checkpoints are kept a second time."""
-    restart_optimizer: bool = False
-    """Where a checkpoint's optimizer cannot be read, as from or to DeepSpeed: go on from the weights with a new one."""
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
@@ -81,9 +74,9 @@ def checkpointer_of(spec: TrainSpec, *, attempt: str) -> Checkpointer:
     return Checkpointer(
         root=spec.directory / "checkpoints",
         attempt=attempt,
-        keep=spec.checkpoint_keep,
+        keep=spec.checkpoint.keep,
         always_keep=spec.checkpoint_at,
-        best=spec.checkpoint_best,
+        best=spec.checkpoint.best,
         identity=spec.identity,
     )
 

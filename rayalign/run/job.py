@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rayalign.config.run import RunConfig
 from rayalign.config.training import CriticConfig, OptimConfig
-from rayalign.engine.checkpoint.checkpoint import Best
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.state import CriticSpec, TrainSpec
 from rayalign.engine.strategy.zero_config import zero_config
@@ -44,6 +43,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     main = main_stream(run, stages, directory / "rounds")
     steps = main.steps
     refuse_long_warmup(run.optim, steps)
+    refuse_unsaved_best(run, steps)
     streams: list[AnyStream] = [main.stream, *auxiliary_streams(run, stages)]
     source = SourceSpec(
         streams=tuple(streams),
@@ -61,13 +61,9 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         critic=critic_spec(run) if method.critic is not None else None,
         seed=run.seed,
         identity=run_identity(run, streams),
-        checkpoint_every=run.checkpoint.every,
-        checkpoint_keep=run.checkpoint.keep,
+        checkpoint=run.checkpoint,
         checkpoint_at=evaluation_steps(run, steps) if run.evaluate and method.trains == "policy" else (),
-        checkpoint_asynchronous=run.checkpoint.asynchronous,
         mirror=mirror_of(run, directory, storage=stages.artifacts.root.parent),
-        restart_optimizer=run.checkpoint.restart_optimizer,
-        checkpoint_best=checkpoint_best(run, steps),
         evaluate_at=evaluation_steps(run, steps) if run.measures_loss else (),
         stop_ids=stop_ids(run),
         chat_template=chat_template(run),
@@ -169,11 +165,11 @@ def zero_file(run: RunConfig) -> str | None:
     return text
 
 
-def checkpoint_best(run: RunConfig, steps: int) -> Best | None:
-    """What tells the best checkpoint; raises UserError where no checkpoint is written at a step that is measured."""
+def refuse_unsaved_best(run: RunConfig, steps: int) -> None:
+    """Raise UserError where the best checkpoint is told by a metric that no saved step but the last has."""
     best = run.checkpoint.best
     if best is None:
-        return None
+        return
     measured = evaluation_steps(run, steps)
     if best.metric.startswith("eval_") and run.method.record.trains != "policy":
         saved = {*range(run.checkpoint.every, steps + 1, run.checkpoint.every), steps}
@@ -183,7 +179,6 @@ def checkpoint_best(run: RunConfig, steps: int) -> Best | None:
                 f"checkpoint.every: {run.checkpoint.every} saves none of them but the last; make one a multiple of the "
                 "other"
             )
-    return Best(metric=best.metric, mode=best.mode)
 
 
 def evaluation_steps(run: RunConfig, steps: int) -> tuple[int, ...]:

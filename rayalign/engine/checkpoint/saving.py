@@ -102,7 +102,7 @@ class Writer:
 
 def checkpoint_is_due(run: Run) -> bool:
     last = run.step == run.spec.steps
-    return last or run.urgent or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
+    return last or run.urgent or run.step % run.spec.checkpoint.every == 0 or run.step in run.spec.checkpoint_at
 
 
 def refuse_stopped(run: Run, writer: Writer, save: Callable[[], None]) -> None:

@@ -14,9 +14,8 @@ import torch
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
-from rayalign.config.training import OptimConfig
+from rayalign.config.training import BestConfig, OptimConfig
 from rayalign.engine.checkpoint.checkpoint import (
-    Best,
     Checkpoint,
     Checkpointer,
     IncompatibleCheckpoint,
@@ -183,7 +182,7 @@ def measured(root: Path, **losses: float | None) -> None:
 def test_retention_keeps_the_best_beside_the_newest(tmp_path: Path, mode, always_keep, left: list[int]) -> None:
     """5 and 6 are equally good: the first of them stays. 7 was not measured, and 12 is of a damaged future."""
     measured(tmp_path, s3=0.9, s5=0.2, s6=0.2, s7=None, s8=0.5, s9=0.4, s12=0.1)
-    best = Best(metric="eval_loss", mode=mode)
+    best = BestConfig(metric="eval_loss", mode=mode)
     checkpointer(tmp_path, keep=2, always_keep=always_keep, best=best).prune(9)
     assert sorted(step_of(path) for path in tmp_path.glob("step_*")) == [*left, 12]
     told = json.loads((tmp_path / "best.json").read_text())
@@ -195,7 +194,7 @@ def test_retention_keeps_the_best_beside_the_newest(tmp_path: Path, mode, always
 
 def test_without_a_measurement_there_is_no_best(tmp_path: Path) -> None:
     measured(tmp_path, s3=None, s4=None)
-    checkpointer(tmp_path, keep=1, best=Best(metric="eval_loss", mode="min")).prune(4)
+    checkpointer(tmp_path, keep=1, best=BestConfig(metric="eval_loss", mode="min")).prune(4)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000004-aa0"]
 
 

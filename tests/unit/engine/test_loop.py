@@ -34,10 +34,11 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayalign.config.training import BestConfig
 from rayalign.data.micro_batches import PlanError
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import StreamWork
-from rayalign.engine.checkpoint.checkpoint import Best, IncompatibleCheckpoint, step_of
+from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint, step_of
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
 from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
@@ -360,7 +361,7 @@ def test_all_workers_skip_or_stop_together(dpo: Scenario, tmp_path: Path) -> Non
 
 def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
     main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1], lr=3e-2)
-    best = Best(metric="rewards/margins", mode="min")
+    best = BestConfig(metric="rewards/margins", mode="min")
     spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
     with pytest.raises(Interrupted):
         train_alone(spec, main, on_step=interrupt_after(9))
@@ -377,7 +378,7 @@ def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_told_by_a_whole_number_too(scenario: Scenario, tmp_path: Path) -> None:
     main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1])
-    best = Best(metric="step_tokens", mode="max")
+    best = BestConfig(metric="step_tokens", mode="max")
     spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
     train_alone(spec, main)
     measured = {row["step"]: row["step_tokens"] for row in rows(spec.directory) if row["step"] % 2 == 0}
@@ -390,7 +391,7 @@ def test_the_best_checkpoint_is_told_by_a_whole_number_too(scenario: Scenario, t
 def test_a_metric_that_no_row_has_ends_the_run_with_the_first_step(
     metric: str, scenario: Scenario, tmp_path: Path
 ) -> None:
-    spec = train_spec(tmp_path / "run", scenario, checkpoint_best=Best(metric=metric, mode="min"))
+    spec = train_spec(tmp_path / "run", scenario, checkpoint_best=BestConfig(metric=metric, mode="min"))
     with pytest.raises(UserError, match=f"no row of metrics has '{metric}'; rows of this run have .*rewards/margins"):
         train_alone(spec, scenario)
     assert not (spec.directory / "checkpoints").exists()
@@ -422,7 +423,7 @@ def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(
     with pytest.raises(UserError, match=rf"{told}.*checkpoint\.restart_optimizer=true"):
         train_alone(spec, dpo)
     seen: list[int] = []
-    again = replace(spec, restart_optimizer=True)
+    again = replace(spec, checkpoint=spec.checkpoint.model_copy(update={"restart_optimizer": True}))
     train_alone(again, dpo, on_step=lambda row: seen.append(row["step"]))
     assert seen[0] == 5 and [row["step"] for row in rows(spec.directory)] == list(range(1, STEPS + 1))
     counted = {
@@ -515,7 +516,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
     scenario: Scenario, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = tmp_path / "run"
-    spec = replace(train_spec(directory, scenario), checkpoint_every=STEPS, checkpoint_keep=9)
+    spec = train_spec(directory, scenario, checkpoint_every=STEPS, checkpoint_keep=9)
     train(spec, source_maker(scenario), SINGLE, notices=Notice())
     assert [step_of(path) for path in sorted((directory / "checkpoints").glob("step_*"))] == [5, STEPS]
     said = [record.getMessage() for record in caplog.records if "takes back" in record.getMessage()]
@@ -525,9 +526,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
 
 
 def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Path) -> None:
-    spec = replace(
-        train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}), checkpoint_every=STEPS, checkpoint_keep=9
-    )
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}, checkpoint_every=STEPS, checkpoint_keep=9)
     train(spec, Poisoned(dpo, {4}), SINGLE, notices=Notice())
     assert [row["step"] for row in rows(spec.directory) if row["loss"] is None] == [5]
     assert [step_of(path) for path in sorted((spec.directory / "checkpoints").glob("step_*"))] == [5, STEPS]

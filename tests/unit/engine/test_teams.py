@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from rayalign.config.training import StrategyConfig
+from rayalign.config.training import CheckpointConfig, StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.lora import ADAPTER as ADAPTER_FOLDER
@@ -248,7 +249,12 @@ def prompts(folder: Path) -> Path:
 def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> TrainSpec:
     spec = train_spec(directory, scenario)
     constant = spec.optim.model_copy(update={"schedule": "constant", "warmup": 0})
-    return replace(spec, optim=constant, steps=steps, checkpoint_every=4)
+    return replace(spec, optim=constant, steps=steps, checkpoint=CheckpointConfig(every=4, keep=2))
+
+
+def saved(spec: TrainSpec, **settings: Any) -> TrainSpec:
+    """The same run with other settings of ``checkpoint``."""
+    return replace(spec, checkpoint=spec.checkpoint.model_copy(update=settings))
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +292,12 @@ def pair(
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], refused_run, (spec_of(directory, resumed), resumed))
     for before, after in REFUSED:
         directory = folder / f"{before}-{after}"
-        weights_alone = replace(spec_of(directory, resumed), restart_optimizer=True)
+        weights_alone = saved(spec_of(directory, resumed), restart_optimizer=True)
         tasks[f"{directory.name} 3"] = Task(TEAMS[after], whole_run, (weights_alone, resumed))
     for name in TEAMS:
         tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
     for name in LATE:
-        late = replace(spec_of(folder / f"late-{name}", resumed), checkpoint_asynchronous=True)
+        late = saved(spec_of(folder / f"late-{name}", resumed), asynchronous=True)
         tasks[f"late {name}"] = Task(TEAMS[name], whole_run, (late, resumed))
     for (before, after), (kind, scenario) in product(ADAPTED, adapting.items()):
         directory = folder / f"{kind}-{before}-{after}"

@@ -13,16 +13,16 @@ from tiny_tokenizers import CHATML, byte_level
 
 from rayalign.config import load_run
 from rayalign.config.data import TokenBudget
+from rayalign.config.training import BestConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
-from rayalign.engine.checkpoint.checkpoint import Best
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.run.identity import run_identity
-from rayalign.run.job import checkpoint_best, critic_spec
+from rayalign.run.job import critic_spec, refuse_unsaved_best
 from rayalign.run.model import model_spec
 from rayalign.run.readers import refuse_unusable_models
 from rayalign.run.resolve import resolve
@@ -144,16 +144,17 @@ def test_a_run_that_a_step_has_stopped_may_go_on_without_such_steps(tmp_path: Pa
 
 
 def test_the_best_checkpoint_is_one_of_those_that_are_measured() -> None:
-    def best(*settings: str) -> Best | None:
+    def best(*settings: str) -> BestConfig | None:
         run = load_run(None, ["model.name=m", "data={train: t.jsonl, eval: e.jsonl}", *settings])
-        return checkpoint_best(run, 60)
+        refuse_unsaved_best(run, 60)
+        return run.checkpoint.best
 
     held_out = "checkpoint={every: 20, best: {metric: eval_loss, mode: min}}"
     assert best("method=dpo") is None
-    assert best("method=dpo", "checkpoint.best={metric: rewards/margins, mode: max}") == Best(
+    assert best("method=dpo", "checkpoint.best={metric: rewards/margins, mode: max}") == BestConfig(
         metric="rewards/margins", mode="max"
     )
-    expected = Best(metric="eval_loss", mode="min")
+    expected = BestConfig(metric="eval_loss", mode="min")
     assert best("method=dpo", held_out, "evaluate.every=15") == expected  # what is evaluated is saved
     assert best("method=reward_model", held_out, "evaluate.every=10") == expected
     with pytest.raises(UserError, match="eval_loss is measured after steps 25, 50, 60, and checkpoint.every: 20 "):

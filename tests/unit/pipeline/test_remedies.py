@@ -26,7 +26,7 @@ from rayalign.run.identity import run_identity
 from rayalign.run.job import objectives
 from rayalign.run.model import trained_spec
 
-ROOMS = ("engine", "runtime", "rollout", "sources", "judge")
+ROOMS = ("engine", "runtime", "rollout", "rounds", "judge")
 """Where a run's messages are written once it has started."""
 
 DECIDE = {
@@ -95,9 +95,7 @@ def trained(stored: StoredStream, directory: Path, settings: list[str], **argume
         steps=STEPS,
         seed=run.seed,
         identity=run_identity(run, [stored]),
-        checkpoint_every=run.checkpoint.every,
-        checkpoint_keep=run.checkpoint.keep,
-        restart_optimizer=run.checkpoint.restart_optimizer,
+        checkpoint=run.checkpoint,
         stop_ids=(4,),
     )
     return train_alone(spec, scenario, **arguments)
