@@ -172,7 +172,7 @@ def ask_for_stages(run: RunConfig, stages: Stages) -> None:
     if run.data_policy.fresh_fraction < 1:
         stores = ask_for_stored(run, run.data.train, stages)
         if run.filter is not None:
-            filter_stage(stores, run, stages)
+            filter_stage(run.filter, stores, run, stages)
     for auxiliary in run.auxiliary or ():
         for source in auxiliary.data:
             stages.tokens(with_format(source, auxiliary.term), run, "one")

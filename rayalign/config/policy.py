@@ -34,10 +34,8 @@ def _label_name(value: str, info: ValidationInfo) -> str:
     raise ValueError(f"{value!r} is none of {' | '.join(LABEL_RULES)} | module:function")
 
 
-class OffPolicyConfig(Block):
-    """Stored candidates only."""
-
-    name: Literal["off_policy"] = "off_policy"
+class CandidatesConfig(Block):
+    """What may be asked of every data policy."""
 
     @property
     def draws_rounds(self) -> bool:
@@ -54,13 +52,14 @@ class OffPolicyConfig(Block):
         """Whether stored candidates of a prompt are scored and labelled together with the fresh ones."""
         return False
 
-    @property
-    def passes(self) -> int:
-        """Times that a round is trained on."""
-        return 1
+
+class OffPolicyConfig(CandidatesConfig):
+    """Stored candidates only."""
+
+    name: Literal["off_policy"] = "off_policy"
 
 
-class RoundsConfig(Block):
+class RoundsConfig(CandidatesConfig):
     """What every policy with rollouts has: when it draws, and for which prompts."""
 
     refresh_every: Annotated[int | Literal["never"], BeforeValidator(_parse_refresh)] = 4
@@ -74,18 +73,11 @@ class RoundsConfig(Block):
 
     @property
     def draws_rounds(self) -> bool:
-        """Whether completions are drawn while the run trains."""
         return self.refresh_every != "never"
 
     @property
     def fresh_fraction(self) -> float:
-        """Share of the groups of a step that are drawn from the policy."""
         return 1.0
-
-    @property
-    def keeps_stored(self) -> bool:
-        """Whether stored candidates of a prompt are scored and labelled together with the fresh ones."""
-        return False
 
 
 class OnPolicyConfig(RoundsConfig):
@@ -107,12 +99,10 @@ class HybridConfig(RoundsConfig):
 
     @property
     def fresh_fraction(self) -> float:
-        """Share of the groups of a step that are drawn from the policy."""
         return self.on_fraction if self.mix == "groups" else 1.0
 
     @property
     def keeps_stored(self) -> bool:
-        """Whether stored candidates of a prompt are scored and labelled together with the fresh ones."""
         return self.mix == "candidates"
 
     @property

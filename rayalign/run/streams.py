@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rayalign.config.candidates import Drawing
-from rayalign.config.data import DataSource
+from rayalign.config.data import DataSource, FilterConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.select import rows_file
 from rayalign.data.store import TokenStore
@@ -166,20 +166,19 @@ def filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> StoredStre
     """
     if run.filter is None:
         return stream
-    directory = filter_stage(stream.stores, run, stages)
+    directory = filter_stage(run.filter, stream.stores, run, stages)
     stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
     return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 
-def filter_stage(stores: Sequence[Path], run: RunConfig, stages: Stages) -> Path:
+def filter_stage(config: FilterConfig, stores: Sequence[Path], run: RunConfig, stages: Stages) -> Path:
     """Which rows of ``stores`` the run's filter keeps."""
-    assert run.filter is not None
     method = run.trained_method
     spec = replace(scoring_spec(run, stages.session), model=model_spec(run), logit_temperature=1.0)
     return stages.filtered(
         stores,
         [stages.log_probs(store, spec) for store in stores],
-        quantile=run.filter.policy_logp_quantile,
+        quantile=config.policy_logp_quantile,
         own_candidates=1 if "mismatched" in method.needs else None,
         unit="groups" if run.relabels else UNITS[shape_of(method)],
     )
@@ -270,5 +269,5 @@ def num_steps(run: RunConfig, stream: StoredStream) -> int:
     """``optim.steps``, or as many as ``optim.epochs`` takes; every pass over a round counts."""
     if run.optim.steps is not None:
         return run.optim.steps
-    assert run.optim.epochs is not None
-    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs) * run.data_policy.passes
+    passes = run.drawing.policy.passes if run.drawing is not None else 1
+    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs or 1.0) * passes
