@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from lab.world import pairs as lab_pairs
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
 from rayalign.data.records import RawRow, Row
 from rayalign.data.stream import Stream
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, misfit, read_chunks
 from rayalign.engine.model.forward import Policy
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> list[float]:
     chat = make_chat(tokenizer)
 
     # Rows → token ids. A pair is a group of two candidates: the chosen answer, then the rejected one.
-    settings = TokenizeSettings(max_prompt_tokens=args.max_tokens // 2, max_tokens=args.max_tokens)
+    settings = TokenBudget(max_prompt_tokens=args.max_tokens // 2, max_tokens=args.max_tokens)
     outcomes = rows_to_groups(read_rows(args), chat, settings)
     tokenized = [outcome for outcome in outcomes if isinstance(outcome, Tokenized)]
     groups = [outcome.group for outcome in tokenized if not misfit(outcome.example, "pair")]

@@ -249,12 +249,13 @@ def evaluate(
 ) -> None:
     """Sample and score the checkpoints of a run against its reference, or measure a reward model on --pairs."""
     if pairs:
-        from rayalign.data.tokenize import TokenizeSettings
+        from rayalign.config.data import TokenBudget
+        from rayalign.verbs.options import block_of
         from rayalign.verbs.pairs import evaluate_pairs
 
         if config is None or overrides:
             raise UserError("evaluate --pairs takes one reward model: rayalign evaluate runs/rm/final --pairs a.jsonl")
-        budget = TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
+        budget = block_of(TokenBudget, {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens})
         return evaluate_pairs(config, pairs, budget, as_json=as_json, console=Console())
     if as_json:
         raise UserError("evaluate: --json goes with --pairs")

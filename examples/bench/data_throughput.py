@@ -18,18 +18,20 @@ from typing import Any
 
 import datasets
 
+from rayalign.config.data import DataConfig, TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.records import RawRow
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit
 from rayalign.engine.model.pretrained import load_tokenizer
-from rayalign.runtime.datasets import TokenizerSpec, prepare
+from rayalign.runtime.datasets import prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.session import connect
 
 from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=384, max_tokens=512)
+BUDGET = {"max_prompt_tokens": 384, "max_tokens": 512}
 VOCABULARY = 8192
 PROCESSES = 2
 
@@ -65,13 +67,20 @@ def main() -> None:
 
 def staged(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
     """Seconds of the stage that ``rayalign train`` runs."""
-    spec = TokenizerSpec(
-        name=str(tokenizer), revision=None, trust_remote_code=False, template="auto", stop="auto", settings=SETTINGS
-    )
+    model, data = ModelConfig(name=str(tokenizer)), DataConfig(train=(str(lines),), **BUDGET)
     began = time.perf_counter()
     directory.mkdir()
     units = split_units([Unit(path=str(lines))])
-    found = prepare(units, spec, "pair", directory, writers=PROCESSES, note=lambda line: None)
+    found = prepare(
+        units,
+        model,
+        data,
+        completed="no",
+        shape="pair",
+        directory=directory,
+        writers=PROCESSES,
+        note=lambda line: None,
+    )
     seconds = time.perf_counter() - began
     assert found.rows == rows, (found.rows, rows)
     return seconds
@@ -104,7 +113,7 @@ def tokenized(batch: dict[str, list[Any]], *, chat: Chat) -> dict[str, list[Any]
     values = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
     raw = [RawRow(source="pairs.jsonl", line=number, value=value) for number, value in enumerate(values, start=1)]
     columns: dict[str, list[Any]] = {"prompt_ids": [], "candidate_ids": [], "trained": [], "bad": []}
-    for outcome in rows_to_groups(raw, chat, SETTINGS):
+    for outcome in rows_to_groups(raw, chat, TokenBudget(**BUDGET)):
         good = outcome.group if isinstance(outcome, Tokenized) else None
         candidates = good.candidates if good else ()
         columns["prompt_ids"].append(good.prompt_ids.tolist() if good else [])

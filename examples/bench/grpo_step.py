@@ -20,26 +20,26 @@ from typing import Any
 import torch
 
 from examples.lab.in_process import Alone
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
+from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
-from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.columns import Preparation
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
-from rayalign.run.model import CPU_ROW_TOKENS
 from rayalign.runtime.placement import Share
 from rayalign.runtime.rounds import RolloutJob, serving
+from rayalign.runtime.session import CPU_ROW_TOKENS
 
 from .common import arguments, in_fresh_process, machine, spread, table
 from .offline_step import TOKENS_PER_MICRO_BATCH
@@ -127,8 +127,8 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         engine="hf",
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=SAMPLES),
         keep_stored=False,
-        scorer=ScorerSpec(label="length", name="rule", parameters={"function": f"{folder / 'scores.py'}:score"}),
-        label=LabelSpec(name="rewards"),
+        scorer=RuleScorerConfig(function=f"{folder / 'scores.py'}:score"),
+        label=LabelConfig(name="rewards"),
         shape="group",
         needs_reference=True,
     )
@@ -148,11 +148,11 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         directory=folder / "run",
         model=policy,
         objectives=(Objective(stream=MAIN_STREAM, method=method, config=config),),
-        optimizer=OptimizerSpec(lr=1e-5, steps=steps, schedule="constant", max_grad_norm=1.0),
+        optim=OptimConfig(lr=1e-5, schedule="constant", warmup=0),
+        steps=steps,
         seed=0,
         identity={},
-        checkpoint_every=10_000,
-        checkpoint_keep=1,
+        checkpoint=CheckpointConfig(every=10_000, keep=1),
     )
     rows: list[Record] = []
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
@@ -24,13 +25,12 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import train
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import resolve
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec, StoredStream
-from rayalign.run.model import CPU_ROW_TOKENS
+from rayalign.runtime.session import CPU_ROW_TOKENS
 
 GROUPS_PER_SHARD = 256
 LR, BETA, MAX_GRAD_NORM = 1e-4, 0.1, 1.0
@@ -92,11 +92,11 @@ def training(job: Mapping[str, Any], directory: Path) -> tuple[TrainSpec, Source
         directory=directory,
         model=ModelSpec(name=job["model"]),
         objectives=(Objective(stream=MAIN_STREAM, method=dpo, config=dpo.config(beta=BETA)),),  # type: ignore[call-arg]
-        optimizer=OptimizerSpec(lr=LR, steps=job["steps"], schedule="constant", max_grad_norm=MAX_GRAD_NORM),
+        optim=OptimConfig(lr=LR, schedule="constant", max_grad_norm=MAX_GRAD_NORM, warmup=0),
+        steps=job["steps"],
         seed=0,
         identity={},
-        checkpoint_every=job["steps"],
-        checkpoint_keep=1,
+        checkpoint=CheckpointConfig(every=job["steps"], keep=1),
         check_initial_logratio=True,
     )
     return spec, source

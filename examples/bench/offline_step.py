@@ -19,13 +19,14 @@ from typing import Any
 import datasets
 from transformers import LlamaConfig
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group, GroupLengths
 from rayalign.data.pack import group_lengths
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.data.stream import Stream
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.objective import MAIN_STREAM
 
@@ -90,7 +91,7 @@ def parse() -> argparse.Namespace:
 def tokenized_pairs(file: Path, tokenizer: Any, count: int) -> list[Group]:
     """The first ``count`` good pairs of the file; prompts are cut from the left, responses from the right."""
     chat = make_chat(tokenizer)
-    settings = TokenizeSettings(max_prompt_tokens=MAX_PROMPT_TOKENS, max_tokens=MAX_TOKENS)
+    settings = TokenBudget(max_prompt_tokens=MAX_PROMPT_TOKENS, max_tokens=MAX_TOKENS)
     groups: list[Group] = []
     for rows in read_chunks(Unit(path=str(file))):
         outcomes = rows_to_groups(rows, chat, settings)

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rayalign.config.training import StrategyConfig
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
-from rayalign.engine.strategy.base import StrategySpec
 from rayalign.runtime.placement import Share
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
@@ -94,7 +94,7 @@ def under_ray(job: Record) -> Record:
                     spec=spec,
                     source=source,
                     held_out=None,
-                    strategy=StrategySpec(),
+                    strategy=StrategyConfig(),
                     workers=1,
                     share=share,
                     run="ray_cost",

@@ -18,23 +18,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
-from rayalign.judge.measure import ScorerSpec
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.model import CPU_ROW_TOKENS
 from rayalign.runtime.drawing import draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.session import connect
+from rayalign.runtime.session import CPU_ROW_TOKENS, connect
 
 from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model
 from .offline_step import TOKENIZER_VOCABULARY, tokenized_pairs
@@ -131,8 +130,8 @@ def write_job(root: Path, *, engine: str, prompts: int) -> Job:
         engine=engine,
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=8),
         keep_stored=False,
-        scorer=ScorerSpec(label="none", name="rule", parameters={"function": "rayalign.judge.rule:no_score"}),
-        label=LabelSpec(name="rewards"),
+        scorer=RuleScorerConfig(function="rayalign.judge.rule:no_score"),
+        label=LabelConfig(name="rewards"),
         shape="group",
         needs_reference=False,
     )

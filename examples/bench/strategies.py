@@ -25,36 +25,36 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from transformers import LlamaConfig
 
+from rayalign.config.model import LoraConfig
+from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.data.group import Candidate, Group
 from rayalign.data.micro_batches import count_step
 from rayalign.data.pack import group_lengths, pack
 from rayalign.engine.batches import StreamWork
 from rayalign.engine.model.forward import root_module
-from rayalign.engine.model.lora import LoraSpec
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.step import Runner
-from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import resolve
 
 from .common import arguments, machine, pairs_file, table, train_tokenizer
 
 PAIRS, TOKENS = 2, 64
 """Of every worker in a step; prompt and each completion."""
-LORA = LoraSpec(rank=16, alpha=32.0)
-SIDES: dict[str, tuple[StrategySpec, dict[str, Any]]] = {
-    "single": (StrategySpec(), {}),
-    "single, compiled": (StrategySpec(), {"compile": True}),
-    "single, checkpointed": (StrategySpec(), {"gradient_checkpointing": True}),
-    "ddp": (StrategySpec(name="ddp"), {}),
-    "fsdp2": (StrategySpec(name="fsdp2"), {}),
-    "fsdp2, checkpointed": (StrategySpec(name="fsdp2"), {"gradient_checkpointing": True}),
-    "deepspeed, ZeRO 2": (StrategySpec(name="deepspeed", zero_stage=2), {}),
-    "deepspeed, ZeRO 3": (StrategySpec(name="deepspeed", zero_stage=3), {}),
-    "ddp, LoRA": (StrategySpec(name="ddp"), {"lora": LORA}),
-    "fsdp2, LoRA": (StrategySpec(name="fsdp2"), {"lora": LORA}),
-    "deepspeed, ZeRO 3, LoRA": (StrategySpec(name="deepspeed", zero_stage=3), {"lora": LORA}),
+LORA = LoraConfig(rank=16, alpha=32.0)
+SIDES: dict[str, tuple[StrategyConfig, dict[str, Any]]] = {
+    "single": (StrategyConfig(), {}),
+    "single, compiled": (StrategyConfig(), {"compile": True}),
+    "single, checkpointed": (StrategyConfig(), {"gradient_checkpointing": True}),
+    "ddp": (StrategyConfig(name="ddp"), {}),
+    "fsdp2": (StrategyConfig(name="fsdp2"), {}),
+    "fsdp2, checkpointed": (StrategyConfig(name="fsdp2"), {"gradient_checkpointing": True}),
+    "deepspeed, ZeRO 2": (StrategyConfig(name="deepspeed", zero_stage=2), {}),
+    "deepspeed, ZeRO 3": (StrategyConfig(name="deepspeed", zero_stage=3), {}),
+    "ddp, LoRA": (StrategyConfig(name="ddp"), {"lora": LORA}),
+    "fsdp2, LoRA": (StrategyConfig(name="fsdp2"), {"lora": LORA}),
+    "deepspeed, ZeRO 3, LoRA": (StrategyConfig(name="deepspeed", zero_stage=3), {"lora": LORA}),
 }
 """Each with what it changes of the model."""
 
@@ -111,14 +111,13 @@ def write_configuration(folder: Path, *, hidden: int, layers: int) -> LlamaConfi
     return config
 
 
-def worker(rank: int, room: Path, workers: int, spec: StrategySpec, changes: dict[str, Any], steps: int) -> None:
+def worker(rank: int, room: Path, workers: int, spec: StrategyConfig, changes: dict[str, Any], steps: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     dist.init_process_group("gloo", init_method=f"file://{room}/meeting-point", rank=rank, world_size=workers)
     strategy = make_strategy(spec, torch.device("cpu"))
     imported = peak()
     model, _ = strategy.load(ModelSpec(name=str(room.parent / "model"), from_scratch=True, **changes))
-    optimizer_spec = OptimizerSpec(lr=1e-5, steps=steps)
-    module, optimizer = strategy.wrap(root_module(model, layout="packed"), optimizer_spec)
+    module, optimizer = strategy.wrap(root_module(model, layout="packed"), OptimConfig(lr=1e-5))
     dpo = resolve("dpo")
     runner = Runner(
         module=module,

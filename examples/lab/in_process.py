@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 
 from rayalign.comparison.prompts import tokenized
+from rayalign.config.candidates import Drawing
 from rayalign.config.data import DataSource
-from rayalign.config.policy import LabelConfig
 from rayalign.config.run import RunConfig
+from rayalign.config.training import CheckpointConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Group
@@ -38,15 +39,16 @@ from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
-from rayalign.run.job import critic_spec, method_of, objectives, optimizer_spec
-from rayalign.run.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
-from rayalign.run.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
+from rayalign.run.job import critic_spec, objectives
+from rayalign.run.model import model_spec, stop_ids
+from rayalign.run.rollouts import kept_candidates, preparation, round_plan, sampling
 from rayalign.run.rollouts import prompts_of as prompts_in
-from rayalign.run.streams import needs_reference, shape_of
+from rayalign.run.streams import shape_of
 from rayalign.runtime.drawing import commit_drawn, draw
 from rayalign.runtime.placement import Share
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.rounds import RolloutJob, serving
+from rayalign.runtime.session import CPU_ROW_TOKENS
 from rayalign.storage.manifest import commit
 
 CPU = torch.device("cpu")
@@ -85,8 +87,8 @@ class Workshop:
     def train(self, run: RunConfig, name: str) -> Path:
         """Train ``run`` in the folder ``name`` and return its ``final/``."""
         assert run.optim.steps is not None
-        method = method_of(run)
-        scored = needs_reference(method, run)
+        method = run.trained_method
+        scored = run.needs_reference
         main, rollouts = self.main_stream(run, shape_of(method), name, scored=scored)
         streams = [main]
         streams += [
@@ -104,13 +106,13 @@ class Workshop:
         spec = TrainSpec(
             directory=self.folder / name,
             model=model_spec(run),
-            objectives=objectives(run, method),
-            optimizer=optimizer_spec(run, run.optim.steps),
-            critic=critic_spec(run, run.optim.steps) if method.critic is not None else None,
+            objectives=objectives(run),
+            optim=run.optim,
+            steps=run.optim.steps,
+            critic=critic_spec(run) if method.critic is not None else None,
             seed=run.seed,
             identity={"name": name},
-            checkpoint_every=run.optim.steps,
-            checkpoint_keep=1,
+            checkpoint=CheckpointConfig(every=run.optim.steps, keep=1),
             checkpoint_at=run.evaluate.at if run.evaluate else (),
             stop_ids=stop_ids(run),
             check_initial_logratio=scored,
@@ -128,21 +130,23 @@ class Workshop:
         self, run: RunConfig, shape: Shape, name: str, *, scored: bool
     ) -> tuple[AnyStream, RolloutJob | None]:
         """The stream of the method, and how its rounds are drawn where it has any."""
-        policy, size = run.data_policy, run.optim.groups_per_step
+        policy, drawing, size = run.data_policy, run.drawing, run.optim.groups_per_step
         stored = self.stream(run, run.data.train, name=MAIN_STREAM, shape=shape, groups_per_step=size, scored=scored)
         if run.filter is not None:
             stored = self.filtered(stored, run.filter.policy_logp_quantile, name)
-        if policy.name == "off_policy":
+        if drawing is None:
             return stored, None
-        chunks = self.chunk_spec(run, shape, scored=scored)
+        chunks = self.chunk_spec(drawing, run, shape, scored=scored)
         rollouts = None
         fresh: StoredStream | RoundStream
-        if policy.refresh_every == "never":
+        every = drawing.policy.refresh_every
+        if every == "never":
             fresh = replace(stored, stores=(self.drawn_once(chunks),), columns=((),))
         else:
             assert run.optim.steps is not None
-            plan, folder = round_plan(run, run.optim.steps), self.folder / name / "rounds"
-            method, prepared = method_of(run), preparation(run, method_of(run))
+            plan = round_plan(drawing, run, refresh_every=every, steps=run.optim.steps)
+            folder = self.folder / name / "rounds"
+            method, prepared = run.trained_method, preparation(run)
             with_critic = method.critic is not None
             fresh = RoundStream(
                 name=MAIN_STREAM,
@@ -165,16 +169,14 @@ class Workshop:
                 max_bad_fraction=0.0,
                 preparation=None if with_critic else prepared,
             )
-        if fresh_fraction(run) == 1:
+        if policy.fresh_fraction == 1:
             return fresh, rollouts
-        fraction = fresh_fraction(run)
+        fraction = policy.fresh_fraction
         mixed = MixedStream(name=MAIN_STREAM, fresh=fresh, stored=stored, fresh_fraction=fraction, groups_per_step=size)
         return mixed, rollouts
 
-    def chunk_spec(self, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
-        """How the run's own samples become groups, as :func:`rayalign.run.rollouts.chunk_spec` says it."""
-        assert run.scorer is not None
-        policy = run.data_policy
+    def chunk_spec(self, drawing: Drawing, run: RunConfig, shape: Shape, *, scored: bool) -> ChunkSpec:
+        """How the run's own samples become groups, as :func:`rayalign.run.rollouts.drawn_spec` says it."""
         prompts = self.prompt_store(run)
         return ChunkSpec(
             prompts=prompts_in([prompts], weights=[1.0], groups_per_step=run.optim.groups_per_step),
@@ -182,10 +184,10 @@ class Workshop:
             policy=model_spec(run),
             reference=scoring_spec(run),
             engine="hf",
-            sampling=sampling(run),
-            keep_stored=policy.name == "hybrid" and policy.mix == "candidates",
-            scorer=scorer_spec(run.scorer),
-            label=label_spec(run.label or LabelConfig()),
+            sampling=sampling(drawing.rollout, run),
+            keep_stored=drawing.policy.keeps_stored,
+            scorer=drawing.labelling.scorer,
+            label=drawing.labelling.label,
             shape=shape,
             needs_reference=scored,
         )
@@ -282,9 +284,8 @@ def scoring_spec(run: RunConfig, model: ModelSpec | None = None) -> ScoringSpec:
 
 def groups_of(run: RunConfig, source: DataSource, shape: Shape) -> list[Group]:
     """The rows of a maker as token ids."""
-    spec = tokenizer_spec(run)
-    chat = make_chat(load_tokenizer(Path(spec.name)), template=spec.template, stop=spec.stop)
-    outcomes = to_groups(examples_of(source), chat, spec.settings)
+    chat = make_chat(load_tokenizer(Path(run.model.name)), template=run.data.template, stop=run.data.end)
+    outcomes = to_groups(examples_of(source), chat, run.data)
     if bad := [outcome for outcome in outcomes if not isinstance(outcome, Tokenized)]:
         raise ValueError(f"the world made a row that cannot be used: {bad[0]}")
     return [group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shaped(outcome.group, shape)]

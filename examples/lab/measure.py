@@ -26,11 +26,12 @@ from rayalign.config.compare import Comparison, started_from
 from rayalign.config.data import DataSource
 from rayalign.config.method import MethodChoice
 from rayalign.config.run import RunConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
-from rayalign.judge.measure import Prompt, ScorerSpec, make_scorers, measure
+from rayalign.judge.measure import Prompt, make_scorers, measure
 from rayalign.rollout.base import SamplingParams
-from rayalign.run.model import scorer_spec, stop_ids
+from rayalign.run.model import stop_ids
 
 from .claims import claims_table
 from .in_process import CPU, Workshop, prompts_of, scoring_spec
@@ -116,9 +117,8 @@ class Measuring:
         self.sampling = SamplingParams(
             max_new_tokens=run.evaluate.sampling.max_new_tokens, seed=run.seed, stop_ids=stop_ids(run)
         )
-        scorers = [scorer_spec(scorer) for scorer in (*run.evaluate.scorers, *run.evaluate.diagnostics)]
-        scorers += [ScorerSpec(label=n, name="rule", parameters={"function": f"lab.world:{n}"}) for n in FLUENCY]
-        self.scorers = make_scorers(scorers)
+        fluency = [RuleScorerConfig(function=f"lab.world:{name}") for name in FLUENCY]
+        self.scorers = make_scorers([*run.evaluate.all_scorers, *fluency])
         self.tokenizer = load_tokenizer(Path(run.model.name))
 
     def points(self, cell: str, step: int, checkpoint: Path) -> list[Point]:

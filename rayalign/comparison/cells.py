@@ -96,7 +96,7 @@ def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> C
         return trained
     directory = trained.job.spec.directory
     checkpoints = evaluated_checkpoints(directory)
-    steps = evaluation_steps(trained.run, trained.job.spec.optimizer.steps)
+    steps = evaluation_steps(trained.run, trained.job.spec.steps)
     if trained.stopped:
         steps = tuple(sorted({*steps, max(checkpoints, default=0)} & checkpoints.keys()))
     try:
@@ -117,6 +117,6 @@ def stopped_cell(cell: CellResult, board: Board) -> CellResult:
     """A cell that the budget ended, or did not let begin."""
     assert cell.job is not None
     step = max(evaluated_checkpoints(cell.job.spec.directory), default=0)
-    reached = f"stopped at step {step} of {cell.job.spec.optimizer.steps}" if step else "not started"
+    reached = f"stopped at step {step} of {cell.job.spec.steps}" if step else "not started"
     board.say(f"{cell.cell.id}: {reached}: budget")
     return replace(cell, stopped=f"{reached}: budget")

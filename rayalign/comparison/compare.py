@@ -27,8 +27,9 @@ from rayalign.errors import Stopped, UserError
 from rayalign.report.points import save
 from rayalign.report.render import render
 from rayalign.run.display import Board
-from rayalign.run.job import make_job, num_processes
+from rayalign.run.job import make_job
 from rayalign.run.readers import refuse_unusable_models
+from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported, run_job
 from rayalign.runtime.gauges import Gauges
@@ -205,7 +206,7 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
     """
     if comparison.initial is None:
         return None
-    processes = num_processes(comparison.initial, stages.session)
+    processes = resolve(comparison.initial, stages.session).processes
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
     ending.budget.add(job.spec.directory, job.share.devices)
     with Trainer(stop=ending) as trainer:

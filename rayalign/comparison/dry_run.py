@@ -25,7 +25,7 @@ from rayalign.comparison.forecast import (
 from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
 from rayalign.config.compare import Comparison
 from rayalign.config.run import RunConfig
-from rayalign.run.rollouts import num_workers
+from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages
 from rayalign.run.train import finished
 from rayalign.runtime.placement import Share, share
@@ -177,7 +177,7 @@ def placed(run: PlannedRun, comparison: Comparison, session: Session) -> tuple[i
     if run.job is not None:
         return run.job.workers, run.job.share
     cells = [cell for cell in comparison.cells if cell.run is not None]
-    workers = num_workers(run.run, session)
+    workers = resolve(run.run, session).workers
     return workers, share(session, processes_at_once(cells, session), workers=workers)
 
 

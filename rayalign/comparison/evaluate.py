@@ -23,22 +23,17 @@ from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of
 from rayalign.engine.model.precision import EXACT
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
+from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
-from rayalign.judge.measure import Answered, Measured, ScorerSpec, Table, judge_of, make_scorers
+from rayalign.judge.measure import Answered, Measured, Table, make_scorers
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, interval, number
 from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
-from rayalign.run.model import (
-    saved_precision,
-    scorer_identity,
-    scorer_spec,
-    scoring_spec,
-    spec_digest,
-    stop_ids,
-)
+from rayalign.run.identity import scorer_identity, spec_digest
+from rayalign.run.model import saved_precision, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_long_questions, refuse_unusable_models
 from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported
@@ -234,8 +229,8 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
             seed=run.seed,
             stop_ids=stop_ids(run),
         ),
-        scorers=scorer_specs(run.evaluate),
-        judge=scorer_spec(run.evaluate.judge) if run.evaluate.judge is not None else None,
+        scorers=run.evaluate.all_scorers,
+        judge=run.evaluate.judge,
         baseline=baseline_spec(run),
     )
 
@@ -275,13 +270,9 @@ def measured_by(spec: EvaluationSpec) -> dict[str, str]:
 def refuse_broken_scorers(config: EvaluateConfig) -> None:
     """Raise UserError now for what could not be measured with once the models are trained: scorers, judge, baseline."""
     baseline_directory(config)
-    make_scorers(scorer_specs(config))
+    make_scorers(config.all_scorers)
     if config.judge is not None:
-        judge_of(scorer_spec(config.judge))
-
-
-def scorer_specs(config: EvaluateConfig) -> tuple[ScorerSpec, ...]:
-    return tuple(scorer_spec(scorer) for scorer in (*config.scorers, *config.diagnostics))
+        judge_of(config.judge)
 
 
 def evaluated_checkpoints(directory: Path) -> dict[int, Path]:

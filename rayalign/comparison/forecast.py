@@ -23,9 +23,8 @@ from rayalign.report.status import facts_of, runs
 from rayalign.rounds.mixed import MixedGroups
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, StoredStream
-from rayalign.run.job import method_of
 from rayalign.run.reads import shape_of
-from rayalign.run.rollouts import draws_rounds, groups_per_epoch, round_plan
+from rayalign.run.rollouts import groups_per_epoch, round_plan
 from rayalign.run.stages import Stages
 from rayalign.run.train import finished
 from rayalign.runtime.worker import TrainJob
@@ -53,7 +52,7 @@ DECIDES_SPEED = (
 def num_steps(planned: PlannedRun) -> int | str:
     """Total of the whole run."""
     if planned.job is not None:
-        return planned.job.spec.optimizer.steps
+        return planned.job.spec.steps
     return planned.run.optim.steps or UNPREPARED
 
 
@@ -62,14 +61,14 @@ def steps_done(planned: PlannedRun) -> int:
     if planned.tuned:
         return 0
     if planned.job is not None and not planned.refused and finished(planned.job):
-        return planned.job.spec.optimizer.steps
+        return planned.job.spec.steps
     return max(evaluated_checkpoints(planned.directory), default=0)
 
 
 def tokens_to_train(planned: PlannedRun) -> int | str:
     """``num_tokens`` of the last row that the whole run will write."""
     if planned.job is None:
-        return DRAWN if draws_rounds(planned.run) else UNPREPARED
+        return DRAWN if planned.run.data_policy.draws_rounds else UNPREPARED
     if planned.job.rollouts is not None:
         return DRAWN
     return sum(stored_tokens(stream, planned.job) for stream in planned.job.source.streams)
@@ -79,7 +78,7 @@ def stored_tokens(stream: AnyStream, job: TrainJob) -> int:
     """Tokens of every group that a run takes from a stream in which nothing is fresh."""
     groups, total = opened(stream, job.source.seed), 0
     packed: dict[tuple[int, int], int] = {}
-    for step in range(job.spec.optimizer.steps):
+    for step in range(job.spec.steps):
         for drawn in groups.draw(step):
             place = id(drawn.store), drawn.row
             if place not in packed:
@@ -97,20 +96,20 @@ def opened(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
 
 def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
     """At most, in this run: prompts × samples × ``max_new_tokens``; 0 where what is drawn once is there already."""
-    run = planned.run
-    if run.data_policy.name == "off_policy":
+    run, drawing = planned.run, planned.run.drawing
+    if drawing is None:
         return 0
-    assert run.rollout is not None
-    per_prompt = run.rollout.samples * run.rollout.max_new_tokens
-    if draws_rounds(run):
+    per_prompt = drawing.rollout.samples * drawing.rollout.max_new_tokens
+    every = drawing.policy.refresh_every
+    if isinstance(every, int):
         steps = num_steps(planned)
         if isinstance(steps, str):
             return steps
-        plan = round_plan(run, steps)
+        plan = round_plan(drawing, run, refresh_every=every, steps=steps)
         return sum(len(plan.round_positions(number)) for number in range(plan.num_rounds)) * per_prompt
     if all(stage.made for stage in planned.stages if stage.name == "rollouts"):
         return 0
-    spec = drawn_once_spec(run, stages)
+    spec = drawn_once_spec(drawing, run, stages)
     if any(stages.artifacts.pending(store) for store in spec.prompts.stores):
         return UNPREPARED
     return groups_per_epoch(spec) * per_prompt
@@ -170,7 +169,7 @@ def read_pilot(directory: Path) -> list[PilotRun]:
 
 def kind(run: RunConfig) -> tuple[str, str, bool]:
     """What runs must have in common for the time of one to tell of the other's."""
-    return shape_of(method_of(run)), run.data_policy.name, draws_rounds(run)
+    return shape_of(run.trained_method), run.data_policy.name, run.data_policy.draws_rounds
 
 
 def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> StepTime | None:

@@ -12,26 +12,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayalign.config.candidates import Drawing
 from rayalign.config.compare import Cell, Comparison, started_from
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
 from rayalign.errors import UserError
-from rayalign.methods.method import Method
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.job import make_job, measures_loss, method_of, num_processes
+from rayalign.run.job import make_job
 from rayalign.run.reads import shape_of, with_format
+from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import (
-    chunk_spec,
-    fresh_fraction,
-    num_workers,
+    drawn_spec,
     preparation,
-    prompt_sources,
     prompt_store,
     rollout_stage,
+    stored_spec,
 )
 from rayalign.run.stages import Stages
-from rayalign.run.streams import filter_stage, needs_reference
+from rayalign.run.streams import filter_stage
 from rayalign.run.train import finished
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
@@ -128,7 +127,7 @@ def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Se
 
     model = None
     if comparison.initial is not None:
-        processes = num_processes(comparison.initial, session)
+        processes = resolve(comparison.initial, session).processes
         initial = add("initial", comparison.initial, directory / "initial", processes)
         if initial.job is not None and not initial.refused and finished(initial.job):
             model = str(initial.directory / "final")
@@ -165,62 +164,64 @@ def plan_run(
 
 def ask_for_stages(run: RunConfig, stages: Stages) -> None:
     """Ask for every stage that :func:`rayalign.run.job.make_job` asks for, without looking into any."""
-    method, policy = method_of(run), run.data_policy
-    if policy.name != "off_policy":
-        prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
-        if policy.refresh_every == "never":
-            ask_for_drawn(prompts, run, method, stages)
-    if policy.name == "off_policy" or fresh_fraction(run) < 1:
-        stores = ask_for_stored(run, run.data.train, method, stages)
+    drawing = run.drawing
+    if drawing is not None:
+        prompts = [prompt_store(source, run, stages, draws=True) for source in drawing.prompts(run.data.train)]
+        if not drawing.policy.draws_rounds:
+            ask_for_drawn(drawing, run, prompts, stages)
+    if run.data_policy.fresh_fraction < 1:
+        stores = ask_for_stored(run, run.data.train, stages)
         if run.filter is not None:
-            filter_stage(stores, run, method, stages)
+            filter_stage(run.filter, stores, run, stages)
     for auxiliary in run.auxiliary or ():
         for source in auxiliary.data:
             stages.tokens(with_format(source, auxiliary.term), run, "one")
-    if measures_loss(run, method):
-        ask_for_stored(run, run.data.eval, method, stages)
+    if run.measures_loss:
+        ask_for_stored(run, run.data.eval, stages)
 
 
-def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], method: Method, stages: Stages) -> list[Path]:
+def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages) -> list[Path]:
     """The stores of stored groups, with their reference log-probs."""
-    shape = shape_of(method)
-    if run.label is not None and run.label.relabel:
+    method = run.trained_method
+    labelling = run.relabelling
+    if labelling is not None:
         prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
-        specs = [roll(run, [store], [1.0], method, stages, draws=False) for store in prompts]
+        shape = shape_of(method)
+        specs = [stored_spec(labelling, run, unread([store], [1.0]), shape, stages) for store in prompts]
         stores = [rollout_stage(spec, run, stages) for spec in specs]
     else:
-        stores = [stages.tokens(source, run, shape) for source in sources]
+        stores = [stages.tokens(source, run, shape_of(method)) for source in sources]
         if "mismatched" in method.needs:
             stores = [stages.mismatched(store) for store in stores]
-    if needs_reference(method, run):
+    if run.needs_reference:
         for store in stores:
             stages.reference(store, run)
     return stores
 
 
-def ask_for_drawn(prompts: list[Path], run: RunConfig, method: Method, stages: Stages) -> None:
+def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> None:
     """What is drawn once, before the first step."""
-    store = rollout_stage(once(run, prompts, method, stages), run, stages)
-    columns = [stages.reference(store, run)] if needs_reference(method, run) else []
-    prepared = preparation(run, method)
+    store = rollout_stage(once(drawing, run, prompts, stages), run, stages)
+    columns = [stages.reference(store, run)] if run.needs_reference else []
+    prepared = preparation(run)
     if prepared is not None:
         stages.prepared(store, columns, prepared)
 
 
-def drawn_once_spec(run: RunConfig, stages: Stages) -> ChunkSpec:
+def drawn_once_spec(drawing: Drawing, run: RunConfig, stages: Stages) -> ChunkSpec:
     """How the completions that a run draws once are drawn."""
-    prompts = [prompt_store(source, run, stages, draws=True) for source in prompt_sources(run)]
-    return once(run, prompts, method_of(run), stages)
+    prompts = [prompt_store(source, run, stages, draws=True) for source in drawing.prompts(run.data.train)]
+    return once(drawing, run, prompts, stages)
 
 
-def once(run: RunConfig, prompts: list[Path], method: Method, stages: Stages) -> ChunkSpec:
-    return roll(run, prompts, [source.weight for source in prompt_sources(run)], method, stages, draws=True)
+def once(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> ChunkSpec:
+    stream = unread(prompts, [source.weight for source in drawing.prompts(run.data.train)])
+    return drawn_spec(drawing, run, stream, shape_of(run.trained_method), stages, needs_reference=False)
 
 
-def roll(
-    run: RunConfig, prompts: list[Path], weights: list[float], method: Method, stages: Stages, *, draws: bool
-) -> ChunkSpec:
-    stream = StoredStream(
+def unread(prompts: list[Path], weights: list[float]) -> StoredStream:
+    """Stores of prompts that may not be made yet, so that nothing of them is known."""
+    return StoredStream(
         name="prompts",
         stores=tuple(prompts),
         columns=((),) * len(prompts),
@@ -228,7 +229,6 @@ def roll(
         groups_per_step=1,
         num_candidates=0,
     )
-    return chunk_spec(run, stream, shape_of(method), stages, draws=draws, needs_reference=False)
 
 
 def ask_for_prompts(run: RunConfig, stages: Stages) -> None:
@@ -241,14 +241,14 @@ def ask_for_prompts(run: RunConfig, stages: Stages) -> None:
 
 def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
     """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
-    workers = max(num_workers(cell.run, session) for cell in cells if cell.run is not None)
+    workers = max(resolve(cell.run, session).workers for cell in cells if cell.run is not None)
     devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
     return max(1, min(len(cells), int(devices // workers)))
 
 
 def processes_at_once(cells: Sequence[Cell], session: Session) -> int:
     """Those of all cells that train at the same time, and the evaluator."""
-    most = max(num_processes(cell.run, session) for cell in cells if cell.run is not None)
+    most = max(resolve(cell.run, session).processes for cell in cells if cell.run is not None)
     return cells_at_once(cells, session) * most + 1
 
 

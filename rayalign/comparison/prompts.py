@@ -14,7 +14,6 @@ from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.data.tokenize_rows import parsed, read_chunks
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
-from rayalign.run.model import tokenizer_spec
 from rayalign.run.stages import Stages, source_units
 from rayalign.runtime.datasets import load_chat
 
@@ -47,12 +46,11 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
 
 def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
     """The prompts as training writes them."""
-    spec = tokenizer_spec(run)
-    chat = load_chat(spec)
+    chat = load_chat(run.model, run.data)
     examples = list(examples)
     prompts = []
-    settings = replace(spec.settings, truncated="keep", long_prompts="cut")  # every prompt is measured
-    for example, outcome in zip(examples, to_groups(examples, chat, settings), strict=True):
+    budget = run.data.model_copy(update={"truncated": "keep", "long_prompts": "cut"})  # every prompt is measured
+    for example, outcome in zip(examples, to_groups(examples, chat, budget), strict=True):
         if not isinstance(outcome, Tokenized):
             raise UserError(f"evaluate.prompts: {example.source}:{example.line} cannot be tokenized: {outcome}")
         prompts.append(Prompt(ids=tuple(outcome.group.prompt_ids.tolist()), prompt=outcome.example.prompt))

@@ -21,7 +21,7 @@ from rayalign.report import points as report
 from rayalign.report.trials import Cost, TuningRecord
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import MixedStream, RoundStream, StoredStream
-from rayalign.run.model import same_source
+from rayalign.run.identity import same_source
 from rayalign.run.provenance import provenance
 from rayalign.run.train import filter_of, stores_of
 from rayalign.runtime.worker import TrainJob

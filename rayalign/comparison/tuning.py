@@ -169,7 +169,7 @@ def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -
         return TrialResult(trained=trained, failure=trained.failure)
     directory = trained.job.spec.directory
     try:
-        step = evaluation_steps(trained.run, trained.job.spec.optimizer.steps)[-1]
+        step = evaluation_steps(trained.run, trained.job.spec.steps)[-1]
         (point,) = evaluation.points(evaluated_checkpoints(directory)[step], directory)
     except UserError as error:
         board.say(f"{trained.cell.id}: failed: {error}")

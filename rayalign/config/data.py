@@ -152,8 +152,32 @@ Source = Annotated[DataSource, BeforeValidator(_source)]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(listed)]
 
 
-class DataConfig(Block):
-    """Rows → prompt groups."""
+class TokenBudget(Block):
+    """Budgets in tokens, and what happens to what is longer."""
+
+    max_prompt_tokens: Annotated[int, BY_CONTENT] = Field(default=512, ge=1)
+    """What a prompt keeps at least where prompt and response do not fit: its beginning goes. A rollout's prompt keeps
+    no more."""
+    max_tokens: Annotated[int, BY_CONTENT] = Field(default=1024, ge=2)
+    """Prompt and response together; beside what the prompt keeps, a longer response loses its end."""
+    truncated: Annotated[Literal["keep", "drop", "close"], BY_CONTENT] = "keep"
+    """A response cut at the limit: train on it without an end token, drop its group, or close it with one. drop also
+    drops a group whose prompt would be cut."""
+    long_prompts: Annotated[Literal["cut", "drop"], BY_CONTENT] = "cut"
+    """A prompt that would be cut: cut it, or drop its group."""
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> Self:
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} counts prompt and response together: "
+                f"beside a prompt of max_prompt_tokens {self.max_prompt_tokens} no response fits"
+            )
+        return self
+
+
+class RowsConfig(Block):
+    """Which rows are read, and how a tokenizer writes their conversations."""
 
     train: Annotated[Sources, Field(min_length=1)]
     """What is trained on, or with rollouts whose prompts are completed: one source or a list."""
@@ -176,34 +200,20 @@ class DataConfig(Block):
     auto: what ends a turn in the template. Samples also stop at the tokenizer's own end token, and at those that the
     model's generation_config.json names; final/ names them all.
     """
-    max_prompt_tokens: Annotated[int, BY_CONTENT] = Field(default=512, ge=1)
-    """What a prompt keeps at least where prompt and response do not fit: its beginning goes. A rollout's prompt keeps
-    no more."""
-    max_tokens: Annotated[int, BY_CONTENT] = Field(default=1024, ge=2)
-    """Prompt and response together; beside what the prompt keeps, a longer response loses its end."""
-    truncated: Annotated[Literal["keep", "drop", "close"], BY_CONTENT] = "keep"
-    """A response cut at the limit: train on it without an end token, drop its group, or close it with one. drop also
-    drops a group whose prompt would be cut."""
-    long_prompts: Annotated[Literal["cut", "drop"], BY_CONTENT] = "cut"
-    """A prompt that would be cut: cut it, or drop its group."""
-    on_bad_row: Annotated[Literal["quarantine", "fail"], MAY_CHANGE] = "quarantine"
-    """quarantine: write the row and the reason to quarantine.jsonl and go on."""
-    max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
-    """More bad rows than this end the run."""
 
     @property
     def end(self) -> str:
         """What training appends to a response: the first of ``stop``."""
         return self.stop[0]
 
-    @model_validator(mode="after")
-    def _room_for_a_response(self) -> Self:
-        if self.max_prompt_tokens >= self.max_tokens:
-            raise ValueError(
-                f"max_tokens {self.max_tokens} counts prompt and response together: "
-                f"beside a prompt of max_prompt_tokens {self.max_prompt_tokens} no response fits"
-            )
-        return self
+
+class DataConfig(TokenBudget, RowsConfig):
+    """Rows → prompt groups."""
+
+    on_bad_row: Annotated[Literal["quarantine", "fail"], MAY_CHANGE] = "quarantine"
+    """quarantine: write the row and the reason to quarantine.jsonl and go on."""
+    max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
+    """More bad rows than this end the run."""
 
 
 class FilterConfig(Block):

@@ -44,8 +44,7 @@ def blocks_without_use(policy: str, *, relabels: bool) -> dict[str, str]:
 
 
 def _unused(run: RunConfig, _record: Method) -> Iterator[Violation]:
-    relabels = run.label is not None and run.label.relabel
-    for block, reason in blocks_without_use(run.data_policy.name, relabels=relabels).items():
+    for block, reason in blocks_without_use(run.data_policy.name, relabels=run.relabels).items():
         if getattr(run, block) is not None:
             yield Violation(block, reason)
 
@@ -65,7 +64,7 @@ def _data_policy(run: RunConfig, record: Method) -> Iterator[Violation]:
 def _rounds(run: RunConfig, record: Method) -> Iterator[Violation]:
     policy = run.data_policy
     if policy.name == "off_policy":
-        if run.label is not None and run.label.relabel and run.scorer is None:
+        if run.relabels and run.scorer is None:
             yield Violation(
                 "scorer", "label: {relabel: true} needs a scorer, such as scorer: {name: rule, function: …}"
             )
@@ -76,7 +75,7 @@ def _rounds(run: RunConfig, record: Method) -> Iterator[Violation]:
         yield Violation("rollout.samples", f"{record.name} compares completions of one prompt; write at least 2")
     if run.scorer is None:
         yield Violation("scorer", f"{policy.name} needs a scorer, such as scorer: {{name: rule, function: …}}")
-    if policy.name == "on_policy" and run.label is not None and run.label.relabel:
+    if policy.name == "on_policy" and run.relabels:
         yield Violation("label.relabel", "on_policy has no stored completions to label again; remove relabel")
 
 

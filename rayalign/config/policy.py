@@ -34,13 +34,32 @@ def _label_name(value: str, info: ValidationInfo) -> str:
     raise ValueError(f"{value!r} is none of {' | '.join(LABEL_RULES)} | module:function")
 
 
-class OffPolicyConfig(Block):
+class CandidatesConfig(Block):
+    """What may be asked of every data policy."""
+
+    @property
+    def draws_rounds(self) -> bool:
+        """Whether completions are drawn while the run trains."""
+        return False
+
+    @property
+    def fresh_fraction(self) -> float:
+        """Share of the groups of a step that are drawn from the policy."""
+        return 0.0
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether stored candidates of a prompt are scored and labelled together with the fresh ones."""
+        return False
+
+
+class OffPolicyConfig(CandidatesConfig):
     """Stored candidates only."""
 
     name: Literal["off_policy"] = "off_policy"
 
 
-class RoundsConfig(Block):
+class RoundsConfig(CandidatesConfig):
     """What every policy with rollouts has: when it draws, and for which prompts."""
 
     refresh_every: Annotated[int | Literal["never"], BeforeValidator(_parse_refresh)] = 4
@@ -51,6 +70,14 @@ class RoundsConfig(Block):
     """null: the prompts of data.train."""
     max_unlabelled_rounds: Annotated[int, MAY_CHANGE] = Field(default=3, ge=1)
     """Rounds in a row without any preference, or with equal rewards alone, that end the run: it learns nothing."""
+
+    @property
+    def draws_rounds(self) -> bool:
+        return self.refresh_every != "never"
+
+    @property
+    def fresh_fraction(self) -> float:
+        return 1.0
 
 
 class OnPolicyConfig(RoundsConfig):
@@ -69,6 +96,19 @@ class HybridConfig(RoundsConfig):
     """groups: a fraction of the groups is fresh; candidates: both kinds answer one prompt and are labelled together."""
     on_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Of the groups that are fresh, with mix: groups."""
+
+    @property
+    def fresh_fraction(self) -> float:
+        return self.on_fraction if self.mix == "groups" else 1.0
+
+    @property
+    def keeps_stored(self) -> bool:
+        return self.mix == "candidates"
+
+    @property
+    def passes(self) -> int:
+        """Times that a round is trained on."""
+        return 1
 
     def unused(self) -> frozenset[str]:
         return frozenset({"on_fraction"} if self.mix == "candidates" else ())
@@ -112,6 +152,12 @@ class RolloutConfig(Block):
     """How refreshed weights reach the actors. nixl: from device to device, with the extra of that name."""
     python: Annotated[InterpreterPath | None, MAY_CHANGE] = None
     """The interpreter of another environment, for an engine whose torch is not the trainer's."""
+
+    def actor_range(self, auto: int) -> tuple[int, int]:
+        """(fewest, most) actors, where ``auto`` stands for that many."""
+        if self.actors == "auto":
+            return auto, auto
+        return self.actors if isinstance(self.actors, tuple) else (self.actors, self.actors)
 
 
 class LabelConfig(Block):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from rayalign.config.candidates import Drawing, Labelling
 from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
 from rayalign.config.fields import MAY_CHANGE, Block, listed, named
 from rayalign.config.legality import violations
@@ -22,6 +23,9 @@ from rayalign.config.training import (
     StrategyConfig,
     WeightingConfig,
 )
+
+if TYPE_CHECKING:
+    from rayalign.methods.method import Method
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Track = Literal["tensorboard", "wandb"]
@@ -85,6 +89,50 @@ class RunConfig(Block):
             ]
             raise ValidationError.from_exception_data("RunConfig", details)
         return self
+
+    @property
+    def trained_method(self) -> Method:
+        """The method's record, with WPO's weight on top where the run asks for it."""
+        from rayalign.methods.composition import compose  # loads torch
+
+        record = self.method.record
+        return compose(record, self.weighting) if self.weighting is not None else record
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether groups come with the reference's log-probs; else the training process asks its own adapter's base."""
+        needed = self.trained_method.needed(self.method.config)
+        return self.reference.place == "pool" and bool(needed & {"ref_logp", "ref_token_logp"})
+
+    @property
+    def labelling(self) -> Labelling | None:
+        """How candidates are scored and labelled; None where the labels of the data are trusted."""
+        if self.scorer is None:
+            return None
+        return Labelling(scorer=self.scorer, label=self.label or LabelConfig())
+
+    @property
+    def relabelling(self) -> Labelling | None:
+        """How stored completions are scored and labelled anew; None where they are not."""
+        return self.labelling if self.relabels else None
+
+    @property
+    def relabels(self) -> bool:
+        """Whether ``label`` asks for new labels of stored completions."""
+        return self.label is not None and self.label.relabel
+
+    @property
+    def drawing(self) -> Drawing | None:
+        """How completions are drawn; None where the run learns from stored ones alone."""
+        labelling = self.labelling
+        if self.data_policy.name == "off_policy" or self.rollout is None or labelling is None:
+            return None
+        return Drawing(policy=self.data_policy, rollout=self.rollout, labelling=labelling)
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether ``data.eval`` has a loss; what is prepared of rounds, stored rows do not have."""
+        return bool(self.data.eval) and self.method.record.round_prepare is None
 
     @property
     def has_no_kl_term(self) -> bool:

@@ -170,13 +170,18 @@ class EvaluateConfig(Block):
     baseline: Annotated[str, AfterValidator(_baseline)] = REFERENCE
     """What a win is counted against: the reference policy, or another run's folder or model."""
 
+    @property
+    def all_scorers(self) -> tuple[ScorerConfig, ...]:
+        """The scorers, and the diagnostics after them."""
+        return (*self.scorers, *self.diagnostics)
+
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
         if self.every is not None and self.at:
             raise ValueError("give every or at, not both")
         if list(self.at) != sorted(set(self.at)):
             raise ValueError("the steps of at must grow")
-        labels = [scorer.label for scorer in (*self.scorers, *self.diagnostics)]
+        labels = [scorer.label for scorer in self.all_scorers]
         if len(set(labels)) < len(labels):
             raise ValueError(f"two scorers have the same name in tables: {', '.join(labels)}")
         return self

@@ -75,6 +75,7 @@ class OptimConfig(Block):
         return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
 
 
+StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
 OPTIONS = {
     "zero_stage": ("deepspeed",),
     "config": ("deepspeed",),
@@ -88,7 +89,7 @@ OPTIONS = {
 class StrategyConfig(Block):
     """How the policy is spread over workers."""
 
-    name: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    name: StrategyName = "single"
     """single: one process; ddp: whole copies; fsdp2: shards; deepspeed: ZeRO."""
     workers: Elastic = "auto"
     """A number, [smallest, largest] (elastic), or auto: one per GPU, on CPUs one."""
@@ -105,6 +106,20 @@ class StrategyConfig(Block):
     """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; null: what config says, else 2."""
     config: InputPath | None = None
     """deepspeed: a JSON file of its settings; where it contradicts this file, every conflict is named."""
+
+    @property
+    def fewest(self) -> int | None:
+        """The smaller of two numbers of workers; None where the run is not elastic."""
+        return self.workers[0] if isinstance(self.workers, tuple) else None
+
+    @property
+    def most(self) -> int | None:
+        """The number of workers, the larger of two; None: one per device."""
+        if self.name == "single":
+            return 1
+        if self.workers == "auto":
+            return None
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
     @model_validator(mode="after")
     def _enough_workers(self) -> Self:

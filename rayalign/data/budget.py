@@ -8,35 +8,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.group import Candidate
-from rayalign.errors import UserError
 
 Completed = Literal["no", "alone", "beside"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizeSettings:
-    """Budgets in tokens, and what happens to what is longer."""
-
-    max_prompt_tokens: int = 512
-    """What a prompt keeps at least where it has to be cut, and at most where it is completed."""
-    max_tokens: int = 1024
-    """Prompt and response together."""
-    truncated: Literal["keep", "drop", "close"] = "keep"
-    """keep: a cut response has no end token. drop: the whole group goes, for a cut prompt too. close: the end token
-    replaces the last one kept."""
-    long_prompts: Literal["cut", "drop"] = "cut"
-    """drop: a group goes whose prompt would have to be cut."""
-    completed: Completed = "no"
-    """Whether fresh completions will follow the prompts: alone, so that the rows' own answers are left out, or beside
-    these."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.max_prompt_tokens < self.max_tokens:
-            raise UserError(
-                f"data.max_prompt_tokens is {self.max_prompt_tokens} and data.max_tokens {self.max_tokens}: "
-                "the prompt needs at least one token, and max_tokens must leave room for a response"
-            )
+"""Whether fresh completions will follow the prompts: alone, without the rows' own answers, or beside these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +46,13 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    prompt: list[int], answers: Sequence[UncutCandidate], settings: TokenizeSettings, *, bos: int | None, end_id: int
+    prompt: list[int],
+    answers: Sequence[UncutCandidate],
+    budget: TokenBudget,
+    *,
+    completed: Completed,
+    bos: int | None,
+    end_id: int,
 ) -> Fitted | Truncation:
     """The group within its budget; or what would have to be cut, where it is left out.
 
@@ -78,24 +60,24 @@ def fit(
     needs, but never below ``max_prompt_tokens``; then the ends of the responses go. A prompt that is completed keeps
     ``max_prompt_tokens`` at most. A response of which no predicted token fits makes the group go.
     """
-    kept = _kept_of_prompt(len(prompt), answers, settings)
+    kept = _kept_of_prompt(len(prompt), answers, budget, completed)
     cut_prompt = _cut_left(prompt, kept, bos)
-    room = settings.max_tokens - len(cut_prompt)
-    close = settings.truncated == "close"
+    room = budget.max_tokens - len(cut_prompt)
+    close = budget.truncated == "close"
     cut = [_cut_right(answer, room, end_id, close=close) for answer in answers]
     truncation = Truncation(prompt=len(prompt) - len(cut_prompt), responses=tuple(tokens for _, tokens in cut))
-    dropped = (settings.truncated == "drop" and truncation) or (settings.long_prompts == "drop" and truncation.prompt)
+    dropped = (budget.truncated == "drop" and truncation) or (budget.long_prompts == "drop" and truncation.prompt)
     candidates = tuple(candidate for candidate, _ in cut if candidate is not None)
     if dropped or len(candidates) < len(answers):
         return truncation
     return Fitted(cut_prompt, candidates, truncation)
 
 
-def _kept_of_prompt(length: int, answers: Sequence[UncutCandidate], settings: TokenizeSettings) -> int:
-    if settings.completed != "no" or not answers:
-        return min(length, settings.max_prompt_tokens)
+def _kept_of_prompt(length: int, answers: Sequence[UncutCandidate], budget: TokenBudget, completed: Completed) -> int:
+    if completed != "no" or not answers:
+        return min(length, budget.max_prompt_tokens)
     longest = max(len(answer.ids) for answer in answers)
-    return min(length, max(settings.max_prompt_tokens, settings.max_tokens - longest))
+    return min(length, max(budget.max_prompt_tokens, budget.max_tokens - longest))
 
 
 def _cut_left(ids: list[int], limit: int, bos: int | None) -> list[int]:

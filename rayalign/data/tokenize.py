@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayalign.data.budget import TokenizeSettings, Truncation, UncutCandidate, fit
+from rayalign.config.data import TokenBudget
+from rayalign.data.budget import Completed, Truncation, UncutCandidate, fit
 from rayalign.data.chat import Chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Column, Group
@@ -18,7 +19,6 @@ from rayalign.data.schema import MISSING, Example, RowProblem
 __all__ = [
     "DroppedRow",
     "Outcome",
-    "TokenizeSettings",
     "Tokenized",
     "Truncation",
     "rows_to_groups",
@@ -52,36 +52,41 @@ Outcome = Tokenized | DroppedRow | BadRow
 def rows_to_groups(
     rows: Sequence[Row],
     chat: Chat,
-    settings: TokenizeSettings,
+    budget: TokenBudget,
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
     """One outcome per row, in order: the whole way from what a reader yields to token ids."""
     parsed = [row if isinstance(row, BadRow) else parse_row(row, format=format, columns=columns) for row in rows]
-    outcomes = iter(to_groups([item for item in parsed if isinstance(item, Example)], chat, settings))
+    outcomes = iter(to_groups([item for item in parsed if isinstance(item, Example)], chat, budget))
     return [item if isinstance(item, BadRow) else next(outcomes) for item in parsed]
 
 
-def to_group(example: Example, chat: Chat, settings: TokenizeSettings) -> Group | DroppedRow | BadRow:
+def to_group(example: Example, chat: Chat, budget: TokenBudget) -> Group | DroppedRow | BadRow:
     """The group of one example."""
-    (outcome,) = to_groups([example], chat, settings)
+    (outcome,) = to_groups([example], chat, budget)
     return outcome.group if isinstance(outcome, Tokenized) else outcome
 
 
-def to_groups(examples: Sequence[Example], chat: Chat, settings: TokenizeSettings) -> list[Outcome]:
+def to_groups(
+    examples: Sequence[Example], chat: Chat, budget: TokenBudget, *, completed: Completed = "no"
+) -> list[Outcome]:
     """One outcome per example, in order. All texts are tokenized in one call, which uses every core."""
-    rendered = [_render(example, chat, settings) for example in examples]
+    rendered = [_render(example, chat, completed) for example in examples]
     texts = (text for item in rendered if isinstance(item, Rendered) for text in _texts(item, chat))
     ids = chat.encode(texts)
-    return [item if isinstance(item, BadRow) else _outcome(item, ids, chat, settings) for item in rendered]
+    return [
+        item if isinstance(item, BadRow) else _outcome(item, ids, chat, budget, completed=completed)
+        for item in rendered
+    ]
 
 
-def _render(example: Example, chat: Chat, settings: TokenizeSettings) -> Rendered | BadRow:
-    if settings.completed == "alone":
+def _render(example: Example, chat: Chat, completed: Completed) -> Rendered | BadRow:
+    if completed == "alone":
         example = replace(example, candidates=(), columns={}, finished=None)
     try:
-        return chat.render(example, completed=settings.completed == "beside")
+        return chat.render(example, completed=completed == "beside")
     except RowProblem as problem:
         return _bad(example, problem)
 
@@ -108,7 +113,9 @@ def _texts(rendered: Rendered, chat: Chat) -> Iterator[str]:
                 yield before
 
 
-def _outcome(rendered: Rendered, ids: Mapping[str, list[int]], chat: Chat, settings: TokenizeSettings) -> Outcome:
+def _outcome(
+    rendered: Rendered, ids: Mapping[str, list[int]], chat: Chat, budget: TokenBudget, *, completed: Completed
+) -> Outcome:
     example = rendered.example
     try:
         answers = [_answer(rendered.prompt, written, ids, chat) for written in rendered.candidates]
@@ -117,7 +124,14 @@ def _outcome(rendered: Rendered, ids: Mapping[str, list[int]], chat: Chat, setti
             whole_prompt, answers = _first_token(answers)
     except RowProblem as problem:
         return _bad(example, problem)
-    fitted = fit(whole_prompt, answers, settings, bos=chat.tokenizer.bos_token_id, end_id=chat.end_id)
+    fitted = fit(
+        whole_prompt,
+        answers,
+        budget,
+        completed=completed,
+        bos=chat.tokenizer.bos_token_id,
+        end_id=chat.end_id,
+    )
     if isinstance(fitted, Truncation):
         return DroppedRow(source=example.source, line=example.line, truncation=fitted)
     group = Group(

@@ -9,6 +9,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from rayalign.config.data import TokenBudget
+from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
 from rayalign.data.formats import ANSWERS, NUMBERS, best, parse_row
 from rayalign.data.group import Group
@@ -19,7 +21,7 @@ from rayalign.data.schema import Example, Preference
 from rayalign.data.shard import Said, ShardInfo, write_shard
 from rayalign.data.tables import read_rows
 from rayalign.data.texts import kept_answers, said
-from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized, TokenizeSettings, to_groups
+from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized, to_groups
 from rayalign.data.unpair import unpair
 from rayalign.errors import UserError
 
@@ -112,18 +114,19 @@ def fitted(found: Example | BadRow, shape: Shape) -> Example | BadRow | Undecide
 
 
 def tokenized(
-    found: Sequence[Example | BadRow | UndecidedRow], chat: Chat, settings: TokenizeSettings
+    found: Sequence[Example | BadRow | UndecidedRow], chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> list[Outcome | UndecidedRow]:
     """One outcome per row, in order."""
-    outcomes = iter(to_groups([item for item in found if isinstance(item, Example)], chat, settings))
+    outcomes = iter(to_groups([item for item in found if isinstance(item, Example)], chat, budget, completed=completed))
     return [next(outcomes) if isinstance(item, Example) else item for item in found]
 
 
 def prepare_chunk(
     rows: Sequence[Row],
     chat: Chat,
-    settings: TokenizeSettings,
+    budget: TokenBudget,
     *,
+    completed: Completed = "no",
     unit: Unit,
     shape: Shape,
     directory: Path,
@@ -136,7 +139,7 @@ def prepare_chunk(
     """
     refuse_unread_variables(unit, chat)
     examples = [parsed(row, unit) for row in rows]
-    outcomes = tokenized([fitted(example, shape) for example in examples], chat, settings)
+    outcomes = tokenized([fitted(example, shape) for example in examples], chat, budget, completed=completed)
     groups: list[Group] = []
     prompts: list[Said] = []
     rules: Counter[str] = Counter()

@@ -34,7 +34,7 @@ from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import set_learning_rate
+from rayalign.engine.optimizer import learning_rate, set_learning_rate
 from rayalign.engine.state import CriticSpec, MakeSource, Notices, Run, TrainSpec
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
@@ -112,13 +112,13 @@ def train(
     if resumed is not None:
         source.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
         keep = partial(save, run, writer, source, beside=critic)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
         opened: int | None = None
-        while run.step < spec.optimizer.steps and not run.stopping:
+        while run.step < spec.steps and not run.stopping:
             writer.check()
             offer_weights(run, source)
             number, _ = source.place(run.step)
@@ -152,7 +152,7 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     model, tokenizer = run.strategy.load(start)
     run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
-        root_module(model, layout=run.layout), spec.optimizer, compute_dtype=run.runner.compute_dtype
+        root_module(model, layout=run.layout), spec.optim, compute_dtype=run.runner.compute_dtype
     )
     objective = Objective(stream=MAIN_STREAM, method=method.critic, config=config)
     critic = Critic(
@@ -239,12 +239,12 @@ def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResul
     DeepSpeed updates the policy before the critic's gradient is known; there such a step ends the run, and is not kept.
     """
     own = [part for part in work if part.stream == MAIN_STREAM]
-    most = run.spec.optimizer.max_grad_norm
-    rate = critic.spec.optimizer.learning_rate(run.step)
+    most = run.spec.optim.max_grad_norm
+    rate = learning_rate(critic.spec.optim, run.step, steps=run.spec.steps)
     set_learning_rate(critic.optimizer, rate)
     policy = run.runner.gradient(run.step, work, optimizer=run.optimizer, max_grad_norm=most)
     values = critic.runner.gradient(
-        run.step, own, optimizer=critic.optimizer, max_grad_norm=critic.spec.optimizer.max_grad_norm
+        run.step, own, optimizer=critic.optimizer, max_grad_norm=critic.spec.optim.max_grad_norm
     )
     run.optimizer.step()
     critic.optimizer.step()

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import FollowsPolicy, GroupSource, StreamWork
-from rayalign.engine.checkpoint.checkpoint import Checkpoint, Checkpointer, differences, refuse_other_run
+from rayalign.engine.checkpoint.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    differences,
+    refuse_other_run,
+    refuse_unknown_metric,
+)
 from rayalign.engine.checkpoint.optimizer_state import UnreadableOptimizer
 from rayalign.engine.checkpoint.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
 from rayalign.engine.checkpoint.sending import exportable, num_bytes, offer_weights
@@ -30,7 +36,7 @@ from rayalign.engine.model.parity import choose_layout
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pretrained
 from rayalign.engine.nonfinite import skipped
 from rayalign.engine.objective import MAIN_STREAM
-from rayalign.engine.optimizer import set_learning_rate
+from rayalign.engine.optimizer import learning_rate, set_learning_rate
 from rayalign.engine.state import MakeSource, NoNotices, Notices, Run, TrainSpec, checkpointer_of
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
@@ -70,11 +76,11 @@ def train(
         source.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint_asynchronous, strategy=strategy))
+        writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
-        while run.step < spec.optimizer.steps and not run.stopping:
+        while run.step < spec.steps and not run.stopping:
             writer.check()
             offer_weights(run, source)
             row = advance(run, source, held_out)
@@ -103,7 +109,7 @@ def begin(
         tokenizer.chat_template = spec.chat_template
     layout = layout_of(model, strategy)
     computes = compute_dtype(spec.model, strategy.device)
-    module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optimizer, compute_dtype=computes)
+    module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optim, compute_dtype=computes)
     notices = notices or NoNotices()
     run = Run(
         spec=spec,
@@ -147,7 +153,7 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) 
     try:
         run.strategy.load_optimizer(optimizer, directory)
     except UnreadableOptimizer as error:
-        if not run.spec.restart_optimizer:
+        if not run.spec.checkpoint.restart_optimizer:
             raise
         log.warning(
             "%s goes on from the weights of %s alone: its optimizer starts afresh, as checkpoint.restart_optimizer "
@@ -174,7 +180,7 @@ def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | No
 
 def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
     """One optimizer step of the policy."""
-    return run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=run.spec.optimizer.max_grad_norm)
+    return run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=run.spec.optim.max_grad_norm)
 
 
 def advance(
@@ -195,7 +201,7 @@ def advance(
     if run.step == 0 and spec.check_initial_logratio:
         now = computed_with(run.model, run.layout, run.runner.compute_dtype, run.strategy.device)
         check_initial_logratio(run.runner, work, made=spec.reference_made, now=now)
-    rate = spec.optimizer.learning_rate(run.step)
+    rate = learning_rate(spec.optim, run.step, steps=spec.steps)
     set_learning_rate(run.optimizer, rate)
     try:
         result = update(run, work)
@@ -227,14 +233,15 @@ def advance(
         "seconds_saving": run.seconds_saving,
     }
     run.seconds_saving = 0.0
-    if spec.on_nonfinite == "skip":
+    if spec.optim.on_nonfinite == "skip":
         row["skipped_steps"] = run.skipped_steps
     if held_out and run.step in spec.evaluate_at:
         row |= {f"eval_{name}": value for name, value in run.runner.evaluate(run.step, held_out).items()}
     if run.skipped_in_a_row == 0:
-        if spec.checkpoint_best is not None and not run.row:
+        best = spec.checkpoint.best
+        if best is not None and not run.row:
             measured = {"loss", *result.metrics, *result.absent}
-            spec.checkpoint_best.refuse_unknown({*row, *measured}, evaluated=measured if held_out else set())
+            refuse_unknown_metric(best, {*row, *measured}, evaluated=measured if held_out else set())
         run.row = row
     return row
 

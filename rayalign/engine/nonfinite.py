@@ -34,8 +34,8 @@ def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepR
     """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
     run.skipped_steps += 1
     run.skipped_in_a_row += 1
-    before, most = run.skipped_in_a_row - 1, run.spec.max_skipped_in_a_row
-    if run.spec.on_nonfinite == "stop" or before == most:
+    before, most = run.skipped_in_a_row - 1, run.spec.optim.max_skipped_in_a_row
+    if run.spec.optim.on_nonfinite == "stop" or before == most:
         enough = f", after {most} that were skipped, which optim.max_skipped_in_a_row allows" if before else ""
         last = NonFiniteStep(f"{error}{enough}", loss=error.loss, grad_norm=error.grad_norm, suspects=error.suspects)
         raise with_groups(last, run.runner, work, step=run.step, directory=run.spec.directory) from error

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import GroupSource
-from rayalign.engine.checkpoint.checkpoint import Best, Checkpointer
+from rayalign.engine.checkpoint.checkpoint import Checkpointer
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import Objective
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy.base import Strategy
 from rayalign.storage.copies import Mirror
@@ -27,7 +27,7 @@ class CriticSpec:
     """The second model of a method that has a critic: what it starts from, and how it is optimized."""
 
     model: ModelSpec
-    optimizer: OptimizerSpec
+    optim: OptimConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,22 +38,17 @@ class TrainSpec:
     """``<storage_path>/<name>``: metrics.jsonl, checkpoints/, final/."""
     model: ModelSpec
     objectives: tuple[Objective, ...]
-    optimizer: OptimizerSpec
+    optim: OptimConfig
+    steps: int
+    """Of the whole run: ``optim.steps``, or what ``optim.epochs`` takes."""
     seed: int
     identity: Mapping[str, Any]
     """What this run is (digests of data, model and configuration): a checkpoint of another is refused."""
-    checkpoint_every: int
-    checkpoint_keep: int
+    checkpoint: CheckpointConfig
     checkpoint_at: tuple[int, ...] = ()
     """Further steps whose checkpoint is written and kept until the run ends."""
-    checkpoint_best: Best | None = None
-    """By which metric one checkpoint is kept beside the newest."""
-    checkpoint_asynchronous: bool = False
-    """Checkpoints are written while training goes on."""
     mirror: Mirror | None = None
     """Where committed checkpoints are kept a second time."""
-    restart_optimizer: bool = False
-    """Where a checkpoint's optimizer cannot be read, as from or to DeepSpeed: go on from the weights with a new one."""
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()
@@ -72,9 +67,6 @@ class TrainSpec:
     """With what the stored reference log-probs were computed; None where rollout actors compute them."""
     check_initial_logratio: bool = False
     """True when the reference is the initial policy: then every logratio of step 0 must be 0 up to rounding."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a step does whose loss or gradient is not finite: end the run, or change nothing."""
-    max_skipped_in_a_row: int = 3
 
 
 def checkpointer_of(spec: TrainSpec, *, attempt: str) -> Checkpointer:
@@ -82,9 +74,9 @@ def checkpointer_of(spec: TrainSpec, *, attempt: str) -> Checkpointer:
     return Checkpointer(
         root=spec.directory / "checkpoints",
         attempt=attempt,
-        keep=spec.checkpoint_keep,
+        keep=spec.checkpoint.keep,
         always_keep=spec.checkpoint_at,
-        best=spec.checkpoint_best,
+        best=spec.checkpoint.best,
         identity=spec.identity,
     )
 

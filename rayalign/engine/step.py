@@ -78,7 +78,7 @@ class Runner:
     """Whether it is time to ask for notices of the cluster; rank 0's answer counts."""
 
     def step(
-        self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
+        self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> StepResult:
         """Train on the groups of ``step``; raises :class:`NonFiniteStep` before any parameter has moved."""
         result = self.gradient(step, work, optimizer=optimizer, max_grad_norm=max_grad_norm)
@@ -86,7 +86,7 @@ class Runner:
         return result
 
     def gradient(
-        self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float
+        self, step: int, work: Sequence[StreamWork], *, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> StepResult:
         """The clipped gradient of ``step``, for the optimizer to use; raises :class:`NonFiniteStep`."""
         statistics = {part.stream: self.statistics(step, part) for part in work}

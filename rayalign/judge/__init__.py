@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayalign.config.scoring import ScorerConfig
 from rayalign.errors import UserError
 from rayalign.imports import load_object
 from rayalign.judge.base import Judge, Scorer
 
-__all__ = ["Judge", "Scorer", "make_judge", "make_scorer"]
+__all__ = ["Judge", "Scorer", "judge_of", "make_judge", "make_scorer", "parameters_of", "scorer_of"]
 
 _SCORERS = {
     "llm": "rayalign.judge.llm:LlmScorer",
     "reward_model": "rayalign.judge.reward_model:RewardModelScorer",
     "rule": "rayalign.judge.rule:RuleScorer",
 }
+
+
+def scorer_of(config: ScorerConfig) -> Scorer:
+    """The scorer that a ``scorer`` block describes; raises UserError where what it names is not there."""
+    return make_scorer(config.name, **parameters_of(config))
+
+
+def judge_of(config: ScorerConfig) -> Judge:
+    """The judge that an ``evaluate.judge`` block describes; raises UserError where what it names is not there."""
+    return make_judge(config.name, **parameters_of(config))
+
+
+def parameters_of(config: ScorerConfig) -> dict[str, Any]:
+    """What a scorer is made with: its block, without its name and what reports say of it."""
+    return config.model_dump(exclude={"name", "unit", "description"})
 
 
 def make_scorer(name: str, **parameters: Any) -> Scorer:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.data.tokenize import to_group
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.model.folder import model_directory
@@ -25,7 +26,7 @@ from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import Sampler, make_sampler, refuse_missing
 
-NOTHING_IS_CUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
+NOTHING_IS_CUT = TokenBudget(max_prompt_tokens=2**30, max_tokens=2**31)
 ROW_TOKENS = 2048
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayalign.config.scoring import ScorerConfig
 from rayalign.data.group import Candidate, Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
 from rayalign.data.shared_prompt import prompt_text
 from rayalign.engine.divergence import divergences
 from rayalign.engine.frozen import FrozenModel
-from rayalign.judge import make_judge, make_scorer
+from rayalign.judge import scorer_of
 from rayalign.judge.base import Asked, Judge, NoVerdict, Scorer, Tally
 from rayalign.remarks import remarks_of
 from rayalign.rollout.base import Completion, SamplingParams
@@ -36,15 +37,6 @@ class Prompt:
     @property
     def text(self) -> str:
         return prompt_text(self.prompt)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScorerSpec:
-    """A scorer or a judge by name and parameters, so that it travels between processes."""
-
-    label: str
-    name: str
-    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +87,9 @@ class Measured:
         return {label: answered.values for label, answered in self.scored.items()}
 
 
-def make_scorers(specs: Sequence[ScorerSpec]) -> dict[str, Scorer]:
-    return {spec.label: make_scorer(spec.name, **spec.parameters) for spec in specs}
-
-
-def judge_of(spec: ScorerSpec) -> Judge:
-    return make_judge(spec.name, **spec.parameters)
+def make_scorers(configs: Iterable[ScorerConfig]) -> dict[str, Scorer]:
+    """Every scorer by what tables call it."""
+    return {config.label: scorer_of(config) for config in configs}
 
 
 def sample(policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParams, *, tokenizer: Any) -> Sampled:

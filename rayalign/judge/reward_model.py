@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.shared_prompt import transcript
-from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.data.tokenize import to_group
 from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import ModelSpec, load_model, refuse_unusable, tokenizer_of
@@ -21,7 +22,7 @@ from rayalign.judge.base import ScorerUnusable
 
 FIELD = "scorer.model"
 TOKENS_PER_BATCH = 16_384
-UNCUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
+UNCUT = TokenBudget(max_prompt_tokens=2**30, max_tokens=2**31)
 
 
 class RewardModelScorer:

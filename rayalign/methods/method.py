@@ -150,6 +150,11 @@ class Method:
         if self.critic is None and self.round_limit is not None:
             raise ValueError(f"{self.name}: round_limit is read where a critic is trained, and there is none")
 
+    @property
+    def learns_alone(self) -> bool:
+        """Whether one completion of a prompt is enough: rewards are compared over the whole round."""
+        return self.candidates == "group" and self.smallest_group == 1
+
     def needed(self, config: MethodConfig) -> frozenset[Need]:
         """Everything the loss will look at under ``config``."""
         return self.needs | (self.extra_needs(config) if self.extra_needs else frozenset())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rayalign.data.budget import TokenizeSettings
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat
 from rayalign.data.group import Candidate, Column, Group
 from rayalign.data.replies import reply_text
@@ -18,7 +18,7 @@ from rayalign.rollout.base import Completion
 from rayalign.rounds.label import Labelled
 from rayalign.rounds.stored import Drawn
 
-UNCUT = TokenizeSettings(max_prompt_tokens=2**30, max_tokens=2**31)
+UNCUT = TokenBudget(max_prompt_tokens=2**30, max_tokens=2**31)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import ScorerConfig
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
@@ -28,14 +30,13 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_tokenizer
 from rayalign.errors import UserError
-from rayalign.judge import make_scorer
+from rayalign.judge import scorer_of
 from rayalign.judge.base import NoVerdict, Scorer, ScorerUnusable
-from rayalign.judge.measure import ScorerSpec
 from rayalign.remarks import remarks_of
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions, Sampler, make_sampler
 from rayalign.rounds.answers import Answer, fresh_answer, make_group, stored_candidates
-from rayalign.rounds.label import Labelled, LabelSpec, label, label_key, own_rule
+from rayalign.rounds.label import Labelled, label, label_key, own_rule
 from rayalign.rounds.stored import Drawn, StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.rounds.weights import WeightChannel
@@ -62,8 +63,8 @@ class ChunkSpec:
     """Stored candidates of a prompt stand before the fresh ones."""
     keep_unscored: bool = False
     """Candidates that the scorer failed on are kept, without rewards, as no loss could use them."""
-    scorer: ScorerSpec
-    label: LabelSpec
+    scorer: ScorerConfig
+    label: LabelConfig
     shape: Shape
     needs_reference: bool
 
@@ -236,7 +237,7 @@ class ChunkMaker:
         )
         self.prompts = StoredGroups(spec.prompts, spec.seed)
         self.texts = {id(store): Prompts(store) for store in self.prompts.stores}
-        self.scorer: Scorer = make_scorer(spec.scorer.name, **spec.scorer.parameters)
+        self.scorer: Scorer = scorer_of(spec.scorer)
         self.rule = own_rule(spec.label)
         if spec.needs_reference:
             self.reference = FrozenModel(spec.reference, self.device)

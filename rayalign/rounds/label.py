@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeGuard
 
+from rayalign.config.policy import LabelConfig
 from rayalign.data.rank import places
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
@@ -20,17 +21,6 @@ RULE_SECONDS = 60.0
 """Limit of one call of a rule of the user's own."""
 LABEL_STREAM = -1
 """Stands where noise is keyed by a sample's index: a label's draw is none of the samples'."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelSpec:
-    """How scores become preferences; see :class:`rayalign.config.policy.LabelConfig` for every field."""
-
-    name: str = "best_worst"
-    scale: float = 1.0
-    threshold: float = 5.0
-    gap: float = 1.0
-    rejected: Literal["random", "minimum"] = "random"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +55,7 @@ Rule: TypeAlias = Callable[[Scored], Pair | None]
 def label(
     scores: Sequence[float],
     lengths: Sequence[int],
-    spec: LabelSpec,
+    config: LabelConfig,
     *,
     shape: Shape,
     key: int,
@@ -74,7 +64,7 @@ def label(
     """What a method of ``shape`` learns from K scored candidates; ``key`` fixes whatever is drawn.
 
     Groups keep every candidate (``rewards``), single completions the best one (``best``: best-of-K sampling); only
-    pairs and labelled examples ask the rule: ``own``, where it was made of ``spec`` before.
+    pairs and labelled examples ask the rule: ``own``, where it was made of ``config`` before.
 
     Raises:
         UserError: the user's own rule fails, or answers neither None nor two different candidates.
@@ -84,11 +74,11 @@ def label(
         return Labelled(kept=tuple(range(len(scores))))
     if shape == "one":
         return Labelled(kept=(best(scored),))
-    if shape == "ranking" and spec.name == "rewards":
+    if shape == "ranking" and config.name == "rewards":
         if min(scores) == max(scores):
             return Labelled(kept=(0,), preferred=False)
         return Labelled(kept=tuple(range(len(scores))), rank=tuple(places(scores).tolist()))
-    pair = (own or rule(spec))(scored)
+    pair = (own or rule(config))(scored)
     if pair is None:
         return Labelled(kept=(0,), preferred=False)
     if shape == "labelled":  # one example per prompt, so that a step has as many as it says
@@ -102,15 +92,15 @@ def label_key(seed: int, position: int) -> int:
     return sample_key(seed, position, LABEL_STREAM)
 
 
-def rule(spec: LabelSpec) -> Rule:
-    """The rule called ``spec.name``; ``module:function`` is the user's own, of the list of scores."""
-    if spec.name == "best_worst":
+def rule(config: LabelConfig) -> Rule:
+    """The rule called ``config.name``; ``module:function`` is the user's own, of the list of scores."""
+    if config.name == "best_worst":
         return best_worst
-    if spec.name == "wpo":
-        return lambda scored: wpo(scored, threshold=spec.threshold, gap=spec.gap, rejected=spec.rejected)
-    if spec.name == "bradley_terry":
-        return lambda scored: bradley_terry(scored, scale=spec.scale)
-    return OwnRule(spec.name)
+    if config.name == "wpo":
+        return lambda scored: wpo(scored, threshold=config.threshold, gap=config.gap, rejected=config.rejected)
+    if config.name == "bradley_terry":
+        return lambda scored: bradley_terry(scored, scale=config.scale)
+    return OwnRule(config.name)
 
 
 def best(scored: Scored) -> int:
@@ -191,9 +181,9 @@ class OwnRule:
         return chosen, rejected
 
 
-def own_rule(spec: LabelSpec) -> OwnRule | None:
-    """The user's own rule, where ``spec`` names one."""
-    return OwnRule(spec.name) if ":" in spec.name else None
+def own_rule(config: LabelConfig) -> OwnRule | None:
+    """The user's own rule, where ``config`` names one."""
+    return OwnRule(config.name) if ":" in config.name else None
 
 
 def is_pair(value: object, count: int) -> bool:

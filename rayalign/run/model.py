@@ -1,37 +1,21 @@
-"""A run's configuration as the specifications that the engine and the stages take."""
+"""The models of a run and how they read and write: what is trained, its reference, its critic."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from rayalign.config.compare import INITIAL
-from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
-from rayalign.config.scoring import PATIENCE, ScorerConfig
-from rayalign.data.budget import Completed, TokenizeSettings
 from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model.folder import model_digest, model_directory, tokenizer_digest
+from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.generation import end_ids
-from rayalign.engine.model.lora import LoraSpec
 from rayalign.engine.model.precision import EXACT, Precision
-from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, kept_precision
 from rayalign.engine.model.scalar import ScalarHead
-from rayalign.errors import UserError
-from rayalign.imports import source_digest
-from rayalign.judge.measure import ScorerSpec
-from rayalign.runtime.datasets import TokenizerSpec, load_chat
+from rayalign.runtime.datasets import load_chat
 from rayalign.runtime.session import Session
-from rayalign.storage.artifacts import PENDING, digest_of
-from rayalign.storage.manifest import file_digest
-
-CPU_ROW_TOKENS = 2048
-"""On a CPU rows of this length are as fast as any and hold a batch in few of them; on CUDA one row is fastest."""
-UNTRAINED = f"{PENDING}initial"
-"""Stands for the digests of a model that the ``initial`` run has not trained yet; only plans meet it."""
 
 
 def model_spec(run: RunConfig) -> ModelSpec:
@@ -63,13 +47,7 @@ def scalar_head(run: RunConfig) -> ScalarHead:
 
 def trained_spec(run: RunConfig) -> ModelSpec:
     """The same as it is trained: compiled, with an adapter that is trained in its place, or neither."""
-    lora, spec = run.model.lora, replace(model_spec(run), compile=run.model.compile)
-    if lora is None:
-        return spec
-    adapter = LoraSpec(
-        rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=tuple(lora.target_modules)
-    )
-    return replace(spec, lora=adapter)
+    return replace(model_spec(run), compile=run.model.compile, lora=run.model.lora)
 
 
 def reference_spec(run: RunConfig) -> ModelSpec:
@@ -100,55 +78,13 @@ def other_spec(run: RunConfig, name: str, *, field: str) -> ModelSpec:
     )
 
 
-def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
-    """Raise UserError where a token of the policy has another id in another model's tokenizer, or none."""
-    model, trusts = run.model, run.model.trust_remote_code
-    policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
-    other = load_tokenizer(
-        model_directory(spec.name, spec.revision, field=spec.field), trust_remote_code=trusts, field=spec.field
-    )
-    known = other.get_vocab()
-    differing = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
-    if differing:
-        id, token = differing[0]
-        raise UserError(
-            f"{spec.field}: {spec.name} reads other tokens than the policy: {len(differing)} of {len(policy)} differ, "
-            f"first {token!r}, which is {id} for the policy; name a model with the policy's tokenizer, or remove "
-            f"{spec.field}"
-        )
-
-
 def scoring_spec(run: RunConfig, session: Session) -> ScoringSpec:
     """How the reference scores: as training does."""
     return ScoringSpec(
         model=reference_spec(run),
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
-        row_tokens=row_tokens(session),
+        row_tokens=session.row_tokens,
         logit_temperature=run.method.config.logit_temperature,
-    )
-
-
-def row_tokens(session: Session) -> int | None:
-    return None if session.num_gpus else CPU_ROW_TOKENS
-
-
-def tokenizer_spec(run: RunConfig, *, completed: Completed = "no") -> TokenizerSpec:
-    """The policy's tokenizer and how it writes conversations."""
-    return TokenizerSpec(
-        name=run.model.name,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-        template=run.data.template,
-        stop=run.data.end,
-        settings=TokenizeSettings(
-            max_prompt_tokens=run.data.max_prompt_tokens,
-            max_tokens=run.data.max_tokens,
-            truncated=run.data.truncated,
-            long_prompts=run.data.long_prompts,
-            completed=completed,
-        ),
-        template_kwargs=run.data.chat_template_kwargs,
-        date=run.data.date,
     )
 
 
@@ -157,31 +93,6 @@ def saved_precision(run: RunConfig) -> Precision:
     if run.model.name == INITIAL or (run.model.from_scratch and run.model.save_dtype == "auto"):
         return EXACT
     return kept_precision(model_spec(run), run.model.save_dtype)
-
-
-def spec_digest(spec: ModelSpec) -> str:
-    """What identifies a model's log-probs: its files, and its seed where the weights are drawn."""
-    if spec.name == INITIAL:
-        return UNTRAINED
-    directory = model_directory(spec.name, spec.revision)
-    return digest_of([model_digest(directory), spec.seed if spec.from_scratch else None])
-
-
-def tokenizer_identity(run: RunConfig) -> str:
-    """The digest of the policy's tokenizer."""
-    if run.model.name == INITIAL:
-        return UNTRAINED
-    return tokenizer_digest(model_directory(run.model.name, run.model.revision))
-
-
-def template_digest(template: str) -> str:
-    """``auto`` and ``none`` are themselves, a file is its bytes; raises UserError where it cannot be read."""
-    if template in ("auto", "none"):
-        return template
-    try:
-        return file_digest(Path(template))
-    except OSError as error:
-        raise UserError(f"data.template: {template} cannot be read: {error.strerror}") from error
 
 
 def stop_ids(run: RunConfig) -> tuple[int, ...]:
@@ -198,46 +109,4 @@ def chat_template(run: RunConfig) -> str | None:
 
 def chat_of(run: RunConfig) -> Chat:
     """How the policy's tokenizer writes conversations in this run."""
-    return load_chat(tokenizer_spec(run))
-
-
-def scorer_spec(scorer: ScorerConfig) -> ScorerSpec:
-    """A scorer as it travels to the processes that call it."""
-    parameters = scorer.model_dump(exclude={"name", "unit", "description"})
-    return ScorerSpec(label=scorer.label, name=scorer.name, parameters=parameters)
-
-
-def scorer_identity(scorer: ScorerSpec) -> list[Any]:
-    """What decides a scorer's numbers: its parameters, and its code or weights, where those can be known.
-
-    Where those lie does not.
-    """
-    parameters = {key: value for key, value in scorer.parameters.items() if key not in PATIENCE}
-    places: dict[str, Any] = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
-    said = asdict(replace(scorer, parameters={**parameters, **places}))
-    content = scorer_content(scorer)
-    return [said] if content is None else [said, content]
-
-
-def scorer_content(scorer: ScorerSpec) -> str | None:
-    """The digest of a scorer's code or weights; None for a model behind an endpoint."""
-    parameters = scorer.parameters
-    if scorer.name == "rule":
-        return source_digest(parameters["function"])
-    if scorer.name == "reward_model" or parameters.get("engine"):
-        return model_digest(model_directory(parameters["model"], parameters["revision"]))
-    return None
-
-
-def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:
-    """Whether two scorers or judges are one thing: the same function with the same arguments, or the same model.
-
-    How a language model is asked makes no other of it: it rates and compares by one taste.
-    """
-    return source_of(one) == source_of(other)
-
-
-def source_of(scorer: ScorerConfig) -> list[Any]:
-    spec = scorer_spec(scorer)
-    asking = (*PATIENCE, *(("template", "api_key_env", "max_new_tokens") if spec.name == "llm" else ()))
-    return [spec.name, {key: value for key, value in spec.parameters.items() if key not in asking}]
+    return load_chat(run.model, run.data)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.config.compare import INITIAL
+from rayalign.config.policy import RolloutConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.group import Group
 from rayalign.data.store import TokenStore
@@ -31,7 +32,7 @@ from rayalign.engine.model.context import (
 from rayalign.engine.model.folder import is_adapter, model_directory, weights_directory
 from rayalign.engine.model.kinds import is_composite, read_config
 from rayalign.engine.model.lora import refuse_missing_peft
-from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, refuse_unusable, tokenizer_of
 from rayalign.engine.model.scalar import prepare_export
 from rayalign.engine.model.targets import adapter_targets
 from rayalign.engine.model.trial import Trial, try_export
@@ -41,7 +42,6 @@ from rayalign.run.model import (
     critic_model,
     model_spec,
     reference_spec,
-    refuse_other_tokens,
     saved_precision,
     stop_ids,
     trained_spec,
@@ -80,6 +80,24 @@ def refuse_unusable_models(run: RunConfig, *, draws: bool = False) -> None:
     critic = critic_spec(run)
     if critic is not None and critic.name != INITIAL:
         reader_of(critic, trained=True)
+
+
+def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
+    """Raise UserError where a token of the policy has another id in another model's tokenizer, or none."""
+    model, trusts = run.model, run.model.trust_remote_code
+    policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
+    other = load_tokenizer(
+        model_directory(spec.name, spec.revision, field=spec.field), trust_remote_code=trusts, field=spec.field
+    )
+    known = other.get_vocab()
+    differing = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
+    if differing:
+        id, token = differing[0]
+        raise UserError(
+            f"{spec.field}: {spec.name} reads other tokens than the policy: {len(differing)} of {len(policy)} differ, "
+            f"first {token!r}, which is {id} for the policy; name a model with the policy's tokenizer, or remove "
+            f"{spec.field}"
+        )
 
 
 def others(run: RunConfig) -> Iterator[ModelSpec]:
@@ -206,12 +224,11 @@ def refuse_unreadable(store: Path, run: RunConfig) -> None:
         refuse_unknown_tokens(opened, reader.vocabulary, reader.name, reader.tokenizer)
 
 
-def refuse_unanswerable(store: Path, run: RunConfig) -> None:
+def refuse_unanswerable(store: Path, run: RunConfig, rollout: RolloutConfig) -> None:
     """The same of a store of prompts, whose completions are drawn."""
-    assert run.rollout is not None
     opened = TokenStore.open(store)
     for reader in readers_of(run):
-        refuse_long_rows(opened, reader.context, reader.name, new_tokens=run.rollout.max_new_tokens)
+        refuse_long_rows(opened, reader.context, reader.name, new_tokens=rollout.max_new_tokens)
         refuse_unknown_tokens(opened, reader.vocabulary, reader.name, reader.tokenizer)
 
 

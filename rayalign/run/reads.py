@@ -44,16 +44,15 @@ class Read:
 def reads(run: RunConfig) -> Iterator[Read]:
     """Every source that ``run`` reads, in the order of the configuration."""
     record, policy = run.method.record, run.data_policy
-    relabels = run.label is not None and run.label.relabel
-    shape: Shape = "prompt" if relabels else shape_of(record)
-    needs = frozenset({"completion"}) if relabels else needed_of_rows(record, run.method.config)
-    if policy.name == "off_policy" or (policy.name == "hybrid" and policy.mix == "groups"):
+    shape: Shape = "prompt" if run.relabels else shape_of(record)
+    needs = frozenset({"completion"}) if run.relabels else needed_of_rows(record, run.method.config)
+    if policy.fresh_fraction < 1:
         yield from _listed("data.train", run.data.train, shape, needs)
-    elif policy.prompts is None:
+    elif policy.name != "off_policy" and policy.prompts is None:
         stored = needs & {"behavior_logp"} if policy.name == "hybrid" else frozenset[str]()
         completed: Completed = "beside" if policy.name == "hybrid" else "alone"
         yield from _listed("data.train", run.data.train, "prompt", stored, completed)
-    if run.data.eval and record.round_prepare is None:
+    if run.measures_loss:
         yield from _listed("data.eval", run.data.eval, shape, needs)
     for number, auxiliary in enumerate(run.auxiliary or ()):
         sources = [with_format(source, auxiliary.term) for source in auxiliary.data]

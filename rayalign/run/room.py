@@ -6,6 +6,7 @@ import contextlib
 
 from transformers import AutoConfig
 
+from rayalign.config.candidates import Drawing
 from rayalign.config.run import RunConfig
 from rayalign.data.group import GroupLengths
 from rayalign.data.micro_batches import check_budget
@@ -15,7 +16,6 @@ from rayalign.engine.model.attention import attention_kind
 from rayalign.engine.model.folder import model_directory
 from rayalign.errors import UserError
 from rayalign.rounds.streams import MixedStream, RoundStream, SourceSpec, StoredStream
-from rayalign.run.rollouts import keeps_stored
 
 
 def refuse_large_groups(run: RunConfig, source: SourceSpec) -> None:
@@ -36,20 +36,19 @@ def refuse_large_groups(run: RunConfig, source: SourceSpec) -> None:
                         row_tokens=source.row_tokens,
                         layout=layout,
                     )
-            else:
-                refuse_large_rounds(run, part, source, layout)
+            elif run.drawing is not None:
+                refuse_large_rounds(run.drawing, part, source, layout)
 
 
-def refuse_large_rounds(run: RunConfig, stream: RoundStream, source: SourceSpec, layout: Layout) -> None:
+def refuse_large_rounds(drawing: Drawing, stream: RoundStream, source: SourceSpec, layout: Layout) -> None:
     """Raise UserError where the longest prompt with its completions at their limit is too large."""
-    assert run.rollout is not None
     tokens, limit = 0, source.tokens_per_micro_batch
     told = ""
     for path in stream.prompts.stores:
         store = TokenStore.open(path)
         prompts = store.index.prompt_tokens
-        prompt, longest = int(prompts.max()), run.rollout.max_new_tokens
-        if keeps_stored(run):
+        prompt, longest = int(prompts.max()), drawing.rollout.max_new_tokens
+        if drawing.policy.keeps_stored:
             longest = max(longest, int(store.index.candidate_tokens.max(initial=0)))
         candidates = (longest,) * stream.num_candidates
         lengths = GroupLengths(prompt=prompt, candidates=candidates, predicted=candidates)

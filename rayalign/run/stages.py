@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.config.dump import redact
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
@@ -30,7 +30,8 @@ from rayalign.imports import load_function, source_digest
 from rayalign.rounds.columns import Preparation as RoundPreparation
 from rayalign.rounds.columns import prepare_columns
 from rayalign.run.facts import refuse_absent_columns, summary, warning
-from rayalign.run.model import scoring_spec, spec_digest, template_digest, tokenizer_identity, tokenizer_spec
+from rayalign.run.identity import spec_digest, template_digest, tokenizer_identity
+from rayalign.run.model import scoring_spec
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
@@ -40,6 +41,7 @@ from rayalign.storage.artifacts import Keeper
 from rayalign.storage.manifest import commit, committed, read_manifest
 
 SHOWN_BAD_ROWS = 5
+BUDGET = set(TokenBudget.model_fields)
 BYTES_PER_WRITER = 2 << 20
 """Below this a second tokenizing process costs more to start than it saves."""
 
@@ -77,8 +79,7 @@ class Stages:
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
 
     def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Path:
-        """The token store of one source; ``completed`` as of :class:`rayalign.data.budget.TokenizeSettings`."""
-        tokenizer = tokenizer_spec(run, completed=completed)
+        """The token store of one source; ``completed``: see :data:`rayalign.data.budget.Completed`."""
         units = source_units(source, run.data, self)
         inputs = {
             "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
@@ -86,7 +87,7 @@ class Stages:
             "tokenizer": tokenizer_identity(run),
             "template": [template_digest(run.data.template), run.data.chat_template_kwargs, str(run.data.date)],
             "stop": run.data.end,
-            "settings": asdict(tokenizer.settings),
+            "settings": {**run.data.model_dump(include=BUDGET), "completed": completed},
             "shape": shape,
             "bad": [run.data.on_bad_row, run.data.max_bad_fraction],
         }
@@ -94,7 +95,16 @@ class Stages:
         def build(directory: Path) -> None:
             (directory / "quarantine.jsonl").unlink(missing_ok=True)
             writers = num_writers(units, int(self.session.num_cpus))
-            found = prepare(split_units(units), tokenizer, shape, directory, writers=writers, note=self.artifacts.note)
+            found = prepare(
+                split_units(units),
+                run.model,
+                run.data,
+                completed=completed,
+                shape=shape,
+                directory=directory,
+                writers=writers,
+                note=self.artifacts.note,
+            )
             append_quarantine(directory / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)

@@ -8,27 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
-from rayalign.config.data import DataSource
+from rayalign.config.candidates import Drawing
+from rayalign.config.data import DataSource, FilterConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.select import rows_file
 from rayalign.data.store import TokenStore
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
-from rayalign.methods.method import Method
 from rayalign.report.formatting import kept
 from rayalign.rounds.chunk import ChunkSpec
+from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import drawn_rows, order_of
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.model import model_spec, scoring_spec
 from rayalign.run.readers import refuse_unreadable
 from rayalign.run.reads import COLUMN_FIELDS, needed_columns, shape_of, with_format
 from rayalign.run.rollouts import (
-    chunk_spec,
     drawn_once,
-    fresh_fraction,
-    keeps_stored,
+    drawn_spec,
     kept_candidates,
-    num_passes,
     preparation,
     prompt_store,
     prompt_stream,
@@ -43,91 +41,123 @@ UNITS = {"one": "completions", "pair": "pairs", "group": "groups", "labelled": "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnRounds:
+    """Rounds that are drawn while the run trains."""
+
+    drawing: Drawing
+    chunks: ChunkSpec
+    stream: RoundStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Main:
     """The stream of the method itself."""
 
     stream: AnyStream
     steps: int
     """Of the run."""
-    chunks: ChunkSpec | None = None
-    """How its rounds are drawn while it trains; None where every group is stored before."""
+    rounds: DrawnRounds | None = None
+    """None where every group is stored before the first step."""
 
 
-def main_stream(run: RunConfig, method: Method, stages: Stages, folder: Path) -> Main:
+def main_stream(run: RunConfig, stages: Stages, folder: Path) -> Main:
     """Stored, fresh or both; what is drawn once is drawn here, what is drawn in rounds will lie in ``folder``."""
-    policy, shape, size = run.data_policy, shape_of(method), run.optim.groups_per_step
-    if policy.name == "off_policy":
-        stored = filtered(stored_stream(run, run.data.train, method, stages, groups_per_step=size), run, method, stages)
+    if run.drawing is None:
+        stored = stored_main(run, stages)
         return Main(stream=stored, steps=num_steps(run, stored))
-    prompts = prompt_stream(run, stages, groups_per_step=size)
-    if keeps_stored(run):  # their scores will be known; who wrote them, only the data can say
+    return drawn_main(run.drawing, run, stages, folder)
+
+
+def stored_main(run: RunConfig, stages: Stages) -> StoredStream:
+    """The stored groups that the method trains on."""
+    stored = stored_stream(run, run.data.train, stages, groups_per_step=run.optim.groups_per_step)
+    return filtered(stored, run, stages)
+
+
+def drawn_main(drawing: Drawing, run: RunConfig, stages: Stages, folder: Path) -> Main:
+    """Groups that the policy draws, or these and stored ones."""
+    policy = drawing.policy
+    prompts = prompt_stream(drawing, run, stages)
+    if policy.keeps_stored:  # their scores will be known; who wrote them, only the data can say
         for path in prompts.stores:
-            require_columns(run, method, "mix: candidates", TokenStore.open(path), among=("behavior_logp",))
-    both = None
-    if fresh_fraction(run) < 1:
-        both = filtered(stored_stream(run, run.data.train, method, stages, groups_per_step=size), run, method, stages)
-    steps = num_steps(run, both or prompts)
-    prepared = preparation(run, method)
-    chunks = None
+            require_columns(run, "mix: candidates", TokenStore.open(path), among=("behavior_logp",))
+    stored = stored_main(run, stages) if policy.fresh_fraction < 1 else None
+    steps = num_steps(run, stored or prompts)
+    rounds = None
     fresh: StoredStream | RoundStream
-    if policy.refresh_every == "never":
-        store = drawn_once(run, prompts, shape, stages)
-        refuse_unlabelled([store], run, shape, alone=learns_alone(method))
-        fresh = over([store], run, method, stages, weights=[1.0], groups_per_step=size)
-        if prepared is not None:
-            columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
-            fresh = replace(fresh, columns=(columns,))
+    if isinstance(policy.refresh_every, int):
+        plan = round_plan(drawing, run, refresh_every=policy.refresh_every, steps=steps)
+        rounds = drawn_rounds(drawing, run, prompts, plan, stages, folder)
+        fresh = rounds.stream
     else:
-        chunks = chunk_spec(run, prompts, shape, stages, draws=True, needs_reference=needs_reference(method, run))
-        fresh = RoundStream(
-            name=MAIN_STREAM,
-            prompts=prompts,
-            plan=round_plan(run, steps),
-            folder=folder,
-            num_candidates=kept_candidates(shape, chunks),
-            prepared=prepared.key if prepared and method.critic is None else None,
-            preparation=prepared if method.critic is not None else None,
-        )
-    if both is None:
-        return Main(stream=fresh, steps=steps, chunks=chunks)
+        fresh = drawn_before(drawing, run, prompts, stages)
+    if stored is None:
+        return Main(stream=fresh, steps=steps, rounds=rounds)
     mixed = MixedStream(
-        name=MAIN_STREAM, fresh=fresh, stored=both, fresh_fraction=fresh_fraction(run), groups_per_step=size
+        name=MAIN_STREAM,
+        fresh=fresh,
+        stored=stored,
+        fresh_fraction=policy.fresh_fraction,
+        groups_per_step=run.optim.groups_per_step,
     )
-    return Main(stream=mixed, steps=steps, chunks=chunks)
+    return Main(stream=mixed, steps=steps, rounds=rounds)
 
 
-def learns_alone(method: Method) -> bool:
-    """Whether one completion of a prompt is enough: rewards are compared over the whole round."""
-    return method.candidates == "group" and method.smallest_group == 1
+def drawn_before(drawing: Drawing, run: RunConfig, prompts: StoredStream, stages: Stages) -> StoredStream:
+    """What the policy before the first step draws, once and for all."""
+    method, prepared = run.trained_method, preparation(run)
+    shape = shape_of(method)
+    store = drawn_once(drawing, run, prompts, shape, stages)
+    refuse_unlabelled([store], drawing.labelling, shape, alone=method.learns_alone)
+    fresh = over([store], run, stages, weights=[1.0], groups_per_step=run.optim.groups_per_step)
+    if prepared is None:
+        return fresh
+    columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
+    return replace(fresh, columns=(columns,))
 
 
-def needs_reference(method: Method, run: RunConfig) -> bool:
-    """Whether groups come with the reference's log-probs; else the training process asks its own adapter's base."""
-    return run.reference.place == "pool" and bool(method.needed(run.method.config) & {"ref_logp", "ref_token_logp"})
+def drawn_rounds(
+    drawing: Drawing, run: RunConfig, prompts: StoredStream, plan: RoundPlan, stages: Stages, folder: Path
+) -> DrawnRounds:
+    """Rounds that will be drawn into ``folder`` while the run trains."""
+    method, prepared = run.trained_method, preparation(run)
+    shape = shape_of(method)
+    chunks = drawn_spec(drawing, run, prompts, shape, stages, needs_reference=run.needs_reference)
+    stream = RoundStream(
+        name=MAIN_STREAM,
+        prompts=prompts,
+        plan=plan,
+        folder=folder,
+        num_candidates=kept_candidates(shape, chunks),
+        prepared=prepared.key if prepared and method.critic is None else None,
+        preparation=prepared if method.critic is not None else None,
+    )
+    return DrawnRounds(drawing=drawing, chunks=chunks, stream=stream)
 
 
 def stored_stream(
-    run: RunConfig, sources: Sequence[DataSource], method: Method, stages: Stages, *, groups_per_step: int
+    run: RunConfig, sources: Sequence[DataSource], stages: Stages, *, groups_per_step: int
 ) -> StoredStream:
     """Stored groups with their columns: labels of the data or, with ``label.relabel``, of the run's own scorer."""
+    method = run.trained_method
     shape = shape_of(method)
-    if run.label is not None and run.label.relabel:
-        stores = [relabelled(prompt_store(source, run, stages, draws=False), run, shape, stages) for source in sources]
-        refuse_unlabelled(stores, run, shape, alone=learns_alone(method))
+    labelling = run.relabelling
+    if labelling is not None:
+        prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
+        stores = [relabelled(labelling, run, store, shape, stages) for store in prompts]
+        refuse_unlabelled(stores, labelling, shape, alone=method.learns_alone)
     else:
         stores = [stages.tokens(source, run, shape) for source in sources]
         if "mismatched" in method.needs:
             stores = [stages.mismatched(store) for store in stores]
     # Where the rule makes the labels, a prompt that it has no preference for is left out.
-    made = {"label"} if run.label is not None and run.label.relabel else set()
+    made = {"label"} if run.relabels else set()
     for source, store in zip(sources, stores, strict=True):
-        require_columns(run, method, source.label, TokenStore.open(store), among=COLUMN_FIELDS.keys() - made)
-    return over(
-        stores, run, method, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step
-    )
+        require_columns(run, source.label, TokenStore.open(store), among=COLUMN_FIELDS.keys() - made)
+    return over(stores, run, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step)
 
 
-def filtered(stream: StoredStream, run: RunConfig, method: Method, stages: Stages) -> StoredStream:
+def filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> StoredStream:
     """The stream with those rows only that ``filter`` keeps.
 
     All stores are held to one threshold, each row counted once whatever its source's weight. Where the reference is the
@@ -136,28 +166,27 @@ def filtered(stream: StoredStream, run: RunConfig, method: Method, stages: Stage
     """
     if run.filter is None:
         return stream
-    directory = filter_stage(stream.stores, run, method, stages)
+    directory = filter_stage(run.filter, stream.stores, run, stages)
     stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
     return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 
-def filter_stage(stores: Sequence[Path], run: RunConfig, method: Method, stages: Stages) -> Path:
+def filter_stage(config: FilterConfig, stores: Sequence[Path], run: RunConfig, stages: Stages) -> Path:
     """Which rows of ``stores`` the run's filter keeps."""
-    assert run.filter is not None
+    method = run.trained_method
     spec = replace(scoring_spec(run, stages.session), model=model_spec(run), logit_temperature=1.0)
     return stages.filtered(
         stores,
         [stages.log_probs(store, spec) for store in stores],
-        quantile=run.filter.policy_logp_quantile,
+        quantile=config.policy_logp_quantile,
         own_candidates=1 if "mismatched" in method.needs else None,
-        unit="groups" if run.label is not None and run.label.relabel else UNITS[shape_of(method)],
+        unit="groups" if run.relabels else UNITS[shape_of(method)],
     )
 
 
 def over(
     stores: Sequence[Path],
     run: RunConfig,
-    method: Method,
     stages: Stages,
     *,
     weights: Sequence[float],
@@ -167,7 +196,7 @@ def over(
     for store in stores:
         refuse_unreadable(store, run)
     columns: list[tuple[Path, ...]] = [()] * len(stores)
-    if needs_reference(method, run):
+    if run.needs_reference:
         columns = [(stages.reference(store, run),) for store in stores]
     return StoredStream(
         name=MAIN_STREAM,
@@ -183,10 +212,9 @@ def most_candidates(stores: Sequence[Path]) -> int:
     return max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores)
 
 
-def require_columns(
-    run: RunConfig, method: Method, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS
-) -> None:
+def require_columns(run: RunConfig, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS) -> None:
     """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
+    method = run.trained_method
     for name in sorted({*among} & needed_columns(method, run.method.config)):
         lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)
         if lacking:
@@ -225,9 +253,9 @@ def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     ]
 
 
-def held_out(run: RunConfig, method: Method, source: SourceSpec, stages: Stages) -> SourceSpec:
+def held_out(run: RunConfig, source: SourceSpec, stages: Stages) -> SourceSpec:
     """``data.eval`` as one step that holds every group once."""
-    stream = stored_stream(run, run.data.eval, method, stages, groups_per_step=1)
+    stream = stored_stream(run, run.data.eval, stages, groups_per_step=1)
     total = sum(len(TokenStore.open(store)) for store in stream.stores)
     return SourceSpec(
         streams=(replace(stream, groups_per_step=total),),
@@ -241,5 +269,5 @@ def num_steps(run: RunConfig, stream: StoredStream) -> int:
     """``optim.steps``, or as many as ``optim.epochs`` takes; every pass over a round counts."""
     if run.optim.steps is not None:
         return run.optim.steps
-    assert run.optim.epochs is not None
-    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs) * num_passes(run)
+    passes = run.drawing.policy.passes if run.drawing is not None else 1
+    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs or 1.0) * passes

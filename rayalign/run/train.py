@@ -25,18 +25,17 @@ from rayalign.engine.model.lora import refuse_missing_peft
 from rayalign.engine.state import checkpointer_of
 from rayalign.engine.strategy.deepspeed import refuse_missing_deepspeed
 from rayalign.errors import MissingExtra, Stopped, UserError, first_line
-from rayalign.judge.measure import make_scorers
+from rayalign.judge import scorer_of
 from rayalign.report.status import facts_of
 from rayalign.rollout.engines import refuse_missing
 from rayalign.rounds.label import own_rule
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import StoredStream, stored_parts
 from rayalign.run.display import Board
-from rayalign.run.job import make_job, num_processes, strategy_spec
-from rayalign.run.model import scorer_spec
+from rayalign.run.job import make_job, zero_file
 from rayalign.run.provenance import provenance
 from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
-from rayalign.run.rollouts import label_spec
+from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.progress import watching
@@ -66,7 +65,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
         session.vital.stop = stop
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
-        job = make_job(run, storage / run.name, stages, processes=num_processes(run, session), label=run.name)
+        job = make_job(run, storage / run.name, stages, processes=resolve(run, session).processes, label=run.name)
         with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
             board.say(f"model: {final}")
@@ -88,7 +87,7 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
         collect_quarantine(job)
         for line in export_told(run):
             board.say(f"{job.run}: {line}")
-        board.start(job.run, job.spec.optimizer.steps)
+        board.start(job.run, job.spec.steps)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watching(job.spec.directory, row=partial(board.row, job.run), note=board.say))
             if job.rollouts is not None:
@@ -144,13 +143,13 @@ def refuse_unsupported(run: RunConfig) -> None:
         refuse_missing_peft()
     if run.strategy.name == "deepspeed":
         refuse_missing_deepspeed()
-        strategy_spec(run)
+        zero_file(run)
     if run.rollout is not None:
         refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
     if run.scorer is not None:
-        make_scorers([scorer_spec(run.scorer)])  # what is misspelt is said now, not after hours
+        scorer_of(run.scorer)  # what is misspelt is said now, not after hours
     if run.label is not None:
-        own_rule(label_spec(run.label))
+        own_rule(run.label)
     for tracker in run.track:
         if importlib.util.find_spec(tracker) is None:
             raise MissingExtra(tracker, "tracking")
@@ -230,7 +229,7 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         "started": history.started,
         "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": run.seed,
-        "steps": job.spec.optimizer.steps,
+        "steps": job.spec.steps,
         "workers": job.workers if job.fewest is None else [job.fewest, job.workers],
         "threads_per_worker": job.share.threads,
         "config_version": run.config_version,

@@ -7,38 +7,23 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import date
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 
+from rayalign.config.data import DataConfig
+from rayalign.config.model import ModelConfig
+from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.records import BadRow
-from rayalign.data.template import TODAY
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.runtime.reading import CPUS, Chunk, read_unit
 from rayalign.runtime.stage import Pool, dataset, repeated, results
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerSpec:
-    """A tokenizer and how conversations become its tokens."""
-
-    name: str
-    revision: str | None
-    trust_remote_code: bool
-    template: str
-    stop: str
-    settings: TokenizeSettings
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    date: date = TODAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +53,27 @@ class Written:
     num_bytes: int
 
 
-def load_chat(spec: TokenizerSpec) -> Chat:
-    """The tokenizer, loaded, and how it writes conversations."""
-    tokenizer = load_tokenizer(model_directory(spec.name, spec.revision), trust_remote_code=spec.trust_remote_code)
+def load_chat(model: ModelConfig, data: DataConfig) -> Chat:
+    """The policy's tokenizer, loaded, and how it writes conversations."""
+    tokenizer = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code)
     return make_chat(
-        tokenizer, template=spec.template, stop=spec.stop, template_kwargs=spec.template_kwargs, date=spec.date
+        tokenizer,
+        template=data.template,
+        stop=data.end,
+        template_kwargs=data.chat_template_kwargs,
+        date=data.date,
     )
 
 
 class ChunkWriter:
     """One worker of the tokenization stage; loads the tokenizer once."""
 
-    def __init__(self, tokenizer: TokenizerSpec, shape: Shape, directory: Path) -> None:
-        self.chat = load_chat(tokenizer)
-        self.settings = tokenizer.settings
+    def __init__(
+        self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Path
+    ) -> None:
+        self.chat = load_chat(model, data)
+        self.budget = data
+        self.completed: Completed = completed
         self.shape: Shape = shape
         self.directory = directory
 
@@ -91,7 +83,8 @@ class ChunkWriter:
         report = prepare_chunk(
             chunk.rows,
             self.chat,
-            self.settings,
+            self.budget,
+            completed=self.completed,
             unit=chunk.unit,
             shape=self.shape,
             directory=self.directory,
@@ -107,10 +100,12 @@ class ChunkWriter:
 
 def prepare(
     units: Sequence[Unit],
-    tokenizer: TokenizerSpec,
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    completed: Completed,
     shape: Shape,
     directory: Path,
-    *,
     writers: int,
     note: Callable[[str], None],
 ) -> Preparation:
@@ -126,7 +121,9 @@ def prepare(
             "tokens",
             chunks,
             ChunkWriter,
-            tokenizer,
+            model,
+            data,
+            completed,
             shape,
             directory,
             pool=Pool(actors=writers, cpus=CPUS),

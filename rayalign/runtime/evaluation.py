@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
+from rayalign.config.scoring import ScorerConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.judge import judge_of
 from rayalign.judge.base import Judge, Scorer
 from rayalign.judge.measure import (
     Measured,
     Prompt,
     Sampled,
-    ScorerSpec,
-    judge_of,
     make_scorers,
     measure,
     sample,
@@ -34,10 +34,10 @@ class EvaluationSpec:
     reference: ScoringSpec
     prompt_sets: Mapping[str, tuple[Prompt, ...]]
     sampling: SamplingParams
-    scorers: tuple[ScorerSpec, ...]
+    scorers: tuple[ScorerConfig, ...]
     saved: Precision = EXACT
     """A run's models are measured with the weights that its ``final/`` has, or would have."""
-    judge: ScorerSpec | None = None
+    judge: ScorerConfig | None = None
     baseline: ModelSpec | None = None
     """What wins are counted against; None: the reference."""
 

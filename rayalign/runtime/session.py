@@ -40,6 +40,10 @@ PROBE_SECONDS = 60.0
 ANSWER_SECONDS = 5.0
 
 
+CPU_ROW_TOKENS = 2048
+"""On a CPU rows of this length are as fast as any and hold a batch in few of them; on CUDA one row is fastest."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One machine of the cluster and what Ray may use of it."""
@@ -71,6 +75,11 @@ class Session:
     @property
     def device(self) -> str:
         return "cuda" if self.num_gpus else "cpu"
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Length of the rows of a micro-batch; None: one row holds it all."""
+        return None if self.num_gpus else CPU_ROW_TOKENS
 
     def storage(self, path: str) -> Path:
         """The folder that ``storage_path`` means, seen by every node.

@@ -31,9 +31,9 @@ from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_V
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.placement_group import remove_placement_group
 
+from rayalign.config.training import StrategyConfig
 from rayalign.engine.checkpoint.checkpoint import newest_step
 from rayalign.engine.metrics import last_step
-from rayalign.engine.strategy.base import StrategySpec
 from rayalign.errors import Stopped, UserError, blocked
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
@@ -227,14 +227,13 @@ def needs(job: RolloutJob) -> tuple[object, ...]:
 class Shape:
     """What jobs must have in common to be trained by the same workers."""
 
-    strategy: StrategySpec
+    strategy: StrategyConfig
     workers: int
     share: Share
-    timeout_seconds: float
 
     @classmethod
     def of(cls, job: TrainJob) -> Shape:
-        return cls(job.strategy, job.workers, job.share, job.timeout_seconds)
+        return cls(job.strategy, job.workers, job.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +251,11 @@ class Group:
         mailbox = Mailbox(folder / "mailbox")
         mailbox.folder.mkdir(parents=True)
         # Ray Train reads this one setting from the environment only, of the process that calls fit().
-        os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.timeout_seconds)
+        os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.strategy.timeout_seconds)
         trainer = TorchTrainer(
             worker_main,
             train_loop_config={"mailbox": str(mailbox.folder)},
-            torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.timeout_seconds)),
+            torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.strategy.timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
             ),

@@ -19,11 +19,12 @@ import torch
 from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
+from rayalign.config.training import StrategyConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train
 from rayalign.engine.state import MakeSource, TrainSpec
-from rayalign.engine.strategy.base import Strategy, StrategySpec, make_strategy
+from rayalign.engine.strategy.base import Strategy, make_strategy
 from rayalign.errors import Stopped
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec
@@ -43,7 +44,7 @@ class TrainJob:
     spec: TrainSpec
     source: SourceSpec
     held_out: SourceSpec | None
-    strategy: StrategySpec
+    strategy: StrategyConfig
     workers: int
     """Of an elastic run the most."""
     share: Share
@@ -59,8 +60,8 @@ class TrainJob:
     """Processes that an elastic run leaves room for."""
     retries: int = 3
     """Attempts after a lost worker, node or controller."""
-    timeout_seconds: float = 600.0
-    """Of silence, in a collective or as a whole, after which a worker is taken for lost."""
+    zero: str | None = None
+    """The text of the file that ``strategy.config`` names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ def worker_main(config: dict[str, Any]) -> None:
         mailbox.reserve(room)
     for number, job in mailbox.jobs():
         torch.set_num_threads(job.share.threads)
-        strategy = make_strategy(job.strategy, get_device())
+        strategy = make_strategy(job.strategy, get_device(), zero=job.zero)
         if strategy.rank == 0:
             mailbox.take(number)
         try:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.analysis import FileFindings, Seen, prompt_key
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow, Row, append_quarantine
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import Tokenized, TokenizeSettings
+from rayalign.data.tokenize import Tokenized
 from rayalign.data.tokenize_rows import (
     Shape,
     UndecidedRow,
@@ -71,7 +72,7 @@ class Checking:
     """How sources are checked, the same for all."""
 
     chat: Chat | None
-    settings: TokenizeSettings
+    budget: TokenBudget
     show: int = 0
     held_out: Sequence[Checked] = ()
     """Sources of which only the prompts are read."""
@@ -132,7 +133,7 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
         examples = [_fitted(row, unit, source.shape) for row in rows]
         for row, example in zip(rows[:left], examples[:left], strict=True):
             assert how.chat is not None
-            for text in shown(row, example, how.chat, replace(how.settings, completed=source.completed)):
+            for text in shown(row, example, how.chat, how.budget, completed=source.completed):
                 console.print(text, soft_wrap=True)
         left = max(0, left - len(rows))
         bad = _count(examples, source, found, seen, how)
@@ -164,7 +165,7 @@ def _count(
     bad = [example for example in examples if isinstance(example, BadRow)]
     if how.chat is None:
         return bad
-    outcomes = tokenized(examples, how.chat, replace(how.settings, completed=source.completed))
+    outcomes = tokenized(examples, how.chat, how.budget, completed=source.completed)
     groups: list[Group] = []
     for example, outcome in zip(examples, outcomes, strict=True):
         if isinstance(example, Example) and not isinstance(outcome, UndecidedRow):

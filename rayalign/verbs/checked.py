@@ -10,12 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
-from rayalign.config.data import DataConfig, DataSource
-from rayalign.config.document import Document
-from rayalign.config.explain import explain
+from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
 from rayalign.config.run import RunConfig
@@ -24,7 +21,6 @@ from rayalign.data.group import Group
 from rayalign.data.json_rows import parsed
 from rayalign.data.origin import RowRange, find, is_pattern, matching
 from rayalign.data.records import Row
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Unit, read_chunks
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, open_tokenizer
 from rayalign.errors import UserError
@@ -32,6 +28,7 @@ from rayalign.imports import load_function
 from rayalign.run.reads import Read, needed_of_rows, reads, shape_of
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.verbs.check import Checked, Checking, check
+from rayalign.verbs.options import block_of
 
 if TYPE_CHECKING:
     from rayalign.verbs.filter_preview import RowScores
@@ -63,7 +60,7 @@ def check_given(given: Sequence[str], options: Options, console: Console) -> int
 
 def check_run(path: Path, overrides: Sequence[str], options: Options, console: Console) -> int:
     """Check every source that a run reads, as it reads them."""
-    from rayalign.run.model import chat_of, model_spec, tokenizer_spec  # imports Ray, which files do not need
+    from rayalign.run.model import chat_of, model_spec  # imports Ray, which files do not need
     from rayalign.run.readers import readers_of, refuse_group
 
     if options.of_files:
@@ -74,7 +71,7 @@ def check_run(path: Path, overrides: Sequence[str], options: Options, console: C
     sources = [_of_run(read, run, options, refuse=partial(unfit, **_drawn(read, run))) for read in reads(run)]
     how = Checking(
         chat=chat_of(run),
-        settings=tokenizer_spec(run).settings,
+        budget=run.data,
         show=options.show,
         held_out=[source for source in sources if source.is_held_out],
         quarantine=options.quarantine,
@@ -124,7 +121,7 @@ def check_files(files: Sequence[str], options: Options, console: Console) -> int
         raise UserError("--policy-logp-quantile lies between 0 and 1 and scores rows: name the model with --model")
     how = Checking(
         chat=_chat(model, given.get("template", "auto")) if model is not None else None,
-        settings=TokenizeSettings(**{name: given[name] for name in BUDGET if name in given}),
+        budget=block_of(TokenBudget, {name: given[name] for name in BUDGET if name in given}),
         show=options.show,
         held_out=[_of_file(file, options) for file in _each(given.get("eval", ()))],
         quarantine=options.quarantine,
@@ -146,7 +143,8 @@ def _each(given: Sequence[str]) -> Iterator[str]:
 
 
 def _of_file(file: str, options: Options) -> Checked:
-    source = _source(file, {name: options.of_files[name] for name in OF_SOURCES if name in options.of_files})
+    given = {name: options.of_files[name] for name in OF_SOURCES if name in options.of_files}
+    source = block_of(DataSource, {"path": file, **given})
     method = options.of_files.get("method")
     record = resolve_method(method) if method is not None else None
     return Checked(
@@ -159,17 +157,6 @@ def _of_file(file: str, options: Options) -> Checked:
         max_bad_fraction=options.max_bad_fraction or 0.0,
         is_scored="policy_logp_quantile" in options.of_files,
     )
-
-
-def _source(file: str, given: Mapping[str, Any]) -> DataSource:
-    """Raises UserError for an option that no source could have."""
-    try:
-        return DataSource.model_validate({"path": file, **given})
-    except ValidationError as error:
-        document = Document(data={"path": file, **given}, directory=Path.cwd())
-        problem = explain(error, document, model=DataSource)[0]
-        option = f"--{problem.field.replace('_', '-')}: " if problem.field else ""
-        raise UserError(f"{option}{problem.message}") from error
 
 
 def _chat(model: str, template: str) -> Chat:

@@ -13,7 +13,7 @@ from rayalign.data.group import Group
 from rayalign.data.select import likelihood, select
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
-from rayalign.run.model import CPU_ROW_TOKENS
+from rayalign.runtime.session import CPU_ROW_TOKENS
 
 
 class RowScores:

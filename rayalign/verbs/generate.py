@@ -21,7 +21,8 @@ from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.rounds.answers import written_back
 from rayalign.run.display import Board
-from rayalign.run.model import chat_of, model_spec, spec_digest
+from rayalign.run.identity import spec_digest
+from rayalign.run.model import chat_of, model_spec
 from rayalign.run.readers import refuse_unusable_models
 from rayalign.run.rollouts import drawn_once, prompt_store, prompts_of, relabelled, sampling
 from rayalign.run.stages import Stages
@@ -61,8 +62,8 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
         shape, _ = SHAPES[kind]
         sources = [prompt_store(source, run, stages, draws=draws) for source in run.data.train]
-        stores = [made_store(source, run, stages, shape, draws=draws) for source in sources]
-        rows = [row for store in stores for row in rows_of(store, run, draws=draws)]
+        stores = [made_store(source, run, stages, shape) for source in sources]
+        rows = [row for store in stores for row in rows_of(store, run)]
     if kind == "pairs":
         rows = [pair_of(row) for row in rows if len(row["completions"]) == 2]
     if kind == "best":
@@ -88,11 +89,14 @@ def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kin
     return parse_run(replace(document, data=data))
 
 
-def made_store(prompts: Path, run: RunConfig, stages: Stages, shape: Shape, *, draws: bool) -> Path:
-    if not draws:
-        return relabelled(prompts, run, shape, stages, keep_unscored=True)
-    stream = prompts_of([prompts], weights=[1.0], groups_per_step=1)
-    return drawn_once(run, stream, shape, stages, keep_unscored=True)
+def made_store(prompts: Path, run: RunConfig, stages: Stages, shape: Shape) -> Path:
+    """Completions of prompts, scored: drawn from the policy, or those that the prompts are stored with."""
+    if run.drawing is not None:
+        stream = prompts_of([prompts], weights=[1.0], groups_per_step=1)
+        return drawn_once(run.drawing, run, stream, shape, stages, keep_unscored=True)
+    if run.relabelling is None:
+        raise UserError("scorer: name what gives completions their rewards, such as scorer: {name: rule, function: …}")
+    return relabelled(run.relabelling, run, prompts, shape, stages, keep_unscored=True)
 
 
 def pair_of(row: Row) -> Row:
@@ -109,7 +113,7 @@ def best_of(row: Row) -> Row:
     return {"prompt": row["prompt"], **named, **{name: row[name] for name in KEPT if name in row}}
 
 
-def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
+def rows_of(store: Path, run: RunConfig) -> Iterator[Row]:
     """One row per prompt, in the order of the source: K-way columns that ``data.train`` and TRL's tools understand.
 
     Log-probabilities belong to tokens: a completion whose text is not read back to those that were drawn has none.
@@ -118,8 +122,11 @@ def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
     chat = chat_of(run)
     scored = run.scorer is not None and getattr(run.scorer, "function", "") != NO_SCORE
     made_with: Row = {}
-    if draws:
-        kept = {name: value for name, value in asdict(sampling(run)).items() if name not in ("stop_ids",)}
+    drawing = run.drawing
+    if drawing is not None:
+        kept = {
+            name: value for name, value in asdict(sampling(drawing.rollout, run)).items() if name not in ("stop_ids",)
+        }
         made_with = {"model": spec_digest(model_spec(run)), "sampling": kept}
     for row in np.argsort(opened.index.line, kind="stable").tolist():
         group, said = opened[row], prompts.said(row)
@@ -133,7 +140,7 @@ def rows_of(store: Path, run: RunConfig, *, draws: bool) -> Iterator[Row]:
         }
         if scored:
             made["rewards"] = numbers(group.per_candidate["reward"])
-        if draws:
+        if drawing is not None:
             ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])
             parts = np.split(group.per_token["behavior_token_logp"].astype(np.float64), ends)[:-1]
             sums = [float(part.sum()) if kept else math.nan for part, kept in zip(parts, same, strict=True)]

@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group, TokenIds
 from rayalign.data.origin import Origin, find
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.data.tokenize_rows import Unit, fitted, parsed, read_chunks, shaped
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.context import context_of, refuse_long_group, refuse_unknown_group, vocabulary_of
@@ -43,15 +44,13 @@ class Judged:
     """Answers of which the budget left only the beginning."""
 
 
-def evaluate_pairs(
-    model: str, files: Sequence[str], settings: TokenizeSettings, *, as_json: bool, console: Console
-) -> None:
+def evaluate_pairs(model: str, files: Sequence[str], budget: TokenBudget, *, as_json: bool, console: Console) -> None:
     """Print how well ``model`` orders the pairs of ``files``, as tables or as one JSON object.
 
     Raises:
         UserError: the model has no trained scalar head, or a row is no pair or ranking, or is beyond what it reads.
     """
-    judged = judge_pairs(model, files, settings)
+    judged = judge_pairs(model, files, budget)
     found = report(judged.pairs)
     if as_json:
         facts = {"model": model, "files": list(files), "cut_answers": judged.cut, **plain(asdict(found))}
@@ -63,7 +62,7 @@ def evaluate_pairs(
         console.print(table)
 
 
-def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) -> Judged:
+def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged:
     """The margins of every pair whose ranks differ; rows in which every answer ties have none."""
     spec = ModelSpec(name=model, head=ScalarHead(), trained_head=True, field="evaluate")
     skeleton, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
@@ -81,7 +80,7 @@ def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) ->
     )
     columns: list[tuple[float, float, float]] = []
     rows = cut = 0
-    for groups, cut_here in read_rankings(files, chat, settings):
+    for groups, cut_here in read_rankings(files, chat, budget):
         for group in groups:
             refuse_long_group(group, context, model, setting="--max-tokens")
             refuse_unknown_group(group, vocabulary, model, tokenizer)
@@ -95,7 +94,7 @@ def judge_pairs(model: str, files: Sequence[str], settings: TokenizeSettings) ->
     return Judged(pairs=Pairs(margin=margin, length_difference=length_difference, row=row), cut=cut)
 
 
-def read_rankings(files: Sequence[str], chat: Chat, settings: TokenizeSettings) -> Iterator[tuple[list[Group], int]]:
+def read_rankings(files: Sequence[str], chat: Chat, budget: TokenBudget) -> Iterator[tuple[list[Group], int]]:
     """(groups with their ranks, answers that were cut), some hundred rows at a time; a bad row is an error."""
     for unit in (Unit(path=part.path) for file in files for part in find(Origin(path=file))):
         for chunk in read_chunks(unit):
@@ -105,7 +104,7 @@ def read_rankings(files: Sequence[str], chat: Chat, settings: TokenizeSettings) 
                 raise UserError(f"--pairs: {bad}")
             groups: list[Group] = []
             cut = 0
-            for outcome in to_groups([own for own in examples if isinstance(own, Example)], chat, settings):
+            for outcome in to_groups([own for own in examples if isinstance(own, Example)], chat, budget):
                 if isinstance(outcome, BadRow):
                     raise UserError(f"--pairs: {outcome}")
                 assert isinstance(outcome, Tokenized)

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.records import BadRow
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example, Turns, assistant, user
 from rayalign.data.shared_prompt import prompt_text
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.model.context import refuse_unknown_ids, vocabulary_of
 from rayalign.engine.model.folder import model_directory
@@ -28,7 +29,7 @@ from rayalign.report.formatting import printable
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.hf import HfEngine
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=4096, max_tokens=8192)
+SETTINGS = TokenBudget(max_prompt_tokens=4096, max_tokens=8192)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

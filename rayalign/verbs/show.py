@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from rich.text import Text
 
+from rayalign.config.data import TokenBudget
+from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
 from rayalign.data.records import BadRow, Row
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.data.tokenize_rows import UndecidedRow
 from rayalign.report.formatting import printable
 
@@ -27,11 +28,15 @@ Marked = tuple[str, str]
 """(role, text)."""
 
 
-def shown(row: Row, found: Example | BadRow | UndecidedRow, chat: Chat, settings: TokenizeSettings) -> Iterator[Text]:
+def shown(
+    row: Row, found: Example | BadRow | UndecidedRow, chat: Chat, budget: TokenBudget, *, completed: Completed
+) -> Iterator[Text]:
     """The lines of one row."""
     if isinstance(found, Example):
-        whole = replace(settings, max_prompt_tokens=UNLIMITED, max_tokens=2 * UNLIMITED)
-        (full,), (cut,) = to_groups([found], chat, whole), to_groups([found], chat, replace(settings, truncated="keep"))
+        whole = budget.model_copy(update={"max_prompt_tokens": UNLIMITED, "max_tokens": 2 * UNLIMITED})
+        kept = budget.model_copy(update={"truncated": "keep"})
+        (full,) = to_groups([found], chat, whole, completed=completed)
+        (cut,) = to_groups([found], chat, kept, completed=completed)
         if isinstance(full, Tokenized) and isinstance(cut, Tokenized):
             yield Text(printable(f"{row.source}:{row.line} ({found.format})"), style="bold")
             yield from _lines(full, cut, chat)

@@ -11,12 +11,13 @@ from lab.world import pairs as lab_pairs
 from tiny_runs import CPU, Scenario, objective, store, train_alone, train_spec
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.data import TokenBudget
+from rayalign.config.training import OptimConfig
 from rayalign.data.chat import make_chat
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, load_tokenizer, save_pretrained
-from rayalign.engine.optimizer import OptimizerSpec
 
 STEPS = 20
 
@@ -49,7 +50,7 @@ def test_losses_are_the_engines(model: Path, tmp_path: Path, monkeypatch: pytest
     # A small β, since float32 log-probs of whole replies are themselves exact to 1e-5 nats only.
     losses = one_file.main(one_file.parse([str(argument) for argument in arguments]))
 
-    settings = TokenizeSettings(max_prompt_tokens=128, max_tokens=256)
+    settings = TokenBudget(max_prompt_tokens=128, max_tokens=256)
     rows = next(read_chunks(Unit(path=str(data))))
     outcomes = rows_to_groups(rows, make_chat(load_tokenizer(model)), settings)
     groups = [outcome.group for outcome in outcomes if isinstance(outcome, Tokenized)]
@@ -64,7 +65,8 @@ def test_losses_are_the_engines(model: Path, tmp_path: Path, monkeypatch: pytest
     spec = train_spec(
         tmp_path / "run",
         scenario,
-        optimizer=OptimizerSpec(lr=3e-4, steps=STEPS, warmup_steps=2, max_grad_norm=0.5),
+        optim=OptimConfig(lr=3e-4, warmup=2, max_grad_norm=0.5),
+        steps=STEPS,
         check_initial_logratio=True,
     )
     final = train_alone(spec, scenario)

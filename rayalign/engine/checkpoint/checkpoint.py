@@ -15,10 +15,11 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.config.training import BestConfig
 from rayalign.engine.batches import State
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
@@ -33,28 +34,6 @@ log = logging.getLogger(__name__)
 
 class IncompatibleCheckpoint(UserError):
     """A directory belongs to another run: other data, another method, another model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """Which checkpoint is the best one: where its step's row of metrics has the smallest or the largest ``metric``."""
-
-    metric: str
-    mode: Literal["min", "max"]
-
-    def refuse_unknown(self, names: Collection[str], *, evaluated: Collection[str]) -> None:
-        """Raise UserError unless rows have ``metric``: ``names``, or ``eval_`` and one of ``evaluated``."""
-        known = {*names, *(f"eval_{name}" for name in evaluated)}
-        if self.metric not in known:
-            listed = ", ".join(sorted(name for name in known if not name.startswith("seconds")))
-            raise UserError(
-                f"checkpoint.best.metric: no row of metrics has {self.metric!r}; rows of this run have {listed}"
-            )
-
-    def of(self, values: Mapping[int, float]) -> int | None:
-        """The best of step → value; of equal ones the first."""
-        sign = 1 if self.mode == "min" else -1
-        return min(values, key=lambda step: (sign * values[step], step), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +55,7 @@ class Checkpointer:
     """Steps that retention leaves, the newest ones."""
     always_keep: tuple[int, ...]
     """Steps that retention does not remove."""
-    best: Best | None = None
+    best: BestConfig | None = None
     """Retention leaves the best one too, and ``best.json`` names it."""
     identity: Mapping[str, Any]
     """What the run is (its configuration, digests of data and model); a checkpoint with another one is refused."""
@@ -161,7 +140,7 @@ class Checkpointer:
             value = manifest["facts"].get("metrics", {}).get(metric) if manifest is not None else None
             if value is not None:
                 found.setdefault(step_of(directory), (directory, value))
-        step = self.best.of({own: value for own, (_, value) in found.items()})
+        step = best_step(self.best, {own: value for own, (_, value) in found.items()})
         if step is None:
             return None
         directory, value = found[step]
@@ -228,3 +207,19 @@ def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value, sort_keys=True)
+
+
+def best_step(best: BestConfig, values: Mapping[int, float]) -> int | None:
+    """The best of step → value; of equal ones the first."""
+    sign = 1 if best.mode == "min" else -1
+    return min(values, key=lambda step: (sign * values[step], step), default=None)
+
+
+def refuse_unknown_metric(best: BestConfig, names: Collection[str], *, evaluated: Collection[str]) -> None:
+    """Raise UserError unless rows have the metric: ``names``, or ``eval_`` and one of ``evaluated``."""
+    known = {*names, *(f"eval_{name}" for name in evaluated)}
+    if best.metric not in known:
+        listed = ", ".join(sorted(name for name in known if not name.startswith("seconds")))
+        raise UserError(
+            f"checkpoint.best.metric: no row of metrics has {best.metric!r}; rows of this run have {listed}"
+        )

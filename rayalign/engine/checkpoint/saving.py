@@ -101,18 +101,18 @@ class Writer:
 
 
 def checkpoint_is_due(run: Run) -> bool:
-    last = run.step == run.spec.optimizer.steps
-    return last or run.urgent or run.step % run.spec.checkpoint_every == 0 or run.step in run.spec.checkpoint_at
+    last = run.step == run.spec.steps
+    return last or run.urgent or run.step % run.spec.checkpoint.every == 0 or run.step in run.spec.checkpoint_at
 
 
 def refuse_stopped(run: Run, writer: Writer, save: Callable[[], None]) -> None:
     """Raise :class:`Stopped` if there are steps left, once all that are done are saved. All ranks call this alike."""
-    if run.step == run.spec.optimizer.steps:
+    if run.step == run.spec.steps:
         return
     if run.saved < run.step:
         save()
     writer.wait()
-    raise Stopped(f"stopped after step {run.step} of {run.spec.optimizer.steps}")
+    raise Stopped(f"stopped after step {run.step} of {run.spec.steps}")
 
 
 def save(
@@ -192,7 +192,7 @@ def mirror_to(mirror: Mirror, spec: TrainSpec, step: int) -> None:
     try:
         upload(mirror, spec.directory, step=step)
     except MirrorFailed as error:
-        if step == spec.optimizer.steps:
+        if step == spec.steps:
             raise
         log.warning("step %d is not mirrored; the next checkpoint tries again: %s", step, error)
 
@@ -224,7 +224,7 @@ def named(rounds: Rounds, directory: Path) -> dict[str, dict[str, str]]:
 def environment(strategy: Strategy) -> dict[str, Any]:
     """What results depend on by rounding."""
     return {
-        "strategy": strategy.spec.name,
+        "strategy": strategy.config.name,
         "workers": strategy.world_size,
         "threads": torch.get_num_threads(),
         "device": strategy.device.type,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.functional import dropout
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rayalign.config.model import LoraConfig
 from rayalign.engine.model.scalar import HEAD, HEAD_WEIGHT, is_scalar
 from rayalign.engine.model.targets import adapter_targets, is_hijacked, shortened
 from rayalign.errors import MissingExtra, UserError
@@ -36,17 +37,6 @@ PREFIX = "base_model.model."
 """What peft puts before the names of the weights in a file."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSpec:
-    """An adapter: A is drawn with the model's seed and B is 0, so that the policy begins as the model it adapts."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
-    """Ends of the names of layers, or of experts' fused tensors; empty: see :class:`Targets`."""
-
-
 class GradientDropout(nn.Dropout):
     """Dropout of what is trained on; measurements, which take no gradient, see the whole adapter."""
 
@@ -60,7 +50,7 @@ def refuse_missing_peft() -> None:
         raise MissingExtra("peft", "lora")
 
 
-def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: Path | None = None) -> None:
+def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int, trained: Path | None = None) -> None:
     """Put an adapter into ``model`` and freeze all but a scalar head; ``trained`` holds one to go on from.
 
     Raises:
@@ -70,16 +60,16 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: P
     refuse_missing_peft()
     import peft
 
-    targets = adapter_targets(model, spec.target_modules)
-    if targets.experts and spec.dropout:
+    targets = adapter_targets(model, lora.target_modules)
+    if targets.experts and lora.dropout:
         raise UserError(
-            f"model.lora.dropout: {spec.dropout:g}: adapters on fused experts ({targets.experts[0]}) have none; write "
+            f"model.lora.dropout: {lora.dropout:g}: adapters on fused experts ({targets.experts[0]}) have none; write "
             "0, or leave the experts out of model.lora.target_modules"
         )
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.layers)
     holder = Holder(model)
     config = peft_config(
-        spec,
+        lora,
         layers=[f"model.{name}" for name in targets.layers],
         parameters=[f"model.{name}" for name in targets.experts],
         transposed=transposed,
@@ -89,8 +79,8 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int, trained: P
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, holder, adapter_name=NAME, low_cpu_mem_usage=skeleton)
     for layer in adapted(model).values():
-        if spec.dropout:
-            layer.lora_dropout[NAME] = GradientDropout(spec.dropout)
+        if lora.dropout:
+            layer.lora_dropout[NAME] = GradientDropout(lora.dropout)
     if is_scalar(model):
         model.get_parameter(HEAD_WEIGHT).requires_grad_(True)
     if trained is not None and not skeleton:
@@ -106,7 +96,7 @@ class Holder(nn.Module):
 
 
 def peft_config(
-    spec: LoraSpec,
+    lora: LoraConfig,
     *,
     layers: list[str],
     parameters: list[str],
@@ -117,8 +107,8 @@ def peft_config(
     import peft
 
     return peft.LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
         target_modules=layers,
         target_parameters=parameters or None,
         fan_in_fan_out=transposed,
@@ -197,7 +187,7 @@ def parameter_of(layer: Any) -> str:
 
 
 def write_adapter(
-    spec: LoraSpec, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, *, base: str
+    lora: LoraConfig, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, *, base: str
 ) -> None:
     """The adapter in ``state`` as ``peft.PeftModel.from_pretrained`` loads it onto the model ``base``.
 
@@ -211,13 +201,13 @@ def write_adapter(
     apart = [name for name in layers if is_hijacked(model, name)]
     head = HEAD if is_scalar(model) else None
     config = peft_config(
-        replace(spec, dropout=0.0),
+        lora,
         layers=shortened([name for name in layers if name not in apart], among=names_of_modules(model)),
         parameters=shortened([*experts, *(f"{name}.weight" for name in apart)], among=names_of_parameters(model)),
         transposed=any(layer.fan_in_fan_out for layer in changed.values()),
         head=head,
     )
-    config.lora_dropout = 0.0 if config.target_parameters else spec.dropout  # peft refuses it there, even unused
+    config.lora_dropout = 0.0 if config.target_parameters else lora.dropout  # peft refuses it there, even unused
     config.base_model_name_or_path = base
     config.save_pretrained(folder)
     tensors = {

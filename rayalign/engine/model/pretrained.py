@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rayalign.config.model import LoraConfig
 from rayalign.engine.model.attention import FLEX, attention_kind
 from rayalign.engine.model.compiled import compile_blocks
 from rayalign.engine.model.folder import (
@@ -40,7 +41,7 @@ from rayalign.engine.model.generation import generation_config
 from rayalign.engine.model.group_attention import GROUP_ATTENTION
 from rayalign.engine.model.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
 from rayalign.engine.model.loading import META, Source, load_weights, made_of, quiet, refuse_unfit
-from rayalign.engine.model.lora import LoraSpec, add_adapter
+from rayalign.engine.model.lora import add_adapter
 from rayalign.engine.model.merging import brings_head, merge_adapter
 from rayalign.engine.model.precision import EXACT, Precision, SaveDtype, precision_of
 from rayalign.engine.model.scalar import (
@@ -73,7 +74,7 @@ class ModelSpec:
     seed: int = 0
     head: ScalarHead | None = None
     """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
-    lora: LoraSpec | None = None
+    lora: LoraConfig | None = None
     """An adapter, drawn with ``seed``, that is trained instead of the weights, beside a whole ``head``."""
     adapter: Path | None = None
     """Where a trained adapter lies, to go on from."""

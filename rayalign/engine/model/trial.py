@@ -64,7 +64,7 @@ def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec:
     Raises:
         UserError: what is saved is not what was trained, or cannot be loaded.
     """
-    lora = asdict(spec.lora) if spec.lora is not None else None
+    lora = spec.lora.model_dump() if spec.lora is not None else None
     kept = proven("export", model, lambda: asdict(measured(model, spec)), device=CPU, on=[lora, spec.head is not None])
     trial = Trial(**kept)
     if trial.problem or (trial.difference is not None and not trial.difference <= TOLERANCE):
@@ -88,7 +88,7 @@ def measured(model: PreTrainedModel, spec: ModelSpec) -> Trial:
         base = Path(folder, "base")
         save_weights(small, base)
         if spec.lora is not None:
-            add_adapter(small, replace(spec.lora, dropout=0.0), seed=0)
+            add_adapter(small, spec.lora.model_copy(update={"dropout": 0.0}), seed=0)
             draw_adapter(small)
         state = small.state_dict()
         with computing(model.config, spec.field):

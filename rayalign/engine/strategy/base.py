@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -13,30 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.config.training import OptimConfig, StrategyConfig, StrategyName
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import Held, load_state, named_state, save_state
 from rayalign.engine.model.forward import RootModule
 from rayalign.engine.model.pretrained import ModelSpec, load_policy
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-
-Name = Literal["single", "ddp", "fsdp2", "deepspeed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategySpec:
-    """Which strategy, and what it may be told; plain values, so that they travel between processes."""
-
-    name: Name = "single"
-    reshard_after_forward: bool = True
-    """fsdp2: free a block's gathered parameters after its forward, and gather them again for its backward."""
-    sync_every_micro_batch: bool = False
-    """fsdp2: average gradients after each micro-batch; they stay sharded, at the price of more communication."""
-    cpu_offload: bool = False
-    """fsdp2, deepspeed: parameters and optimizer state wait in the host's memory."""
-    zero_stage: Literal[2, 3] | None = None
-    """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; None: what ``config`` says, else 2."""
-    config: str | None = None
-    """deepspeed: the text of the user's own JSON."""
+from rayalign.engine.optimizer import make_optimizer
 
 
 @runtime_checkable
@@ -48,7 +31,7 @@ class Strategy(Protocol):
     """
 
     @property
-    def spec(self) -> StrategySpec: ...
+    def config(self) -> StrategyConfig: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -61,7 +44,7 @@ class Strategy(Protocol):
         ...
 
     def wrap(
-        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+        self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module whose forward and backward train ``policy``, which holds rank 0's weights now, and its AdamW."""
         ...
@@ -74,8 +57,8 @@ class Strategy(Protocol):
         """Held around one micro-batch's forward and backward."""
         ...
 
-    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
-        """Clip the averaged gradient to ``max_norm`` (0 = no clipping); returns the norm before clipping."""
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
+        """Clip the averaged gradient to ``max_norm`` (None: no clipping); returns the norm before clipping."""
         ...
 
     def all_sum(self, values: Tensor) -> Tensor:
@@ -117,15 +100,15 @@ class Single:
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    spec: StrategySpec = StrategySpec()
+    config: StrategyConfig = StrategyConfig()
 
     def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_policy(spec, device=self.device)
 
     def wrap(
-        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+        self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        return policy, make_optimizer(policy, optimizer)
+        return policy, make_optimizer(policy, optim)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
@@ -133,7 +116,7 @@ class Single:
     def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
         return clip_gradient(module, max_norm)
 
     def all_sum(self, values: Tensor) -> Tensor:
@@ -163,20 +146,20 @@ class DDP:
     device: torch.device
     rank: int
     world_size: int
-    spec: StrategySpec = StrategySpec(name="ddp")
+    config: StrategyConfig = StrategyConfig(name="ddp")
 
     def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_policy(spec, device=self.device)
 
     def wrap(
-        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+        self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         module = DistributedDataParallel(policy, device_ids=device_ids, gradient_as_bucket_view=True)
         # They are constants, and sending them would be a collective in every forward. Set here since the argument's
         # name is another one in newer versions of torch.
         module.broadcast_buffers = False
-        return module, make_optimizer(policy, optimizer)
+        return module, make_optimizer(policy, optim)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
@@ -185,7 +168,7 @@ class DDP:
         assert isinstance(module, DistributedDataParallel)
         return contextlib.nullcontext() if last else module.no_sync()
 
-    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
         return clip_gradient(module, max_norm)
 
     def all_sum(self, values: Tensor) -> Tensor:
@@ -209,9 +192,9 @@ class DDP:
         load_state(optimizer, directory)
 
 
-def clip_gradient(module: nn.Module, max_norm: float) -> Tensor:
+def clip_gradient(module: nn.Module, max_norm: float | None) -> Tensor:
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -226,18 +209,21 @@ def from_rank_0(value: Any, device: torch.device) -> Any:
     return box[0]
 
 
-def make_strategy(spec: StrategySpec | Name, device: torch.device) -> Strategy:
-    """The strategy for this process; one without a process group trains alone, whatever it would be in a group."""
-    if isinstance(spec, str):
-        spec = StrategySpec(name=spec)
-    if spec.name == "single" or not dist.is_initialized():
+def make_strategy(config: StrategyConfig | StrategyName, device: torch.device, *, zero: str | None = None) -> Strategy:
+    """The strategy for this process; one without a process group trains alone, whatever it would be in a group.
+
+    ``zero`` is the text of the file that ``config.config`` names, which this process need not see.
+    """
+    if isinstance(config, str):
+        config = StrategyConfig(name=config)
+    if config.name == "single" or not dist.is_initialized():
         return Single(device)
-    if spec.name == "ddp":
-        return DDP(device, dist.get_rank(), dist.get_world_size(), spec)
-    if spec.name == "fsdp2":
+    if config.name == "ddp":
+        return DDP(device, dist.get_rank(), dist.get_world_size(), config)
+    if config.name == "fsdp2":
         from rayalign.engine.strategy.fsdp2 import FSDP2
 
-        return FSDP2(device, dist.get_rank(), dist.get_world_size(), spec)
+        return FSDP2(device, dist.get_rank(), dist.get_world_size(), config)
     from rayalign.engine.strategy.deepspeed import DeepSpeed
 
-    return DeepSpeed(device, dist.get_rank(), dist.get_world_size(), spec)
+    return DeepSpeed(device, dist.get_rank(), dist.get_world_size(), config, zero)

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import FOLDER, Held, UnreadableOptimizer
 from rayalign.engine.model.forward import Policy, RootModule
 from rayalign.engine.model.pretrained import ModelSpec
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.strategy.base import StrategySpec, from_rank_0, sum_over_ranks
+from rayalign.engine.optimizer import make_optimizer
+from rayalign.engine.strategy.base import from_rank_0, sum_over_ranks
 from rayalign.engine.strategy.skeleton import CPU, load_on_rank_0, replace_parameters, spread_buffers
 from rayalign.engine.strategy.zero_config import with_buckets, zero_config
 from rayalign.errors import MissingExtra
@@ -40,25 +41,27 @@ class DeepSpeed:
     device: torch.device
     rank: int
     world_size: int
-    spec: StrategySpec
+    config: StrategyConfig
+    file: str | None = None
+    """The text of the user's own JSON."""
 
     def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_on_rank_0(spec, self.device, self.rank)
 
     def wrap(
-        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+        self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         deepspeed = imported()
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         config = with_buckets(
-            zero_config(self.spec, optimizer, bfloat16=compute_dtype == torch.bfloat16),
+            zero_config(self.config, optim, self.file, bfloat16=compute_dtype == torch.bfloat16),
             policy.model.config.get_text_config().hidden_size,
         )
         if self.rank != 0:  # room that no memory is taken for before something is written there
             replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=CPU))
         spread_buffers(policy, over=self.device, to=CPU)
         tuples = Tuples(policy)
-        adam = make_optimizer(policy, optimizer)
+        adam = make_optimizer(policy, optim)
         engine, *_ = deepspeed.initialize(model=tuples, optimizer=adam, config=config, dist_init_required=False)
         if config["zero_optimization"]["stage"] == 3:
             for parameter in head_parameters(policy):
@@ -71,7 +74,7 @@ class DeepSpeed:
     def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
         """DeepSpeed averages, clips and updates in one call; it updates nothing where the norm is not finite."""
         engine = engine_of(module)
         engine.step()

@@ -23,13 +23,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import Held, load_state, named_state, save_state
 from rayalign.engine.model.compiled import blocks
 from rayalign.engine.model.forward import RootModule
 from rayalign.engine.model.pretrained import ModelSpec
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
-from rayalign.engine.strategy.base import StrategySpec, clip_gradient, from_rank_0, sum_over_ranks
+from rayalign.engine.optimizer import make_optimizer
+from rayalign.engine.strategy.base import clip_gradient, from_rank_0, sum_over_ranks
 from rayalign.engine.strategy.skeleton import CPU, META, load_on_rank_0, replace_parameters, spread_buffers
 
 log = logging.getLogger(__name__)
@@ -47,34 +48,34 @@ class FSDP2:
     device: torch.device
     rank: int
     world_size: int
-    spec: StrategySpec
+    config: StrategyConfig
 
     def load(self, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Whole on rank 0, in the host's memory; a skeleton without weights on the others."""
         return load_on_rank_0(spec, self.device, self.rank)
 
     def wrap(
-        self, policy: RootModule, optimizer: OptimizerSpec, *, compute_dtype: torch.dtype = torch.float32
+        self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        if self.spec.cpu_offload and self.device.type == "cpu":
+        if self.config.cpu_offload and self.device.type == "cpu":
             log.warning("strategy.cpu_offload changes nothing on a CPU, where parameters are in its memory anyway")
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         whole = dict(policy.named_parameters())
         replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=META))
         self._shard(policy, mesh, compute_dtype)
         self._fill(policy, whole if self.rank == 0 else {})
-        return policy, make_optimizer(policy, optimizer)
+        return policy, make_optimizer(policy, optim)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
 
     def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(module, FSDPModule)
-        module.set_requires_gradient_sync(last or self.spec.sync_every_micro_batch)
+        module.set_requires_gradient_sync(last or self.config.sync_every_micro_batch)
         module.set_is_last_backward(last)
         return contextlib.nullcontext()
 
-    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
         norm = clip_gradient(module, max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -114,11 +115,11 @@ class FSDP2:
         return whole.to(CPU) if self.rank == 0 else torch.empty(0)
 
     def _shard(self, policy: RootModule, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-        offload = CPUOffloadPolicy() if self.spec.cpu_offload and self.device.type == "cuda" else OffloadPolicy()
+        offload = CPUOffloadPolicy() if self.config.cpu_offload and self.device.type == "cuda" else OffloadPolicy()
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks(policy.model):
-            reshard = self.spec.reshard_after_forward
+            reshard = self.config.reshard_after_forward
             if compute_dtype == torch.float32:
                 fully_shard(block, reshard_after_forward=reshard, mp_policy=exact, **options)
                 continue
@@ -131,7 +132,7 @@ class FSDP2:
 
     def _fill(self, policy: RootModule, whole: dict[str, nn.Parameter]) -> None:
         """Give every rank its part of rank 0's parameters, one after the other, and all of its buffers."""
-        offloaded = self.spec.cpu_offload and self.device.type == "cuda"
+        offloaded = self.config.cpu_offload and self.device.type == "cuda"
         names = {id(parameter): name for name, parameter in policy.named_parameters()}
 
         def part(parameter: nn.Parameter) -> Tensor:

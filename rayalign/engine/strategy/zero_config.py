@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.strategy.base import StrategySpec
+from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.errors import UserError
 
 ELSEWHERE = {
@@ -29,14 +28,14 @@ ELSEWHERE = {
 """Blocks of a DeepSpeed file that have their place in the run's YAML, and which."""
 
 
-def zero_config(spec: StrategySpec, optimizer: OptimizerSpec, *, bfloat16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+def zero_config(strategy: StrategyConfig, optim: OptimConfig, file: str | None, *, bfloat16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration; ``file`` is the text of ``strategy.config``.
 
     Raises:
         UserError: ``strategy.config`` is no JSON object, or says otherwise than the YAML; every conflict is named.
     """
-    user = user_config(spec.config)
-    ours = own_config(spec, optimizer, bfloat16=bfloat16)
+    user = user_config(file)
+    ours = own_config(strategy, optim, bfloat16=bfloat16)
     problems = [f"remove {key}: {why}" for key, why in ELSEWHERE.items() if key in user]
     mine, theirs = dict(leaves(ours)), dict(leaves(user))
     problems += [
@@ -94,18 +93,18 @@ def without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cleaned.items() if value != "auto" and not (value == {} and block[key] != {})}
 
 
-def own_config(spec: StrategySpec, optimizer: OptimizerSpec, *, bfloat16: bool) -> dict[str, Any]:
+def own_config(strategy: StrategyConfig, optim: OptimConfig, *, bfloat16: bool) -> dict[str, Any]:
     """What the run's YAML says, and what exactness needs: see the design of micro-batches in ``engine/step.py``."""
-    zero: dict[str, Any] = {} if spec.zero_stage is None else {"stage": spec.zero_stage}
-    if spec.cpu_offload:
+    zero: dict[str, Any] = {} if strategy.zero_stage is None else {"stage": strategy.zero_stage}
+    if strategy.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-        if spec.zero_stage == 3:
+        if strategy.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": optimizer.max_grad_norm,
+        "gradient_clipping": optim.max_grad_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

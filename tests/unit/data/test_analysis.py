@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import tiny_tokenizers as tiny
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.analysis import FINDINGS, FileFindings, Seen, prompt_key
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import TokenizeSettings, to_groups
+from rayalign.data.tokenize import to_groups
 
 
 def example(**fields: Any) -> Example:
@@ -82,7 +83,7 @@ def test_bad_rows_are_gathered_by_reason() -> None:
 
 def test_findings_in_tokens() -> None:
     chat = make_chat(tiny.byte_level(bos="<s>"))
-    settings = TokenizeSettings(max_prompt_tokens=4, max_tokens=8)
+    settings = TokenBudget(max_prompt_tokens=4, max_tokens=8)
     examples = [
         example(prompt="12345678", completion="a"),
         example(prompt="1", completion="abcdefghij"),
@@ -103,7 +104,7 @@ def test_findings_in_tokens() -> None:
 
 def test_dropped_rows_are_counted() -> None:
     chat = make_chat(tiny.byte_level())
-    settings = TokenizeSettings(max_prompt_tokens=4, max_tokens=6, truncated="drop")
+    settings = TokenBudget(max_prompt_tokens=4, max_tokens=6, truncated="drop")
     each = example(prompt="1", completion="abcdefghij")
     found = FileFindings(source="f")
     found.add_tokens(each, to_groups([each], chat, settings)[0], chat)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_tokenizers as tiny
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.closing import closing_template
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import TokenizeSettings, to_group, to_groups
+from rayalign.data.tokenize import to_group, to_groups
 from rayalign.errors import UserError
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=2_000, max_tokens=4_000)
+SETTINGS = TokenBudget(max_prompt_tokens=2_000, max_tokens=4_000)
 
 
 def said(*contents: str) -> tuple[dict[str, str], ...]:
@@ -177,7 +177,7 @@ def test_the_prompt_of_a_pair_ends_where_the_first_answer_parts_from_it() -> Non
         "So<|im_end|>",
     ]
     assert all(own.mask.all() for own in group.candidates)
-    (fresh,) = to_groups([pair], chat, replace(SETTINGS, completed="beside"))
+    (fresh,) = to_groups([pair], chat, SETTINGS, completed="beside")
     assert isinstance(fresh, BadRow) and "fresh answers will follow the generation prompt" in fresh.reason
 
 

@@ -11,13 +11,14 @@ import pytest
 import tiny_tokenizers as tiny
 from shapes import SHAPES, answer, pair, system, user
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.closing import closing_template, policy_template
 from rayalign.data.records import BadRow, RawRow
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.errors import UserError
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=10_000, max_tokens=20_000)
+SETTINGS = TokenBudget(max_prompt_tokens=10_000, max_tokens=20_000)
 FAMILIES = [name for name in families.names() if not name.endswith("_training")]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tiny_tokenizers as tiny
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk, read_chunks
 from rayalign.errors import UserError
 
@@ -24,7 +24,7 @@ PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 def prepared(folder: Path, shape: Shape, *rows: dict[str, Any], **fields: Any) -> ShardReport:
     raw = [RawRow(source="f", line=line, value=row) for line, row in enumerate(rows, start=1)]
     unit = Unit(path="f.jsonl", **fields)
-    return prepare_chunk(raw, CHAT, TokenizeSettings(), unit=unit, shape=shape, directory=folder, name="0")
+    return prepare_chunk(raw, CHAT, TokenBudget(), unit=unit, shape=shape, directory=folder, name="0")
 
 
 def test_every_row_is_good_bad_or_dropped_and_what_was_not_read_is_counted(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from random_conversations import rows
 from rendering_oracle import check, check_refusal
 from shapes import answer, user
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow, RawRow
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 
-UNLIMITED = TokenizeSettings(max_prompt_tokens=100_000, max_tokens=200_000)
+UNLIMITED = TokenBudget(max_prompt_tokens=100_000, max_tokens=200_000)
 READS_IMAGES = ("idefics3", "llava_next", "smolvlm")
 FAMILIES = [name for name in families.names() if name.removesuffix("_training") not in READS_IMAGES]
 SOME = ["qwen3", "qwen3_5_nothink", "deepseek_r1_distill", "gptoss", "gemma4_v5", "glm4moe", "llama3_1", "mistral_v3"]

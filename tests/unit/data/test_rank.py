@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_tokenizers import CHATML, byte_level
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.rank import places
 from rayalign.data.records import RawRow
 from rayalign.data.store import commit_store
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import ShardReport, Unit, prepare_chunk
 
 
@@ -21,7 +21,7 @@ def prepared(directory: Path, rows: list[dict[str, Any]]) -> ShardReport:
     return prepare_chunk(
         [RawRow(source="rows.jsonl", line=line, value=row) for line, row in enumerate(rows, start=1)],
         make_chat(byte_level(template=CHATML)),
-        TokenizeSettings(),
+        TokenBudget(),
         unit=Unit(path="rows.jsonl"),
         shape="ranking",
         directory=directory,

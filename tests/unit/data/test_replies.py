@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from tiny_tokenizers import CHATML, THINKING, byte_level, metaspace
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.data.tokenize import Tokenized, to_groups
 
 THOUGHT = ("<think>", "</think>")
 
@@ -53,7 +54,7 @@ def test_a_thought_that_the_generation_prompt_opened_is_whole(special: bool) -> 
     """As DeepSeek-R1's distillates, QwQ and Nemotron write it."""
     chat = make_chat(tokenizer_with(*THOUGHT, special=special, template=THINKING))
     asked = Example(format="prompt_only", prompt="what colour?", candidates=())
-    (found,) = to_groups([asked], chat, TokenizeSettings())
+    (found,) = to_groups([asked], chat, TokenBudget())
     assert isinstance(found, Tokenized)
     ids = ids_of(chat.tokenizer, "it is blue</think>\nblue<|im_end|>")
     said = reply_text(chat.tokenizer, ids, finished=True, prompt_ids=found.group.prompt_ids.tolist())

@@ -13,14 +13,15 @@ import pytest
 import tiny_tokenizers as tiny
 from shapes import ASK, LOOK, SEEN, SKY, SKY_TEXT, TOOLS, answer, call, pair, result, user
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
-from rayalign.data.tokenize import Outcome, Tokenized, TokenizeSettings, rows_to_groups, to_groups
+from rayalign.data.tokenize import Outcome, Tokenized, rows_to_groups, to_groups
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=10_000, max_tokens=20_000)
+SETTINGS = TokenBudget(max_prompt_tokens=10_000, max_tokens=20_000)
 CHATML = make_chat(tiny.byte_level(template=tiny.CHATML))
 QWEN = make_chat(families.tokenizer_of("qwen2_5"))
 BASE = make_chat(tiny.byte_level(bos="<s>"))

@@ -14,16 +14,16 @@ import tiny_tokenizers as tiny
 from pydantic import ValidationError
 from shapes import ASK, TOOLS, answer, call, pair, result, user
 
-from rayalign.config.data import DataConfig, DataSource
+from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.errors import UserError
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=10_000, max_tokens=20_000)
+SETTINGS = TokenBudget(max_prompt_tokens=10_000, max_tokens=20_000)
 CHATML = make_chat(tiny.byte_level(template=tiny.CHATML))
 QWEN = make_chat(families.tokenizer_of("qwen2_5"))
 BASE = make_chat(tiny.byte_level(bos="<s>"))

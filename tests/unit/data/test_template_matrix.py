@@ -14,13 +14,14 @@ import pytest
 from rendering_oracle import check, check_refusal, letters
 from shapes import MEANING, SHAPES
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.records import BadRow, RawRow
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.errors import UserError
 
 TABLE = Path(__file__).parent / "template_matrix.txt"
-UNLIMITED = TokenizeSettings(max_prompt_tokens=100_000, max_tokens=200_000)
+UNLIMITED = TokenBudget(max_prompt_tokens=100_000, max_tokens=200_000)
 LEGEND = """\
 =  the tokens are those of the whole conversation as the template writes it, and every answer is predicted
 +  the same, and the run's end token, since the template writes none at the end

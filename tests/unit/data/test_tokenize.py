@@ -11,18 +11,20 @@ import pytest
 import tiny_tokenizers as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from rayalign.config.data import TokenBudget
+from rayalign.data.budget import Completed
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import MISSING, Example
 from rayalign.data.tables import read_rows
-from rayalign.data.tokenize import DroppedRow, Tokenized, TokenizeSettings, rows_to_groups, to_group, to_groups
-from rayalign.errors import UserError
+from rayalign.data.tokenize import DroppedRow, Tokenized, rows_to_groups, to_group, to_groups
 
 RAW = make_chat(tiny.byte_level(bos="<s>"))
 BOS, END = RAW.tokenizer.bos_token_id, RAW.end_id
-UNLIMITED = TokenizeSettings(max_prompt_tokens=10_000, max_tokens=20_000)
+UNLIMITED = TokenBudget(max_prompt_tokens=10_000, max_tokens=20_000)
 
 
 def ids(text: str) -> list[int]:
@@ -30,8 +32,8 @@ def ids(text: str) -> list[int]:
     return found
 
 
-def tokenized(example: Example, settings: TokenizeSettings) -> Tokenized:
-    (outcome,) = to_groups([example], RAW, settings)
+def tokenized(example: Example, settings: TokenBudget, *, completed: Completed = "no") -> Tokenized:
+    (outcome,) = to_groups([example], RAW, settings, completed=completed)
     assert isinstance(outcome, Tokenized), outcome
     return outcome
 
@@ -40,7 +42,7 @@ PAIR = Example(format="preference", prompt="0123456789", candidates=("abcdefgh",
 
 
 def test_nothing_is_cut_within_the_budget() -> None:
-    outcome = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=11, max_tokens=20))
+    outcome = tokenized(PAIR, TokenBudget(max_prompt_tokens=11, max_tokens=20))
     assert outcome.group.prompt_ids.tolist() == [BOS, *ids("0123456789")]
     assert [answer.ids.tolist() for answer in outcome.group.candidates] == [[*ids("abcdefgh"), END], [*ids("xy"), END]]
     assert all(answer.mask.all() and answer.finished for answer in outcome.group.candidates)
@@ -50,11 +52,11 @@ def test_nothing_is_cut_within_the_budget() -> None:
 
 
 def test_prompt_is_cut_from_the_left_and_keeps_its_beginning_token() -> None:
-    outcome = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=4, max_tokens=13))
+    outcome = tokenized(PAIR, TokenBudget(max_prompt_tokens=4, max_tokens=13))
     assert outcome.group.prompt_ids.tolist() == [BOS, *ids("789")]
     assert outcome.truncation.prompt == 7 and outcome.truncation.responses == (0, 0)
     plain = make_chat(tiny.byte_level())
-    group = to_group(PAIR, plain, TokenizeSettings(max_prompt_tokens=4, max_tokens=13))
+    group = to_group(PAIR, plain, TokenBudget(max_prompt_tokens=4, max_tokens=13))
     assert isinstance(group, Group) and group.prompt_ids.tolist() == ids("6789")
 
 
@@ -73,22 +75,22 @@ def test_a_prompt_gives_way_to_the_response_as_far_as_needed(
     max_prompt_tokens: int, max_tokens: int, kept: int, cut: int
 ) -> None:
     """The prompt has 11 tokens, the longer response 9."""
-    settings = TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
+    settings = TokenBudget(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
     outcome = tokenized(PAIR, settings)
     assert len(outcome.group.prompt_ids) == kept == 11 - outcome.truncation.prompt
     assert outcome.truncation.responses[0] == cut
     alone = tokenized(replace(PAIR, candidates=()), settings).group
     assert len(alone.prompt_ids) == min(11, max_prompt_tokens)
-    completed = tokenized(PAIR, replace(settings, completed="beside")).group
+    completed = tokenized(PAIR, settings, completed="beside").group
     assert completed.prompt_ids.tolist() == alone.prompt_ids.tolist()
     for policy in ({"truncated": "drop"}, {"long_prompts": "drop"}):
-        dropped = to_group(PAIR, RAW, replace(settings, **policy))
+        dropped = to_group(PAIR, RAW, settings.model_copy(update=policy))
         wanted = kept < 11 or (cut > 0 and "truncated" in policy)
         assert isinstance(dropped, DroppedRow) == wanted
 
 
 def test_response_is_cut_from_the_right_and_has_no_end_token() -> None:
-    outcome = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=11, max_tokens=16))
+    outcome = tokenized(PAIR, TokenBudget(max_prompt_tokens=11, max_tokens=16))
     long, short = outcome.group.candidates
     assert long.ids.tolist() == ids("abcde") and not long.finished
     assert short.ids.tolist() == [*ids("xy"), END] and short.finished
@@ -96,12 +98,12 @@ def test_response_is_cut_from_the_right_and_has_no_end_token() -> None:
 
 
 def test_response_that_loses_only_its_end_token_is_unfinished() -> None:
-    long = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=11, max_tokens=19)).group.candidates[0]
+    long = tokenized(PAIR, TokenBudget(max_prompt_tokens=11, max_tokens=19)).group.candidates[0]
     assert long.ids.tolist() == ids("abcdefgh") and not long.finished
 
 
 def test_closed_responses_end_in_the_end_token() -> None:
-    outcome = tokenized(PAIR, TokenizeSettings(max_prompt_tokens=11, max_tokens=16, truncated="close"))
+    outcome = tokenized(PAIR, TokenBudget(max_prompt_tokens=11, max_tokens=16, truncated="close"))
     long, short = outcome.group.candidates
     assert long.ids.tolist() == [*ids("abcd"), END] and long.finished and long.mask.all()
     assert short.ids.tolist() == [*ids("xy"), END]
@@ -109,7 +111,7 @@ def test_closed_responses_end_in_the_end_token() -> None:
 
 
 def test_dropped_rows_are_told_apart_from_bad_ones() -> None:
-    settings = TokenizeSettings(max_prompt_tokens=11, max_tokens=16, truncated="drop")
+    settings = TokenBudget(max_prompt_tokens=11, max_tokens=16, truncated="drop")
     dropped = to_group(PAIR, RAW, settings)
     assert isinstance(dropped, DroppedRow) and (dropped.source, dropped.line) == ("p.jsonl", 2)
     assert dropped.truncation.responses == (4, 0)
@@ -127,7 +129,7 @@ def test_what_is_left_of_a_conversation_ends_in_a_predicted_token() -> None:
     masked = len(whole.candidates[0].ids) - whole.candidates[0].num_predicted
     assert whole.candidates[0].ids[first_end - 1] == chat.end_id and whole.candidates[0].num_predicted == first_end + 2
     for room in range(1, len(whole.candidates[0].ids) + 1):
-        settings = TokenizeSettings(max_prompt_tokens=len(whole.prompt_ids), max_tokens=len(whole.prompt_ids) + room)
+        settings = TokenBudget(max_prompt_tokens=len(whole.prompt_ids), max_tokens=len(whole.prompt_ids) + room)
         cut = to_group(example, chat, settings)
         assert isinstance(cut, Group)
         expected = min(room, first_end) if room <= first_end + masked else room
@@ -148,7 +150,7 @@ def test_a_row_of_which_no_predicted_token_fits_is_left_out() -> None:
     whole = to_group(example, chat, UNLIMITED)
     assert isinstance(whole, Group) and whole.candidates[0].mask.tolist()[:3] == [False] * 3
     room = len(whole.prompt_ids) + 3
-    settings = TokenizeSettings(max_prompt_tokens=len(whole.prompt_ids), max_tokens=room)
+    settings = TokenBudget(max_prompt_tokens=len(whole.prompt_ids), max_tokens=room)
     assert isinstance(to_group(example, chat, settings), DroppedRow)
 
 
@@ -164,7 +166,7 @@ def test_budgets_hold_and_nothing_becomes_empty(
     prompt: str, answers: list[str], max_prompt_tokens: int, room: int, truncated: str
 ) -> None:
     example = Example(format="ranked", prompt=prompt, candidates=tuple(answers))
-    budget = TokenizeSettings(
+    budget = TokenBudget(
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_prompt_tokens + room,
         truncated=truncated,  # type: ignore[arg-type]
@@ -186,7 +188,7 @@ def test_budgets_hold_and_nothing_becomes_empty(
 def test_numbers_become_columns_and_a_cut_response_loses_its_behavior_logp() -> None:
     columns = {"reward": (1.5, MISSING), "behavior_logp": (-3.0, -2.0)}
     example = Example(format="ranked", prompt="q", candidates=("abcdef", "x"), columns=columns)
-    group = tokenized(example, TokenizeSettings(max_prompt_tokens=2, max_tokens=6)).group
+    group = tokenized(example, TokenBudget(max_prompt_tokens=2, max_tokens=6)).group
     assert group.per_candidate["reward"].dtype == np.float32
     assert group.per_candidate["reward"][0] == 1.5 and math.isnan(group.per_candidate["reward"][1])
     assert math.isnan(group.per_candidate["behavior_logp"][0]) and group.per_candidate["behavior_logp"][1] == -2.0
@@ -215,12 +217,12 @@ def test_rows_and_outcomes_stand_side_by_side() -> None:
 def test_batches_do_not_change_groups(test_data: Path) -> None:
     chat = make_chat(tiny.byte_level(template=tiny.CHATML))
     rows = [row for _, row in zip(range(40), read_rows(str(test_data / "hh_harmless_test.jsonl.gz")), strict=False)]
-    together = rows_to_groups(rows, chat, TokenizeSettings())
-    alone = [outcome for row in rows for outcome in rows_to_groups([row], chat, TokenizeSettings())]
+    together = rows_to_groups(rows, chat, TokenBudget())
+    alone = [outcome for row in rows for outcome in rows_to_groups([row], chat, TokenBudget())]
     assert [repr(outcome) for outcome in together] == [repr(outcome) for outcome in alone]
 
 
 @pytest.mark.parametrize(("max_prompt_tokens", "max_tokens"), [(0, 5), (5, 5), (6, 5)])
 def test_budgets_that_leave_no_room(max_prompt_tokens: int, max_tokens: int) -> None:
-    with pytest.raises(UserError, match=f"data.max_prompt_tokens is {max_prompt_tokens} and data.max_tokens 5"):
-        TokenizeSettings(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
+    with pytest.raises(ValidationError, match="max_prompt_tokens"):
+        TokenBudget(max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)

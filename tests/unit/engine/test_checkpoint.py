@@ -14,8 +14,8 @@ import torch
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
+from rayalign.config.training import BestConfig, OptimConfig
 from rayalign.engine.checkpoint.checkpoint import (
-    Best,
     Checkpoint,
     Checkpointer,
     IncompatibleCheckpoint,
@@ -30,11 +30,11 @@ from rayalign.engine.checkpoint.optimizer_state import (
     save_state,
 )
 from rayalign.engine.model.pretrained import ModelSpec, load_policy
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer import make_optimizer, set_learning_rate
 from rayalign.storage.manifest import MANIFEST, commit
 
 MODEL, TOKENIZER = tiny("llama"), byte_level()
-SPEC = OptimizerSpec(lr=1e-3, steps=10)
+OPTIM = OptimConfig(lr=1e-3)
 IDENTITY = {"configuration": {"optim": {"lr": 1e-3, "betas": (0.9, 0.999)}}, "data": "d1"}
 
 
@@ -56,7 +56,8 @@ def save(checkpoints: Checkpointer, step: int, model=MODEL, optimizer=None) -> P
 
 def stepped(model: torch.nn.Module) -> torch.optim.Optimizer:
     """An optimizer that has a state; the model is as before."""
-    optimizer = make_optimizer(model, OptimizerSpec(lr=0.0, steps=10))
+    optimizer = make_optimizer(model, OPTIM)
+    set_learning_rate(optimizer, 0.0)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -139,7 +140,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         loaded, _ = load_policy(ModelSpec(name=str(directory)))
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()), name
-        restored = make_optimizer(loaded, SPEC)
+        restored = make_optimizer(loaded, OPTIM)
         load_state(restored, directory)
         theirs = restored.state_dict()["state"]
         for index, state in optimizer.state_dict()["state"].items():
@@ -181,7 +182,7 @@ def measured(root: Path, **losses: float | None) -> None:
 def test_retention_keeps_the_best_beside_the_newest(tmp_path: Path, mode, always_keep, left: list[int]) -> None:
     """5 and 6 are equally good: the first of them stays. 7 was not measured, and 12 is of a damaged future."""
     measured(tmp_path, s3=0.9, s5=0.2, s6=0.2, s7=None, s8=0.5, s9=0.4, s12=0.1)
-    best = Best(metric="eval_loss", mode=mode)
+    best = BestConfig(metric="eval_loss", mode=mode)
     checkpointer(tmp_path, keep=2, always_keep=always_keep, best=best).prune(9)
     assert sorted(step_of(path) for path in tmp_path.glob("step_*")) == [*left, 12]
     told = json.loads((tmp_path / "best.json").read_text())
@@ -193,7 +194,7 @@ def test_retention_keeps_the_best_beside_the_newest(tmp_path: Path, mode, always
 
 def test_without_a_measurement_there_is_no_best(tmp_path: Path) -> None:
     measured(tmp_path, s3=None, s4=None)
-    checkpointer(tmp_path, keep=1, best=Best(metric="eval_loss", mode="min")).prune(4)
+    checkpointer(tmp_path, keep=1, best=BestConfig(metric="eval_loss", mode="min")).prune(4)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000004-aa0"]
 
 
@@ -230,13 +231,13 @@ def test_the_description_of_an_optimizer_names_no_place(tmp_path: Path) -> None:
     save_state(named_state(stepped(MODEL)), tmp_path, alone=True)
     content = (tmp_path / METADATA).read_bytes()
     assert b"pathlib" not in content and tmp_path.name.encode() not in content
-    load_state(make_optimizer(MODEL, SPEC), tmp_path)
+    load_state(make_optimizer(MODEL, OPTIM), tmp_path)
 
 
 def test_code_in_the_description_of_an_optimizer_is_not_run(root: Path, tmp_path: Path) -> None:
     directory = root / "step_000004-aa1"
     (directory / METADATA).write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
-    optimizer = make_optimizer(MODEL, SPEC)
+    optimizer = make_optimizer(MODEL, OPTIM)
     with pytest.raises(UnreadableOptimizer, match=r"\.metadata .*posix\.mkdir is nothing that torch writes"):
         load_state(optimizer, directory)
     assert not (tmp_path / "planted").exists() and not optimizer.state

@@ -30,11 +30,12 @@ from tiny_runs import (
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
+from rayalign.config.model import LoraConfig
+from rayalign.config.training import StrategyConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.compiled import compile_blocks, refuse_missing_compiler
-from rayalign.engine.model.lora import LoraSpec
 from rayalign.engine.model.pretrained import load_policy
-from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped, UserError
 
 SINGLE = make_strategy("single", CPU)
@@ -78,7 +79,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "one sequence a row": {"layout": "concatenated"},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "an adapter with dropout": {
-        "lora": LoraSpec(rank=3, alpha=6.0, dropout=0.2),
+        "lora": LoraConfig(rank=3, alpha=6.0, dropout=0.2),
         "reference_in_place": True,
         "lr": 5e-3,
     },
@@ -126,11 +127,11 @@ def test_new_lengths_are_not_compiled_anew(tmp_path: Path) -> None:
     assert 4 <= compiled[-1] <= 3 * 4, compiled
 
 
-TEAMS: dict[str, tuple[StrategySpec, dict[str, Any]]] = {
-    "ddp": (StrategySpec(name="ddp"), {}),
-    "fsdp2": (StrategySpec(name="fsdp2"), {}),
-    "fsdp2 in bfloat16": (StrategySpec(name="fsdp2"), {"dtype": "bfloat16"}),
-    "fsdp2 with gradient checkpointing": (StrategySpec(name="fsdp2"), {"gradient_checkpointing": True}),
+TEAMS: dict[str, tuple[StrategyConfig, dict[str, Any]]] = {
+    "ddp": (StrategyConfig(name="ddp"), {}),
+    "fsdp2": (StrategyConfig(name="fsdp2"), {}),
+    "fsdp2 in bfloat16": (StrategyConfig(name="fsdp2"), {"dtype": "bfloat16"}),
+    "fsdp2 with gradient checkpointing": (StrategyConfig(name="fsdp2"), {"gradient_checkpointing": True}),
 }
 
 

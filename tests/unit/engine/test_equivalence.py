@@ -29,16 +29,17 @@ from tiny_runs import (
     synthetic_groups,
 )
 
+from rayalign.config.training import StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.batches import StreamWork
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import WPOWeighting, compose, resolve
 
 WORKERS = 2
 
 
-def worker(rank: int, folder: Path, scenarios: Mapping[str, Scenario], spec: StrategySpec) -> None:
+def worker(rank: int, folder: Path, scenarios: Mapping[str, Scenario], spec: StrategyConfig) -> None:
     strategy = join(rank, WORKERS, folder / "meeting-point", spec)
     for name, scenario in scenarios.items():
         (folder / f"{name}-{rank}").write_bytes(pickle.dumps(run(scenario, strategy=strategy)))
@@ -95,11 +96,11 @@ def alone(scenarios: dict[str, Scenario]) -> dict[str, Trajectory]:
 
 
 STRATEGIES = {
-    "ddp": StrategySpec(name="ddp"),
-    "fsdp2": StrategySpec(name="fsdp2"),
-    "fsdp2_kept": StrategySpec(name="fsdp2", reshard_after_forward=False, sync_every_micro_batch=True),
-    "zero2": StrategySpec(name="deepspeed", zero_stage=2),
-    "zero3": StrategySpec(name="deepspeed", zero_stage=3),
+    "ddp": StrategyConfig(name="ddp"),
+    "fsdp2": StrategyConfig(name="fsdp2"),
+    "fsdp2_kept": StrategyConfig(name="fsdp2", reshard_after_forward=False, sync_every_micro_batch=True),
+    "zero2": StrategyConfig(name="deepspeed", zero_stage=2),
+    "zero3": StrategyConfig(name="deepspeed", zero_stage=3),
 }
 
 

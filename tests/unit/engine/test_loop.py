@@ -34,10 +34,11 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayalign.config.training import BestConfig
 from rayalign.data.micro_batches import PlanError
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import StreamWork
-from rayalign.engine.checkpoint.checkpoint import Best, IncompatibleCheckpoint, step_of
+from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint, step_of
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
 from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
@@ -169,7 +170,7 @@ def test_what_is_written_loads_as_a_model(scenario: Scenario, whole: Path, capfd
 def test_the_template_of_the_run_is_saved_with_every_model(scenario: Scenario, tmp_path: Path) -> None:
     """The model is asked as it was trained, wherever it is served or trained further."""
     spec = train_spec(tmp_path, scenario, checkpoint_every=1, chat_template="{{ messages[0].content }}</s>")
-    final = train_alone(replace(spec, optimizer=replace(spec.optimizer, steps=1)), scenario)
+    final = train_alone(replace(spec, steps=1), scenario)
     for folder in (final, *(tmp_path / "checkpoints").glob("step_*")):
         saved = AutoTokenizer.from_pretrained(folder)
         assert saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a</s>"
@@ -298,7 +299,7 @@ def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(dpo:
 
 def test_a_step_that_is_skipped_changes_nothing_and_is_counted(dpo: Scenario, tmp_path: Path) -> None:
     """The weights after it are those before it, and a restart goes on counting."""
-    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip", checkpoint_every=1, checkpoint_keep=12)
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}, checkpoint_every=1, checkpoint_keep=12)
     with pytest.raises(Interrupted):
         train(spec, Poisoned(dpo, {3, 6, 7}), SINGLE, on_step=interrupt_after(9))
     before, after = (checkpoint_of(spec.directory, step) for step in (3, 4))
@@ -313,7 +314,7 @@ def test_a_step_that_is_skipped_changes_nothing_and_is_counted(dpo: Scenario, tm
 
 
 def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> None:
-    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip", max_skipped_in_a_row=2)
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip", "max_skipped_in_a_row": 2})
     train(replace(spec, directory=tmp_path / "two"), Poisoned(dpo, {3, 4, 6, 7}), SINGLE)
     with pytest.raises(NonFiniteStep, match="step 6: .*after 2 that were skipped, which optim.max_skipped_in_a_row"):
         train(spec, Poisoned(dpo, {3, 4, 5}), SINGLE)
@@ -322,7 +323,7 @@ def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> N
 
 
 def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_path: Path) -> None:
-    spec = train_spec(tmp_path / "run", dpo, on_nonfinite="skip")
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"})
     with pytest.raises(Stopped, match="stopped after step 4 of 12"):
         train(spec, Poisoned(dpo, {3}), SINGLE, stop=asked_in(4, spec.directory))
     assert [row["loss"] is None for row in rows(spec.directory)] == [False, False, False, True]
@@ -333,7 +334,7 @@ def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_pat
 def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
     strategy = join(rank, 2, folder / "meeting-point")
     for name in ("ddp", "fsdp2"):
-        spec = train_spec(folder / name, dpo, on_nonfinite="skip", check_initial_logratio=False)
+        spec = train_spec(folder / name, dpo, optim={"on_nonfinite": "skip"}, check_initial_logratio=False)
         train(spec, Poisoned(dpo, {3}, rank=rank, world_size=2), make_strategy(name, torch.device("cpu")))
     stopping = train_spec(folder / "stopped", dpo)
     with pytest.raises(NonFiniteStep) as caught:
@@ -360,7 +361,7 @@ def test_all_workers_skip_or_stop_together(dpo: Scenario, tmp_path: Path) -> Non
 
 def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
     main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1], lr=3e-2)
-    best = Best(metric="rewards/margins", mode="min")
+    best = BestConfig(metric="rewards/margins", mode="min")
     spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
     with pytest.raises(Interrupted):
         train_alone(spec, main, on_step=interrupt_after(9))
@@ -377,7 +378,7 @@ def test_the_best_checkpoint_stays(scenario: Scenario, tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_told_by_a_whole_number_too(scenario: Scenario, tmp_path: Path) -> None:
     main = replace(scenario, streams=scenario.streams[:1], objectives=scenario.objectives[:1])
-    best = Best(metric="step_tokens", mode="max")
+    best = BestConfig(metric="step_tokens", mode="max")
     spec = train_spec(tmp_path / "run", main, checkpoint_best=best, checkpoint_keep=1)
     train_alone(spec, main)
     measured = {row["step"]: row["step_tokens"] for row in rows(spec.directory) if row["step"] % 2 == 0}
@@ -390,7 +391,7 @@ def test_the_best_checkpoint_is_told_by_a_whole_number_too(scenario: Scenario, t
 def test_a_metric_that_no_row_has_ends_the_run_with_the_first_step(
     metric: str, scenario: Scenario, tmp_path: Path
 ) -> None:
-    spec = train_spec(tmp_path / "run", scenario, checkpoint_best=Best(metric=metric, mode="min"))
+    spec = train_spec(tmp_path / "run", scenario, checkpoint_best=BestConfig(metric=metric, mode="min"))
     with pytest.raises(UserError, match=f"no row of metrics has '{metric}'; rows of this run have .*rewards/margins"):
         train_alone(spec, scenario)
     assert not (spec.directory / "checkpoints").exists()
@@ -422,7 +423,7 @@ def test_weights_alone_are_gone_on_from_only_if_that_is_asked_for(
     with pytest.raises(UserError, match=rf"{told}.*checkpoint\.restart_optimizer=true"):
         train_alone(spec, dpo)
     seen: list[int] = []
-    again = replace(spec, restart_optimizer=True)
+    again = replace(spec, checkpoint=spec.checkpoint.model_copy(update={"restart_optimizer": True}))
     train_alone(again, dpo, on_step=lambda row: seen.append(row["step"]))
     assert seen[0] == 5 and [row["step"] for row in rows(spec.directory)] == list(range(1, STEPS + 1))
     counted = {
@@ -515,7 +516,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
     scenario: Scenario, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = tmp_path / "run"
-    spec = replace(train_spec(directory, scenario), checkpoint_every=STEPS, checkpoint_keep=9)
+    spec = train_spec(directory, scenario, checkpoint_every=STEPS, checkpoint_keep=9)
     train(spec, source_maker(scenario), SINGLE, notices=Notice())
     assert [step_of(path) for path in sorted((directory / "checkpoints").glob("step_*"))] == [5, STEPS]
     said = [record.getMessage() for record in caplog.records if "takes back" in record.getMessage()]
@@ -525,7 +526,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
 
 
 def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Path) -> None:
-    spec = replace(train_spec(tmp_path / "run", dpo, on_nonfinite="skip"), checkpoint_every=STEPS, checkpoint_keep=9)
+    spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}, checkpoint_every=STEPS, checkpoint_keep=9)
     train(spec, Poisoned(dpo, {4}), SINGLE, notices=Notice())
     assert [row["step"] for row in rows(spec.directory) if row["loss"] is None] == [5]
     assert [step_of(path) for path in sorted((spec.directory / "checkpoints").glob("step_*"))] == [5, STEPS]
@@ -534,9 +535,9 @@ def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Pat
 @pytest.mark.slow
 def test_resume_on_two_workers(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     """Six steps, then the other six: exactly the twelve of two workers, and up to rounding those of one."""
-    constant = {"schedule": "constant", "warmup_steps": 0, "lr": 1e-3}
+    constant = {"schedule": "constant", "warmup": 0, "lr": 1e-3}
     spec = train_spec(tmp_path / "straight", scenario)
-    spec = replace(spec, optimizer=replace(spec.optimizer, **constant))
+    spec = replace(spec, optim=spec.optim.model_copy(update=constant))
     multiprocessing.spawn(resuming_worker, args=(tmp_path, spec, scenario), nprocs=2)
     straight, resumed = (checkpoint_of(tmp_path / name, STEPS) for name in ("straight", "resumed"))
     assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()

@@ -33,16 +33,17 @@ from tiny_tokenizers import CHATML, byte_level
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rayalign.config.model import LoraConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.model.forward import Policy, ScalarModel
-from rayalign.engine.model.lora import ADAPTER, LoraSpec, adapted, adapter_off, merged
+from rayalign.engine.model.lora import ADAPTER, adapted, adapter_off, merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import UserError
 
 SINGLE = make_strategy("single", torch.device("cpu"))
-LORA = LoraSpec(rank=3, alpha=5.0)
+LORA = LoraConfig(rank=3, alpha=5.0)
 GROUPS = random_groups([2, 2, 2], vocabulary=300, seed=0)
 STEPS = 6
 FAMILIES = ("llama_tied", "gpt2", "qwen3_moe", "gemma3")
@@ -80,7 +81,7 @@ def logps(model: PreTrainedModel) -> Tensor:
     return Policy(model)(packed(GROUPS)).token_logp
 
 
-def trained(path: Path, lora: LoraSpec = LORA) -> PreTrainedModel:
+def trained(path: Path, lora: LoraConfig = LORA) -> PreTrainedModel:
     """A model with an adapter that does something."""
     model, _ = load_policy(ModelSpec(name=str(path), lora=lora))
     torch.manual_seed(0)
@@ -111,7 +112,7 @@ def test_merged_weights_compute_the_same_under_the_names_of_the_base(family: str
 
 
 def test_the_merge_by_hand(models: dict[str, Path]) -> None:
-    model = trained(models["llama_tied"], LoraSpec(rank=2, alpha=6.0, target_modules=("q_proj",)))
+    model = trained(models["llama_tied"], LoraConfig(rank=2, alpha=6.0, target_modules=("q_proj",)))
     layer = model.model.layers[0].self_attn.q_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     state = merged(model, model.state_dict())
@@ -133,7 +134,7 @@ def test_off_is_the_model_before_the_adapter(models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("target", ["q_porj", "lm_head", "embed_tokens", "proj"])
 def test_layers_that_cannot_be_adapted_are_named(target: str, models: dict[str, Path]) -> None:
-    lora = replace(LORA, target_modules=("q_proj", target))
+    lora = LORA.model_copy(update={"target_modules": ("q_proj", target)})
     with pytest.raises(UserError, match=f"model.lora.target_modules: {target}: .* blocks, which are down_proj, "):
         load_policy(ModelSpec(name=str(models["llama_tied"]), lora=lora))
 
@@ -174,7 +175,7 @@ def test_a_reference_in_place_is_the_one_in_the_data(method: str, scenario: Scen
 
 
 def test_dropout_is_of_gradients_only(scenario: Scenario) -> None:
-    dropped = replace(scenario, lora=replace(LORA, dropout=0.5))
+    dropped = replace(scenario, lora=LORA.model_copy(update={"dropout": 0.5}))
     runner, policy, optimizer = prepared(dropped, SINGLE)
     for layer in adapted(policy.model).values():
         layer.lora_B["default"].weight.data.normal_(std=0.3)
@@ -217,7 +218,7 @@ def test_an_adapter_of_transposed_layers_loads_in_peft(models: dict[str, Path], 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_resume_is_exact(dropout: float, scenario: Scenario, tmp_path: Path) -> None:
-    dropped = replace(scenario, lora=replace(LORA, dropout=dropout))
+    dropped = replace(scenario, lora=LORA.model_copy(update={"dropout": dropout}))
     straight, interrupted = (train_spec(tmp_path / name, dropped) for name in ("straight", "interrupted"))
     train_alone(straight, dropped)
     with pytest.raises(Interrupted):
@@ -269,7 +270,9 @@ def test_a_new_adapter_changes_no_reward(family: str, models: dict[str, Path]) -
     assert adapted(model) and "score" not in adapted(model)
     with pytest.raises(UserError, match="model.lora.target_modules: score: an adapter goes onto linear layers of the"):
         load_policy(
-            ModelSpec(name=str(models[family]), head=ScalarHead(), lora=replace(LORA, target_modules=("score",)))
+            ModelSpec(
+                name=str(models[family]), head=ScalarHead(), lora=LORA.model_copy(update={"target_modules": ("score",)})
+            )
         )
 
 
@@ -299,7 +302,7 @@ def test_a_reward_models_adapter_and_head_are_trained_and_exported(
 
 @pytest.mark.parametrize("family", ["padded", "gpt2"])
 def test_a_reward_models_resume_is_exact(family: str, rankings: dict[str, Scenario], tmp_path: Path) -> None:
-    scenario = replace(rankings[family], lora=replace(LORA, dropout=0.3))
+    scenario = replace(rankings[family], lora=LORA.model_copy(update={"dropout": 0.3}))
     straight, interrupted = (train_spec(tmp_path / name, scenario) for name in ("straight", "interrupted"))
     train_alone(straight, scenario)
     with pytest.raises(Interrupted):

@@ -25,9 +25,9 @@ from tiny_tokenizers import CHATML, byte_level
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rayalign.config import model as config
 from rayalign.engine.model.folder import model_digest
 from rayalign.engine.model.loading import META
-from rayalign.engine.model.lora import LoraSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
@@ -279,7 +279,7 @@ def test_a_run_begins_as_the_merged_model_and_saves_it_whole(bases: dict[str, Pa
     """With a new adapter: the reference is the merged model, and final/ what was trained upon it."""
     start = adapter(bases["llama"], tmp_path / "adapter", r=2, target_modules=["q_proj"])
     pairs = store(tmp_path / "pairs", synthetic_groups([2] * 6), reference=start)
-    lora = LoraSpec(rank=2, alpha=4.0)
+    lora = config.LoraConfig(rank=2, alpha=4.0)
     scenario = Scenario(model=start, streams=(pairs,), objectives=(objective("dpo"),), lr=1e-2, steps=2, lora=lora)
     spec = train_spec(tmp_path / "run", scenario, check_initial_logratio=True, export_adapter=False)
     final = train_alone(spec, scenario)

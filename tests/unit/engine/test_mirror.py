@@ -18,7 +18,8 @@ from mirrors import Lost, There, found_again, lost_after
 from s3_server import KEYS
 from tiny_runs import Scenario, objective, same_optimizer, save_tiny, store, synthetic_groups, train_alone, train_spec
 
-from rayalign.engine.checkpoint.checkpoint import Best, IncompatibleCheckpoint, step_of
+from rayalign.config.training import BestConfig
+from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint, step_of
 from rayalign.engine.checkpoint.mirror import upload
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.state import TrainSpec
@@ -242,7 +243,7 @@ def test_no_key_is_in_what_is_written(mirror: Mirror, scenario: Scenario, tmp_pa
 
 
 def test_the_best_checkpoint_is_named_again(mirror: Mirror, scenario: Scenario, tmp_path: Path) -> None:
-    best = Best(metric="loss", mode="min")
+    best = BestConfig(metric="loss", mode="min")
     spec = mirrored(tmp_path / "run", scenario, mirror, checkpoint_best=best)
     train_alone(spec, scenario)
     again = replace(spec, directory=tmp_path / "again")

@@ -29,7 +29,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pretend_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family claims to have no window."""
     for module in ("parity", "forward"):
-        monkeypatch.setattr(f"rayalign.engine.{module}.attention_kind", lambda config: AttentionKind(reach=Reach()))
+        monkeypatch.setattr(
+            f"rayalign.engine.model.{module}.attention_kind", lambda config: AttentionKind(reach=Reach())
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_windowed", "gemma3", "qwen3_windowed"])

@@ -17,13 +17,14 @@ from tiny_runs import save_tiny
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rayalign.config.training import OptimConfig
 from rayalign.data.group import Group
 from rayalign.engine.first_step import LOGRATIO_LIMITS, check_initial_logratio
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.forward import Policy
 from rayalign.engine.model.pretrained import ModelSpec, load_policy
 from rayalign.engine.objective import MAIN_STREAM, Objective
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer import make_optimizer
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy.base import Single
 from rayalign.methods import compose, resolve
@@ -77,7 +78,7 @@ def token_logp(of: Runner, groups: Sequence[Group]) -> Tensor:
 def test_a_step_computed_in_bfloat16_keeps_everything_in_float32(directory: Path) -> None:
     low = runner(directory, dtype=torch.bfloat16)
     before = {name: parameter.clone() for name, parameter in low.module.named_parameters()}
-    optimizer = make_optimizer(low.module, OptimizerSpec(lr=5e-7, steps=1))
+    optimizer = make_optimizer(low.module, OptimConfig(lr=5e-7))
     low.step(0, [work_of(scored(directory, dtype="bfloat16"))], optimizer=optimizer, max_grad_norm=1.0)
     tensors = [value for state in optimizer.state.values() for value in state.values()]
     tensors += [tensor for parameter in low.module.parameters() for tensor in (parameter, parameter.grad)]

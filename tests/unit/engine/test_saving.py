@@ -17,14 +17,15 @@ from tiny_runs import train_spec as spec_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from rayalign.config.model import LoraConfig
+from rayalign.config.training import BestConfig, OptimConfig
 from rayalign.engine.checkpoint import saving
-from rayalign.engine.checkpoint.checkpoint import Best, step_of
+from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.checkpoint.optimizer_state import named_state
 from rayalign.engine.checkpoint.saving import Writer
 from rayalign.engine.checkpoint.sending import copies
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.model.lora import LoraSpec
-from rayalign.engine.optimizer import OptimizerSpec, make_optimizer
+from rayalign.engine.optimizer import make_optimizer
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped
@@ -52,7 +53,9 @@ def straight(scenario: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 def beside(spec: TrainSpec, directory: Path, **changes: Any) -> TrainSpec:
-    return replace(spec, directory=directory, checkpoint_asynchronous=True, **changes)
+    """The same run in another folder, saved beside training; ``changes`` are settings of ``checkpoint``."""
+    checkpoint = spec.checkpoint.model_copy(update={"asynchronous": True, **changes})
+    return replace(spec, directory=directory, checkpoint=checkpoint)
 
 
 def checkpoint_of(spec: TrainSpec, step: int) -> Path:
@@ -111,7 +114,7 @@ def test_what_is_written_later_is_the_state_of_its_step(
 
 def test_an_adapter_that_is_written_later(scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = replace(scenario.streams[0], columns=((),))
-    lora = LoraSpec(rank=2, alpha=4.0)
+    lora = LoraConfig(rank=2, alpha=4.0)
     adapting = replace(scenario, streams=(bare,), lora=lora, reference_in_place=True, steps=4)
     spec = spec_of(tmp_path / "straight", adapting, checkpoint_keep=STEPS)
     train_alone(spec, adapting)
@@ -154,7 +157,7 @@ def test_copies_of_parts_without_content_keep_their_shapes(tmp_path: Path) -> No
 
 def test_copies_of_an_optimizer() -> None:
     model = tiny("llama")
-    optimizer = make_optimizer(model, OptimizerSpec(lr=1e-3, steps=2))
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-3))
 
     def step() -> None:
         for parameter in model.parameters():
@@ -175,7 +178,7 @@ def test_only_what_is_committed_is_found(
     scenario: Scenario, straight: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After step 5, while step 4's checkpoint waits, step 2's is the newest; one is kept at the end."""
-    late, spec, found = Late(monkeypatch), beside(straight, tmp_path / "run", checkpoint_keep=1), []
+    late, spec, found = Late(monkeypatch), beside(straight, tmp_path / "run", keep=1), []
 
     def look(row: Mapping[str, Any]) -> None:
         if row["step"] == 5:
@@ -224,8 +227,8 @@ def test_retention_and_the_best(
     for mode, choose in (("min", min), ("max", max)):
         with pytest.MonkeyPatch.context() as patch:
             late = Late(patch)
-            best = Best(metric="rewards/margins", mode=mode)
-            spec = beside(straight, tmp_path / mode, checkpoint_best=best, checkpoint_keep=1)
+            best = BestConfig(metric="rewards/margins", mode=mode)
+            spec = beside(straight, tmp_path / mode, best=best, keep=1)
             train_alone(spec, scenario, on_step=late.on_step)
         assert steps_of(spec) == sorted({choose(measured, key=measured.__getitem__), STEPS})
 

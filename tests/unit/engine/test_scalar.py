@@ -20,13 +20,14 @@ from tiny_tokenizers import CHATML, NO_END, THINKING, byte_level
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Candidate, Group
 from rayalign.data.micro_batches import StepCounts
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
-from rayalign.data.tokenize import TokenizeSettings, to_group
+from rayalign.data.tokenize import to_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.forward import Policy, ScalarModel, last_positions, root_module
@@ -271,7 +272,7 @@ def test_hugging_face_scores_rendered_conversations_alike(template: str, side: s
     save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "causal")
     save_pretrained(*load_policy(spec(tmp_path / "causal")), tmp_path / "rm")
     chat = make_chat(tokenizer)
-    groups = [to_group(Example(format="ranked", prompt=p, candidates=c), chat, TokenizeSettings()) for p, c in TALKS]
+    groups = [to_group(Example(format="ranked", prompt=p, candidates=c), chat, TokenBudget()) for p, c in TALKS]
     scoring = ScoringSpec(model=spec(tmp_path / "rm"), tokens_per_micro_batch=512, row_tokens=128)
     ours = [float(score) for own in FrozenModel(scoring, CPU).scores(groups) for score in own]
 
@@ -302,7 +303,7 @@ def test_our_scorer_reads_what_training_read_where_a_template_cannot_say_it(
     save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path / "causal")
     save_pretrained(*load_policy(spec(tmp_path / "causal")), tmp_path / "rm")
     chat = make_chat(tokenizer)
-    groups = [to_group(Example(format="ranked", prompt=p, candidates=c), chat, TokenizeSettings()) for p, c in TALKS]
+    groups = [to_group(Example(format="ranked", prompt=p, candidates=c), chat, TokenBudget()) for p, c in TALKS]
     scoring = ScoringSpec(model=spec(tmp_path / "rm"), tokens_per_micro_batch=512, row_tokens=128)
     ours = [float(score) for own in FrozenModel(scoring, CPU).scores(groups) for score in own]
     scorer = make_scorer("reward_model", model=str(tmp_path / "rm"))

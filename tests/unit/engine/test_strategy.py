@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
+from rayalign.config.training import OptimConfig
 from rayalign.engine.model.forward import Policy
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.strategy.base import Single, Strategy, make_strategy
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_a_process_without_a_group_trains_alone(name: str) -> None:
 @pytest.mark.parametrize(("max_norm", "scale"), [(0.0, 1.0), (100.0, 1.0), (2.5, 0.5)])
 def test_clip_returns_the_norm_before_clipping(max_norm: float, scale: float) -> None:
     strategy = make_strategy("single", CPU)
-    module, _ = strategy.wrap(Policy(tiny("llama")), OptimizerSpec(lr=1e-3, steps=1))
+    module, _ = strategy.wrap(Policy(tiny("llama")), OptimConfig(lr=1e-3))
     first, second, *others = module.parameters()
     first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
     first.grad.view(-1)[0], second.grad.view(-1)[1] = 3.0, 4.0

@@ -10,15 +10,16 @@ from causal_zoo import animal, save_animal
 from tiny_models import tiny
 from tiny_runs import save_tiny
 
+from rayalign.config.model import LoraConfig
 from rayalign.engine.model import trial
-from rayalign.engine.model.lora import LoraSpec, adapted, merged
+from rayalign.engine.model.lora import adapted, merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
 from rayalign.engine.model.shrunken import miniature
 from rayalign.engine.model.targets import adapter_targets, fused_experts, kinds, shortened
 from rayalign.engine.model.trial import Trial, try_export
 from rayalign.errors import UserError
 
-LORA = LoraSpec(rank=2, alpha=4.0)
+LORA = LoraConfig(rank=2, alpha=4.0)
 META = torch.device("meta")
 
 
@@ -73,7 +74,7 @@ def test_what_is_named_is_adapted_experts_too() -> None:
 
 def test_dropout_has_no_place_on_experts(tmp_path: Path) -> None:
     directory = save_animal(tmp_path / "model", "qwen3_moe")
-    lora = LoraSpec(rank=2, alpha=4.0, dropout=0.1, target_modules=("q_proj", "gate_up_proj"))
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1, target_modules=("q_proj", "gate_up_proj"))
     with pytest.raises(UserError, match=r"model.lora.dropout: 0.1: .* fused experts \(.*gate_up_proj\) have none"):
         load_policy(ModelSpec(name=str(directory), lora=lora))
 
@@ -81,7 +82,7 @@ def test_dropout_has_no_place_on_experts(tmp_path: Path) -> None:
 def test_the_merge_of_an_expert_by_hand(tmp_path: Path) -> None:
     """W_e + (α / r) B_e A_e, where A holds the rows of expert e together and B its columns in turn."""
     directory = save_animal(tmp_path / "model", "qwen3_moe")
-    lora = LoraSpec(rank=2, alpha=6.0, target_modules=("experts.down_proj",))
+    lora = LoraConfig(rank=2, alpha=6.0, target_modules=("experts.down_proj",))
     model, _ = load_policy(ModelSpec(name=str(directory), lora=lora))
     layer = model.model.layers[0].mlp.experts
     torch.manual_seed(0)
@@ -105,7 +106,9 @@ def test_short_names_only_where_they_fit_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("family", "lora"), [("llama_tied", None), ("gpt2", LORA), ("gemma2", LORA)])
-def test_what_will_be_saved_is_saved_before_the_first_step(family: str, lora: LoraSpec | None, tmp_path: Path) -> None:
+def test_what_will_be_saved_is_saved_before_the_first_step(
+    family: str, lora: LoraConfig | None, tmp_path: Path
+) -> None:
     spec = ModelSpec(name=str(save_tiny(tmp_path / "model", family)), lora=lora)
     found = try_export(refuse_unusable(spec), tokenizer_of(spec), spec)
     assert found.difference is not None and found.difference < 1e-4 and not found.problem

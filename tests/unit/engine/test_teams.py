@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,14 +41,15 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.training import CheckpointConfig, StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.lora import ADAPTER as ADAPTER_FOLDER
-from rayalign.engine.model.lora import LoraSpec
+from rayalign.engine.model.lora import LoraConfig
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, state_digest
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.state import TrainSpec
-from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.storage.manifest import verify
 
 pytestmark = [
@@ -56,9 +58,9 @@ pytestmark = [
 ]
 
 SINGLE = make_strategy("single", CPU)
-DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
-ZERO2, ZERO3 = (StrategySpec(name="deepspeed", zero_stage=stage) for stage in (2, 3))
-GATHERING = replace(ZERO3, config='{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+DDP, FSDP2 = StrategyConfig(name="ddp"), StrategyConfig(name="fsdp2")
+ZERO2, ZERO3 = (StrategyConfig(name="deepspeed", zero_stage=stage) for stage in (2, 3))
+GATHERING = ZERO3.model_copy(update={"config": "gathering.json"})
 """Of a tiny model, too, every parameter is whole only while it is used."""
 TEAMS = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": GATHERING}
 METHODS = ("dpo", "exo_rw", "wpo", "mpo", "rloo", "lora", "lora_experts", "lora_rewards")
@@ -99,7 +101,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             streams=(bare,),
             objectives=(objective("dpo"),),
             lr=5e-3,
-            lora=LoraSpec(rank=3, alpha=6.0),
+            lora=LoraConfig(rank=3, alpha=6.0),
             reference_in_place=True,
             **small,
         ),
@@ -108,7 +110,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             streams=(bare,),
             objectives=(objective("dpo"),),
             lr=5e-3,
-            lora=LoraSpec(rank=3, alpha=6.0, target_modules=("q_proj", "gate_up_proj", "down_proj")),
+            lora=LoraConfig(rank=3, alpha=6.0, target_modules=("q_proj", "gate_up_proj", "down_proj")),
             reference_in_place=True,
             **small,
         ),
@@ -117,7 +119,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             streams=(ordered,),
             objectives=(objective("reward_model", center=0.01),),
             lr=5e-3,
-            lora=LoraSpec(rank=3, alpha=6.0),
+            lora=LoraConfig(rank=3, alpha=6.0),
             **small,
         ),
         "exo_rw": Scenario(
@@ -162,25 +164,31 @@ REFUSED = {
     ("zero3", "zero2"): "which ZeRO stage 2 cannot read: DeepSpeed's parts fit the workers and the stage",
     ("fsdp2", "zero2"): r"\.metadata, __0_0\.distcp, __1_0\.distcp, which deepspeed with 2 workers cannot read",
 }
-ADAPTER = {"lora": LoraSpec(rank=3, alpha=6.0), "reference_in_place": True}
+
+
+def offloaded(strategy: StrategyConfig) -> StrategyConfig:
+    return strategy.model_copy(update={"cpu_offload": True})
+
+
+ADAPTER = {"lora": LoraConfig(rank=3, alpha=6.0), "reference_in_place": True}
 FORMS = {
     "checkpointing": (FSDP2, {"gradient_checkpointing": True}),
     "checkpointing in bfloat16": (FSDP2, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
-    "offload 2": (replace(ZERO2, cpu_offload=True), {}),
-    "offload 3": (replace(ZERO3, cpu_offload=True), {}),
+    "offload 2": (offloaded(ZERO2), {}),
+    "offload 3": (offloaded(ZERO3), {}),
     "deepspeed in bfloat16": (ZERO3, {"dtype": "bfloat16"}),
     "gathered": (GATHERING, {}),
     "adapter": (GATHERING, ADAPTER),
     "adapter, checkpointing": (GATHERING, {**ADAPTER, "gradient_checkpointing": True}),
-    "adapter, offload 2": (replace(ZERO2, cpu_offload=True), ADAPTER),
-    "adapter, offload 3": (replace(GATHERING, cpu_offload=True), ADAPTER),
+    "adapter, offload 2": (offloaded(ZERO2), ADAPTER),
+    "adapter, offload 3": (offloaded(GATHERING), ADAPTER),
     "adapter in bfloat16": (GATHERING, {**ADAPTER, "dtype": "bfloat16"}),
 }
 """Further ways to compute one run, and what they change of it."""
 SHARDED = ("fsdp2", "zero2", "zero3")
 EVALUATED = ("dpo", "lora_rewards")
 LATE = ("ddp", "fsdp2", "zero2", "zero3")
-LORA = LoraSpec(rank=2, alpha=4.0)
+LORA = LoraConfig(rank=2, alpha=4.0)
 DRAWN = {
     "drawn": (FSDP2, None),
     "drawn by an adapter": (FSDP2, LORA),
@@ -224,7 +232,7 @@ def resumed(folder: Path) -> Scenario:
 def adapting(folder: Path, resumed: Scenario) -> dict[str, Scenario]:
     """DPO of an adapter, beside a reference in place; and a reward model's adapter, beside its head."""
     bare = replace(resumed.streams[0], columns=((),))
-    lora = LoraSpec(rank=2, alpha=4.0, dropout=0.1)
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1)
     pairs = [own for group in synthetic_groups([2] * 10) for own in ranked(group, by_reward=True)]
     ordered = store(folder / "resumed-ordered", pairs, groups_per_step=4)
     dpo = replace(resumed, streams=(bare,), objectives=(objective("dpo"),), lora=lora, reference_in_place=True)
@@ -241,8 +249,13 @@ def prompts(folder: Path) -> Path:
 
 def spec_of(directory: Path, scenario: Scenario, steps: int = 2 * STEPS) -> TrainSpec:
     spec = train_spec(directory, scenario)
-    constant = replace(spec.optimizer, steps=steps, schedule="constant", warmup_steps=0)
-    return replace(spec, optimizer=constant, checkpoint_every=4)
+    constant = spec.optim.model_copy(update={"schedule": "constant", "warmup": 0})
+    return replace(spec, optim=constant, steps=steps, checkpoint=CheckpointConfig(every=4, keep=2))
+
+
+def saved(spec: TrainSpec, **settings: Any) -> TrainSpec:
+    """The same run with other settings of ``checkpoint``."""
+    return replace(spec, checkpoint=spec.checkpoint.model_copy(update=settings))
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +293,12 @@ def pair(
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], refused_run, (spec_of(directory, resumed), resumed))
     for before, after in REFUSED:
         directory = folder / f"{before}-{after}"
-        weights_alone = replace(spec_of(directory, resumed), restart_optimizer=True)
+        weights_alone = saved(spec_of(directory, resumed), restart_optimizer=True)
         tasks[f"{directory.name} 3"] = Task(TEAMS[after], whole_run, (weights_alone, resumed))
     for name in TEAMS:
         tasks[f"whole {name}"] = Task(TEAMS[name], whole_run, (spec_of(folder / f"whole-{name}", resumed), resumed))
     for name in LATE:
-        late = replace(spec_of(folder / f"late-{name}", resumed), checkpoint_asynchronous=True)
+        late = saved(spec_of(folder / f"late-{name}", resumed), asynchronous=True)
         tasks[f"late {name}"] = Task(TEAMS[name], whole_run, (late, resumed))
     for (before, after), (kind, scenario) in product(ADAPTED, adapting.items()):
         directory = folder / f"{kind}-{before}-{after}"

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from rayalign.engine.model.lora import LoraSpec
+from rayalign.config.model import LoraConfig
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable
 from rayalign.errors import UserError
 
@@ -109,8 +109,8 @@ def trained(directory: Path, folder: Path, **changes: Any) -> Path:
     return train_alone(replace(spec, model=replace(spec.model, **changes)), scenario)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSpec(rank=2, alpha=4.0)], ids=["all weights", "LoRA"])
-def test_what_texts_do_not_pass_through_stays_as_it_was(lora: LoraSpec | None, saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4.0)], ids=["all weights", "LoRA"])
+def test_what_texts_do_not_pass_through_stays_as_it_was(lora: LoraConfig | None, saved, tmp_path: Path) -> None:
     directory, _ = saved(gemma3)
     final = trained(directory, tmp_path, lora=lora)
     before, after = load_file(directory / "model.safetensors"), load_file(final / "model.safetensors")

@@ -21,14 +21,15 @@ from tiny_runs import (
     train_spec,
 )
 
+from rayalign.config.training import StrategyConfig
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.state import TrainSpec
-from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import make_strategy
 
 GROUPS, GROUPS_PER_STEP = 10, 4
-DDP, FSDP2 = StrategySpec(name="ddp"), StrategySpec(name="fsdp2")
-Part = tuple[StrategySpec | None, int, int]
+DDP, FSDP2 = StrategyConfig(name="ddp"), StrategyConfig(name="fsdp2")
+Part = tuple[StrategyConfig | None, int, int]
 """A strategy (None: one process without a group), its workers, and the step that they end with."""
 
 
@@ -50,7 +51,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
 
 def spec_of(directory: Path, scenario: Scenario) -> TrainSpec:
     spec = train_spec(directory, scenario)
-    return replace(spec, optimizer=replace(spec.optimizer, schedule="constant", warmup_steps=0))
+    return replace(spec, optim=spec.optim.model_copy(update={"schedule": "constant", "warmup": 0}))
 
 
 def go(folder: Path, scenario: Scenario, parts: list[Part]) -> tuple[Path, list[list[tuple[int, int, str]]]]:

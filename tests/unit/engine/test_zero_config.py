@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 
-from rayalign.engine.optimizer import OptimizerSpec
-from rayalign.engine.strategy.base import StrategySpec
+from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.engine.strategy.zero_config import with_buckets, zero_config
 from rayalign.errors import UserError
 
-OPTIMIZER = OptimizerSpec(lr=1e-3, steps=10, max_grad_norm=0.5)
+OPTIM = OptimConfig(max_grad_norm=0.5)
 
 
 def told(user: Any = None, *, bfloat16: bool = False, **options: Any) -> dict[str, Any]:
     text = user if isinstance(user, str) or user is None else json.dumps(user)
-    return zero_config(StrategySpec(name="deepspeed", config=text, **options), OPTIMIZER, bfloat16=bfloat16)
+    return zero_config(StrategyConfig(name="deepspeed", **options), OPTIM, text, bfloat16=bfloat16)
 
 
 def test_micro_batches_are_the_loops_own() -> None:

@@ -96,7 +96,7 @@ def board() -> Board:
 
 
 def cell(directory: Path, identity: str = "dpo") -> CellResult:
-    spec = SimpleNamespace(directory=directory, optimizer=SimpleNamespace(steps=100), identity={})
+    spec = SimpleNamespace(directory=directory, steps=100, identity={})
     job = cast(TrainJob, SimpleNamespace(spec=spec, run=identity))
     found = Cell(id=identity, label=identity, coordinates={}, run=RUN)
     return CellResult(cell=found, run=RUN, job=job, points=(), failure="")

@@ -40,7 +40,7 @@ NAMES = ("first", "unprepared", "breaks", "unmeasured", "last")
 
 
 def ready(folder: Path, name: str) -> CellResult:
-    spec = SimpleNamespace(directory=folder / name, optimizer=SimpleNamespace(steps=4), identity={})
+    spec = SimpleNamespace(directory=folder / name, steps=4, identity={})
     job = cast(TrainJob, SimpleNamespace(spec=spec, run=name))
     found = Cell(id=name, label=name, coordinates={}, run=RUN)
     if name == "unprepared":

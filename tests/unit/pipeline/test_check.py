@@ -18,9 +18,10 @@ from tiny_runs import save_tiny
 from transformers import AutoTokenizer
 from workspaces import rayalign
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.select import likelihood
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
@@ -305,7 +306,7 @@ def test_what_a_filter_would_keep_is_said(tmp_path: Path) -> None:
     groups = [
         outcome.group
         for path in files
-        for outcome in rows_to_groups(next(read_chunks(Unit(path=str(path)))), chat, TokenizeSettings())
+        for outcome in rows_to_groups(next(read_chunks(Unit(path=str(path)))), chat, TokenBudget())
         if isinstance(outcome, Tokenized)
     ]
     spec = ScoringSpec(model=ModelSpec(name=weights), tokens_per_micro_batch=4096, row_tokens=256)

@@ -12,6 +12,7 @@ import yaml
 from tiny_runs import save_tiny
 
 from rayalign.cli import main
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Group
@@ -19,7 +20,7 @@ from rayalign.data.records import RawRow
 from rayalign.data.schema import Example
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, to_groups
+from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.data.tokenize_rows import Shape, shaped
 from rayalign.engine.model.folder import tokenizer_digest
 from rayalign.engine.model.pretrained import load_tokenizer
@@ -125,7 +126,7 @@ def make_store(folder: Path, rows: list[dict[str, Any]], shape: Shape, *, templa
     assert all(isinstance(example, Example) for example in examples)
     chat = make_chat(tokenizer, template=template)
     groups: list[Group] = []
-    for example, outcome in zip(examples, to_groups(examples, chat, TokenizeSettings()), strict=True):  # type: ignore[arg-type]
+    for example, outcome in zip(examples, to_groups(examples, chat, TokenBudget()), strict=True):  # type: ignore[arg-type]
         assert isinstance(outcome, Tokenized), outcome
         groups += shaped(outcome.group, shape, preference=example.preference)  # type: ignore[union-attr]
     directory = folder / f"tokens-{shape}"

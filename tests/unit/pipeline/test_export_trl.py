@@ -14,11 +14,11 @@ from shapes import ASK, BRIEF, LOOK, SEEN, SKY, TOOLS, answer, pair, thought, us
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import remove_none_values
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import Unit, prepare_chunk
 from rayalign.engine.model.folder import tokenizer_digest
 from rayalign.errors import UserError
@@ -28,7 +28,7 @@ BLUE, GREEN = [answer("Blue.")], [answer("Green.")]
 CALL = [answer("", tool_calls=[SKY])]
 PLAIN = pair(BRIEF, ASK, chosen=BLUE, rejected=GREEN)
 TEXT = {"prompt": "What is it?", "chosen": "Blue.", "rejected": "Green."}
-SETTINGS = TokenizeSettings(max_prompt_tokens=2_000, max_tokens=4_000)
+SETTINGS = TokenBudget(max_prompt_tokens=2_000, max_tokens=4_000)
 CASES: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "turns": ("qwen2_5", [PLAIN], "turns"),
     "texts are what a user says": ("qwen2_5", [TEXT], "turns"),
@@ -91,7 +91,7 @@ def test_an_answer_that_was_cut_off_says_so(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_was_cut_is_whole_in_the_file(tmp_path: Path) -> None:
-    settings = TokenizeSettings(max_prompt_tokens=12, max_tokens=24)
+    settings = TokenBudget(max_prompt_tokens=12, max_tokens=24)
     (group,), found, (written,) = exported("qwen2_5", [PLAIN], tmp_path, settings=settings)
     assert len(group.prompt_ids) < 25 and written["prompt"] == [BRIEF, ASK]
     (note,) = found.notes
@@ -112,7 +112,7 @@ def test_rows_of_which_trl_makes_other_tokens_are_left_out_and_told(tmp_path: Pa
 
 
 def exported(
-    family: str, rows: list[dict[str, Any]], folder: Path, *, settings: TokenizeSettings = SETTINGS
+    family: str, rows: list[dict[str, Any]], folder: Path, *, settings: TokenBudget = SETTINGS
 ) -> tuple[list[Group], Exported, list[dict[str, Any]]]:
     """(stored groups, what the export says, its rows)."""
     tokenizer = families.tokenizer_of(family)

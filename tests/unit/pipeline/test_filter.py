@@ -21,7 +21,6 @@ from rayalign.data.shard import write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
-from rayalign.methods import resolve
 from rayalign.report.formatting import kept
 from rayalign.rounds.stored import drawn_rows, order_of
 from rayalign.rounds.streams import StoredStream
@@ -140,7 +139,7 @@ def test_a_run_is_filtered_by_its_initial_policy_at_temperature_1(
     groups = labelled(GROUPS) if method == "kto" else GROUPS
     whole = store(tmp_path / "store", groups, groups_per_step=4)
     alone = Alone(artifacts=Artifacts(root=tmp_path / "artifacts", note=notes.append), session=stages.session, asked=[])
-    ours = filtered_stream(whole, run, resolve(method), alone)
+    ours = filtered_stream(whole, run, alone)
     (spec,) = alone.asked
     assert (spec.model.name, spec.logit_temperature) == (str(model), 1.0)
     scores = plain_scores(model, [replace(group, candidates=group.candidates[:own]) for group in groups])
@@ -150,7 +149,7 @@ def test_a_run_is_filtered_by_its_initial_policy_at_temperature_1(
     assert notes[-1].startswith(f"filter: kept {num_kept} of {len(groups)} {unit}, threshold −")
     assert replace(ours, kept=()) == whole
     unfiltered = run.model_copy(update={"filter": None})
-    assert filtered_stream(whole, unfiltered, resolve(method), alone) == whole and len(alone.asked) == 1
+    assert filtered_stream(whole, unfiltered, alone) == whole and len(alone.asked) == 1
 
 
 def chosen(stages: Stages, stream: StoredStream) -> StoredStream:

@@ -12,26 +12,20 @@ from tiny_runs import save_tiny
 from tiny_tokenizers import CHATML, byte_level
 
 from rayalign.config import load_run
+from rayalign.config.data import TokenBudget
+from rayalign.config.training import BestConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
-from rayalign.engine.checkpoint.checkpoint import Best
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
-from rayalign.methods import resolve
-from rayalign.run.job import (
-    checkpoint_best,
-    critic_spec,
-    method_of,
-    num_processes,
-    optimizer_spec,
-    run_identity,
-)
+from rayalign.run.identity import run_identity
+from rayalign.run.job import critic_spec, refuse_unsaved_best
 from rayalign.run.model import model_spec
 from rayalign.run.readers import refuse_unusable_models
+from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import preparation, prompts_of, round_plan
 from rayalign.run.streams import num_steps, require_columns
 from rayalign.runtime.placement import Share, share
@@ -50,8 +44,10 @@ ON_POLICY = ["model.name=m", "data.train=t.jsonl", "rollout.samples=4", "scorer=
 def test_rounds_have_the_passes_and_the_preparation_of_the_configuration() -> None:
     def of(method: str, policy: str) -> tuple[int, str | None]:
         run = load_run(None, [*ON_POLICY, f"method={method}", f"data_policy={policy}"])
-        prepared = preparation(run, method_of(run))
-        return round_plan(run, 8).passes, prepared.key if prepared else None
+        prepared = preparation(run)
+        assert run.drawing is not None
+        plan = round_plan(run.drawing, run, refresh_every=4, steps=8)
+        return plan.passes, prepared.key if prepared else None
 
     twice = "{name: on_policy, refresh_every: 4, passes: 2}"
     assert of("dpo", twice) == (2, None)
@@ -69,9 +65,9 @@ def test_rollouts_on_nodes_of_their_own_leave_those_that_are_there_to_training()
     )
     settings = [*ON_POLICY, "data_policy=on_policy", "method=dpo", "strategy={name: ddp, workers: 2}"]
     run = load_run(None, [*settings, "rollout.actors=[0, 8]", "rollout.placement=separate"])
-    assert num_processes(run, session) == 2
+    assert resolve(run, session).processes == 2
     assert share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
-    counted = num_processes(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session)
+    counted = resolve(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session).processes
     with pytest.raises(UserError, match=r"3 processes need a GPU each, the cluster has 2: .*placement: separate"):
         share(session, counted, workers=2)
 
@@ -148,16 +144,17 @@ def test_a_run_that_a_step_has_stopped_may_go_on_without_such_steps(tmp_path: Pa
 
 
 def test_the_best_checkpoint_is_one_of_those_that_are_measured() -> None:
-    def best(*settings: str) -> Best | None:
+    def best(*settings: str) -> BestConfig | None:
         run = load_run(None, ["model.name=m", "data={train: t.jsonl, eval: e.jsonl}", *settings])
-        return checkpoint_best(run, 60)
+        refuse_unsaved_best(run, 60)
+        return run.checkpoint.best
 
     held_out = "checkpoint={every: 20, best: {metric: eval_loss, mode: min}}"
     assert best("method=dpo") is None
-    assert best("method=dpo", "checkpoint.best={metric: rewards/margins, mode: max}") == Best(
+    assert best("method=dpo", "checkpoint.best={metric: rewards/margins, mode: max}") == BestConfig(
         metric="rewards/margins", mode="max"
     )
-    expected = Best(metric="eval_loss", mode="min")
+    expected = BestConfig(metric="eval_loss", mode="min")
     assert best("method=dpo", held_out, "evaluate.every=15") == expected  # what is evaluated is saved
     assert best("method=reward_model", held_out, "evaluate.every=10") == expected
     with pytest.raises(UserError, match="eval_loss is measured after steps 25, 50, 60, and checkpoint.every: 20 "):
@@ -168,7 +165,7 @@ def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "gr
     path = folder / "ranked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     unit = Unit(path=str(path))
-    chat, settings = make_chat(byte_level(template=CHATML)), TokenizeSettings(max_prompt_tokens=20, max_tokens=40)
+    chat, settings = make_chat(byte_level(template=CHATML)), TokenBudget(max_prompt_tokens=20, max_tokens=40)
     [chunk] = read_chunks(unit)
     report = prepare_chunk(chunk, chat, settings, unit=unit, shape=shape, directory=folder / "store", name="0")
     assert report.shard is not None and not report.bad
@@ -198,16 +195,16 @@ def test_rows_without_a_number_are_named_before_training(
     run = load_run(None, ["model.name=m", "data.train=t.jsonl", f"method={method}"])
     store = ranked_store(tmp_path, rows)
     if not lacking:
-        return require_columns(run, method_of(run), "ranked", store)
+        return require_columns(run, "ranked", store)
     with pytest.raises(UserError, match=f"ranked: {run.method.name} needs {lacking}"):
-        require_columns(run, method_of(run), "ranked", store)
+        require_columns(run, "ranked", store)
 
 
 def test_labels_are_of_the_examples_not_of_their_mismatched_company(tmp_path: Path) -> None:
     run = load_run(None, ["model.name=m", "data.train=t.jsonl", "method.name=kto"])
     examples = Mismatched(ranked_store(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}], shape="labelled"))
     shard = write_shard(tmp_path / "mismatched", "0", [examples[0], examples[1]])
-    require_columns(run, resolve("kto"), "pairs", commit_store(tmp_path / "mismatched", [shard], meta={}))
+    require_columns(run, "pairs", commit_store(tmp_path / "mismatched", [shard], meta={}))
 
 
 SCORER = Path(__file__).parents[2] / "fixtures" / "scorers.py"
@@ -220,13 +217,13 @@ PPO = [
 def test_a_critic_starts_from_the_policy_or_from_its_own_folder_and_has_a_rate_of_its_own(tmp_path: Path) -> None:
     policy, other = (save_tiny(tmp_path / name) for name in ("policy", "other"))
     null = load_run(None, [*PPO, f"model.name={policy}", "model.from_scratch=true", "seed=5"])
-    spec = critic_spec(null, 10)
+    spec = critic_spec(null)
     assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.from_scratch
-    assert spec.optimizer == replace(optimizer_spec(null, 10), lr=9e-6)
+    assert spec.optim == null.optim.model_copy(update={"lr": 9e-6})
     run = load_run(None, [*PPO, f"model.name={policy}", f"critic={{model: {other}, lr: 1e-4}}", "data.stop=<|end|>"])
-    spec = critic_spec(run, 10)
+    spec = critic_spec(run)
     assert spec.model.name == str(other) and spec.model.head == ScalarHead(stop="<|end|>")
-    assert spec.optimizer == replace(optimizer_spec(run, 10), lr=1e-4)
+    assert spec.optim == run.optim.model_copy(update={"lr": 1e-4})
     # Other weights of the critic are another run.
     before = run_identity(run, [])
     assert run_identity(run, []) == before

@@ -13,7 +13,7 @@ from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, mea
 from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError
-from rayalign.run.job import evaluation_steps, optimizer_spec
+from rayalign.run.job import evaluation_steps, refuse_long_warmup
 from rayalign.run.stages import Stages
 from rayalign.runtime.evaluation import EvaluationSpec
 from rayalign.runtime.session import Node, Session
@@ -124,9 +124,9 @@ def test_steps_that_an_epoch_does_not_reach(folder: Path) -> None:
     assert evaluation_steps(run, 5) == (2, 5)
     with pytest.raises(UserError, match="evaluate.at: step 5 is never reached: the run has 4"):
         evaluation_steps(run, 4)
-    assert optimizer_spec(run, 9).warmup_steps == 9
+    refuse_long_warmup(run.optim, 9)
     with pytest.raises(UserError, match="optim.warmup of 9 steps is longer than the run of 8"):
-        optimizer_spec(run, 8)
+        refuse_long_warmup(run.optim, 8)
 
 
 def test_the_report_repeats_what_a_cell_assumes(folder: Path) -> None:

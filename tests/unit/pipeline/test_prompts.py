@@ -10,10 +10,11 @@ from lab.world import pairs
 
 from rayalign.comparison.prompts import prompt_sets, prompt_text, read_examples
 from rayalign.config import load_run
+from rayalign.config.data import TokenBudget
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.records import RawRow
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.run.stages import Stages
@@ -46,7 +47,7 @@ def test_prompts_are_tokenized_as_training_does(tmp_path: Path, stages: Stages) 
     [(label, prompts)] = prompt_sets(run, stages).items()
     raw = [RawRow(source=path, line=line, value=row) for line, row in enumerate(rows, 1)]
     trained = rows_to_groups(
-        raw, make_chat(load_tokenizer(LAB_MODEL)), TokenizeSettings(max_prompt_tokens=128, max_tokens=256)
+        raw, make_chat(load_tokenizer(LAB_MODEL)), TokenBudget(max_prompt_tokens=128, max_tokens=256)
     )
     assert label == "eval"
     assert [list(prompt.ids) for prompt in prompts] == [

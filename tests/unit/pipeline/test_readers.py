@@ -152,10 +152,10 @@ def test_what_no_model_of_the_run_reads_is_refused_by_its_row(llama: Path, tmp_p
         UserError, match=rf"synthetic.jsonl:\d has {longest} tokens, .*short reads {longest - 1} \(max_pos"
     ):
         refuse_unreadable(tmp_path / "rows", configured(llama, model={"reference": str(short)}))
+    drawing = configured(save_tiny(tmp_path / "tiny", max_position_embeddings=40), DRAWN)
+    assert drawing.rollout is not None
     with pytest.raises(UserError, match=r"rollout.max_new_tokens are 30, more than the 40 that .*tiny reads"):
-        refuse_unanswerable(
-            tmp_path / "rows", configured(save_tiny(tmp_path / "tiny", max_position_embeddings=40), DRAWN)
-        )
+        refuse_unanswerable(tmp_path / "rows", drawing, drawing.rollout)
     run = configured(tmp_path / "tiny", MEASURED)
     with pytest.raises(UserError, match=r"evaluate.prompts: a prompt of 30 tokens and \d+ new ones .* context of 40"):
         refuse_long_questions((Prompt(prompt="Why?", ids=tuple(range(30))),), run)

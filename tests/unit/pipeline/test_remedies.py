@@ -22,10 +22,11 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.engine.state import TrainSpec
 from rayalign.errors import Stopped
 from rayalign.rounds.streams import StoredStream
-from rayalign.run.job import method_of, objectives, optimizer_spec, run_identity
+from rayalign.run.identity import run_identity
+from rayalign.run.job import objectives
 from rayalign.run.model import trained_spec
 
-ROOMS = ("engine", "runtime", "rollout", "sources", "judge")
+ROOMS = ("engine", "runtime", "rollout", "rounds", "judge")
 """Where a run's messages are written once it has started."""
 
 DECIDE = {
@@ -83,21 +84,18 @@ def trained(stored: StoredStream, directory: Path, settings: list[str], **argume
     scenario = Scenario(
         model=model,
         streams=(stored,),
-        objectives=objectives(run, method_of(run)),
+        objectives=objectives(run),
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
     )
     spec = TrainSpec(
         directory=directory,
         model=trained_spec(run),
         objectives=scenario.objectives,
-        optimizer=optimizer_spec(run, STEPS),
+        optim=run.optim,
+        steps=STEPS,
         seed=run.seed,
         identity=run_identity(run, [stored]),
-        checkpoint_every=run.checkpoint.every,
-        checkpoint_keep=run.checkpoint.keep,
-        restart_optimizer=run.checkpoint.restart_optimizer,
-        on_nonfinite=run.optim.on_nonfinite,
-        max_skipped_in_a_row=run.optim.max_skipped_in_a_row,
+        checkpoint=run.checkpoint,
         stop_ids=(4,),
     )
     return train_alone(spec, scenario, **arguments)

@@ -16,7 +16,6 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.errors import UserError
 from rayalign.rounds.streams import RoundStream, SourceSpec, StoredStream
-from rayalign.run.job import method_of
 from rayalign.run.rollouts import prompts_of, round_plan
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.streams import shape_of
@@ -57,14 +56,15 @@ def test_rounds_may_hold_the_longest_prompt_with_completions_at_their_limit(
         policy = ["data_policy=on_policy", "rollout={samples: 4, max_new_tokens: 12}", SCORED]
         settings = [f"model.name={tmp_path / 'model'}", "data.train=t.jsonl", *policy]
         run = load_run(None, [*settings, f"method={method}", f"optim.tokens_per_micro_batch={tokens_per_micro_batch}"])
+        assert run.drawing is not None
         stream = RoundStream(
             name="train",
             prompts=prompts_of([tmp_path / "prompts"], weights=[1.0], groups_per_step=2),
-            plan=round_plan(run, 4),
+            plan=round_plan(run.drawing, run, refresh_every=4, steps=4),
             folder=tmp_path / "rounds",
             num_candidates=kept,
         )
-        assert shape_of(method_of(run)) == {"grpo": "group", "dpo": "pair", "kto": "labelled"}[method]
+        assert shape_of(run.trained_method) == {"grpo": "group", "dpo": "pair", "kto": "labelled"}[method]
         source = SourceSpec(
             streams=(stream,), seed=0, tokens_per_micro_batch=tokens_per_micro_batch, row_tokens=row_tokens
         )

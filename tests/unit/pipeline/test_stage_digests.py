@@ -11,22 +11,22 @@ import pytest
 import torch
 from lab.world import pairs
 
+from rayalign.config.data import TokenBudget
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import RawRow
 from rayalign.data.select import rows_file, scores_of, select, write_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
-from rayalign.data.tokenize import TokenizeSettings
 from rayalign.data.tokenize_rows import Unit, prepare_chunk
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
-from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import Preparation, prepare_columns
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.streams import StoredStream
 from rayalign.runtime.reference import LOG_PROBS
 from rayalign.storage.artifacts import STAGE_VERSIONS
@@ -52,7 +52,7 @@ def make_store(directory: Path, shape: str) -> TokenStore:
     report = prepare_chunk(
         rows,
         make_chat(load_tokenizer(LAB_MODEL)),
-        TokenizeSettings(max_prompt_tokens=128, max_tokens=256),
+        TokenBudget(max_prompt_tokens=128, max_tokens=256),
         unit=Unit(path="pairs.jsonl"),
         shape=shape,  # type: ignore[arg-type]
         directory=directory,
@@ -153,8 +153,8 @@ def test_rollouts(tmp_path: Path) -> None:
         engine="none",
         sampling=None,
         keep_stored=True,
-        scorer=ScorerSpec(label="oracle", name="rule", parameters={"function": "lab.world:oracle"}),
-        label=LabelSpec(name="bradley_terry", scale=0.1),
+        scorer=RuleScorerConfig(function="lab.world:oracle"),
+        label=LabelConfig(name="bradley_terry", scale=0.1),
         shape="pair",
         needs_reference=False,
     )

@@ -24,7 +24,6 @@ from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks, shaped
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
-from rayalign.run.model import tokenizer_spec
 from rayalign.run.stages import Stages
 from rayalign.runtime.session import Node, Session
 from rayalign.storage.artifacts import Artifacts
@@ -88,12 +87,11 @@ def make_tokens(folder: Path, **parts: object) -> TokenStore:
     assert run is not None
 
     def build(directory: Path) -> None:
-        spec = tokenizer_spec(run)
-        chat = make_chat(load_tokenizer(Path(spec.name)), template=spec.template, stop=spec.stop)
+        chat = make_chat(load_tokenizer(Path(run.model.name)), template=run.data.template, stop=run.data.end)
         [rows] = read_chunks(Unit(path=str(folder / "pairs.jsonl")))
         groups = [
             group
-            for outcome in rows_to_groups(rows, chat, spec.settings)
+            for outcome in rows_to_groups(rows, chat, run.data)
             if isinstance(outcome, Tokenized)
             for group in shaped(outcome.group, "pair")
         ]
@@ -157,7 +155,7 @@ def test_what_is_made_before_makes_more_keys_known(folder: Path) -> None:
     # simpo has no reference, so all of it is there: five steps of two of the three pairs, in the plan's order
     dpo, simpo = found.runs
     assert dpo.job is None and simpo.job is not None
-    assert simpo.job.spec.optimizer.steps == 5
+    assert simpo.job.spec.steps == 5
     assert len(store) == 3
     again = planned(folder, grid=grid, fresh=frozenset({"tokens"}))
     states = {stage.name: stage_state(stage, again, frozenset({"tokens"})) for stage in again.stages}

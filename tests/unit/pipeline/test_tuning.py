@@ -16,8 +16,9 @@ from rayalign.comparison.record import CellResult
 from rayalign.comparison.tuning import Outcome, TrialResult, mean, pick, settle, trial_cells, trials_table
 from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.errors import Stopped
-from rayalign.judge.measure import Prompt, ScorerSpec
+from rayalign.judge.measure import Prompt
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
 from rayalign.run.stages import Stages
@@ -35,7 +36,7 @@ SPEC = EvaluationSpec(
     reference=None,  # type: ignore[arg-type]
     prompt_sets={"shop": (Prompt(ids=(1,), prompt="Why?"),) * 3},
     sampling=SamplingParams(),
-    scorers=(ScorerSpec(label="oracle", name="rule", parameters={}),),
+    scorers=(RuleScorerConfig(function="lab.world:oracle"),),
 )
 
 

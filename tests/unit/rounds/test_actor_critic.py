@@ -32,11 +32,11 @@ from tiny_rollouts import InProcess, OnPolicyRun
 from tiny_runs import objective, store, synthetic_groups, train_with_critic
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rayalign.config.training import OptimConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
-from rayalign.engine.optimizer import OptimizerSpec
 from rayalign.engine.state import CriticSpec
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import Stopped
@@ -282,7 +282,7 @@ def test_a_critic_starts_from_a_reward_models_folder(tmp_path: Path, model: Path
     save_pretrained(reward_model, tokenizer, tmp_path / "rm")
     run = ppo(tmp_path / "run", model, file, plan=replace(PLAN, steps=1))
     spec = run.spec()
-    critic = CriticSpec(model=ModelSpec(name=str(tmp_path / "rm"), head=ScalarHead()), optimizer=spec.optimizer)
+    critic = CriticSpec(model=ModelSpec(name=str(tmp_path / "rm"), head=ScalarHead()), optim=spec.optim)
     with serving(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
     store = opened(run, 0)
@@ -322,7 +322,7 @@ def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: 
         broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
-        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optimizer=OptimizerSpec(lr=1e-3, steps=2)
+        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
     )
     with pytest.raises(NonFiniteStep, match="step 1: loss"), serving(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
@@ -336,10 +336,10 @@ def test_where_the_critic_is_not_finite_both_models_skip(tmp_path: Path, model: 
         broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
-        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optimizer=OptimizerSpec(lr=1e-3, steps=2)
+        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
     )
     with serving(run.job, InProcess(), run.notes.append):
-        train_with_critic(replace(run.spec(), critic=critic, on_nonfinite="skip"), run.scenario)
+        train_with_critic(run.spec(critic=critic, optim={"on_nonfinite": "skip"}), run.scenario)
     assert [row["skipped_steps"] for row in rows(run)] == [1, 2]
     start, end = (load_file(path / "model.safetensors") for path in (model, tmp_path / "final"))
     assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in start)

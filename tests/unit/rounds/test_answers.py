@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tiny_tokenizers as tiny
 
+from rayalign.config.data import TokenBudget
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Candidate, Group
 from rayalign.data.records import RawRow
-from rayalign.data.tokenize import Tokenized, TokenizeSettings, rows_to_groups
+from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.rounds.answers import written_back
 
-SETTINGS = TokenizeSettings(max_prompt_tokens=1_000, max_tokens=2_000)
+SETTINGS = TokenBudget(max_prompt_tokens=1_000, max_tokens=2_000)
 
 
 def drawn(chat: Chat, prompt: Any, *completions: tuple[str, bool]) -> tuple[Group, list[int]]:

@@ -29,8 +29,9 @@ from teams import Task, results_of
 from tiny_rollouts import InProcess, OnPolicyRun
 from tiny_runs import same_optimizer, train_with_critic
 
+from rayalign.config.training import StrategyConfig
 from rayalign.engine.model.lora import ADAPTER
-from rayalign.engine.strategy.base import Strategy, StrategySpec
+from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
 from rayalign.runtime.rounds import serving
 
@@ -45,10 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, file: Path) -
 # Teams of two workers.
 
 SHARDED = {
-    "ddp": StrategySpec(name="ddp"),
-    "fsdp2": StrategySpec(name="fsdp2"),
-    "zero2": StrategySpec(name="deepspeed", zero_stage=2),
-    "zero3": StrategySpec(name="deepspeed", zero_stage=3),
+    "ddp": StrategyConfig(name="ddp"),
+    "fsdp2": StrategyConfig(name="fsdp2"),
+    "zero2": StrategyConfig(name="deepspeed", zero_stage=2),
+    "zero3": StrategyConfig(name="deepspeed", zero_stage=3),
 }
 CHANGES = [
     ("ddp", "ddp"),

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from rayalign.config.policy import LabelConfig
 from rayalign.errors import UserError
-from rayalign.rounds.label import LabelSpec, label, label_key
+from rayalign.rounds.label import label, label_key
 
 EQUAL = [4] * 6
 
 
 def pair(scores: list[float], lengths: list[int] | None = None, *, key: int = 7, **fields: object) -> tuple[int, ...]:
     """Kept candidates of a pairwise method; () for no preference."""
-    found = label(scores, lengths or EQUAL[: len(scores)], LabelSpec(**fields), shape="pair", key=key)  # type: ignore[arg-type]
+    found = label(scores, lengths or EQUAL[: len(scores)], LabelConfig(**fields), shape="pair", key=key)  # type: ignore[arg-type]
     assert found.preferred or found.kept == (0,)
     return found.kept if found.preferred else ()
 
@@ -60,11 +61,11 @@ def test_a_noisy_labeller_prefers_by_bradley_terry() -> None:
 
 def test_what_other_methods_keep() -> None:
     scores, lengths = [0.3, 0.9, 0.1], [2, 2, 2]
-    assert label(scores, lengths, LabelSpec(name="rewards"), shape="group", key=0).kept == (0, 1, 2)
-    assert label(scores, lengths, LabelSpec(), shape="one", key=0).kept == (1,)
-    sides = {label(scores, lengths, LabelSpec(), shape="labelled", key=key) for key in range(20)}
+    assert label(scores, lengths, LabelConfig(name="rewards"), shape="group", key=0).kept == (0, 1, 2)
+    assert label(scores, lengths, LabelConfig(), shape="one", key=0).kept == (1,)
+    sides = {label(scores, lengths, LabelConfig(), shape="labelled", key=key) for key in range(20)}
     assert {(found.kept, found.label) for found in sides} == {((1,), 1.0), ((2,), 0.0)}
-    assert isnan(label(scores, lengths, LabelSpec(), shape="pair", key=0).label)
+    assert isnan(label(scores, lengths, LabelConfig(), shape="pair", key=0).label)
 
 
 def test_a_rule_of_ones_own(tmp_path: Path) -> None:
@@ -131,11 +132,11 @@ def test_what_a_rule_of_ones_own_may_return(
 
 
 def test_rankings_keep_all_by_their_rewards_or_the_pair_of_a_rule() -> None:
-    whole = label([0.5, 2.0, 0.5], EQUAL[:3], LabelSpec(name="rewards"), shape="ranking", key=7)
+    whole = label([0.5, 2.0, 0.5], EQUAL[:3], LabelConfig(name="rewards"), shape="ranking", key=7)
     assert (whole.kept, whole.rank, whole.preferred) == ((0, 1, 2), (1.0, 0.0, 1.0), True)
-    two = label([0.5, 2.0, 0.4], EQUAL[:3], LabelSpec(name="best_worst"), shape="ranking", key=7)
+    two = label([0.5, 2.0, 0.4], EQUAL[:3], LabelConfig(name="best_worst"), shape="ranking", key=7)
     assert (two.kept, two.rank) == ((1, 2), (0.0, 1.0))
     for name in ("rewards", "best_worst"):
-        tied = label([1.0, 1.0], EQUAL[:2], LabelSpec(name=name), shape="ranking", key=7)
+        tied = label([1.0, 1.0], EQUAL[:2], LabelConfig(name=name), shape="ranking", key=7)
         assert (tied.kept, tied.rank, tied.preferred) == ((0,), (), False)
-    assert label([0.5, 2.0], EQUAL[:2], LabelSpec(), shape="pair", key=7).rank == ()
+    assert label([0.5, 2.0], EQUAL[:2], LabelConfig(), shape="pair", key=7).rank == ()

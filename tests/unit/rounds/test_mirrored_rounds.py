@@ -20,6 +20,7 @@ from tiny_rollouts import InProcess, OnPolicyRun
 from tiny_runs import CPU, objective, same_optimizer, store, synthetic_groups
 
 from rayalign.comparison.record import cost
+from rayalign.config.training import StrategyConfig
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import State, Weights
 from rayalign.engine.checkpoint.checkpoint import step_of
@@ -27,7 +28,7 @@ from rayalign.engine.checkpoint.mirror import rounds_of, send_rounds, upload
 from rayalign.engine.loop import train
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.objective import MAIN_STREAM
-from rayalign.engine.strategy.base import StrategySpec, make_strategy
+from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped
 from rayalign.rounds.chunk import Chunk, ChunkMaker
 from rayalign.rounds.plan import RoundPlan
@@ -421,7 +422,7 @@ def test_the_cost_of_a_lost_round_is_known_from_its_rows(lost: OnPolicyRun, tmp_
         spec=lost.spec(),
         source=lost.scenario.source,
         held_out=None,
-        strategy=StrategySpec(name="single"),
+        strategy=StrategyConfig(name="single"),
         workers=1,
         share=lost.job.share,
         run="",

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tiny_rollouts import SCORER, STOP_ID, InProcess, OnPolicyRun, chunk_spec, prompt_stream
 from tiny_runs import objective
 
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize_rows import Shape
 from rayalign.engine.batches import Weights
@@ -24,9 +26,7 @@ from rayalign.engine.canary import RESPONSE_TOKENS
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import Stopped, UserError
-from rayalign.judge.measure import ScorerSpec
 from rayalign.rounds.chunk import Chunk, ChunkMaker, refuse_broken_weights
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import StoredGroups
 from rayalign.runtime.pool import ItemKilled, PoolClosed
@@ -253,7 +253,7 @@ def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: 
     rows = [{"prompt": "poison" if n == 2 else f"question {n}"} for n in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
-    scorer = ScorerSpec(label="poisoned", name="rule", parameters={"function": f"{SCORER}:poisoned"})
+    scorer = RuleScorerConfig(function=f"{SCORER}:poisoned")
     spec = chunk_spec(model, prompts, scorer=scorer)
     report = ChunkMaker()((spec, Chunk(name="0", positions=range(4), directory=tmp_path / "out", weights=None)))
     (failure,) = report.quarantined
@@ -324,7 +324,7 @@ def test_what_was_never_scored_is_no_part_of_any_loss(tmp_path: Path, model: Pat
         file = folder / "prompts.jsonl"
         rows = [{"prompt": word if n == 2 else f"question {n}"} for n in range(4)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scorer = ScorerSpec(label="poisoned", name="rule", parameters={"function": f"{SCORER}:poisoned"})
+        scorer = RuleScorerConfig(function=f"{SCORER}:poisoned")
         plan = RoundPlan(steps=1, refresh_every=1, lag=0, groups_per_step=4)
         method = objective(name, **({"reduction": "sequence"} if name == "sft" else {}))
         run = OnPolicyRun(folder, model, file, plan=plan, method=method, scorer=scorer, max_bad_fraction=0.5)
@@ -338,7 +338,7 @@ def test_what_was_never_scored_is_no_part_of_any_loss(tmp_path: Path, model: Pat
 def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model: Path, file: Path) -> None:
     """WPO's published mixture: the policy's own samples and a stored one, the same scorer for all."""
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
-    spec = chunk_spec(model, prompts, keep_stored=True, label=LabelSpec(name="wpo", threshold=0.5, gap=0.1))
+    spec = chunk_spec(model, prompts, keep_stored=True, label=LabelConfig(name="wpo", threshold=0.5, gap=0.1))
     report = ChunkMaker()((spec, Chunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
     assert report.scorer_calls == 10 * (3 + 2) and report.completions == 30
     assert report.labels == 10  # "aeiou 3" scores 5/7, "xyz" nothing

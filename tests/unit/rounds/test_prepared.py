@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny_rollouts import SCORER, STOP_ID, OnPolicyRun
 from tiny_runs import objective
 
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.metrics import read_metrics
 from rayalign.functional.advantages import rloo_advantage
-from rayalign.judge.measure import ScorerSpec
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.plan import RoundPlan
 
@@ -174,7 +174,7 @@ def test_a_prompt_that_the_scorer_fails_on_teaches_nothing(tmp_path: Path, model
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "poison" if n == 2 else f"question {n}"} for n in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scorer = ScorerSpec(label="poisoned", name="rule", parameters={"function": f"{SCORER}:poisoned"})
+    scorer = RuleScorerConfig(function=f"{SCORER}:poisoned")
     plan = RoundPlan(steps=1, refresh_every=1, lag=0, groups_per_step=4)
     for name in ("rloo", "reinforce_pp", "grpo"):
         method = objective(name)

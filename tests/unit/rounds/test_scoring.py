@@ -15,13 +15,13 @@ from tiny_models import tiny
 from tiny_rollouts import OnPolicyRun, chunk_spec, prompt_stream
 from tiny_tokenizers import CHATML, byte_level
 
+from rayalign.config.scoring import LlmScorerConfig, RuleScorerConfig, ScorerConfig
 from rayalign.data.group import Candidate, Group
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
-from rayalign.judge.measure import ScorerSpec
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.streams import StoredStream
@@ -35,8 +35,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
         yield server
 
 
-def rule(function: str, **parameters: Any) -> ScorerSpec:
-    return ScorerSpec(label=function, name="rule", parameters={"function": f"{ODD}:{function}", **parameters})
+def rule(function: str, **parameters: Any) -> RuleScorerConfig:
+    return RuleScorerConfig(function=f"{ODD}:{function}", **parameters)
 
 
 def poisoned_prompts(folder: Path, *, places: tuple[int, ...], count: int = 8) -> Path:
@@ -46,7 +46,7 @@ def poisoned_prompts(folder: Path, *, places: tuple[int, ...], count: int = 8) -
     return file
 
 
-def made(folder: Path, model: Path, scorer: ScorerSpec, *, most_bad: int | None = None) -> ChunkReport:
+def made(folder: Path, model: Path, scorer: ScorerConfig, *, most_bad: int | None = None) -> ChunkReport:
     """The chunk of eight prompts of which the third is poison."""
     prompts = prompt_stream(folder, poisoned_prompts(folder, places=(2,)), groups_per_step=4)
     chunk = Chunk(name="0", positions=range(8), directory=folder / "out", weights=None, most_bad=most_bad)
@@ -67,12 +67,12 @@ def made(folder: Path, model: Path, scorer: ScorerSpec, *, most_bad: int | None 
     ids=["hangs", "exits"],
 )
 def test_a_reward_that_hangs_or_exits_costs_its_prompt(
-    tmp_path: Path, model: Path, scorer: ScorerSpec, expected: str
+    tmp_path: Path, model: Path, scorer: ScorerConfig, expected: str
 ) -> None:
     report = made(tmp_path, model, scorer, most_bad=1)
     (told,) = report.quarantined
     assert (Path(told["file"]).name, told["line"], told["prompt"]) == ("prompts.jsonl", 3, "poison 2")
-    assert f"{scorer.parameters['function']!r} {expected}" in told["reason"]
+    assert f"{scorer.function!r} {expected}" in told["reason"]
     store = commit_store(tmp_path / "out", [report.shard], meta={})
     assert [store.index.line[row] for row in range(8) if not store[row].candidates] == [3]
     assert report.reward_sum > 0
@@ -116,8 +116,7 @@ def test_what_a_reward_prints_is_said_once(tmp_path: Path, model: Path) -> None:
 def test_an_endpoint_that_is_gone_ends_the_run_and_not_its_prompts(
     tmp_path: Path, model: Path, endpoint: Endpoint
 ) -> None:
-    parameters = {"model": "judge", "base_url": endpoint.url, "api_key_env": KEY_VARIABLE}
-    scorer = ScorerSpec(label="judge", name="llm", parameters=parameters)
+    scorer = LlmScorerConfig(model="judge", base_url=endpoint.url, api_key_env=KEY_VARIABLE)
     endpoint.answer = lambda question: 503
     with pytest.raises(ScorerUnusable, match="gives no answer: it answers 503"):
         made(tmp_path, model, scorer)

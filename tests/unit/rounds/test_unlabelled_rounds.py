@@ -11,12 +11,12 @@ import pytest
 from tiny_rollouts import SCORER, InProcess, OnPolicyRun
 from tiny_runs import objective
 
+from rayalign.config.policy import LabelConfig
+from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
-from rayalign.judge.measure import ScorerSpec
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import Chunk
-from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.runtime.drawing import Ledger
 from rayalign.runtime.rounds import Unlabelled
@@ -28,8 +28,8 @@ RULE = "label best_worst found no preference"
 WORTH = "the completions of each prompt are worth the same"
 
 
-def scorer(function: str) -> ScorerSpec:
-    return ScorerSpec(label=function, name="rule", parameters={"function": f"{SCORER}:{function}"})
+def scorer(function: str) -> RuleScorerConfig:
+    return RuleScorerConfig(function=f"{SCORER}:{function}")
 
 
 def make(
@@ -143,7 +143,7 @@ def test_ties_alone_move_no_weight_and_count_nowhere(tmp_path: Path, model: Path
     """On-policy KTO, where a rule has no preference for most prompts: what is labelled is all that there is."""
     sampling = SamplingParams(max_new_tokens=12, num_samples=2, stop_ids=(4,))
     plan = RoundPlan(steps=1, refresh_every=1, lag=0, groups_per_step=8)
-    label = LabelSpec(name="wpo", threshold=0.2, gap=0.1)
+    label = LabelConfig(name="wpo", threshold=0.2, gap=0.1)
     run = make(tmp_path, model, file, "kto", scorer=scorer("vowels"), plan=plan, label=label, sampling=sampling)
     run.train()
     [row] = read_metrics(tmp_path / "metrics.jsonl")
