@@ -32,6 +32,7 @@ from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
+from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.columns import Preparation
 from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
@@ -156,14 +157,17 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     )
     rows: list[Record] = []
 
-    def make_source(chosen: Layout, pad_id: int) -> StreamSource:
-        return StreamSource(source, layout=chosen, pad_id=pad_id)
+    rounds = RoundsClient(source)
+
+    def make_batches(chosen: Layout, pad_id: int) -> StreamSource:
+        return StreamSource(source, layout=chosen, pad_id=pad_id, rounds=rounds)
 
     with serving(rollouts, Alone(), lambda line: None):
         loop.train(
             spec,
-            make_source,
+            make_batches,
             make_strategy("single", torch.device("cpu")),
+            rounds=rounds,
             on_step=lambda row: rows.append({**row, "ended": time.perf_counter()}),
         )
     counted = rows[WARM_UP:]

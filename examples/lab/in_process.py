@@ -36,6 +36,7 @@ from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
 from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
+from rayalign.rounds.client import client_of
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.job import critic_spec, method_of, objectives, optimizer_spec
@@ -117,12 +118,16 @@ class Workshop:
             reference_made=None if rollouts else {},
         )
 
-        def make_source(layout: Layout, pad_id: int) -> StreamSource:
-            return StreamSource(source, layout=layout, pad_id=pad_id)
+        rounds = client_of(source)
 
-        loop = train if spec.critic is None else actor_critic.train
+        def make_batches(layout: Layout, pad_id: int) -> StreamSource:
+            return StreamSource(source, layout=layout, pad_id=pad_id, rounds=rounds)
+
         with serving(rollouts, self.alone, print) if rollouts else contextlib.nullcontext():
-            return loop(spec, make_source, make_strategy("single", CPU))
+            if spec.critic is not None:
+                assert rounds is not None  # a method with a critic draws rounds
+                return actor_critic.train(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
+            return train(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
 
     def main_stream(
         self, run: RunConfig, shape: Shape, name: str, *, scored: bool

@@ -22,9 +22,10 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from rayalign.data.rows import Layout
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train
-from rayalign.engine.state import MakeSource, TrainSpec
+from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, StrategySpec, make_strategy
 from rayalign.errors import Stopped
+from rayalign.rounds.client import RoundsClient, client_of
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec
 from rayalign.runtime.placement import Share
@@ -184,17 +185,23 @@ def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Pa
     Raises:
         Stopped: ``stop`` said so, and there were steps left.
     """
-    make_source = source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None)
+    channel = weight_channel(job.rollouts) if job.rollouts else None
+    rounds = client_of(job.source, rank=strategy.rank, world_size=strategy.world_size, channel=channel)
+    make_batches = batch_maker(job.source, strategy, rounds)
+    notices = DrainNotices()
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
         if job.spec.critic is not None:
-            return actor_critic.train(job.spec, make_source, strategy, stop=stop, notices=DrainNotices())
+            if rounds is None:
+                raise TypeError("a critic values rounds, and this run draws none")
+            return actor_critic.train(job.spec, make_batches, strategy, rounds=rounds, stop=stop, notices=notices)
         return train(
             job.spec,
-            make_source,
+            make_batches,
             strategy,
-            make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
+            rounds=rounds,
+            make_held_out=batch_maker(job.held_out, strategy) if job.held_out else None,
             stop=stop,
-            notices=DrainNotices(),
+            notices=notices,
         )
 
 
@@ -205,17 +212,12 @@ def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:
     return ObjectStore(board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.direct_weights)
 
 
-def source_maker(spec: SourceSpec, strategy: Strategy, channel: ObjectStore | None = None) -> MakeSource:
-    """How this worker opens its part of the stored groups, once it knows its model's layout."""
+def batch_maker(spec: SourceSpec, strategy: Strategy, rounds: RoundsClient | None = None) -> MakeBatches:
+    """How this worker opens its part of the groups, once it knows its model's layout."""
 
     def make(layout: Layout, pad_id: int) -> StreamSource:
         return StreamSource(
-            spec,
-            layout=layout,
-            pad_id=pad_id,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
-            channel=channel,
+            spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size, rounds=rounds
         )
 
     return make

@@ -17,10 +17,9 @@ import torch
 from mirrors import Lost, There, found_again, lost_after
 from safetensors.torch import load_file
 from tiny_rollouts import InProcess, OnPolicyRun
-from tiny_runs import CPU, objective, same_optimizer, store, synthetic_groups
+from tiny_runs import CPU, objective, same_optimizer, source_maker, store, synthetic_groups
 
 from rayalign.comparison.record import cost
-from rayalign.data.rows import Layout
 from rayalign.engine.batches import State, Weights
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.checkpoint.mirror import rounds_of, send_rounds, upload
@@ -30,8 +29,8 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.strategy.base import StrategySpec, make_strategy
 from rayalign.errors import Stopped
 from rayalign.rounds.chunk import Chunk, ChunkMaker
+from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import MixedStream
 from rayalign.rounds.weights import WeightsGone
 from rayalign.runtime.pool import PoolClosed
@@ -197,11 +196,10 @@ def train_through_memory(run: OnPolicyRun, pool: InProcess, **arguments: Any) ->
     memory = Memory()
     pool.maker = ChunkMaker(memory)
 
-    def make(layout: Layout, pad_id: int) -> StreamSource:
-        return StreamSource(run.scenario.source, layout=layout, pad_id=pad_id, channel=memory)
-
+    rounds = RoundsClient(run.scenario.source, channel=memory)
+    make = source_maker(run.scenario, rounds=rounds)
     with serving(run.job, pool, run.notes.append):
-        train(run.spec(), make, make_strategy("single", CPU), **arguments)
+        train(run.spec(), make, make_strategy("single", CPU), rounds=rounds, **arguments)
 
 
 def test_a_stop_before_a_round_whose_weights_were_in_memory_alone(
