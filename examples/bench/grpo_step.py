@@ -30,17 +30,17 @@ from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.judge.measure import ScorerSpec
 from rayalign.methods import resolve
+from rayalign.placement import Share
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.columns import Preparation
 from rayalign.rounds.label import LabelSpec
 from rayalign.rounds.plan import RoundPlan
+from rayalign.rounds.service import RolloutJob, serving
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
 from rayalign.run.model import CPU_ROW_TOKENS
-from rayalign.runtime.placement import Share
-from rayalign.runtime.rounds import RolloutJob, serving
 
 from .common import arguments, in_fresh_process, machine, spread, table
 from .offline_step import TOKENS_PER_MICRO_BATCH

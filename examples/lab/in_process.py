@@ -34,20 +34,20 @@ from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
+from rayalign.placement import Share
 from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
 from rayalign.rounds.client import client_of
+from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.service import RolloutJob, serving
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.job import critic_spec, method_of, objectives, optimizer_spec
 from rayalign.run.model import CPU_ROW_TOKENS, model_spec, scorer_spec, stop_ids, tokenizer_spec
+from rayalign.run.reference import LOG_PROBS
 from rayalign.run.rollouts import fresh_fraction, kept_candidates, label_spec, preparation, round_plan, sampling
 from rayalign.run.rollouts import prompts_of as prompts_in
 from rayalign.run.streams import needs_reference, shape_of
-from rayalign.runtime.drawing import commit_drawn, draw
-from rayalign.runtime.placement import Share
-from rayalign.runtime.reference import LOG_PROBS
-from rayalign.runtime.rounds import RolloutJob, serving
 from rayalign.storage.manifest import commit
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from rayalign.data.stream import Stream
 from rayalign.engine.batches import NeededRounds, RoundWork, State, Weights
 from rayalign.errors import UserError
 from rayalign.rounds.columns import prepare_columns
+from rayalign.rounds.folder import Request, RoundFolder
 from rayalign.rounds.packing import Packer
-from rayalign.rounds.plan import Request, RoundFolder
 from rayalign.rounds.stored import Drawn
 from rayalign.rounds.streams import SourceSpec, round_part
 from rayalign.rounds.weights import WeightChannel

@@ -23,6 +23,8 @@ from rayalign.imports import source_digest
 from rayalign.methods import resolve
 from rayalign.methods.composition import compose
 from rayalign.methods.method import Method
+from rayalign.placement import Share, elastic_share, host
+from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.streams import AnyStream, SourceSpec, round_part, stored_parts
 from rayalign.run.model import (
     chat_template,
@@ -38,6 +40,7 @@ from rayalign.run.model import (
     trained_spec,
 )
 from rayalign.run.readers import export_facts
+from rayalign.run.reference import made_with
 from rayalign.run.rollouts import (
     actor_share,
     draws_rounds,
@@ -50,9 +53,6 @@ from rayalign.run.rollouts import (
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
 from rayalign.run.streams import Main, auxiliary_streams, held_out, learns_alone, main_stream, needs_reference
-from rayalign.runtime.placement import Share, elastic_share, host
-from rayalign.runtime.reference import made_with
-from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.artifacts import digest_of

@@ -14,8 +14,9 @@ import ray
 import torch
 
 from rayalign.errors import UserError, blocked, first_line
+from rayalign.placement import Share
+from rayalign.rounds.workers import MAX_ATTEMPTS, ItemKilled, PoolClosed
 from rayalign.runtime.failures import root_cause
-from rayalign.runtime.placement import Share
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ ITEM_SECONDS = 3600.0
 IDLE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 LONGEST_TITLE = 200
-MAX_ATTEMPTS = 4
-"""Of one item: what kills every process that touches it is not a lost node."""
 
 
 class Workshop:
@@ -43,14 +42,6 @@ class Workshop:
         # Making it here and not above: of an error in an actor's constructor Ray keeps the text only.
         self.function = self.function or self.make(*self.arguments)
         return self.function(item)
-
-
-class ItemKilled(UserError):
-    """Every process that worked on an item died."""
-
-
-class PoolClosed(Exception):
-    """Nobody wants the answer any more."""
 
 
 class Pool:

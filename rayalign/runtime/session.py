@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import Failed, UserError, first_line
 from rayalign.paths import expanded
+from rayalign.placement import Node
 from rayalign.runtime.vital import Vital, newest_logs
 
 DEFAULTS = {
@@ -38,16 +39,6 @@ WATCHER_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 STORAGE_VARIABLE = "RAYALIGN_STORAGE"
 PROBE_SECONDS = 60.0
 ANSWER_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """One machine of the cluster and what Ray may use of it."""
-
-    id: str
-    name: str
-    cpus: float
-    gpus: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,12 +35,13 @@ from rayalign.engine.checkpoint.checkpoint import newest_step
 from rayalign.engine.metrics import last_step
 from rayalign.engine.strategy.base import StrategySpec
 from rayalign.errors import Stopped, UserError, blocked
+from rayalign.placement import Share
+from rayalign.rounds.chunk import ChunkMaker
+from rayalign.rounds.service import RolloutJob
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
-from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.rounds import RolloutJob, make_pool
-from rayalign.runtime.weights import make_board
+from rayalign.runtime.weights import ObjectStore, make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 from rayalign.stop import Stop, StopRequest
 from rayalign.storage.disk import free_bytes, full_disk
@@ -216,6 +217,19 @@ class Trainer:
         self.close()
         self.close_rollouts()
         self.board = None
+
+
+def make_pool(job: RolloutJob) -> Pool:
+    """The actors that draw a run's rounds; they start with the first chunk."""
+    return Pool(
+        "rollouts",
+        ChunkMaker,
+        ObjectStore(board=job.board),
+        share=job.share,
+        most=job.most,
+        least=job.least,
+        python=job.python,
+    )
 
 
 def needs(job: RolloutJob) -> tuple[object, ...]:

@@ -25,14 +25,14 @@ from rayalign.engine.loop import train
 from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, StrategySpec, make_strategy
 from rayalign.errors import Stopped
+from rayalign.placement import Share
 from rayalign.rounds.client import RoundsClient, client_of
+from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec
-from rayalign.runtime.placement import Share
 from rayalign.runtime.preemption import DrainNotices
-from rayalign.runtime.progress import logging_to
-from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.weights import ObjectStore
+from rayalign.storage.progress import logging_to
 
 POLL_SECONDS = 0.1
 

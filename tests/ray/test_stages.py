@@ -13,9 +13,9 @@ from workspaces import Workspace, kill_workers, rayalign, wait_until
 
 from rayalign.config.load import load_run
 from rayalign.data.store import TokenStore
+from rayalign.run import reference
 from rayalign.run.model import scoring_spec
 from rayalign.run.stages import Stages
-from rayalign.runtime import reference
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 

@@ -22,6 +22,7 @@ from rayalign.engine.checkpoint.checkpoint import Best
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 from rayalign.methods import resolve
+from rayalign.placement import Node, Share, share
 from rayalign.run.job import (
     checkpoint_best,
     critic_spec,
@@ -34,8 +35,7 @@ from rayalign.run.model import model_spec
 from rayalign.run.readers import refuse_unusable_models
 from rayalign.run.rollouts import preparation, prompts_of, round_plan
 from rayalign.run.streams import num_steps, require_columns
-from rayalign.runtime.placement import Share, share
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 
 METHOD = """
 from dataclasses import replace

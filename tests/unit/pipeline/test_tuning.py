@@ -17,11 +17,11 @@ from rayalign.comparison.tuning import Measure, Outcome, mean, pick, settle, tri
 from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
 from rayalign.errors import Stopped
+from rayalign.judge.evaluator import EvaluationSpec
 from rayalign.judge.measure import Prompt, ScorerSpec
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
 from rayalign.run.stages import Stages
-from rayalign.runtime.evaluation import EvaluationSpec
 
 YAML = """\
 base:

@@ -32,7 +32,7 @@ from tiny_runs import same_optimizer, train_with_critic
 from rayalign.engine.model.lora import ADAPTER
 from rayalign.engine.strategy.base import Strategy, StrategySpec
 from rayalign.errors import Stopped
-from rayalign.runtime.rounds import serving
+from rayalign.rounds.service import serving
 
 
 @pytest.fixture(scope="module")

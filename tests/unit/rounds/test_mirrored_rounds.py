@@ -31,10 +31,10 @@ from rayalign.errors import Stopped
 from rayalign.rounds.chunk import Chunk, ChunkMaker
 from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.plan import RoundPlan
+from rayalign.rounds.service import serving
 from rayalign.rounds.streams import MixedStream
 from rayalign.rounds.weights import WeightsGone
-from rayalign.runtime.pool import PoolClosed
-from rayalign.runtime.rounds import serving
+from rayalign.rounds.workers import PoolClosed
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.copies import Copies, Mirror, opened
 from rayalign.storage.manifest import MANIFEST, manifest_digest, verify

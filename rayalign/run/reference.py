@@ -12,7 +12,7 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.runtime.placement import share
+from rayalign.placement import share
 from rayalign.runtime.session import Session
 from rayalign.runtime.stage import Pool, dataset, repeated, results
 from rayalign.storage.manifest import committed
