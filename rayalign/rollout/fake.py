@@ -8,7 +8,7 @@ import torch
 
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.noise import sample_key, uniforms
-from rayalign.rollout.sampling import draw
+from rayalign.rollout.sampling import sample_tokens
 
 
 class FakeEngine:
@@ -42,7 +42,7 @@ class FakeEngine:
         behavior: list[float] = []
         sampler: list[float] = []
         for t in range(params.max_new_tokens):
-            token, logp = draw(self.logits, noise[t : t + 1], params)
+            token, logp = sample_tokens(self.logits, noise[t : t + 1], params)
             ids.append(int(token))
             behavior.append(float(logp[0]))
             sampler.append(float(logp[1]))
