@@ -56,7 +56,7 @@ def test_reference_goes_on_after_its_process_was_killed(
 
     def kill() -> None:
         wait_until(lambda: len(list(tmp_path.glob("*.shard.json"))) >= 3, "3 shards")
-        kill_workers("MapWorker")
+        kill_workers("PoolActor")
         kept.update({path.name.replace(".shard.json", ".columns"): 0 for path in tmp_path.glob("*.shard.json")})
         kept.update({name: time for name, time in modified(tmp_path).items() if name in kept})
 
