@@ -40,6 +40,7 @@ from rayalign.rounds.chunk import ChunkMaker
 from rayalign.rounds.service import RolloutJob
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
+from rayalign.runtime.jobs import RemoteJobs
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.weights import ObjectStore, make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
@@ -263,13 +264,14 @@ class Group:
     @classmethod
     def start(cls, job: TrainJob, max_failures: int) -> Group:
         folder = job.spec.directory / ".ray" / secrets.token_hex(4)
-        mailbox = Mailbox(folder / "mailbox")
-        mailbox.folder.mkdir(parents=True)
+        (folder / "mailbox").mkdir(parents=True)
+        jobs = f"jobs-{folder.name}"
+        mailbox = Mailbox(folder / "mailbox", RemoteJobs.start(jobs))
         # Ray Train reads this one setting from the environment only, of the process that calls fit().
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.timeout_seconds)
         trainer = TorchTrainer(
             worker_main,
-            train_loop_config={"mailbox": str(mailbox.folder)},
+            train_loop_config={"mailbox": str(mailbox.folder), "jobs": jobs},
             torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()

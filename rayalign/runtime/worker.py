@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray import PlacementGroupID
 from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
@@ -30,6 +31,7 @@ from rayalign.rounds.client import RoundsClient, client_of
 from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec
+from rayalign.runtime.jobs import Jobs, RemoteJobs
 from rayalign.runtime.preemption import DrainNotices
 from rayalign.runtime.weights import ObjectStore
 from rayalign.storage.progress import logging_to
@@ -66,17 +68,20 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """A folder that driver and workers see: jobs go in, numbered, and the folder of each trained model comes out.
+    """What driver and workers tell one another: jobs go in, numbered, and the folder of each trained model comes out.
 
-    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken.
+    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken. The files
+    in ``folder``, which all of them see, hold plain text; the jobs themselves are in ``held``.
     """
 
     folder: Path
+    held: Jobs
 
     def post(self, job: TrainJob) -> int:
         """Leave a job for the workers; returns its number."""
         number = sum(1 for path in self.folder.iterdir() if path.suffix == ".job")
-        self._write(f"{number:06d}.job", pickle.dumps(job))
+        self.held.post(number, pickle.dumps(job))
+        self._write(f"{number:06d}.job", job.run.encode())
         return number
 
     def answer(self, number: int, final: Path) -> None:
@@ -118,12 +123,12 @@ class Mailbox:
 
     def reserve(self, room: PlacementGroup) -> None:
         """Say which part of the cluster the workers are in."""
-        self._write("room", pickle.dumps(room))
+        self._write("room", room.id.hex().encode())
 
     def reserved(self) -> PlacementGroup | None:
         """The part of the cluster that workers were in, if any have started."""
         found = self._read("room")
-        return pickle.loads(found) if found else None
+        return PlacementGroup(PlacementGroupID.from_hex(found.decode())) if found else None
 
     def close(self) -> None:
         """Let the workers end when they are done with their job."""
@@ -135,7 +140,8 @@ class Mailbox:
         while self.answered(number):
             number += 1
         while True:
-            job = self._read(f"{number:06d}.job")
+            posted = self._read(f"{number:06d}.job") is not None
+            job = self.held.get(number) if posted else None
             if job is not None:
                 yield number, pickle.loads(job)
                 number += 1
@@ -159,7 +165,7 @@ class Mailbox:
 
 def worker_main(config: dict[str, Any]) -> None:
     """One Ray Train worker, from its start to the closing of the mailbox."""
-    mailbox = Mailbox(Path(config["mailbox"]))
+    mailbox = Mailbox(Path(config["mailbox"]), RemoteJobs.find(config["jobs"]))
     rank, room = ray.train.get_context().get_world_rank(), get_current_placement_group()
     mailbox.register(rank)
     if rank == 0 and room is not None:
