@@ -31,14 +31,15 @@ from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.methods import resolve
+from rayalign.placement import Share
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
+from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.columns import Preparation
 from rayalign.rounds.plan import RoundPlan
+from rayalign.rounds.service import RolloutJob, serving
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
-from rayalign.runtime.placement import Share
-from rayalign.runtime.rounds import RolloutJob, serving
 from rayalign.runtime.session import CPU_ROW_TOKENS
 
 from .common import arguments, in_fresh_process, machine, spread, table
@@ -156,14 +157,17 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     )
     rows: list[Record] = []
 
-    def make_source(chosen: Layout, pad_id: int) -> StreamSource:
-        return StreamSource(source, layout=chosen, pad_id=pad_id)
+    rounds = RoundsClient(source)
+
+    def make_batches(chosen: Layout, pad_id: int) -> StreamSource:
+        return StreamSource(source, layout=chosen, pad_id=pad_id, rounds=rounds)
 
     with serving(rollouts, Alone(), lambda line: None):
         loop.train(
             spec,
-            make_source,
+            make_batches,
             make_strategy("single", torch.device("cpu")),
+            rounds=rounds,
             on_step=lambda row: rows.append({**row, "ended": time.perf_counter()}),
         )
     counted = rows[WARM_UP:]

@@ -120,13 +120,13 @@ def rayalign_train(job: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rayalign-bench-") as directory:
         spec, source = training(job, Path(directory))
 
-        def make_source(layout: Layout, pad_id: int) -> StreamSource:
+        def make_batches(layout: Layout, pad_id: int) -> StreamSource:
             memory.append(Memory())
             stamps.append(time.perf_counter())
             cpu.append(time.process_time())
             return StreamSource(source, layout=layout, pad_id=pad_id)
 
-        train(spec, make_source, make_strategy("single", torch.device("cpu")), on_step=on_step)
+        train(spec, make_batches, make_strategy("single", torch.device("cpu")), on_step=on_step)
     cells = round(sum(row["step_tokens"] / (1 - row["padding_share"]) for row in rows))
     return {
         "seconds": stamps[-1] - stamps[0],

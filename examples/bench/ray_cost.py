@@ -18,7 +18,7 @@ from typing import Any
 from rayalign.config.training import StrategyConfig
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
-from rayalign.runtime.placement import Share
+from rayalign.placement import Share
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rayalign.engine.batches import Weights
 from rayalign.engine.checkpoint.sending import num_bytes
 from rayalign.engine.model.pretrained import weights_digest
-from rayalign.runtime.placement import Share
+from rayalign.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect
 from rayalign.runtime.weights import ObjectStore, make_board

@@ -24,14 +24,14 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.placement import Share
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
+from rayalign.rounds.drawing import draw
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import StoredStream
-from rayalign.runtime.drawing import draw
-from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import CPU_ROW_TOKENS, connect
 

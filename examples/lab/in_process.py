@@ -35,19 +35,20 @@ from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
+from rayalign.placement import Share
 from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
+from rayalign.rounds.client import client_of
+from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.service import RolloutJob, serving
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.job import critic_spec, objectives
 from rayalign.run.model import model_spec, stop_ids
+from rayalign.run.reference import LOG_PROBS
 from rayalign.run.rollouts import kept_candidates, preparation, round_plan, sampling
 from rayalign.run.rollouts import prompts_of as prompts_in
 from rayalign.run.streams import shape_of
-from rayalign.runtime.drawing import commit_drawn, draw
-from rayalign.runtime.placement import Share
-from rayalign.runtime.reference import LOG_PROBS
-from rayalign.runtime.rounds import RolloutJob, serving
 from rayalign.runtime.session import CPU_ROW_TOKENS
 from rayalign.storage.manifest import commit
 
@@ -119,12 +120,16 @@ class Workshop:
             reference_made=None if rollouts else {},
         )
 
-        def make_source(layout: Layout, pad_id: int) -> StreamSource:
-            return StreamSource(source, layout=layout, pad_id=pad_id)
+        rounds = client_of(source)
 
-        loop = train if spec.critic is None else actor_critic.train
+        def make_batches(layout: Layout, pad_id: int) -> StreamSource:
+            return StreamSource(source, layout=layout, pad_id=pad_id, rounds=rounds)
+
         with serving(rollouts, self.alone, print) if rollouts else contextlib.nullcontext():
-            return loop(spec, make_source, make_strategy("single", CPU))
+            if spec.critic is not None:
+                assert rounds is not None  # a method with a critic draws rounds
+                return actor_critic.train(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
+            return train(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
 
     def main_stream(
         self, run: RunConfig, shape: Shape, name: str, *, scored: bool

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayalign.config.budget import BudgetConfig
-from rayalign.runtime.progress import Tail
 from rayalign.stop import StopRequest
+from rayalign.storage.progress import Tail
 
 HOUR = 3600.0
 READ_SECONDS = 0.5

@@ -25,10 +25,10 @@ from rayalign.comparison.forecast import (
 from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
 from rayalign.config.compare import Comparison
 from rayalign.config.run import RunConfig
+from rayalign.placement import Share, share
 from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages
 from rayalign.run.train import finished
-from rayalign.runtime.placement import Share, share
 from rayalign.runtime.session import Session, preview
 
 SHOWN_CELLS = 3

@@ -25,7 +25,9 @@ from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
 from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
+from rayalign.judge.evaluator import EvaluationSpec, Evaluator
 from rayalign.judge.measure import Answered, Measured, Table, make_scorers
+from rayalign.placement import Share, share
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, interval, number
 from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
@@ -37,8 +39,6 @@ from rayalign.run.model import saved_precision, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_long_questions, refuse_unusable_models
 from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported
-from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
-from rayalign.runtime.placement import Share, share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect
 from rayalign.storage.artifacts import Artifacts, digest_of

@@ -79,7 +79,7 @@ def stored_tokens(stream: AnyStream, job: TrainJob) -> int:
     groups, total = opened(stream, job.source.seed), 0
     packed: dict[tuple[int, int], int] = {}
     for step in range(job.spec.steps):
-        for drawn in groups.draw(step):
+        for drawn in groups.of_step(step):
             place = id(drawn.store), drawn.row
             if place not in packed:
                 packed[place] = drawn.lengths.packed if drawn.lengths.candidates else 0

@@ -26,13 +26,13 @@ from rayalign.config.scoring import REFERENCE
 from rayalign.config.tune import Trial, TuneConfig, Tuning
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
+from rayalign.judge.evaluator import EvaluationSpec, Evaluator
 from rayalign.report import trials
 from rayalign.report.points import EvaluationPoint, Samples, as_array
 from rayalign.report.statistics import half_of, prompt_means
 from rayalign.run.display import Board
 from rayalign.run.job import evaluation_steps
 from rayalign.run.stages import Stages
-from rayalign.runtime.evaluation import EvaluationSpec, Evaluator
 from rayalign.runtime.pool import Pool
 
 MOST_PICKED = 100

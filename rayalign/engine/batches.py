@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rayalign.data.micro_batches import StepCounts
+from rayalign.data.rows import Layout
 from rayalign.types import PackedBatch
 
 
@@ -35,11 +36,11 @@ class StreamWork:
 
 
 @runtime_checkable
-class GroupSource(Protocol):
-    """Yields the groups of any step, in any order of asking: nothing is consumed, so nothing is lost at a restart."""
+class Batches(Protocol):
+    """The groups of any step, in any order of asking: reading consumes nothing, so a restart loses nothing."""
 
     def get(self, step: int) -> tuple[StreamWork, ...]:
-        """Work of step ``step`` (from 0). May wait, outside any collective."""
+        """Work of step ``step`` (from 0), one entry per stream. May wait, outside any collective."""
         ...
 
 
@@ -49,7 +50,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The policy as it was before a step, exported for whoever samples it."""
+    """The policy as it was before a step, exported for the actors that sample it."""
 
     step: int
     attempt: str
@@ -70,54 +71,13 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rounds:
+class NeededRounds:
     """The committed folders that a restart reads beside its checkpoint."""
 
     begun: tuple[Path, ...] = ()
     """The round in progress, and what was made of it: just these were trained on."""
     ahead: Mapping[Path, Path] = field(default_factory=dict)
     """Later rounds that were asked for, each with the weights that it is drawn with; those go once it is committed."""
-
-
-@runtime_checkable
-class FollowsPolicy(GroupSource, Protocol):
-    """A source whose groups are drawn from the policy as it is trained. Every worker calls every method alike."""
-
-    def wants_weights(self, step: int) -> bool:
-        """Whether groups are drawn with the weights that step ``step`` begins with."""
-        ...
-
-    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
-        """Where those weights are to be written; None where it is enough to send them, unless they are ``written``."""
-        ...
-
-    def send(self, weights: Weights, state: State) -> None:
-        """Hand the weights to whoever samples them; rank 0 alone calls this."""
-        ...
-
-    def follow(self, weights: Weights) -> None:
-        """Draw with ``weights``, which are committed, from now on."""
-        ...
-
-    def opens_round(self, step: int) -> bool:
-        """Whether ``step`` is the first that needs its round, so that :meth:`get` would wait for it."""
-        ...
-
-    def wait(self, step: int, stop: Callable[[], bool]) -> bool:
-        """Wait for the round of ``step``, outside any collective; False where ``stop`` says so before it is there."""
-        ...
-
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after ``step`` steps must hold so that a restart asks for the same groups; plain JSON."""
-        ...
-
-    def rounds(self, step: int) -> Rounds:
-        """What must lie beside that checkpoint."""
-        ...
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the source that had ``state``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,15 +93,54 @@ class RoundWork:
 
 
 @runtime_checkable
-class TakesValues(FollowsPolicy, Protocol):
-    """A source whose rounds are prepared with a critic's values, by the workers that train the critic."""
+class Rounds(Protocol):
+    """The rounds that a run draws from its policy, as training asks for them.
+
+    Every worker calls every method alike, except where rank 0 is named. An off-policy run has none.
+    """
+
+    def wants_weights(self, step: int) -> bool:
+        """Whether rounds are drawn with the weights that step ``step`` begins with."""
+        ...
+
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+        """Where those weights are to be written; None where it is enough to send them, unless they are ``written``."""
+        ...
+
+    def send(self, weights: Weights, state: State) -> None:
+        """Hand the weights to the actors that sample them; rank 0 alone calls this."""
+        ...
+
+    def follow(self, weights: Weights) -> None:
+        """Ask for the rounds that are drawn with ``weights``, which are committed."""
+        ...
+
+    def opens_round(self, step: int) -> bool:
+        """Whether ``step`` is the first that needs its round, so that :meth:`Batches.get` would wait for it."""
+        ...
+
+    def wait(self, step: int, stop: Callable[[], bool]) -> bool:
+        """Wait for the round of ``step``, outside any collective; False where ``stop`` says so before it is there."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after ``step`` steps must hold so that a restart asks for the same groups; plain JSON."""
+        ...
+
+    def needed(self, step: int) -> NeededRounds:
+        """What must lie beside that checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue as the run that had ``state``."""
+        ...
 
     def place(self, step: int) -> tuple[int, int]:
         """(round, pass over it) of ``step``."""
         ...
 
-    def whole_round(self, step: int) -> RoundWork:
-        """The round of ``step``, all of it; waits until it is drawn."""
+    def whole_round(self, step: int, *, layout: Layout, pad_id: int) -> RoundWork:
+        """The round of ``step``, all of it, for a critic to value; waits until it is drawn."""
         ...
 
     def commit_values(self, step: int, version: str, values: Tensor) -> None:

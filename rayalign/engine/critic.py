@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.data.rows import Layout
-from rayalign.engine.batches import RoundWork, StreamWork, TakesValues
+from rayalign.engine.batches import Batches, Rounds, RoundWork, StreamWork
 from rayalign.engine.checkpoint.checkpoint import Checkpoint
 from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
 from rayalign.engine.checkpoint.sending import copies, num_bytes, offer_weights
@@ -35,7 +35,7 @@ from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.optimizer import learning_rate, set_learning_rate
-from rayalign.engine.state import CriticSpec, MakeSource, Notices, Run, TrainSpec
+from rayalign.engine.state import CriticSpec, MakeBatches, Notices, Run, TrainSpec
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
 from rayalign.storage.disk import room_for
@@ -94,9 +94,10 @@ class Critic:
 
 def train(
     spec: TrainSpec,
-    make_source: MakeSource,
+    make_batches: MakeBatches,
     strategy: Strategy,
     *,
+    rounds: Rounds,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
     notices: Notices | None = None,
@@ -106,29 +107,28 @@ def train(
     """
     run, resumed = begin(spec, strategy, stop, notices)
     critic = begin_critic(run, resumed)
-    source = make_source(run.layout, int(run.tokenizer.pad_token_id or 0))
-    if not isinstance(source, TakesValues):
-        raise TypeError(f"a {type(source).__name__} has no rounds that a critic could value")
+    batches = make_batches(run.layout, pad_id_of(run))
     if resumed is not None:
-        source.restore(resumed.facts["source"])
+        rounds.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
-        keep = partial(save, run, writer, source, beside=critic)
+        keep = partial(save, run, writer, rounds, beside=critic)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
         opened: int | None = None
         while run.step < spec.steps and not run.stopping:
             writer.check()
-            offer_weights(run, source)
-            number, _ = source.place(run.step)
+            offer_weights(run, rounds)
+            number, _ = rounds.place(run.step)
             clocks: Mapping[str, float] = {}
             if number != opened:
-                if not awaited(run, source):
+                if not awaited(run, rounds):
                     break
-                clocks = open_round(run, critic, source)
+                clocks = open_round(run, critic, rounds)
                 opened = number
-            row = skip(run, critic) if is_skipped(critic, source.place(run.step)) else step(run, critic, source)
+            skipped = is_skipped(critic, rounds.place(run.step))
+            row = skip(run, critic) if skipped else step(run, critic, batches, rounds)
             row |= {name: seconds + row.get(name, 0.0) for name, seconds in clocks.items()}
             for sink in sinks:
                 sink.write(row)
@@ -174,25 +174,29 @@ def common_layout(one: Layout, other: Layout) -> Layout:
     return "packed" if one == other == "packed" else "concatenated"
 
 
+def pad_id_of(run: Run) -> int:
+    return int(run.tokenizer.pad_token_id or 0)
+
+
 def main_objective(run: Run) -> Objective:
     return run.runner.objectives[MAIN_STREAM]
 
 
-def open_round(run: Run, critic: Critic, source: TakesValues) -> dict[str, float]:
+def open_round(run: Run, critic: Critic, rounds: Rounds) -> dict[str, float]:
     """Value the round that this step begins, or find the values of one that was begun before a restart.
 
     Returns what it adds to the clocks of the step's row.
     """
     began = waited = time.perf_counter()
-    begins = run.step == 0 or source.place(run.step)[0] != source.place(run.step - 1)[0]
+    begins = run.step == 0 or rounds.place(run.step)[0] != rounds.place(run.step - 1)[0]
     if begins:
         critic.version = f"step_{run.step:06d}-{run.checkpointer.attempt}"
-        work = source.whole_round(run.step)
+        work = rounds.whole_round(run.step, layout=run.layout, pad_id=pad_id_of(run))
         waited = time.perf_counter()
         values = round_values(critic, work)
         if run.strategy.rank == 0:
-            source.commit_values(run.step, critic.version, values)
-    source.use_values(run.step, critic.version)
+            rounds.commit_values(run.step, critic.version, values)
+    rounds.use_values(run.step, critic.version)
     done = time.perf_counter()
     return {
         "seconds": done - began,
@@ -218,10 +222,10 @@ def round_values(critic: Critic, work: RoundWork) -> Tensor:
     return strategy.all_sum(values).cpu()
 
 
-def step(run: Run, critic: Critic, source: TakesValues) -> dict[str, Any]:
+def step(run: Run, critic: Critic, batches: Batches, rounds: Rounds) -> dict[str, Any]:
     """One step of both models and its row of metrics; notes in which pass over a round the limit is exceeded."""
-    objective, place = main_objective(run), source.place(run.step)
-    row = advance(run, source, (), update=partial(update, critic=critic))
+    objective, place = main_objective(run), rounds.place(run.step)
+    row = advance(run, batches, rounds, update=partial(update, critic=critic))
     assert row is not None  # its round is open
     limit = objective.method.round_limit(objective.config) if objective.method.round_limit is not None else None
     if limit is None:

@@ -1,4 +1,4 @@
-"""The steps over a source: resume, train, evaluate, checkpoint, export. No Ray here: this runs in any process."""
+"""The steps of a run: resume, train, evaluate, checkpoint, export. No Ray here: this runs in any process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
-from rayalign.engine.batches import FollowsPolicy, GroupSource, StreamWork
+from rayalign.engine.batches import Batches, Rounds, StreamWork
 from rayalign.engine.checkpoint.checkpoint import (
     Checkpoint,
     Checkpointer,
@@ -37,7 +37,7 @@ from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pret
 from rayalign.engine.nonfinite import skipped
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import learning_rate, set_learning_rate
-from rayalign.engine.state import MakeSource, NoNotices, Notices, Run, TrainSpec, checkpointer_of
+from rayalign.engine.state import MakeBatches, NoNotices, Notices, Run, TrainSpec, checkpointer_of
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
 from rayalign.storage.disk import room_for
@@ -49,16 +49,18 @@ log = logging.getLogger(__name__)
 
 def train(
     spec: TrainSpec,
-    make_source: MakeSource,
+    make_batches: MakeBatches,
     strategy: Strategy,
     *,
-    make_held_out: MakeSource | None = None,
+    rounds: Rounds | None = None,
+    make_held_out: MakeBatches | None = None,
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
     notices: Notices | None = None,
 ) -> Path:
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
+    ``rounds`` are what the batches are read from, where the run draws them from its policy; None for stored data.
     Every worker of the strategy calls this function; ``on_step`` is called on rank 0 with each row of metrics, and
     ``stop`` on every rank between steps. After a step in which ``notices`` say so a checkpoint is written.
 
@@ -71,9 +73,9 @@ def train(
     """
     run, resumed = begin(spec, strategy, stop, notices)
     pad_id = int(run.tokenizer.pad_token_id or 0)
-    source = make_source(run.layout, pad_id)
-    if resumed is not None and isinstance(source, FollowsPolicy):
-        source.restore(resumed.facts["source"])
+    batches = make_batches(run.layout, pad_id)
+    if resumed is not None and rounds is not None:
+        rounds.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
@@ -82,8 +84,8 @@ def train(
             stack.callback(sink.close)
         while run.step < spec.steps and not run.stopping:
             writer.check()
-            offer_weights(run, source)
-            row = advance(run, source, held_out)
+            offer_weights(run, rounds)
+            row = advance(run, batches, rounds, held_out=held_out)
             if row is None:
                 break
             for sink in sinks:
@@ -91,8 +93,8 @@ def train(
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
-                save(run, writer, source)
-        refuse_stopped(run, writer, partial(save, run, writer, source))
+                save(run, writer, rounds)
+        refuse_stopped(run, writer, partial(save, run, writer, rounds))
     export(run)
     return spec.directory / "final"
 
@@ -185,18 +187,19 @@ def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
 
 def advance(
     run: Run,
-    source: GroupSource,
-    held_out: Sequence[StreamWork],
+    batches: Batches,
+    rounds: Rounds | None,
     *,
+    held_out: Sequence[StreamWork] = (),
     update: Callable[[Run, Sequence[StreamWork]], StepResult] = update,
 ) -> dict[str, Any] | None:
     """One step of ``update`` and its row of metrics; None where the run stops instead of waiting for its groups."""
     spec, began = run.spec, time.perf_counter()
-    if not awaited(run, source):
+    if not awaited(run, rounds):
         return None
     # Nothing here draws random numbers, but a method may: a restarted run, whatever was lost, draws the same ones.
     torch.manual_seed((spec.seed * 1_000_003 + run.step) % 2**63)
-    work = source.get(run.step)
+    work = batches.get(run.step)
     waited = time.perf_counter() - began
     if run.step == 0 and spec.check_initial_logratio:
         now = computed_with(run.model, run.layout, run.runner.compute_dtype, run.strategy.device)
@@ -246,11 +249,11 @@ def advance(
     return row
 
 
-def awaited(run: Run, source: GroupSource) -> bool:
+def awaited(run: Run, rounds: Rounds | None) -> bool:
     """Whether the groups of the next step are there; False on every worker where any was asked to stop meanwhile."""
-    if not (isinstance(source, FollowsPolicy) and source.opens_round(run.step)):
+    if rounds is None or not rounds.opens_round(run.step):
         return True
-    missing = 0.0 if source.wait(run.step, run.runner.stop) else 1.0
+    missing = 0.0 if rounds.wait(run.step, run.runner.stop) else 1.0
     run.stopping = bool(run.strategy.all_sum(torch.tensor([missing], device=run.strategy.device)).item())
     return not run.stopping
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
-from rayalign.engine.batches import GroupSource
+from rayalign.engine.batches import Batches
 from rayalign.engine.checkpoint.checkpoint import Checkpointer
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec
@@ -81,8 +81,8 @@ def checkpointer_of(spec: TrainSpec, *, attempt: str) -> Checkpointer:
     )
 
 
-MakeSource = Callable[[Layout, int], GroupSource]
-"""(layout that the model is proven to read, id of padding) → a source."""
+MakeBatches = Callable[[Layout, int], Batches]
+"""(layout that the model is proven to read, id of padding) → the groups of every step."""
 
 
 @runtime_checkable

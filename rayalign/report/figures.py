@@ -14,7 +14,7 @@ from rayalign.report.entries import Entry
 from rayalign.report.points import REFERENCE, ComparisonRecord, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
-from rayalign.report.svg import PALETTE, Series, Style, Yardstick, draw
+from rayalign.report.svg import PALETTE, Series, Style, Yardstick, line_chart
 from rayalign.report.trials import Cost
 
 MARKERS = tuple(zip("os^DvPX*ph<>", "●■▲◆▼✚✖★⬟⬢◀▶", strict=True))
@@ -75,7 +75,7 @@ def draw_all(comparison: ComparisonRecord, summary: Summary) -> dict[str, str]:
         for scorer in comparison.scorers:
             stem = f"cost-{axis.key}-{_slug(scorer.name)}"
             drawn[stem] = _against_cost(stem, comparison, summary, reference, scorer, axis)
-    drawn["length"] = draw(
+    drawn["length"] = line_chart(
         "length",
         _evaluated(comparison, summary, lambda point: point.step, lambda point: point.length),
         x_label="step",
@@ -85,7 +85,7 @@ def draw_all(comparison: ComparisonRecord, summary: Summary) -> dict[str, str]:
     for metric in comparison.text.curves:
         stem, series = f"curve-{_slug(metric)}", _trained(comparison, summary, metric)
         if series:
-            drawn[stem] = draw(stem, series, x_label="step", y_label=metric)
+            drawn[stem] = line_chart(stem, series, x_label="step", y_label=metric)
     return drawn
 
 
@@ -95,7 +95,7 @@ def _slug(name: str) -> str:
 
 def _frontier(comparison: ComparisonRecord, summary: Summary, reference: PointSummary, scorer: Measure) -> str:
     estimator = comparison.kl_estimators[0]
-    return draw(
+    return line_chart(
         f"frontier-{_slug(scorer.name)}",
         _evaluated(
             comparison, summary, lambda point: point.kl[estimator.name], lambda point: point.scores[scorer.name]
@@ -123,7 +123,7 @@ def _against_cost(
         entry = entries[point.cell]
         return axis.amount(entry.cost) * point.step / last_step(entry)
 
-    return draw(
+    return line_chart(
         stem,
         _evaluated(comparison, summary, spent, lambda point: point.scores[scorer.name]),
         x_label=axis.label,

@@ -92,7 +92,7 @@ class Yardstick:
     y: Sequence[float]
 
 
-def draw(
+def line_chart(
     stem: str,
     series: Sequence[Series],
     *,

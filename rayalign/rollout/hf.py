@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rayalign.engine.model.context import context_of, refuse_long_prompt
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.cache import make_cache, select
-from rayalign.rollout.sampling import draw, sample_key, uniforms
+from rayalign.rollout.sampling import sample_key, sample_tokens, uniforms
 
 TOKENS_PER_BATCH = 16_384
 COMPACT_BELOW = 0.9
@@ -112,7 +112,7 @@ class HfEngine:
         rows = torch.arange(len(noise), device=device)
         live = torch.ones_like(rows, dtype=torch.bool)
         for t in range(params.max_new_tokens):
-            token, logp = draw(logits, noise[rows, t], params)
+            token, logp = sample_tokens(logits, noise[rows, t], params)
             tokens[rows[live], t] = token[live]
             logps[:, rows[live], t] = logp[:, live]
             live &= ~torch.isin(token, stop)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rayalign.rollout.base import SamplingParams
 
 
-def draw(
+def sample_tokens(
     logits: Float[Tensor, "rows V"], noise: Float[Tensor, " rows"], params: SamplingParams
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, "2 rows"]]:
     """The token at which the cumulative distribution passes ``noise``, and its log-probabilities.

@@ -1,4 +1,4 @@
-"""Groups drawn from the policy itself: asked for with the weights they must come from, then read like any store."""
+"""The rounds of a run as its training workers see them: asked for with their weights, then read like any store."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
-from rayalign.engine.batches import Rounds, State, Weights
+from rayalign.engine.batches import NeededRounds, RoundWork, State, Weights
 from rayalign.errors import UserError
 from rayalign.rounds.columns import prepare_columns
-from rayalign.rounds.plan import Request, RoundFolder
+from rayalign.rounds.folder import Request, RoundFolder
+from rayalign.rounds.packing import Packer
 from rayalign.rounds.stored import Drawn
-from rayalign.rounds.streams import RoundStream
+from rayalign.rounds.streams import SourceSpec, round_part
 from rayalign.rounds.weights import WeightChannel
 from rayalign.storage.manifest import MANIFEST, committed, read_manifest
 
@@ -28,10 +31,21 @@ POLL_SECONDS = 0.05
 TELL_SECONDS = 60.0
 
 
-class FreshGroups:
-    """An opened :class:`RoundStream`, as one worker sees it; rank 0 does the asking for all."""
+class RoundsClient:
+    """The :class:`rayalign.engine.batches.Rounds` of a run, as one worker sees them; rank 0 does the asking for all.
 
-    def __init__(self, stream: RoundStream, seed: int, *, rank: int, channel: WeightChannel | None = None) -> None:
+    Raises ValueError unless exactly one stream of ``spec`` is drawn round by round.
+    """
+
+    def __init__(
+        self, spec: SourceSpec, *, rank: int = 0, world_size: int = 1, channel: WeightChannel | None = None
+    ) -> None:
+        parts = [part for stream in spec.streams if (part := round_part(stream)) is not None]
+        if len(parts) != 1:
+            raise ValueError(f"a run draws the rounds of one stream, not of {len(parts)}")
+        stream = parts[0]
+        self.spec = spec
+        self.world_size = world_size
         self.plan = stream.plan
         self.channel = channel
         self.prepared = stream.prepared
@@ -50,10 +64,10 @@ class FreshGroups:
             sizes=sizes,
             weights=stream.prompts.weights,
             groups_per_step=stream.plan.groups_per_step,
-            seed=seed,
+            seed=spec.seed,
         )
 
-    def draw(self, step: int) -> list[Drawn]:
+    def of_step(self, step: int) -> list[Drawn]:
         """The groups of ``step``; waits for their round."""
         number = self.plan.round_of(step)
         store, _ = self._open(number)
@@ -104,15 +118,15 @@ class FreshGroups:
         """The requests for rounds that are trained on from ``step`` on."""
         return {str(number): request.to_json() for number, request in self._needed(step).items()}
 
-    def rounds(self, step: int) -> Rounds:
-        """Their folders."""
+    def needed(self, step: int) -> NeededRounds:
+        """The folders of those rounds, and of the one in progress."""
         needed = self._needed(step)
         begun = needed.pop(self.opened[0], None) if self.opened is not None else None
         ahead = {}
         for request in needed.values():
             assert request.weights.directory is not None  # only a round that lags is needed before it is begun
             ahead[self.folder.round(request)] = request.weights.directory
-        return Rounds(begun=self.read if begun is not None else (), ahead=ahead)
+        return NeededRounds(begun=self.read if begun is not None else (), ahead=ahead)
 
     def _needed(self, step: int) -> dict[int, Request]:
         """What later steps need and a restart does not ask for itself, as it does for what ``step``'s weights draw."""
@@ -124,11 +138,36 @@ class FreshGroups:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the run that had ``state``, and ask again: another attempt may have asked for other weights."""
+        """Continue as the run that had ``state``, and ask again: another attempt may have asked for other weights."""
         for value in state.values():
             self._ask(self.folder.here(Request.from_json(value)))
 
     # What a critic says of rounds.
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(round, pass over it) of ``step``."""
+        return self.plan.round_of(step), self.plan.pass_of(step)
+
+    def whole_round(self, step: int, *, layout: Layout, pad_id: int) -> RoundWork:
+        """All groups of the round of ``step``, packed for this worker; waits for them."""
+        store = self.round_store(step)
+        rows = [row for row in range(len(store)) if store.lengths(row).candidates]
+        packer = Packer(
+            tokens_per_micro_batch=self.spec.tokens_per_micro_batch,
+            row_tokens=self.spec.row_tokens,
+            layout=layout,
+            pad_id=pad_id,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        tokens = torch.from_numpy(store.index.num_predicted)
+        return RoundWork(
+            micro_batches=packer.pack(
+                [Drawn(store, row) for row in rows], positions=rows, num_candidates=self.num_candidates
+            ),
+            first_token=tokens.cumsum(0) - tokens,
+            num_tokens=int(tokens.sum()),
+        )
 
     def round_store(self, step: int) -> TokenStore:
         """The round of ``step`` as it was drawn, or with its columns; waits for it."""
@@ -181,6 +220,15 @@ class FreshGroups:
 
     def _failure(self) -> str:
         return self.folder.failure.read_text(encoding="utf-8") if self.folder.failure.exists() else ""
+
+
+def client_of(
+    spec: SourceSpec, *, rank: int = 0, world_size: int = 1, channel: WeightChannel | None = None
+) -> RoundsClient | None:
+    """The client of the rounds that ``spec`` draws; None where it draws none."""
+    if all(round_part(stream) is None for stream in spec.streams):
+        return None
+    return RoundsClient(spec, rank=rank, world_size=world_size, channel=channel)
 
 
 def wait_for(directory: Path, failure: Callable[[], str], stop: Callable[[], bool] = lambda: False) -> bool:

@@ -1,17 +1,11 @@
-"""Which round serves which step, and with which weights it is drawn. Pure arithmetic: the plan of fresh groups."""
+"""Which round serves which step, and with which weights it is drawn. Pure arithmetic."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from rayalign.data.stream import hybrid_positions
-from rayalign.engine.batches import Weights
-from rayalign.storage.manifest import write_durably
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,77 +74,3 @@ class RoundPlan:
         first = number * self.refresh_every
         last = min(first + self.pass_steps, self.steps) - 1
         return range(self.positions(first).start, self.positions(last).stop)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A round that the workers need, and the only weights that it may be drawn with."""
-
-    number: int
-    weights: Weights
-
-    def to_json(self) -> dict[str, Any]:
-        directory = self.weights.directory
-        return {"number": self.number, **asdict(self.weights), "directory": str(directory) if directory else None}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Request:
-        fields = {name: value[name] for name in Weights.__slots__}
-        directory = Path(value["directory"]) if value["directory"] else None
-        return cls(
-            number=value["number"],
-            weights=Weights(**{**fields, "directory": directory, "canary": tuple(value["canary"])}),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RoundFolder:
-    """Where rounds are asked for and lie; the only thing that training workers and the driver share."""
-
-    root: Path
-
-    @property
-    def weights(self) -> Path:
-        return self.root / "weights"
-
-    @property
-    def failure(self) -> Path:
-        """Holds the message when the driver cannot draw any more."""
-        return self.root / "failure.txt"
-
-    def round(self, request: Request) -> Path:
-        """The round's token store; other weights make another one, so that none is ever taken for another's."""
-        return self.root / f"round_{request.number:06d}-{request.weights.digest[:12]}"
-
-    def here(self, request: Request) -> Request:
-        """A request that the run left, perhaps in another place: what it wrote came along."""
-        weights = request.weights
-        if weights.directory is None:
-            return request
-        return replace(request, weights=replace(weights, directory=self.weights / weights.directory.name))
-
-    def prepared(self, request: Request, key: str) -> Path:
-        """The columns that a method made of a round."""
-        return self.root / "prepared" / f"{self.round(request).name}-{key}"
-
-    def ask(self, request: Request) -> None:
-        """Leave a request; a later one for the same round revokes it."""
-        self._requests.mkdir(parents=True, exist_ok=True)
-        write_durably(self._requests / f"{request.number:06d}.json", json.dumps(request.to_json()) + "\n")
-
-    def requests(self) -> list[Request]:
-        """What is asked for now, in order of rounds."""
-        found = []
-        for path in sorted(self._requests.glob("*.json")):
-            found.append(Request.from_json(json.loads(path.read_text(encoding="utf-8"))))
-        return found
-
-    def answer(self, request: Request) -> None:
-        """Take back a request that is fulfilled, unless another one has come in its place."""
-        path = self._requests / f"{request.number:06d}.json"
-        if path.exists() and Request.from_json(json.loads(path.read_text(encoding="utf-8"))) == request:
-            path.unlink()
-
-    @property
-    def _requests(self) -> Path:
-        return self.root / "requests"

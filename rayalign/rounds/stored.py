@@ -39,7 +39,7 @@ class StoredGroups:
         self.kept = kept_rows(stream, self.stores)
         self.order = order_of(stream, self.kept, seed)
 
-    def draw(self, step: int) -> list[Drawn]:
+    def of_step(self, step: int) -> list[Drawn]:
         """The groups of ``step``."""
         return self.at(self.order.positions(step))
 

@@ -1,4 +1,4 @@
-"""How the weights of a run reach whoever samples them; without a channel they lie in a folder."""
+"""How the weights of a run reach the actors that sample them; without a channel they lie in a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Protocol
 
 from rayalign.engine.batches import State, Weights
 from rayalign.errors import UserError
+
+BOARD = "weights"
+"""Where the workers and actors of a trainer learn of weights, unless it names another."""
 
 
 class WeightsGone(UserError):

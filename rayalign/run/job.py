@@ -11,6 +11,8 @@ from rayalign.engine.state import CriticSpec, TrainSpec
 from rayalign.engine.strategy.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.methods import resolve as method_called
+from rayalign.placement import Share, elastic_share, host
+from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.streams import AnyStream, SourceSpec, stored_parts
 from rayalign.run.identity import run_identity
 from rayalign.run.model import (
@@ -21,14 +23,12 @@ from rayalign.run.model import (
     trained_spec,
 )
 from rayalign.run.readers import export_facts
+from rayalign.run.reference import made_with
 from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import actor_share, preparation
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
 from rayalign.run.streams import DrawnRounds, auxiliary_streams, held_out, main_stream
-from rayalign.runtime.placement import Share, elastic_share, host
-from rayalign.runtime.reference import made_with
-from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.copies import Mirror
 

@@ -19,11 +19,14 @@ from rayalign.data.stream import Stream
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
+from rayalign.placement import Share, guest, share
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import EngineOptions
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import Preparation
+from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.identity import label_identity, scorer_identity, spec_digest
@@ -31,8 +34,6 @@ from rayalign.run.model import model_spec, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_unanswerable
 from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages
-from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, commit_drawn, draw, nothing_learned
-from rayalign.runtime.placement import Share, guest, share
 from rayalign.runtime.pool import Pool
 from rayalign.storage.artifacts import digest_of
 from rayalign.storage.manifest import committed

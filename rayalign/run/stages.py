@@ -32,10 +32,10 @@ from rayalign.rounds.columns import prepare_columns
 from rayalign.run.facts import refuse_absent_columns, summary, warning
 from rayalign.run.identity import spec_digest, template_digest, tokenizer_identity
 from rayalign.run.model import scoring_spec
+from rayalign.run.reference import LOG_PROBS, score_store
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
-from rayalign.runtime.reference import LOG_PROBS, score_store
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
 from rayalign.storage.manifest import commit, committed, read_manifest

@@ -29,6 +29,7 @@ from rayalign.judge import scorer_of
 from rayalign.report.status import facts_of
 from rayalign.rollout.engines import refuse_missing
 from rayalign.rounds.label import own_rule
+from rayalign.rounds.service import serving
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import StoredStream, stored_parts
 from rayalign.run.display import Board
@@ -38,8 +39,6 @@ from rayalign.run.readers import export_facts, export_told, refuse_unusable_mode
 from rayalign.run.resolve import resolve
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.runtime.gauges import Gauges
-from rayalign.runtime.progress import watching
-from rayalign.runtime.rounds import serving
 from rayalign.runtime.session import connect
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
@@ -47,6 +46,7 @@ from rayalign.stop import stopping
 from rayalign.storage.artifacts import Artifacts
 from rayalign.storage.lease import lease
 from rayalign.storage.manifest import read_manifest, write_durably
+from rayalign.storage.progress import watching
 
 KEPT_FAILURES = 20
 FOLDERS = ("", "checkpoints", "final", "rounds")

@@ -22,8 +22,9 @@ from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
+from rayalign.runtime.failures import repeated
 from rayalign.runtime.reading import CPUS, Chunk, read_unit
-from rayalign.runtime.stage import Pool, dataset, repeated, results
+from rayalign.runtime.stage import dataset, results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +127,12 @@ def prepare(
             completed,
             shape,
             directory,
-            pool=Pool(actors=writers, cpus=CPUS),
+            actors=writers,
+            cpus=CPUS,
             done=lambda count: note(f"tokens: {count} shards so far"),
         )
 
-    written = repeated("tokens", write)
+    written = repeated("tokens", write, what="tokenization")
     bytes_by_node: Counter[str] = Counter()
     for shard in written:
         bytes_by_node[shard.node] += shard.num_bytes

@@ -13,7 +13,7 @@ import ray
 from ray._private.state import available_resources_per_node, state
 
 from rayalign.errors import Stopped, UserError
-from rayalign.runtime.placement import Share
+from rayalign.placement import Share
 from rayalign.runtime.worker import TrainJob
 from rayalign.stop import Stop
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import ray
 from ray.train.v2._internal.exceptions import RayTrainError, WorkerHealthCheckFailedError
@@ -12,7 +14,11 @@ from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import UserError, first_line
+from rayalign.rounds.workers import MAX_ATTEMPTS, ItemKilled
 from rayalign.storage.manifest import TornDirectory
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PERMANENT = (UserError, PolicyMismatch, NonFiniteStep, IncompatibleCheckpoint, TornDirectory)
 """Errors whose message says everything, and which another attempt would only repeat."""
@@ -43,6 +49,25 @@ def root_cause(error: BaseException) -> BaseException:
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         return root_cause(error.cause)
     return error
+
+
+def repeated(name: str, attempt: Callable[[], T], *, what: str, attempts: int = MAX_ATTEMPTS) -> T:
+    """The result of ``attempt``, which is made again when an actor died of it.
+
+    Raises:
+        ItemKilled: actors died in all ``attempts`` at ``what``, as they do when memory runs out.
+    """
+    for number in range(1, attempts + 1):
+        try:
+            return attempt()
+        except ray.exceptions.RayActorError as error:
+            if number == attempts:
+                raise ItemKilled(
+                    f"{name}: a process died in each of {number} attempts at {what}, as it does when memory runs out: "
+                    f"{first_line(error)}"
+                ) from error
+            log.warning("%s: a process died (%s); doing its work again", name, first_line(error))
+    raise AssertionError("unreachable: the loop returns or raises")
 
 
 def is_lost(error: BaseException) -> bool:

@@ -12,7 +12,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import UserError, first_line
-from rayalign.runtime.session import Node, Session, connect, running_cluster
+from rayalign.placement import Node
+from rayalign.runtime.session import Session, connect, running_cluster
 
 ANSWER_SECONDS = 60.0
 CONNECT_SECONDS = 3.0

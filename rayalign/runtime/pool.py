@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import ray
 import torch
 
-from rayalign.errors import UserError, blocked, first_line
-from rayalign.runtime.failures import root_cause
-from rayalign.runtime.placement import Share
-
-log = logging.getLogger(__name__)
+from rayalign.errors import UserError, blocked
+from rayalign.placement import Share
+from rayalign.rounds.workers import MAX_ATTEMPTS, ItemKilled, PoolClosed
+from rayalign.runtime.failures import repeated, root_cause
 
 Actor: TypeAlias = ray.actor.ActorHandle
 
 START_SECONDS = 600.0
+"""That a pool waits for its first actor, unless it is told otherwise."""
 ITEM_SECONDS = 3600.0
 IDLE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 LONGEST_TITLE = 200
-MAX_ATTEMPTS = 4
-"""Of one item: what kills every process that touches it is not a lost node."""
 
 
-class Workshop:
+class PoolActor:
     """One actor: makes its function with the first item."""
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], threads: int) -> None:
@@ -43,14 +41,6 @@ class Workshop:
         # Making it here and not above: of an error in an actor's constructor Ray keeps the text only.
         self.function = self.function or self.make(*self.arguments)
         return self.function(item)
-
-
-class ItemKilled(UserError):
-    """Every process that worked on an item died."""
-
-
-class PoolClosed(Exception):
-    """Nobody wants the answer any more."""
 
 
 class Pool:
@@ -70,6 +60,7 @@ class Pool:
         most: int,
         least: int | None = None,
         python: str | None = None,
+        start_seconds: float = START_SECONDS,
     ) -> None:
         self.name = name
         self.make = make
@@ -78,6 +69,7 @@ class Pool:
         self.most = most
         self.least = most if least is None else least
         self.python = python
+        self.start_seconds = start_seconds
         self.lock = threading.Lock()
         self.actors: list[Actor] = []
         self.idle: list[Actor] = []
@@ -95,31 +87,27 @@ class Pool:
             ItemKilled: every actor that was given the item died.
             UserError: the function raised one; there is no room for an actor; or the item took an hour.
         """
-        for attempt in range(1, attempts + 1):
-            actor = self._take()
-            try:
-                return ray.get(actor.work.remote(item), timeout=ITEM_SECONDS)
-            except ray.exceptions.RayActorError as error:
-                if self.closed:
-                    raise PoolClosed from error
-                self._bury(actor)
-                if attempt == attempts:
-                    raise ItemKilled(
-                        f"{self.name}: a process died in each of {attempt} attempts at {described(item)}, as it does "
-                        f"when memory runs out: {first_line(error)}"
-                    ) from error
-                log.warning("%s: a process died (%s); doing its work again", self.name, first_line(error))
-            except ray.exceptions.GetTimeoutError as error:
-                self._bury(actor)
-                raise UserError(
-                    f"{self.name}: {described(item)} was not finished within {ITEM_SECONDS / 60:.0f} minutes"
-                ) from error
-            except ray.exceptions.RayTaskError as error:
-                cause = root_cause(error)
-                raise (cause if isinstance(cause, UserError) else blocked(cause) or error) from error
-            finally:
-                self._give_back(actor)
-        raise AssertionError("unreachable: the loop returns or raises")
+        return repeated(self.name, partial(self._call_once, item), attempts=attempts, what=described(item))
+
+    def _call_once(self, item: Any) -> Any:
+        actor = self._take()
+        try:
+            return ray.get(actor.work.remote(item), timeout=ITEM_SECONDS)
+        except ray.exceptions.RayActorError as error:
+            if self.closed:
+                raise PoolClosed from error
+            self._bury(actor)
+            raise
+        except ray.exceptions.GetTimeoutError as error:
+            self._bury(actor)
+            raise UserError(
+                f"{self.name}: {described(item)} was not finished within {ITEM_SECONDS / 60:.0f} minutes"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            cause = root_cause(error)
+            raise (cause if isinstance(cause, UserError) else blocked(cause) or error) from error
+        finally:
+            self._give_back(actor)
 
     def map(self, items: Iterable[Any], rescue: Callable[[Any, ItemKilled], Any] | None = None) -> Iterator[Any]:
         """Answers to ``items``, in order; the first error ends the work.
@@ -189,11 +177,11 @@ class Pool:
             self.waiting += 1
         try:
             while (actor := self._free_actor()) is None:
-                if not self.actors and time.monotonic() - began > START_SECONDS:
+                if not self.actors and time.monotonic() - began > self.start_seconds:
                     self._end_actors()
                     raise UserError(
-                        f"{self.name} waited {START_SECONDS:.0f} s for a process with {self.share.cpus:g} CPUs and "
-                        f"{self.share.gpus:g} GPUs; free in the cluster: {ray.available_resources()}"
+                        f"{self.name} waited {self.start_seconds:.0f} s for a process with {self.share.cpus:g} CPUs "
+                        f"and {self.share.gpus:g} GPUs; free in the cluster: {ray.available_resources()}"
                     )
                 time.sleep(POLL_SECONDS)
             return actor
@@ -235,8 +223,8 @@ class Pool:
         options: dict[str, Any] = {"num_cpus": share.cpus, "num_gpus": share.gpus}
         if self.python is not None:
             options["runtime_env"] = {"py_executable": self.python}
-        workshop = ray.remote(Workshop).options(**options, max_restarts=0, max_task_retries=0)
-        actor = workshop.remote(self.make, self.arguments, share.threads)
+        made = ray.remote(PoolActor).options(**options, max_restarts=0, max_task_retries=0)
+        actor = made.remote(self.make, self.arguments, share.threads)
         return actor, actor.__ray_ready__.remote()
 
 

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.errors import Failed, UserError, first_line
 from rayalign.paths import expanded
+from rayalign.placement import Node
 from rayalign.runtime.vital import Vital, newest_logs
 
 DEFAULTS = {
@@ -42,16 +43,6 @@ ANSWER_SECONDS = 5.0
 
 CPU_ROW_TOKENS = 2048
 """On a CPU rows of this length are as fast as any and hold a batch in few of them; on CUDA one row is fastest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """One machine of the cluster and what Ray may use of it."""
-
-    id: str
-    name: str
-    cpus: float
-    gpus: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,36 +7,19 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
-from rayalign.errors import UserError, blocked, first_line
-
-log = logging.getLogger(__name__)
+from rayalign.errors import UserError, blocked
 
 STALL_SECONDS = 3600.0
 TELL_SECONDS = 5.0
-MAX_ATTEMPTS = 4
 NO_RESTARTS = {"max_restarts": 0, "max_task_retries": 0}
 """Ray Data would start a process that runs out of memory again for ever."""
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """The actors of a stage."""
-
-    actors: int
-    cpus: float
-    """Of each."""
-    gpus: float = 0.0
 
 
 class Worker:
@@ -76,10 +59,13 @@ def results(
     items: ray.data.Dataset,
     make: Callable[..., Callable[[Any], Any]],
     *arguments: Any,
-    pool: Pool,
+    actors: int,
+    cpus: float,
     done: Callable[[int], None],
 ) -> list[Any]:
-    """``make(*arguments)`` applied to every item by ``pool``, in any order; ``done`` is told now and then how many.
+    """``make(*arguments)`` applied to every item by ``actors`` of ``cpus`` each, in any order.
+
+    ``done`` is told now and then how many are finished.
 
     Raises:
         UserError: one that an actor raised, or that nothing was finished for an hour.
@@ -91,9 +77,8 @@ def results(
         outcomes = items.map(
             Worker,
             fn_constructor_args=(make, *arguments),
-            compute=ray.data.ActorPoolStrategy(size=pool.actors),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=cpus,
             ray_remote_args_fn=lambda: NO_RESTARTS,
         )
     found: list[Any] = []
@@ -108,28 +93,10 @@ def results(
                 told = time.monotonic()
     except ExecutionTimeoutError as error:
         raise UserError(
-            f"{name}: nothing was finished for {STALL_SECONDS / 60:.0f} minutes. It waits for {pool.actors} processes "
-            f"with {pool.cpus:g} CPUs and {pool.gpus:g} GPUs each; free in the cluster: {ray.available_resources()}"
+            f"{name}: nothing was finished for {STALL_SECONDS / 60:.0f} minutes. It waits for {actors} processes "
+            f"with {cpus:g} CPUs each; free in the cluster: {ray.available_resources()}"
         ) from error
     return found
-
-
-def repeated(name: str, attempt: Callable[[], T]) -> T:
-    """The result of a stage that is tried again when one of its processes died.
-
-    Raises UserError when processes die every time, as they do when memory runs out.
-    """
-    for number in range(1, MAX_ATTEMPTS + 1):
-        try:
-            return attempt()
-        except ray.exceptions.RayActorError as error:
-            if number == MAX_ATTEMPTS:
-                raise UserError(
-                    f"{name}: its processes died in each of {number} attempts, as they do when memory runs out: "
-                    f"{first_line(error)}"
-                ) from error
-            log.warning("%s: a process died (%s); trying again", name, first_line(error))
-    raise AssertionError("unreachable: the loop returns or raises")
 
 
 def unpacked(rows: Iterable[dict[str, bytes]]) -> Iterable[Any]:

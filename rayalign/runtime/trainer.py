@@ -35,12 +35,14 @@ from rayalign.config.training import StrategyConfig
 from rayalign.engine.checkpoint.checkpoint import newest_step
 from rayalign.engine.metrics import last_step
 from rayalign.errors import Stopped, UserError, blocked
+from rayalign.placement import Share
+from rayalign.rounds.chunk import ChunkMaker
+from rayalign.rounds.service import RolloutJob
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
-from rayalign.runtime.placement import Share
+from rayalign.runtime.jobs import RemoteJobs
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.rounds import RolloutJob, make_pool
-from rayalign.runtime.weights import make_board
+from rayalign.runtime.weights import ObjectStore, make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 from rayalign.stop import Stop, StopRequest
 from rayalign.storage.disk import free_bytes, full_disk
@@ -218,6 +220,19 @@ class Trainer:
         self.board = None
 
 
+def make_pool(job: RolloutJob) -> Pool:
+    """The actors that draw a run's rounds; they start with the first chunk."""
+    return Pool(
+        "rollouts",
+        ChunkMaker,
+        ObjectStore(board=job.board),
+        share=job.share,
+        most=job.most,
+        least=job.least,
+        python=job.python,
+    )
+
+
 def needs(job: RolloutJob) -> tuple[object, ...]:
     """What runs must have in common to be drawn for by the same actors: an engine takes weights of one shape only."""
     return job.share, job.most, job.least, job.python, job.spec.engine, job.spec.policy
@@ -248,13 +263,14 @@ class Group:
     @classmethod
     def start(cls, job: TrainJob, max_failures: int) -> Group:
         folder = job.spec.directory / ".ray" / secrets.token_hex(4)
-        mailbox = Mailbox(folder / "mailbox")
-        mailbox.folder.mkdir(parents=True)
+        (folder / "mailbox").mkdir(parents=True)
+        jobs = f"jobs-{folder.name}"
+        mailbox = Mailbox(folder / "mailbox", RemoteJobs.start(jobs))
         # Ray Train reads this one setting from the environment only, of the process that calls fit().
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.strategy.timeout_seconds)
         trainer = TorchTrainer(
             worker_main,
-            train_loop_config={"mailbox": str(mailbox.folder)},
+            train_loop_config={"mailbox": str(mailbox.folder), "jobs": jobs},
             torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.strategy.timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from rayalign.engine.batches import State, Weights
 from rayalign.errors import UserError
-from rayalign.rounds.weights import WeightsGone
+from rayalign.rounds.weights import BOARD, WeightsGone
 
-BOARD = "weights"
 SECONDS = 600.0
 
 Content = NDArray[np.uint8] | torch.Tensor

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray import PlacementGroupID
 from ray.train.torch import get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
@@ -23,16 +24,18 @@ from rayalign.config.training import StrategyConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train
-from rayalign.engine.state import MakeSource, TrainSpec
+from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, make_strategy
 from rayalign.errors import Stopped
+from rayalign.placement import Share
+from rayalign.rounds.client import RoundsClient, client_of
+from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec
-from rayalign.runtime.placement import Share
+from rayalign.runtime.jobs import Jobs, RemoteJobs
 from rayalign.runtime.preemption import DrainNotices
-from rayalign.runtime.progress import logging_to
-from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.weights import ObjectStore
+from rayalign.storage.progress import logging_to
 
 POLL_SECONDS = 0.1
 
@@ -66,17 +69,20 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """A folder that driver and workers see: jobs go in, numbered, and the folder of each trained model comes out.
+    """What driver and workers tell one another: jobs go in, numbered, and the folder of each trained model comes out.
 
-    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken.
+    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken. The files
+    in ``folder``, which all of them see, hold plain text; the jobs themselves are in ``held``.
     """
 
     folder: Path
+    held: Jobs
 
     def post(self, job: TrainJob) -> int:
         """Leave a job for the workers; returns its number."""
         number = sum(1 for path in self.folder.iterdir() if path.suffix == ".job")
-        self._write(f"{number:06d}.job", pickle.dumps(job))
+        self.held.post(number, pickle.dumps(job))
+        self._write(f"{number:06d}.job", job.run.encode())
         return number
 
     def answer(self, number: int, final: Path) -> None:
@@ -118,12 +124,12 @@ class Mailbox:
 
     def reserve(self, room: PlacementGroup) -> None:
         """Say which part of the cluster the workers are in."""
-        self._write("room", pickle.dumps(room))
+        self._write("room", room.id.hex().encode())
 
     def reserved(self) -> PlacementGroup | None:
         """The part of the cluster that workers were in, if any have started."""
         found = self._read("room")
-        return pickle.loads(found) if found else None
+        return PlacementGroup(PlacementGroupID.from_hex(found.decode())) if found else None
 
     def close(self) -> None:
         """Let the workers end when they are done with their job."""
@@ -135,7 +141,8 @@ class Mailbox:
         while self.answered(number):
             number += 1
         while True:
-            job = self._read(f"{number:06d}.job")
+            posted = self._read(f"{number:06d}.job") is not None
+            job = self.held.get(number) if posted else None
             if job is not None:
                 yield number, pickle.loads(job)
                 number += 1
@@ -159,7 +166,7 @@ class Mailbox:
 
 def worker_main(config: dict[str, Any]) -> None:
     """One Ray Train worker, from its start to the closing of the mailbox."""
-    mailbox = Mailbox(Path(config["mailbox"]))
+    mailbox = Mailbox(Path(config["mailbox"]), RemoteJobs.find(config["jobs"]))
     rank, room = ray.train.get_context().get_world_rank(), get_current_placement_group()
     mailbox.register(rank)
     if rank == 0 and room is not None:
@@ -185,17 +192,23 @@ def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Pa
     Raises:
         Stopped: ``stop`` said so, and there were steps left.
     """
-    make_source = source_maker(job.source, strategy, weight_channel(job.rollouts) if job.rollouts else None)
+    channel = weight_channel(job.rollouts) if job.rollouts else None
+    rounds = client_of(job.source, rank=strategy.rank, world_size=strategy.world_size, channel=channel)
+    make_batches = batch_maker(job.source, strategy, rounds)
+    notices = DrainNotices()
     with logging_to(job.spec.directory if strategy.rank == 0 else None):
         if job.spec.critic is not None:
-            return actor_critic.train(job.spec, make_source, strategy, stop=stop, notices=DrainNotices())
+            if rounds is None:
+                raise TypeError("a critic values rounds, and this run draws none")
+            return actor_critic.train(job.spec, make_batches, strategy, rounds=rounds, stop=stop, notices=notices)
         return train(
             job.spec,
-            make_source,
+            make_batches,
             strategy,
-            make_held_out=source_maker(job.held_out, strategy) if job.held_out else None,
+            rounds=rounds,
+            make_held_out=batch_maker(job.held_out, strategy) if job.held_out else None,
             stop=stop,
-            notices=DrainNotices(),
+            notices=notices,
         )
 
 
@@ -206,17 +219,12 @@ def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:
     return ObjectStore(board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.direct_weights)
 
 
-def source_maker(spec: SourceSpec, strategy: Strategy, channel: ObjectStore | None = None) -> MakeSource:
-    """How this worker opens its part of the stored groups, once it knows its model's layout."""
+def batch_maker(spec: SourceSpec, strategy: Strategy, rounds: RoundsClient | None = None) -> MakeBatches:
+    """How this worker opens its part of the groups, once it knows its model's layout."""
 
     def make(layout: Layout, pad_id: int) -> StreamSource:
         return StreamSource(
-            spec,
-            layout=layout,
-            pad_id=pad_id,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
-            channel=channel,
+            spec, layout=layout, pad_id=pad_id, rank=strategy.rank, world_size=strategy.world_size, rounds=rounds
         )
 
     return make

@@ -16,8 +16,8 @@ from rayalign.data.select import read_rows, rows_file, scores_of
 from rayalign.data.store import TokenStore
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.job import make_job
+from rayalign.run.reference import LOG_PROBS
 from rayalign.run.stages import Stages
-from rayalign.runtime.reference import LOG_PROBS
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 

@@ -16,10 +16,10 @@ from workspaces import Workspace, metrics, rayalign, wait_until, weights
 from rayalign.data.store import TokenStore
 from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
+from rayalign.placement import Share
+from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.weights import WeightsGone
-from rayalign.runtime.placement import Share
 from rayalign.runtime.pool import Pool
-from rayalign.runtime.rounds import RolloutJob
 from rayalign.runtime.session import Session
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.weights import ObjectStore

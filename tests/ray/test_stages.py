@@ -13,9 +13,9 @@ from workspaces import Workspace, kill_workers, rayalign, wait_until
 
 from rayalign.config.load import load_run
 from rayalign.data.store import TokenStore
+from rayalign.run import reference
 from rayalign.run.model import scoring_spec
 from rayalign.run.stages import Stages
-from rayalign.runtime import reference
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
@@ -56,7 +56,7 @@ def test_reference_goes_on_after_its_process_was_killed(
 
     def kill() -> None:
         wait_until(lambda: len(list(tmp_path.glob("*.shard.json"))) >= 3, "3 shards")
-        kill_workers("MapWorker")
+        kill_workers("PoolActor")
         kept.update({path.name.replace(".shard.json", ".columns"): 0 for path in tmp_path.glob("*.shard.json")})
         kept.update({name: time for name, time in modified(tmp_path).items() if name in kept})
 

@@ -34,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 METRICS, RUN = "metrics.jsonl", "run.json"
 ROUND = re.compile(r"rounds/(?:round_\d+-\w+|weights/step_\d+-\w+|prepared/round_\d+-\w[\w.-]*)")
 """The name of a folder that a checkpoint may need."""
-Rounds = Mapping[str, Mapping[str, str]]
+NamedRounds = Mapping[str, Mapping[str, str]]
 """``begun`` (name → digest) and ``ahead`` (name → name of the weights) of a checkpoint."""
 
 
@@ -49,7 +49,7 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
     """
     found = {path: manifest_of(path) for path in (directory / CHECKPOINTS).glob("step_*") if NAME.fullmatch(path.name)}
     local = {path: manifest["facts"] for path, manifest in found.items() if manifest is not None}
-    rounds: list[Rounds] = []
+    rounds: list[NamedRounds] = []
     with opened(mirror) as copies:
         for path in sorted(local, key=step_of, reverse=True):
             name = f"{CHECKPOINTS}/{path.name}"
@@ -70,7 +70,7 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
             copies.remove(name)
 
 
-def rounds_of(facts: Mapping[str, Any]) -> Rounds:
+def rounds_of(facts: Mapping[str, Any]) -> NamedRounds:
     """What a checkpoint's manifest says of rounds: see :func:`rayalign.engine.checkpoint.saving.named`.
 
     Raises:
@@ -84,7 +84,7 @@ def rounds_of(facts: Mapping[str, Any]) -> Rounds:
         raise TornDirectory("its manifest does not name the rounds that it needs") from error
 
 
-def send_rounds(copies: Copies, directory: Path, rounds: Rounds) -> None:
+def send_rounds(copies: Copies, directory: Path, rounds: NamedRounds) -> None:
     """Send what a checkpoint needs; raises :class:`TornDirectory` where that is not whole here."""
     for name in rounds["begun"]:
         send_needed(copies, directory, name)
@@ -109,7 +109,7 @@ def send_needed(copies: Copies, directory: Path, name: str) -> None:
         copies.send_folder(directory / name, name)
 
 
-def needed_rounds(kept: Sequence[Rounds], there: Collection[str]) -> set[str]:
+def needed_rounds(kept: Sequence[NamedRounds], there: Collection[str]) -> set[str]:
     """The folders that checkpoints need; weights only as long as the round that is drawn with them is not ``there``."""
     ahead = {name: weights for rounds in kept for name, weights in rounds["ahead"].items()}
     waiting = {weights for name, weights in ahead.items() if f"{name}/{MANIFEST}" not in there}
@@ -175,7 +175,7 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
     return newest
 
 
-def fetch_rounds(copies: Copies, directory: Path, rounds: Rounds) -> None:
+def fetch_rounds(copies: Copies, directory: Path, rounds: NamedRounds) -> None:
     """Fetch what a checkpoint needs and ``directory`` lacks; raises :class:`TornDirectory` where it is not there."""
     for name, digest in rounds["begun"].items():
         fetch_needed(copies, directory, name, digest)

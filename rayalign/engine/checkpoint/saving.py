@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayalign.engine.batches import FollowsPolicy, GroupSource, Rounds
+from rayalign.engine.batches import NeededRounds, Rounds
 from rayalign.engine.checkpoint.mirror import upload
 from rayalign.engine.checkpoint.sending import copies, exportable
 from rayalign.engine.state import Run, TrainSpec
@@ -118,7 +118,7 @@ def refuse_stopped(run: Run, writer: Writer, save: Callable[[], None]) -> None:
 def save(
     run: Run,
     writer: Writer,
-    source: GroupSource,
+    rounds: Rounds | None,
     *,
     beside: Beside | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
@@ -147,7 +147,7 @@ def save(
             group=writer.group,
             adapter=adapter,
             beside=beside.written(later) if beside is not None else None,
-            facts={**facts_of(run, source), **facts} if strategy.rank == 0 else {},
+            facts={**facts_of(run, rounds), **facts} if strategy.rank == 0 else {},
         )
     )
     if run.urgent:
@@ -197,19 +197,19 @@ def mirror_to(mirror: Mirror, spec: TrainSpec, step: int) -> None:
         log.warning("step %d is not mirrored; the next checkpoint tries again: %s", step, error)
 
 
-def facts_of(run: Run, source: GroupSource) -> dict[str, Any]:
+def facts_of(run: Run, rounds: Rounds | None) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run at its step."""
     return {
         "num_tokens": run.num_tokens,
         "skipped": (run.skipped_steps, run.skipped_in_a_row),
-        "source": source.state(run.step) if isinstance(source, FollowsPolicy) else {},
-        "rounds": named(source.rounds(run.step) if isinstance(source, FollowsPolicy) else Rounds(), run.spec.directory),
+        "source": rounds.state(run.step) if rounds is not None else {},
+        "rounds": named(rounds.needed(run.step) if rounds is not None else NeededRounds(), run.spec.directory),
         "environment": environment(run.strategy),
         "metrics": measurements(run),
     }
 
 
-def named(rounds: Rounds, directory: Path) -> dict[str, dict[str, str]]:
+def named(rounds: NeededRounds, directory: Path) -> dict[str, dict[str, str]]:
     """Rounds as a manifest names them, by their places in the run's ``directory``; those begun with their digests."""
     begun = {path: committed(path)["manifest_sha256"] for path in rounds.begun}
     return {

@@ -1,4 +1,4 @@
-"""The policy's weights on their way out of training: to whoever samples them, and into files."""
+"""The policy's weights on their way out of training: to the actors that sample them, and into files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rayalign.engine.batches import FollowsPolicy, GroupSource, State, Weights
+from rayalign.engine.batches import Rounds, State, Weights
 from rayalign.engine.canary import canary_logps
 from rayalign.engine.model.lora import ADAPTER, merged, write_adapter
 from rayalign.engine.model.pretrained import is_renamed, save_pretrained, state_digest
@@ -20,9 +20,9 @@ from rayalign.engine.state import Run
 from rayalign.storage.manifest import commit
 
 
-def offer_weights(run: Run, source: GroupSource) -> None:
-    """Export the policy for a source that draws from it now; every worker learns which weights they are."""
-    if not (isinstance(source, FollowsPolicy) and source.wants_weights(run.step)):
+def offer_weights(run: Run, rounds: Rounds | None) -> None:
+    """Export the policy for the rounds that are drawn from it now; every worker learns which weights they are."""
+    if rounds is None or not rounds.wants_weights(run.step):
         return
     began = time.perf_counter()
     state, _ = exportable(run)
@@ -33,18 +33,18 @@ def offer_weights(run: Run, source: GroupSource) -> None:
         policy=run.runner.module,
         device=run.strategy.device,
     )
-    weights = export_weights(run, source, state, canary, began) if run.strategy.rank == 0 else None
-    source.follow(run.strategy.broadcast(weights))
+    weights = export_weights(run, rounds, state, canary, began) if run.strategy.rank == 0 else None
+    rounds.follow(run.strategy.broadcast(weights))
 
 
-def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[float, ...], began: float) -> Weights:
+def export_weights(run: Run, rounds: Rounds, state: State, canary: tuple[float, ...], began: float) -> Weights:
     """Send the policy, write it where it must outlive this process, and say what was sent."""
     renamed = is_renamed(run.model)
     weights = Weights(
         step=run.step,
         attempt=run.checkpointer.attempt,
         digest=state_digest(state),
-        directory=source.weights_folder(run.step, run.checkpointer.attempt, written=renamed),
+        directory=rounds.weights_folder(run.step, run.checkpointer.attempt, written=renamed),
         canary=canary,
         num_bytes=num_bytes(state),
     )
@@ -52,7 +52,7 @@ def export_weights(run: Run, source: FollowsPolicy, state: State, canary: tuple[
         save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids, state=state)
         commit(weights.directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
     if not renamed:
-        source.send(weights, state)
+        rounds.send(weights, state)
     return replace(weights, seconds_sending=time.perf_counter() - began)
 
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from kuberay_rules import operator_errors, schema_errors, strict_schema
 
-from rayalign.runtime.placement import share
-from rayalign.runtime.session import Node, Session
+from rayalign.placement import Node, share
+from rayalign.runtime.session import Session
 
 REPOSITORY = Path(__file__).parents[3]
 FOLDER = REPOSITORY / "cluster" / "kuberay"

@@ -17,8 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from rayalign.placement import Node
 from rayalign.runtime.nodes import Cluster
-from rayalign.runtime.session import Node
 from rayalign.verbs.doctor import check_folder, doctor, judge_cluster
 from rayalign.verbs.findings import Finding, as_json, as_table, num_broken
 from rayalign.verbs.machine import (

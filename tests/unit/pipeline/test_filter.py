@@ -21,13 +21,14 @@ from rayalign.data.shard import write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
+from rayalign.placement import Node
 from rayalign.report.formatting import kept
 from rayalign.rounds.stored import drawn_rows, order_of
 from rayalign.rounds.streams import StoredStream
+from rayalign.run.reference import LOG_PROBS
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.run.streams import filtered as filtered_stream
-from rayalign.runtime.reference import LOG_PROBS
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
 GROUPS = synthetic_groups([2] * 21, seed=5)

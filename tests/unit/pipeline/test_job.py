@@ -21,6 +21,7 @@ from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
+from rayalign.placement import Node, Share, share
 from rayalign.run.identity import run_identity
 from rayalign.run.job import critic_spec, refuse_unsaved_best
 from rayalign.run.model import model_spec
@@ -28,8 +29,7 @@ from rayalign.run.readers import refuse_unusable_models
 from rayalign.run.resolve import resolve
 from rayalign.run.rollouts import preparation, prompts_of, round_plan
 from rayalign.run.streams import num_steps, require_columns
-from rayalign.runtime.placement import Share, share
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 
 METHOD = """
 from dataclasses import replace

@@ -27,11 +27,12 @@ from rayalign.comparison.record import assumptions, judge_of
 from rayalign.config import load_compare, load_run
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
+from rayalign.judge.evaluator import Evaluator
 from rayalign.judge.measure import Measured
+from rayalign.placement import Node
 from rayalign.report.points import AnswerCounts, EvaluationPoint
 from rayalign.run.stages import Stages
-from rayalign.runtime.evaluation import Evaluator
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
 PROMPTS = ["Why?", "Who is it?", "What is the sky?", "And then?"]

@@ -13,10 +13,11 @@ from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, mea
 from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError
+from rayalign.judge.evaluator import EvaluationSpec
+from rayalign.placement import Node
 from rayalign.run.job import evaluation_steps, refuse_long_warmup
 from rayalign.run.stages import Stages
-from rayalign.runtime.evaluation import EvaluationSpec
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
 RUN = """

@@ -17,8 +17,9 @@ from rayalign.data.records import RawRow
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
+from rayalign.placement import Node
 from rayalign.run.stages import Stages
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"

@@ -28,7 +28,7 @@ from rayalign.methods import resolve
 from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import Preparation, prepare_columns
 from rayalign.rounds.streams import StoredStream
-from rayalign.runtime.reference import LOG_PROBS
+from rayalign.run.reference import LOG_PROBS
 from rayalign.storage.artifacts import STAGE_VERSIONS
 from rayalign.storage.manifest import file_digest
 

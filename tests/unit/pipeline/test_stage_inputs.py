@@ -14,10 +14,11 @@ from rayalign.config import load_run
 from rayalign.config.data import DataSource
 from rayalign.data.tokenize_rows import Unit
 from rayalign.errors import MissingExtra, UserError
+from rayalign.placement import Node
 from rayalign.run.reads import with_format
 from rayalign.run.stages import Stages, input_digest, source_units
 from rayalign.run.train import refuse_unsupported
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 from rayalign.storage.manifest import commit
 

@@ -24,8 +24,9 @@ from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks, shaped
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
+from rayalign.placement import Node
 from rayalign.run.stages import Stages
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 from rayalign.storage.lease import lease
 from rayalign.storage.manifest import commit

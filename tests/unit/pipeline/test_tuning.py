@@ -18,11 +18,11 @@ from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.errors import Stopped
+from rayalign.judge.evaluator import EvaluationSpec
 from rayalign.judge.measure import Prompt
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
 from rayalign.run.stages import Stages
-from rayalign.runtime.evaluation import EvaluationSpec
 
 YAML = """\
 base:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.sampling import draw, sample_key, truncated, uniforms
+from rayalign.rollout.sampling import sample_key, sample_tokens, truncated, uniforms
 
 PROBABILITIES = (0.05, 0.5, 0.15, 0.3)
 LOGITS = torch.tensor([[math.log(p) + 2.0 for p in PROBABILITIES]])  # any constant may be added
@@ -18,7 +18,7 @@ EVERYWHERE = torch.arange(10_000, dtype=torch.float64) / 10_000
 
 
 def _frequencies(params: SamplingParams) -> list[float]:
-    token, _ = draw(LOGITS.expand(10_000, -1), EVERYWHERE, params)
+    token, _ = sample_tokens(LOGITS.expand(10_000, -1), EVERYWHERE, params)
     return (torch.bincount(token, minlength=4) / 10_000).tolist()
 
 
@@ -47,20 +47,20 @@ def test_frequencies(params: SamplingParams, expected: tuple[float, ...]) -> Non
 def test_behavior_and_sampler_log_probabilities() -> None:
     noise = torch.tensor([0.1, 0.99], dtype=torch.float64)
     logits = LOGITS.expand(2, -1)
-    token, logp = draw(logits, noise, SamplingParams(top_p=0.9))
+    token, logp = sample_tokens(logits, noise, SamplingParams(top_p=0.9))
     assert token.tolist() == [1, 3]
     assert logp[0].tolist() == pytest.approx([math.log(0.5 / 0.95), math.log(0.3 / 0.95)], abs=1e-6)
     assert logp[1].tolist() == pytest.approx([math.log(0.5), math.log(0.3)], abs=1e-6)
-    _, logp = draw(logits, noise, SamplingParams(temperature=0.5))
+    _, logp = sample_tokens(logits, noise, SamplingParams(temperature=0.5))
     assert torch.equal(logp[0], logp[1])
-    token, logp = draw(logits, noise, SamplingParams(temperature=0.0))
+    token, logp = sample_tokens(logits, noise, SamplingParams(temperature=0.0))
     assert logp[0].tolist() == [0, 0] and logp[1].tolist() == pytest.approx([math.log(0.5)] * 2, abs=1e-6)
 
 
 def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    token, _ = draw(logits.expand(3, -1), edges, SamplingParams())
+    token, _ = sample_tokens(logits.expand(3, -1), edges, SamplingParams())
     assert token.tolist() == [1, 3, 3]
 
 
@@ -74,7 +74,9 @@ def test_a_long_tail_keeps_its_probability() -> None:
     """Half of the mass lies in 200 000 tokens of 2.5e-6 each, which a float32 running sum would lose one by one."""
     tail = 200_000
     logits = torch.log(torch.tensor([0.5] + [0.5 / tail] * tail))[None]
-    token, _ = draw(logits.expand(3, -1), torch.tensor([0.4999, 0.5001, 0.75], dtype=torch.float64), SamplingParams())
+    token, _ = sample_tokens(
+        logits.expand(3, -1), torch.tensor([0.4999, 0.5001, 0.75], dtype=torch.float64), SamplingParams()
+    )
     assert token.tolist() == [0, pytest.approx(40, abs=2), pytest.approx(tail / 2, abs=10)]
 
 

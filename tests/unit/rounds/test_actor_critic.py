@@ -42,7 +42,7 @@ from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import Stopped
 from rayalign.rounds.columns import Preparation, prepare_columns
 from rayalign.rounds.plan import RoundPlan
-from rayalign.runtime.rounds import serving
+from rayalign.rounds.service import serving
 from rayalign.storage.manifest import read_manifest, verify
 
 

@@ -33,7 +33,7 @@ from rayalign.config.training import StrategyConfig
 from rayalign.engine.model.lora import ADAPTER
 from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
-from rayalign.runtime.rounds import serving
+from rayalign.rounds.service import serving
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ import torch
 from mirrors import Lost, There, found_again, lost_after
 from safetensors.torch import load_file
 from tiny_rollouts import InProcess, OnPolicyRun
-from tiny_runs import CPU, objective, same_optimizer, store, synthetic_groups
+from tiny_runs import CPU, objective, same_optimizer, source_maker, store, synthetic_groups
 
 from rayalign.comparison.record import cost
 from rayalign.config.training import StrategyConfig
-from rayalign.data.rows import Layout
 from rayalign.engine.batches import State, Weights
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.checkpoint.mirror import rounds_of, send_rounds, upload
@@ -31,12 +30,12 @@ from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped
 from rayalign.rounds.chunk import Chunk, ChunkMaker
+from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.source import StreamSource
+from rayalign.rounds.service import serving
 from rayalign.rounds.streams import MixedStream
 from rayalign.rounds.weights import WeightsGone
-from rayalign.runtime.pool import PoolClosed
-from rayalign.runtime.rounds import serving
+from rayalign.rounds.workers import PoolClosed
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.copies import Copies, Mirror, opened
 from rayalign.storage.manifest import MANIFEST, manifest_digest, verify
@@ -198,11 +197,10 @@ def train_through_memory(run: OnPolicyRun, pool: InProcess, **arguments: Any) ->
     memory = Memory()
     pool.maker = ChunkMaker(memory)
 
-    def make(layout: Layout, pad_id: int) -> StreamSource:
-        return StreamSource(run.scenario.source, layout=layout, pad_id=pad_id, channel=memory)
-
+    rounds = RoundsClient(run.scenario.source, channel=memory)
+    make = source_maker(run.scenario, rounds=rounds)
     with serving(run.job, pool, run.notes.append):
-        train(run.spec(), make, make_strategy("single", CPU), **arguments)
+        train(run.spec(), make, make_strategy("single", CPU), rounds=rounds, **arguments)
 
 
 def test_a_stop_before_a_round_whose_weights_were_in_memory_alone(

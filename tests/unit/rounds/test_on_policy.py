@@ -29,7 +29,7 @@ from rayalign.errors import Stopped, UserError
 from rayalign.rounds.chunk import Chunk, ChunkMaker, refuse_broken_weights
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import StoredGroups
-from rayalign.runtime.pool import ItemKilled, PoolClosed
+from rayalign.rounds.workers import ItemKilled, PoolClosed
 from rayalign.storage.manifest import read_manifest
 
 PLAN = RoundPlan(steps=6, refresh_every=2, lag=0, groups_per_step=4)

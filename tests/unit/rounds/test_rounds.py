@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rayalign.engine.batches import Weights
-from rayalign.rounds.plan import Request, RoundFolder, RoundPlan
+from rayalign.rounds.folder import Request, RoundFolder
+from rayalign.rounds.plan import RoundPlan
 
 PLAN = RoundPlan(steps=10, refresh_every=4, lag=0, groups_per_step=6)
 WEIGHTS = Weights(

@@ -17,9 +17,9 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import Chunk
+from rayalign.rounds.ledger import Ledger
 from rayalign.rounds.plan import RoundPlan
-from rayalign.runtime.drawing import Ledger
-from rayalign.runtime.rounds import Unlabelled
+from rayalign.rounds.service import Unlabelled
 from rayalign.storage.manifest import MANIFEST
 
 PLAN = RoundPlan(steps=5, refresh_every=1, lag=0, groups_per_step=3)

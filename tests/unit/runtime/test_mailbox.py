@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import ray
+from ray.util.placement_group import PlacementGroup
 
 from rayalign.errors import Stopped
+from rayalign.runtime.jobs import JobTable
 from rayalign.runtime.worker import Mailbox, TrainJob
 
 
@@ -17,7 +21,7 @@ from rayalign.runtime.worker import Mailbox, TrainJob
 def mailbox(tmp_path: Path) -> Mailbox:
     folder = tmp_path / "mailbox"
     folder.mkdir()
-    return Mailbox(folder)
+    return Mailbox(folder, JobTable())
 
 
 def job(name: str) -> TrainJob:
@@ -72,3 +76,48 @@ def test_a_job_that_was_stopped_says_how_far_it_is(mailbox: Mailbox) -> None:
     mailbox.stopped(number, "stopped after step 3 of 9")
     with pytest.raises(Stopped, match="stopped after step 3 of 9"):
         mailbox.answered(number)
+
+
+def test_its_files_are_plain_text_and_no_job(mailbox: Mailbox, tmp_path: Path) -> None:
+    room = PlacementGroup(ray.PlacementGroupID.from_random())
+    number = mailbox.post(job("a"))
+    mailbox.take(number)
+    mailbox.reserve(room)
+    mailbox.answer(number, tmp_path / "final")
+    files = {path.name: path.read_text(encoding="ascii") for path in mailbox.folder.iterdir()}
+    assert files == {
+        "000000.job": "a",
+        "000000.taken": "",
+        "000000.final": str(tmp_path / "final"),
+        "room": room.id.hex(),
+    }
+    found = mailbox.reserved()
+    assert found is not None and found.id == room.id
+
+
+class Planted:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def test_what_others_write_into_its_folder_is_not_run(mailbox: Mailbox, tmp_path: Path) -> None:
+    planted = tmp_path / "planted"
+    code = pickle.dumps(Planted(planted))
+    mailbox.post(job("a"))
+    (mailbox.folder / "000000.job").write_bytes(code)
+    (mailbox.folder / "000001.job").write_bytes(code)
+    (mailbox.folder / "room").write_bytes(code)
+    jobs = mailbox.jobs()
+    assert next(jobs)[1].run == "a"
+    mailbox.close()
+    assert list(jobs) == []  # nothing was posted under the second number
+    with pytest.raises(UnicodeDecodeError):
+        mailbox.reserved()
+    assert not planted.exists()
+    pickle.loads(code).close()
+    assert planted.exists()

@@ -1,13 +1,17 @@
-"""What a pool calls its items in messages."""
+"""What a pool calls its items in messages, and how often it does again what died with its actor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayActorError
 
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.rounds.chunk import Chunk
+from rayalign.rounds.workers import ItemKilled
+from rayalign.runtime.failures import repeated
 from rayalign.runtime.pool import described
 
 CHUNK = Chunk(name="0000000008", positions=range(8, 16), directory=Path("rounds"), weights=None)
@@ -24,3 +28,27 @@ CHUNK = Chunk(name="0000000008", positions=range(8, 16), directory=Path("rounds"
 )
 def test_an_item_is_called_what_a_person_would_call_it(item: object, expected: str) -> None:
     assert described(item) == expected
+
+
+@pytest.mark.parametrize("deaths", [0, 3])
+def test_what_died_with_its_actor_is_done_again(deaths: int) -> None:
+    """Up to three times, as four attempts allow."""
+    assert repeated("tokens", dying(deaths), what="shard 3") == "done"
+
+
+def test_what_kills_every_actor_is_told_with_its_name() -> None:
+    told = "^tokens: a process died in each of 4 attempts at shard 3, as it does when memory runs out: it was killed"
+    with pytest.raises(ItemKilled, match=told):
+        repeated("tokens", dying(4), what="shard 3")
+
+
+def dying(deaths: int) -> Callable[[], str]:
+    """Work whose actor dies that often before it succeeds."""
+    left = [RayActorError(error_msg="it was killed") for _ in range(deaths)]
+
+    def work() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    return work

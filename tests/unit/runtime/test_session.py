@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rayalign.errors import UserError
-from rayalign.runtime.session import DEFAULTS, Node, Session, connect, environment, running_cluster
+from rayalign.placement import Node
+from rayalign.runtime.session import DEFAULTS, Session, connect, environment, running_cluster
 
 NODE = Node(id="a", name="a", cpus=2, gpus=0)
 HERE = Session(started_here=True, nodes=(NODE,))

@@ -23,8 +23,8 @@ from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import MissingExtra, UserError
+from rayalign.placement import Share
 from rayalign.runtime.failures import WHAT_TO_DO, describe_loss, is_lost, loss_kind, root_cause
-from rayalign.runtime.placement import Share
 from rayalign.runtime.trainer import Trainer, TrainingFailed
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.disk import DiskFull

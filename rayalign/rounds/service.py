@@ -1,4 +1,4 @@
-"""Rounds: what training asks for is drawn by a pool of actors, chunk by chunk, and committed before it is used."""
+"""The driver's side of rounds: draw what training asks for, and commit it before it is used. No Ray here."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from pathlib import Path
 from rayalign.data.shard import write_whole
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
+from rayalign.placement import Share
 from rayalign.remarks import Remarks
-from rayalign.rounds.chunk import REST, ChunkMaker, ChunkSpec
+from rayalign.rounds.chunk import REST, ChunkSpec
 from rayalign.rounds.columns import Preparation, prepare_columns
-from rayalign.rounds.plan import Request, RoundFolder, RoundPlan
-from rayalign.rounds.weights import WeightsGone
-from rayalign.runtime.drawing import WHAT_DISTINGUISHES, Ledger, Workers, commit_drawn, draw, nothing_learned
-from rayalign.runtime.placement import Share
-from rayalign.runtime.pool import Pool, PoolClosed
-from rayalign.runtime.weights import BOARD, ObjectStore
+from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.folder import Request, RoundFolder
+from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
+from rayalign.rounds.plan import RoundPlan
+from rayalign.rounds.weights import BOARD, WeightsGone
+from rayalign.rounds.workers import PoolClosed, Workers
 from rayalign.storage.manifest import MANIFEST, committed
 
 log = logging.getLogger(__name__)
@@ -58,18 +59,6 @@ class RolloutJob:
     """Refreshed weights go from device to device."""
     board: str = BOARD
     """Where its trainer's workers and actors learn of weights."""
-
-
-def make_pool(job: RolloutJob) -> Pool:
-    return Pool(
-        "rollouts",
-        ChunkMaker,
-        ObjectStore(board=job.board),
-        share=job.share,
-        most=job.most,
-        least=job.least,
-        python=job.python,
-    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Chunks: prompts are cut into fixed ones, made by whoever is there, and committed as one store."""
+"""Prompts are cut into fixed chunks, which any process makes, and committed as one store."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rayalign.data.shard import finished_shards, write_whole
 from rayalign.data.store import commit_store
-from rayalign.data.tokenize_rows import Shape
 from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
 from rayalign.remarks import Remarks
-from rayalign.rounds.chunk import Chunk, ChunkReport, ChunkSpec, told_prompt
-from rayalign.runtime.pool import MAX_ATTEMPTS, ItemKilled
+from rayalign.rounds.chunk import Chunk, ChunkReport, ChunkSpec
+from rayalign.rounds.ledger import Ledger, bad_prompts, told_bad
+from rayalign.rounds.workers import ItemKilled, Workers
 
 log = logging.getLogger(__name__)
 
@@ -30,103 +30,6 @@ PROBES = 2
 """Attempts at a part of a chunk that is known to kill: one may be a node lost by chance."""
 MOST_FATAL = 4
 """Prompts of one chunk; where more of them kill, it is not the prompts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
-    """What drawing cost and gave; sums over chunks."""
-
-    prompts: int
-    completions: int
-    tokens_generated: int
-    finished: int
-    scorer_calls: int
-    labels: int
-    distinguishing: int
-    rewards: tuple[float, float] | None
-    quarantined: int
-    reward_sum: float
-    seconds_generating: float
-    """Of all actors together, as the others."""
-    seconds_starting: float
-    refreshes: int
-    seconds_refreshing: float
-
-    @classmethod
-    def of(cls, reports: Sequence[dict[str, Any]]) -> Ledger:
-        own = ("quarantined", "rewards")
-        sums = {name: sum(report[name] for report in reports) for name in cls.__slots__ if name not in own}
-        bounds = [report["rewards"] for report in reports if report["rewards"] is not None]
-        return cls(
-            **sums,
-            quarantined=sum(len(report["quarantined"]) for report in reports),
-            rewards=(min(low for low, _ in bounds), max(high for _, high in bounds)) if bounds else None,
-        )
-
-    def teaches(self, *, alone: bool) -> bool:
-        """Whether a method learns anything from these completions.
-
-        Where one completion of a prompt is enough (``alone``), rewards may differ from prompt to prompt.
-        """
-        if alone:
-            return self.rewards is not None and (self.completions < 2 or self.rewards[0] < self.rewards[1])
-        return self.distinguishing > 0
-
-    def facts(self, weights: Weights | None = None) -> dict[str, float]:
-        """Means over the round, for the rows of metrics; ``weights`` are those that it was drawn with."""
-        drawn = max(1, self.completions)
-        facts = {
-            "rollout/reward": self.reward_sum / max(1, self.completions or self.scorer_calls),
-            "rollout/length": self.tokens_generated / drawn,
-            "rollout/finished": self.finished / drawn,
-            "rollout/labelled": self.labels / max(1, self.prompts),
-            "rollout/labels": self.labels,
-            "rollout/scorer_calls": self.scorer_calls,
-            "rollout/tokens": self.tokens_generated,
-            "rollout/seconds_generating": self.seconds_generating,
-        }
-        if weights is not None and self.refreshes:
-            seconds = weights.seconds_sending + self.seconds_refreshing / self.refreshes
-            facts |= {
-                "refresh/seconds": seconds,
-                "refresh/bytes": weights.num_bytes,
-                "refresh/bytes_per_second": weights.num_bytes / seconds,
-            }
-        return facts
-
-
-WHAT_DISTINGUISHES = "more rollout.samples, a higher rollout.temperature, a finer scorer or another label rule"
-
-
-def nothing_learned(ledgers: Sequence[Ledger], *, scorer: str, rule: str, shape: Shape) -> str:
-    """Why completions that ``scorer`` scored and ``rule`` labelled teach nothing."""
-    bounds = [ledger.rewards for ledger in ledgers if ledger.rewards is not None]
-    low, high = min((low for low, _ in bounds), default=0.0), max((high for _, high in bounds), default=0.0)
-    given = f"every completion {low:g}" if low == high else f"{low:g} to {high:g}"
-    why = f"label {rule} found no preference"
-    if shape in ("group", "one"):
-        why = "the completions of each prompt are worth the same"
-    return f"no prompt is labelled: scorer {scorer} gave {given if bounds else 'no reward'}, and {why}"
-
-
-class Workers(Protocol):
-    """Whoever makes chunks: a :class:`rayalign.runtime.pool.Pool`, or one process that does it alone."""
-
-    def call(self, item: Any, attempts: int = MAX_ATTEMPTS) -> Any:
-        """The :class:`ChunkReport` of a (spec, chunk)."""
-        ...
-
-    def map(self, items: Iterable[Any], rescue: Callable[[Any, ItemKilled], Any] | None = None) -> Iterator[Any]:
-        """The :class:`ChunkReport` of every (spec, chunk), in order; ``rescue`` answers for one that killed all."""
-        ...
-
-    def tell(self, item: Any) -> None:
-        """Let every idle process work on ``item``."""
-        ...
-
-    def release(self) -> None:
-        """End processes that have had nothing to do for long."""
-        ...
 
 
 def draw(
@@ -163,16 +66,6 @@ def draw(
     if 0 < len(bad_prompts(reports)) <= most_bad:
         done(f"{told_bad(reports)}; see quarantine.jsonl in {directory}")
     return reports
-
-
-def bad_prompts(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [failure for report in reports for failure in report["quarantined"]]
-
-
-def told_bad(reports: Sequence[dict[str, Any]], more: str = "") -> str:
-    """How many prompts the scorer failed on, and the first of them; ``more`` stands between the two."""
-    failures, prompts = bad_prompts(reports), sum(report["prompts"] for report in reports)
-    return f"{len(failures)} of {prompts} prompts have no scored completions{more}; first {told_prompt(failures[0])}"
 
 
 def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, Chunk], error: ItemKilled) -> ChunkReport:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayalign.errors import UserError
+from rayalign.placement import Node, Share, elastic_share, guest, host, share
 from rayalign.runtime.elastic import fitting
-from rayalign.runtime.placement import Share, elastic_share, guest, host, share
-from rayalign.runtime.session import Node, Session
+from rayalign.runtime.session import Session
 
 
 def cluster(*nodes: tuple[float, float]) -> Session:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayalign.runtime.progress import Tail, logging_to, watching
+from rayalign.storage.progress import Tail, logging_to, watching
 
 
 def append(path: Path, text: str) -> None:

@@ -6,11 +6,33 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from rayalign.errors import UserError
-from rayalign.runtime.session import Node, Session
 
 MOST_PER_CPU = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine of the cluster and what Ray may use of it."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
+
+
+class Machine(Protocol):
+    """What processes are placed on."""
+
+    @property
+    def nodes(self) -> tuple[Node, ...]: ...
+
+    @property
+    def num_gpus(self) -> float:
+        """Of all nodes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +66,7 @@ def guest(each: Share) -> Share:
     return replace(each, cpus=0.0, gpus=round(GUEST * each.gpus, 4))
 
 
-def share(session: Session, processes: int, *, workers: int = 1) -> Share:
+def share(machine: Machine, processes: int, *, workers: int = 1) -> Share:
     """Equal shares for ``processes`` that run at the same time, of which runs of ``workers`` train together.
 
     Everything fits, on fractions of a CPU or a GPU if it must, except that the workers of one run never share a GPU:
@@ -52,9 +74,9 @@ def share(session: Session, processes: int, *, workers: int = 1) -> Share:
 
     Raises UserError naming what the cluster lacks.
     """
-    if session.num_gpus:
-        return gpu_share([node for node in session.nodes if node.gpus], processes, workers)
-    cpus = [node.cpus for node in session.nodes]
+    if machine.num_gpus:
+        return gpu_share([node for node in machine.nodes if node.gpus], processes, workers)
+    cpus = [node.cpus for node in machine.nodes]
     sizes = [*range(int(max(cpus)), 0, -1), *(tenths / 10 for tenths in range(9, 0, -1))]
     for size in sizes:
         if num_fitting(cpus, size) >= processes:
@@ -65,19 +87,19 @@ def share(session: Session, processes: int, *, workers: int = 1) -> Share:
     )
 
 
-def elastic_share(session: Session, others: int, *, fewest: int, most: int) -> Share:
+def elastic_share(machine: Machine, others: int, *, fewest: int, most: int) -> Share:
     """The share of each worker of a run that may have ``fewest`` to ``most``, and of each of ``others`` beside it.
 
     Where the most do not find a core (or a GPU) each, a worker has one all the same, so that nodes which join bring
     more workers; the fewest must find room.
     """
     if fewest == most:
-        return share(session, others + most, workers=most)
+        return share(machine, others + most, workers=most)
     with contextlib.suppress(UserError):
-        roomy = share(session, others + most, workers=most)
+        roomy = share(machine, others + most, workers=most)
         if roomy.cpus >= 1 or roomy.gpus == 1:
             return roomy
-    least = share(session, others + fewest, workers=max(2, fewest))
+    least = share(machine, others + fewest, workers=max(2, fewest))
     return least if least.gpus else replace(least, cpus=min(1.0, least.cpus), threads=1)
 
 

@@ -1,9 +1,10 @@
-"""The reference stage: a Ray Data actor pool that scores a token store shard by shard."""
+"""The reference stage: a pool of actors that scores a token store shard by shard."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.runtime.placement import share
+from rayalign.placement import share
+from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
-from rayalign.runtime.stage import Pool, dataset, repeated, results
 from rayalign.storage.manifest import committed
 
 LOG_PROBS = "ref_token_logp"
@@ -24,13 +25,15 @@ MADE = "computed_with"
 GROUPS_PER_SHARD = 256
 SHARDS_PER_SCORER = 4
 """Below this a further scorer costs more to start than it saves."""
+START_SECONDS = 3600.0
+"""That the stage waits for room where others use the cluster."""
+TELL_SECONDS = 5.0
 
 
 class ShardScorer:
     """One actor of the pool: a frozen model and the store that it scores."""
 
-    def __init__(self, store: Path, directory: Path, spec: ScoringSpec, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, store: Path, directory: Path, spec: ScoringSpec) -> None:
         self.store = TokenStore.open(store)
         self.directory = directory
         self.model = FrozenModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,28 +66,31 @@ def score_store(
     starts = range(0, len(opened), GROUPS_PER_SHARD)
     shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
 
-    def score() -> list[dict[str, str]]:
-        finished = finished_shards(directory)
-        missing = [shard for shard in shards if shard_name(shard) not in finished]
-        if not missing:
-            return []
-        actors = min(math.ceil(len(missing) / SHARDS_PER_SCORER), pool_size(session))
-        each = share(session, actors)
-        return results(
-            "reference",
-            dataset(missing),
-            ShardScorer,
-            store,
-            directory,
-            spec,
-            each.threads,
-            pool=Pool(actors=actors, cpus=each.cpus, gpus=each.gpus),
-            done=lambda count: note(f"reference: {len(finished) + count}/{len(shards)} shards"),
-        )
-
-    made = repeated("reference", score)
+    finished = finished_shards(directory)
+    missing = [shard for shard in shards if shard_name(shard) not in finished]
+    made: list[dict[str, str]] = []
+    told = time.monotonic()
+    for found in scored(missing, store, directory, spec, session):
+        made.append(found)
+        if time.monotonic() - told >= TELL_SECONDS:
+            note(f"reference: {len(finished) + len(made)}/{len(shards)} shards")
+            told = time.monotonic()
     meta = {**facts, MADE: made[0]} if made else facts
     commit_columns(directory, opened, finished_shards(directory).values(), meta=meta)
+
+
+def scored(
+    shards: Sequence[range], store: Path, directory: Path, spec: ScoringSpec, session: Session
+) -> Iterator[dict[str, str]]:
+    """Score ``shards`` in a pool of actors; with what each was computed, in their order."""
+    if not shards:
+        return
+    actors = min(math.ceil(len(shards) / SHARDS_PER_SCORER), pool_size(session))
+    each = share(session, actors)
+    with Pool(
+        "reference", ShardScorer, store, directory, spec, share=each, most=actors, start_seconds=START_SECONDS
+    ) as pool:
+        yield from pool.map(shards)
 
 
 def made_with(columns: Path) -> dict[str, str]:
