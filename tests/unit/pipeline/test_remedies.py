@@ -25,7 +25,7 @@ from rayalign.rounds.streams import StoredStream
 from rayalign.run.job import method_of, objectives, optimizer_spec, run_identity
 from rayalign.run.model import trained_spec
 
-ROOMS = ("engine", "runtime", "rollout", "sources", "judge")
+ROOMS = ("engine", "runtime", "rollout", "rounds", "judge")
 """Where a run's messages are written once it has started."""
 
 DECIDE = {
