@@ -31,7 +31,7 @@ class Machine(Protocol):
 
     @property
     def num_gpus(self) -> float:
-        """Of all nodes."""
+        """Sum over all nodes."""
         ...
 
 
@@ -53,7 +53,7 @@ class Share:
 
 
 GUEST = 0.1
-"""Of a shared GPU, what an actor reserves: a worker's part leaves room for one such, and for no second worker."""
+"""Share of a GPU that an actor reserves: a worker's part leaves room for one such, and for no second worker."""
 
 
 def host(each: Share) -> Share:

@@ -1,7 +1,7 @@
 """Jobs on their way from the driver to training workers, in an actor's memory.
 
-A job is a pickle, and loading one runs what it says. So it travels as every object between Ray's processes does, and
-never lies in a file, where anyone who may write to the storage could put another one.
+A job is a pickle, and loading one runs what it says. It travels as every object between Ray's processes does. It never
+lies in a file, where anyone who may write to the storage could put another one.
 """
 
 from __future__ import annotations

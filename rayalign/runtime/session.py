@@ -42,7 +42,7 @@ ANSWER_SECONDS = 5.0
 
 
 CPU_ROW_TOKENS = 2048
-"""On a CPU rows of this length are as fast as any and hold a batch in few of them; on CUDA one row is fastest."""
+"""Row length on a CPU: rows of this length are as fast as any, and few of them hold a batch. CUDA takes one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

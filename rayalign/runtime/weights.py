@@ -1,10 +1,9 @@
 """Weights from the training process to the actors that sample them, through Ray's object store or past it.
 
 Through the store they are copied into shared memory once; every actor of that node reads them there, and another node
-pulls them once. Directly (NIXL: NVLink, InfiniBand or shared memory, whatever lies between), an actor reads them out of
-a copy in the memory of the sender's own device. Either way an actor fetches when it needs them, on its own: in a
-broadcast, one that dies would hang all others. Weights live as long as the process that sent them: what must outlive it
-is written to a folder as well.
+pulls them once. Directly, an actor reads them out of a copy in the memory of the sender's own device (NIXL: by NVLink,
+InfiniBand or shared memory). Either way an actor fetches when it needs them, on its own: in a broadcast, one that dies
+would hang all others. Weights live as long as the process that sent them: what must outlive it is written to a folder.
 """
 
 from __future__ import annotations

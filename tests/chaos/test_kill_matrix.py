@@ -14,23 +14,23 @@ from dying_teams import WATCHED_STEP, Fault, Plan, Story, make_plan, run_through
 from incidents import Incident
 from tiny_runs import Scenario, objective, optimizer_in, save_tiny, store, synthetic_groups
 
+from rayalign.config.training import StrategyName
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.strategy.base import Name
 from rayalign.storage.manifest import verify
 
 GROUPS, GROUPS_PER_STEP, STEPS = 10, 4, 5
 """Two epochs; the third step straddles them."""
-STRATEGIES: tuple[Name, ...] = ("single", "ddp", "fsdp2")
+STRATEGIES: tuple[StrategyName, ...] = ("single", "ddp", "fsdp2")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
     folder: Path
     scenario: Scenario
-    undisturbed: dict[Name, Plan]
+    undisturbed: dict[StrategyName, Plan]
 
-    def whole(self, strategy: Name) -> Plan:
+    def whole(self, strategy: StrategyName) -> Plan:
         """The undisturbed run, which is made when it is first asked for."""
         if strategy not in self.undisturbed:
             plan = make_plan(self.folder, self.scenario, strategy, name=f"whole-{strategy}")
@@ -108,7 +108,7 @@ def check(incident: Incident, incidents: list[Incident]) -> None:
     assert (incident.lost, incident.repeated, incident.equal) == (0, 0, True)
 
 
-def spread(strategy: Name, number: int) -> int:
+def spread(strategy: StrategyName, number: int) -> int:
     """The rank that dies: one after the other."""
     return number % 2 if strategy != "single" else 0
 
@@ -120,7 +120,7 @@ PLACES = {
 }
 
 
-def faults_of(where: str, strategy: Name, *, shift: int = 0) -> list[Fault]:
+def faults_of(where: str, strategy: StrategyName, *, shift: int = 0) -> list[Fault]:
     """``end`` is told by rank 0 alone; every other place falls to each rank in turn."""
     return [
         Fault(place=place, step=step, rank=0 if place == "end" else spread(strategy, number + shift))
@@ -131,7 +131,9 @@ def faults_of(where: str, strategy: Name, *, shift: int = 0) -> list[Fault]:
 @pytest.mark.slow
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_killed_in_steps(strategy: Name, where: str, world: World, incidents: list[Incident], tmp_path: Path) -> None:
+def test_killed_in_steps(
+    strategy: StrategyName, where: str, world: World, incidents: list[Incident], tmp_path: Path
+) -> None:
     """One run per place dies at each of its steps, one attempt after the other; with two workers each of them does."""
     whole = world.whole(strategy)
     for shift in range(1 if strategy == "single" else 2):
@@ -169,7 +171,7 @@ COMMIT = "renamed MANIFEST.json"
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "beside training"])
 @pytest.mark.parametrize(("strategy", "rank"), [("single", 0), ("ddp", 0), ("fsdp2", 0), ("fsdp2", 1)])
 def test_killed_while_a_checkpoint_is_written(
-    strategy: Name, rank: int, asynchronous: bool, world: World, incidents: list[Incident], tmp_path: Path
+    strategy: StrategyName, rank: int, asynchronous: bool, world: World, incidents: list[Incident], tmp_path: Path
 ) -> None:
     """At every change of a file until the checkpoint counts, and in the middle of each large file."""
     whole = world.whole(strategy)
@@ -186,7 +188,7 @@ def test_killed_while_a_checkpoint_is_written(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_killed_while_the_old_checkpoint_goes(
-    strategy: Name, world: World, incidents: list[Incident], tmp_path: Path
+    strategy: StrategyName, world: World, incidents: list[Incident], tmp_path: Path
 ) -> None:
     """At every removal of a file for one process; at the first, one in the middle and the last one for two."""
     whole = world.whole(strategy)

@@ -179,9 +179,9 @@ def test_layouts(name: str, scenarios: dict[str, Scenario], alone: dict[str, Tra
 
 def test_dummies_are_among_the_work_of_two(scenarios: dict[str, Scenario]) -> None:
     source = make_source(scenarios["dummies"], make_strategy("single", CPU))
-    source.world_size = WORKERS
     work = []
-    for source.rank in range(WORKERS):
+    for rank in range(WORKERS):
+        source.packer = replace(source.packer, rank=rank, world_size=WORKERS)
         work.append(source.get(0)[0].micro_batches)
     assert [len(batches) for batches in work] == [2, 2]
     assert sorted(bool(batch.candidate_mask.any()) for batches in work for batch in batches) == [
