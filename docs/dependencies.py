@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reference" / "dependencies.md"
 EXTRAS = ("lora", "hub", "deepspeed", "tracking", "vllm")
-"""Of pyproject.toml; what only the tests need is in none of them."""
+"""Extras of pyproject.toml that users install, without what only the tests or the site need."""
 UNPINNED = "any"
 HEAD = """<!-- Written by `python -m docs.dependencies` in the tested environment. -->
 

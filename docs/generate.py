@@ -1,4 +1,4 @@
-"""The pages of ``docs/`` that the code itself knows: ``python -m docs.generate`` writes them again.
+"""The pages of ``docs/`` that follow from the code: ``python -m docs.generate`` writes them.
 
 ``cli.md`` comes from the command line, ``configuration.md`` from the schema and the methods' parameters. Between
 their markers ``files.md`` has the report's own description of ``results.json``, and ``data.md`` the formats of rows.
@@ -263,13 +263,12 @@ def anchor(title: str) -> str:
 
 EXIT_CODES = """| exit code | meaning |
 |---|---|
-| 0 | Success: of a comparison, every cell that was not skipped ran to its end. |
-| 1 | A finding (`check`, `doctor`), or an error that nobody foresaw, with its traceback. |
-| 2 | Something that a person must settle, and a message that says what to do: a mistake in file or arguments, cells \
-that failed, a budget that is used up, an error of your own code, a loss that is not finite, a full disk, a cluster \
-that lost the run in every attempt. |
-| 130 | Ctrl-C, or a second signal: the same command goes on. |
-| 143 | SIGTERM, as of `ray job stop`: the same command goes on. |"""
+| 0 | Success. Every cell of a comparison that was not skipped ran to its end. |
+| 1 | A finding (`check`, `doctor`), or an unforeseen error with its traceback. |
+| 2 | You must act, and the message says how. Causes are a mistake in file or arguments, failed cells, an exhausted \
+budget, an error of your own code, a loss that is not finite, a full disk, or a cluster that lost every attempt. |
+| 130 | Ctrl-C, or a second signal. The same command resumes. |
+| 143 | SIGTERM, as of `ray job stop`. The same command resumes. |"""
 
 
 def cli_page() -> str:

@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-artifacts = typer.Typer(help="The stages that runs share: what is there, and what nobody uses.", no_args_is_help=True)
+artifacts = typer.Typer(help="The stages that runs share: list them, and remove unused ones.", no_args_is_help=True)
 app.add_typer(artifacts, name="artifacts")
 Storage = Annotated[Path, typer.Argument(help="A storage_path, or its artifacts folder.")]
 Overrides = Annotated[

@@ -41,7 +41,10 @@ class Failed(Exception):
 
 
 class Stopped(Exception):
-    """A run was asked to end before its last step; the message says where it is. No error: it can go on from there."""
+    """A run was asked to end before its last step; the message says where it is.
+
+    It is not an error: the run can resume from there.
+    """
 
     def __init__(self, message: str, *, exit_code: int = 143) -> None:
         super().__init__(message)

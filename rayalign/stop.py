@@ -23,7 +23,7 @@ class Stop(Protocol):
     def asked(self) -> bool: ...
 
     def patience(self) -> AbstractContextManager[None]:
-        """While the block runs, whoever trains in it watches :attr:`asked`."""
+        """While the block runs, the training in it watches :attr:`asked`."""
         ...
 
 
@@ -41,7 +41,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def patience(self) -> Iterator[None]:
-        """While the block runs, the first signal interrupts nothing; whoever trains in it watches :attr:`asked`.
+        """While the block runs, the first signal interrupts nothing; the training in it watches :attr:`asked`.
 
         Signals reach the main thread alone: in another one this does nothing.
         """
@@ -72,7 +72,7 @@ class StopRequest:
 def stopping() -> Iterator[StopRequest]:
     """Take SIGTERM and SIGINT while the block runs; a :class:`Stopped` that leaves it has the signal's exit code.
 
-    What ignores SIGINT, as a job in the background does, goes on ignoring it. Ray sets a handler of its own when it
+    What ignores SIGINT, as a job in the background does, still ignores it. Ray sets a handler of its own when it
     connects, so that the block must lie inside of the connection.
     """
     request = StopRequest()

@@ -51,6 +51,8 @@ FIXED_METHODS: Mapping[str, Mapping[str, object]] = {
     "mpo alone": {"name": "mpo", "tau": 0.1, "normalize": "sum"},
 }
 """Trained on a few fixed pairs until the margins stop growing, or do not."""
+BETA = {"dpo": "beta", "exo_pref": "beta_pi", "ipo": "tau", "mpo": "tau"}
+"""Method → its parameter β, where ``rewards/*`` are β · log(π/π_ref)."""
 
 
 def quickstart() -> Comparison:
@@ -156,8 +158,7 @@ def fixed_pair_margins(run: RunConfig, workshop: Workshop) -> tuple[Margin, ...]
             }
         )
         workshop.train(fixed, f"fixed_{name}")
-        assert choice.record.implicit_beta is not None
-        beta = choice.record.implicit_beta(choice.config)
+        beta = getattr(choice.config, BETA[choice.name])
         with (workshop.folder / f"fixed_{name}" / "metrics.jsonl").open() as rows:
             nats = [json.loads(row)["rewards/margins"] / beta for row in rows]
         # a row's metrics are those before its update, so row s stands for s updates

@@ -25,7 +25,7 @@ class Meter:
 
     tail: Tail
     devices: int
-    """Of one worker: GPUs, or CPU cores where there is none."""
+    """Devices of one worker: GPUs, or CPU cores where there is none."""
     seconds: dict[int, float] = field(default_factory=dict)
     """By step: one that is trained again after a restart counts once."""
     device_seconds: dict[int, float] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Ending:
 
     @property
     def by_budget(self) -> bool:
-        """Whether it is the budget, and nobody else, that ended it."""
+        """Whether the budget, and nothing else, ended it."""
         return self.budget.asked and not self.signals.asked
 
     def patience(self) -> AbstractContextManager[None]:

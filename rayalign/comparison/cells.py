@@ -70,7 +70,7 @@ def training(
             pool.shutdown(cancel_futures=True)  # those that train end their step and save it
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for cells that still train
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C cells that still train are not waited for
 
 
 def train_cell(ready: CellResult, trainer: Trainer, board: Board, ending: Ending) -> CellResult:

@@ -94,7 +94,8 @@ def compare(
         directory = storage / comparison.name
         stack.enter_context(lease(directory))
         board = stack.enter_context(Board(console, Gauges().set))
-        ending = Ending(stack.enter_context(stopping()), Budget(comparison.budget))
+        session.vital.stop = stop = stack.enter_context(stopping())
+        ending = Ending(stop, Budget(comparison.budget))
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
         model = initial_model(comparison, directory, stages, board, ending)
@@ -151,7 +152,7 @@ def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
     if stopped:
         reasons.append(
             f"the budget is used up ({budget.exceeded}): {'; '.join(stopped)}. Raise it and start the same command "
-            "again: every cell goes on from where it is"
+            "again: every cell resumes from where it is"
         )
     if reasons:
         raise UserError("\n".join(reasons))
@@ -216,7 +217,7 @@ def initial_model(comparison: Comparison, directory: Path, stages: Stages, board
                 raise
             raise UserError(
                 f"the budget is used up ({ending.budget.exceeded}), and no cell has begun: {stopped}. Raise it and "
-                "start the same command again: the initial run goes on from there"
+                "start the same command again: the initial run resumes from there"
             ) from stopped
 
 

@@ -13,8 +13,8 @@ from rayalign.comparison.budget import HOUR
 from rayalign.comparison.evaluate import evaluated_checkpoints
 from rayalign.comparison.forecast import (
     NO_PILOT,
-    Estimate,
     PilotRun,
+    StepTime,
     estimate,
     num_steps,
     read_pilot,
@@ -102,7 +102,7 @@ def run_state(run: PlannedRun) -> str:
     if run.job is None and (run.directory / "final").exists():
         return "trained before; that counts if its data come out the same"
     step = max(evaluated_checkpoints(run.directory), default=0)
-    return f"to go on from step {step}" if step else "to train"
+    return f"to resume from step {step}" if step else "to train"
 
 
 def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:
@@ -181,7 +181,7 @@ def placed(run: PlannedRun, comparison: Comparison, session: Session) -> tuple[i
     return workers, share(session, processes_at_once(cells, session), workers=workers)
 
 
-def told(run: PlannedRun, found: Estimate) -> list[str]:
+def told(run: PlannedRun, found: StepTime) -> list[str]:
     if not found.differences:
         return []
     return [f"{run.name}: the pilot is another run and may be slower or faster: {'; '.join(found.differences)}"]

@@ -28,7 +28,7 @@ from rayalign.judge.base import Asked
 from rayalign.judge.measure import Answered, Measured, Table, make_scorers
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, interval, number
-from rayalign.report.points import Answers, EvaluationPoint, Reply, Samples, as_array
+from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import Board
@@ -188,8 +188,8 @@ class Evaluation:
             ),
         )
 
-    def _answers(self, measured: Measured) -> Iterator[Answers]:
-        """Of everybody who counts what they are asked, or left something unanswered."""
+    def _answers(self, measured: Measured) -> Iterator[AnswerCounts]:
+        """Counts of the scorers and judges that count what they are asked, or left something unanswered."""
         config = self.config
         asked: list[tuple[Role, ScorerConfig, Answered | None]] = []
         asked += [("scorer", scorer, measured.scored[scorer.label]) for scorer in config.scorers]
@@ -197,7 +197,7 @@ class Evaluation:
         asked += [("judge", config.judge, measured.judged)] if config.judge is not None else []
         for role, scorer, found in asked:
             if found is not None and (found.asked is not None or found.missing):
-                yield Answers(
+                yield AnswerCounts(
                     role=role,
                     name=scorer.label,
                     replies=found.values.size,

@@ -50,7 +50,7 @@ DECIDES_SPEED = (
 
 
 def num_steps(planned: PlannedRun) -> int | str:
-    """Of the whole run."""
+    """Total of the whole run."""
     if planned.job is not None:
         return planned.job.spec.steps
     return planned.run.optim.steps or UNPREPARED
@@ -127,7 +127,7 @@ class PilotRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class StepTime:
     """Time of one step, and in what the pilot that it is from differs from the planned run."""
 
     seconds_per_step: float
@@ -172,7 +172,7 @@ def kind(run: RunConfig) -> tuple[str, str, bool]:
     return shape_of(run.trained_method), run.data_policy.name, run.data_policy.draws_rounds
 
 
-def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> Estimate | None:
+def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> StepTime | None:
     """The median over all steps of those pilots of this kind that differ from the run in the fewest settings.
 
     ``threads`` is None where a GPU computes.
@@ -183,7 +183,7 @@ def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, thread
     found = {pilot.directory: slowing(pilot, run, workers=workers, threads=threads) for pilot in alike}
     fewest = min(map(len, found.values()))
     nearest = [pilot for pilot in alike if len(found[pilot.directory]) == fewest]
-    return Estimate(
+    return StepTime(
         seconds_per_step=median(seconds for pilot in nearest for seconds in pilot.seconds),
         differences=tuple(dict.fromkeys(text for pilot in nearest for text in found[pilot.directory])),
     )

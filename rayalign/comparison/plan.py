@@ -265,7 +265,7 @@ def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) ->
         return f"in progress: {writer.partition(' is being written by ')[2]}"
     if stage.name in fresh and (stage.directory / MANIFEST).exists():
         return "to make again (--fresh)"
-    return "begun, to go on with" if stage.directory.exists() else "to make"
+    return "begun, to resume" if stage.directory.exists() else "to make"
 
 
 def short(name: str) -> str:

@@ -18,7 +18,7 @@ from rayalign.config.scoring import ScorerConfig
 from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
 from rayalign.report import points as report
-from rayalign.report.trials import Cost, Tuning
+from rayalign.report.trials import Cost, TuningRecord
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import MixedStream, RoundStream, StoredStream
 from rayalign.run.identity import same_source
@@ -81,10 +81,10 @@ def comparison_record(
     baseline: Points | None,
     results: Sequence[CellResult],
     *,
-    tuning: Sequence[Tuning] = (),
+    tuning: Sequence[TuningRecord] = (),
     started: datetime.datetime,
     command: Sequence[str],
-) -> report.Comparison:
+) -> report.ComparisonRecord:
     """Everything that the report says, before any statistics."""
     config, spec = evaluation.config, evaluation.spec
     by_id = {result.cell.id: result for result in results}
@@ -94,7 +94,7 @@ def comparison_record(
         done_cell(by_id[cell.id], base, entries.get(cell.id, "")) if cell.id in by_id else skipped_cell(cell, base)
         for cell in comparison.cells
     ]
-    return report.Comparison(
+    return report.ComparisonRecord(
         name=comparison.name,
         text=report.ReportText(
             title=comparison.report.title or comparison.name,
@@ -192,11 +192,11 @@ def judge_of(judge: ScorerConfig) -> report.Measure:
     return measure_of(judge).model_copy(update={"unit": "", "description": f"{own} {how}".strip()})
 
 
-def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.Cell:
+def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.CellRecord:
     rows = []
     if result.job is not None and cell_status(result) in ("done", "stopped"):
         rows = read_metrics(result.job.spec.directory / "metrics.jsonl")
-    return report.Cell(
+    return report.CellRecord(
         id=result.cell.id,
         label=result.cell.label,
         method=result.run.method.name,
@@ -222,9 +222,9 @@ def cell_status(result: CellResult) -> Literal["done", "failed", "skipped", "sto
     return "stopped" if result.points else "skipped"
 
 
-def skipped_cell(cell: Cell, base: RunConfig) -> report.Cell:
+def skipped_cell(cell: Cell, base: RunConfig) -> report.CellRecord:
     coordinates = cell.coordinates
-    return report.Cell(
+    return report.CellRecord(
         id=cell.id,
         label=cell.label,
         method=coordinates.get("method", base.method.name),

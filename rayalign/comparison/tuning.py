@@ -28,8 +28,7 @@ from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
 from rayalign.report import trials
 from rayalign.report.points import EvaluationPoint, Samples, as_array
-from rayalign.report.split import half_of
-from rayalign.report.statistics import prompt_means
+from rayalign.report.statistics import half_of, prompt_means
 from rayalign.run.display import Board
 from rayalign.run.job import evaluation_steps
 from rayalign.run.stages import Stages
@@ -44,7 +43,7 @@ TrainAll = Callable[[Sequence[Cell]], Generator[CellResult]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
+class TrialResult:
     """What one training run of a trial came to: numbers, or why there are none."""
 
     trained: CellResult
@@ -60,7 +59,7 @@ class Outcome:
 
     tuning: Tuning
     picked: Trial | None
-    record: trials.Tuning
+    record: trials.TuningRecord
 
     def settle(self, cell: Cell) -> Cell:
         """The cell with what was picked; as it is where there was nothing to try.
@@ -122,7 +121,7 @@ def tune(
     cells = trial_cells(comparison)
     seeds = len(comparison.tune.seeds)
     board.say(f"tuning: {len(cells)} runs, {len(cells) // seeds} trials")
-    measures: list[Measure] = []
+    measures: list[TrialResult] = []
     with ExitStack() as stack:
         evaluation: Evaluation | None = None
         trained = stack.enter_context(closing(train(cells)))  # now, not once somebody collects it: trials are saved
@@ -164,19 +163,21 @@ def selecting_spec(evaluated: RunConfig, stages: Stages) -> EvaluationSpec:
     return replace(spec, prompt_sets={name: half})
 
 
-def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -> Measure:
+def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -> TrialResult:
     """Mean score and KL after the last evaluated step; a failure is told and kept."""
     if trained.failure or trained.job is None or evaluation is None:
-        return Measure(trained=trained, failure=trained.failure)
+        return TrialResult(trained=trained, failure=trained.failure)
     directory = trained.job.spec.directory
     try:
         step = evaluation_steps(trained.run, trained.job.spec.steps)[-1]
         (point,) = evaluation.points(evaluated_checkpoints(directory)[step], directory)
     except UserError as error:
         board.say(f"{trained.cell.id}: failed: {error}")
-        return Measure(trained=trained, failure=str(error))
+        return TrialResult(trained=trained, failure=str(error))
     score, kl = mean(next(iter(point.scores.values()))), leading_kl(point)
-    return Measure(trained=trained, step=step, score=score, kl=kl, failure="has no score" if math.isnan(score) else "")
+    return TrialResult(
+        trained=trained, step=step, score=score, kl=kl, failure="has no score" if math.isnan(score) else ""
+    )
 
 
 def leading_kl(point: EvaluationPoint) -> float:
@@ -191,7 +192,9 @@ def mean(samples: Samples) -> float:
     return float(present.mean()) if len(present) else math.nan
 
 
-def pick(tuning: Tuning, measures: Sequence[Sequence[Measure]], config: TuneConfig, spec: EvaluationSpec) -> Outcome:
+def pick(
+    tuning: Tuning, measures: Sequence[Sequence[TrialResult]], config: TuneConfig, spec: EvaluationSpec
+) -> Outcome:
     """The trial of the highest mean score, of equal ones the first, among those that did not fail nor drift too far."""
     records = [record_of(trial, found, config) for trial, found in zip(tuning.trials, measures, strict=True)]
     eligible = [index for index, trial in enumerate(records) if trial.status == "done" and not trial.reason]
@@ -200,7 +203,7 @@ def pick(tuning: Tuning, measures: Sequence[Sequence[Measure]], config: TuneConf
     return Outcome(
         tuning=tuning,
         picked=None if best is None else tuning.trials[best],
-        record=trials.Tuning(
+        record=trials.TuningRecord(
             label=tuning.label,
             cells=tuning.cells,
             asked=tuning.asked,
@@ -211,16 +214,16 @@ def pick(tuning: Tuning, measures: Sequence[Sequence[Measure]], config: TuneConf
             max_kl=config.max_kl,
             trials=tuple(records),
             picked=best,
-            left_out=tuple(trials.LeftOut(what=left.what, reason=left.reason) for left in tuning.left_out),
+            left_out=tuple(trials.UntriedSetting(what=left.what, reason=left.reason) for left in tuning.left_out),
         ),
     )
 
 
-def score_of(trial: trials.Trial) -> float:
+def score_of(trial: trials.TrialRecord) -> float:
     return -math.inf if trial.score is None else trial.score
 
 
-def record_of(trial: Trial, found: Sequence[Measure], config: TuneConfig) -> trials.Trial:
+def record_of(trial: Trial, found: Sequence[TrialResult], config: TuneConfig) -> trials.TrialRecord:
     """A trial fails with any of its runs; one that drifts too far has numbers, and a reason against it."""
     costs = [cost_of(measure.trained) for measure in found]
     values = {key: text(value) for key, value in trial.values.items()}
@@ -233,12 +236,12 @@ def record_of(trial: Trial, found: Sequence[Measure], config: TuneConfig) -> tri
     )
     failures = [measure.failure for measure in found if measure.failure]
     if failures:
-        return trials.Trial(label=trial.label, values=values, status="failed", reason=failures[0], cost=used)
+        return trials.TrialRecord(label=trial.label, values=values, status="failed", reason=failures[0], cost=used)
     score, kl = fmean(measure.score for measure in found), fmean(measure.kl for measure in found)
     reason = ""
     if config.max_kl is not None and not kl <= config.max_kl:
         reason = f"its KL of {kl:.3g} nats per reply is above tune.max_kl {config.max_kl:g}"
-    return trials.Trial(
+    return trials.TrialRecord(
         label=trial.label,
         values=values,
         status="done",

@@ -16,7 +16,7 @@ from rayalign.config.document import Document, credentials, override, read_docum
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
 from rayalign.config.fields import Block
-from rayalign.config.grid import Entry, apply, read_axis
+from rayalign.config.grid import GridEntry, apply, read_axis
 from rayalign.config.legality import blocks_without_use
 from rayalign.config.load import importable, parse_run
 from rayalign.config.run import Name, RunConfig
@@ -224,7 +224,7 @@ def _without_unused(document: Document, base: Document) -> Document:
     return replace(document, data={key: value for key, value in document.data.items() if key not in unused})
 
 
-def _cell(config: CompareConfig, entries: Sequence[Entry], document: Document) -> Cell:
+def _cell(config: CompareConfig, entries: Sequence[GridEntry], document: Document) -> Cell:
     identity = "__".join(entry.slug for entry in entries)
     name = f"{config.name}.{identity}"
     if len(name) > MAX_NAME:

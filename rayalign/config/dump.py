@@ -19,7 +19,7 @@ _SECRET = re.compile(
 )
 
 
-class Difference(NamedTuple):
+class ChangedSetting(NamedTuple):
     """One field in which two runs differ; None where a run does not have it."""
 
     field: str
@@ -45,11 +45,11 @@ def to_yaml(run: RunConfig) -> str:
     return yaml.safe_dump(dump(run), sort_keys=False)
 
 
-def diff(left: RunConfig, right: RunConfig) -> list[Difference]:
+def diff(left: RunConfig, right: RunConfig) -> list[ChangedSetting]:
     """The fields in which two runs differ, in the order of the schema."""
     mine, theirs = (dict(leaves(dump(run))) for run in (left, right))
     return [
-        Difference(dotted(path), mine.get(path), theirs.get(path))
+        ChangedSetting(dotted(path), mine.get(path), theirs.get(path))
         for path in dict.fromkeys([*mine, *theirs])
         if mine.get(path) != theirs.get(path)
     ]

@@ -18,7 +18,7 @@ from rayalign.config.errors import FieldPath, dotted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Equivalent:
     """What to write instead of a key."""
 
     ours: str = ""
@@ -33,9 +33,9 @@ class Answer:
 class Table:
     """``foreign.yaml``, ready to be asked."""
 
-    answers: Mapping[tuple[str, ...], Answer]
+    answers: Mapping[tuple[str, ...], Equivalent]
     """By the parts of a key; the first part of one that stands at the top only is ``^``."""
-    patterns: tuple[tuple[tuple[str, ...], Answer], ...]
+    patterns: tuple[tuple[tuple[str, ...], Equivalent], ...]
     """Those with a ``*``, most parts first."""
     blocks: Mapping[str, str]
     trackers: Mapping[str, str]
@@ -44,14 +44,14 @@ class Table:
     parameters: Mapping[str, Mapping[str, str]]
     aliases: Mapping[str, str]
 
-    def exact(self, parts: Sequence[str]) -> Answer | None:
+    def exact(self, parts: Sequence[str]) -> Equivalent | None:
         """The answer of the longest key that is the end of a path."""
         if len(parts) == 1 and ("^", parts[0]) in self.answers:
             return self.answers["^", parts[0]]
         found = (self.answers.get(tuple(parts[first:])) for first in range(len(parts)))
         return next((answer for answer in found if answer is not None), None)
 
-    def matched(self, parts: Sequence[str]) -> Answer | None:
+    def matched(self, parts: Sequence[str]) -> Equivalent | None:
         """The answer of the longest pattern that fits the end of a path."""
         for pattern, answer in self.patterns:
             end = parts[-len(pattern) :]
@@ -65,11 +65,11 @@ def table() -> Table:
     """The table; read once."""
     text = resources.files("rayalign.config").joinpath("foreign.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(text)
-    answers: dict[tuple[str, ...], Answer] = {}
-    patterns: dict[tuple[str, ...], Answer] = {}
+    answers: dict[tuple[str, ...], Equivalent] = {}
+    patterns: dict[tuple[str, ...], Equivalent] = {}
     for entry in data["answers"]:
         translates = next((kind for kind in ("method", "track") if entry.get(kind)), "")
-        answer = Answer(ours=entry.get("ours", ""), say=entry.get("say", ""), translates=translates)
+        answer = Equivalent(ours=entry.get("ours", ""), say=entry.get("say", ""), translates=translates)
         for key in entry["keys"]:
             parts = ("^", key[1:]) if key.startswith("^") else tuple(key.split("."))
             (patterns if "*" in key else answers)[parts] = answer

@@ -28,7 +28,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class GridEntry:
     """One value of one axis."""
 
     axis: str
@@ -39,7 +39,7 @@ class Entry:
     changes: tuple[Change, ...]
 
 
-def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[Entry]:
+def read_axis(axis: str, values: Sequence[Any], document: Document) -> list[GridEntry]:
     """The entries of one axis.
 
     Raises:
@@ -77,7 +77,7 @@ def is_no_name(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("as", ""), bool | None)
 
 
-def apply(entry: Entry, run: Document, source: Document) -> Document:
+def apply(entry: GridEntry, run: Document, source: Document) -> Document:
     """``run`` with the entry's changes; what the entry wrote keeps its place in ``source``.
 
     Raises:
@@ -97,18 +97,20 @@ def apply(entry: Entry, run: Document, source: Document) -> Document:
     return replace(run, data=data, places=places)
 
 
-def _entry(axis: str, value: Any, origin: FieldPath) -> Entry:
+def _entry(axis: str, value: Any, origin: FieldPath) -> GridEntry:
     path = tuple(axis.split("."))
     if not isinstance(value, Mapping):
         label = _scalar_label(path[-1], value)
-        return Entry(axis=axis, label=label, slug=slug(label), changes=(Change(path=path, value=value, origin=origin),))
+        return GridEntry(
+            axis=axis, label=label, slug=slug(label), changes=(Change(path=path, value=value, origin=origin),)
+        )
     own = {"reference"} if axis == "model" else set()  # a key of the block and a section of a run: the block's
     sections = [key for key in value if key in SECTIONS - own]
     block = {key: item for key, item in value.items() if key not in sections and key != "as"}
     label = str(value.get("as", _block_label(block) + _filter_label(value if axis != "filter" else {})))
     changes = [Change(path=path, value=block, origin=origin)] if block else []
     changes += [Change(path=(key,), value=value[key], origin=(*origin, key)) for key in sections]
-    return Entry(axis=axis, label=label, slug=slug(label), changes=tuple(changes))
+    return GridEntry(axis=axis, label=label, slug=slug(label), changes=tuple(changes))
 
 
 def _merged(current: Any, value: Any, path: FieldPath) -> Any:

@@ -18,7 +18,7 @@ from rayalign.config.document import Document, assign, keys_of
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import setting_meant
 from rayalign.config.fields import Block
-from rayalign.config.grid import SECTIONS, Change, Entry, slug
+from rayalign.config.grid import SECTIONS, Change, GridEntry, slug
 from rayalign.config.load import parse_run
 from rayalign.config.run import RunConfig
 
@@ -99,7 +99,7 @@ class Tuning:
 
 
 def plan_tuning(
-    tune: TuneConfig, cells: Sequence[Cell], axes: Sequence[Sequence[Entry]], *, base: Document, source: Document
+    tune: TuneConfig, cells: Sequence[Cell], axes: Sequence[Sequence[GridEntry]], *, base: Document, source: Document
 ) -> tuple[Tuning, ...]:
     """The trials of every configuration that has a run; ``cells`` are the product of ``axes``, in its order.
 
@@ -109,7 +109,7 @@ def plan_tuning(
     problems = list(_refused(tune, cells, source))
     if problems:
         raise ConfigError(problems)
-    groups: dict[str, list[tuple[Cell, RunConfig, tuple[Entry, ...]]]] = {}
+    groups: dict[str, list[tuple[Cell, RunConfig, tuple[GridEntry, ...]]]] = {}
     for entries, cell in zip(itertools.product(*axes), cells, strict=True):
         if cell.run is not None:
             same = cell.run.model_dump(mode="json", exclude={"name", "seed"})
@@ -160,7 +160,7 @@ def _refused(tune: TuneConfig, cells: Sequence[Cell], source: Document) -> Itera
 
 def _tuning(
     tune: TuneConfig,
-    group: Sequence[tuple[Cell, RunConfig, tuple[Entry, ...]]],
+    group: Sequence[tuple[Cell, RunConfig, tuple[GridEntry, ...]]],
     base: Document,
     used: set[tuple[str, int]],
     refused: dict[str, str],

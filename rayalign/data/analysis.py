@@ -64,7 +64,7 @@ class FileFindings:
     reasons: Counter[str] = field(default_factory=Counter)
     """Why rows are bad, numbers left out."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Of :data:`FINDINGS`."""
+    """A key of :data:`FINDINGS`."""
     unread: Counter[str] = field(default_factory=Counter)
     """Columns that hold something and were not read, in how many rows."""
     metadata: Counter[str] = field(default_factory=Counter)

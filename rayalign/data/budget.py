@@ -28,7 +28,7 @@ class Truncation:
         return self.prompt > 0 or any(self.responses)
 
 
-class Answer(NamedTuple):
+class UncutCandidate(NamedTuple):
     """A candidate before it is cut."""
 
     ids: list[int]
@@ -47,7 +47,7 @@ class Fitted(NamedTuple):
 
 def fit(
     prompt: list[int],
-    answers: Sequence[Answer],
+    answers: Sequence[UncutCandidate],
     budget: TokenBudget,
     *,
     completed: Completed,
@@ -73,7 +73,7 @@ def fit(
     return Fitted(cut_prompt, candidates, truncation)
 
 
-def _kept_of_prompt(length: int, answers: Sequence[Answer], budget: TokenBudget, completed: Completed) -> int:
+def _kept_of_prompt(length: int, answers: Sequence[UncutCandidate], budget: TokenBudget, completed: Completed) -> int:
     if completed != "no" or not answers:
         return min(length, budget.max_prompt_tokens)
     longest = max(len(answer.ids) for answer in answers)
@@ -88,7 +88,7 @@ def _cut_left(ids: list[int], limit: int, bos: int | None) -> list[int]:
     return ids[len(ids) - limit :]
 
 
-def _cut_right(answer: Answer, room: int, end_id: int, *, close: bool) -> tuple[Candidate | None, int]:
+def _cut_right(answer: UncutCandidate, room: int, end_id: int, *, close: bool) -> tuple[Candidate | None, int]:
     """The candidate that fits, and the number of tokens cut. What is left ends in a token that is predicted.
 
     None: no predicted token fits.

@@ -18,7 +18,7 @@ from rayalign.data.render import Rendered, render
 from rayalign.data.said import Endings, Speaker
 from rayalign.data.schema import Example, RowProblem, user
 from rayalign.data.spelled import SHIELD, ControlTokens, control_tokens
-from rayalign.data.template import PROBE, TODAY, Context, Template, find_forms, turn_tail
+from rayalign.data.template import PROBE, TODAY, Template, TemplateContext, find_forms, turn_tail
 from rayalign.errors import UserError
 
 
@@ -178,8 +178,8 @@ def _turn_parts(template: Template) -> tuple[str, str]:
     if not template.exists:
         return "", ""
     try:
-        asked = template.write(user(PROBE), Context(), generation_prompt=False)
-        waiting = template.write(user(PROBE), Context(), generation_prompt=True)
+        asked = template.write(user(PROBE), TemplateContext(), generation_prompt=False)
+        waiting = template.write(user(PROBE), TemplateContext(), generation_prompt=True)
     except RowProblem as problem:
         raise UserError(f"{problem.reason}, a question alone; name another in data.template") from problem
     return asked.rpartition(PROBE)[0], waiting.removeprefix(asked)

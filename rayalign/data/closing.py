@@ -11,7 +11,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.said import Speaker
 from rayalign.data.schema import RowProblem, Turns, assistant, user
 from rayalign.data.spelled import THOUGHT_TAGS
-from rayalign.data.template import PROBE, Context, Template
+from rayalign.data.template import PROBE, Template, TemplateContext
 
 _MACRO = "rayalign_conversation"
 _CLOSED = """\
@@ -92,7 +92,7 @@ def closing_template(chat: Chat) -> str | None:
 
 def _rules(speaker: Speaker) -> Iterator[str]:
     """Jinja of the rules by which this template's conversations are not trained on as it writes them whole."""
-    opening = speaker.opening(user(PROBE), Context())
+    opening = speaker.opening(user(PROBE), TemplateContext())
     opens = next((tag for tag in THOUGHT_TAGS if opening.rstrip().endswith(tag)), None)
     if opens is not None:
         space = opening[len(opening.rstrip()) :]
@@ -108,7 +108,7 @@ def _rules(speaker: Speaker) -> Iterator[str]:
 
 def _keeps(speaker: Speaker, before: Turns) -> bool:
     try:
-        return speaker.said((*before, *assistant(PROBE)), Context()).rule == "kept"
+        return speaker.said((*before, *assistant(PROBE)), TemplateContext()).rule == "kept"
     except RowProblem:
         return False
 

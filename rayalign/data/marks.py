@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rayalign.data.said import Speaker
 from rayalign.data.schema import PLAIN, WEIGHT, Fields, Message, RowProblem, Turns, is_assistant
 from rayalign.data.spelled import THOUGHT_TAGS
-from rayalign.data.template import THOUGHTS, Context
+from rayalign.data.template import THOUGHTS, TemplateContext
 from rayalign.data.tool_words import tool_words
 
 LABELS = frozenset({"role", "id", "tool_call_id", "type", WEIGHT})
@@ -87,7 +87,7 @@ class Marks:
         self.tags = re.compile(f"({'|'.join(map(re.escape, tags))})")
         self.verdicts: dict[str, Verdict] = {}
 
-    def check(self, turns: Turns, context: Context, text: str, *, answered: bool) -> frozenset[str]:
+    def check(self, turns: Turns, context: TemplateContext, text: str, *, answered: bool) -> frozenset[str]:
         """Which of :data:`rayalign.data.render.RULES` a row breaks: ``names``, or none.
 
         ``text`` is what is written of the turns; ``answered``: the last of them is an answer that is trained on.
@@ -100,7 +100,7 @@ class Marks:
             marker = _Marker()
             marked = tuple(self._turn(turn, place, marker) for place, turn in enumerate(turns))
             tools = tuple(_tool(tool, marker) for tool in context.tools) if context.tools else None
-            given = Context(tools, context.variables)
+            given = TemplateContext(tools, context.variables)
             if len(self.verdicts) == _REMEMBERED:
                 self.verdicts.clear()
             self.verdicts[key] = self._verdict(marked, given, marker.marks, answered)
@@ -116,19 +116,19 @@ class Marks:
             )
         return frozenset({"names"} if verdict.unnamed or absent else ())
 
-    def _outline(self, turns: Turns, context: Context, answered: bool) -> str:
+    def _outline(self, turns: Turns, context: TemplateContext, answered: bool) -> str:
         """What two conversations have in common that a template writes alike, whatever their words."""
         parts = [_plain_outline(turn) or repr(self._turn(turn, 0, _Marker())) for turn in turns]
         tools = [_tool(tool, _Marker()) for tool in context.tools or ()]
         return repr([answered, parts, tools, sorted(context.variables.items())])
 
-    def _verdict(self, turns: Turns, context: Context, marks: Sequence[Mark], answered: bool) -> Verdict:
+    def _verdict(self, turns: Turns, context: TemplateContext, marks: Sequence[Mark], answered: bool) -> Verdict:
         whole = self.speaker.said(turns, context).text if answered else self.speaker.opening(turns, context)
         absent = [mark for mark in marks if mark.text not in whole]
         lost = next((mark for mark in absent if mark.needed and not self._is_said(mark, turns, context)), None)
         return Verdict(_told(lost, turns) if lost else "", any(not mark.needed for mark in absent))
 
-    def _is_said(self, mark: Mark, turns: Turns, context: Context) -> bool:
+    def _is_said(self, mark: Mark, turns: Turns, context: TemplateContext) -> bool:
         """Whether an answer that a history writes otherwise has the mark when it is said."""
         if mark.turn < 0 or not is_assistant(turns[mark.turn]):
             return False

@@ -37,7 +37,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RowRange:
     """A file, and of it the rows [first, last); ``last`` None is its end."""
 
     path: str
@@ -45,7 +45,7 @@ class Part:
     last: int | None = None
 
 
-def find(origin: Origin) -> tuple[Part, ...]:
+def find(origin: Origin) -> tuple[RowRange, ...]:
     """The files that an entry names, in order.
 
     Raises:
@@ -57,12 +57,12 @@ def find(origin: Origin) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _parts(origin: Origin) -> Iterator[Sequence[Part]]:
+def _parts(origin: Origin) -> Iterator[Sequence[RowRange]]:
     if is_pattern(origin.path):
-        yield [Part(path=path) for path in matching(origin.path)]
+        yield [RowRange(path=path) for path in matching(origin.path)]
     elif is_file(origin.path):
         suffix_of(origin.path)
-        yield [Part(path=origin.path)]
+        yield [RowRange(path=origin.path)]
     else:
         splits = dataset_files(origin)
         for asked in origin.splits or ("train",):
@@ -112,14 +112,14 @@ def _beside(pattern: str) -> str:
     return f"; that folder holds {shown or 'no file'}"
 
 
-def _of_split(path: str, splits: Mapping[str, Sequence[str]], piece: str) -> list[Part]:
+def _of_split(path: str, splits: Mapping[str, Sequence[str]], piece: str) -> list[RowRange]:
     asked = _SPLIT.fullmatch(piece)
     if asked is None or asked["name"] not in splits:
         has = ", ".join(splits)
         raise UserError(f"{path}: there is no split {piece!r}, but {has}; write split: {next(iter(splits))}")
     files = splits[asked["name"]]
     if not asked["slice"]:
-        return [Part(path=file) for file in files]
+        return [RowRange(path=file) for file in files]
     sizes = [count_rows(file) for file in files]
     return list(_window(files, sizes, *_bounds(path, piece, sum(sizes))))
 
@@ -138,17 +138,17 @@ def _bounds(path: str, piece: str, total: int) -> tuple[int, int]:
     return found.from_, found.to
 
 
-def _window(files: Sequence[str], sizes: Sequence[int], first: int, last: int) -> Iterator[Part]:
+def _window(files: Sequence[str], sizes: Sequence[int], first: int, last: int) -> Iterator[RowRange]:
     """Rows [first, last) of all files one after the other."""
     begin = 0
     for file, size in zip(files, sizes, strict=True):
         own_first, own_last = max(first - begin, 0), min(last - begin, size)
         if own_first < own_last:
-            yield Part(path=file, first=own_first, last=own_last)
+            yield RowRange(path=file, first=own_first, last=own_last)
         begin += size
 
 
-def _first_rows(parts: Sequence[Part], count: int) -> Iterator[Part]:
+def _first_rows(parts: Sequence[RowRange], count: int) -> Iterator[RowRange]:
     left = count
     for part in parts:
         if not left:
@@ -156,5 +156,5 @@ def _first_rows(parts: Sequence[Part], count: int) -> Iterator[Part]:
         most = part.first + left
         last = min(most, part.last) if part.last is not None else count_rows(part.path, most=most)
         if part.first < last:
-            yield Part(path=part.path, first=part.first, last=last)
+            yield RowRange(path=part.path, first=part.first, last=last)
         left -= max(0, last - part.first)

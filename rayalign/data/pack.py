@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayalign.data.check import check_group
-from rayalign.data.group import Column, Group, GroupLengths, TokenIds
-from rayalign.data.rows import Block, Layout, arrange, row_shape
+from rayalign.data.group import Column, Group, GroupLengths, TokenIds, check_group
+from rayalign.data.rows import Layout, RowBlock, arrange, row_shape
 from rayalign.types import PADDING_GROUP, PackedBatch
 
 SUMMED_COLUMNS = {"ref_token_logp": "ref_logp", "behavior_token_logp": "behavior_logp"}
@@ -110,7 +109,7 @@ def pack(
     )
 
 
-def _pieces(groups: Sequence[Group], rows: Sequence[Sequence[Block]], row_length: int) -> list[_Piece]:
+def _pieces(groups: Sequence[Group], rows: Sequence[Sequence[RowBlock]], row_length: int) -> list[_Piece]:
     pieces = []
     for row, blocks in enumerate(rows):
         at = row * row_length

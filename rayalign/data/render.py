@@ -17,7 +17,7 @@ from rayalign.data.marks import Marks
 from rayalign.data.said import Speaker
 from rayalign.data.schema import Example, RowProblem
 from rayalign.data.spoken import Piece, pieces_of, shared, speak, to_last_trained
-from rayalign.data.template import Context
+from rayalign.data.template import TemplateContext
 
 RULES: Mapping[str, str] = MappingProxyType(
     {
@@ -103,7 +103,7 @@ def _render_texts(example: Example, speaker: Speaker) -> Rendered:
 
 def _render_turns(example: Example, speaker: Speaker, marks: Marks, *, completed: bool) -> Rendered:
     assert not isinstance(example.prompt, str)
-    context = Context(example.tools, example.template_kwargs)
+    context = TemplateContext(example.tools, example.template_kwargs)
     _refuse_variables(context, speaker)
     opening = speaker.opening(example.prompt, context)
     raw = not speaker.template.exists
@@ -133,7 +133,7 @@ def _render_turns(example: Example, speaker: Speaker, marks: Marks, *, completed
     return Rendered(example, prompt, written, raw, frozenset().union(*(own.rules for own in spoken)))
 
 
-def _refuse_variables(context: Context, speaker: Speaker) -> None:
+def _refuse_variables(context: TemplateContext, speaker: Speaker) -> None:
     unread = speaker.template.unread(list(context.variables), tools=bool(context.tools))
     if unread and speaker.template.exists:
         raise RowProblem(

@@ -12,7 +12,7 @@ Layout = Literal["packed", "concatenated"]
 """``packed``: a prompt once per row, shared by its candidates there. ``concatenated``: one prompt + candidate a row."""
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """A prompt and the candidates that share it, side by side in one row."""
 
     group: int
@@ -20,7 +20,7 @@ class Block(NamedTuple):
     tokens: int
 
 
-def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: Layout) -> list[list[Block]]:
+def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: Layout) -> list[list[RowBlock]]:
     """The blocks of every row.
 
     ``packed``: a group larger than ``row_tokens`` is spread over rows, each with its own copy of the prompt; two blocks
@@ -33,7 +33,7 @@ def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: 
     """
     if layout == "concatenated":
         return [
-            [Block(group, (candidate,), length.prompt + tokens)]
+            [RowBlock(group, (candidate,), length.prompt + tokens)]
             for group, length in enumerate(lengths)
             for candidate, tokens in enumerate(length.candidates)
         ]
@@ -53,22 +53,23 @@ def rows_needed(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layo
     return row_shape(arrange(lengths, row_tokens=row_tokens, layout=layout))
 
 
-def row_shape(rows: Sequence[Sequence[Block]]) -> tuple[int, int]:
+def row_shape(rows: Sequence[Sequence[RowBlock]]) -> tuple[int, int]:
     """(R, L): the number of rows and the tokens of the longest one."""
     return len(rows), max(sum(block.tokens for block in row) for row in rows)
 
 
-def _whole(group: int, length: GroupLengths) -> Block:
-    return Block(group, tuple(range(len(length.candidates))), length.packed)
+def _whole(group: int, length: GroupLengths) -> RowBlock:
+    return RowBlock(group, tuple(range(len(length.candidates))), length.packed)
 
 
-def _spread(group: int, length: GroupLengths, room: int) -> list[Block]:
+def _spread(group: int, length: GroupLengths, room: int) -> list[RowBlock]:
     """One block where the whole group fits, else as many as its candidates need."""
     if length.packed <= room:
         return [_whole(group, length)]
     shares = _first_fit_decreasing(length.candidates, room - length.prompt)
     return [
-        Block(group, tuple(sorted(share)), length.prompt + sum(length.candidates[k] for k in share)) for share in shares
+        RowBlock(group, tuple(sorted(share)), length.prompt + sum(length.candidates[k] for k in share))
+        for share in shares
     ]
 
 

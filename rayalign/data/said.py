@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from rayalign.data.schema import Message, RowProblem, Turns, is_assistant
 from rayalign.data.spelled import THOUGHT_TAGS, ControlTokens
-from rayalign.data.template import THOUGHTS, Context, Template
+from rayalign.data.template import THOUGHTS, Template, TemplateContext
 
 _TAGS = (*THOUGHT_TAGS, *THOUGHT_TAGS.values())
 
@@ -95,11 +95,11 @@ class Speaker:
     asks: str
     """The generation prompt of a plain question."""
 
-    def opening(self, turns: Turns, context: Context) -> str:
+    def opening(self, turns: Turns, context: TemplateContext) -> str:
         """``G``: everything that inference shows before the answer to ``turns``."""
         return self.template.write(turns, context, generation_prompt=True)
 
-    def said(self, turns: Turns, context: Context, *, opening: str | None = None) -> Said:
+    def said(self, turns: Turns, context: TemplateContext, *, opening: str | None = None) -> Said:
         """The last of ``turns`` as it is said; ``opening`` where it is known.
 
         Raises:
@@ -129,7 +129,7 @@ class Speaker:
             "inference shows; name another in data.template",
         )
 
-    def cut_off(self, turns: Turns, context: Context, *, opening: str | None = None) -> Said:
+    def cut_off(self, turns: Turns, context: TemplateContext, *, opening: str | None = None) -> Said:
         """The last of ``turns`` as it was drawn before it was finished: no template writes such an answer."""
         if turns[-1].get("tool_calls") or any(name in turns[-1] for name in THOUGHTS):
             said = self.said(turns, context, opening=opening)
@@ -163,7 +163,7 @@ class Speaker:
             rest = rest.replace(tag, "")
         return not rest.strip() or rest.strip() not in answer
 
-    def _whole(self, turns: Turns, context: Context) -> str:
+    def _whole(self, turns: Turns, context: TemplateContext) -> str:
         return self.template.write(turns, context, generation_prompt=False)
 
     def _ended(self, whole: str, start: int) -> Said:

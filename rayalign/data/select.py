@@ -62,7 +62,7 @@ def scores_of(store: TokenStore, *, column: str, own_candidates: int | None) -> 
     if len(broken):
         raise UserError(
             f"filter: the policy's log-probability of {store.index.name(int(broken[0]))} is {scores[broken[0]]} "
-            f"({len(broken)} of {len(store)} rows are so); check model.name and model.dtype"
+            f"({len(broken)} of {len(store)} rows are affected); check model.name and model.dtype"
         )
     return scores
 

@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from rayalign.data.check import check_group
-from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds
+from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds, check_group
 from rayalign.data.schema import Turns
 from rayalign.storage.manifest import file_digest
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rayalign.data.said import Said, Speaker, shared_length
 from rayalign.data.schema import RowProblem, Turns, is_assistant, is_trained
-from rayalign.data.template import Context
+from rayalign.data.template import TemplateContext
 
 
 class Piece(NamedTuple):
@@ -40,7 +40,7 @@ class Spoken(NamedTuple):
 def speak(
     turns: Turns,
     first: int,
-    context: Context,
+    context: TemplateContext,
     speaker: Speaker,
     *,
     opening: str | None = None,
@@ -68,7 +68,7 @@ def speak(
     return Spoken(text, tuple(spans), frozenset(rules - {""}))
 
 
-def _earlier(turns: Turns, context: Context, speaker: Speaker, *, opening: str | None) -> Said | None:
+def _earlier(turns: Turns, context: TemplateContext, speaker: Speaker, *, opening: str | None) -> Said | None:
     """An answer that others follow, as it is said; None where the template cannot say it alone."""
     try:
         return speaker.said(turns, context, opening=opening)

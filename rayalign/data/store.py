@@ -18,7 +18,6 @@ import numpy as np
 from rayalign.data.group import Column, Group, GroupLengths
 from rayalign.data.index import Index, offsets, read_index
 from rayalign.data.layer import Layer
-from rayalign.data.remote import mirror
 from rayalign.data.shard import ShardInfo, decode_tokens, finished_shards
 from rayalign.storage.manifest import TornDirectory, commit, read_manifest
 from rayalign.storage.manifest import verify as verify_files
@@ -33,14 +32,12 @@ class TokenStore:
     """A committed store, opened for reading; many processes may do so at once. Every record's checksum is checked."""
 
     digest: str
-    """Of the content: equal groups in equal shards have it on every machine, whatever their files are called."""
+    """Digest of the content: the same for equal groups in equal shards, whatever machine and file names."""
     meta: Mapping[str, Any]
     """What the commit said about the store."""
     index: Index
     tokens: Layer
     columns: tuple[Layer, ...]
-    cache_dir: Path | None = None
-    """Where records are copied to, for a store on object storage."""
 
     @classmethod
     def open(cls, directory: Path | str, *, verify: bool = False) -> TokenStore:
@@ -49,30 +46,20 @@ class TokenStore:
         Raises:
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        return _open(Path(directory), _manifest(Path(directory), verify=verify), origin=None, cache_dir=None)
-
-    @classmethod
-    def open_remote(cls, uri: str, cache_dir: Path) -> TokenStore:
-        """Open a store on object storage (any fsspec URL): its indexes now, its records as they are asked for.
-
-        Raises TornDirectory as :meth:`open` does.
-        """
-        directory = mirror(uri, cache_dir)
-        return _open(directory, _manifest(directory), origin=uri, cache_dir=cache_dir)
+        return _open(Path(directory), _manifest(Path(directory), verify=verify))
 
     def with_columns(self, where: Path | str, *, verify: bool = False) -> TokenStore:
-        """This store with the columns of a directory (a URL for a remote store) laid over it.
+        """This store with the columns of a directory laid over it.
 
         Raises:
             StoreMismatch: the columns were made for another store.
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        directory = Path(where) if self.cache_dir is None else mirror(str(where), self.cache_dir)
+        directory = Path(where)
         manifest = _manifest(directory, verify=verify)
         if manifest["store"] != self.digest:
             raise StoreMismatch(f"{where} was made for store {manifest['store']}, not for {self.digest}")
-        origin = None if self.cache_dir is None else str(where)
-        return replace(self, columns=(*self.columns, _column_layer(directory, _shards(manifest), self.index, origin)))
+        return replace(self, columns=(*self.columns, _column_layer(directory, _shards(manifest), self.index)))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,13 +108,8 @@ class TokenStore:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of records read by this process: from the disk, or from object storage where the store lies there."""
+        """Bytes of the records that this process has read."""
         return sum(layer.bytes_read for layer in (self.tokens, *self.columns))
-
-    def fetch(self, groups: Sequence[int]) -> None:
-        """Bring groups of a remote store into the cache, in as few waits as possible; nothing to do for a local one."""
-        for layer in (self.tokens, *self.columns):
-            layer.fetch(groups)
 
 
 def commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any]) -> TokenStore:
@@ -161,7 +143,7 @@ def commit_columns(
         covered += shard.groups
     if covered != len(store):
         raise StoreMismatch(f"{directory}: the columns cover {covered} groups of a store of {len(store)}")
-    _column_layer(directory, ordered, store.index, origin=None)
+    _column_layer(directory, ordered, store.index)
     _commit(directory, ordered, meta=meta, store=store.digest)
     return store.with_columns(directory)
 
@@ -195,26 +177,24 @@ def _shards(manifest: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
     return tuple(ShardInfo.from_json(shard) for shard in manifest["shards"])
 
 
-def _open(directory: Path, manifest: Mapping[str, Any], *, origin: str | None, cache_dir: Path | None) -> TokenStore:
+def _open(directory: Path, manifest: Mapping[str, Any]) -> TokenStore:
     shards = _shards(manifest)
     index = read_index(directory, shards)
     tokens = Layer(
         shards=shards,
         paths=tuple(directory / f"{shard.name}.tokens" for shard in shards),
         offsets=offsets(index.packed_tokens + 1),
-        origin=origin,
     )
     return TokenStore(
         digest=manifest["digest"],
         meta=manifest["meta"],
         index=index,
         tokens=tokens,
-        columns=(_column_layer(directory, shards, index, origin),),
-        cache_dir=cache_dir,
+        columns=(_column_layer(directory, shards, index),),
     )
 
 
-def _column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index, origin: str | None) -> Layer:
+def _column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index) -> Layer:
     sizes = np.ones(len(index), np.int64)  # the checksum
     for shard in shards:
         own = slice(shard.first, shard.first + shard.groups)
@@ -224,7 +204,6 @@ def _column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index, or
         shards=tuple(shards),
         paths=tuple(directory / f"{shard.name}.columns" for shard in shards),
         offsets=offsets(sizes),
-        origin=origin,
     )
 
 

@@ -29,7 +29,7 @@ _SILENCES: tuple[Literal[""] | None, ...] = ("", None)
 _CALL = ("rayalignname", "rayalignkey", "rayalignvalue")
 
 
-class Context(NamedTuple):
+class TemplateContext(NamedTuple):
     """What a row gives its template beside turns."""
 
     tools: tuple[Fields, ...] | None = None
@@ -86,7 +86,7 @@ class Template:
     """Stands for today's."""
     forms: Forms = Forms()
 
-    def write(self, turns: Turns, context: Context, *, generation_prompt: bool) -> str:
+    def write(self, turns: Turns, context: TemplateContext, *, generation_prompt: bool) -> str:
         """The turns as text; raises :class:`RowProblem` where the template refuses them."""
         if not self.exists:
             return transcript(turns, generation_prompt=generation_prompt)
@@ -182,7 +182,7 @@ def turn_tail(template: Template) -> str:
         return ""
     probe = (*user(PROBE), *assistant(PROBE))
     try:
-        whole = template.write(probe, Context(), generation_prompt=False)
+        whole = template.write(probe, TemplateContext(), generation_prompt=False)
     except RowProblem as problem:
         raise UserError(
             f"{problem.reason.replace('these messages', 'one user turn and one assistant turn')}; name another in "

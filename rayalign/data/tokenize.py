@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rayalign.config.data import TokenBudget
-from rayalign.data.budget import Answer, Completed, Truncation, fit
+from rayalign.data.budget import Completed, Truncation, UncutCandidate, fit
 from rayalign.data.chat import Chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Column, Group
@@ -144,7 +144,7 @@ def _outcome(
     return Tokenized(group=group, truncation=fitted.truncation, example=example, rules=rendered.rules)
 
 
-def _answer(prompt: str, written: Written, ids: Mapping[str, list[int]], chat: Chat) -> Answer:
+def _answer(prompt: str, written: Written, ids: Mapping[str, list[int]], chat: Chat) -> UncutCandidate:
     """A candidate's tokens; the run's end token closes it where its text does not hold one."""
     tokens: list[int] = []
     mask: list[bool] = []
@@ -160,7 +160,7 @@ def _answer(prompt: str, written: Written, ids: Mapping[str, list[int]], chat: C
     if written.finished and not written.pieces[-1].ended:
         ends.add(len(tokens))
         tokens, mask = [*tokens, chat.end_id], [*mask, True]
-    return Answer(tokens, mask, frozenset(ends))
+    return UncutCandidate(tokens, mask, frozenset(ends))
 
 
 def _continuation(before: str, text: str, ids: Mapping[str, list[int]], chat: Chat) -> list[int]:
@@ -181,12 +181,12 @@ def _prompt(rendered: Rendered, ids: list[int], chat: Chat) -> list[int]:
     return prompt
 
 
-def _first_token(answers: Sequence[Answer]) -> tuple[list[int], list[Answer]]:
+def _first_token(answers: Sequence[UncutCandidate]) -> tuple[list[int], list[UncutCandidate]]:
     """A text without a prompt, and no beginning-of-sequence token to predict its first token from."""
     if len(answers) != 1 or len(answers[0].ids) < 2:
         raise RowProblem("prompt", "prompt has no token")
     (answer,) = answers
-    return answer.ids[:1], [Answer(answer.ids[1:], answer.mask[1:], frozenset(end - 1 for end in answer.ends))]
+    return answer.ids[:1], [UncutCandidate(answer.ids[1:], answer.mask[1:], frozenset(end - 1 for end in answer.ends))]
 
 
 def _columns(example: Example, truncation: Truncation) -> dict[str, Column]:

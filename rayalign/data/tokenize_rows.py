@@ -50,7 +50,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class UndecidedRow:
     """A good row that teaches this method nothing: it does not say which of its answers is better."""
 
     example: Example
@@ -103,19 +103,19 @@ def parsed(row: Row, unit: Unit) -> Example | BadRow:
     )
 
 
-def fitted(found: Example | BadRow, shape: Shape) -> Example | BadRow | LeftOut:
+def fitted(found: Example | BadRow, shape: Shape) -> Example | BadRow | UndecidedRow:
     """The example, or why a method that learns from ``shape`` does not."""
     if isinstance(found, BadRow):
         return found
     if found.preference == "undecided" and shape in ("pair", "ranking", "labelled"):
-        return LeftOut(found)
+        return UndecidedRow(found)
     problem = misfit(found, shape)
     return BadRow(source=found.source, line=found.line, reason=problem) if problem else found
 
 
 def tokenized(
-    found: Sequence[Example | BadRow | LeftOut], chat: Chat, budget: TokenBudget, *, completed: Completed
-) -> list[Outcome | LeftOut]:
+    found: Sequence[Example | BadRow | UndecidedRow], chat: Chat, budget: TokenBudget, *, completed: Completed
+) -> list[Outcome | UndecidedRow]:
     """One outcome per row, in order."""
     outcomes = iter(to_groups([item for item in found if isinstance(item, Example)], chat, budget, completed=completed))
     return [next(outcomes) if isinstance(item, Example) else item for item in found]
@@ -157,7 +157,7 @@ def prepare_chunk(
                 prompts.append(said(outcome.example, chat.speaker.template.variables, answers))
         else:
             dropped += isinstance(outcome, DroppedRow)
-            undecided += isinstance(outcome, LeftOut)
+            undecided += isinstance(outcome, UndecidedRow)
     good = [example for example in examples if isinstance(example, Example)]
     return ShardReport(
         shard=write_shard(directory, name, groups, prompts=prompts) if groups else None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,8 +15,3 @@ def best_of_n_distribution(
     below_or_equal = probability[order].cumsum(0)
     below = below_or_equal - probability[order]
     return torch.empty_like(probability).index_copy(0, order, below_or_equal**n - below**n)
-
-
-def best_of_n_kl_bound(n: int) -> float:
-    """log n − (n − 1)/n nats: the KL to the base distribution is at most this, with equality for continuous rewards."""
-    return math.log(n) - (n - 1) / n

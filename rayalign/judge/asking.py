@@ -1,4 +1,4 @@
-"""Questions to a language model, asked until the answer can be read; whoever answers, the count is the same."""
+"""Questions to a language model, asked until the answer can be read, and counted alike for every model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayalign.remarks import Remarks
 
 ATTEMPTS = 4
 RETRY_TEMPERATURE = 0.7
-"""Of every attempt but the first, which is greedy: the same answer again would be of no use."""
+"""Temperature of every attempt after the first, which is greedy: a repeated answer would be of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Ask(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
+class Readings:
     """What was read, NaN where no attempt gave anything, and why of the first such."""
 
     values: list[float]
@@ -68,7 +68,7 @@ class Questionnaire:
         self.tally = Tally()
         self.template = usable_template(template, field=field, shown=shown)
 
-    def answers(self, rows: Sequence[Mapping[str, str]], read: Callable[[str], float | None]) -> Answers:
+    def answers(self, rows: Sequence[Mapping[str, str]], read: Callable[[str], float | None]) -> Readings:
         """``read`` of the first answer to each row's question that it can read.
 
         Everything is asked together, and what was not understood is asked together again.
@@ -93,7 +93,7 @@ class Questionnaire:
         if waiting:
             lost |= {place: f" in {ATTEMPTS} attempts: {problems[place].reason}" for place in waiting}
         problem = f"{self.ask.name} gave no verdict{lost[min(lost)]}" if lost else ""
-        return Answers(values=values, problem=problem)
+        return Readings(values=values, problem=problem)
 
 
 def unread(answer: str) -> str:

@@ -19,7 +19,7 @@ class ScorerUnusable(UserError):
 class NoVerdict(Exception):
     """Some of what was asked got no answer, however often it was asked; the message says why of the first.
 
-    ``values`` are all answers in order, NaN where there is none: nobody has to ask for the others again.
+    ``values`` are all answers in order, NaN where there is none, so that the others need not be asked for again.
     """
 
     def __init__(self, reason: str, values: Sequence[float] = ()) -> None:

@@ -5,8 +5,6 @@ Rafailov et al. 2023, arXiv:2305.18290; label smoothing ("conservative DPO") as 
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -49,6 +47,5 @@ METHOD = Method(
     loss=loss,
     needs=frozenset({"ref_logp"}),
     paper="Rafailov et al. 2023, arXiv:2305.18290, eq. 7",
-    implicit_beta=attrgetter("beta"),
     metrics=metrics,
 )

@@ -5,8 +5,6 @@ Ji et al. 2024, arXiv:2402.00856 ("DPO-rw"). With two candidates and a label of 
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -64,6 +62,5 @@ METHOD = Method(
     needs=frozenset({"ref_logp", "reward"}),
     candidates="group",
     paper="Ji et al. 2024, arXiv:2402.00856",
-    implicit_beta=attrgetter("beta_pi"),
     metrics=metrics,
 )

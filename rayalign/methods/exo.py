@@ -9,7 +9,6 @@ that the gradient is zero at the reference and leads back to it elsewhere.
 from __future__ import annotations
 
 import math
-from operator import attrgetter
 from typing import Annotated, Literal
 
 import torch
@@ -89,7 +88,6 @@ EXO_PREF = Method(
     loss=pref_loss,
     needs=frozenset({"ref_logp"}),
     paper="Ji et al. 2024, arXiv:2402.00856, eq. 16",
-    implicit_beta=attrgetter("beta_pi"),
     metrics=pref_metrics,
 )
 
@@ -154,6 +152,5 @@ EXO_RW = Method(
     paper="Ji et al. 2024, arXiv:2402.00856",
     refuses_truncated_sampling=True,
     extra_needs=_behavior_needs,
-    implicit_beta=attrgetter("beta_pi"),
     metrics=reward_metrics,
 )

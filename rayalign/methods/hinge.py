@@ -5,8 +5,6 @@ Liu et al. 2023, arXiv:2309.06657 ("hinge-norm").
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,6 +41,5 @@ METHOD = Method(
     loss=loss,
     needs=frozenset({"ref_logp"}),
     paper="Liu et al. 2023, arXiv:2309.06657",
-    implicit_beta=attrgetter("beta"),
     metrics=metrics,
 )

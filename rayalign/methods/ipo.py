@@ -6,7 +6,6 @@ repository, OpenRLHF) and the mean (TRL). The same τ means different things und
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Literal
 
 from jaxtyping import Float, Real
@@ -57,6 +56,5 @@ METHOD = Method(
     loss=loss,
     needs=frozenset({"ref_logp"}),
     paper="Azar et al. 2023, arXiv:2310.12036, eq. 17",
-    implicit_beta=attrgetter("tau"),
     metrics=metrics,
 )

@@ -8,8 +8,6 @@ change it. An example without a label counts nowhere.
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -113,7 +111,6 @@ METHOD = Method(
     needs=frozenset({"ref_logp", "label", "mismatched"}),
     candidates="one",
     paper="Ethayarajh et al. 2024, arXiv:2402.01306",
-    implicit_beta=attrgetter("beta"),
     step_prepare=step_prepare,
     metrics=metrics,
 )

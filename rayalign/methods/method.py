@@ -124,8 +124,6 @@ class Method:
     """True for ratio methods: top-p or top-k samples have no density under the policy's full softmax."""
     extra_needs: Callable[[Any], frozenset[Need]] | None = None
     """Needs that depend on the parameters, such as MPO's optional reference."""
-    implicit_beta: Callable[[Any], float] | None = None
-    """β of the implicit reward β · log(π/π_ref) (or β · log π without reference) behind ``rewards/*`` metrics."""
     smallest_group: int = 2
     """Fewest candidates of one prompt that a method of groups can learn from."""
     round_prepare: RoundPrepare | None = None
@@ -168,7 +166,7 @@ class Method:
 
 def problem_of(method: Method) -> str:
     """What is wrong with a record; empty where its parts are of the kinds that they are to be."""
-    functions = ("loss", "extra_needs", "implicit_beta", "round_prepare", "round_limit", "step_prepare", "metrics")
+    functions = ("loss", "extra_needs", "round_prepare", "round_limit", "step_prepare", "metrics")
     for name in functions:
         value = getattr(method, name)
         if not callable(value) and (name == "loss" or value is not None):

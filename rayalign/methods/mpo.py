@@ -8,7 +8,6 @@ preference as a reward in {0, 1}, importance-sampled from the labelled choice.
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -108,6 +107,5 @@ METHOD = Method(
     paper="Jiang et al. 2023, arXiv:2312.16430",
     requires_auxiliary=True,
     extra_needs=_reference_need,
-    implicit_beta=attrgetter("tau"),
     metrics=metrics,
 )

@@ -5,8 +5,6 @@ Hong et al. 2024, arXiv:2403.07691. The likelihood is that of the response only,
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Real
@@ -49,6 +47,5 @@ METHOD = Method(
     config=ORPOConfig,
     loss=loss,
     paper="Hong et al. 2024, arXiv:2403.07691",
-    implicit_beta=attrgetter("weight"),
     metrics=metrics,
 )

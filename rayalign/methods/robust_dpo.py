@@ -5,8 +5,6 @@ Chowdhury et al. 2024, arXiv:2403.00409. Not cDPO: this loss is unbounded below 
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -50,6 +48,5 @@ METHOD = Method(
     loss=loss,
     needs=frozenset({"ref_logp"}),
     paper="Chowdhury et al. 2024, arXiv:2403.00409",
-    implicit_beta=attrgetter("beta"),
     metrics=metrics,
 )

@@ -5,8 +5,6 @@ Meng et al. 2024, arXiv:2405.14734.
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor
@@ -59,6 +57,5 @@ METHOD = Method(
     config=SimPOConfig,
     loss=loss,
     paper="Meng et al. 2024, arXiv:2405.14734",
-    implicit_beta=attrgetter("beta"),
     metrics=metrics,
 )

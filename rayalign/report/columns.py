@@ -9,8 +9,7 @@ import numpy as np
 
 from rayalign.report.length_control import lc_win_rate, pairings
 from rayalign.report.points import EvaluationPoint, as_array
-from rayalign.report.statistics import Matrix, Vector, prompt_means
-from rayalign.report.winrate import win_shares
+from rayalign.report.statistics import Matrix, Vector, prompt_means, win_shares
 
 KINDS = (
     *("scores", "changes", "win_rates", "lc_win_rates", "judged", "lc_judged"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rayalign.report.points import Cell, Filter
+from rayalign.report.points import CellRecord, Filter
 from rayalign.report.trials import Cost
 
 
@@ -16,7 +16,7 @@ class Entry:
 
     id: str
     label: str
-    cells: tuple[Cell, ...]
+    cells: tuple[CellRecord, ...]
 
     @property
     def num_seeds(self) -> int:
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def cost(self) -> Cost:
-        """Of one run: the mean over the seeds that were trained to their end, or over all where none was."""
+        """Cost of one run: the mean over the seeds that were trained to their end, or over all where none was."""
         done = [cell.cost for cell in self.cells if cell.status == "done"] or [cell.cost for cell in self.cells]
         if len(done) == 1:
             return done[0]
@@ -64,9 +64,9 @@ class Entry:
         )
 
 
-def entries_of(cells: Sequence[Cell]) -> tuple[Entry, ...]:
+def entries_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:
     """In the order of their first cells."""
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[str, list[CellRecord]] = {}
     for cell in cells:
         groups.setdefault(f"entry {cell.entry}" if cell.entry else f"cell {cell.id}", []).append(cell)
     return tuple(
@@ -77,7 +77,7 @@ def entries_of(cells: Sequence[Cell]) -> tuple[Entry, ...]:
     )
 
 
-def runs_of(cells: Sequence[Cell]) -> tuple[Entry, ...]:
+def runs_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:
     """Every cell by itself."""
     return tuple(Entry(id=cell.id, label=cell.label, cells=(cell,)) for cell in cells)
 

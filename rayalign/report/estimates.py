@@ -16,17 +16,15 @@ from rayalign.report.entries import Entry, entries_of
 from rayalign.report.formatting import SHARE
 from rayalign.report.frontier import (
     FrontierPoint,
-    SeedCrossings,
     pareto,
     pareto_frequency,
     score_at_kl,
     seed_crossings,
 )
 from rayalign.report.matrix import contests
-from rayalign.report.points import BASELINE, REFERENCE, Answers, Comparison, EvaluationPoint, PromptSet
+from rayalign.report.points import BASELINE, REFERENCE, AnswerCounts, ComparisonRecord, EvaluationPoint, PromptSet
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
-from rayalign.report.split import in_half
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, is_rate, prompt_draws
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, in_half, is_rate, prompt_draws
 from rayalign.report.summary import AnswersSummary, AtKl, Chosen, EntryAtKl, PointSummary, Summary
 
 Mask = NDArray[np.bool_]
@@ -34,7 +32,7 @@ Mask = NDArray[np.bool_]
 COUNTS = ("replies", "missing", "calls", "failures", "ties", "disagreements")
 
 
-def summarize(comparison: Comparison, bootstrap: Bootstrap | None = None) -> Summary:
+def summarize(comparison: ComparisonRecord, bootstrap: Bootstrap | None = None) -> Summary:
     """Every estimate of the report. Equal comparisons give equal summaries."""
     bootstrap = bootstrap or Bootstrap()
     entries = entries_of(comparison.cells)
@@ -81,7 +79,7 @@ class Row:
 
     id: str
     stream: int
-    """Of the draws of seeds: the entry's place."""
+    """Stream of the random draws of seeds: the entry's place."""
     step: int
     runs: tuple[Columns, ...]
     of_seeds: int
@@ -98,7 +96,9 @@ class Row:
         return two_level(values if among is None else values[:, among], bootstrap, stream=self.stream, rate=rate)
 
 
-def _summarize_set(comparison: Comparison, entries: Sequence[Entry], index: int, bootstrap: Bootstrap) -> SetSummary:
+def _summarize_set(
+    comparison: ComparisonRecord, entries: Sequence[Entry], index: int, bootstrap: Bootstrap
+) -> SetSummary:
     reference = comparison.reference[index]
     baseline = comparison.baseline.points[index] if comparison.baseline else reference
     prompts = comparison.prompt_sets[index]
@@ -183,10 +183,6 @@ def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Seq
         cells = [cell.id for cell in entry.cells]
         for level in dict.fromkeys(row.level for row in at_kl if row.cell in cells):
             rows = [found.get((cell, level)) for cell in cells]
-
-            def crossings(name: str, rows: Sequence[AtKl | None] = rows) -> SeedCrossings:
-                return seed_crossings([row.crossings[name] if row else None for row in rows])
-
             yield EntryAtKl(
                 entry=entry.id,
                 prompt_set=at_kl[0].prompt_set,
@@ -205,7 +201,7 @@ def _chosen(
     bootstrap: Bootstrap,
     shares: frozenset[str],
 ) -> Iterator[Chosen]:
-    """Of entries with several checkpoints that as many seeds reached, where both halves have prompts."""
+    """Checkpoints chosen of entries with several that as many seeds reached, where both halves have prompts."""
     select, report = (in_half(prompts.prompts, half) for half in ("select", "report"))
     if not select.any() or not report.any():
         return
@@ -238,11 +234,11 @@ def _mean_of(values: Matrix) -> float:
     return float(present.mean()) if len(present) else math.nan
 
 
-def _answers(comparison: Comparison) -> Iterator[AnswersSummary]:
+def _answers(comparison: ComparisonRecord) -> Iterator[AnswersSummary]:
     baseline = [(BASELINE, comparison.baseline.points)] if comparison.baseline else []
     cells = [(cell.id, cell.points) for cell in comparison.cells]
     for cell, points in ((REFERENCE, comparison.reference), *baseline, *cells):
-        found: dict[tuple[str, str], list[Answers]] = {}
+        found: dict[tuple[str, str], list[AnswerCounts]] = {}
         for answers in (answers for point in points for answers in point.answers):
             found.setdefault((answers.role, answers.name), []).append(answers)
         for (role, name), parts in found.items():
@@ -251,7 +247,7 @@ def _answers(comparison: Comparison) -> Iterator[AnswersSummary]:
             yield AnswersSummary(cell=cell, role=role, name=name, problem=problem, **sums)
 
 
-def shares_of(comparison: Comparison) -> frozenset[str]:
+def shares_of(comparison: ComparisonRecord) -> frozenset[str]:
     """Names of the scorers and diagnostics that are shares."""
     return frozenset(one.name for one in (*comparison.scorers, *comparison.diagnostics) if one.unit == SHARE)
 

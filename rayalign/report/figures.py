@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rayalign.report.entries import Entry
-from rayalign.report.points import REFERENCE, Comparison, Measure
+from rayalign.report.points import REFERENCE, ComparisonRecord, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
 from rayalign.report.svg import PALETTE, Series, Style, Yardstick, draw
@@ -63,7 +63,7 @@ def styles(entries: Sequence[Entry]) -> dict[str, Style]:
     }
 
 
-def draw_all(comparison: Comparison, summary: Summary) -> dict[str, str]:
+def draw_all(comparison: ComparisonRecord, summary: Summary) -> dict[str, str]:
     """File stem to SVG, in the order of the report: per scorer a frontier, then against each cost; lengths, metrics."""
     prompt_set = comparison.prompt_sets[0].name
     (reference,) = summary.of(REFERENCE, prompt_set)
@@ -93,7 +93,7 @@ def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
-def _frontier(comparison: Comparison, summary: Summary, reference: PointSummary, scorer: Measure) -> str:
+def _frontier(comparison: ComparisonRecord, summary: Summary, reference: PointSummary, scorer: Measure) -> str:
     estimator = comparison.kl_estimators[0]
     return draw(
         f"frontier-{_slug(scorer.name)}",
@@ -114,7 +114,7 @@ def cost_axes(summary: Summary) -> list[CostAxis]:
 
 
 def _against_cost(
-    stem: str, comparison: Comparison, summary: Summary, reference: PointSummary, scorer: Measure, axis: CostAxis
+    stem: str, comparison: ComparisonRecord, summary: Summary, reference: PointSummary, scorer: Measure, axis: CostAxis
 ) -> str:
     entries = {entry.id: entry for entry in summary.entries}
 
@@ -133,7 +133,7 @@ def _against_cost(
 
 
 def last_step(entry: Entry) -> int:
-    """Of its runs: trained where that is known, else measured."""
+    """Number of its runs: trained where that is known, else measured."""
     logged = [row.get("step") for cell in entry.cells for row in cell.metrics]
     trained = [int(step) for step in logged if step is not None]
     return max([*trained, *(point.step for cell in entry.cells for point in cell.points)])
@@ -147,7 +147,7 @@ def _best_of_n(summary: Summary, prompt_set: str, scorer: Measure) -> Yardstick 
     return Yardstick(label="reference, best of n", x=[row.kl_bound for row in rows], y=scores)
 
 
-def _evaluated(comparison: Comparison, summary: Summary, x: Coordinate, y: Coordinate) -> list[Series]:
+def _evaluated(comparison: ComparisonRecord, summary: Summary, x: Coordinate, y: Coordinate) -> list[Series]:
     """A line per entry through its checkpoints on the first prompt set."""
     look = styles(summary.entries)
     series = []
@@ -160,7 +160,7 @@ def _evaluated(comparison: Comparison, summary: Summary, x: Coordinate, y: Coord
     return series
 
 
-def _trained(comparison: Comparison, summary: Summary, metric: str) -> list[Series]:
+def _trained(comparison: ComparisonRecord, summary: Summary, metric: str) -> list[Series]:
     """A line per run that logged the metric: its trailing mean over a tenth of the run."""
     look = styles(summary.entries)
     series = []

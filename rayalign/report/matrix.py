@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayalign.report.entries import Entry
-from rayalign.report.points import REFERENCE, Comparison, EvaluationPoint, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, rate_estimate
-from rayalign.report.winrate import win_shares
+from rayalign.report.points import REFERENCE, ComparisonRecord, EvaluationPoint, as_array
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, rate_estimate, win_shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +25,7 @@ class Contest:
     its prompts alone would make it too narrow."""
 
 
-def contests(comparison: Comparison, entries: Sequence[Entry], bootstrap: Bootstrap) -> Iterator[Contest]:
+def contests(comparison: ComparisonRecord, entries: Sequence[Entry], bootstrap: Bootstrap) -> Iterator[Contest]:
     """All ordered pairs of the reference and the entries that were measured, scorer by scorer."""
     prompt_set = comparison.prompt_sets[0].name
     last = {REFERENCE: [comparison.reference[0]]}

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from rayalign.errors import UserError
 from rayalign.report.points import (
-    Cell,
-    Comparison,
-    Part,
+    CellRecord,
+    ComparisonRecord,
+    MergedPart,
     Provenance,
     ReportText,
     load,
     save,
 )
 from rayalign.report.render import render
-from rayalign.report.trials import LeftOut, Tuning
+from rayalign.report.trials import TuningRecord, UntriedSetting
 
-Alike = Callable[[Comparison], object]
+Alike = Callable[[ComparisonRecord], object]
 MEASURED: Mapping[str, Alike] = {
     "the prompts": lambda comparison: [(prompts.name, prompts.prompts) for prompts in comparison.prompt_sets],
     "the scorers": lambda comparison: [scorer.name for scorer in comparison.scorers],
@@ -39,10 +39,10 @@ DIGESTS: Mapping[str, str] = {
     "sampling": "the sampling",
     "package": "the version of rayalign",
 }
-"""Key of ``Comparison.measured`` → its name; what else is there is named by its key."""
+"""Key of ``ComparisonRecord.measured`` → its name; what else is there is named by its key."""
 
 
-def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[Comparison, Path]:
+def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[ComparisonRecord, Path]:
     """The merged comparison and its page, written below ``out``.
 
     Raises:
@@ -58,7 +58,7 @@ def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[Compar
     return merged, render(merged, out)
 
 
-def merge(comparisons: Sequence[tuple[str, Comparison]]) -> Comparison:
+def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonRecord:
     """``(folder, comparison)`` pairs as one comparison: the first leads, and who was measured otherwise is left out.
 
     Raises:
@@ -66,12 +66,12 @@ def merge(comparisons: Sequence[tuple[str, Comparison]]) -> Comparison:
     """
     (folder, first), *others = comparisons
     alike = [(folder, first)]
-    left_out: list[LeftOut] = []
+    left_out: list[UntriedSetting] = []
     for place, other in others:
         reasons = differing(first, other)
         if reasons:
             text = f"differs from {first.name} in {', '.join(reasons)}"
-            left_out.append(LeftOut(what=f"{other.name} ({place})", reason=text))
+            left_out.append(UntriedSetting(what=f"{other.name} ({place})", reason=text))
         else:
             alike.append((place, other))
     if len(alike) < 2:
@@ -90,13 +90,13 @@ def merge(comparisons: Sequence[tuple[str, Comparison]]) -> Comparison:
             "cells": tuple(cells),
             "tuning": tuple(tuning for _, part in parts for tuning in part.tuning),
             "provenance": merged_provenance([part for _, part in parts]),
-            "parts": tuple(Part(name=name, cells=tuple(cell.id for cell in part.cells)) for name, part in parts),
+            "parts": tuple(MergedPart(name=name, cells=tuple(cell.id for cell in part.cells)) for name, part in parts),
             "left_out": tuple(left_out),
         }
     )
 
 
-def differing(first: Comparison, other: Comparison) -> list[str]:
+def differing(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
     """In what two comparisons were measured otherwise; empty where their numbers mean the same.
 
     Without digests on either side, as an older version wrote them, the reference's own numbers decide.
@@ -114,7 +114,7 @@ def differing(first: Comparison, other: Comparison) -> list[str]:
     return [] if numbers[0] == numbers[1] else ["the numbers of the reference"]
 
 
-def named_apart(comparisons: Sequence[Comparison]) -> list[tuple[str, Comparison]]:
+def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, ComparisonRecord]]:
     """Each under a name of its own, and all cells of a comparison with one in common under names that say whose."""
     names: list[str] = []
     for comparison in comparisons:
@@ -132,14 +132,14 @@ def named_apart(comparisons: Sequence[Comparison]) -> list[tuple[str, Comparison
     ]
 
 
-def prefixed(comparison: Comparison, name: str) -> Comparison:
+def prefixed(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
     def own(text: str) -> str:
         return f"{name}: {text}" if text else ""
 
-    def cell_of(cell: Cell) -> Cell:
+    def cell_of(cell: CellRecord) -> CellRecord:
         return cell.model_copy(update={"id": own(cell.id), "label": own(cell.label), "entry": own(cell.entry)})
 
-    def tuning_of(tuning: Tuning) -> Tuning:
+    def tuning_of(tuning: TuningRecord) -> TuningRecord:
         return tuning.model_copy(update={"label": own(tuning.label), "cells": tuple(map(own, tuning.cells))})
 
     origin = comparison.provenance
@@ -157,7 +157,7 @@ def prefixed(comparison: Comparison, name: str) -> Comparison:
     )
 
 
-def merged_text(parts: Sequence[Comparison]) -> ReportText:
+def merged_text(parts: Sequence[ComparisonRecord]) -> ReportText:
     texts = [part.text for part in parts]
     return ReportText(
         title=" + ".join(dict.fromkeys(text.title for text in texts)),
@@ -168,7 +168,7 @@ def merged_text(parts: Sequence[Comparison]) -> ReportText:
     )
 
 
-def merged_provenance(parts: Sequence[Comparison]) -> Provenance:
+def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
     """Facts in which the comparisons differ stand side by side."""
     origins = [part.provenance for part in parts]
     times = [origin.started for origin in origins if origin.started]

@@ -1,7 +1,7 @@
 """What a comparison measured: the raw points that every table, figure and claim of the report is computed from.
 
-The pipeline builds a :class:`Comparison` and calls :func:`save`; :func:`rayalign.report.render.render` turns it into
-the report, now or later from :func:`load`. Names of scorers, KL estimators and diagnostics are data.
+A comparison builds a :class:`ComparisonRecord` and calls :func:`save`; :func:`rayalign.report.render.render` turns it
+into the report, now or later from :func:`load`. Names of scorers, KL estimators and diagnostics are data.
 
 The unit of replication is the training seed: cells that name the same ``entry`` differ in nothing else. A point holds
 P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``; ``None``
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rayalign.errors import UserError
-from rayalign.report.trials import Cost, LeftOut, Record, Tuning
+from rayalign.report.trials import Cost, Record, TuningRecord, UntriedSetting
 
 FILE_NAME = "comparison.json"
 REFERENCE = "reference"
@@ -75,7 +75,7 @@ class Reply(Record):
     text: str
 
 
-class Answers(Record):
+class AnswerCounts(Record):
     """What a scorer or judge that is asked (a model, mostly) said of one point's replies, counted."""
 
     role: Literal["scorer", "diagnostic", "judge"]
@@ -114,8 +114,8 @@ class EvaluationPoint(Record):
     diagnostics: Mapping[str, Samples] = {}
     verdicts: Samples | None = None
     """The judge's: how much better each reply is than the baseline's of the same prompt and number: 1, 1/2 or 0."""
-    answers: tuple[Answers, ...] = ()
-    """Of scorers and judges that count what they are asked, or left something unanswered."""
+    answers: tuple[AnswerCounts, ...] = ()
+    """Counts of scorers and judges that count what they are asked, or left something unanswered."""
     replies: tuple[Reply, ...] = ()
     """The few texts that the report shows."""
 
@@ -161,7 +161,7 @@ class Filter(Record):
     """What is counted: ``pairs``."""
 
 
-class Cell(Record):
+class CellRecord(Record):
     """One method under one data policy with one seed: one training run."""
 
     id: str
@@ -183,7 +183,7 @@ class Cell(Record):
     cost: Cost = Cost()
     filter: Filter | None = None
     points: tuple[EvaluationPoint, ...] = ()
-    """In ascending step per prompt set; step 0 is the reference's and stands in ``Comparison.reference``."""
+    """In ascending step per prompt set; step 0 is the reference's and stands in ``ComparisonRecord.reference``."""
     metrics: tuple[Mapping[str, float | None], ...] = ()
     """Rows of ``metrics.jsonl``, each with ``step``; keys are training metrics such as ``rewards/accuracies``."""
 
@@ -231,7 +231,7 @@ class Provenance(Record):
     """ISO 8601 times with an offset."""
 
 
-class Part(Record):
+class MergedPart(Record):
     """One of the comparisons that a merged one is made of."""
 
     name: str
@@ -247,7 +247,7 @@ class Baseline(Record):
     """One per prompt set."""
 
 
-class Comparison(Record):
+class ComparisonRecord(Record):
     """Everything that a report says, before any statistics.
 
     ``scorers[0]`` and ``kl_estimators[0]`` are the ones that tables and figures lead with; ``prompt_sets[0]`` is the
@@ -267,14 +267,14 @@ class Comparison(Record):
     """The reference at step 0, once per prompt set."""
     baseline: Baseline | None = None
     """None: wins are counted against the reference."""
-    cells: tuple[Cell, ...]
-    tuning: tuple[Tuning, ...] = ()
-    """One per configuration where there were trials; empty: nobody tuned anything."""
+    cells: tuple[CellRecord, ...]
+    tuning: tuple[TuningRecord, ...] = ()
+    """One per configuration where there were trials; empty where nothing was tuned."""
     measured: Mapping[str, str] = {}
     """Digests of what decides the numbers beside the policies: ``reference``, ``prompts``, ``scorers`` …"""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MergedPart, ...] = ()
     """Where several comparisons were merged."""
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[UntriedSetting, ...] = ()
     """Comparisons that were measured otherwise, and so are not in this one."""
     provenance: Provenance = Provenance()
 
@@ -343,14 +343,14 @@ def _require_unique(what: str, values: list[str]) -> None:
         raise ValueError(f"{what}: {', '.join(repeated)} more than once")
 
 
-def save(comparison: Comparison, directory: Path) -> Path:
+def save(comparison: ComparisonRecord, directory: Path) -> Path:
     """Write ``directory/comparison.json`` in one rename and return its path."""
     path = directory / FILE_NAME
     write_text(path, comparison.model_dump_json() + "\n")
     return path
 
 
-def load(directory: Path) -> Comparison:
+def load(directory: Path) -> ComparisonRecord:
     """Read what :func:`save` wrote.
 
     Raises:
@@ -360,7 +360,7 @@ def load(directory: Path) -> Comparison:
     if not path.is_file():
         raise UserError(f"{directory} holds no {FILE_NAME}: give the directory that `rayalign compare` wrote")
     try:
-        return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+        return ComparisonRecord.model_validate_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8: run `rayalign compare` again") from error
     except ValidationError as error:

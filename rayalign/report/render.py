@@ -15,18 +15,18 @@ from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
 from rayalign.report.matrix import by_pair
-from rayalign.report.points import BASELINE, REFERENCE, Comparison, write_text
+from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, write_text
 from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
-from rayalign.report.trials import Tuning
+from rayalign.report.trials import TuningRecord
 
 FOLDER = "report"
 FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
 """Functions of :mod:`rayalign.report.formatting` that templates use."""
 
 
-def render(comparison: Comparison, directory: Path) -> Path:
+def render(comparison: ComparisonRecord, directory: Path) -> Path:
     """Write ``directory/report/`` and return the path of ``report.html``, which is written last.
 
     Each file is replaced whole, so a reader never sees half of one.
@@ -42,7 +42,7 @@ def render(comparison: Comparison, directory: Path) -> Path:
     return folder / "report.html"
 
 
-def render_text(name: str, comparison: Comparison, summary: Summary, drawings: dict[str, str]) -> str:
+def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawings: dict[str, str]) -> str:
     """The text of ``report.html`` or ``report.md``."""
     environment = _environment()
     script = _source(environment, "report.js")
@@ -76,7 +76,7 @@ def render_text(name: str, comparison: Comparison, summary: Summary, drawings: d
     )
 
 
-def limits(comparison: Comparison, summary: Summary) -> list[str]:
+def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     """What the numbers cannot say: first what holds for every comparison of this kind, then this one's own caveats."""
     estimator = comparison.kl_estimators[0]
     sampling = comparison.sampling
@@ -129,7 +129,7 @@ def replication(summary: Summary) -> Iterator[str]:
         )
 
 
-def tuned(comparison: Comparison) -> Iterator[str]:
+def tuned(comparison: ComparisonRecord) -> Iterator[str]:
     """What settings were chosen by, and what that does to the numbers."""
     if not comparison.tuning:
         yield (
@@ -147,16 +147,16 @@ def tuned(comparison: Comparison) -> Iterator[str]:
         yield "Configurations had different numbers of trials, as they have different settings: see Tuning."
 
 
-def tunings(comparison: Comparison) -> list[list[Tuning]]:
+def tunings(comparison: ComparisonRecord) -> list[list[TuningRecord]]:
     """Configurations that were tuned alike; several groups in a merged report only."""
-    groups: dict[tuple[object, ...], list[Tuning]] = {}
+    groups: dict[tuple[object, ...], list[TuningRecord]] = {}
     for tuning in comparison.tuning:
         how = (tuning.asked, tuning.seeds, tuning.scorer, tuning.prompt_set, tuning.num_prompts, tuning.max_kl)
         groups.setdefault(how, []).append(tuning)
     return list(groups.values())
 
 
-def untuned(comparison: Comparison, summary: Summary) -> list[str]:
+def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     """Configurations that stand beside tuned ones without trials of their own, as in a merged report."""
     tried = {cell for tuning in comparison.tuning for cell in tuning.cells}
     return [
@@ -166,7 +166,7 @@ def untuned(comparison: Comparison, summary: Summary) -> list[str]:
     ]
 
 
-def judging(comparison: Comparison, summary: Summary) -> Iterator[str]:
+def judging(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
     """What a judge's win rate is, and what scorers and judges left unanswered."""
     if comparison.judge is not None:
         yield (

@@ -26,10 +26,11 @@ from rayalign.report.statistics import (
     Vector,
     estimate,
     prompt_draws,
+    quantile,
     rate_estimate,
     rate_interval,
+    two_sided_p,
 )
-from rayalign.report.student import quantile, two_sided_p
 
 POWER = 0.8
 ALPHA = 0.05

@@ -67,13 +67,13 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from rayalign.report.points import REFERENCE, Comparison
+from rayalign.report.points import REFERENCE, ComparisonRecord
 from rayalign.report.summary import Summary
 
 SCHEMA = "rayalign.results/4"
 
 
-def results_json(comparison: Comparison, summary: Summary) -> str:
+def results_json(comparison: ComparisonRecord, summary: Summary) -> str:
     """The text of ``results.json``; equal input gives equal bytes."""
     provenance = comparison.provenance.model_dump()
     times = {

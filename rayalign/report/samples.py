@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rayalign.report.formatting import count, single
-from rayalign.report.points import BASELINE, REFERENCE, Comparison, EvaluationPoint
+from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, EvaluationPoint
 
 OUTCOMES: Mapping[float | None, str] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
@@ -30,7 +30,7 @@ class PromptSamples:
     rows: tuple[SampleRow, ...]
 
 
-def prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
+def prompt_samples(comparison: ComparisonRecord) -> Iterator[PromptSamples]:
     """For every prompt of which a reply was kept."""
     for index, reference in enumerate(comparison.reference):
         (prompts,) = (prompts for prompts in comparison.prompt_sets if prompts.name == reference.prompt_set)
@@ -49,7 +49,7 @@ def prompt_samples(comparison: Comparison) -> Iterator[PromptSamples]:
             )
 
 
-def _rows(comparison: Comparison, cell: str, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[SampleRow]:
+def _rows(comparison: ComparisonRecord, cell: str, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[SampleRow]:
     for reply in point.replies:
         if (reply.prompt, reply.sample) == key:
             yield SampleRow(
@@ -60,7 +60,7 @@ def _rows(comparison: Comparison, cell: str, point: EvaluationPoint, key: tuple[
             )
 
 
-def _reply_numbers(comparison: Comparison, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[str]:
+def _reply_numbers(comparison: ComparisonRecord, point: EvaluationPoint, key: tuple[int, int]) -> Iterator[str]:
     prompt, sample = key
     estimator = comparison.kl_estimators[0]
     for scorer in comparison.scorers:

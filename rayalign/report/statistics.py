@@ -9,13 +9,15 @@ training seed: a cell is one run, and runs vary more than prompts do. Several se
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from rayalign.report.student import quantile
 
 INTERVAL_HEAD = "interval over prompts, one training run"
 SEEDS_HEAD = "interval over training seeds and prompts"
@@ -121,6 +123,47 @@ def ratio_estimate(sums: Vector, counts: Vector, bootstrap: Bootstrap) -> Estima
     return Estimate(mean=mean, low=low, high=high, n=n)
 
 
-def paired_change(per_prompt: Vector, baseline: Vector, bootstrap: Bootstrap) -> Estimate:
-    """Mean of ``per_prompt - baseline`` over the prompts that have both; the pairs are resampled whole."""
-    return estimate(per_prompt - baseline, bootstrap)
+def win_shares(policy: Matrix, reference: Matrix) -> Vector:
+    """Scores [P, S] and [P, S'] of the same prompts to [P]: the share of the S x S' pairings that the policy wins.
+
+    A tie counts one half. A pairing without both scores does not count; a prompt without pairings is NaN.
+    """
+    difference = policy[:, :, None] - reference[:, None, :]
+    pairings = (~np.isnan(difference)).sum(axis=(1, 2))
+    wins = (difference > 0).sum(axis=(1, 2)) + 0.5 * (difference == 0).sum(axis=(1, 2))
+    return np.where(pairings > 0, wins / np.maximum(pairings, 1), np.nan)
+
+
+Half = Literal["select", "report"]
+
+
+def half_of(prompt: str) -> Half:
+    """By the prompt's text alone, so that a prompt is in the same half of every file, run and version."""
+    return "select" if hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0 else "report"
+
+
+def in_half(prompts: Sequence[str], half: Half) -> NDArray[np.bool_]:
+    """[P] True where the prompt is in ``half``."""
+    return np.array([half_of(prompt) == half for prompt in prompts], dtype=np.bool_)
+
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(128)
+
+
+def two_sided_p(t: float, df: float) -> float:
+    """P(|T| ≥ |t|): with T = √df · cot u the density is proportional to sin^{df−1} u, integrated from 0 to acot."""
+    end = math.atan2(math.sqrt(df), abs(t))
+    integral = end / 2 * float(WEIGHTS @ np.sin(end / 2 * (NODES + 1)) ** (df - 1))
+    log_whole = math.log(math.pi) / 2 + math.lgamma(df / 2) - math.lgamma((df + 1) / 2) - math.log(2)
+    return min(1.0, integral / math.exp(log_whole))
+
+
+def quantile(probability: float, df: float) -> float:
+    """The t that T is below with ``probability`` in [0.5, 1), by bisection."""
+    low, high = 0.0, 1.0
+    while two_sided_p(high, df) > 2 * (1 - probability):
+        low, high = high, 2 * high
+    for _ in range(48):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided_p(middle, df) > 2 * (1 - probability) else (low, middle)
+    return high

@@ -78,7 +78,7 @@ def record(text: bytes) -> dict[str, Any]:
 
 
 def status_of(run: Path, facts: Mapping[str, Any]) -> str:
-    """As the run says; one that says *running* while nobody renews its lease was lost."""
+    """Status that the run has written; a *running* one whose lease is not renewed was lost."""
     status = str(facts.get("status", "unreadable"))
     if status != "running":
         return status

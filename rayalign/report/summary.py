@@ -112,21 +112,21 @@ class Summary:
     entries: tuple[Entry, ...]
     """In the order of their first cells."""
     points: tuple[PointSummary, ...]
-    """Of every run: the reference, a baseline if any, then the cells in order; prompt sets in order; steps ascending.
+    """Points of every run: reference, baseline if any, then the cells in order; prompt sets in order; steps ascending.
     """
     entry_points: tuple[PointSummary, ...]
     """The same with entries for cells; their intervals are over seeds and prompts where there are several seeds."""
     at_kl: tuple[AtKl, ...]
     entries_at_kl: tuple[EntryAtKl, ...]
     differences: tuple[EntryDifference, ...]
-    """Of entries with several seeds, on the first prompt set."""
+    """Comparisons of entries with several seeds, on the first prompt set."""
     chosen: tuple[Chosen, ...]
     answers: tuple[AnswersSummary, ...]
     """In the order of the points; of scorers and judges that count what they are asked."""
     best_of_n: tuple[BestOfN, ...]
-    """Of the reference: prompt sets in order, n ascending."""
+    """Rows of the reference: prompt sets in order, n ascending."""
     contests: tuple[Contest, ...] = ()
-    """Of all ordered pairs, by scorer."""
+    """One contest per ordered pair and scorer."""
 
     @property
     def replicated(self) -> bool:

@@ -23,14 +23,14 @@ class Cost(Record):
     """Seconds of wall time times devices (CPU cores where there is no accelerator)."""
 
 
-class LeftOut(Record):
+class UntriedSetting(Record):
     """A setting, or a combination of values, that a configuration could not try."""
 
     what: str
     reason: str
 
 
-class Trial(Record):
+class TrialRecord(Record):
     """One combination of settings, trained before the comparison with seeds of its own."""
 
     label: str
@@ -46,10 +46,10 @@ class Trial(Record):
     kl: float | None = None
     """The same of the KL, nats per reply."""
     cost: Cost = Cost()
-    """Of all its runs."""
+    """Total over all its runs."""
 
 
-class Tuning(Record):
+class TuningRecord(Record):
     """The trials of one configuration: of cells that differ in their seed only."""
 
     label: str
@@ -61,16 +61,16 @@ class Tuning(Record):
     scorer: str
     prompt_set: str
     num_prompts: int
-    """Of the select half."""
+    """Number of prompts in the select half."""
     max_kl: float | None = None
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
     """Empty: untuned."""
     picked: int | None = None
     """Its place in ``trials``."""
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[UntriedSetting, ...] = ()
 
     @property
-    def choice(self) -> Trial | None:
+    def choice(self) -> TrialRecord | None:
         return None if self.picked is None else self.trials[self.picked]
 
     @model_validator(mode="after")

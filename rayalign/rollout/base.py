@@ -25,7 +25,7 @@ class SamplingParams:
     num_samples: int = 1
     """Completions of one prompt."""
     seed: int = 0
-    """Of the whole call, such as one round's; see :meth:`RolloutEngine.generate` for what else fixes a draw."""
+    """Seed of the whole call, such as one round's; see :meth:`RolloutEngine.generate` for what else fixes a draw."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a completion; the one drawn is its last token."""
 

@@ -33,7 +33,7 @@ class EngineOptions:
     takes_turns: bool = False
     """Others use the device while the engine rests."""
     memory_share: float = 0.9
-    """Of the device's memory, what weights and cache may take."""
+    """Share of the device's memory that weights and cache may take."""
 
 
 ALONE = EngineOptions()

@@ -15,8 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rayalign.engine.model.context import context_of, refuse_long_prompt
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.cache import make_cache, select
-from rayalign.rollout.noise import sample_key, uniforms
-from rayalign.rollout.sampling import draw
+from rayalign.rollout.sampling import draw, sample_key, uniforms
 
 TOKENS_PER_BATCH = 16_384
 COMPACT_BELOW = 0.9

@@ -20,7 +20,7 @@ from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions
-from rayalign.rollout.noise import sample_key
+from rayalign.rollout.sampling import sample_key
 
 SEED_BITS = 63
 ENVIRONMENT = {

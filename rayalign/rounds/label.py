@@ -11,7 +11,7 @@ from rayalign.config.policy import LabelConfig
 from rayalign.data.rank import places
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
-from rayalign.rollout.noise import sample_key, uniforms
+from rayalign.rollout.sampling import sample_key, uniforms
 from rayalign.user_function import CallFailed, UserFunction
 
 Pair = tuple[int, int]

@@ -16,7 +16,7 @@ from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.content import content_key, plain
-from rayalign.data.origin import Origin, Part, find
+from rayalign.data.origin import Origin, RowRange, find
 from rayalign.data.records import append_quarantine
 from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select, write_rows
@@ -221,7 +221,7 @@ def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[U
     else:
         made = str(stages.rows(source))
         exists = not stages.artifacts.pending(Path(made).parent)
-        parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (Part(path=made),)
+        parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
     return [unit_of(part, source, data) for part in parts]
 
 

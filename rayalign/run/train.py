@@ -62,6 +62,7 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     refuse_unsupported(run)
     refuse_unusable_models(run)
     with connect(import_paths=[folder]) as session, Board(console, Gauges().set) as board, stopping() as stop:
+        session.vital.stop = stop
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
         job = make_job(run, storage / run.name, stages, processes=resolve(run, session).processes, label=run.name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rayalign.config.data import DataConfig, DataSource
-from rayalign.data.origin import Origin, Part
+from rayalign.data.origin import Origin, RowRange
 from rayalign.data.tokenize_rows import Unit
 from rayalign.errors import UserError, first_line
 
@@ -25,7 +25,7 @@ def origin_of(source: DataSource) -> Origin:
     )
 
 
-def unit_of(part: Part, source: DataSource, data: DataConfig) -> Unit:
+def unit_of(part: RowRange, source: DataSource, data: DataConfig) -> Unit:
     """One file, read as ``source`` and ``data`` say."""
     system = data.system if source.system is None else source.system
     return Unit(

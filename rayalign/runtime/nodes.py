@@ -81,7 +81,7 @@ def others(nodes: Sequence[Node]) -> list[Node]:
 
 def clock_offsets(nodes: Sequence[Node]) -> dict[str, tuple[float, float]]:
     """Node → (its clock minus this one's, half the shortest round trip), seconds; silent nodes are left out."""
-    actor = ray.remote(num_cpus=0)(Clock)
+    actor = ray.remote(num_cpus=0)(NodeClock)
     clocks = {
         f"{node.name} ({node.id[:6]})": actor.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -107,7 +107,7 @@ def offset_of(clock: ray.actor.ActorHandle) -> tuple[float, float]:
     return offset, uncertainty
 
 
-class Clock:
+class NodeClock:
     """A process on another node."""
 
     def now(self) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayalign.runtime import witness
+from rayalign.stop import Stop
 
 VITAL = {"raylet": "raylet", "gcs_server": "GCS"}
 """Names of programs → what Ray's documentation calls them."""
@@ -53,6 +54,8 @@ class Vital:
     released: threading.Event = field(default_factory=threading.Event)
     watched: dict[int, Child] = field(default_factory=dict)
     """Numbers of the open handles on them."""
+    stop: Stop | None = None
+    """Whether the command was asked to end: a death from then on does not make it a failure."""
     _witness: subprocess.Popen[str] | None = None
 
     def watch(self) -> None:
@@ -83,9 +86,12 @@ class Vital:
                         ends.register(number, select.POLLIN)
                         self.watched[number] = child
                         self._say(f"{child.pid} {VITAL[child.name]} {child.logs}")
-            for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS)):
-                if not self.released.is_set():
-                    self._leave(self.watched[number])
+            ended = [
+                self.watched[number] for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS))
+            ]
+            if ended and not self.released.is_set():
+                # The witness ends the GCS where the raylet has ended: that is no news.
+                self._leave(next((child for child in ended if child.name == "raylet"), ended[0]))
 
     def _leave(self, dead: Child) -> None:
         """End this process at once: what waits for Ray cannot be woken, and the files are such that nothing is lost."""
@@ -94,9 +100,10 @@ class Vital:
         settled = self.settled.wait(patience)
         self._say(witness.TOLD)
         witness.show_cursor()
+        stopping = self.stop is not None and self.stop.asked
         if not settled:
-            witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs))
-        os._exit(0 if settled else STOPPED if witness.asked(how) else FAILED)
+            witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs, stopping=stopping))
+        os._exit(0 if settled else STOPPED if stopping or witness.asked(how) else FAILED)
 
     def _say(self, line: str) -> None:
         """To the process that tells of a death where Ray ends this process first."""

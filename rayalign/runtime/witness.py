@@ -59,11 +59,13 @@ def asked(how: str) -> bool:
     return how in ("exit code 0", "SIGTERM")
 
 
-def last_words(title: str, how: str, *, logs: str) -> str:
-    """The line that tells the user of the end of a process of Ray."""
+def last_words(title: str, how: str, *, logs: str, stopping: bool = False) -> str:
+    """The line that tells the user of the end of a process of Ray; ``stopping``: the command was asked to end, too."""
     then = f"the same command continues from what is saved. Ray's logs: {logs}\n"
     if asked(how):
         return f"stopped: Ray's {title} was asked to end ({how}); {then}"
+    if stopping:
+        return f"stopped: Ray's {title} ended ({how}) before this command, which was asked to end; {then}"
     why = ", as when memory runs out" if how == "SIGKILL" else ""
     return f"error: Ray's {title} ended ({how}{why}) while this command ran; {then}"
 

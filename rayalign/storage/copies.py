@@ -159,7 +159,7 @@ def opened(mirror: Mirror) -> Iterator[Copies]:
     except (OSError, ArrowException) as error:
         raise MirrorFailed(
             f"checkpoint.mirror: {mirror}: {first_line(error)}. Check the address, and that this machine's environment "
-            "has the credentials; what is committed in the workspace is whole, and the same command goes on"
+            "has the credentials; what is committed in the workspace is whole, and the same command continues"
         ) from error
 
 

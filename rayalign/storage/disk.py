@@ -20,7 +20,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 OS_ERROR = re.compile(r"os error (\d+)")
 """How safetensors tells the number of an error of the system."""
 TRAINED_COPIES = 3
-"""Of a trained parameter a checkpoint holds the value and AdamW's two moments, in float32."""
+"""Copies of a trained parameter in a checkpoint: its value and AdamW's two moments, in float32."""
 
 
 class DiskFull(UserError):
@@ -62,7 +62,7 @@ def full_disk(error: BaseException) -> str | None:
 
 
 def free_bytes(path: Path) -> int:
-    """Of the file system that ``path`` is, or would be, on."""
+    """Free bytes on the file system that ``path`` is, or would be, on."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

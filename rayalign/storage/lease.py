@@ -67,7 +67,7 @@ class Lease:
     lost: bool = False
 
     def acquire(self, wait: Callable[[str], None] | None) -> None:
-        """Create the file, once nobody alive has it.
+        """Create the file, once no living process has it.
 
         A lease from elsewhere that is not old yet may be that of a machine which is gone: it is watched until it is
         renewed, or old.
@@ -133,7 +133,7 @@ def interrupt_main(ended: threading.Event) -> None:
 
 
 def read_owner(path: Path) -> dict[str, Any]:
-    """What the owner wrote; empty where nobody, or not yet."""
+    """What the owner wrote; empty where there is no owner, or it has not written yet."""
     try:
         return dict(json.loads(path.read_text()))
     except (FileNotFoundError, ValueError):
@@ -149,7 +149,7 @@ def described(path: Path) -> str:
 
 
 def holder(directory: Path) -> str:
-    """Who writes to ``directory`` now, in words; empty: nobody. Nothing is written to find out."""
+    """Who writes to ``directory`` now, in words; empty where no process does. Nothing is written to find out."""
     path = directory / ".lease"
     owner = read_owner(path)
     is_old = time.time() - last_renewal(path) > EXPIRE_SECONDS
@@ -209,7 +209,7 @@ def take_over(path: Path, owner: dict[str, Any]) -> None:
     try:
         os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:
-        if age(guard) > EXPIRE_SECONDS:  # whoever made it died before the removal
+        if age(guard) > EXPIRE_SECONDS:  # the process that made it died before the removal
             guard.unlink(missing_ok=True)
         time.sleep(GUARD_SECONDS)
         return

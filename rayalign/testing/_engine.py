@@ -1,4 +1,4 @@
-"""What every rollout engine must do, whoever wrote it."""
+"""What every rollout engine must do."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def step_at(run: Path, model: Path) -> int | None:
 
 
 def card_of(run: Path, step: int | None) -> Card:
-    """Of the model after ``step``: figures are its own, or none."""
+    """Card of the model after ``step``: figures are its own, or none."""
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     configuration = redact(facts["configuration"])
     name, paper, trains = method_facts(configuration)
@@ -139,7 +139,7 @@ def base_of(name: str, stages: int = MOST_STAGES) -> tuple[str, str | None]:
 
 
 def is_hub(name: str | None) -> bool:
-    """Whether it is a name there and no path; a name without an owner is one where no folder is called so."""
+    """True for a name on the Hub; a name without an owner counts where no such folder exists."""
     return name is not None and bool(HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
@@ -162,7 +162,7 @@ def data_lines(sources: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str
 
 
 def short(value: str) -> str:
-    """A path by its last part: whose machine it was on is nobody's business."""
+    """A path by its last part: the folders of the machine stay private."""
     place, colon, name = value.rpartition(":")
     if colon and place.endswith(".py"):
         return f"{Path(place).name}:{name}"

@@ -20,8 +20,8 @@ from rayalign.data.records import BadRow, Row, append_quarantine
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized
 from rayalign.data.tokenize_rows import (
-    LeftOut,
     Shape,
+    UndecidedRow,
     Unit,
     fitted,
     named_in,
@@ -36,7 +36,7 @@ from rayalign.verbs.findings_table import table
 from rayalign.verbs.show import LEGEND, shown
 
 if TYPE_CHECKING:
-    from rayalign.verbs.nearness import RowScores
+    from rayalign.verbs.filter_preview import RowScores
 
 Chunks = Callable[[], Iterator[tuple[Unit, list[Row]]]]
 
@@ -144,20 +144,20 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
         raise UserError(f"columns names {absent[0]}, and no row has it; check the spelling")
 
 
-def _fitted(row: Row, unit: Unit, shape: Shape | None) -> Example | BadRow | LeftOut:
+def _fitted(row: Row, unit: Unit, shape: Shape | None) -> Example | BadRow | UndecidedRow:
     example = parsed(row, unit)
     return example if shape is None else fitted(example, shape)
 
 
 def _count(
-    examples: Sequence[Example | BadRow | LeftOut], source: Checked, found: FileFindings, seen: Seen, how: Checking
+    examples: Sequence[Example | BadRow | UndecidedRow], source: Checked, found: FileFindings, seen: Seen, how: Checking
 ) -> list[BadRow]:
     """Count a chunk of rows; the bad ones."""
     needs = source.needs - {"label"} if source.shape == "labelled" else source.needs  # a pair's labels are its sides
     for example in examples:
         if isinstance(example, BadRow):
             found.add_bad(example)
-        elif isinstance(example, LeftOut):
+        elif isinstance(example, UndecidedRow):
             found.add_left_out(example.example)
         else:
             found.add_text(example, seen)
@@ -168,7 +168,7 @@ def _count(
     outcomes = tokenized(examples, how.chat, how.budget, completed=source.completed)
     groups: list[Group] = []
     for example, outcome in zip(examples, outcomes, strict=True):
-        if isinstance(example, Example) and not isinstance(outcome, LeftOut):
+        if isinstance(example, Example) and not isinstance(outcome, UndecidedRow):
             found.add_tokens(example, outcome, how.chat)
             bad += [outcome] if isinstance(outcome, BadRow) else []
         if isinstance(outcome, Tokenized):

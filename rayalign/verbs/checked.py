@@ -19,7 +19,7 @@ from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.json_rows import parsed
-from rayalign.data.origin import Part, find, is_pattern, matching
+from rayalign.data.origin import RowRange, find, is_pattern, matching
 from rayalign.data.records import Row
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Unit, read_chunks
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, open_tokenizer
@@ -31,7 +31,7 @@ from rayalign.verbs.check import Checked, Checking, check
 from rayalign.verbs.options import block_of
 
 if TYPE_CHECKING:
-    from rayalign.verbs.nearness import RowScores
+    from rayalign.verbs.filter_preview import RowScores
 
 YAML = (".yaml", ".yml")
 OF_SOURCES = ("split", "config", "data_dir", "format", "columns", "max_samples")
@@ -166,7 +166,7 @@ def _chat(model: str, template: str) -> Chat:
 
 
 def _scores(spec: ModelSpec) -> RowScores:
-    from rayalign.verbs.nearness import RowScores  # loads torch, which no other check needs
+    from rayalign.verbs.filter_preview import RowScores  # loads torch, which no other check needs
 
     return RowScores(spec)
 
@@ -182,7 +182,7 @@ def _row(source: DataSource, line: int, row: Any) -> Row:
 def _chunks(source: DataSource, data: DataConfig) -> Iterator[tuple[Unit, list[Row]]]:
     """The rows of a source, some hundred at a time, with how they are meant."""
     if source.function is not None:
-        unit = unit_of(Part(path=source.label), source, data)
+        unit = unit_of(RowRange(path=source.label), source, data)
         make = load_function(source.function, **source.arguments)
         rows = enumerate(rows_made(source.function, make, source.arguments), start=1)
         made = islice((_row(source, line, row) for line, row in rows), source.max_samples)

@@ -11,7 +11,6 @@ from rich.console import Console
 from rayalign.errors import UserError, first_line
 from rayalign.paths import expanded
 from rayalign.verbs.findings import Finding, as_json, as_table, num_broken
-from rayalign.verbs.listening import check_ports
 from rayalign.verbs.machine import check_disk, check_limits, check_shared_memory, check_storage, judge_clocks
 from rayalign.verbs.packages import check_packages, check_torch
 
@@ -47,7 +46,6 @@ def examine(storage_path: str, *, start_ray: bool) -> Iterator[Finding]:
     yield check_shared_memory()
     yield check_limits()
     yield from judge_clocks(cluster.offsets if cluster else {})
-    yield from check_ports()
 
 
 def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Cluster | None]:

@@ -18,7 +18,7 @@ GIB = 1 << 30
 FEW_FILES, ENOUGH_FILES = 1024, 8192
 """Ray warns below 4,096 descriptors and recommends 8,192."""
 OBJECT_STORE_SHARE = 0.3
-"""Of the memory, what Ray wants in /dev/shm; where that is smaller, it writes to the disk instead."""
+"""Share of the memory that Ray wants in /dev/shm; where that is smaller, it writes to the disk instead."""
 SKEW_SECONDS = 1.0
 
 Operation = tuple[str, Callable[[Path], None]]

@@ -33,7 +33,7 @@ SETTINGS = TokenBudget(max_prompt_tokens=4096, max_tokens=8192)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speaker:
+class SampledModel:
     """One model as it is asked."""
 
     name: str
@@ -43,7 +43,7 @@ class Speaker:
     vocabulary: int
 
     @classmethod
-    def load(cls, name: str) -> Speaker:
+    def load(cls, name: str) -> SampledModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_policy(ModelSpec(name=name, field="sample"), device=device)
         chat = make_chat(tokenizer)
@@ -88,7 +88,7 @@ def sample(
     """
     if (file is None) == (not interactive):
         raise UserError("name a file of prompts with --prompts, or write -i to type them")
-    speakers = [Speaker.load(name) for name in models]
+    speakers = [SampledModel.load(name) for name in models]
     if interactive:
         return converse(speakers, params, console)
     assert file is not None
@@ -108,7 +108,7 @@ def shown(text: str) -> str:
     return escape(printable(text))
 
 
-def converse(speakers: Sequence[Speaker], params: SamplingParams, console: Console) -> None:
+def converse(speakers: Sequence[SampledModel], params: SamplingParams, console: Console) -> None:
     """Every model carries on its own conversation."""
     talks: list[Turns] = [() for _ in speakers]
     while True:

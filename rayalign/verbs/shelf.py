@@ -1,4 +1,4 @@
-"""``rayalign artifacts``: what lies in a content-addressed folder, for whom, and what of it nobody wants any more."""
+"""``rayalign artifacts``: what lies in the folder of stages, which runs use it, and what is unused."""
 
 from __future__ import annotations
 
@@ -135,13 +135,13 @@ def users_of(storage: Path) -> dict[str, dict[str, str]]:
     """Stage → the runs below ``storage`` that name it, and how far they are.
 
     Raises:
-        UserError: a ``run.json`` cannot be read, so that nobody knows what its run wants.
+        UserError: a ``run.json`` cannot be read, so that what its run uses is not known.
     """
     found: dict[str, dict[str, str]] = {}
     for run in runs(storage):
         facts = facts_of(run / "run.json")
         if "status" not in facts:
-            raise UserError(f"{run / 'run.json'} cannot be read, so nobody knows what its run needs: remove it first")
+            raise UserError(f"{run / 'run.json'} cannot be read, so what its run uses is not known: remove it first")
         named = [*facts.get("stages", ()), *(Path(entry["store"]).name for entry in facts.get("data", ()))]
         for stage in named:
             found.setdefault(stage, {})[str(run.relative_to(storage))] = facts["status"]

@@ -13,7 +13,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.records import BadRow, Row
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import LeftOut
+from rayalign.data.tokenize_rows import UndecidedRow
 from rayalign.report.formatting import printable
 
 STYLES = {"prompt": "cyan", "trained": "green", "seen": "yellow", "cut": "red", "end": "bold magenta"}
@@ -29,7 +29,7 @@ Marked = tuple[str, str]
 
 
 def shown(
-    row: Row, found: Example | BadRow | LeftOut, chat: Chat, budget: TokenBudget, *, completed: Completed
+    row: Row, found: Example | BadRow | UndecidedRow, chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> Iterator[Text]:
     """The lines of one row."""
     if isinstance(found, Example):

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Read(NamedTuple):
+class TrlRow(NamedTuple):
     """A row as TRL reads it."""
 
     prompt: list[int]
     candidates: tuple[list[int], list[int]]
 
 
-def read_by_trl(row: Mapping[str, Any], tokenizer: Any) -> Read:
+def read_by_trl(row: Mapping[str, Any], tokenizer: Any) -> TrlRow:
     """The tokens of a row as TRL 1.16's ``DPOTrainer`` makes them: the completion begins where renderings part."""
     if isinstance(row["prompt"], str):
         eos = tokenizer.eos_token
@@ -27,7 +27,7 @@ def read_by_trl(row: Mapping[str, Any], tokenizer: Any) -> Read:
             tokenizer.apply_chat_template(row["prompt"] + row[name], **options) for name in ("chosen", "rejected")
         ]
     length = min(_shared(prompt, whole) for whole in wholes)
-    return Read(prompt[:length], (wholes[0][length:], wholes[1][length:]))
+    return TrlRow(prompt[:length], (wholes[0][length:], wholes[1][length:]))
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

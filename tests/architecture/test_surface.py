@@ -16,6 +16,7 @@ from rayalign.config import load_compare, load_run, unsupported
 from rayalign.methods import METHODS, resolve
 
 REPOSITORY = Path(__file__).parents[2]
+METHODS_PAGE = REPOSITORY / "docs" / "explanation" / "methods.md"
 EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
 COMMANDS = [
     "init",
@@ -35,10 +36,10 @@ COMMANDS = [
 EXPORTS = ["alpaca_eval", "trl_pairs", "model_card"]
 
 
-def readme_rows() -> dict[str, list[str]]:
-    """Method → (paper, equation, file), from the README's table."""
+def documented_rows() -> dict[str, list[str]]:
+    """Method → (paper, equation, file), from the table of the page about methods."""
     rows = {}
-    for line in (REPOSITORY / "README.md").read_text().splitlines():
+    for line in METHODS_PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if len(cells) == 4 and re.fullmatch(r"`\w+`", cells[0]):
             rows[cells[0].strip("`")] = cells[1:]
@@ -64,15 +65,19 @@ def test_an_exported_name_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_readme_has_paper_equation_and_file_of(name: str) -> None:
-    paper, equation, file = readme_rows()[name]
+def test_the_page_has_paper_equation_and_file_of(name: str) -> None:
+    paper, equation, file = documented_rows()[name]
     module = METHODS[name].partition(":")[0]
     assert paper and equation
     assert module.replace(".", "/") + ".py" in file
 
 
-def test_the_readme_lists_no_method_that_does_not_exist() -> None:
-    assert set(readme_rows()) <= set(METHODS)
+def test_the_page_lists_no_method_that_does_not_exist() -> None:
+    assert set(documented_rows()) <= set(METHODS)
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(REPOSITORY)))

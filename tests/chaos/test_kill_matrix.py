@@ -141,7 +141,10 @@ def test_killed_in_steps(strategy: Name, where: str, world: World, incidents: li
         check(judge(plan, whole, story, f"{where}{who}"), incidents)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "beside training"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [pytest.param(False, id="waiting", marks=pytest.mark.slow), pytest.param(True, id="beside training")],
+)
 def test_killed_at_a_step_and_between_manifest_and_name(
     asynchronous: bool, world: World, incidents: list[Incident], tmp_path: Path
 ) -> None:

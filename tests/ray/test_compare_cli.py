@@ -16,7 +16,7 @@ SMALL = (
     "initial.optim.warmup=1",
     "base.optim.steps=4",
     "base.optim.warmup=1",
-    "base.evaluate.at=[2, 4]",
+    "base.evaluate.at=[4]",
     "base.evaluate.sampling.max_new_tokens=8",
     "initial.data.train[0].arguments.n=100",
     "base.data.train[0].arguments.n=64",
@@ -58,7 +58,7 @@ def test_the_report_holds_every_cell_and_step(storage: Path) -> None:
     results = json.loads((storage / "own-method" / "report" / "results.json").read_text())
     comparison = json.loads((storage / "own-method" / "comparison.json").read_text())
     assert [(cell["id"], cell["status"]) for cell in comparison["cells"]] == [("dpo", "done"), ("calibrated", "done")]
-    assert [point["step"] for point in comparison["cells"][0]["points"]] == [2, 4]
+    assert [point["step"] for point in comparison["cells"][0]["points"]] == [4]
     assert len(comparison["reference"][0]["scores"]["oracle"]) == 16
     assert comparison["reference"][0]["kl"] == {"kl_rb": [[0.0]] * 16, "k1": [[0.0]] * 16}
     assert results

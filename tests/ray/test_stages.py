@@ -122,11 +122,10 @@ def test_bad_rows_are_quarantined_and_the_rest_is_kept(workspace: Workspace, sta
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (BAD_INPUTS["wrong_type"].content, "1 of 3 rows are bad (33.33%)"),
-        (b"", "the file is empty"),
-        (line(rejected=...), "rejected is missing"),
+        pytest.param(BAD_INPUTS["wrong_type"].content, "1 of 3 rows are bad (33.33%)", id="too many bad rows"),
+        pytest.param(b"", "the file is empty", id="empty", marks=pytest.mark.slow),
+        pytest.param(line(rejected=...), "rejected is missing", id="no good row", marks=pytest.mark.slow),
     ],
-    ids=["too many bad rows", "empty", "no good row"],
 )
 def test_data_that_cannot_be_used_end_the_command(
     content: bytes, message: str, workspace: Workspace, session: Session

@@ -175,6 +175,7 @@ def test_a_run_continues_with_what_its_messages_advise(workspace: Workspace, add
     assert [row["step"] for row in metrics(directory)] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_a_scorers_mistake_is_a_message(undisturbed: Path, workspace: Workspace) -> None:
     evaluate = {
         "prompts": ["pairs.jsonl"],

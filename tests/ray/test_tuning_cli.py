@@ -11,7 +11,7 @@ import pytest
 import yaml
 from workspaces import Workspace, rayalign
 
-from rayalign.report.split import half_of
+from rayalign.report.statistics import half_of
 from rayalign.runtime.session import Session
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -11,7 +11,7 @@ from synthetic_comparison import few_cells
 from workspaces import rayalign
 
 from rayalign.errors import blocked
-from rayalign.report.points import Comparison, save
+from rayalign.report.points import ComparisonRecord, save
 
 FILES = {
     "file": b"x",
@@ -133,7 +133,7 @@ def test_doctor_says_what_is_wrong_with_the_storage(place: str, told: str) -> No
     ],
 )
 def test_a_report_that_cannot_be_written(folder: Path, out: str, told: str) -> None:
-    save(Comparison.model_validate(few_cells()), folder / "comparison")
+    save(ComparisonRecord.model_validate(few_cells()), folder / "comparison")
     (folder / "taken" / "report" / "results.json").mkdir(parents=True)
     done = rayalign("report", "comparison", "--out", out)
     assert (done.code, told in done.printed, "Traceback" in done.printed) == (2, True, False), done.printed

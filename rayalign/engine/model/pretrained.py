@@ -320,13 +320,8 @@ def is_renamed(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_weight_conversions", None))
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of the parameters and buffers in memory: equal where every bit is."""
-    return state_digest(model.state_dict())
-
-
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """The same of a model's whole state, wherever it was gathered from."""
+    """SHA-256 of parameters and buffers, wherever they were gathered from: equal where every bit is."""
 
     def entry(item: tuple[str, Tensor]) -> str:
         name, tensor = item

@@ -18,7 +18,7 @@ import pytest
 from file_server import FileServer, serving
 
 from rayalign.data.content import content_key
-from rayalign.data.origin import Origin, Part, find
+from rayalign.data.origin import Origin, RowRange, find
 from rayalign.data.records import RawRow
 from rayalign.data.tables import read_rows
 from rayalign.errors import MissingExtra, UserError
@@ -42,7 +42,7 @@ def prompts(path: Path | str, **fields: Any) -> list[str]:
     return [prompt for part in find(Origin(path=str(path), **fields)) for prompt in of_part(part)]
 
 
-def of_part(part: Part) -> list[str]:
+def of_part(part: RowRange) -> list[str]:
     rows = list(read_rows(part.path))[part.first : part.last]
     return [row.value["prompt"] for row in rows if isinstance(row, RawRow)]
 

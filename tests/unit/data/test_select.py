@@ -126,7 +126,8 @@ def test_scores_of_a_store(tmp_path: Path) -> None:
 
 def test_a_log_prob_that_is_none_is_named(tmp_path: Path) -> None:
     store = scored_store(tmp_path, [-1.0, float("nan"), float("-inf")], [2, 2, 2])
-    with pytest.raises(UserError, match=rf"log-probability of {store.index.name(1)} is nan \(2 of 3 rows are so\)"):
+    message = rf"log-probability of {store.index.name(1)} is nan \(2 of 3 rows are affected\)"
+    with pytest.raises(UserError, match=message):
         scores_of(store, column="ref_token_logp", own_candidates=None)
 
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -244,61 +243,6 @@ def test_columns_must_fit_the_store(store, tmp_path):
     with pytest.raises(TornDirectory, match="wrong.columns has .* bytes, its index says"):
         commit_columns(tmp_path / "ref", store, [wrong], meta={})
     assert not (tmp_path / "ref" / MANIFEST).exists()
-
-
-def upload(directory: Path, uri: str) -> None:
-    system, root = fsspec.core.url_to_fs(uri)
-    for file in directory.iterdir():
-        system.pipe_file(f"{root}/{file.name}", file.read_bytes())
-
-
-def test_a_remote_store_is_read_by_ranges_and_cached(store, groups, tmp_path):
-    columns = reference_columns(store)
-    shard = write_column_shard(tmp_path / "ref", "all", first=0, per_token={"ref_token_logp": columns})
-    commit_columns(tmp_path / "ref", store, [shard], meta={})
-    upload(tmp_path / "store", "memory://bucket/store")
-    upload(tmp_path / "ref", "memory://bucket/ref")
-
-    def open_remote() -> TokenStore:
-        opened = TokenStore.open_remote("memory://bucket/store", tmp_path / "cache")
-        return opened.with_columns("memory://bucket/ref")
-
-    remote = open_remote()
-    assert remote.bytes_read == 0
-    remote.fetch([0, 3])
-    fetched = remote.bytes_read
-    assert fetched == remote.nbytes([0, 3])
-    for index in (0, 3):
-        np.testing.assert_array_equal(remote[index].prompt_ids, groups[index].prompt_ids)
-        np.testing.assert_array_equal(remote[index].per_token["ref_token_logp"], columns[index])
-    assert remote.bytes_read == fetched
-
-    neighbour = open_remote()  # another process of the node finds what was fetched
-    assert [neighbour[index].line for index in (3, 4)] == [4, 5]
-    assert neighbour.bytes_read == neighbour.nbytes([4])
-
-
-def test_two_workers_read_half_a_remote_store_each(tmp_path):
-    groups = [make_group(line) for line in range(100)]
-    write_store(tmp_path / "store", groups)
-    upload(tmp_path / "store", "memory://bucket/hundred")
-    whole = sum(f.stat().st_size for f in (tmp_path / "store").iterdir() if f.suffix in {".tokens", ".columns"})
-    for rank in (0, 1):
-        worker = TokenStore.open_remote("memory://bucket/hundred", tmp_path / f"node{rank}")
-        worker.fetch(range(rank, 100, 2))
-        assert [worker[i].line for i in range(rank, 100, 2)] == list(range(rank, 100, 2))
-        assert worker.bytes_read < 0.52 * whole
-
-
-def test_a_damaged_remote_record_is_refused(store, tmp_path):
-    upload(tmp_path / "store", "memory://bucket/damaged")
-    data = bytearray((tmp_path / "store" / "a.tokens").read_bytes())
-    data[1] ^= 1
-    fsspec.filesystem("memory").pipe_file("/bucket/damaged/a.tokens", bytes(data))
-    remote = TokenStore.open_remote("memory://bucket/damaged", tmp_path / "cache")
-    with pytest.raises(TornDirectory, match="a.tokens: the record of group 0"):
-        remote[0]
-    assert remote[1].line == 2
 
 
 def test_a_group_above_the_budget_is_named_before_the_first_step(store, groups):

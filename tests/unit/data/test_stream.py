@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayalign.data.order import order
-from rayalign.data.stream import Stream, hybrid_positions
+from rayalign.data.stream import Stream, hybrid_positions, order
 from rayalign.errors import UserError
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from teams import Task, results_of, run_in_shares, token_logps, whole_run
 from test_equivalence import assert_equivalent
-from tiny_models import tiny
+from tiny_models import tiny, weights_digest
 from tiny_runs import (
     CPU,
     Scenario,
@@ -34,7 +34,7 @@ from rayalign.config.model import LoraConfig
 from rayalign.config.training import StrategyConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.compiled import compile_blocks, refuse_missing_compiler
-from rayalign.engine.model.pretrained import load_policy, weights_digest
+from rayalign.engine.model.pretrained import load_policy
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped, UserError
 

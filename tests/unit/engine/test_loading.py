@@ -12,7 +12,7 @@ import pytest
 import torch
 from causal_zoo import save_animal
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny
+from tiny_models import tiny, weights_digest
 from tiny_runs import save_tiny
 from tiny_tokenizers import byte_level
 from torch import Tensor
@@ -27,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of, weights_digest
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 

@@ -532,6 +532,7 @@ def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Pat
     assert [step_of(path) for path in sorted((spec.directory / "checkpoints").glob("step_*"))] == [5, STEPS]
 
 
+@pytest.mark.slow
 def test_resume_on_two_workers(scenario: Scenario, whole: Path, tmp_path: Path) -> None:
     """Six steps, then the other six: exactly the twelve of two workers, and up to rounding those of one."""
     constant = {"schedule": "constant", "warmup": 0, "lr": 1e-3}

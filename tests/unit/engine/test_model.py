@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import tiny, weights_digest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from rayalign.engine.model.folder import model_digest, model_directory, tokenizer_digest
-from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_policy, save_pretrained
 from rayalign.errors import UserError
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from causal_zoo import save_animal
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny
+from tiny_models import tiny, weights_digest
 from tiny_runs import Scenario, objective, save_tiny, store, synthetic_groups, train_alone, train_spec
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM
 
 from rayalign.engine.model.precision import EXACT, Precision, precision_of
-from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_policy, save_pretrained
 
 NORM = "model.norm.weight"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_groups import random_groups
-from tiny_models import FAMILIES, VOCABULARY, tiny
+from tiny_models import FAMILIES, VOCABULARY, tiny, weights_digest
 from tiny_runs import Scenario, objective, run, same_optimizer, save_tiny, store, train_alone, train_spec
 from tiny_tokenizers import CHATML, NO_END, THINKING, byte_level
 from torch import Tensor
@@ -32,7 +32,7 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.forward import Policy, ScalarModel, last_positions, root_module
 from rayalign.engine.model.parity import choose_layout
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained, weights_digest
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import PADDING, ScalarHead, prepare_export, written_as
 from rayalign.engine.objective import Objective
 from rayalign.errors import UserError

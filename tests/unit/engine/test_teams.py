@@ -26,6 +26,7 @@ from teams import (
     whole_run,
 )
 from test_equivalence import assert_equivalent
+from tiny_models import weights_digest
 from tiny_runs import (
     CPU,
     Scenario,
@@ -40,12 +41,12 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.model import LoraConfig
 from rayalign.config.training import CheckpointConfig, StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.lora import ADAPTER as ADAPTER_FOLDER
-from rayalign.engine.model.lora import LoraConfig
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, state_digest, weights_digest
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, state_digest
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rayalign.functional.advantages import gae, grpo_advantage, kl_shaped_reward, rloo_advantage, whiten
-from rayalign.functional.best_of_n import best_of_n_distribution, best_of_n_kl_bound
+from rayalign.functional.best_of_n import best_of_n_distribution
 from rayalign.functional.kl import exact_kl, k1, k2, k3
 from rayalign.functional.logprobs import log_max_p, log_sum_p2, token_logp
 from rayalign.functional.masked import masked_mean, masked_sum
@@ -46,6 +46,7 @@ from rayalign.methods import (
     wpo_unpaired_weight,
     wpo_weight,
 )
+from rayalign.report.best_of_n import kl_bound
 
 Vector = dict[str, Any]
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "vectors.json"
@@ -536,7 +537,7 @@ def check_best_of_n(vector: Vector) -> None:
     same(probability @ reward, expected["expected_reward_base"])
     same(best @ reward, expected["expected_reward_bon"])
     same(exact_kl(best.log()[None], probability.log()[None])[0], expected["kl_exact"])
-    same(best_of_n_kl_bound(n), expected["kl_bound"])
+    same(kl_bound(n), expected["kl_bound"])
 
 
 def regularised(vector: Vector) -> tuple[Tensor, Tensor, Tensor, float]:

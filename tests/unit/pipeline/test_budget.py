@@ -155,6 +155,6 @@ def test_the_command_ends_with_what_is_missing_and_how_to_go_on(tmp_path: Path) 
         refuse_unfinished(results, budget)
     assert str(error.value) == (
         "the budget is used up (seconds: 61 of 60): a stopped at step 33 of 100; b not started. Raise it and start the "
-        "same command again: every cell goes on from where it is"
+        "same command again: every cell resumes from where it is"
     )
     refuse_unfinished([cell(tmp_path)], budget)  # all were done when it was reached

@@ -228,7 +228,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_name["cluster"]["state"] == "broken" and "127.0.0.1:1 does not answer" in by_name["cluster"]["found"]
     assert by_name["storage"]["state"] == "ok" and str(tmp_path) in by_name["storage"]["found"]
     assert by_name["clocks"]["found"].startswith("not measured")
-    assert {"python", "torch", "ray", "packages", "devices", "disk", "/dev/shm", "ulimits", "ports"} <= set(by_name)
+    assert {"python", "torch", "ray", "packages", "devices", "disk", "/dev/shm", "ulimits"} <= set(by_name)
     assert all(finding["fix"] for finding in said["findings"] if finding["state"] in ("warning", "broken"))
 
 

@@ -28,7 +28,7 @@ from rayalign.config import load_compare, load_run
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge.measure import Measured
-from rayalign.report.points import Answers, EvaluationPoint
+from rayalign.report.points import AnswerCounts, EvaluationPoint
 from rayalign.run.stages import Stages
 from rayalign.runtime.evaluation import Evaluator
 from rayalign.runtime.session import Node, Session
@@ -120,7 +120,7 @@ def test_every_sample_is_judged_against_the_references_of_the_same_number(folder
     assert point.verdicts is not None and [list(row) for row in point.verdicts] == expected
     assert len({value for row in expected for value in row}) == 3  # wins, ties and losses
     ties = sum(value == 0.5 for row in expected for value in row)
-    assert point.answers == (Answers(role="judge", name="vowels", replies=12, calls=24, ties=ties),)
+    assert point.answers == (AnswerCounts(role="judge", name="vowels", replies=12, calls=24, ties=ties),)
 
 
 def test_the_reference_ties_with_itself_unasked(folder: Path, endpoint: Endpoint, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_the_table_has_the_judges_win_rate_and_says_what_was_asked(folder: Path)
         length=table,
         finished=table,
         verdicts=table,
-        answers=(Answers(role="judge", name="vowels", replies=4, missing=1, calls=8, failures=1, ties=1),),
+        answers=(AnswerCounts(role="judge", name="vowels", replies=4, missing=1, calls=8, failures=1, ties=1),),
     )
     shown = points_table(run.evaluate, {"2": (point,)})
     (column,) = [column for column in shown.columns if column.header == "win rate, judged by vowels"]

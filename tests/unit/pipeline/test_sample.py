@@ -13,7 +13,7 @@ from tiny_runs import save_tiny
 
 from rayalign.errors import UserError
 from rayalign.rollout.base import SamplingParams
-from rayalign.verbs.sample import Speaker, sample
+from rayalign.verbs.sample import SampledModel, sample
 
 PARAMS = SamplingParams(max_new_tokens=6, num_samples=2, seed=3)
 
@@ -24,12 +24,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_equal_models_say_the_same_and_other_seeds_do_not(model: Path) -> None:
-    speaker = Speaker.load(str(model))
+    speaker = SampledModel.load(str(model))
     prompts = ["hello", ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                          {"role": "user", "content": "c"})]  # fmt: skip
     first = speaker.answers(prompts, PARAMS)
     assert [len(own) for own in first] == [2, 2]
-    assert Speaker.load(str(model)).answers(prompts, PARAMS) == first
+    assert SampledModel.load(str(model)).answers(prompts, PARAMS) == first
     assert speaker.answers(prompts, replace(PARAMS, seed=4)) != first
     assert first[0][0] != first[0][1]
 

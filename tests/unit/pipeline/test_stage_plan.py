@@ -151,7 +151,7 @@ def test_what_is_made_before_makes_more_keys_known(folder: Path) -> None:
     assert stage_state(after["reference"], found, frozenset()) == "to make"
     with lease(after["reference"].directory):
         assert stage_state(after["reference"], found, frozenset()).startswith("in progress: process ")
-    assert stage_state(after["reference"], found, frozenset()) == "begun, to go on with"
+    assert stage_state(after["reference"], found, frozenset()) == "begun, to resume"
     # simpo has no reference, so all of it is there: five steps of two of the three pairs, in the plan's order
     dpo, simpo = found.runs
     assert dpo.job is None and simpo.job is not None

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rayalign.comparison import tuning
 from rayalign.comparison.record import CellResult
-from rayalign.comparison.tuning import Measure, Outcome, mean, pick, settle, trial_cells, trials_table
+from rayalign.comparison.tuning import Outcome, TrialResult, mean, pick, settle, trial_cells, trials_table
 from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
 from rayalign.config.scoring import RuleScorerConfig
@@ -52,7 +52,7 @@ def outcome(comparison: Comparison, *numbers: tuple[float, float, str]) -> Outco
     cells = trial_cells(comparison)
     results = [CellResult(cell=cell, run=cell.run, job=None, points=(), failure="") for cell in cells if cell.run]
     measures = [
-        Measure(trained=result, step=10, score=score, kl=kl, failure=failure)
+        TrialResult(trained=result, step=10, score=score, kl=kl, failure=failure)
         for result, (score, kl, failure) in zip(results, numbers, strict=True)
     ]
     assert comparison.tune is not None
@@ -147,7 +147,7 @@ def test_a_stop_while_a_trial_is_measured_ends_the_training_of_the_others(
         finally:
             events.append("training ended")
 
-    def measured(*arguments: object) -> Measure:
+    def measured(*arguments: object) -> TrialResult:
         raise Stopped("stopped")
 
     monkeypatch.setattr(tuning, "selecting_spec", lambda *arguments: SPEC)

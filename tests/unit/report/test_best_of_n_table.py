@@ -12,10 +12,10 @@ import pytest
 import torch
 from synthetic_comparison import comparison_input, few_cells
 
-from rayalign.functional.best_of_n import best_of_n_distribution, best_of_n_kl_bound
+from rayalign.functional.best_of_n import best_of_n_distribution
 from rayalign.report.best_of_n import best_of_n, expected_best, kl_bound
 from rayalign.report.estimates import summarize
-from rayalign.report.points import Comparison
+from rayalign.report.points import ComparisonRecord
 from rayalign.report.results_json import results_json
 from rayalign.report.statistics import Bootstrap
 
@@ -61,10 +61,10 @@ def test_v34() -> None:
 
 def test_sizes_are_powers_of_two_up_to_the_samples() -> None:
     for samples, sizes in ((1, []), (2, [1, 2]), (3, [1, 2]), (4, [1, 2, 4]), (9, [1, 2, 4, 8])):
-        given = Comparison.model_validate(comparison_input(num_prompts=3, num_samples=samples))
+        given = ComparisonRecord.model_validate(comparison_input(num_prompts=3, num_samples=samples))
         found = best_of_n(given.reference[0], Bootstrap(resamples=10))
         assert [row.n for row in found] == sizes
-        assert [row.kl_bound for row in found] == pytest.approx([best_of_n_kl_bound(n) for n in sizes])
+        assert [row.kl_bound for row in found] == pytest.approx([kl_bound(n) for n in sizes])
 
 
 def test_the_bound_by_hand() -> None:
@@ -72,7 +72,7 @@ def test_the_bound_by_hand() -> None:
 
 
 def test_one_draw_is_the_reference_itself_and_more_are_better() -> None:
-    given = Comparison.model_validate(few_cells(num_prompts=5, num_samples=4))
+    given = ComparisonRecord.model_validate(few_cells(num_prompts=5, num_samples=4))
     summary = summarize(given, Bootstrap(resamples=20))
     for prompt_set in ("shop", "travel"):
         (reference,) = summary.of("reference", prompt_set)
@@ -84,7 +84,7 @@ def test_one_draw_is_the_reference_itself_and_more_are_better() -> None:
 
 
 def test_results_carry_it() -> None:
-    given = Comparison.model_validate(few_cells())
+    given = ComparisonRecord.model_validate(few_cells())
     assert '"best_of_n": [\n  {\n   "prompt_set": "shop",\n   "n": 1,\n   "kl_bound": 0.0' in results_json(
         given, summarize(given, Bootstrap(resamples=20))
     )

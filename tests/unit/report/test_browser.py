@@ -11,7 +11,7 @@ import pytest
 from synthetic_comparison import comparison_input, few_cells, seeded
 
 from rayalign.report.merge import merge
-from rayalign.report.points import Comparison
+from rayalign.report.points import ComparisonRecord
 from rayalign.report.render import render
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,7 +50,7 @@ def oracle_column(document: str) -> list[float]:
 
 
 def test_the_page_loads_without_a_complaint_and_sorts_on_a_click(tmp_path: Path) -> None:
-    report = render(Comparison.model_validate(few_cells()), tmp_path)
+    report = render(ComparisonRecord.model_validate(few_cells()), tmp_path)
     _, log = opened(report, tmp_path / "profile")
     assert "CONSOLE" not in log
 
@@ -72,7 +72,7 @@ def test_the_page_loads_without_a_complaint_and_sorts_on_a_click(tmp_path: Path)
 def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int, shape: str) -> None:
     """In a frame of that width, as a window cannot be made narrower than 500 pixels; tables scroll by themselves."""
     given = {"many": comparison_input(), "seeded": seeded(few_cells()), "merged": few_cells()}[shape]
-    comparison = Comparison.model_validate(given)
+    comparison = ComparisonRecord.model_validate(given)
     if shape == "merged":
         comparison = merge([("a", comparison), ("b", comparison)])
     page = render(comparison, tmp_path)

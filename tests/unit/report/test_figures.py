@@ -11,12 +11,12 @@ from synthetic_comparison import comparison_input, few_cells, make_comparison
 from rayalign.report.entries import entries_of
 from rayalign.report.estimates import summarize
 from rayalign.report.figures import draw_all, styles, trailing_mean
-from rayalign.report.points import Comparison
+from rayalign.report.points import ComparisonRecord
 from rayalign.report.statistics import Bootstrap
 from rayalign.report.svg import THEME, inline, standalone
 
 
-def drawn(comparison: Comparison) -> dict[str, str]:
+def drawn(comparison: ComparisonRecord) -> dict[str, str]:
     return draw_all(comparison, summarize(comparison, Bootstrap(resamples=20)))
 
 
@@ -32,7 +32,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_equal_input_gives_equal_bytes() -> None:
-    assert drawn(Comparison.model_validate(few_cells())) == drawn(Comparison.model_validate(few_cells()))
+    assert drawn(ComparisonRecord.model_validate(few_cells())) == drawn(ComparisonRecord.model_validate(few_cells()))
 
 
 def test_there_is_a_frontier_per_scorer_and_a_curve_per_metric(drawings: dict[str, str]) -> None:
@@ -57,14 +57,14 @@ def test_the_frontier_names_cells_axes_and_reference(drawings: dict[str, str]) -
 
 
 def test_the_frontier_has_the_references_best_of_n_where_it_was_sampled_twice() -> None:
-    assert "reference, best of n" in texts(drawn(Comparison.model_validate(few_cells()))["frontier-oracle"])
-    once = drawn(Comparison.model_validate(few_cells(num_samples=1)))["frontier-oracle"]
+    assert "reference, best of n" in texts(drawn(ComparisonRecord.model_validate(few_cells()))["frontier-oracle"])
+    once = drawn(ComparisonRecord.model_validate(few_cells(num_samples=1)))["frontier-oracle"]
     assert "reference, best of n" not in texts(once)
 
 
 def test_a_small_kl_keeps_a_linear_axis() -> None:
     given = few_cells()
-    found = texts(drawn(Comparison.model_validate(given))["frontier-oracle"])
+    found = texts(drawn(ComparisonRecord.model_validate(given))["frontier-oracle"])
     assert "KL(π‖π_ref), k1, nats per reply" in found
 
 
@@ -78,7 +78,7 @@ def test_twelve_cells_are_told_apart_without_colour() -> None:
 def test_cells_that_differ_in_neither_method_nor_policy_get_their_own_look() -> None:
     given = comparison_input(num_prompts=4)
     given["cells"][1]["data_policy"] = "off_policy"
-    look = styles(entries_of(Comparison.model_validate(given).cells))
+    look = styles(entries_of(ComparisonRecord.model_validate(given).cells))
     assert len({(style.symbol, style.color, style.line) for style in look.values()}) == 12
 
 
@@ -107,7 +107,7 @@ def test_the_file_stands_alone_and_the_inline_form_names_no_url(drawings: dict[s
 def test_nothing_was_evaluated() -> None:
     given = few_cells()
     given["cells"] = given["cells"][-1:]
-    found = drawn(Comparison.model_validate(given))
+    found = drawn(ComparisonRecord.model_validate(given))
     assert list(found) == ["frontier-oracle", "frontier-audit2", "length"]
     assert "reference" in texts(found["length"])
 
@@ -115,7 +115,7 @@ def test_nothing_was_evaluated() -> None:
 def test_labels_are_text_and_not_markup() -> None:
     given = few_cells()
     given["scorers"][0]["label"] = '"><b> $x^'
-    svg = drawn(Comparison.model_validate(given))["frontier-oracle"]
+    svg = drawn(ComparisonRecord.model_validate(given))["frontier-oracle"]
     assert '"><b> $x^, mean over prompts' in texts(svg)
     assert "<b>" not in svg
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rayalign.report.length_control import lc_win_rate, pairings
-from rayalign.report.winrate import win_shares
+from rayalign.report.statistics import win_shares
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:

@@ -10,14 +10,14 @@ from synthetic_comparison import few_cells, seeded
 
 from rayalign.report.entries import entries_of
 from rayalign.report.matrix import by_pair, contests
-from rayalign.report.points import REFERENCE, Comparison
+from rayalign.report.points import REFERENCE, ComparisonRecord
 from rayalign.report.statistics import Bootstrap
 
 QUICK = Bootstrap(resamples=200)
 
 
 def table(given: dict[str, Any]) -> Any:
-    comparison = Comparison.model_validate(given)
+    comparison = ComparisonRecord.model_validate(given)
     return by_pair(list(contests(comparison, entries_of(comparison.cells), QUICK)))
 
 

@@ -13,15 +13,15 @@ from rayalign.cli import main
 from rayalign.errors import UserError
 from rayalign.report.estimates import summarize
 from rayalign.report.merge import differing, merge, merge_folders
-from rayalign.report.points import Comparison, load, save
+from rayalign.report.points import ComparisonRecord, load, save
 from rayalign.report.render import render
 from rayalign.report.statistics import Bootstrap
 
 MEASURED = {"reference": "r", "prompts": "p", "scorers": "s", "package": "v"}
 
 
-def comparison(name: str, **changes: Any) -> Comparison:
-    return Comparison.model_validate(few_cells() | {"name": name, "measured": MEASURED} | changes)
+def comparison(name: str, **changes: Any) -> ComparisonRecord:
+    return ComparisonRecord.model_validate(few_cells() | {"name": name, "measured": MEASURED} | changes)
 
 
 def renamed(given: dict[str, Any], suffix: str) -> list[dict[str, Any]]:
@@ -41,18 +41,18 @@ def test_cells_of_all_stand_under_their_own_names_with_their_own_numbers() -> No
     together = {point.cell: point for point in summarize(merged, quick).points}
     cell = second.cells[0].id
     assert together[cell].scores == alone[cell].scores and together[cell].kl == alone[cell].kl
-    Comparison.model_validate(merged.model_dump())
+    ComparisonRecord.model_validate(merged.model_dump())
 
 
 def test_equal_names_are_told_apart_everywhere() -> None:
     tuning = {"label": "dpo", "cells": [few_cells()["cells"][0]["id"]], "asked": 2, "seeds": [9], "scorer": "oracle",
               "prompt_set": "shop", "num_prompts": 2}  # fmt: skip
     given = seeded(few_cells(), seeds=2)
-    same = Comparison.model_validate(
+    same = ComparisonRecord.model_validate(
         given | {"name": "quick", "measured": MEASURED, "tuning": [tuning | {"cells": [given["cells"][0]["id"]]}]}
     )
     merged = merge([("a", same), ("b", same)])
-    Comparison.model_validate(merged.model_dump())
+    ComparisonRecord.model_validate(merged.model_dump())
     assert merged.name == "quick + quick (2)"
     assert (
         merged.cells[0].id == f"quick: {same.cells[0].id}" and merged.cells[0].entry == f"quick: {same.cells[0].entry}"
@@ -89,7 +89,7 @@ def test_another_measurement_is_named(change: dict[str, Any], reason: list[str])
     if "diagnostics" in change:
         for point in [*given["reference"], *(point for cell in given["cells"] for point in cell["points"])]:
             point["diagnostics"] = {}
-    other = Comparison.model_validate(given | {"name": "other", "measured": MEASURED} | change)
+    other = ComparisonRecord.model_validate(given | {"name": "other", "measured": MEASURED} | change)
     assert differing(comparison("one"), other) == reason
     with pytest.raises(UserError, match=rf"nothing to merge: other \(b\) differs from one in {reason[0]}"):
         merge([("a", comparison("one")), ("b", other)])
@@ -98,12 +98,14 @@ def test_another_measurement_is_named(change: dict[str, Any], reason: list[str])
 def test_other_prompts_are_named_and_older_files_are_judged_by_the_references_numbers() -> None:
     given = few_cells()
     given["prompt_sets"][0]["prompts"][0] = "Another one?"
-    assert differing(comparison("one"), Comparison.model_validate(given | {"measured": MEASURED})) == ["the prompts"]
+    assert differing(comparison("one"), ComparisonRecord.model_validate(given | {"measured": MEASURED})) == [
+        "the prompts"
+    ]
     old = comparison("old", measured={})
     assert differing(comparison("one"), old) == []
     moved = few_cells()
     moved["reference"][0]["scores"]["oracle"][0][0] = 0.123
-    assert differing(old, Comparison.model_validate(moved)) == ["the numbers of the reference"]
+    assert differing(old, ComparisonRecord.model_validate(moved)) == ["the numbers of the reference"]
 
 
 def test_the_command_line_merges_what_it_can_and_names_the_rest(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from synthetic_comparison import against_another, comparison_input, judged, make_comparison
 
 from rayalign.errors import UserError
-from rayalign.report.points import Comparison, load, save
+from rayalign.report.points import ComparisonRecord, load, save
 
 
 def small() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def small() -> dict[str, Any]:
 def test_round_trip_keeps_every_number(tmp_path: Path) -> None:
     given = small()
     given["reference"][0]["scores"]["oracle"] = [[0.1 + 0.2, math.nan], [None, 1e-300], [1 / 3, 2.0]]
-    comparison = Comparison.model_validate(given)
+    comparison = ComparisonRecord.model_validate(given)
     save(comparison, tmp_path)
     assert load(tmp_path) == comparison
     assert comparison.reference[0].scores["oracle"] == ((0.1 + 0.2, None), (None, 1e-300), (1 / 3, 2.0))
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused_with_its_place(spoil: Any, message: str) -
     given = small()
     spoil(given)
     with pytest.raises(ValidationError, match=message):
-        Comparison.model_validate(given)
+        ComparisonRecord.model_validate(given)
 
 
 def test_loading_names_file_and_field(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from rayalign.report.differences import Contender, differences
 from rayalign.report.replication import Difference, Replicated, detectable, difference, holm, replicated, two_level
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, estimate
-from rayalign.report.student import quantile, two_sided_p
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, estimate, quantile, two_sided_p
 
 QUICK = Bootstrap(resamples=300)
 SEED_SPREAD, PROMPT_SPREAD, NOISE = 0.1, 0.3, 0.4

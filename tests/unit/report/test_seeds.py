@@ -13,11 +13,10 @@ from pydantic import ValidationError
 from synthetic_comparison import few_cells, seeded
 
 from rayalign.report.estimates import summarize
-from rayalign.report.points import Comparison
+from rayalign.report.points import ComparisonRecord
 from rayalign.report.render import render
 from rayalign.report.replication import two_level
-from rayalign.report.split import half_of, in_half
-from rayalign.report.statistics import Bootstrap
+from rayalign.report.statistics import Bootstrap, half_of, in_half
 from rayalign.report.summary import Summary
 
 GIVEN = seeded(few_cells(num_prompts=12))
@@ -26,7 +25,7 @@ QUICK = Bootstrap(resamples=100)
 
 @pytest.fixture(scope="module")
 def summary() -> Summary:
-    return summarize(Comparison.model_validate(GIVEN), QUICK)
+    return summarize(ComparisonRecord.model_validate(GIVEN), QUICK)
 
 
 def scores(entry: str, step: int, prompt_set: str = "shop") -> np.ndarray:
@@ -121,7 +120,7 @@ def better(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(given: dict[str, Any], folder: Path) -> tuple[str, str, dict[str, Any]]:
-    page = render(Comparison.model_validate(given), folder)
+    page = render(ComparisonRecord.model_validate(given), folder)
     results = json.loads(page.with_name("results.json").read_text())
     return page.read_text(), page.with_name("report.md").read_text(), results
 
@@ -194,4 +193,4 @@ def test_an_entry_is_one_configuration(change: dict[str, Any], message: str) -> 
     given = seeded(few_cells())
     given["cells"][0] = given["cells"][0] | change
     with pytest.raises(ValidationError, match=message):
-        Comparison.model_validate(given)
+        ComparisonRecord.model_validate(given)

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from rayalign.report.statistics import Bootstrap, estimate, paired_change, prompt_means
+from rayalign.report.statistics import Bootstrap, estimate, prompt_means
 
 
 def test_samples_are_averaged_inside_a_prompt_first() -> None:
@@ -46,17 +46,8 @@ def test_equal_seeds_give_equal_intervals_and_others_do_not() -> None:
     assert estimate(values, Bootstrap(seed=1)) != estimate(values, Bootstrap(seed=2))
 
 
-def test_pairing_removes_what_prompts_share() -> None:
-    """Prompts differ a lot, the change is the same everywhere: the paired interval is a point, the others are wide."""
-    baseline = np.random.default_rng(0).normal(size=30)
-    change = paired_change(baseline + 0.25, baseline, Bootstrap())
-    assert (change.mean, change.low, change.high) == pytest.approx((0.25, 0.25, 0.25))
-    alone = estimate(baseline, Bootstrap())
-    assert alone.high - alone.low > 0.5
-
-
 def test_missing_prompts_are_left_out_and_counted_out() -> None:
-    found = paired_change(np.array([1.0, math.nan, 3.0]), np.array([0.0, 0.0, math.nan]), Bootstrap())
+    found = estimate(np.array([1.0, math.nan, math.nan]), Bootstrap())
     assert (found.mean, found.n) == (1.0, 1)
     assert math.isnan(found.low) and math.isnan(found.high)
     nothing = estimate(np.array([math.nan]), Bootstrap())

@@ -9,7 +9,7 @@ import pytest
 from synthetic_comparison import against_another, comparison_input, few_cells, judged
 
 from rayalign.report.estimates import summarize
-from rayalign.report.points import BASELINE, Comparison
+from rayalign.report.points import BASELINE, ComparisonRecord
 from rayalign.report.statistics import Bootstrap
 from rayalign.report.summary import Summary
 
@@ -18,7 +18,7 @@ GIVEN = comparison_input(num_prompts=6, num_samples=3)
 
 @pytest.fixture(scope="module")
 def summary() -> Summary:
-    return summarize(Comparison.model_validate(GIVEN), Bootstrap(resamples=50))
+    return summarize(ComparisonRecord.model_validate(GIVEN), Bootstrap(resamples=50))
 
 
 def raw(cell: int, point: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_last_points_keep_the_order_of_the_cells(summary: Summary) -> None:
 
 def test_the_judges_win_rate_is_the_mean_of_its_verdicts() -> None:
     given = judged(few_cells(num_prompts=5, num_samples=3))
-    found = summarize(Comparison.model_validate(given), Bootstrap(resamples=50))
+    found = summarize(ComparisonRecord.model_validate(given), Bootstrap(resamples=50))
     verdicts = np.array(given["cells"][0]["points"][2]["verdicts"], dtype=float)
     point = found.of("dpo-off_policy", "shop")[-1]
     assert point.judged is not None
@@ -93,12 +93,12 @@ def test_the_judges_win_rate_is_the_mean_of_its_verdicts() -> None:
     assert point.judged.low < point.judged.mean < point.judged.high and point.judged.n == 5
     (reference,) = found.of("reference", "shop")
     assert reference.judged is not None and reference.judged.mean == reference.judged.low == 0.5
-    assert summarize(Comparison.model_validate(few_cells())).points[0].judged is None
+    assert summarize(ComparisonRecord.model_validate(few_cells())).points[0].judged is None
 
 
 def test_what_was_asked_is_summed_over_steps_and_prompt_sets() -> None:
     found = summarize(
-        Comparison.model_validate(judged(few_cells(num_prompts=4, num_samples=2))), Bootstrap(resamples=9)
+        ComparisonRecord.model_validate(judged(few_cells(num_prompts=4, num_samples=2))), Bootstrap(resamples=9)
     )
     rows = {row.cell: row for row in found.answers}
     assert list(rows) == ["dpo-off_policy", "dpo-on_policy", "orpo"]
@@ -110,7 +110,7 @@ def test_what_was_asked_is_summed_over_steps_and_prompt_sets() -> None:
 
 def test_wins_are_counted_against_the_baseline_and_changes_against_the_reference() -> None:
     given = against_another(few_cells(num_prompts=5, num_samples=2))
-    found = summarize(Comparison.model_validate(given), Bootstrap(resamples=9))
+    found = summarize(ComparisonRecord.model_validate(given), Bootstrap(resamples=9))
     policy = given["cells"][0]["points"][2]["scores"]["oracle"]
     other = given["baseline"]["points"][0]["scores"]["oracle"]
     wins = [(a > b) + 0.5 * (a == b) for p, r in zip(policy, other, strict=True) for a in p for b in r]

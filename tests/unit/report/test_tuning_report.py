@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 from synthetic_comparison import few_cells
 
-from rayalign.report.points import Comparison
+from rayalign.report.points import ComparisonRecord
 from rayalign.report.render import render
 
 PICKED = {"label": "optim.lr=1e-06", "values": {"optim.lr": "1e-06"}, "status": "done", "step": 100,
@@ -43,7 +43,7 @@ def sections(text: str, mark: str) -> str:
 
 
 def test_trials_stand_in_page_text_and_results(tmp_path: Path) -> None:
-    page = render(Comparison.model_validate(tuned()), tmp_path)
+    page = render(ComparisonRecord.model_validate(tuned()), tmp_path)
     results = json.loads(page.with_name("results.json").read_text())
     first, second = results["tuning"]
     assert (first["picked"], first["trials"][1]["score"], first["trials"][1]["cost"]["tokens_trained"]) == (
@@ -69,7 +69,7 @@ def test_trials_stand_in_page_text_and_results(tmp_path: Path) -> None:
 
 
 def test_without_trials_the_report_says_untuned(tmp_path: Path) -> None:
-    page = render(Comparison.model_validate(few_cells()), tmp_path)
+    page = render(ComparisonRecord.model_validate(few_cells()), tmp_path)
     assert json.loads(page.with_name("results.json").read_text())["tuning"] == []
     for text in (page.read_text(), page.with_name("report.md").read_text()):
         assert "Untuned: every configuration ran with the settings that its YAML gives it" in text
@@ -79,4 +79,4 @@ def test_only_a_trial_can_be_picked() -> None:
     given = tuned()
     given["tuning"][1]["picked"] = 0
     with pytest.raises(ValidationError, match="picked 0 of 0 trials"):
-        Comparison.model_validate(given)
+        ComparisonRecord.model_validate(given)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayalign.report.winrate import win_shares
+from rayalign.report.statistics import win_shares
 
 
 def test_by_hand() -> None:

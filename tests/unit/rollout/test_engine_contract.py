@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_engine import FakeEngine
 from tiny_models import tiny
 from tiny_runs import save_tiny
 from torch import Tensor
@@ -15,7 +16,6 @@ from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.rollout.base import Completion, SamplingParams
 from rayalign.rollout.engines import HfSampler
-from rayalign.rollout.fake import FakeEngine
 from rayalign.rollout.hf import HfEngine
 from rayalign.testing import check_engine
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.noise import sample_key, uniforms
-from rayalign.rollout.sampling import draw, truncated
+from rayalign.rollout.sampling import draw, sample_key, truncated, uniforms
 
 PROBABILITIES = (0.05, 0.5, 0.15, 0.3)
 LOGITS = torch.tensor([[math.log(p) + 2.0 for p in PROBABILITIES]])  # any constant may be added

@@ -13,6 +13,7 @@ from programs import REPOSITORY
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys, threading
 from rayalign.runtime.vital import Vital
+from rayalign.stop import StopRequest
 
 victim, way, settled = sys.argv[1:]
 vital = Vital()
@@ -25,6 +26,8 @@ children = {
 while len(vital.watched) < 2:
     pass
 print("watched", flush=True)
+if settled == "stopping":
+    vital.stop = StopRequest(number=signal.SIGTERM)
 if settled == "before":
     vital.settle()
 if settled == "released":
@@ -60,6 +63,13 @@ print("lives")
         ("gcs_server", "1", "no", 1, "error: Ray's GCS ended (exit code 1) while this command ran; the same command"),
         ("gcs_server", "SIGTERM", "no", 143, "stopped: Ray's GCS was asked to end (SIGTERM); the same command contin"),
         ("raylet", "0", "no", 143, "stopped: Ray's raylet was asked to end (exit code 0); the same command continues"),
+        (
+            "raylet",
+            "1",
+            "stopping",
+            143,
+            "stopped: Ray's raylet ended (exit code 1) before this command, which was asked",
+        ),
         ("raylet", "SIGKILL", "before", 0, ""),
         ("gcs_server", "SIGKILL", "meanwhile", 0, ""),
         ("raylet", "SIGKILL", "released", 0, ""),

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import weights_digest
 from tiny_runs import save_tiny
 
 from rayalign.engine.canary import canary_error, canary_logps
 from rayalign.engine.checkpoint.sending import num_bytes
 from rayalign.engine.frozen import ScoringSpec
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, weights_digest
+from rayalign.engine.model.pretrained import ModelSpec, load_policy
 from rayalign.rollout.engines import HfSampler
 from rayalign.runtime.weights import Board, flat, tensors
 
