@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rayalign.engine.batches import Weights
 from rayalign.engine.checkpoint.sending import num_bytes
-from rayalign.engine.model.pretrained import weights_digest
+from rayalign.engine.model.pretrained import state_digest
 from rayalign.placement import Share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect
@@ -46,7 +46,7 @@ class Trainer:
     def __call__(self, number: int) -> dict[str, Any]:
         state = self.model.state_dict()
         seconds = {"copy": timed(lambda: copy(state, self.other))}
-        seconds["digest"] = timed(lambda: weights_digest(self.model))  # type: ignore[arg-type]
+        seconds["digest"] = timed(lambda: state_digest(self.model.state_dict()))  # type: ignore[arg-type]
         seconds["send"] = timed(lambda: ObjectStore(direct=self.direct).send(replace(VERSION, step=number), state))
         return seconds | {"bytes": num_bytes(state)}
 

@@ -45,7 +45,6 @@ from rayalign.config.training import CheckpointConfig, StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.lora import ADAPTER as ADAPTER_FOLDER
-from rayalign.engine.model.lora import LoraConfig
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, state_digest
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.state import TrainSpec
