@@ -41,6 +41,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.model import LoraConfig
 from rayalign.config.training import CheckpointConfig, StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
