@@ -57,7 +57,7 @@ class Returned:
 
 
 class UserFunction:
-    """``name(*arguments, **keywords)``, called in a process that is made anew when a call has ended it.
+    """``name(*arguments, **keywords)``, called in a process that is made again when a call has ended it.
 
     It runs in that process's main thread, as functions that set signals need it. One call at a time.
 

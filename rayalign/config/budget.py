@@ -13,7 +13,7 @@ class PricesConfig(Block):
     """What time costs, for the estimates of ``--dry-run --pilot``."""
 
     device_hour: Annotated[float, Field(ge=0)]
-    """Of one device: a GPU, or a CPU core where there is none."""
+    """Price of an hour of one device: a GPU, or a CPU core where there is none."""
     currency: str | None = None
     """As tables write it."""
 

@@ -1,4 +1,4 @@
-"""A block that is named anew keeps the settings that hold under its new name.
+"""A block that is named again keeps the settings that hold under its new name.
 
 ``method: wpo`` in place of ``{name: dpo, beta: 0.05}`` is ``{name: wpo, beta: 0.05}``: a comparison of the two compares
 methods, not temperatures. A setting holds where the new name has one of the same key and the same meaning, which is the

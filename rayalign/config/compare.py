@@ -47,7 +47,7 @@ class CompareConfig(Block):
     """What a comparison's YAML may say. Results go to ``<storage_path of base>/<name>/``."""
 
     config_version: Literal[1] = 1
-    """Of this schema; a file of another version is refused."""
+    """Version of this schema; a file of another version is refused."""
     name: Name = "comparison"
     """The folder of the results, below the base's storage_path; the same name continues."""
     base: dict[str, Any]

@@ -211,7 +211,7 @@ class DataConfig(TokenBudget, RowsConfig):
     """Rows → prompt groups."""
 
     on_bad_row: Annotated[Literal["quarantine", "fail"], MAY_CHANGE] = "quarantine"
-    """quarantine: write the row and the reason to quarantine.jsonl and go on."""
+    """quarantine: write the row and the reason to quarantine.jsonl and continue."""
     max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
 

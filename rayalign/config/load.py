@@ -37,7 +37,7 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfi
 def overridden(path: str | Path | None, overrides: Iterable[str]) -> Document:
     """The YAML at ``path``, or nothing, with the settings of the command line.
 
-    A block that is named anew keeps the settings that hold under its new name.
+    A block that is named again keeps the settings that hold under its new name.
     """
     document = empty_document() if path is None else read_document(path)
     with importable(document.directory):

@@ -95,7 +95,7 @@ class HybridConfig(RoundsConfig):
     mix: Literal["groups", "candidates"] = "groups"
     """groups: a fraction of the groups is fresh; candidates: both kinds answer one prompt and are labelled together."""
     on_fraction: float = Field(default=0.5, gt=0, lt=1)
-    """Of the groups that are fresh, with mix: groups."""
+    """Share of the groups that are fresh, with mix: groups."""
 
     @property
     def fresh_fraction(self) -> float:
@@ -147,7 +147,7 @@ class RolloutConfig(Block):
     tensor_parallel: Annotated[int, MAY_CHANGE] = Field(default=1, ge=1)
     """Devices of one actor, which hold one copy of the weights together."""
     gpu_memory_utilization: Annotated[float | None, MAY_CHANGE] = Field(default=None, gt=0, le=1)
-    """Of a GPU's memory, for vllm; null: 0.9 alone, 0.4 beside a training worker."""
+    """Share of a GPU's memory, for vllm; null: 0.9 alone, 0.4 beside a training worker."""
     transfer: Annotated[Literal["object_store", "nixl"], MAY_CHANGE] = "object_store"
     """How refreshed weights reach the actors. nixl: from device to device, with the extra of that name."""
     python: Annotated[InterpreterPath | None, MAY_CHANGE] = None

@@ -44,7 +44,7 @@ class RunConfig(Block):
     """One training run. Results go to ``<storage_path>/<name>/``."""
 
     config_version: Literal[1] = 1
-    """Of this schema; a file of another version is refused."""
+    """Version of this schema; a file of another version is refused."""
     name: Annotated[Name, MAY_CHANGE] = "run"
     """The folder of the results, below storage_path; the same name continues."""
     seed: int = Field(default=0, ge=0)
@@ -113,7 +113,7 @@ class RunConfig(Block):
 
     @property
     def relabelling(self) -> Labelling | None:
-        """How stored completions are scored and labelled anew; None where they are not."""
+        """How stored completions are scored and labelled again; None where they are not."""
         return self.labelling if self.relabels else None
 
     @property

@@ -24,7 +24,7 @@ API_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*", re.IGNORECASE)
 REFERENCE = "reference"
 PATIENCE = ("timeout_seconds", "retry_seconds", "concurrency")
-"""Settings of scorers that change how long is waited, and not what comes: a run may go on after they are changed."""
+"""Settings of scorers that change how long a call waits, not its answer: a run may resume after they are changed."""
 
 
 class RuleScorerConfig(Block):
@@ -38,7 +38,7 @@ class RuleScorerConfig(Block):
     timeout_seconds: Annotated[float, MAY_CHANGE] = Field(default=60.0, gt=0, le=86_400)
     """Limit of one call: a longer one is ended and costs its prompt. Load models when the module is imported."""
     unit: Annotated[str, MAY_CHANGE] = ""
-    """Of its numbers, for the report; ``share`` is shown in per cent."""
+    """Unit of its numbers, for the report; ``share`` is shown in per cent."""
     description: Annotated[str, MAY_CHANGE] = ""
     """One sentence for the report."""
 
@@ -55,7 +55,7 @@ class RewardModelScorerConfig(Block):
     model: Annotated[ModelPath, BY_CONTENT]
     """A folder in Hugging Face layout, such as a run's final/, or a model on the hub."""
     revision: Annotated[str | None, BY_CONTENT] = None
-    """Of a model on the hub."""
+    """Commit, tag or branch of a model on the hub."""
 
     @property
     def label(self) -> str:
@@ -89,7 +89,7 @@ class LlmScorerConfig(Block):
     model: Annotated[str, Field(min_length=1), AS_PATH]
     """As the endpoint calls it; with engine a folder, or a name on the hub."""
     revision: Annotated[str | None, BY_CONTENT] = None
-    """Of a model on the hub."""
+    """Commit, tag or branch of a model on the hub."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Tokens of an answer; a longer one is none. null: 512 with engine, and the endpoint's own limit without."""
     api_key_env: Annotated[str, AfterValidator(_variable), MAY_CHANGE] = API_KEY_ENV

@@ -160,7 +160,7 @@ class CheckpointConfig(Block):
     """s3://bucket/folder, gs:// or file://: committed checkpoints and the rounds that they need are kept there too, and
     fetched from there where storage_path has none as new. Credentials come from the environment."""
     restart_optimizer: bool = False
-    """true: go on from the weights with a new optimizer where its state cannot be read: from or to deepspeed, or by
+    """true: resume from the weights with a new optimizer where its state cannot be read: from or to deepspeed, or by
     other workers of it; false refuses."""
     best: BestConfig | None = None
     """{metric: eval_loss, mode: min}: the best one is kept beside the newest, and checkpoints/best.json names it."""
@@ -179,7 +179,7 @@ class CriticConfig(Block):
     model: Annotated[ModelPath | None, BY_CONTENT] = None
     """A reward model or a language model with the policy's tokenizer; null: the policy before the first step."""
     lr: float = Field(default=9.0e-6, gt=0)
-    """Of the critic's own optimizer, which is optim's in all else (OpenRLHF: nine times the policy's)."""
+    """Learning rate of the critic's optimizer, which is optim's in all else (OpenRLHF: nine times the policy's)."""
 
 
 class WeightingConfig(WPOWeighting):

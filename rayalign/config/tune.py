@@ -50,7 +50,7 @@ class TuneConfig(Block):
     max_kl: float | None = Field(default=None, gt=0)
     """Nats per reply: a trial whose mean KL is larger is not picked."""
     sample_seed: int = Field(default=0, ge=0)
-    """Of the draw of combinations: the same ones for every configuration that has the same settings."""
+    """Seed of the draw of combinations: the same ones for every configuration that has the same settings."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

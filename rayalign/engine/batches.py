@@ -23,7 +23,7 @@ class StreamWork:
     micro_batches: tuple[PackedBatch, ...]
     """This worker's; every worker has the same number, dummies included."""
     counts: StepCounts
-    """Of the whole step over all workers: the denominators of the loss."""
+    """Counts of the whole step over all workers: the denominators of the loss."""
     groups_per_step: int
     epoch: float
     """Epochs of this stream finished when the step ends."""
@@ -55,7 +55,7 @@ class Weights:
     step: int
     attempt: str
     digest: str
-    """Of every bit of the weights."""
+    """Digest of every bit of the weights."""
     directory: Path | None
     """Where they lie in Hugging Face layout; None where they were sent and not written."""
     canary: tuple[float, ...]

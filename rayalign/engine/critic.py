@@ -56,11 +56,11 @@ class Critic:
     runner: Runner
     optimizer: torch.optim.Optimizer
     version: str = ""
-    """Of the values that the round in progress was prepared with."""
+    """Version of the values that the round in progress was prepared with."""
     stopped_at: tuple[int, int] | None = None
     """(round, pass) in which the policy moved too far: later passes over that round are skipped."""
     skipped_steps: int = 0
-    """Of the whole run so far."""
+    """Count over the whole run so far."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer; plain JSON values."""

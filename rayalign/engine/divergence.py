@@ -17,7 +17,7 @@ from rayalign.engine.model.head import token_divergence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Of one group's predicted tokens, candidate after candidate; nats, float32, at temperature 1."""
+    """Values of one group's predicted tokens, candidate after candidate; nats, float32, at temperature 1."""
 
     log_ratio: Column
     """log π − log π_ref of the token that stands there: its sum over a reply drawn from π is k1."""

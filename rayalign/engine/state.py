@@ -40,7 +40,7 @@ class TrainSpec:
     objectives: tuple[Objective, ...]
     optim: OptimConfig
     steps: int
-    """Of the whole run: ``optim.steps``, or what ``optim.epochs`` takes."""
+    """Steps of the whole run: ``optim.steps``, or what ``optim.epochs`` takes."""
     seed: int
     identity: Mapping[str, Any]
     """What this run is (digests of data, model and configuration): a checkpoint of another is refused."""
@@ -99,7 +99,7 @@ class Notices(Protocol):
 
 
 class NoNotices:
-    """Of workers that nobody takes away."""
+    """Notices of workers that are never taken away: none."""
 
     def due(self) -> bool:
         return False
@@ -133,7 +133,7 @@ class Run:
     urgent: bool = False
     """The newest step is to be saved before anything else; the same on every worker."""
     skipped_steps: int = 0
-    """Of the whole run so far: their loss or gradient was not finite."""
+    """Steps left out in the whole run so far: their loss or gradient was not finite."""
     skipped_in_a_row: int = 0
     row: Mapping[str, Any] = field(default_factory=dict)
     """Metrics of the newest step that was not skipped; none before this process's first."""

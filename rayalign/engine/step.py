@@ -181,9 +181,9 @@ class Tally:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.stop = False
-        """Of this worker, and after the reduction of any: it travels with the sums, at no cost of its own."""
+        """Whether this worker was asked to stop; after the reduction, whether any was. It travels with the sums."""
         self.ask = False
-        """Likewise."""
+        """Whether notices of the cluster are due, reduced in the same way."""
         self.finite = True
         """Whether this worker's gradient is; after the reduction, whether every worker's is."""
 

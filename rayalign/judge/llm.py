@@ -106,7 +106,7 @@ def make_ask(
     max_new_tokens: int | None = None,
     **of_endpoint: Any,
 ) -> Ask:
-    """Whoever answers: a model behind ``base_url``, or one that ``engine`` loads."""
+    """What answers: a model behind ``base_url``, or one that ``engine`` loads."""
     if base_url is not None:
         return Endpoint(field=field, model=model, base_url=base_url, max_new_tokens=max_new_tokens, **of_endpoint)
     assert engine is not None

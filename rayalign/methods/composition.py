@@ -189,7 +189,7 @@ def _to_deal(
 
 
 def _shuffled(statistics: Statistics) -> Float[Tensor, " G"]:
-    """The step's weights, dealt anew among the slots that have one; 0 in the others."""
+    """The step's weights, dealt again among the slots that have one; 0 in the others."""
     weights = statistics.sums["wpo/weights"]
     weighed = torch.nonzero(statistics.sums["wpo/weighed"]).flatten()
     generator = torch.Generator().manual_seed((statistics.seed * 1_000_003 + statistics.step) % 2**63)

@@ -2,8 +2,8 @@
 
 The unit of replication is the training seed. Every seed of every entry answers the same prompts, so the two factors
 cross: one resample draws S − 1 of the S seeds with replacement (Rao and Wu 1988: one fewer makes the variance
-unbiased) and, for whatever is compared, one set of prompts that all seeds share. Prompts drawn for each seed anew would
-take S seeds for S times as many prompts.
+unbiased) and, for whatever is compared, one set of prompts that all seeds share. Prompts drawn again for each seed
+would take S seeds for S times as many prompts.
 
 Resampling both factors counts what is neither seed nor prompt, above all the chance in a reply, three times; two of
 them are taken off again (Owen 2007, *The pigeonhole bootstrap*). Percentiles of so few seeds cover far too little, so

@@ -31,7 +31,7 @@ class Answer:
     behavior: tuple[float, ...]
     """Per predicted token, nats; NaN for a stored candidate whose writer is not known."""
     behavior_total: float
-    """Of the whole candidate, where only that is known."""
+    """Log-probability of the whole candidate, where only that is known."""
 
 
 def fresh_answer(completion: Completion) -> Answer:

@@ -109,7 +109,7 @@ class RoundsClient:
         return self.opened is None or self.opened[0] != self.plan.round_of(step)
 
     def wait(self, step: int, stop: Callable[[], bool]) -> bool:
-        """Whether the round of ``step`` came before ``stop`` said that nobody waits any longer."""
+        """Whether the round of ``step`` came before ``stop`` said that the wait is over."""
         return all(
             wait_for(directory, self._failure, stop) for directory in self._directories(self.plan.round_of(step))
         )

@@ -103,7 +103,7 @@ def halves(positions: range) -> list[range]:
 def plan_chunks(
     spec: ChunkSpec, positions: range, directory: Path, weights: Weights | None, *, most_bad: int
 ) -> list[Chunk]:
-    """Fixed chunks: the same whoever makes them, and however many actors there are."""
+    """Fixed chunks: the same for any process and any number of actors."""
     samples = spec.sampling.num_samples if spec.sampling else 4
     size = max(2, SAMPLES_PER_CHUNK // samples)
     count = max(1, math.ceil(len(positions) / size))

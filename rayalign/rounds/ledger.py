@@ -26,7 +26,7 @@ class Ledger:
     quarantined: int
     reward_sum: float
     seconds_generating: float
-    """Of all actors together, as the others."""
+    """Sum over all actors, as the others."""
     seconds_starting: float
     refreshes: int
     seconds_refreshing: float

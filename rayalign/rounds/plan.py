@@ -16,7 +16,7 @@ class RoundPlan:
     """
 
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     refresh_every: int
     lag: int
     """Rounds by which the weights are behind: 0 is synchronous, at 1 a round is drawn while the one before trains."""

@@ -20,7 +20,7 @@ class Resolved:
     workers: int
     """Training workers; of an elastic run the most."""
     fewest: int | None
-    """Workers that an elastic run goes on with; None where it has always as many."""
+    """Fewest workers of an elastic run; None where their number is fixed."""
     actors: tuple[int, int]
     """(fewest, most) actors that draw rounds while the run trains; (0, 0) where none does."""
     takes_turns: bool

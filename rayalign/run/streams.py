@@ -55,7 +55,7 @@ class Main:
 
     stream: AnyStream
     steps: int
-    """Of the run."""
+    """Steps of the run."""
     rounds: DrawnRounds | None = None
     """None where every group is stored before the first step."""
 

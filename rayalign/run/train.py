@@ -97,7 +97,7 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pa
                 with trainer.stop.patience():
                     final = trainer.fit(job, lost=partial(begin_again, history, note))
             except Stopped as stopped:
-                trainer.close_rollouts()  # nobody waits for what they draw; the next attempt goes on with it
+                trainer.close_rollouts()  # what they draw is not waited for; the next attempt continues with it
                 note("stopped")
                 raise Stopped(f"{job.run}: {stopped}") from stopped
             except KeyboardInterrupt:
@@ -211,7 +211,7 @@ class History:
 
     @classmethod
     def waiting(cls) -> History:
-        """Of a run that no command has begun."""
+        """History of a run that no command has begun."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return cls(started=now, attempts=0, failures=[])
 

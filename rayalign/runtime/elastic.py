@@ -1,6 +1,6 @@
 """Elastic runs: as many workers as find room, from the fewest to the most that the run may have.
 
-A run goes on with another number of workers from a checkpoint; the groups of its steps stay the same.
+A run resumes with another number of workers from a checkpoint; the groups of its steps stay the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TELL_SECONDS = 300.0
 
 
 def room(share: Share) -> int:
-    """Processes of ``share`` that fit into what nobody has reserved on the nodes that stay."""
+    """Processes of ``share`` that fit into what is free on the nodes that stay."""
     going = state.get_draining_nodes()
     return sum(fitting(share, free) for node, free in available_resources_per_node().items() if node not in going)
 
@@ -96,7 +96,7 @@ class Queue:
 
 
 def free_resources() -> str:
-    """CPUs and GPUs that nobody has reserved."""
+    """CPUs and GPUs that are free."""
     free = ray.available_resources()
     return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
 

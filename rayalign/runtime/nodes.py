@@ -34,7 +34,7 @@ class Cluster:
 
 
 def address_to_join() -> str | None:
-    """The cluster that a run would join; None where it would start Ray itself. Raises UserError where nobody answers.
+    """The cluster that a run would join; None where it would start Ray itself. Raises UserError where none answers.
 
     Ray itself waits for a minute and longer before it says so.
     """

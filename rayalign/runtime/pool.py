@@ -133,7 +133,7 @@ class Pool:
                     future.cancel()
 
     def tell(self, item: Any) -> None:
-        """Let every actor that is alive and idle work on ``item``, which nobody needs an answer to."""
+        """Let every actor that is alive and idle work on ``item``, whose answer is not needed."""
         with self.lock:
             told = [actor.work.remote(item) for actor in self.idle]
         ray.wait(told, num_returns=len(told), timeout=ITEM_SECONDS) if told else None

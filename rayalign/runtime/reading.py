@@ -19,7 +19,7 @@ from rayalign.runtime.stage import packed
 
 RANGE_BYTES = 64 << 20
 CPUS = 0.5
-"""Of each preparing process, so that readers and writers fit on one core together."""
+"""Cores of each preparing process, so that readers and writers fit on one core together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Where Ray comes from: the running cluster inside a job, one of our own on a laptop. Nobody else asks which."""
+"""Where Ray comes from: the running cluster inside a job, one of our own on a laptop. No other module asks which."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEFAULTS = {
 """Environment variables of this process and of the Ray that it starts, unless the user set them."""
 
 WATCHER_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""Of Ray Train's process that looks for nodes that are taken back; a Ray that we start has one node, which stays."""
+"""Switch of Ray Train's watch for nodes that are taken back. A Ray that we start has one node, which stays."""
 
 STORAGE_VARIABLE = "RAYALIGN_STORAGE"
 PROBE_SECONDS = 60.0

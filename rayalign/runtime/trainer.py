@@ -336,7 +336,7 @@ def backend(job: TrainJob) -> str:
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:
-    """``work()`` in a thread of its own, which nobody waits for at the end of the process.
+    """``work()`` in a thread of its own, which is not waited for at the end of the process.
 
     In the main thread Ray Train takes over SIGINT for good, and ends the process as if it had succeeded.
     """

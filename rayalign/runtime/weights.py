@@ -119,7 +119,7 @@ def tensors(entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """What :func:`flat` was made of, without a copy."""
     found: dict[str, torch.Tensor] = {}
     with warnings.catch_warnings():
-        # Shared memory cannot be written to, and torch knows no such tensors: whoever gets these copies from them.
+        # Shared memory cannot be written to, and torch knows no such tensors: what gets these copies from them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         for name, (content, dtype, shape) in entries.items():
             if dtype is None:

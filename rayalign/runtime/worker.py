@@ -49,7 +49,7 @@ class TrainJob:
     held_out: SourceSpec | None
     strategy: StrategyConfig
     workers: int
-    """Of an elastic run the most."""
+    """Number of workers; the most of an elastic run."""
     share: Share
     run: str
     """What progress calls this run."""
@@ -58,7 +58,7 @@ class TrainJob:
     stages: tuple[Path, ...] = ()
     """The folders of all stages that the run asked for."""
     fewest: int | None = None
-    """Workers that an elastic run goes on with; None where it has always as many."""
+    """Fewest workers of an elastic run; None where their number is fixed."""
     beside: int = 0
     """Processes that an elastic run leaves room for."""
     retries: int = 3

@@ -71,7 +71,7 @@ class Artifacts:
         """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes it if needed.
 
         Two processes that want one stage share it: the second waits for the first's lease to end and finds the result.
-        A directory that was begun and not committed is handed to ``build`` as it is, so that it can go on.
+        A directory that was begun and not committed is handed to ``build`` as it is, so that it can continue.
         """
         directory = self.root / f"{name}-{stage_key(name, inputs)}"
         self.asked.append(directory)

@@ -41,7 +41,7 @@ class Artifact:
 
     @property
     def wanted_by(self) -> list[str]:
-        """Runs that may still go on: all that are not finished."""
+        """Runs that may still resume: all that are not finished."""
         return [f"{name} ({status})" for name, status in self.users.items() if status != "finished"]
 
 

@@ -1,4 +1,4 @@
-"""Committed checkpoints also on an object store, so that a run goes on where its workspace is lost.
+"""Committed checkpoints also on an object store, so that a run resumes where its workspace is lost.
 
 Below ``<uri>/<run>/`` lie ``checkpoints/<name>/``, and in ``rounds/`` what a checkpoint's manifest names: the round in
 progress with the columns made of it, those that were drawn ahead, and the weights for those that were not. A round

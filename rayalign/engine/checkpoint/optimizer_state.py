@@ -2,7 +2,7 @@
 
 Each worker writes what it alone holds, ``trainer/__0_0.distcp`` and so on, and ``trainer/.metadata`` says where every
 part of every tensor lies. Parameters are numbered in the optimizer's order, which is the same under every strategy, so
-that a run may go on under another one, or with other workers.
+that a run may resume under another one, or with other workers.
 
 Tensors are read with ``weights_only=True``. ``.metadata`` is a pickle by torch's design: nothing but what torch writes
 there is unpickled, and the checkpoint's digests were verified before.

@@ -1,4 +1,4 @@
-"""When a run's state is saved, and by whom: by the training thread, or by another one while training goes on."""
+"""When a run's state is saved, and by whom: by the training thread, or by another one beside training."""
 
 from __future__ import annotations
 

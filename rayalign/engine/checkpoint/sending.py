@@ -97,5 +97,5 @@ def place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def num_bytes(state: State) -> int:
-    """Of all tensors; those that are tied count once."""
+    """Bytes of all tensors; those that are tied count once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())

@@ -100,7 +100,7 @@ def additive_mask(batch: PackedBatch, reach: Reach, dtype: torch.dtype) -> Float
 
 
 def block_mask(batch: PackedBatch, reach: Reach) -> BlockMask:
-    """The same rule for FlexAttention, which skips blocks of the row that nobody sees."""
+    """The same rule for FlexAttention, which skips blocks of the row that no token sees."""
     num_rows, length = batch.input_ids.shape
     return create_block_mask(
         lambda row, head, q, kv: sees(batch, reach, row=row, q=q, kv=kv),

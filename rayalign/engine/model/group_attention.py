@@ -1,6 +1,6 @@
 """Attention group by group: packed rows on a CPU, without a mask that grows with the square of the row.
 
-Nobody looks beyond their own group, and a group is a run of neighbouring columns. So each group is a small attention of
+No token looks beyond its own group, and a group is a run of neighbouring columns. So each group is a small attention of
 its own, and the work does not depend on how many groups share a row.
 """
 
@@ -40,7 +40,7 @@ def branch_runs(batch: PackedBatch, *, window: int | None, chunk: int | None) ->
     return torch.cat([torch.tensor([[window or 0, chunk or 0]]), lines])[None, None]
 
 
-# Never compiled: it reads lengths as numbers, and each new one would be compiled anew.
+# Never compiled: it reads lengths as numbers, and each new one would be compiled again.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module,
@@ -53,7 +53,7 @@ def attend(
 ) -> tuple[Float[Tensor, "R L heads D"], None]:
     """Transformers' attention function: by groups for :func:`branch_runs`, plain ``sdpa`` for any other mask.
 
-    The output is 0 on padding, which nobody reads.
+    The output is 0 on padding, which is not read.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]

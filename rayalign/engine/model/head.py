@@ -62,7 +62,7 @@ class TokenDivergence:
     """Two models at the same N positions, nats, float32 or wider."""
 
     logp: Float[Tensor, " N"]
-    """Of the target under the policy."""
+    """Log-probability of the target under the policy."""
     ref_logp: Float[Tensor, " N"]
     kl: Float[Tensor, " N"]
     """Σ_v π(v) (log π(v) − log π_ref(v)) over the whole vocabulary; NaN where the two vocabularies differ in size."""

@@ -1,6 +1,6 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W x + (α / r) B A x, of which only A and B are trained.
 
-Peft puts the layers into the model, which stays of its own class. Whoever samples, scores or loads the model gets W +
+Peft puts the layers into the model, which stays of its own class. What samples, scores or loads the model gets W +
 (α / r) B A as one matrix; the adapter alone is written beside it, in peft's layout. A scalar head is small, and new as
 a rule: it is trained whole, and written as a part of the adapter.
 """
@@ -51,7 +51,7 @@ def refuse_missing_peft() -> None:
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int, trained: Path | None = None) -> None:
-    """Put an adapter into ``model`` and freeze all but a scalar head; ``trained`` holds one to go on from.
+    """Put an adapter into ``model`` and freeze all but a scalar head; ``trained`` holds one to resume from.
 
     Raises:
         UserError: ``target_modules`` names what cannot have an adapter, or dropout is asked for on experts.

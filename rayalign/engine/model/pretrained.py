@@ -77,7 +77,7 @@ class ModelSpec:
     lora: LoraConfig | None = None
     """An adapter, drawn with ``seed``, that is trained instead of the weights, beside a whole ``head``."""
     adapter: Path | None = None
-    """Where a trained adapter lies, to go on from."""
+    """Folder of a trained adapter to resume from."""
     trained_head: bool = False
     """The head must be in the files: one that is drawn would measure nothing."""
     text_only: bool = False

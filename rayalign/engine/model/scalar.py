@@ -1,8 +1,8 @@
 """A backbone with a scalar head in Hugging Face's layout for sequence classification: reward models, and critics.
 
-Hugging Face reads such a model at the last token that is not padding, of a text that the chat template wrote. So that
-whoever loads an exported model reads it where it was trained, its padding token ends no answer, and its chat template
-ends a conversation with the end token of the last answer.
+Hugging Face reads such a model at the last token that is not padding, of a text that the chat template wrote. So
+that a program that loads an exported model reads it where it was trained, its padding token ends no answer. Its chat
+template ends a conversation with the end token of the last answer.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class ZeroOptimizer:
 
     @property
     def partitions(self) -> list[Tensor]:
-        """This rank's float32 parts of the parameters, which AdamW's state belongs to; the weights give them anew."""
+        """This rank's float32 parts of the parameters, which AdamW's state belongs to; the weights give them again."""
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         return list(getattr(self.zero, name))
 

@@ -76,7 +76,7 @@ def with_buckets(config: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
 
 
 def user_config(text: str | None) -> dict[str, Any]:
-    """The user's object without what is ``auto``, which leaves the choice to whoever runs it."""
+    """The user's object without what is ``auto``, which leaves the choice to the program that runs it."""
     if text is None:
         return {}
     try:
