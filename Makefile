@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm test-gpu check format docs site pictures audit bench clean
+.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm check format docs site pictures audit bench clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,13 +23,13 @@ quickstart: $(VENV)/.installed ## the first comparison, fifteen entries on this 
 	$(BIN)/rayalign compare examples/quickstart.yaml
 
 test: check ## what a change must pass: check and the default tests
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-docs: $(VENV)/.installed-test ## every command, YAML and link of the documentation, the slow ones too
-	$(PYTEST) -m "not gpu" tests/docs
+	$(PYTEST) tests/docs
 
 test-slow: $(VENV)/.installed-slow ## the tests that take longer than the default run allows
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m slow
 
 test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a table of faults and what became of the runs
 	$(PYTEST) tests/chaos
@@ -40,9 +40,6 @@ test-s3: $(VENV)/.installed-test $(VENV)-s3/.installed ## mirrors of checkpoints
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py
 	RAYALIGN_VLLM_PYTHON=$(VENV)-vllm/bin/python $(PYTEST) tests/slow/test_other_environment.py
-
-test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
-	$(PYTEST) -m gpu
 
 check: $(VENV)/.installed-test ## lint, format, types, import walls and prose, without the tests
 	$(BIN)/ruff check .
@@ -76,10 +73,10 @@ clean: ## remove the environment and what tools leave behind
 	rm -rf $(VENV) $(VENV)-s3 $(VENV)-vllm $(VENV)-docs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
-test test-docs test-slow test-chaos test-s3 test-vllm test-gpu: export HF_HUB_OFFLINE = 1
-test test-docs test-slow test-chaos test-s3 test-vllm test-gpu: export OMP_NUM_THREADS = 1
-test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart pictures bench: export TOKENIZERS_PARALLELISM = false
-test test-docs test-slow test-chaos test-s3 test-vllm test-gpu quickstart pictures bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-docs test-slow test-chaos test-s3 test-vllm: export HF_HUB_OFFLINE = 1
+test test-docs test-slow test-chaos test-s3 test-vllm: export OMP_NUM_THREADS = 1
+test test-docs test-slow test-chaos test-s3 test-vllm quickstart pictures bench: export TOKENIZERS_PARALLELISM = false
+test test-docs test-slow test-chaos test-s3 test-vllm quickstart pictures bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:

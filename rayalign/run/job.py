@@ -133,7 +133,7 @@ def objectives(run: RunConfig) -> tuple[Objective, ...]:
             Objective(
                 stream=auxiliary.name,
                 method=sft,
-                config=sft.config(reduction=auxiliary.reduction),  # type: ignore[call-arg]
+                config=sft.config.model_validate({"reduction": auxiliary.reduction}),
                 weight=auxiliary.weight,
             )
             for auxiliary in run.auxiliary or ()
