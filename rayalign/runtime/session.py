@@ -155,6 +155,9 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
                 f"Ray did not start ({first_line(error)}): this machine may be very busy, or short of memory. Its logs "
                 f"are in {newest_logs()}; the same command tries again"
             ) from error
+        if address is None:
+            host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+            vital.gcs = (host, int(port))
         try:
             yield describe(started_here=address is None, vital=vital)
         finally:

@@ -11,9 +11,11 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,8 @@ from rayalign.stop import Stop
 VITAL = {"raylet": "raylet", "gcs_server": "GCS"}
 """Names of programs → what Ray's documentation calls them."""
 LOOK_SECONDS = 0.1
+CALL_SECONDS = 1.0
+"""Between calls of the GCS's port. A GCS that got a SIGTERM closes it at once, and lives on for more than a minute."""
 SOON_SECONDS = 0.01
 """Between looks while some of them are still to start."""
 GRACE_SECONDS = 1.0
@@ -54,9 +58,12 @@ class Vital:
     released: threading.Event = field(default_factory=threading.Event)
     watched: dict[int, Child] = field(default_factory=dict)
     """Numbers of the open handles on them."""
+    gcs: tuple[str, int] | None = None
+    """Host and port of the GCS, from when it serves."""
     stop: Stop | None = None
     """Whether the command was asked to end: a death from then on does not make it a failure."""
     _witness: subprocess.Popen[str] | None = None
+    _told_stop: bool = False
 
     def watch(self) -> None:
         others = {child.pid for child in children()}
@@ -76,6 +83,7 @@ class Vital:
 
     def _look(self, others: set[int]) -> None:
         ends = select.poll()
+        called = time.monotonic()
         while not self.released.is_set():
             starting = len(self.watched) < len(VITAL)
             if starting:
@@ -92,18 +100,38 @@ class Vital:
             if ended and not self.released.is_set():
                 # The witness ends the GCS where the raylet has ended: that is no news.
                 self._leave(next((child for child in ended if child.name == "raylet"), ended[0]))
+            # Who asks this command to end may ask Ray too: then its end is near.
+            if self._is_stopping() or time.monotonic() - called > CALL_SECONDS:
+                called = time.monotonic()
+                self._call()
+
+    def _call(self) -> None:
+        """End this process where the GCS serves no longer, whether its process lives or not."""
+        dead = next((child for child in self.watched.values() if child.name == "gcs_server"), None)
+        if self.gcs is not None and dead is not None and refuses(self.gcs) and not self.released.is_set():
+            self._leave(dead)
 
     def _leave(self, dead: Child) -> None:
         """End this process at once: what waits for Ray cannot be woken, and the files are such that nothing is lost."""
-        how = witness.ending(dead.pid)
-        patience = GRACE_SECONDS if dead.name == "gcs_server" else 0.0
+        how = witness.ending(dead.pid) if witness.has_ended(dead.pid) else "SIGTERM"
+        stopping = self._is_stopping()
+        patience = GRACE_SECONDS if dead.name == "gcs_server" and not stopping else 0.0
         settled = self.settled.wait(patience)
         self._say(witness.TOLD)
         witness.show_cursor()
-        stopping = self.stop is not None and self.stop.asked
         if not settled:
             witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs, stopping=stopping))
+        witness.kill([dead.pid])  # a GCS that was asked to end
         os._exit(0 if settled else STOPPED if stopping or witness.asked(how) else FAILED)
+
+    def _is_stopping(self) -> bool:
+        """Whether the command was asked to end, which the witness learns."""
+        if self.stop is None or not self.stop.asked:
+            return False
+        if not self._told_stop:
+            self._told_stop = True
+            self._say(witness.STOPPING)
+        return True
 
     def _say(self, line: str) -> None:
         """To the process that tells of a death where Ray ends this process first."""
@@ -116,6 +144,17 @@ class Vital:
         with contextlib.suppress(OSError, ValueError):
             self._witness.stdin.write(f"{line}\n")
             self._witness.stdin.flush()
+
+
+def refuses(address: tuple[str, int]) -> bool:
+    """Whether nothing listens there; one that is slow to answer does listen."""
+    try:
+        socket.create_connection(address, timeout=CALL_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def children() -> Iterator[Child]:

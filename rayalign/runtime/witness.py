@@ -3,8 +3,9 @@
 Ray's C++ ends a process that uses its object store as soon as the raylet's sockets close: before Python can print.
 This file runs alone, by ``python -I -S``: it imports the standard library only.
 
-Its standard input has a line ``<process id> <title> <folder of logs>`` per process of Ray, and ``told`` when the
-command has said what there is to say. Its end without that word is the command's own end.
+Its standard input has a line ``<process id> <title> <folder of logs>`` per process of Ray, ``stopping`` when the
+command was asked to end, and ``told`` when it has said what there is to say. Its end without ``told`` is the
+command's own end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TOLD = "told"
+STOPPING = "stopping"
 RAYLET = "raylet"
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -83,6 +85,7 @@ def stand_by() -> str:
     ends.register(source, select.POLLIN)
     watched: dict[int, Watched] = {}
     line = ""
+    stopping = False
     while True:
         ready = {number for number, _ in ends.poll()}
         # The command's own end takes Ray with it: a death counts only where it was seen before that end.
@@ -90,7 +93,11 @@ def stand_by() -> str:
             words = os.read(source, 65536).decode()
             if not words or TOLD in words.splitlines():
                 return "" if words else line
-            for said in words.splitlines():
+            lines = words.splitlines()
+            stopping = stopping or STOPPING in lines
+            for said in lines:
+                if said == STOPPING:
+                    continue
                 pid, title, logs = said.split(" ", 2)
                 with contextlib.suppress(OSError):
                     number = os.pidfd_open(int(pid))
@@ -99,7 +106,7 @@ def stand_by() -> str:
         for number in ready & watched.keys():
             ends.unregister(number)
             dead = watched.pop(number)
-            line = line or last_words(dead.title, ending(dead.pid), logs=dead.logs)
+            line = line or last_words(dead.title, ending(dead.pid), logs=dead.logs, stopping=stopping)
             if dead.title == RAYLET:  # its agents print pages of its log through the GCS
                 kill(other.pid for other in watched.values())
 

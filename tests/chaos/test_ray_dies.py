@@ -106,17 +106,19 @@ def test_its_death_after_the_last_step_changes_nothing(
     incidents.append(Incident(fault=f"Ray: {TITLES[victim]} killed, at the end", injected=1, recoveries=1, equal=True))
 
 
-def test_a_signal_to_all_of_it_is_a_stop(workspace: Workspace, own_ray: dict[str, str]) -> None:
+@pytest.mark.parametrize("asked", [("gcs_server",), VICTIMS])
+def test_a_signal_to_all_of_it_is_a_stop(workspace: Workspace, own_ray: dict[str, str], asked: tuple[str, ...]) -> None:
     """As a batch system sends it when a job is cancelled."""
-    path = workspace.run("ray-cancelled", method=faulty(), optim={"lr": 1e-3, "steps": 400, "groups_per_step": 8})
-    directory = workspace.directory("ray-cancelled")
+    name = f"ray-cancelled-{len(asked)}"
+    path = workspace.run(name, method=faulty(), optim={"lr": 1e-3, "steps": 400, "groups_per_step": 8})
+    directory = workspace.directory(name)
     with started("train", path, environment=own_ray) as command:
         wait_until(lambda: num_rows(directory) > 6, "training")
-        gcs = own_process(command, "gcs_server")
-        assert gcs is not None
-        for pid in (command.pid, gcs):
+        own = [own_process(command, victim) for victim in asked]
+        for pid in (command.pid, *filter(None, own)):
             os.kill(pid, signal.SIGTERM)
         printed, _ = command.communicate(timeout=120)
     assert command.returncode == 128 + signal.SIGTERM, printed
+    assert None not in own
     assert "Traceback" not in printed and "rpc_client" not in printed
     assert Path(directory / "checkpoints").exists()
