@@ -214,6 +214,18 @@ class DataConfig(TokenBudget, RowsConfig):
     """quarantine: write the row and the reason to quarantine.jsonl and continue."""
     max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
+    shard_mb: int = Field(default=128, ge=1)
+    """Size of a full shard of a token store, in MiB of tokens and columns: what is read, sent and kept together."""
+    shuffle_shards: Annotated[int, Field(ge=1)] | Literal["all"] = 16
+    """Rows are drawn in random order from so many shards at a time, which are taken in random order.
+
+    A store of no more shards is shuffled as a whole, and with all a store of any size is.
+    """
+
+    @property
+    def window(self) -> int | None:
+        """Shards that are shuffled together; None: all."""
+        return None if self.shuffle_shards == "all" else self.shuffle_shards
 
 
 class FilterConfig(Block):

@@ -1,25 +1,35 @@
 """The token store: groups of token ids on disk, read one at a time without reading the rest.
 
-A store is a committed directory of shards (:mod:`rayalign.data.shard`). Columns that are made later, such as reference
-log-probabilities, lie in directories of their own and are laid over the store that they were made for.
+A store is a committed directory of shards (:mod:`rayalign.data.shard`) and one index of them. Columns that are made
+later, such as reference log-probabilities, lie in directories of their own and are laid over the store that they were
+made for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayalign.data.group import Column, Group, GroupLengths
-from rayalign.data.index import Index, offsets, read_index
-from rayalign.data.layer import Layer
-from rayalign.data.shard import ShardInfo, decode_tokens, finished_shards
-from rayalign.storage.manifest import TornDirectory, commit, read_manifest
+from rayalign.data.index import NAME, PIECE, Index, Piece, open_index, write_index
+from rayalign.data.layer import Layer, OpenFiles, column_layer, make_layer
+from rayalign.data.merge import joined, runs
+from rayalign.data.shard import (
+    SAID,
+    SHARD_BYTES,
+    TOKENS,
+    ShardInfo,
+    decode_tokens,
+    files_while_writing,
+    is_complete,
+)
+from rayalign.storage.manifest import TornDirectory, commit, file_facts, read_manifest
 from rayalign.storage.manifest import verify as verify_files
 
 
@@ -38,6 +48,7 @@ class TokenStore:
     index: Index
     tokens: Layer
     columns: tuple[Layer, ...]
+    files: OpenFiles = field(repr=False)
 
     @classmethod
     def open(cls, directory: Path | str, *, verify: bool = False) -> TokenStore:
@@ -59,7 +70,8 @@ class TokenStore:
         manifest = _manifest(directory, verify=verify)
         if manifest["store"] != self.digest:
             raise StoreMismatch(f"{where} was made for store {manifest['store']}, not for {self.digest}")
-        return replace(self, columns=(*self.columns, _column_layer(directory, _shards(manifest), self.index)))
+        layer = column_layer(directory, _shards(manifest), self.index, self.files)
+        return replace(self, columns=(*self.columns, layer))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,29 +80,62 @@ class TokenStore:
         """Raises IndexError outside the store, TornDirectory where a record is damaged."""
         if not 0 <= group < len(self):
             raise IndexError(f"group {group} is outside a store of {len(self)}")
-        lengths = self.lengths(group)
-        finished = self.index.candidate_finished[self.index.candidates(group)].tolist()
-        prompt_ids, candidates = decode_tokens(self.tokens.read(group), lengths, finished)
+        entry = self.index.entry(group)
+        read = self.tokens.read(group, entry)
+        assert read is not None, "every shard has tokens"
+        prompt_ids, candidates = decode_tokens(read[1], entry.lengths, entry.finished)
         per_candidate: dict[str, Column] = {}
         per_token: dict[str, Column] = {}
         for layer in self.columns:
-            shard = layer.shards[layer.shard_of(group)]
-            values = layer.read(group).view(np.float32)
-            split = len(shard.per_candidate) * len(candidates)
-            per_candidate |= _named(shard.per_candidate, values[:split])
-            per_token |= _named(shard.per_token, values[split:])
+            if (found := layer.read(group, entry)) is not None:
+                shard, values = found[0], found[1].view(np.float32).copy()
+                split = len(shard.per_candidate) * len(candidates)
+                per_candidate |= _named(shard.per_candidate, values[:split])
+                per_token |= _named(shard.per_token, values[split:])
         return Group(
             prompt_ids=prompt_ids,
             candidates=candidates,
             per_candidate=per_candidate,
             per_token=per_token,
-            source=self.index.sources[self.index.source[group]],
-            line=int(self.index.line[group]),
+            source=self.index.source(group),
+            line=int(self.index.arrays["line"][group]),
         )
 
     def lengths(self, group: int) -> GroupLengths:
         """Numbers of tokens, without reading the group."""
-        return self.index.lengths(group)
+        return self.index.entry(group).lengths
+
+    def said(self, group: int) -> bytes:
+        """What the row of a group says, as JSON; raises TornDirectory where the store was made without."""
+        number = self.tokens.shard_of(group)
+        shard, start = self.tokens.shards[number], self.tokens.starts[number]
+        if not shard.has(SAID):
+            raise TornDirectory(f"{self.tokens.directory} has no prompts: make the store again with --fresh tokens")
+        entry = self.index.entry(group)
+        first = entry.before.said - start.said
+        return self.files[self.tokens.directory / f"{shard.name}{SAID}"][first : first + entry.said_bytes].tobytes()
+
+    def column(self, name: str) -> Iterator[tuple[Piece, Column]]:
+        """A column of all groups, some at a time: float32 over their candidates, or tokens; NaN = missing.
+
+        Raises:
+            TornDirectory: a record is damaged.
+        """
+        per_token = any(name in shard.per_token for layer in self.columns for shard in layer.shards)
+        for groups in self._pieces():
+            piece = self.index.piece(groups)
+            before = self.index.before(groups.start)
+            values = np.full(len(piece.candidate_tokens) if not per_token else piece.num_predicted.sum(), np.nan, "f4")
+            for layer in self.columns:
+                found = layer.column(name, layer.shard_of(groups.start), piece, before)
+                values = values if found is None else found
+            yield piece, values
+
+    def _pieces(self) -> Iterator[range]:
+        """All groups in order: each range lies within one shard of every layer, and fits into memory."""
+        firsts = {shard.first for layer in self.columns for shard in layer.shards}
+        ends = sorted({*firsts, *range(0, len(self), PIECE), len(self)})
+        return (range(start, stop) for start, stop in zip(ends, ends[1:], strict=False))
 
     @property
     def column_names(self) -> frozenset[str]:
@@ -104,7 +149,9 @@ class TokenStore:
 
     def nbytes(self, groups: Sequence[int]) -> int:
         """Bytes that reading these groups touches."""
-        return sum(layer.nbytes(groups) for layer in (self.tokens, *self.columns))
+        entries = {group: self.index.entry(group) for group in groups}
+        layers = (self.tokens, *self.columns)
+        return sum(sum(layer.nbytes(group, entry) for layer in layers) for group, entry in entries.items())
 
     @property
     def bytes_read(self) -> int:
@@ -112,21 +159,33 @@ class TokenStore:
         return sum(layer.bytes_read for layer in (self.tokens, *self.columns))
 
 
-def commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any]) -> TokenStore:
+def commit_store(
+    directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
+) -> TokenStore:
     """Make the shards one store, in the order given; the manifest is the commit.
 
-    ``meta`` is plain JSON about how the store was made; it is no part of the digest. Raises TornDirectory where a shard
-    is not complete in ``directory``.
+    Shards far below ``shard_bytes`` are joined. ``meta`` is plain JSON about how the store was made; it is no part of
+    the digest. Raises TornDirectory where a shard is not complete in ``directory``.
     """
     _check_complete(directory, shards)
-    first = offsets(np.array([shard.groups for shard in shards], np.int64)).tolist()
-    placed = [replace(shard, first=start) for shard, start in zip(shards, first[:-1], strict=True)]
-    _commit(directory, placed, meta=meta)
+    sources = write_index(directory, shards)
+    first = 0
+    placed = []
+    for shard in shards:
+        placed.append(replace(shard, first=first))
+        first += shard.groups
+    index = {NAME: file_facts(directory / NAME)}
+    _commit(directory, placed, index, shard_bytes=shard_bytes, meta=meta, sources=sources)
     return TokenStore.open(directory)
 
 
 def commit_columns(
-    directory: Path, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any]
+    directory: Path,
+    store: TokenStore,
+    shards: Iterable[ShardInfo],
+    *,
+    meta: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
 ) -> TokenStore:
     """Make column shards one set of columns for ``store`` and return the store with them.
 
@@ -143,27 +202,37 @@ def commit_columns(
         covered += shard.groups
     if covered != len(store):
         raise StoreMismatch(f"{directory}: the columns cover {covered} groups of a store of {len(store)}")
-    _column_layer(directory, ordered, store.index)
-    _commit(directory, ordered, meta=meta, store=store.digest)
+    column_layer(directory, ordered, store.index, store.files)
+    _commit(directory, ordered, {}, shard_bytes=shard_bytes, meta=meta, store=store.digest)
     return store.with_columns(directory)
 
 
 def _check_complete(directory: Path, shards: Sequence[ShardInfo]) -> None:
-    finished = finished_shards(directory)
     for shard in shards:
-        if finished.get(shard.name) != shard:
+        if not is_complete(directory, shard):
             raise TornDirectory(f"{directory}: shard {shard.name!r} is not complete")
 
 
-def _commit(directory: Path, shards: Sequence[ShardInfo], **facts: Any) -> None:
+def _commit(
+    directory: Path, shards: Sequence[ShardInfo], index: Mapping[str, Any], *, shard_bytes: int, **facts: Any
+) -> None:
+    final = [joined(directory, f"shard-{number:06d}", run) for number, run in enumerate(runs(shards, shard_bytes))]
+    known = {name: own for shard in final for name, own in shard.files.items()} | dict(index)
+    passing = {name for shard in shards for name in (*shard.files, *files_while_writing(shard))} - known.keys()
+    passing |= {name for shard in final for name in files_while_writing(shard)}
+    kept = {name: own for name, own in known.items() if name not in passing}
+    final = [replace(shard, files={name: kept[name] for name in shard.files if name in kept}) for shard in final]
     content = [
-        [shard.groups, shard.per_candidate, shard.per_token, [shard.files[name] for name in sorted(shard.files)]]
-        for shard in shards
+        [shard.groups, shard.per_candidate, shard.per_token, [shard.files[name]["sha256"] for name in shard.files]]
+        for shard in final
     ]
-    digest = hashlib.sha256(json.dumps([content, facts.get("store")]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([content, index, facts.get("store")]).encode()).hexdigest()
     for leftover in directory.glob(".*.tmp"):
         leftover.unlink()
-    commit(directory, {"digest": digest, "shards": [asdict(shard) for shard in shards], **facts})
+    manifest = {"digest": digest, "shards": [asdict(shard) for shard in final], **facts}
+    commit(directory, manifest, known=kept, passing=passing)
+    for name in passing:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -179,31 +248,15 @@ def _shards(manifest: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
 
 def _open(directory: Path, manifest: Mapping[str, Any]) -> TokenStore:
     shards = _shards(manifest)
-    index = read_index(directory, shards)
-    tokens = Layer(
-        shards=shards,
-        paths=tuple(directory / f"{shard.name}.tokens" for shard in shards),
-        offsets=offsets(index.packed_tokens + 1),
-    )
+    index = open_index(directory, manifest["sources"], manifest["files"][NAME]["bytes"])
+    files = OpenFiles()
     return TokenStore(
         digest=manifest["digest"],
         meta=manifest["meta"],
         index=index,
-        tokens=tokens,
-        columns=(_column_layer(directory, shards, index),),
-    )
-
-
-def _column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index) -> Layer:
-    sizes = np.ones(len(index), np.int64)  # the checksum
-    for shard in shards:
-        own = slice(shard.first, shard.first + shard.groups)
-        sizes[own] += len(shard.per_candidate) * index.num_candidates[own]
-        sizes[own] += len(shard.per_token) * index.num_predicted[own]
-    return Layer(
-        shards=tuple(shards),
-        paths=tuple(directory / f"{shard.name}.columns" for shard in shards),
-        offsets=offsets(sizes),
+        tokens=make_layer(directory, TOKENS, shards, index, files),
+        columns=(column_layer(directory, shards, index, files),),
+        files=files,
     )
 
 

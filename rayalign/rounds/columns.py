@@ -38,7 +38,7 @@ def prepare_columns(
     """
     method, config = preparation.method, preparation.config
     needs = method.needed_of_round(config)
-    lengths = store.index.num_predicted.tolist()
+    lengths = store.index.whole().num_predicted.tolist()
     assert method.round_prepare is not None
     prepared = read_round(store, needs)
     if old_value is not None:
@@ -77,18 +77,18 @@ def critic_facts(value: Tensor, returns: Tensor) -> dict[str, float]:
 
 def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     """The columns in ``needs`` of every group of ``store``."""
-    index = store.index
-    num_candidates = int(index.num_candidates.max(initial=1))
-    mask = np.arange(num_candidates) < index.num_candidates[:, None]
-    groups = [store[row] for row in range(len(store))]
+    index = store.index.whole()
+    mask = np.arange(int(index.num_candidates.max(initial=1))) < index.num_candidates[:, None]
     owners = np.repeat(np.flatnonzero(mask), index.candidate_predicted)
+    of_tokens = {name for layer in store.columns for shard in layer.shards for name in shard.per_token}
     per_candidate, per_token = {}, {}
     for name in sorted(needs & store.column_names):
-        if all(name in group.per_token for group in groups):
-            per_token[name] = double(np.concatenate([group.per_token[name] for group in groups]))
+        values = np.concatenate([np.empty(0, np.float32), *(part for _, part in store.column(name))])
+        if name in of_tokens:
+            per_token[name] = double(values)
         else:
             column = np.full(mask.shape, np.nan)
-            column[mask] = np.concatenate([group.per_candidate[name] for group in groups])
+            column[mask] = values
             per_candidate[name] = double(column)
     return Round(
         candidate_of=torch.from_numpy(owners),

@@ -17,12 +17,12 @@ from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.content import content_key, plain
 from rayalign.data.origin import Origin, RowRange, find
-from rayalign.data.records import append_quarantine
+from rayalign.data.records import QUARANTINE
 from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select, write_rows
-from rayalign.data.shard import write_shard
+from rayalign.data.shard import FileWriter, ShardWriter
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize_rows import CHUNK_ROWS, Shape, Unit
+from rayalign.data.tokenize_rows import BAD_ROWS, CHUNK_ROWS, SHOWN_BAD_ROWS, Shape, Unit
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.errors import UserError
@@ -35,12 +35,11 @@ from rayalign.run.model import scoring_spec
 from rayalign.run.reference import LOG_PROBS, score_store
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
-from rayalign.runtime.reading import split_units
+from rayalign.runtime.reading import planned
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
 from rayalign.storage.manifest import commit, committed, read_manifest
 
-SHOWN_BAD_ROWS = 5
 BUDGET = set(TokenBudget.model_fields)
 BYTES_PER_WRITER = 2 << 20
 """Below this a second tokenizing process costs more to start than it saves."""
@@ -90,29 +89,31 @@ class Stages:
             "settings": {**run.data.model_dump(include=BUDGET), "completed": completed},
             "shape": shape,
             "bad": [run.data.on_bad_row, run.data.max_bad_fraction],
+            "shard_mb": run.data.shard_mb,
         }
 
         def build(directory: Path) -> None:
-            (directory / "quarantine.jsonl").unlink(missing_ok=True)
-            writers = num_writers(units, int(self.session.num_cpus))
             found = prepare(
-                split_units(units),
+                parts := planned(units, directory),
                 run.model,
                 run.data,
                 completed=completed,
                 shape=shape,
                 directory=directory,
-                writers=writers,
+                writers=num_writers(parts, int(self.session.num_cpus)),
                 note=self.artifacts.note,
             )
-            append_quarantine(directory / "quarantine.jsonl", found.bad)
+            collect_quarantine(directory)
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
-            shards = [report.shard for report in found.reports if report.shard is not None]
+            shards = [shard for report in found.reports for shard in report.shards]
             facts = {"source": source.label, "files": files_of(units)} | summary(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
-            commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
+            shard_bytes = run.data.shard_mb << 20
+            commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts}, shard_bytes=shard_bytes)
+            for path in directory.glob(".*.*json*"):
+                path.unlink()
 
         directory = self.artifacts.stage("tokens", inputs, build)
         manifest = read_manifest(directory)
@@ -127,12 +128,10 @@ class Stages:
 
         def build(directory: Path) -> None:
             groups = Mismatched(TokenStore.open(store))
-            bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
-            shards = [
-                write_shard(directory, f"{indices.start:010d}", [groups[index] for index in indices])
-                for indices in bounds
-            ]
-            commit_store(directory, shards, meta={"inputs": inputs})
+            writer = ShardWriter(directory, "mismatched")
+            for first in range(0, len(groups), CHUNK_ROWS):
+                writer.append([groups[index] for index in range(first, min(first + CHUNK_ROWS, len(groups)))])
+            commit_store(directory, writer.close(), meta={"inputs": inputs})
 
         return self.artifacts.stage("mismatched", inputs, build)
 
@@ -226,11 +225,11 @@ def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[U
 
 
 def num_writers(units: list[Unit], num_cpus: int) -> int:
-    """Tokenizing processes that are worth starting; a dataset's size is not known, so it gets one per core."""
-    paths = [Path(unit.path) for unit in units]
+    """Tokenizing processes that are worth starting."""
+    paths = {Path(unit.path) for unit in units}
     if not all(path.is_file() for path in paths):
-        return max(1, num_cpus)
-    return max(1, min(num_cpus, sum(path.stat().st_size for path in paths) // BYTES_PER_WRITER))
+        return max(1, min(num_cpus, len(units)))
+    return max(1, min(num_cpus, len(units), sum(path.stat().st_size for path in paths) // BYTES_PER_WRITER))
 
 
 def input_digest(unit: Unit) -> str:
@@ -244,17 +243,30 @@ def files_of(units: Sequence[Unit]) -> list[str]:
     return [plain(unit.path) for unit in units]
 
 
+def collect_quarantine(directory: Path) -> None:
+    """One file of the bad rows of all units, in their order."""
+    parts = sorted(directory.glob(f".*.{BAD_ROWS}"))
+    if not parts:
+        return
+    target = FileWriter(directory / QUARANTINE)
+    for path in parts:
+        target.write(path.read_bytes())
+    target.finish()
+
+
 def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
     """Raise UserError when too many rows are bad, or none is left; the first few are named."""
-    if not found.bad and any(report.shard for report in found.reports):
+    is_empty = not any(report.shards for report in found.reports)
+    if not found.bad and not is_empty:
         return
-    share = len(found.bad) / max(1, found.rows)
-    named = "\n".join(f"  {row}" for row in found.bad[:SHOWN_BAD_ROWS])
-    listed = f"{len(found.bad)} of {found.rows} rows are bad ({share:.2%}); all are in {directory / 'quarantine.jsonl'}"
+    share = found.bad / max(1, found.rows)
+    shown = [row for report in found.reports for row in report.bad_rows][:SHOWN_BAD_ROWS]
+    named = "\n".join(f"  {row}" for row in shown)
+    listed = f"{found.bad} of {found.rows} rows are bad ({share:.2%}); all are in {directory / QUARANTINE}"
     if data.on_bad_row == "fail" or share > data.max_bad_fraction:
         limit = (
             "data.on_bad_row: fail" if data.on_bad_row == "fail" else f"data.max_bad_fraction {data.max_bad_fraction:g}"
         )
         raise UserError(f"{listed}, more than {limit} allows:\n{named}")
-    if not any(report.shard for report in found.reports):
+    if is_empty:
         raise UserError(f"no row is left to train on: {listed}\n{named}")

@@ -18,7 +18,7 @@ from rayalign.errors import UserError
 from rayalign.report.formatting import kept
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.stored import drawn_rows, order_of
+from rayalign.rounds.stored import opened_order
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.model import model_spec, scoring_spec
 from rayalign.run.readers import refuse_unreadable
@@ -205,29 +205,39 @@ def over(
         weights=tuple(weights),
         groups_per_step=groups_per_step,
         num_candidates=most_candidates(stores),
+        window=run.data.window,
     )
 
 
 def most_candidates(stores: Sequence[Path]) -> int:
-    return max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores)
+    return max(TokenStore.open(store).index.most_candidates for store in stores)
 
 
 def require_columns(run: RunConfig, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS) -> None:
     """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
     method = run.trained_method
     for name in sorted({*among} & needed_columns(method, run.method.config)):
-        lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)
-        if lacking:
+        count, first = (len(store), 0) if name not in store.column_names else lacking(name, store)
+        if count:
             raise UserError(
-                f"{source}: {method.name} needs {COLUMN_FIELDS[name]}. {len(lacking)} of {len(store)} rows lack it, "
-                f"first {store.index.name(lacking[0])}"
+                f"{source}: {method.name} needs {COLUMN_FIELDS[name]}. {count} of {len(store)} rows lack it, "
+                f"first {store.index.name(first)}"
             )
 
 
-def groups_without(name: str, store: TokenStore) -> list[int]:
-    """Groups in which a candidate lacks the column ``name``; a mismatched completion has no label and needs none."""
-    told = slice(0, 1) if name == "label" else slice(None)
-    return [group for group in range(len(store)) if np.isnan(store[group].per_candidate[name][told]).any()]
+def lacking(name: str, store: TokenStore) -> tuple[int, int]:
+    """In how many groups a candidate lacks the column ``name``, and the first of them.
+
+    A mismatched completion has no label and needs none.
+    """
+    count, first = 0, len(store)
+    for piece, values in store.column(name):
+        without = np.isnan(values) & ((piece.place == 0) | (name != "label"))
+        missing = np.bincount(piece.owner[without], minlength=len(piece)) > 0
+        count += int(missing.sum())
+        if missing.any():
+            first = min(first, piece.first + int(missing.argmax()))
+    return count, first
 
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
@@ -248,6 +258,7 @@ def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
             weights=tuple(source.weight for source in auxiliary.data),
             groups_per_step=auxiliary.groups_per_step,
             num_candidates=1,
+            window=run.data.window,
         )
         for auxiliary in run.auxiliary or ()
     ]
@@ -270,4 +281,4 @@ def num_steps(run: RunConfig, stream: StoredStream) -> int:
     if run.optim.steps is not None:
         return run.optim.steps
     passes = run.drawing.policy.passes if run.drawing is not None else 1
-    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs or 1.0) * passes
+    return opened_order(stream, run.seed).num_steps(run.optim.epochs or 1.0) * passes

@@ -1,13 +1,14 @@
-"""Preparation as Ray Data stages: units of input → chunks of rows → shards of token ids.
+"""Preparation as a stage of Ray Data: units of input → shards of token ids.
 
 Ray Data moves the work, not the truth: what a run trains on is the committed store, and rows are counted at the end.
+A unit whose report is written is not prepared again, so that a lost process costs the units that it had begun.
 """
 
 from __future__ import annotations
 
-import pickle
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,41 +18,41 @@ from rayalign.config.data import DataConfig
 from rayalign.config.model import ModelConfig
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.records import BadRow
-from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk
+from rayalign.data.shard import write_whole
+from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, UnitWriter, read_chunks
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
-from rayalign.errors import UserError
 from rayalign.runtime.failures import repeated
-from rayalign.runtime.reading import CPUS, Chunk, read_unit
+from rayalign.runtime.reading import CPUS
 from rayalign.runtime.stage import dataset, results
+
+REPORT = "report.json"
+TELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
     """What preparation found: rows = groups' rows + bad + dropped."""
 
-    reports: tuple[ShardReport, ...]
-    bytes_by_node: dict[str, int]
-    """Bytes of input that the tasks on each node were given."""
+    reports: tuple[UnitReport, ...]
+    rows_by_node: dict[str, int]
+    """Rows that each node has read in this attempt."""
 
     @property
     def rows(self) -> int:
         return sum(report.rows for report in self.reports)
 
     @property
-    def bad(self) -> tuple[BadRow, ...]:
-        return tuple(row for report in self.reports for row in report.bad)
+    def bad(self) -> int:
+        return sum(report.bad for report in self.reports)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """What one worker made of a chunk."""
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Rows that a process has prepared since it told last."""
 
-    name: str
-    report: ShardReport
     node: str
-    num_bytes: int
+    rows: int
 
 
 def load_chat(model: ModelConfig, data: DataConfig) -> Chat:
@@ -66,37 +67,36 @@ def load_chat(model: ModelConfig, data: DataConfig) -> Chat:
     )
 
 
-class ChunkWriter:
-    """One worker of the tokenization stage; loads the tokenizer once."""
+class Preparer:
+    """One process of the stage; loads the tokenizer once."""
 
     def __init__(
         self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Path
     ) -> None:
         self.chat = load_chat(model, data)
-        self.budget = data
+        self.data = data
         self.completed: Completed = completed
         self.shape: Shape = shape
         self.directory = directory
+        self.node = ray.get_runtime_context().get_node_id()
 
-    def __call__(self, chunk: Chunk | UserError) -> Written:
-        if isinstance(chunk, UserError):
-            raise chunk
-        report = prepare_chunk(
-            chunk.rows,
+    def __call__(self, item: tuple[str, Unit]) -> Iterator[Progress]:
+        """Prepare a unit; its report, written last, says that it is done."""
+        name, unit = item
+        writer = UnitWriter(
+            unit,
             self.chat,
-            self.budget,
+            self.data,
             completed=self.completed,
-            unit=chunk.unit,
             shape=self.shape,
             directory=self.directory,
-            name=chunk.name,
+            name=name,
+            shard_bytes=self.data.shard_mb << 20,
         )
-        return Written(
-            name=chunk.name,
-            report=report,
-            node=ray.get_runtime_context().get_node_id(),
-            num_bytes=len(pickle.dumps(chunk.rows)),
-        )
+        for rows in read_chunks(unit):
+            writer.add(rows)
+            yield Progress(self.node, len(rows))
+        write_whole(report_path(self.directory, name), writer.close().to_json().encode())
 
 
 def prepare(
@@ -110,31 +110,35 @@ def prepare(
     writers: int,
     note: Callable[[str], None],
 ) -> Preparation:
-    """Write the shards of every unit below ``directory``, in ``writers`` actors; the caller commits them.
+    """Write the shards of every unit below ``directory``, in ``writers`` processes; the caller commits them.
 
-    Raises UserError where a unit cannot be read or the tokenizer cannot be used.
+    Raises:
+        UserError: a unit cannot be read, or the tokenizer cannot be used.
+        ItemKilled: processes died again and again, and no unit was finished meanwhile.
     """
+    names = {f"{number:06d}": unit for number, unit in enumerate(units)}
+    rows_by_node: Counter[str] = Counter()
 
-    def write() -> list[Written]:
-        chunks = dataset(list(enumerate(units))).flat_map(read_unit, num_cpus=CPUS)
-        chunks.context.target_max_block_size = 1  # every chunk is a block of its own, which any worker may take
-        return results(
-            "tokens",
-            chunks,
-            ChunkWriter,
-            model,
-            data,
-            completed,
-            shape,
-            directory,
-            actors=writers,
-            cpus=CPUS,
-            done=lambda count: note(f"tokens: {count} shards so far"),
-        )
+    def finished() -> int:
+        return sum(report_path(directory, name).is_file() for name in names)
 
-    written = repeated("tokens", write, what="tokenization")
-    bytes_by_node: Counter[str] = Counter()
-    for shard in written:
-        bytes_by_node[shard.node] += shard.num_bytes
-    ordered = sorted(written, key=lambda shard: shard.name)
-    return Preparation(reports=tuple(shard.report for shard in ordered), bytes_by_node=dict(bytes_by_node))
+    def write() -> None:
+        missing = [(name, unit) for name, unit in names.items() if not report_path(directory, name).is_file()]
+        if not missing:
+            return
+        said = time.monotonic()
+        for told in results(
+            "tokens", dataset(missing), Preparer, model, data, completed, shape, directory, actors=writers, cpus=CPUS
+        ):
+            rows_by_node[told.node] += told.rows
+            if time.monotonic() - said >= TELL_SECONDS:
+                note(f"tokens: {rows_by_node.total():,} rows so far")
+                said = time.monotonic()
+
+    repeated("tokens", write, what="tokenization", progress=finished)
+    reports = [UnitReport.from_json(report_path(directory, name).read_text(encoding="utf-8")) for name in names]
+    return Preparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
+
+
+def report_path(directory: Path, name: str) -> Path:
+    return directory / f".{name}.{REPORT}"

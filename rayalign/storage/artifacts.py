@@ -19,7 +19,7 @@ from rayalign.errors import UserError
 from rayalign.storage.lease import lease
 from rayalign.storage.manifest import MANIFEST, file_digest, is_content
 
-STAGE_VERSIONS = {"rows": 1, "tokens": 3, "mismatched": 2, "reference": 1, "filter": 1, "rollouts": 3, "prepared": 1}
+STAGE_VERSIONS = {"rows": 1, "tokens": 4, "mismatched": 3, "reference": 1, "filter": 1, "rollouts": 4, "prepared": 1}
 """Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
 
 PENDING = "\0pending:"

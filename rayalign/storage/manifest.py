@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,34 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def commit(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Flush everything below ``directory`` and write its manifest: ``facts`` and the digests of the files."""
-    files = {}
+def file_facts(path: Path) -> dict[str, Any]:
+    """Flush a file; what a manifest says of it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def commit(
+    directory: Path,
+    facts: Mapping[str, Any],
+    *,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    passing: Collection[str] = (),
+) -> None:
+    """Flush everything below ``directory`` and write its manifest: ``facts`` and the digests of the files.
+
+    Args:
+        known: sizes and digests of files that were flushed when they were written.
+        passing: files that are about to be removed, and do not belong to the content.
+    """
+    files: dict[str, Mapping[str, Any]] = {}
     for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
         if path.is_dir():
             sync_directory(path)
-        elif is_content(path):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        elif is_content(path) and name not in passing:
+            files[name] = known[name] if known and name in known else file_facts(path)
+    sync_directory(directory)
     manifest = {**facts, "files": files}
     text = json.dumps({**manifest, "manifest_sha256": manifest_digest(manifest)}, indent=1, sort_keys=True)
     write_durably(directory / MANIFEST, text + "\n")

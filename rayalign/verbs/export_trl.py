@@ -83,7 +83,7 @@ def _pairs(store: Path, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
     """The pairs in the order of their lines; what is none is counted."""
     opened = TokenStore.open(store)
     prompts = Prompts(opened)
-    for index in np.argsort(opened.index.line, kind="stable").tolist():
+    for index in np.argsort(opened.index.arrays["line"], kind="stable").tolist():
         group = opened[index]
         found = pair_of(group, shape)
         if isinstance(found, str):

@@ -92,7 +92,7 @@ def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kin
 def made_store(prompts: Path, run: RunConfig, stages: Stages, shape: Shape) -> Path:
     """Completions of prompts, scored: drawn from the policy, or those that the prompts are stored with."""
     if run.drawing is not None:
-        stream = prompts_of([prompts], weights=[1.0], groups_per_step=1)
+        stream = prompts_of([prompts], weights=[1.0], groups_per_step=1, window=run.data.window)
         return drawn_once(run.drawing, run, stream, shape, stages, keep_unscored=True)
     if run.relabelling is None:
         raise UserError("scorer: name what gives completions their rewards, such as scorer: {name: rule, function: …}")
@@ -128,7 +128,7 @@ def rows_of(store: Path, run: RunConfig) -> Iterator[Row]:
             name: value for name, value in asdict(sampling(drawing.rollout, run)).items() if name not in ("stop_ids",)
         }
         made_with = {"model": spec_digest(model_spec(run)), "sampling": kept}
-    for row in np.argsort(opened.index.line, kind="stable").tolist():
+    for row in np.argsort(opened.index.arrays["line"], kind="stable").tolist():
         group, said = opened[row], prompts.said(row)
         texts, same = written_back(group, said, chat)
         answers = said.get(ANSWERS) or [None] * len(texts)

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rayalign.data.group import Group
-from rayalign.data.index import Counts, Index
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 
@@ -85,15 +83,16 @@ def refuse_long_rows(store: TokenStore, context: Context | None, model: str, *, 
     """
     if context is None or not len(store):
         return
-    lengths = store.index.prompt_tokens + new_tokens if new_tokens else longest(store.index)
-    beyond = int((lengths > context.tokens).sum())
+    beyond, worst, row = 0, 0, 0
+    for piece in store.index.pieces():
+        lengths = piece.prompt_tokens + new_tokens if new_tokens else piece.longest
+        beyond += int((lengths > context.tokens).sum())
+        if lengths.max() > worst:
+            worst, row = int(lengths.max()), piece.first + int(lengths.argmax())
     if not beyond:
         return
-    row = int(lengths.argmax())
     others = f" ({beyond} rows are too long; this is the longest)" if beyond > 1 else ""
-    raise too_long(
-        store.index.name(row), int(lengths[row]) - new_tokens, context, model, new_tokens=new_tokens, others=others
-    )
+    raise too_long(store.index.name(row), worst - new_tokens, context, model, new_tokens=new_tokens, others=others)
 
 
 def refuse_long_group(
@@ -138,13 +137,6 @@ def too_long(
         f"{name} has {tokens} tokens, prompt and response together, and {model} reads {context.tokens} "
         f"({context.reason}){others}: lower {setting} to {context.tokens}, or name a model that reads more"
     )
-
-
-def longest(index: Index) -> Counts:
-    """The tokens of each group's longest sequence: the prompt with one of its candidates."""
-    most = np.zeros(len(index), np.int64)
-    np.maximum.at(most, np.repeat(np.arange(len(index)), index.num_candidates), index.candidate_tokens)
-    return index.prompt_tokens + most
 
 
 def refuse_unknown_tokens(store: TokenStore, vocabulary: int, model: str, tokenizer: Any) -> None:

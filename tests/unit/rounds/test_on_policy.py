@@ -263,7 +263,7 @@ def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: 
     store = commit_store(tmp_path / "out", [report.shard], meta={})
     # The order of the prompts is the stream's, and the poisoned one is what stays without candidates.
     alone = [row for row in range(4) if not store[row].candidates]
-    assert [store.index.line[row] for row in alone] == [3]
+    assert [store[row].line for row in alone] == [3]
     spec = replace(spec, keep_unscored=True)
     report = ChunkMaker()((spec, Chunk(name="0", positions=range(4), directory=tmp_path / "kept", weights=None)))
     kept = commit_store(tmp_path / "kept", [report.shard], meta={})[alone[0]]
