@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +104,19 @@ class Layer:
             begin = per_candidate * piece.num_candidates + shard.per_token.index(name) * widths
         places = np.repeat(records[:-1] - records[0] + begin - offsets(widths)[:-1], widths)
         return words[places + np.arange(len(places))].view(np.float32)
+
+    def prompts(self, piece: Piece, before: Before) -> Iterator[bytes]:
+        """The words of the prompts of groups of one shard of tokens.
+
+        Raises TornDirectory where a record does not have its checksum.
+        """
+        number = self.shard_of(piece.first)
+        first = self._word(number, piece.first, before)
+        records = offsets(piece.packed_tokens + 1)
+        words = self._words(number)[first : first + records[-1]]
+        self._check(number, words, records, piece.first)
+        for start, tokens in zip(records.tolist(), piece.prompt_tokens.tolist(), strict=False):
+            yield words[start : start + tokens].tobytes()
 
     def nbytes(self, group: int, entry: Entry) -> int:
         """Bytes of the record of a group."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ class TokenStore:
             TornDirectory: a record is damaged.
         """
         per_token = any(name in shard.per_token for layer in self.columns for shard in layer.shards)
-        for groups in self._pieces():
+        firsts = {shard.first for layer in self.columns for shard in layer.shards}
+        for groups in self._pieces(firsts):
             piece = self.index.piece(groups)
             before = self.index.before(groups.start)
             values = np.full(len(piece.candidate_tokens) if not per_token else piece.num_predicted.sum(), np.nan, "f4")
@@ -131,9 +132,18 @@ class TokenStore:
                 values = values if found is None else found
             yield piece, values
 
-    def _pieces(self) -> Iterator[range]:
-        """All groups in order: each range lies within one shard of every layer, and fits into memory."""
-        firsts = {shard.first for layer in self.columns for shard in layer.shards}
+    def prompts(self) -> Iterator[bytes]:
+        """The tokens of every prompt as they are stored: equal for equal prompts.
+
+        Raises:
+            TornDirectory: a record is damaged.
+        """
+        firsts = {shard.first for shard in self.tokens.shards}
+        for groups in self._pieces(firsts):
+            yield from self.tokens.prompts(self.index.piece(groups), self.index.before(groups.start))
+
+    def _pieces(self, firsts: Collection[int]) -> Iterator[range]:
+        """All groups in order, in ranges that fit into memory and do not cross ``firsts`` of shards."""
         ends = sorted({*firsts, *range(0, len(self), PIECE), len(self)})
         return (range(start, stop) for start, stop in zip(ends, ends[1:], strict=False))
 

@@ -20,10 +20,9 @@ from rayalign.data.origin import Origin, RowRange, find
 from rayalign.data.records import QUARANTINE
 from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select, write_rows
-from rayalign.data.shard import FileWriter, ShardWriter
+from rayalign.data.shard import FileWriter, finished_shards
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize_rows import BAD_ROWS, CHUNK_ROWS, SHOWN_BAD_ROWS, Shape, Unit
-from rayalign.data.unpair import Mismatched
+from rayalign.data.tokenize_rows import BAD_ROWS, SHOWN_BAD_ROWS, Shape, Unit
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
@@ -35,6 +34,7 @@ from rayalign.run.model import scoring_spec
 from rayalign.run.reference import LOG_PROBS, score_store
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import Preparation, prepare
+from rayalign.runtime.mismatched import PARTNERS, write_mismatched
 from rayalign.runtime.reading import planned
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
@@ -127,11 +127,11 @@ class Stages:
         inputs = {"store": self.digest(store)}
 
         def build(directory: Path) -> None:
-            groups = Mismatched(TokenStore.open(store))
-            writer = ShardWriter(directory, "mismatched")
-            for first in range(0, len(groups), CHUNK_ROWS):
-                writer.append([groups[index] for index in range(first, min(first + CHUNK_ROWS, len(groups)))])
-            commit_store(directory, writer.close(), meta={"inputs": inputs})
+            actors = max(1, int(self.session.num_cpus))
+            write_mismatched(store, directory, actors=actors, note=self.artifacts.note)
+            shards = list(finished_shards(directory).values())
+            commit_store(directory, shards, meta={"inputs": inputs})
+            (directory / PARTNERS).unlink()
 
         return self.artifacts.stage("mismatched", inputs, build)
 

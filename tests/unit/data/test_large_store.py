@@ -15,6 +15,8 @@ from rayalign.data.layer import MOST_FILES
 from rayalign.data.pack import group_lengths
 from rayalign.data.shard import ShardWriter, write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
+from rayalign.data.unpair import partners_in, partners_of
+from rayalign.errors import UserError
 from rayalign.storage.manifest import MANIFEST, TornDirectory, verify
 
 
@@ -147,3 +149,19 @@ def test_a_column_that_some_shards_lack_is_missing_there(tmp_path: Path) -> None
     store = store_of(tmp_path, groups, 2)
     values = np.concatenate([part for _, part in store.column("reward")])
     assert np.isnan(values[:8]).all() and values[8:].tolist()[::2] == [0.25] * 4
+
+
+def test_partners_in_a_store_are_those_of_its_groups(tmp_path: Path) -> None:
+    singles = [replace(make_group(line, (3,), columns=False), prompt_ids=np.arange(1 + line % 7)) for line in range(60)]
+    labels = np.random.default_rng(1).choice([0.0, 1.0, np.nan], size=60)
+    groups = [
+        replace(
+            group,
+            prompt_ids=group.prompt_ids.astype(np.int32),
+            per_candidate={"label": np.array([label], np.float32)},
+        )
+        for group, label in zip(singles, labels, strict=True)
+    ]
+    assert partners_in(store_of(tmp_path / "labelled", groups, 25)).tolist() == partners_of(groups).tolist()
+    with pytest.raises(UserError, match="stands alone, but here are 2 candidates"):
+        partners_in(store_of(tmp_path / "pairs", [make_group(1)], 1))

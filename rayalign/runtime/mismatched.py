@@ -1,0 +1,73 @@
+"""KTO's stage as Ray Data runs it: every answer with another prompt's completion beside it, in shards of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from rayalign.data.shard import finished_shards, write_shard
+from rayalign.data.store import TokenStore
+from rayalign.data.unpair import Mismatched, partners_in
+from rayalign.runtime.failures import repeated
+from rayalign.runtime.stage import dataset, results
+
+PARTNERS = ".partners.npy"
+"""Whose completion each answer gets; needed while the stage is made."""
+GROUPS_PER_SHARD = 8192
+CPUS = 1.0
+TELL_SECONDS = 5.0
+
+
+class MismatchedWriter:
+    """One process of the stage."""
+
+    def __init__(self, store: Path, directory: Path) -> None:
+        partners = np.load(directory / PARTNERS, mmap_mode="r")
+        self.examples = Mismatched(TokenStore.open(store), partners)
+        self.directory = directory
+
+    def __call__(self, groups: range) -> Iterator[int]:
+        """Write a shard; how many groups it has."""
+        write_shard(self.directory, shard_name(groups), [self.examples[group] for group in groups])
+        yield len(groups)
+
+
+def write_mismatched(store: Path, directory: Path, *, actors: int, note: Callable[[str], None]) -> None:
+    """Write the shards of the stage below ``directory``; those that an interrupted stage finished are kept.
+
+    A small store is written by this process, which is faster than the start of others.
+
+    Raises:
+        UserError: a group of the store is no labelled answer.
+        ItemKilled: processes died again and again, and no shard was finished meanwhile.
+    """
+    opened = TokenStore.open(store)
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(directory / PARTNERS, partners_in(opened))
+    starts = range(0, len(opened), GROUPS_PER_SHARD)
+    shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
+
+    def write() -> None:
+        finished = finished_shards(directory)
+        missing = [groups for groups in shards if shard_name(groups) not in finished]
+        if len(missing) <= 1:
+            writer = MismatchedWriter(store, directory)
+            for groups in missing:
+                list(writer(groups))
+            return
+        written, told = 0, time.monotonic()
+        items = dataset(missing)
+        for count in results("mismatched", items, MismatchedWriter, store, directory, actors=actors, cpus=CPUS):
+            written += count
+            if time.monotonic() - told >= TELL_SECONDS:
+                note(f"mismatched: {written:,} rows so far")
+                told = time.monotonic()
+
+    repeated("mismatched", write, what="writing", progress=lambda: len(finished_shards(directory)))
+
+
+def shard_name(groups: range) -> str:
+    return f"{groups.start:010d}"
