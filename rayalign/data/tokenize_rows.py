@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +89,9 @@ class UnitReport:
     """The file's columns that ``columns`` names and some row has."""
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "named": sorted(self.named)}, ensure_ascii=False)
+        plain = {own.name: getattr(self, own.name) for own in fields(self)} | {"named": sorted(self.named)}
+        plain |= {name: [asdict(item) for item in plain[name]] for name in ("shards", "bad_rows")}
+        return json.dumps(plain, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> UnitReport:
