@@ -1,7 +1,7 @@
 """Small shards that independent tasks wrote, one after the other → shards of a bounded size.
 
-A task writes a shard of its own, so that it can be repeated alone. Where tasks are small, as of a small file on many
-cores, their shards are joined when the store is committed: a store has few files, whatever wrote it.
+A task writes a shard of its own, so that it can be repeated alone. A small input on many cores makes many small shards.
+They are joined when the store is committed: a store has few files, whatever wrote it.
 """
 
 from __future__ import annotations

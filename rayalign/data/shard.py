@@ -1,7 +1,6 @@
 """Shards of a token store: one record per group, written by independent processes.
 
-A record is a run of little-endian 32-bit words that ends in the CRC-32 of the others, so that every read is checked,
-wherever the bytes came from:
+A record is a run of little-endian 32-bit words. The last one is the CRC-32 of the others, so that every read is checked:
 
     tokens    prompt, then every candidate, as int32; a token that is not predicted is stored as ~id (negative)
     columns   float32: the per-candidate columns [K], then the per-token columns over predicted tokens; NaN = missing
@@ -67,7 +66,7 @@ class ShardInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Of its records."""
+        """The bytes of its records; its index is not counted."""
         return sum(own["bytes"] for name, own in self.files.items() if not name.endswith(INDEX))
 
 

@@ -1,7 +1,7 @@
 """The token store: groups of token ids on disk, read one at a time without reading the rest.
 
 A store is a committed directory of shards (:mod:`rayalign.data.shard`) and one index of them. Columns that are made
-later, such as reference log-probabilities, lie in directories of their own and are laid over the store that they were
+later, such as reference log-probabilities, lie in directories of their own. They are laid over the store that they were
 made for.
 """
 

@@ -95,6 +95,8 @@ def row_ranges(path: str, range_bytes: int) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     size = range_bytes
     for first, last, own in zip([0, *ends], ends, sizes, strict=False):
+        if first == last:
+            continue
         if size + own > range_bytes:
             found.append((first, last))
             size = own

@@ -33,7 +33,7 @@ alone."""
 CHUNK_ROWS = 512
 SHOWN_BAD_ROWS = 5
 BAD_ROWS = "bad.jsonl"
-"""Of the file of a unit's rows that cannot be used; it is of the moment, and so its name begins with a dot."""
+"""Ending of a unit's file of bad rows. Its name begins with a dot, since it goes when the store is committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
