@@ -51,7 +51,7 @@ def main(connection: int, trace: int) -> None:
         except UserError as error:
             function, answer = None, {"problem": str(error)}
         except BaseException as error:
-            answer = {"raised": told(error)}
+            answer = {"raised": exception_line(error)}
     send(link, answer)
     while function is not None:
         arguments = asked.get()
@@ -90,18 +90,18 @@ def outcome(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: 
     try:
         value = function(*arguments, **keywords)
         try:
-            return {"returned": plain(value), "shown": shown(value)}
+            return {"returned": to_json_value(value), "shown": safe_repr(value)}
         except NotPlain as kind:
-            return {"refused": str(kind), "shown": shown(value)}
+            return {"refused": str(kind), "shown": safe_repr(value)}
     except BaseException as error:
-        return {"raised": told(error)}
+        return {"raised": exception_line(error)}
 
 
 class NotPlain(Exception):
     """A value that is no number, text, None, or list of those."""
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """``value`` as JSON has it: numbers, arrays and tensors of any library become Python's own.
 
     Raises:
@@ -110,9 +110,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, list | tuple) and len(value) <= LONGEST:
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if hasattr(value, "tolist") and not isinstance(value, type):
-        return plain(value.tolist())
+        return to_json_value(value.tolist())
     if isinstance(value, Integral) and abs(int(value)) < 2**63:
         return int(value)
     if isinstance(value, Real | Decimal):
@@ -122,14 +122,14 @@ def plain(value: Any) -> Any:
     raise NotPlain(type(value).__name__)
 
 
-def shown(value: Any) -> str:
+def safe_repr(value: Any) -> str:
     try:
         return repr(value).encode("utf-8", errors="backslashreplace").decode()[:LONGEST]
     except Exception:  # of an integer with very many digits, say
         return f"a value of type {type(value).__name__}"
 
 
-def told(error: BaseException) -> str:
+def exception_line(error: BaseException) -> str:
     """An exception in one line: its type, its words, and where the user's code raised it."""
     if isinstance(error, SystemExit):
         said = f"called sys.exit({'' if error.code is None else repr(error.code)})"

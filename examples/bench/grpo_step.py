@@ -35,9 +35,9 @@ from rayalign.placement import Share
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.client import RoundsClient
-from rayalign.rounds.columns import Preparation
+from rayalign.rounds.columns import RoundPreparation
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.service import RolloutJob, serving
+from rayalign.rounds.service import RolloutJob, serve_rounds
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
 from rayalign.runtime.session import CPU_ROW_TOKENS
@@ -107,7 +107,7 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     policy = ModelSpec(name=str(folder / "model"), dtype="float32")
     method = resolve("grpo")
     config = method.config(kl_coef=KL, normalize="grpo")  # type: ignore[call-arg]
-    prepared = Preparation(method=method, config=config, key="prepared")
+    prepared = RoundPreparation(method=method, config=config, key="prepared")
     plan = RoundPlan(steps=steps, refresh_every=1, lag=0, groups_per_step=GROUPS)
     stream = RoundStream(
         name=MAIN_STREAM,
@@ -162,8 +162,8 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     def make_batches(chosen: Layout, pad_id: int) -> StreamSource:
         return StreamSource(source, layout=chosen, pad_id=pad_id, rounds=rounds)
 
-    with serving(rollouts, Alone(), lambda line: None):
-        loop.train(
+    with serve_rounds(rollouts, Alone(), lambda line: None):
+        loop.train_policy(
             spec,
             make_batches,
             make_strategy("single", torch.device("cpu")),

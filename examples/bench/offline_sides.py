@@ -22,7 +22,7 @@ from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.loop import train
+from rayalign.engine.loop import train_policy
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.state import TrainSpec
@@ -126,7 +126,7 @@ def rayalign_train(job: Mapping[str, Any]) -> dict[str, Any]:
             cpu.append(time.process_time())
             return StreamSource(source, layout=layout, pad_id=pad_id)
 
-        train(spec, make_batches, make_strategy("single", torch.device("cpu")), on_step=on_step)
+        train_policy(spec, make_batches, make_strategy("single", torch.device("cpu")), on_step=on_step)
     cells = round(sum(row["step_tokens"] / (1 - row["padding_share"]) for row in rows))
     return {
         "seconds": stamps[-1] - stamps[0],

@@ -29,7 +29,7 @@ from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
-from rayalign.rounds.drawing import draw
+from rayalign.rounds.drawing import draw_chunks
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.runtime.pool import Pool
@@ -184,7 +184,7 @@ def main() -> None:
 
 def drawn(job: Job, pool: Pool, directory: Path) -> int:
     """One round through the pool: completed, scored, labelled, written."""
-    reports = draw(
+    reports = draw_chunks(
         job.spec,
         range(job.prompts),
         directory,

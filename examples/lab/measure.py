@@ -29,7 +29,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
-from rayalign.judge.measure import Prompt, make_scorers, measure
+from rayalign.judge.measure import Prompt, make_scorers, measure_policy
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.model import stop_ids
 
@@ -126,7 +126,7 @@ class Measuring:
         return [self.point(cell, step, family, policy, prompts) for family, prompts in self.prompts.items()]
 
     def point(self, cell: str, step: int, family: str, policy: FrozenModel, prompts: tuple[Prompt, ...]) -> Point:
-        found = measure(policy, self.reference, prompts, self.sampling, self.scorers, tokenizer=self.tokenizer)
+        found = measure_policy(policy, self.reference, prompts, self.sampling, self.scorers, tokenizer=self.tokenizer)
         return Point(
             seed=self.run.seed,
             cell=cell,

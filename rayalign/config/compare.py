@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from rayalign.config.budget import BudgetConfig, PricesConfig
-from rayalign.config.carry import not_carried, renamed
+from rayalign.config.carry import carry_settings, not_carried
 from rayalign.config.document import Document, credentials, override, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
 from rayalign.config.fields import Block
-from rayalign.config.grid import GridEntry, apply, read_axis
+from rayalign.config.grid import GridEntry, apply_entry, read_axis
 from rayalign.config.legality import blocks_without_use
 from rayalign.config.load import importable, parse_run
 from rayalign.config.run import Name, RunConfig
@@ -170,7 +170,7 @@ def expand(config: CompareConfig, *, base: Document, source: Document) -> list[C
     for entries in itertools.product(*axes):
         document = base
         for entry in entries:
-            document = apply(entry, document, source)
+            document = apply_entry(entry, document, source)
         document = _without_unused(document, base)
         kept.update(document.data)
         try:
@@ -197,7 +197,7 @@ def _run_document(document: Document, key: str, folder: Path, overrides: Iterabl
     if not mine:
         return part
     with importable(part.directory):
-        return override(part, mine, replaced=renamed)
+        return override(part, mine, replaced=carry_settings)
 
 
 def _initial(config: CompareConfig, document: Document, base: Document) -> RunConfig:

@@ -64,12 +64,12 @@ class Block(BaseModel):
         return sorted(key for key in self.unused() if getattr(self, key) != fields[key].default)
 
 
-def named(value: object) -> object:
+def as_named(value: object) -> object:
     """``dpo`` is short for ``{name: dpo}``; a boolean is kept as a name, so that the error can explain it."""
     return {"name": value} if isinstance(value, str | bool) else value
 
 
-def listed(value: object) -> object:
+def as_list(value: object) -> object:
     """One value stands for a list of one."""
     return [value] if isinstance(value, str | dict) else value
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rayalign.config.carry import renamed
+from rayalign.config.carry import carry_settings
 from rayalign.config.document import COMMAND_LINE, Document, Place, credentials, override, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
@@ -41,7 +41,7 @@ def overridden(path: str | Path | None, overrides: Iterable[str]) -> Document:
     """
     document = empty_document() if path is None else read_document(path)
     with importable(document.directory):
-        return override(document, overrides, replaced=renamed)
+        return override(document, overrides, replaced=carry_settings)
 
 
 def parse_run(document: Document) -> RunConfig:

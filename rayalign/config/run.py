@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rayalign.config.candidates import Drawing, Labelling
 from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
-from rayalign.config.fields import MAY_CHANGE, Block, listed, named
+from rayalign.config.fields import MAY_CHANGE, Block, as_list, as_named
 from rayalign.config.legality import violations
 from rayalign.config.method import MethodChoice
 from rayalign.config.model import ModelConfig
@@ -56,21 +56,21 @@ class RunConfig(Block):
     filter: FilterConfig | None = None
     method: MethodChoice
     """A method's name and its own parameters; ``module:RECORD`` is one of your own."""
-    weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
-    auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(listed)] = None
+    weighting: Annotated[WeightingConfig | None, BeforeValidator(as_named)] = None
+    auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(as_list)] = None
     reference: ReferenceConfig = ReferenceConfig()
     data_policy: DataPolicyConfig = OffPolicyConfig()
     """Where candidates come from: stored rows, the policy itself, or both."""
     rollout: RolloutConfig | None = None
-    label: Annotated[LabelConfig | None, BeforeValidator(named)] = None
+    label: Annotated[LabelConfig | None, BeforeValidator(as_named)] = None
     scorer: ScorerConfig | None = None
     """What gives completions their rewards: a function, a reward model, or a language model that is asked."""
     critic: CriticConfig | None = None
     optim: OptimConfig = OptimConfig()
-    strategy: Annotated[StrategyConfig, BeforeValidator(named), MAY_CHANGE] = StrategyConfig()
+    strategy: Annotated[StrategyConfig, BeforeValidator(as_named), MAY_CHANGE] = StrategyConfig()
     evaluate: Annotated[EvaluateConfig | None, MAY_CHANGE] = None
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
-    track: Annotated[tuple[Track, ...], BeforeValidator(listed), MAY_CHANGE] = ("tensorboard",)
+    track: Annotated[tuple[Track, ...], BeforeValidator(as_list), MAY_CHANGE] = ("tensorboard",)
     """Where rows of metrics go beside metrics.jsonl; [] is nowhere."""
     resources: Annotated[Literal["auto"], MAY_CHANGE] = "auto"
     """auto: the processes share the cores and devices that Ray has."""

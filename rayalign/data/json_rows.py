@@ -11,7 +11,7 @@ JSON_WHITESPACE = b" \t\r\n"
 DECODER = json.JSONDecoder(strict=False)
 
 
-def parsed(data: bytes, *, source: str, line: int, ended: bool = True) -> Row:
+def parse_json_row(data: bytes, *, source: str, line: int, ended: bool = True) -> Row:
     """A line that is not blank as a row; ``ended`` is False where the file stops without a line end."""
     try:
         text = data.decode("utf-8")

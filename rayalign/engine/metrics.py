@@ -69,7 +69,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
-def last_step(path: Path) -> int:
+def last_logged_step(path: Path) -> int:
     """The step of the newest whole row; 0 where there is none."""
     rows = path.read_bytes().split(b"\n") if path.exists() else []
     return next((int(step) for line in reversed(rows) if math.isfinite(step := _step_of(line))), 0)

@@ -21,8 +21,8 @@ from rayalign.judge.measure import (
     Prompt,
     Sampled,
     make_scorers,
-    measure,
-    sample,
+    measure_policy,
+    sample_replies,
 )
 from rayalign.rollout.base import SamplingParams
 
@@ -60,7 +60,7 @@ class Evaluator:
 
     def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
-        self.loaded = load(spec)
+        self.loaded = load_evaluation(spec)
 
     def __call__(self, subject: Path | ModelSpec | None) -> dict[str, Measured]:
         """The policy in a checkpoint's folder, or any other, or the reference where it is None, on every prompt set."""
@@ -69,13 +69,13 @@ class Evaluator:
             baseline = self._model(spec.baseline)
             loaded.opponents.update(
                 {
-                    name: sample(baseline, prompts, spec.sampling, tokenizer=loaded.tokenizer)
+                    name: sample_replies(baseline, prompts, spec.sampling, tokenizer=loaded.tokenizer)
                     for name, prompts in spec.prompt_sets.items()
                 }
             )
         policy = self._model(subject)
         return {
-            name: measure(
+            name: measure_policy(
                 policy,
                 loaded.reference,
                 prompts,
@@ -103,7 +103,7 @@ class Evaluator:
         return FrozenModel(replace(self.spec.reference, model=subject), self.loaded.device)
 
 
-def load(spec: EvaluationSpec) -> Loaded:
+def load_evaluation(spec: EvaluationSpec) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = spec.reference.model
     return Loaded(

@@ -15,7 +15,7 @@ from rayalign.data.shared_prompt import transcript
 from rayalign.data.tokenize import to_group
 from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.model.folder import model_directory
-from rayalign.engine.model.pretrained import ModelSpec, load_model, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, load_model, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
@@ -71,7 +71,7 @@ class RewardModelScorer:
         if self.model is not None:
             return
         try:
-            self.tokenizer, model = tokenizer_of(self.spec), load_model(self.spec, device=self.device)
+            self.tokenizer, model = model_tokenizer(self.spec), load_model(self.spec, device=self.device)
         except UserError as error:
             raise ScorerUnusable(str(error)) from error
         if self.tokenizer.pad_token_id is None:

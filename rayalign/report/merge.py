@@ -12,10 +12,10 @@ from rayalign.report.points import (
     MergedPart,
     Provenance,
     ReportText,
-    load,
-    save,
+    load_comparison,
+    save_comparison,
 )
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 from rayalign.report.trials import TuningRecord, UntriedSetting
 
 Alike = Callable[[ComparisonRecord], object]
@@ -53,9 +53,9 @@ def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[Compar
         raise UserError("a folder is given twice; name each comparison once")
     if out is None or out.resolve() in resolved:
         raise UserError("several comparisons become a report of their own; say where: --out runs/merged")
-    merged = merge([(str(directory), load(directory)) for directory in directories])
-    save(merged, out)
-    return merged, render(merged, out)
+    merged = merge([(str(directory), load_comparison(directory)) for directory in directories])
+    save_comparison(merged, out)
+    return merged, render_report(merged, out)
 
 
 def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonRecord:

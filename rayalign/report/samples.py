@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rayalign.report.formatting import count, single
+from rayalign.report.formatting import format_count, single
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, EvaluationPoint
 
 OUTCOMES: Mapping[float | None, str] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
@@ -69,6 +69,6 @@ def _reply_numbers(comparison: ComparisonRecord, point: EvaluationPoint, key: tu
         verdict = point.verdicts[prompt][sample]
         yield f"judged by {comparison.judge.label}: {OUTCOMES.get(verdict, single(verdict))}"
     yield f"log π/π_ref ({estimator.label}) {single(point.kl[estimator.name][prompt][sample])}"
-    yield f"{count(point.length[prompt][sample])} tokens"
+    yield f"{format_count(point.length[prompt][sample])} tokens"
     if point.finished[prompt][sample] == 0:
         yield "cut at the limit"

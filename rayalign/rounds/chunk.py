@@ -70,7 +70,7 @@ class ChunkSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class PromptChunk:
     """Prompts at consecutive positions, the weights that complete them, and where the shard belongs."""
 
     name: str
@@ -128,7 +128,7 @@ class ChunkMaker:
         self.sampler: Sampler | None = None
         self.loaded: str | None = None
 
-    def __call__(self, job: tuple[ChunkSpec, Chunk] | Literal["rest"]) -> ChunkReport | None:
+    def __call__(self, job: tuple[ChunkSpec, PromptChunk] | Literal["rest"]) -> ChunkReport | None:
         """Write the chunk's shard; or, at :data:`REST`, leave the device's memory to others until the next chunk.
 
         Raises:
@@ -140,7 +140,7 @@ class ChunkMaker:
             return None
         return self._make(*job)
 
-    def _make(self, spec: ChunkSpec, chunk: Chunk) -> ChunkReport:
+    def _make(self, spec: ChunkSpec, chunk: PromptChunk) -> ChunkReport:
         self._prepare(spec)
         began = time.monotonic()
         refreshed = self._load(spec, chunk.weights)
@@ -193,7 +193,7 @@ class ChunkMaker:
     def _groups(
         self,
         spec: ChunkSpec,
-        chunk: Chunk,
+        chunk: PromptChunk,
         drawn: Sequence[Drawn],
         candidates: Sequence[Sequence[Answer]],
         scores: Sequence[Sequence[float]],
@@ -229,7 +229,7 @@ class ChunkMaker:
         """Open what stays the same from chunk to chunk."""
         if spec == self.spec:
             return
-        if self.spec is None or engine_of(spec) != engine_of(self.spec):
+        if self.spec is None or engine_key(spec) != engine_key(self.spec):
             self.sampler, self.loaded = None, None
         model = spec.policy
         self.tokenizer = load_tokenizer(
@@ -259,7 +259,7 @@ class ChunkMaker:
         self.sampler, self.loaded = sampler, wanted
         return refreshed
 
-    def _complete(self, spec: ChunkSpec, chunk: Chunk, drawn: Sequence[Drawn]) -> list[list[Answer]]:
+    def _complete(self, spec: ChunkSpec, chunk: PromptChunk, drawn: Sequence[Drawn]) -> list[list[Answer]]:
         """Fresh candidates of every prompt."""
         answers: list[list[Answer]] = [[] for _ in drawn]
         if spec.sampling is not None:
@@ -273,7 +273,7 @@ class ChunkMaker:
 
     def _score(
         self,
-        chunk: Chunk,
+        chunk: PromptChunk,
         drawn: Sequence[Drawn],
         prompts: Sequence[str | Turns],
         candidates: Sequence[Sequence[Answer]],
@@ -318,7 +318,7 @@ def tells_apart(scores: Sequence[float], shape: Shape) -> bool:
     return shape not in ("group", "one") or len(scores) == 1 or min(scores) < max(scores)
 
 
-def engine_of(spec: ChunkSpec) -> tuple[object, ...]:
+def engine_key(spec: ChunkSpec) -> tuple[object, ...]:
     """What specs must have in common to be sampled by one engine."""
     return spec.engine, spec.options, spec.policy
 

@@ -18,8 +18,8 @@ from rayalign.errors import UserError
 from rayalign.placement import Share
 from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import REST, ChunkSpec
-from rayalign.rounds.columns import Preparation, prepare_columns
-from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.columns import RoundPreparation, prepare_columns
+from rayalign.rounds.drawing import commit_drawn, draw_chunks
 from rayalign.rounds.folder import Request, RoundFolder
 from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
 from rayalign.rounds.plan import RoundPlan
@@ -53,7 +53,7 @@ class RolloutJob:
     """Rounds in a row from which nothing can be learned; then the run ends."""
     alone: bool = False
     """The method learns from one completion of a prompt, by rewards that differ between prompts."""
-    preparation: Preparation | None = None
+    preparation: RoundPreparation | None = None
     """What the method makes of every round, once and for all workers."""
     direct_weights: bool = False
     """Refreshed weights go from device to device."""
@@ -62,7 +62,7 @@ class RolloutJob:
 
 
 @contextlib.contextmanager
-def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iterator[None]:
+def serve_rounds(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, draw every round that its training asks for.
 
     A failure to draw reaches the training workers, which wait for the round, as their own UserError.
@@ -176,7 +176,7 @@ def draw_round(
         began = time.monotonic()
         positions = job.plan.round_positions(request.number)
         name = f"round {request.number + 1}/{job.plan.num_rounds}"
-        reports = draw(
+        reports = draw_chunks(
             job.spec,
             positions,
             directory,

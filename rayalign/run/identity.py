@@ -19,7 +19,7 @@ from rayalign.engine.model.folder import model_digest, model_directory, tokenize
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.judge import parameters_of
+from rayalign.judge import scorer_parameters
 from rayalign.rounds.streams import AnyStream, stored_parts
 from rayalign.run.model import critic_model, model_spec, reference_spec
 from rayalign.storage.artifacts import PENDING, digest_of
@@ -94,7 +94,7 @@ def scorer_identity(scorer: ScorerConfig) -> list[Any]:
 
     Where those lie does not.
     """
-    parameters = {key: value for key, value in parameters_of(scorer).items() if key not in PATIENCE}
+    parameters = {key: value for key, value in scorer_parameters(scorer).items() if key not in PATIENCE}
     places: dict[str, Any] = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
     said = {"label": scorer.label, "name": scorer.name, "parameters": {**parameters, **places}}
     content = scorer_content(scorer)
@@ -115,12 +115,12 @@ def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:
 
     How a language model is asked makes no other of it: it rates and compares by one taste.
     """
-    return source_of(one) == source_of(other)
+    return scorer_source(one) == scorer_source(other)
 
 
-def source_of(scorer: ScorerConfig) -> list[Any]:
+def scorer_source(scorer: ScorerConfig) -> list[Any]:
     asking = (*PATIENCE, *(("template", "api_key_env", "max_new_tokens") if scorer.name == "llm" else ()))
-    return [scorer.name, {key: value for key, value in parameters_of(scorer).items() if key not in asking}]
+    return [scorer.name, {key: value for key, value in scorer_parameters(scorer).items() if key not in asking}]
 
 
 def label_identity(label: LabelConfig) -> list[Any]:

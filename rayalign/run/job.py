@@ -23,8 +23,8 @@ from rayalign.run.model import (
     trained_spec,
 )
 from rayalign.run.readers import export_facts
-from rayalign.run.reference import made_with
-from rayalign.run.resolve import resolve
+from rayalign.run.reference import scoring_environment
+from rayalign.run.resolve import resolve_run
 from rayalign.run.rollouts import actor_share, preparation
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
@@ -36,7 +36,7 @@ from rayalign.storage.copies import Mirror
 def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
     session, asked_before = stages.session, len(stages.artifacts.asked)
-    resolved = resolve(run, session)
+    resolved = resolve_run(run, session)
     workers, fewest, own = resolved.workers, resolved.fewest, resolved.processes
     each = elastic_share(session, processes - workers, fewest=fewest or workers, most=workers)
     method = run.trained_method
@@ -58,7 +58,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         objectives=objectives(run),
         optim=run.optim,
         steps=steps,
-        critic=critic_spec(run) if method.critic is not None else None,
+        critic=make_critic_spec(run) if method.critic is not None else None,
         seed=run.seed,
         identity=run_identity(run, streams),
         checkpoint=run.checkpoint,
@@ -93,7 +93,9 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
 
 def reference_made(stream: AnyStream) -> dict[str, str] | None:
     """With what the reference log-probs of stored groups were computed; None where all groups are drawn in rounds."""
-    found = [made_with(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]]
+    found = [
+        scoring_environment(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]
+    ]
     return found[0] if found else None
 
 
@@ -141,7 +143,7 @@ def objectives(run: RunConfig) -> tuple[Objective, ...]:
     )
 
 
-def critic_spec(run: RunConfig) -> CriticSpec:
+def make_critic_spec(run: RunConfig) -> CriticSpec:
     """The second model: another one, or the policy before the first step, with a scalar head and a rate of its own."""
     critic = run.critic or CriticConfig()
     return CriticSpec(model=critic_model(run), optim=run.optim.model_copy(update={"lr": critic.lr}))

@@ -32,10 +32,10 @@ from rayalign.engine.model.context import (
 from rayalign.engine.model.folder import is_adapter, model_directory, weights_directory
 from rayalign.engine.model.kinds import is_composite, read_config
 from rayalign.engine.model.lora import refuse_missing_peft
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import prepare_export
 from rayalign.engine.model.targets import adapter_targets
-from rayalign.engine.model.trial import Trial, try_export
+from rayalign.engine.model.trial import ExportTrial, try_export
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.run.model import (
@@ -57,7 +57,7 @@ class Reader:
     vocabulary: int
     """Rows of its embedding."""
     tokenizer: Any
-    trial: Trial | None
+    trial: ExportTrial | None
     """None of a model that is not trained."""
     lora: str = ""
     """What of it gets an adapter, in words."""
@@ -72,12 +72,12 @@ def refuse_unusable_models(run: RunConfig, *, draws: bool = False) -> None:
         if draws:
             reader_of(model_spec(run))
         else:
-            trained(run)
+            trained_reader(run)
         refuse_engine(run)
-    for spec in others(run):
+    for spec in models_beside(run):
         reader_of(spec)
         refuse_other_tokens(run, spec)
-    critic = critic_spec(run)
+    critic = critic_to_read(run)
     if critic is not None and critic.name != INITIAL:
         reader_of(critic, trained=True)
 
@@ -100,7 +100,7 @@ def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
         )
 
 
-def others(run: RunConfig) -> Iterator[ModelSpec]:
+def models_beside(run: RunConfig) -> Iterator[ModelSpec]:
     """Models of their own, which must read the policy's tokens."""
     if run.model.name == INITIAL:
         return
@@ -110,11 +110,11 @@ def others(run: RunConfig) -> Iterator[ModelSpec]:
         yield critic_model(run)
 
 
-def critic_spec(run: RunConfig) -> ModelSpec | None:
+def critic_to_read(run: RunConfig) -> ModelSpec | None:
     return critic_model(run) if run.method.record.critic is not None else None
 
 
-def trained(run: RunConfig) -> Reader:
+def trained_reader(run: RunConfig) -> Reader:
     """The policy, or reward model, as it is trained."""
     return reader_of(trained_spec(run), trained=True)
 
@@ -126,7 +126,7 @@ def reader_of(spec: ModelSpec, *, trained: bool = False) -> Reader:
     Raises:
         UserError: it cannot be used.
     """
-    model, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
+    model, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     vocabulary = vocabulary_of(model)
     trial, lora = None, ""
     if trained:
@@ -150,7 +150,7 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
     """What ``final/`` will be, beside its weights: as ``run.json`` has it, and as it is said before the first step."""
     if run.model.name == INITIAL:
         return {}
-    reader, precision = trained(run), saved_precision(run)
+    reader, precision = trained_reader(run), saved_precision(run)
     facts: dict[str, Any] = {"dtype": precision.default}
     if run.method.record.trains == "policy":
         facts["end_tokens"] = reader.tokenizer.convert_ids_to_tokens(list(stop_ids(run)))
@@ -211,8 +211,8 @@ def readers_of(run: RunConfig) -> list[Reader]:
     """All models that read a run's rows."""
     if run.model.name == INITIAL:
         return []
-    critic = critic_spec(run)
-    specs = [model_spec(run), *others(run), *([critic] if critic is not None else [])]
+    critic = critic_to_read(run)
+    specs = [model_spec(run), *models_beside(run), *([critic] if critic is not None else [])]
     return [reader_of(spec) for spec in dict.fromkeys(specs)]
 
 

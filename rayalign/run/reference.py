@@ -70,7 +70,7 @@ def score_store(
     missing = [shard for shard in shards if shard_name(shard) not in finished]
     made: list[dict[str, str]] = []
     told = time.monotonic()
-    for found in scored(missing, store, directory, spec, session):
+    for found in score_shards(missing, store, directory, spec, session):
         made.append(found)
         if time.monotonic() - told >= TELL_SECONDS:
             note(f"reference: {len(finished) + len(made)}/{len(shards)} shards")
@@ -79,7 +79,7 @@ def score_store(
     commit_columns(directory, opened, finished_shards(directory).values(), meta=meta)
 
 
-def scored(
+def score_shards(
     shards: Sequence[range], store: Path, directory: Path, spec: ScoringSpec, session: Session
 ) -> Iterator[dict[str, str]]:
     """Score ``shards`` in a pool of actors; with what each was computed, in their order."""
@@ -93,7 +93,7 @@ def scored(
         yield from pool.map(shards)
 
 
-def made_with(columns: Path) -> dict[str, str]:
+def scoring_environment(columns: Path) -> dict[str, str]:
     """With what committed log-probs were computed; empty where that was not recorded."""
     found: dict[str, str] = committed(columns)["meta"].get(MADE, {})
     return found

@@ -31,7 +31,7 @@ class Resolved:
     """What a rollout engine is told beside its model."""
 
 
-def resolve(run: RunConfig, session: Session) -> Resolved:
+def resolve_run(run: RunConfig, session: Session) -> Resolved:
     """Answer what ``run`` needs of the cluster of ``session``."""
     strategy, rollout = run.strategy, run.rollout
     workers = strategy.most or max(1, int(session.num_gpus))

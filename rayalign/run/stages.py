@@ -15,11 +15,11 @@ from rayalign.config.dump import redact
 from rayalign.config.fields import portable
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
-from rayalign.data.content import content_key, plain
+from rayalign.data.content import content_key, without_query
 from rayalign.data.origin import Origin, RowRange, find
 from rayalign.data.records import append_quarantine
 from rayalign.data.render import RULES
-from rayalign.data.select import scores_of, select, write_rows
+from rayalign.data.select import scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Shape, Unit
@@ -27,14 +27,14 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
-from rayalign.rounds.columns import Preparation as RoundPreparation
+from rayalign.rounds.columns import RoundPreparation as RoundPreparation
 from rayalign.rounds.columns import prepare_columns
-from rayalign.run.facts import refuse_absent_columns, summary, warning
+from rayalign.run.facts import preparation_counts, refuse_absent_columns, warning
 from rayalign.run.identity import spec_digest, template_digest, tokenizer_identity
 from rayalign.run.model import scoring_spec
 from rayalign.run.reference import LOG_PROBS, score_store
 from rayalign.run.units import origin_of, rows_made, unit_of
-from rayalign.runtime.datasets import Preparation, prepare
+from rayalign.runtime.datasets import StorePreparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
@@ -109,7 +109,7 @@ class Stages:
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
             shards = [report.shard for report in found.reports if report.shard is not None]
-            facts = {"source": source.label, "files": files_of(units)} | summary(found)
+            facts = {"source": source.label, "files": files_of(units)} | preparation_counts(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
             commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
@@ -178,8 +178,8 @@ class Stages:
         def build(directory: Path) -> None:
             laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
             scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
-            selection = select(scores, quantile)
-            write_rows(directory, selection)
+            selection = select_best(scores, quantile)
+            write_selected_rows(directory, selection)
             found = {
                 "policy_logp_quantile": quantile,
                 "threshold": selection.threshold,
@@ -241,10 +241,10 @@ def input_digest(unit: Unit) -> str:
 
 def files_of(units: Sequence[Unit]) -> list[str]:
     """Every file, by an address without secrets."""
-    return [plain(unit.path) for unit in units]
+    return [without_query(unit.path) for unit in units]
 
 
-def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
+def refuse_bad_rows(found: StorePreparation, data: DataConfig, directory: Path) -> None:
     """Raise UserError when too many rows are bad, or none is left; the first few are named."""
     if not found.bad and any(report.shard for report in found.reports):
         return

@@ -49,7 +49,7 @@ def lease(directory: Path, *, wait: Callable[[str], None] | None = None) -> Iter
         yield
     except (KeyboardInterrupt, Stopped):
         if mine.lost:
-            raise Held(f"this process did not move for a minute, and now {described(mine.path)}") from None
+            raise Held(f"this process did not move for a minute, and now {lease_in_words(mine.path)}") from None
         raise
     finally:
         mine.stop.set()
@@ -80,9 +80,9 @@ class Lease:
                 take_over(self.path, owner)
                 continue
             if wait is None and (is_here(owner) or last_renewal(self.path) != first):
-                raise Held(f"{described(self.path)}. Wait for it, stop it, or give this run another name.")
+                raise Held(f"{lease_in_words(self.path)}. Wait for it, stop it, or give this run another name.")
             if wait is not None and not told:
-                wait(f"waiting: {described(self.path)}")
+                wait(f"waiting: {lease_in_words(self.path)}")
                 told = True
             time.sleep(POLL_SECONDS)
 
@@ -140,7 +140,7 @@ def read_owner(path: Path) -> dict[str, Any]:
         return {}
 
 
-def described(path: Path) -> str:
+def lease_in_words(path: Path) -> str:
     owner = read_owner(path)
     return (
         f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} "
@@ -153,7 +153,7 @@ def holder(directory: Path) -> str:
     path = directory / ".lease"
     owner = read_owner(path)
     is_old = time.time() - last_renewal(path) > EXPIRE_SECONDS
-    return "" if not owner or is_old or is_dead_here(owner) else described(path)
+    return "" if not owner or is_old or is_dead_here(owner) else lease_in_words(path)
 
 
 def is_here(owner: dict[str, Any]) -> bool:

@@ -18,8 +18,8 @@ from rayalign.config.method import resolve_method
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
-from rayalign.data.json_rows import parsed
-from rayalign.data.origin import RowRange, find, is_pattern, matching
+from rayalign.data.json_rows import parse_json_row
+from rayalign.data.origin import RowRange, find, is_pattern, matching_files
 from rayalign.data.records import Row
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Unit, read_chunks
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, open_tokenizer
@@ -136,7 +136,7 @@ def _each(given: Sequence[str]) -> Iterator[str]:
     """Every path; of a pattern those that match, or itself where none does."""
     for path in given:
         try:
-            found = matching(path) if is_pattern(path) else [path]
+            found = matching_files(path) if is_pattern(path) else [path]
         except UserError:
             found = [path]
         yield from found
@@ -174,7 +174,7 @@ def _scores(spec: ModelSpec) -> RowScores:
 def _row(source: DataSource, line: int, row: Any) -> Row:
     """A row of a function, as JSON would hold it."""
     try:
-        return parsed(json.dumps(row).encode(), source=source.label, line=line)
+        return parse_json_row(json.dumps(row).encode(), source=source.label, line=line)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source.function!r}: row {line} cannot be written as JSON: {error}") from error
 

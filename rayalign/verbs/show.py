@@ -28,7 +28,7 @@ Marked = tuple[str, str]
 """(role, text)."""
 
 
-def shown(
+def row_lines(
     row: Row, found: Example | BadRow | UndecidedRow, chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> Iterator[Text]:
     """The lines of one row."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rayalign.errors import UserError
 from rayalign.placement import Node, Share, elastic_share, guest, host, share
-from rayalign.runtime.elastic import fitting
+from rayalign.runtime.elastic import num_fitting_node
 from rayalign.runtime.session import Session
 
 
@@ -77,9 +77,9 @@ def test_workers_never_share_a_gpu_with_an_actor_that_has_none() -> None:
 
 def test_what_fits_is_bounded_by_the_scarcest() -> None:
     free = {"CPU": 3.0, "GPU": 2.0}
-    assert fitting(Share(cpus=0.6, gpus=0, threads=1), free) == 5
-    assert fitting(Share(cpus=1, gpus=1, threads=1), free) == 2
-    assert fitting(Share(cpus=1, gpus=1, threads=1), {"CPU": 4.0}) == 0
+    assert num_fitting_node(Share(cpus=0.6, gpus=0, threads=1), free) == 5
+    assert num_fitting_node(Share(cpus=1, gpus=1, threads=1), free) == 2
+    assert num_fitting_node(Share(cpus=1, gpus=1, threads=1), {"CPU": 4.0}) == 0
 
 
 @given(

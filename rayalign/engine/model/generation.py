@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rayalign.data.chat import Chat
 from rayalign.engine.model.folder import CONFIG, FIELD, read_json, weights_directory
-from rayalign.engine.model.loading import quiet
+from rayalign.engine.model.loading import quiet_transformers
 from rayalign.errors import UserError
 
 FILE = "generation_config.json"
@@ -43,13 +43,13 @@ def generation_config(directory: Path, model: PreTrainedModel, *, field: str = F
         found, refused = settled(candidate)
         if found is not None and not refused:
             if problem:
-                tell(path or weights_directory(directory, field=field) / CONFIG, problem, change)
+                warn_of_repair(path or weights_directory(directory, field=field) / CONFIG, problem, change)
             return found
     raise AssertionError("a file of token ids alone is never refused")
 
 
 @functools.lru_cache(maxsize=64)
-def tell(path: Path, problem: str, change: str) -> None:
+def warn_of_repair(path: Path, problem: str, change: str) -> None:
     """Say it once in a process, which may load a model several times."""
     log.warning("%s contradicts itself (%s): %s", path, problem, change)
 
@@ -67,7 +67,7 @@ def repairs(facts: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]
 
 def settled(facts: Mapping[str, Any]) -> tuple[GenerationConfig | None, str]:
     """The settings as transformers holds them, and why it would not save them; an empty text if it would."""
-    with quiet():
+    with quiet_transformers():
         try:
             found = GenerationConfig.from_dict(dict(facts))
             found.validate(strict=True)

@@ -40,7 +40,7 @@ from rayalign.engine.model.folder import (
 from rayalign.engine.model.generation import generation_config
 from rayalign.engine.model.group_attention import GROUP_ATTENTION
 from rayalign.engine.model.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
-from rayalign.engine.model.loading import META, Source, load_weights, made_of, quiet, refuse_unfit
+from rayalign.engine.model.loading import META, Source, load_weights, quiet_transformers, refuse_unfit, tensors_made_of
 from rayalign.engine.model.lora import add_adapter
 from rayalign.engine.model.merging import brings_head, merge_adapter
 from rayalign.engine.model.precision import EXACT, Precision, SaveDtype, precision_of
@@ -108,7 +108,7 @@ def load_policy(
     """
     device = device or CPU
     model = load_model(spec, device=device, place=place)
-    tokenizer = tokenizer_of(spec)
+    tokenizer = model_tokenizer(spec)
     if spec.head is not None:
         prepare_export(model, tokenizer, spec.head)
     if spec.lora is not None:
@@ -140,9 +140,9 @@ def load_model(
     if place.type == "meta":
         pass
     elif spec.from_scratch:
-        model = drawn(model, spec)
+        model = draw_weights(model, spec)
     else:
-        model = load_weights(model, source_of(spec, directory, model)).to(place)
+        model = load_weights(model, weights_source(spec, directory, model)).to(place)
     if spec.head is not None:
         finish_head(model, new=has_new_head(spec, directory), seed=spec.seed, field=spec.field)
     if is_adapter(directory) and not spec.from_scratch:
@@ -164,11 +164,11 @@ def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
     directory = model_directory(spec.name, spec.revision, field=spec.field)
     if not spec.from_scratch:
         blank = blank_model(spec, directory, CPU)
-        refuse_unfit(blank, source_of(spec, directory, blank))
+        refuse_unfit(blank, weights_source(spec, directory, blank))
     return load_model(spec, place=META)
 
 
-def tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def model_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside a model; see :func:`load_tokenizer`."""
     directory = model_directory(spec.name, spec.revision, field=spec.field)
     return load_tokenizer(directory, trust_remote_code=spec.trust_remote_code, field=spec.field)
@@ -203,7 +203,7 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
     return model
 
 
-def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
+def weights_source(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
     """Where the weights of a model lie, and which of them may be new."""
     base = weights_directory(directory, field=spec.field)
     new = frozenset({HEAD_WEIGHT}) if spec.head is not None and has_new_head(spec, directory) else frozenset[str]()
@@ -223,7 +223,9 @@ def kept_precision(spec: ModelSpec, wanted: SaveDtype) -> Precision:
     if not found.exact:
         return found
     blank = blank_model(spec, directory, CPU)
-    return replace(found, exact=found.exact | made_of(blank, source_of(spec, directory, blank), found.exact))
+    return replace(
+        found, exact=found.exact | tensors_made_of(blank, weights_source(spec, directory, blank), found.exact)
+    )
 
 
 def has_new_head(spec: ModelSpec, directory: Path) -> bool:
@@ -239,7 +241,7 @@ def has_new_head(spec: ModelSpec, directory: Path) -> bool:
     return not (spec.trained_head or is_classifier(facts.get("architectures")))
 
 
-def drawn(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
+def draw_weights(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
     """A model like ``blank`` with weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
@@ -308,7 +310,7 @@ def save_weights(
     precision: Precision = EXACT,
 ) -> None:
     """Write a model's weights and configuration."""
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(directory, state_dict=precision.cast(model.state_dict() if state is None else state))
     path = directory / CONFIG
     facts = {**read_json(path), "dtype": precision.default}  # transformers writes that of the parameters in memory

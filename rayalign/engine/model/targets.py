@@ -122,11 +122,13 @@ def bypassed_layers(model: PreTrainedModel) -> list[str]:
             source = source_of_class(type(owner).__module__, type(owner).__qualname__)
             mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
             taken = {own for own in TAKEN.findall(source) if mixer or f"self.{own}(" not in source}
-            found += [f"{name}.{own}" for own, layer in layers.items() if own in taken or not answers(layer)]
+            found += [
+                f"{name}.{own}" for own, layer in layers.items() if own in taken or not maps_vector_to_vector(layer)
+            ]
     return found
 
 
-def answers(layer: nn.Module) -> bool:
+def maps_vector_to_vector(layer: nn.Module) -> bool:
     """Whether a linear layer, whatever its class makes of it, gives a vector for a vector."""
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True

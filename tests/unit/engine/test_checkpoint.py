@@ -19,7 +19,7 @@ from rayalign.engine.checkpoint.checkpoint import (
     Checkpoint,
     Checkpointer,
     IncompatibleCheckpoint,
-    differences,
+    identity_differences,
     step_of,
 )
 from rayalign.engine.checkpoint.optimizer_state import (
@@ -128,8 +128,11 @@ def test_another_configuration_is_refused_with_what_differs(root: Path) -> None:
 
 
 def test_differences_are_those_of_json() -> None:
-    assert differences({"a": {"b": [1, 2]}, "c": None}, {"a": {"b": (1, 2)}, "c": None}) == []
-    assert differences({"a": {}}, {"a": {"b": True}}) == ["a: {} there, nothing here", "a.b: nothing there, true here"]
+    assert identity_differences({"a": {"b": [1, 2]}, "c": None}, {"a": {"b": (1, 2)}, "c": None}) == []
+    assert identity_differences({"a": {}}, {"a": {"b": True}}) == [
+        "a: {} there, nothing here",
+        "a.b: nothing there, true here",
+    ]
 
 
 def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:

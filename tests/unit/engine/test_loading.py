@@ -27,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 
@@ -270,16 +270,16 @@ def test_a_tokenizer_that_is_not_there(llama: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(llama, tmp_path / "model")
     content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json")(directory)
     with pytest.raises(UserError, match=r"tokenizer.json is a pointer of Git LFS"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(name=str(directory)))
     shutil.copy(llama / "tokenizer.json", directory)
     content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "chat_template.jinja")(directory)
     with pytest.raises(UserError, match=r"chat_template.jinja is a pointer of Git LFS"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(name=str(directory)))
     for file in directory.glob("tokenizer*"):
         file.unlink()
     assert any(directory.glob("chat_template*"))
     with pytest.raises(UserError, match=r"holds no tokenizer: save one there"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(name=str(directory)))
 
 
 def test_a_tokenizer_that_writes_control_tokens_as_words(llama: Path, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_tokenizer_that_writes_control_tokens_as_words(llama: Path, tmp_path: 
     path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
     assert len(AutoTokenizer.from_pretrained(directory)("<|im_end|>")["input_ids"]) > 1
     with pytest.raises(UserError, match=r"says split_special_tokens: true, .*: remove that from tokenizer_config.json"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(name=str(directory)))
 
 
 HARMLESS: dict[str, Edit] = {

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayalign.config.model import LoraConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.model.forward import Policy, ScalarModel
-from rayalign.engine.model.lora import ADAPTER, adapted, adapter_off, merged
+from rayalign.engine.model.lora import ADAPTER, adapted_layers, adapter_off, state_with_adapter_merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.strategy.base import make_strategy
@@ -85,7 +85,7 @@ def trained(path: Path, lora: LoraConfig = LORA) -> PreTrainedModel:
     """A model with an adapter that does something."""
     model, _ = load_policy(ModelSpec(name=str(path), lora=lora))
     torch.manual_seed(0)
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         layer.lora_B["default"].weight.data.normal_(std=0.3)
     return model
 
@@ -96,7 +96,7 @@ def test_a_new_adapter_changes_nothing(family: str, models: dict[str, Path]) -> 
     model, _ = load_policy(ModelSpec(name=str(models[family]), lora=LORA))
     assert torch.equal(logps(model), logps(base))
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    assert not any("lm_head" in name for name in adapted(model))
+    assert not any("lm_head" in name for name in adapted_layers(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +105,7 @@ def test_merged_weights_compute_the_same_under_the_names_of_the_base(family: str
     model = trained(models[family])
     expected = logps(model)
     assert (expected - logps(base)).abs().max() > 0.05
-    state = merged(model, model.state_dict())
+    state = state_with_adapter_merged(model, model.state_dict())
     assert list(state) == list(base.state_dict())
     base.load_state_dict(state)
     assert torch.allclose(logps(base), expected, atol=2e-5)
@@ -115,8 +115,8 @@ def test_the_merge_by_hand(models: dict[str, Path]) -> None:
     model = trained(models["llama_tied"], LoraConfig(rank=2, alpha=6.0, target_modules=("q_proj",)))
     layer = model.model.layers[0].self_attn.q_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    state = merged(model, model.state_dict())
-    assert A.shape[0] == 2 and len(adapted(model)) == 2
+    state = state_with_adapter_merged(model, model.state_dict())
+    assert A.shape[0] == 2 and len(adapted_layers(model)) == 2
     assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + 3.0 * (B @ A))
     assert state["model.embed_tokens.weight"].data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
@@ -177,7 +177,7 @@ def test_a_reference_in_place_is_the_one_in_the_data(method: str, scenario: Scen
 def test_dropout_is_of_gradients_only(scenario: Scenario) -> None:
     dropped = replace(scenario, lora=LORA.model_copy(update={"dropout": 0.5}))
     runner, policy, optimizer = prepared(dropped, SINGLE)
-    for layer in adapted(policy.model).values():
+    for layer in adapted_layers(policy.model).values():
         layer.lora_B["default"].weight.data.normal_(std=0.3)
     assert torch.equal(logps(policy.model), logps(policy.model))
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_a_new_adapter_changes_no_reward(family: str, models: dict[str, Path]) -
     assert torch.equal(rewards(model), rewards(base))
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in names and all(".lora_" in name for name in names - {"score.weight"})
-    assert adapted(model) and "score" not in adapted(model)
+    assert adapted_layers(model) and "score" not in adapted_layers(model)
     with pytest.raises(UserError, match="model.lora.target_modules: score: an adapter goes onto linear layers of the"):
         load_policy(
             ModelSpec(

@@ -17,7 +17,7 @@ from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import RawRow
-from rayalign.data.select import rows_file, scores_of, select, write_rows
+from rayalign.data.select import rows_file, scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize_rows import Unit, prepare_chunk
@@ -25,8 +25,8 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.methods import resolve
-from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkSpec
-from rayalign.rounds.columns import Preparation, prepare_columns
+from rayalign.rounds.chunk import ChunkMaker, ChunkSpec, PromptChunk
+from rayalign.rounds.columns import RoundPreparation, prepare_columns
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.reference import LOG_PROBS
 from rayalign.storage.artifacts import STAGE_VERSIONS
@@ -103,9 +103,9 @@ def test_filter(store: TokenStore, tmp_path: Path) -> None:
     ]
     shard = write_column_shard(tmp_path / "logps", "0", first=0, per_token={LOG_PROBS: columns})
     laid = commit_columns(tmp_path / "logps", store, [shard], meta={})
-    selection = select([scores_of(laid, column=LOG_PROBS, own_candidates=None)], 0.7)
+    selection = select_best([scores_of(laid, column=LOG_PROBS, own_candidates=None)], 0.7)
     assert (selection.threshold, selection.kept[0].tolist()) == (-3 / 8, [0, 2, 5])
-    write_rows(tmp_path / "filter", selection)
+    write_selected_rows(tmp_path / "filter", selection)
     assert file_digest(rows_file(tmp_path / "filter", 0)) == KEPT_DIGEST
 
 
@@ -121,7 +121,7 @@ def test_prepared(tmp_path: Path) -> None:
     ]
     drawn = commit_store(tmp_path / "drawn", [write_shard(tmp_path / "drawn", "0", groups)], meta={})
     method = resolve("reinforce_pp")
-    preparation = Preparation(method=method, config=method.config(kl_coef=0), key="")
+    preparation = RoundPreparation(method=method, config=method.config(kl_coef=0), key="")
     made = prepare_columns(drawn, tmp_path / "prepared", preparation)
     advantages = np.concatenate([made[row].per_token["advantage"] for row in range(len(made))])
     assert (len(advantages), float(advantages.mean())) == (PAIR_TOKENS, pytest.approx(0, abs=1e-6))
@@ -158,6 +158,6 @@ def test_rollouts(tmp_path: Path) -> None:
         shape="pair",
         needs_reference=False,
     )
-    chunk = Chunk(name="0", positions=range(len(prompts)), directory=tmp_path / "rollouts", weights=None)
+    chunk = PromptChunk(name="0", positions=range(len(prompts)), directory=tmp_path / "rollouts", weights=None)
     report = ChunkMaker()((spec, chunk))
     assert commit_store(tmp_path / "rollouts", [report.shard], meta={}).digest == ROLLOUTS_DIGEST

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_runs import save_tiny
 
 from rayalign.comparison.compare import compare
-from rayalign.comparison.forecast import estimate, read_pilot
+from rayalign.comparison.forecast import estimate_step_time, read_pilot
 from rayalign.comparison.plan import Plan, Planned, plan, stage_state
 from rayalign.config import load_compare, load_run
 from rayalign.config.dump import dump
@@ -256,18 +256,18 @@ def test_a_pilot_says_how_long_a_step_takes(folder: Path) -> None:
     pilot_run(folder, "other-shape", [50.0], "method=sft")
     pilots = read_pilot(folder / "pilot")
     run = load_run(folder / "run.yaml")
-    found = estimate(run, pilots, workers=1, threads=1)
+    found = estimate_step_time(run, pilots, workers=1, threads=1)
     assert found is not None
     assert (found.seconds_per_step, found.differences) == (3.0, ())  # the median of 2, 2, 4 and 9
     slower = load_run(folder / "run.yaml", ["optim.groups_per_step=32"])
-    found = estimate(slower, pilots, workers=2, threads=1)
+    found = estimate_step_time(slower, pilots, workers=2, threads=1)
     assert found is not None
     assert found.differences == (
         "optim.groups_per_step: 64 → 32",
         "workers: 1 → 2",
         "optim.groups_per_step: 2 → 32",
     )
-    assert estimate(load_run(folder / "run.yaml", ["method=kto"]), pilots, workers=1, threads=1) is None
+    assert estimate_step_time(load_run(folder / "run.yaml", ["method=kto"]), pilots, workers=1, threads=1) is None
 
 
 def test_time_and_money_are_steps_times_the_pilots_seconds(folder: Path) -> None:

@@ -13,8 +13,8 @@ from rayalign.cli import main
 from rayalign.errors import UserError
 from rayalign.report.estimates import summarize
 from rayalign.report.merge import differing, merge, merge_folders
-from rayalign.report.points import ComparisonRecord, load, save
-from rayalign.report.render import render
+from rayalign.report.points import ComparisonRecord, load_comparison, save_comparison
+from rayalign.report.render import render_report
 from rayalign.report.statistics import Bootstrap
 
 MEASURED = {"reference": "r", "prompts": "p", "scorers": "s", "package": "v"}
@@ -67,7 +67,7 @@ def test_beside_tuned_cells_the_others_are_called_untuned(tmp_path: Path) -> Non
     tuning = {"label": "dpo, off", "cells": [few_cells()["cells"][0]["id"]], "asked": 2, "seeds": [9],
               "scorer": "oracle", "prompt_set": "shop", "num_prompts": 2}  # fmt: skip
     first = comparison("one", tuning=[tuning])
-    page = render(merge([("a", first), ("b", comparison("two", cells=renamed(few_cells(), "-b")))]), tmp_path)
+    page = render_report(merge([("a", first), ("b", comparison("two", cells=renamed(few_cells(), "-b")))]), tmp_path)
     for text in (page.read_text(), page.with_name("report.md").read_text()):
         assert "Untuned: dpo, on, orpo, off, dpo, off-b, dpo, on-b, orpo, off-b." in text
 
@@ -112,7 +112,7 @@ def test_the_command_line_merges_what_it_can_and_names_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, measured in (("one", MEASURED), ("two", MEASURED), ("three", MEASURED | {"reference": "x"})):
-        save(comparison(name, measured=measured), tmp_path / name)
+        save_comparison(comparison(name, measured=measured), tmp_path / name)
     folders = [str(tmp_path / name) for name in ("one", "two", "three")]
     monkeypatch.setattr("sys.argv", ["rayalign", "report", *folders, "--out", str(tmp_path / "all")])
     with pytest.raises(SystemExit) as end:
@@ -125,12 +125,12 @@ def test_the_command_line_merges_what_it_can_and_names_the_rest(
     for text in ((report / "report.html").read_text(), (report / "report.md").read_text()):
         assert "Merged of 2 comparisons that were measured alike: one, two." in text
         assert "which differs from one in the reference model" in text
-    assert load(tmp_path / "all").parts[0].name == "one"
+    assert load_comparison(tmp_path / "all").parts[0].name == "one"
 
 
 def test_folders_are_distinct_and_the_report_has_its_own(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        save(comparison(name), tmp_path / name)
+        save_comparison(comparison(name), tmp_path / name)
     one, two = tmp_path / "one", tmp_path / "two"
     with pytest.raises(UserError, match="a folder is given twice"):
         merge_folders([one, tmp_path / "two" / ".." / "one"], tmp_path / "all")

@@ -40,9 +40,9 @@ from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.state import CriticSpec
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import Stopped
-from rayalign.rounds.columns import Preparation, prepare_columns
+from rayalign.rounds.columns import RoundPreparation, prepare_columns
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.service import serving
+from rayalign.rounds.service import serve_rounds
 from rayalign.storage.manifest import read_manifest, verify
 
 
@@ -253,7 +253,7 @@ def test_a_notice_is_answered_once_before_skipped_steps(
     limit = stopped.scenario.objectives[0].config.model_dump()["target_kl"]
     run = ppo(tmp_path, model, file, plan=THRICE, target_kl=limit)
     spec = run.spec(checkpoint_every=12, checkpoint_keep=9, checkpoint_at=())
-    with serving(run.job, InProcess(), run.notes.append):
+    with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(spec, run.scenario, notices=Notice())
     assert sorted(step_of(path) for path in (run.directory / "checkpoints").glob("step_*")) == [4, 12]
 
@@ -283,7 +283,7 @@ def test_a_critic_starts_from_a_reward_models_folder(tmp_path: Path, model: Path
     run = ppo(tmp_path / "run", model, file, plan=replace(PLAN, steps=1))
     spec = run.spec()
     critic = CriticSpec(model=ModelSpec(name=str(tmp_path / "rm"), head=ScalarHead()), optim=spec.optim)
-    with serving(run.job, InProcess(), run.notes.append):
+    with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
     store = opened(run, 0)
     for group in (store[row] for row in range(len(store))):
@@ -324,7 +324,7 @@ def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: 
     critic = CriticSpec(
         model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
     )
-    with pytest.raises(NonFiniteStep, match="step 1: loss"), serving(run.job, InProcess(), run.notes.append):
+    with pytest.raises(NonFiniteStep, match="step 1: loss"), serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
     assert rows(run) == [] and not (tmp_path / "checkpoints").exists()
 
@@ -338,7 +338,7 @@ def test_where_the_critic_is_not_finite_both_models_skip(tmp_path: Path, model: 
     critic = CriticSpec(
         model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
     )
-    with serving(run.job, InProcess(), run.notes.append):
+    with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(run.spec(critic=critic, optim={"on_nonfinite": "skip"}), run.scenario)
     assert [row["skipped_steps"] for row in rows(run)] == [1, 2]
     start, end = (load_file(path / "model.safetensors") for path in (model, tmp_path / "final"))
@@ -350,7 +350,7 @@ def test_columns_name_the_values_that_they_were_made_with(tmp_path: Path, traine
     path = trained.rounds()[0]
     drawn = TokenStore.open(path)
     main = trained.scenario.objectives[0]
-    preparation = Preparation(method=main.method, config=main.config, key="")
+    preparation = RoundPreparation(method=main.method, config=main.config, key="")
     [overlay] = columns(trained, path)
     said = [drawn.with_columns(overlay)[row].per_token for row in range(len(drawn))]
     values = torch.from_numpy(np.concatenate([group["old_value"] for group in said]))

@@ -16,7 +16,7 @@ from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
 from rayalign.rollout.base import SamplingParams
-from rayalign.rounds.chunk import Chunk
+from rayalign.rounds.chunk import PromptChunk
 from rayalign.rounds.ledger import Ledger
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.service import Unlabelled
@@ -92,7 +92,7 @@ def test_rewards_that_come_late_let_the_run_go_on(tmp_path: Path, model: Path, f
     run = make(tmp_path, model, file, "grpo", scorer=scorer("lucky"), plan=replace(PLAN, steps=4))
     luck = tmp_path / "luck.txt"
 
-    def draw(chunk: Chunk) -> None:
+    def draw(chunk: PromptChunk) -> None:
         luck.write_text("1" if chunk.positions.start == 2 * PLAN.groups_per_step else "0")
 
     with pytest.MonkeyPatch.context() as patch:
