@@ -22,7 +22,7 @@ from rayalign.comparison.record import CellResult, comparison_record
 from rayalign.comparison.tuning import Outcome, settle_cells, trial_cells, trials_table, tune
 from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import redacted_setting
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.errors import Stopped, UserError
 from rayalign.report.points import save_comparison
 from rayalign.report.render import render_report
@@ -78,7 +78,6 @@ def compare(
         refuse_unsupported(run)
         refuse_unusable_models(run)
     evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
-    assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)
     for note in comparison.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -110,10 +109,10 @@ def compare(
             with train_cells(ready, parallel, board, ending) as trained:
                 yield from (whole_trial(cell.result(), ending.budget) for cell in trained)
 
-        measured = started_from(evaluated, model) if model else evaluated
+        measured = replace(evaluated, run=started_from(evaluated.run, model)) if model else evaluated
         outcomes: tuple[Outcome, ...] = ()
-        if comparison.tuning:
-            outcomes = tune(comparison, measured, stages, train_trials, board)
+        if comparison.tune is not None:
+            outcomes = tune(comparison, comparison.tune, measured, stages, train_trials, board)
         cells, lost = settle_cells(cells, outcomes, board)
         ready = [lost.get(cell.id) or prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
         jobs = count_usage(ready, ending.budget)
@@ -158,7 +157,7 @@ def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
         raise UserError("\n".join(reasons))
 
 
-def common_evaluation(comparison: Comparison) -> RunConfig:
+def common_evaluation(comparison: Comparison) -> EvaluatedRun:
     """A run whose evaluation is every cell's; cells that are measured differently cannot be compared."""
     runs = [cell.run for cell in comparison.cells if cell.run is not None]
     first = runs[0]
@@ -181,7 +180,7 @@ def common_evaluation(comparison: Comparison) -> RunConfig:
             raise UserError(
                 f"{run.name}: model.from_scratch draws another reference for every seed; train it once as `initial`"
             )
-    return first
+    return EvaluatedRun(run=first, evaluate=first.evaluate)
 
 
 def cells_table(comparison: Comparison) -> Table:

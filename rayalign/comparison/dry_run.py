@@ -24,7 +24,7 @@ from rayalign.comparison.forecast import (
 )
 from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
 from rayalign.config.compare import Comparison
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.placement import Share, share
 from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages
@@ -35,7 +35,7 @@ SHOWN_CELLS = 3
 
 
 def dry_run(
-    comparison: Comparison, evaluated: RunConfig, *, fresh: frozenset[str], pilot: Path | None, console: Console
+    comparison: Comparison, evaluated: EvaluatedRun, *, fresh: frozenset[str], pilot: Path | None, console: Console
 ) -> None:
     """Print what the comparison would do; nothing is written, and no Ray is started.
 

@@ -17,7 +17,7 @@ from rayalign import __version__
 from rayalign.comparison.baseline import baseline_directory, baseline_spec
 from rayalign.comparison.prompts import prompt_sets
 from rayalign.config.load import load_run
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
 from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of
 from rayalign.engine.model.precision import EXACT
@@ -70,9 +70,10 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
             f"{run.method.name} trains no policy that could be sampled; measure its model on held-out pairs: "
             f"rayalign evaluate {run.storage_path}/{run.name}/final --pairs test.jsonl"
         )
-    if run.evaluate is None:
+    evaluated = run.evaluated
+    if evaluated is None:
         raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
-    refuse_broken_scorers(run.evaluate)
+    refuse_broken_scorers(evaluated.evaluate)
     refuse_unusable_models(run, draws=True)
     with connect(import_paths=[folder]) as session, ProgressBoard(console) as board:
         directory = session.storage(run.storage_path) / run.name
@@ -80,7 +81,7 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
         if not found:
             raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
-        with closing(Evaluation.start(run, stages, share=share(session, 1), actors=1)) as evaluation:
+        with closing(Evaluation.start(evaluated, stages, share=share(session, 1), actors=1)) as evaluation:
             baseline = evaluation.baseline(directory)
             rows = {"0": evaluation.points(None, directory)}
             if baseline is not None:
@@ -88,7 +89,7 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
             for step, checkpoint in sorted(found.items()):
                 board.say(f"{run.name}: measuring step {step}")
                 rows[str(step)] = evaluation.points(checkpoint, directory)
-    console.print(points_table(run.evaluate, rows))
+    console.print(points_table(evaluated.evaluate, rows))
     for sentence in answer_remarks(rows):
         console.print(sentence, markup=False, highlight=False)
 
@@ -106,13 +107,12 @@ class Evaluation:
     """What scorers and judge have remarked so far."""
 
     @classmethod
-    def start(cls, run: RunConfig, stages: Stages, *, share: Share, actors: int) -> Evaluation:
+    def start(cls, evaluated: EvaluatedRun, stages: Stages, *, share: Share, actors: int) -> Evaluation:
         """``actors`` processes that hold the reference."""
-        assert run.evaluate is not None
-        spec = evaluation_spec(run, stages)
+        spec = evaluation_spec(evaluated, stages)
         pool = Pool("evaluation", Evaluator, spec, share=share, most=actors)
         digest, note = evaluation_digest(spec), stages.artifacts.note
-        return cls(spec=spec, config=run.evaluate, digest=digest, evaluators=pool, note=note)
+        return cls(spec=spec, config=evaluated.evaluate, digest=digest, evaluators=pool, note=note)
 
     def points(self, checkpoint: Path | None, directory: Path) -> Points:
         """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``.
@@ -210,13 +210,13 @@ class Evaluation:
         self.evaluators.close()
 
 
-def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
+def evaluation_spec(evaluated: EvaluatedRun, stages: Stages) -> EvaluationSpec:
     """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
-    assert run.evaluate is not None
-    sampling = run.evaluate.sampling
-    sets = prompt_sets(run, stages)
+    run, evaluate = evaluated.run, evaluated.evaluate
+    sampling = evaluate.sampling
+    sets = prompt_sets(evaluated, stages)
     for prompts in sets.values():
-        refuse_long_questions(prompts, run)
+        refuse_long_questions(prompts, evaluated)
     return EvaluationSpec(
         reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
         prompt_sets=sets,
@@ -229,9 +229,9 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
             seed=run.seed,
             stop_ids=stop_ids(run),
         ),
-        scorers=run.evaluate.all_scorers,
-        judge=run.evaluate.judge,
-        baseline=baseline_spec(run),
+        scorers=evaluate.all_scorers,
+        judge=evaluate.judge,
+        baseline=baseline_spec(evaluated),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rayalign.config.candidates import Drawing
 from rayalign.config.compare import Cell, Comparison, started_from
 from rayalign.config.data import DataSource
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun, RunConfig
 from rayalign.errors import UserError
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.streams import StoredStream
@@ -111,7 +111,7 @@ class Planned:
     """The initial run, where there is one, and every cell that is not skipped."""
 
 
-def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Session) -> Planned:
+def plan(comparison: Comparison, evaluated: EvaluatedRun, keeper: Plan, session: Session) -> Planned:
     """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
     stages = Stages(artifacts=keeper, session=session)
     directory = keeper.root.parent / comparison.name
@@ -231,12 +231,11 @@ def prompts_not_made(prompts: list[Path], weights: list[float]) -> StoredStream:
     )
 
 
-def ask_for_prompts(run: RunConfig, stages: Stages) -> None:
+def ask_for_prompts(evaluated: EvaluatedRun, stages: Stages) -> None:
     """Prompts that an evaluation's own function makes."""
-    assert run.evaluate is not None
-    for source in run.evaluate.prompts or run.data.eval:
+    for source in evaluated.evaluate.prompts or evaluated.run.data.eval:
         if source.function is not None:
-            stages.rows(source)
+            stages.rows(source.function, source)
 
 
 def cells_at_once(cells: Sequence[Cell], session: Session) -> int:

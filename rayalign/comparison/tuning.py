@@ -21,7 +21,7 @@ from rayalign.comparison.evaluate import (
 from rayalign.comparison.record import CellResult, cell_cost, value_text
 from rayalign.config.compare import Cell, Comparison
 from rayalign.config.grid import slug
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import REFERENCE
 from rayalign.config.tune import Trial, TuneConfig, Tuning
 from rayalign.engine.metrics import read_metrics
@@ -107,7 +107,12 @@ def trial_cells(comparison: Comparison) -> list[Cell]:
 
 
 def tune(
-    comparison: Comparison, evaluated: RunConfig, stages: Stages, train: TrainAll, board: ProgressBoard
+    comparison: Comparison,
+    config: TuneConfig,
+    evaluated: EvaluatedRun,
+    stages: Stages,
+    train: TrainAll,
+    board: ProgressBoard,
 ) -> tuple[Outcome, ...]:
     """Train and measure every trial and pick one per configuration. What was done before is found, not done again.
 
@@ -116,10 +121,10 @@ def tune(
     Raises:
         UserError: a half of the first prompt set is empty.
     """
-    assert comparison.tune is not None
-    spec = selecting_spec(evaluated, stages)
+    selecting = selecting_run(evaluated)
+    spec = selecting_spec(selecting, stages)
     cells = trial_cells(comparison)
-    seeds = len(comparison.tune.seeds)
+    seeds = len(config.seeds)
     board.say(f"tuning: {len(cells)} runs, {len(cells) // seeds} trials")
     measures: list[TrialResult] = []
     with ExitStack() as stack:
@@ -128,31 +133,30 @@ def tune(
         for result in trained:
             if evaluation is None and result.job is not None:
                 pool = Pool("tuning", Evaluator, spec, share=result.job.share, most=1)
-                config = selecting_run(evaluated).evaluate
-                assert config is not None
-                evaluation = Evaluation(spec=spec, config=config, digest=evaluation_digest(spec), evaluators=pool)
+                digest = evaluation_digest(spec)
+                evaluation = Evaluation(spec=spec, config=selecting.evaluate, digest=digest, evaluators=pool)
                 stack.callback(evaluation.close)
             measures.append(measure_trial(result, evaluation, board))
     by_trial = iter([measures[index : index + seeds] for index in range(0, len(measures), seeds)])
     found = []
     for tuning in comparison.tuning:
-        outcome = pick_trial(tuning, [next(by_trial) for _ in tuning.trials], comparison.tune, spec)
+        outcome = pick_trial(tuning, [next(by_trial) for _ in tuning.trials], config, spec)
         if tuning.trials:
             board.say(f"{tuning.id}: picked {outcome.picked.label if outcome.picked else 'none of its trials'}")
         found.append(outcome)
     return tuple(found)
 
 
-def selecting_run(evaluated: RunConfig) -> RunConfig:
+def selecting_run(evaluated: EvaluatedRun) -> EvaluatedRun:
     """Evaluated by the first scorer alone: a judge is not asked about trials."""
-    assert evaluated.evaluate is not None
     alone = {"scorers": evaluated.evaluate.scorers[:1], "diagnostics": (), "judge": None, "baseline": REFERENCE}
-    return evaluated.model_copy(update={"evaluate": evaluated.evaluate.model_copy(update=alone)})
+    config = evaluated.evaluate.model_copy(update=alone)
+    return EvaluatedRun(run=evaluated.run.model_copy(update={"evaluate": config}), evaluate=config)
 
 
-def selecting_spec(evaluated: RunConfig, stages: Stages) -> EvaluationSpec:
+def selecting_spec(selecting: EvaluatedRun, stages: Stages) -> EvaluationSpec:
     """On the *select* half of the first prompt set."""
-    spec = evaluation_spec(selecting_run(evaluated), stages)
+    spec = evaluation_spec(selecting, stages)
     name, prompts = next(iter(spec.prompt_sets.items()))
     half = tuple(prompt for prompt in prompts if half_of(prompt.text) == "select")
     if not half or len(half) == len(prompts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
@@ -130,6 +131,11 @@ class RunConfig(Block):
         return Drawing(policy=self.data_policy, rollout=self.rollout, labelling=labelling)
 
     @property
+    def evaluated(self) -> EvaluatedRun | None:
+        """The run with what ``evaluate`` says; None where it is not evaluated."""
+        return EvaluatedRun(run=self, evaluate=self.evaluate) if self.evaluate is not None else None
+
+    @property
     def measures_loss(self) -> bool:
         """Whether ``data.eval`` has a loss; what is prepared of rounds, stored rows do not have."""
         return bool(self.data.eval) and self.method.record.round_prepare is None
@@ -151,3 +157,11 @@ class RunConfig(Block):
         if self.filter is not None:
             parts.append(f"filter {self.filter.policy_logp_quantile:g}")
         return " + ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedRun:
+    """A run whose policies are sampled and scored, and how."""
+
+    run: RunConfig
+    evaluate: EvaluateConfig

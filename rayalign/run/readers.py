@@ -14,7 +14,7 @@ from typing import Any
 
 from rayalign.config.compare import INITIAL
 from rayalign.config.policy import RolloutConfig
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun, RunConfig
 from rayalign.data.group import Group
 from rayalign.data.store import TokenStore
 from rayalign.engine.model.context import (
@@ -239,13 +239,12 @@ def refuse_group(group: Group, readers: Sequence[Reader], *, new_tokens: int = 0
         refuse_unknown_group(group, reader.vocabulary, reader.name, reader.tokenizer)
 
 
-def refuse_long_questions(prompts: tuple[Prompt, ...], run: RunConfig) -> None:
+def refuse_long_questions(prompts: tuple[Prompt, ...], evaluated: EvaluatedRun) -> None:
     """The same of prompts that an evaluation completes."""
-    assert run.evaluate is not None
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
-    for reader in readers_of(run):
+    for reader in readers_of(evaluated.run):
         try:
-            refuse_long_prompt(longest, run.evaluate.sampling.max_new_tokens, reader.context)
+            refuse_long_prompt(longest, evaluated.evaluate.sampling.max_new_tokens, reader.context)
         except UserError as error:
             raise UserError(f"evaluate.prompts: {error}") from error
         for prompt in prompts:

@@ -57,10 +57,8 @@ class Stages:
         """What identifies the content of a committed store, or of columns; a plan may ask before it is made."""
         return self.artifacts.pending(directory) or committed(directory)["digest"]
 
-    def rows(self, source: DataSource) -> Path:
+    def rows(self, function: str, source: DataSource) -> Path:
         """A maker's rows as a JSONL file."""
-        assert source.function is not None
-        function = source.function
         inputs: dict[str, Any] = {"function": portable(function), "source": source_digest(function)}
         inputs["arguments"] = source.arguments
         if source.version is not None:
@@ -219,7 +217,7 @@ def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[U
     if source.function is None:
         parts = find(origin_of(source))
     else:
-        made = str(stages.rows(source))
+        made = str(stages.rows(source.function, source))
         exists = not stages.artifacts.pending(Path(made).parent)
         parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
     return [unit_of(part, source, data) for part in parts]

@@ -88,12 +88,12 @@ class InThisProcess:
 
 
 def evaluation_of(folder: Path, *settings: str) -> Evaluation:
-    run = load_run(folder / "run.yaml", settings)
-    assert run.evaluate is not None
+    evaluated = load_run(folder / "run.yaml", settings).evaluated
+    assert evaluated is not None
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
-    spec = evaluation_spec(run, Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session))
+    spec = evaluation_spec(evaluated, Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session))
     pool: Any = InThisProcess(Evaluator(spec))
-    return Evaluation(spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=pool)
+    return Evaluation(spec=spec, config=evaluated.evaluate, digest=evaluation_digest(spec), evaluators=pool)
 
 
 def judge_at(endpoint: Endpoint, *, role: str = "judge") -> str:

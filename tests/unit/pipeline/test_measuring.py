@@ -46,7 +46,9 @@ def folder(tmp_path: Path) -> Path:
 def spec_of(folder: Path, *settings: str) -> EvaluationSpec:
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
     stages = Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
-    return evaluation_spec(load_run(folder / "run.yaml", settings), stages)
+    evaluated = load_run(folder / "run.yaml", settings).evaluated
+    assert evaluated is not None
+    return evaluation_spec(evaluated, stages)
 
 
 def test_kl_is_measured_at_temperature_1_whatever_the_loss_divides_by(folder: Path) -> None:

@@ -156,9 +156,10 @@ def test_what_no_model_of_the_run_reads_is_refused_by_its_row(llama: Path, tmp_p
     assert drawing.rollout is not None
     with pytest.raises(UserError, match=r"rollout.max_new_tokens are 30, more than the 40 that .*tiny reads"):
         refuse_unanswerable(tmp_path / "rows", drawing, drawing.rollout)
-    run = configured(tmp_path / "tiny", MEASURED)
+    evaluated = configured(tmp_path / "tiny", MEASURED).evaluated
+    assert evaluated is not None
     with pytest.raises(UserError, match=r"evaluate.prompts: a prompt of 30 tokens and \d+ new ones .* context of 40"):
-        refuse_long_questions((Prompt(prompt="Why?", ids=tuple(range(30))),), run)
+        refuse_long_questions((Prompt(prompt="Why?", ids=tuple(range(30))),), evaluated)
 
 
 # What is saved

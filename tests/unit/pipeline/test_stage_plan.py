@@ -73,7 +73,8 @@ def write(folder: Path, **parts: object) -> Path:
 
 def planned(folder: Path, *, fresh: frozenset[str] = frozenset(), **parts: object) -> Planned:
     comparison = load_compare(write(folder, **parts))
-    evaluated = next(cell.run for cell in comparison.cells if cell.run is not None)
+    evaluated = next(cell.run.evaluated for cell in comparison.cells if cell.run is not None)
+    assert evaluated is not None
     return plan(comparison, evaluated, Plan(root=folder / "runs" / "artifacts", fresh=fresh), SESSION)
 
 

@@ -161,7 +161,8 @@ def test_a_stop_while_a_trial_is_measured_ends_the_training_of_the_others(
     monkeypatch.setattr(tuning, "selecting_spec", lambda *arguments: SPEC)
     monkeypatch.setattr(tuning, "measure_trial", measured)
     board, stages = ProgressBoard(Console(file=StringIO())), cast(Stages, None)
-    run = comparison.trial_runs[0]
+    evaluated = comparison.trial_runs[0].evaluated
+    assert comparison.tune is not None and evaluated is not None
     with pytest.raises(Stopped):
-        tuning.tune(comparison, run, stages, train, board)
+        tuning.tune(comparison, comparison.tune, evaluated, stages, train, board)
     assert events == ["training ended"]
