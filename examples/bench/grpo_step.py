@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from examples.lab.in_process import Alone
-from rayalign.config.policy import LabelConfig
+from rayalign.config.candidates import Drawing, Labelling
+from rayalign.config.policy import LabelConfig, OnPolicyConfig, RolloutConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
@@ -128,8 +129,9 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         engine="hf",
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=SAMPLES),
         keep_stored=False,
-        scorer=RuleScorerConfig(function=f"{folder / 'scores.py'}:score"),
-        label=LabelConfig(name="rewards"),
+        labelling=Labelling(
+            scorer=RuleScorerConfig(function=f"{folder / 'scores.py'}:score"), label=LabelConfig(name="rewards")
+        ),
         shape="group",
         needs_reference=True,
     )
@@ -140,8 +142,7 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         most=1,
         least=1,
         share=Share(cpus=1, gpus=0, threads=torch.get_num_threads()),
-        takes_turns=False,
-        python=None,
+        drawing=Drawing(policy=OnPolicyConfig(), rollout=RolloutConfig(engine="hf"), labelling=chunks.labelling),
         max_bad_fraction=0.0,
         preparation=prepared,
     )

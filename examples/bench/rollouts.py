@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.candidates import Labelling
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.shard import write_shard
@@ -130,8 +131,9 @@ def write_job(root: Path, *, engine: str, prompts: int) -> Job:
         engine=engine,
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=8),
         keep_stored=False,
-        scorer=RuleScorerConfig(function="rayalign.judge.rule:no_score"),
-        label=LabelConfig(name="rewards"),
+        labelling=Labelling(
+            scorer=RuleScorerConfig(function="rayalign.judge.rule:no_score"), label=LabelConfig(name="rewards")
+        ),
         shape="group",
         needs_reference=False,
     )

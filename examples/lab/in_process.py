@@ -169,8 +169,7 @@ class Workshop:
                 most=1,
                 least=1,
                 share=Share(cpus=1, gpus=0, threads=1),
-                takes_turns=False,
-                python=None,
+                drawing=drawing,
                 max_bad_fraction=0.0,
                 preparation=None if with_critic else prepared,
             )
@@ -191,8 +190,7 @@ class Workshop:
             engine="hf",
             sampling=sampling(drawing.rollout, run),
             keep_stored=drawing.policy.keeps_stored,
-            scorer=drawing.labelling.scorer,
-            label=drawing.labelling.label,
+            labelling=drawing.labelling,
             shape=shape,
             needs_reference=scored,
         )

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from rayalign.config.policy import LabelConfig
-from rayalign.config.scoring import ScorerConfig
+from rayalign.config.candidates import Labelling
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
@@ -63,8 +62,7 @@ class ChunkSpec:
     """Stored candidates of a prompt stand before the fresh ones."""
     keep_unscored: bool = False
     """Candidates that the scorer failed on are kept, without rewards, as no loss could use them."""
-    scorer: ScorerConfig
-    label: LabelConfig
+    labelling: Labelling
     shape: Shape
     needs_reference: bool
 
@@ -203,7 +201,7 @@ class ChunkMaker:
             label(
                 own,
                 [len(answer.ids) for answer in answers],
-                spec.label,
+                spec.labelling.label,
                 shape=spec.shape,
                 key=label_key(spec.seed, at),
                 own=self.rule,
@@ -237,8 +235,8 @@ class ChunkMaker:
         )
         self.prompts = StoredGroups(spec.prompts, spec.seed)
         self.texts = {id(store): Prompts(store) for store in self.prompts.stores}
-        self.scorer: Scorer = scorer_of(spec.scorer)
-        self.rule = own_rule(spec.label)
+        self.scorer: Scorer = scorer_of(spec.labelling.scorer)
+        self.rule = own_rule(spec.labelling.label)
         if spec.needs_reference:
             self.reference = FrozenModel(spec.reference, self.device)
         self.spec = spec

@@ -107,7 +107,6 @@ def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | Non
 
 def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tuple[int, int]) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
-    drawing, options = rounds.drawing, rounds.chunks.options
     least, most = actors
     return RolloutJob(
         spec=rounds.chunks,
@@ -115,12 +114,9 @@ def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tup
         folder=rounds.stream.folder,
         most=most,
         least=least,
-        share=actor_share(each, options),
-        takes_turns=options.takes_turns,
-        direct_weights=drawing.rollout.transfer == "nixl",
-        python=drawing.rollout.python,
+        share=actor_share(each, rounds.chunks.options),
+        drawing=rounds.drawing,
         max_bad_fraction=run.data.max_bad_fraction,
-        max_unlabelled=drawing.policy.max_unlabelled_rounds,
         alone=run.method.record.learns_alone,
         preparation=preparation(run) if run.method.record.critic is None else None,
     )

@@ -108,8 +108,7 @@ def stored_spec(
         sampling=None,
         keep_stored=True,
         keep_unscored=keep_unscored,
-        scorer=labelling.scorer,
-        label=labelling.label,
+        labelling=labelling,
         shape=shape,
         needs_reference=False,
     )
@@ -171,8 +170,8 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
         "sampling": asdict(spec.sampling) if spec.sampling else None,
         "keep_stored": spec.keep_stored,
         "keep_unscored": spec.keep_unscored,
-        "scorer": scorer_identity(spec.scorer),
-        "label": label_identity(spec.label),
+        "scorer": scorer_identity(spec.labelling.scorer),
+        "label": label_identity(spec.labelling.label),
         "shape": spec.shape,
     }
 

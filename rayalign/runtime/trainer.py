@@ -237,13 +237,13 @@ def make_pool(job: RolloutJob) -> Pool:
         share=job.share,
         most=job.most,
         least=job.least,
-        python=job.python,
+        python=job.drawing.rollout.python,
     )
 
 
 def pool_key(job: RolloutJob) -> tuple[object, ...]:
     """What runs must have in common to be drawn for by the same actors: an engine takes weights of one shape only."""
-    return job.share, job.most, job.least, job.python, job.spec.engine, job.spec.policy
+    return job.share, job.most, job.least, job.drawing.rollout.python, job.spec.engine, job.spec.policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,9 @@ def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:
     """None leaves the folder: the processes of one engine that share its weights each read their part there."""
     if rollouts.spec.options.tensor_parallel > 1:
         return None
-    return ObjectStore(board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.direct_weights)
+    return ObjectStore(
+        board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.drawing.rollout.transfer == "nixl"
+    )
 
 
 def batch_maker(spec: SourceSpec, strategy: Strategy, rounds: RoundsClient | None = None) -> MakeBatches:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lab.world import pairs
 
+from rayalign.config.candidates import Labelling
 from rayalign.config.data import TokenBudget
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
@@ -153,8 +154,9 @@ def test_rollouts(tmp_path: Path) -> None:
         engine="none",
         sampling=None,
         keep_stored=True,
-        scorer=RuleScorerConfig(function="lab.world:oracle"),
-        label=LabelConfig(name="bradley_terry", scale=0.1),
+        labelling=Labelling(
+            scorer=RuleScorerConfig(function="lab.world:oracle"), label=LabelConfig(name="bradley_terry", scale=0.1)
+        ),
         shape="pair",
         needs_reference=False,
     )

@@ -11,7 +11,7 @@ import pytest
 from tiny_rollouts import SCORER, InProcess, OnPolicyRun
 from tiny_runs import objective
 
-from rayalign.config.policy import LabelConfig
+from rayalign.config.policy import LabelConfig, OnPolicyConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
@@ -60,7 +60,8 @@ def test_three_rounds_in_a_row_end_the_run(tmp_path: Path, model: Path, file: Pa
     assert not (refused / MANIFEST).exists()  # or its steps would be done
     if method != "sft":  # whose completions are their own label
         assert [row["grad_norm"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 0.0]
-    run.job = replace(run.job, max_unlabelled=9)  # as the message says; the round that was drawn is not drawn again
+    patient = replace(run.job.drawing, policy=OnPolicyConfig(max_unlabelled_rounds=9))
+    run.job = replace(run.job, drawing=patient)  # as the message says; the round that was drawn is not drawn again
     pool = InProcess()
     with pytest.raises(UserError, match="round 5/5: .* in 5 rounds in a row"):
         run.train(pool)
