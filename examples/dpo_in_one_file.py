@@ -20,6 +20,7 @@ import torch
 from lab.world import pairs as lab_pairs
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
@@ -39,7 +40,7 @@ ROW_TOKENS = 512
 
 def main(args: argparse.Namespace) -> list[float]:
     """Train, save the model, and return the loss of every step."""
-    spec = ModelSpec(name=str(args.model), from_scratch=args.model == LAB_MODEL, seed=args.seed)
+    spec = ModelSpec(config=ModelConfig(name=str(args.model), from_scratch=args.model == LAB_MODEL), seed=args.seed)
     model, tokenizer = load_policy(spec)
     policy = Policy(model)
     chat = make_chat(tokenizer)

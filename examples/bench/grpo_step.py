@@ -21,6 +21,7 @@ import torch
 
 from examples.lab.in_process import Alone
 from rayalign.config.candidates import Drawing, Labelling
+from rayalign.config.model import ModelConfig
 from rayalign.config.policy import LabelConfig, OnPolicyConfig, RolloutConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.config.training import CheckpointConfig, OptimConfig
@@ -105,7 +106,7 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     """The engine's own loop on rounds of one step, drawn by this process."""
     loop.choose_layout = lambda model, *, device: layout
     (folder / "scores.py").write_text("def score(prompt, reply):\n    return float(len(reply) % 97)\n")
-    policy = ModelSpec(name=str(folder / "model"), dtype="float32")
+    policy = ModelSpec(config=ModelConfig(name=str(folder / "model"), dtype="float32"))
     method = resolve("grpo")
     config = method.config(kl_coef=KL, normalize="grpo")  # type: ignore[call-arg]
     prepared = RoundPreparation(method=method, config=config, key="prepared")

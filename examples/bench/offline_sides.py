@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
@@ -57,7 +58,7 @@ def rayalign_reference(job: Mapping[str, Any]) -> dict[str, Any]:
     """Score the store and commit the columns, as the actors of the reference stage do."""
     store, columns = TokenStore.open(job["store"]), Path(job["columns"])
     spec = ScoringSpec(
-        model=ModelSpec(name=job["model"]),
+        model=ModelSpec(config=ModelConfig(name=job["model"])),
         tokens_per_micro_batch=job["tokens_per_micro_batch"],
         row_tokens=CPU_ROW_TOKENS,
     )
@@ -90,7 +91,7 @@ def training(job: Mapping[str, Any], directory: Path) -> tuple[TrainSpec, Source
     )
     spec = TrainSpec(
         directory=directory,
-        model=ModelSpec(name=job["model"]),
+        model=ModelSpec(config=ModelConfig(name=job["model"])),
         objectives=(Objective(stream=MAIN_STREAM, method=dpo, config=dpo.config(beta=BETA)),),  # type: ignore[call-arg]
         optim=OptimConfig(lr=LR, schedule="constant", max_grad_norm=MAX_GRAD_NORM, warmup=0),
         steps=job["steps"],

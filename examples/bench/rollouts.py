@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayalign.config.candidates import Labelling
+from rayalign.config.model import ModelConfig
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.shard import write_shard
@@ -114,7 +115,7 @@ def write_job(root: Path, *, engine: str, prompts: int) -> Job:
     shard = write_shard(root / "prompts", "0", asked, prompts=texts)
     commit_store(root / "prompts", [shard], meta={})
     write_model(root / "model", tokenizer, TOKENIZER_VOCABULARY)
-    policy = ModelSpec(name=str(root / "model"), dtype="float32")
+    policy = ModelSpec(config=ModelConfig(name=str(root / "model"), dtype="float32"))
     stream = StoredStream(
         name="prompts",
         stores=(root / "prompts",),

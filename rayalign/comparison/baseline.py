@@ -23,15 +23,15 @@ def baseline_spec(evaluated: EvaluatedRun) -> ModelSpec | None:
         return None
     reference = reference_spec(evaluated.run)
     own, theirs = (
-        load_tokenizer(folder, trust_remote_code=reference.trust_remote_code).get_vocab()
-        for folder in (model_directory(reference.name, reference.revision), directory)
+        load_tokenizer(folder, trust_remote_code=reference.config.trust_remote_code).get_vocab()
+        for folder in (reference.directory(), directory)
     )
     if own != theirs:
         raise UserError(
             f"evaluate.baseline: {evaluated.evaluate.baseline} has another tokenizer than the reference; policies are "
             "compared on the same prompt tokens"
         )
-    return replace(reference, name=str(directory), revision=None, from_scratch=False, seed=0)
+    return replace(reference.at(directory), seed=0)
 
 
 def baseline_directory(config: EvaluateConfig) -> Path | None:

@@ -255,7 +255,7 @@ def instrument_digests(spec: EvaluationSpec) -> dict[str, str]:
     """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
     saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
     return {
-        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype, *saved]),
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.config.dtype, *saved]),
         "prompts": digest_of(
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
         ),

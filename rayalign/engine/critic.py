@@ -155,7 +155,7 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     method, config = main_objective(run).method, main_objective(run).config
     assert spec is not None and method.critic is not None
     place = resumed.directory / CRITIC if resumed is not None else None
-    start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
+    start = spec.model.at(place) if place else spec.model
     model, tokenizer = run.strategy.load(start)
     run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(

@@ -172,9 +172,9 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) 
 
 def resumed_model(model: ModelSpec, checkpoint: Path) -> ModelSpec:
     """What a run loads to resume: an adapter onto the model that it began with, or the whole policy."""
-    if model.lora is not None:
+    if model.config.lora is not None:
         return replace(model, adapter=checkpoint / ADAPTER)
-    return replace(model, name=str(checkpoint), revision=None, from_scratch=False)
+    return model.at(checkpoint)
 
 
 def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | None:

@@ -11,9 +11,8 @@ import torch
 
 from rayalign.config.scoring import ScorerConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.precision import EXACT, Precision
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer
 from rayalign.judge import judge_of
 from rayalign.judge.base import Judge, Scorer
 from rayalign.judge.measure import (
@@ -92,26 +91,16 @@ class Evaluator:
         if subject is None:
             return self.loaded.reference
         if isinstance(subject, Path):
-            subject = replace(
-                self.spec.reference.model,
-                name=str(subject),
-                revision=None,
-                from_scratch=False,
-                text_only=False,
-                rounded=self.spec.saved,
-            )
+            subject = replace(self.spec.reference.model.at(subject, text_only=False), rounded=self.spec.saved)
         return FrozenModel(replace(self.spec.reference, model=subject), self.loaded.device)
 
 
 def load_evaluation(spec: EvaluationSpec) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = spec.reference.model
     return Loaded(
         device=device,
         reference=FrozenModel(spec.reference, device),
-        tokenizer=load_tokenizer(
-            model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
-        ),
+        tokenizer=model_tokenizer(spec.reference.model),
         scorers=make_scorers(spec.scorers),
         judge=judge_of(spec.judge) if spec.judge is not None else None,
     )

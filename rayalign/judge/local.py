@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
@@ -115,7 +116,7 @@ def device() -> torch.device:
 
 
 def spec_of(directory: Path) -> ScoringSpec:
-    model = ModelSpec(name=str(directory), field="model")
+    model = ModelSpec(config=ModelConfig(name=str(directory)), field="model")
     return ScoringSpec(model=model, tokens_per_micro_batch=ROW_TOKENS, row_tokens=ROW_TOKENS)
 
 

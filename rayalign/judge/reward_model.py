@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.schema import Example, Turns, assistant, user
@@ -38,7 +39,9 @@ class RewardModelScorer:
 
     def __init__(self, *, model: str, revision: str | None = None) -> None:
         self.directory = model_directory(model, revision, field=FIELD)
-        self.spec = ModelSpec(name=str(self.directory), head=ScalarHead(), trained_head=True, field=FIELD)
+        self.spec = ModelSpec(
+            config=ModelConfig(name=str(self.directory)), head=ScalarHead(), trained_head=True, field=FIELD
+        )
         skeleton = refuse_unusable(self.spec)
         self.context, self.vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -67,8 +67,13 @@ def card_text(card: Card) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("number", "interval", "policy", "markdown", "indented"):
-        environment.filters[name] = getattr(formatting, name)
+    environment.filters |= {
+        "number": formatting.format_number,
+        "interval": formatting.interval,
+        "policy": formatting.policy,
+        "markdown": formatting.markdown,
+        "indented": formatting.indented,
+    }
     return environment.get_template("model_card.md.jinja").render(
         card=card,
         mark=MARK,

@@ -26,8 +26,7 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.batches import Weights
 from rayalign.engine.canary import TOLERANCE, canary_error
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.folder import model_directory
-from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, model_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge import scorer_of
 from rayalign.judge.base import NoVerdict, Scorer, ScorerUnusable
@@ -229,10 +228,7 @@ class ChunkMaker:
             return
         if self.spec is None or engine_key(spec) != engine_key(self.spec):
             self.sampler, self.loaded = None, None
-        model = spec.policy
-        self.tokenizer = load_tokenizer(
-            model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
-        )
+        self.tokenizer = model_tokenizer(spec.policy)
         self.prompts = StoredGroups(spec.prompts, spec.seed)
         self.texts = {id(store): Prompts(store) for store in self.prompts.stores}
         self.scorer: Scorer = scorer_of(spec.labelling.scorer)
@@ -340,7 +336,7 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")
-    return replace(spec.policy, name=str(weights.directory), revision=None, from_scratch=False)
+    return spec.policy.at(weights.directory)
 
 
 def refuse_broken_weights(sampler: Sampler, weights: Weights, dtype: torch.dtype) -> None:

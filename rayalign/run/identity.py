@@ -68,8 +68,7 @@ def spec_digest(spec: ModelSpec) -> str:
     """What identifies a model's log-probs: its files, and its seed where the weights are drawn."""
     if spec.name == INITIAL:
         return UNTRAINED
-    directory = model_directory(spec.name, spec.revision)
-    return digest_of([model_digest(directory), spec.seed if spec.from_scratch else None])
+    return digest_of([model_digest(spec.directory()), spec.seed if spec.config.from_scratch else None])
 
 
 def tokenizer_identity(run: RunConfig) -> str:

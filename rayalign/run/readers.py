@@ -32,7 +32,7 @@ from rayalign.engine.model.context import (
 from rayalign.engine.model.folder import is_adapter, model_directory, weights_directory
 from rayalign.engine.model.kinds import is_composite, read_config
 from rayalign.engine.model.lora import refuse_missing_peft
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, model_tokenizer, refuse_unusable
+from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import prepare_export
 from rayalign.engine.model.targets import adapter_targets
 from rayalign.engine.model.trial import ExportTrial, try_export
@@ -84,12 +84,7 @@ def refuse_unusable_models(run: RunConfig, *, draws: bool = False) -> None:
 
 def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
     """Raise UserError where a token of the policy has another id in another model's tokenizer, or none."""
-    model, trusts = run.model, run.model.trust_remote_code
-    policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
-    other = load_tokenizer(
-        model_directory(spec.name, spec.revision, field=spec.field), trust_remote_code=trusts, field=spec.field
-    )
-    known = other.get_vocab()
+    policy, known = model_tokenizer(model_spec(run)).get_vocab(), model_tokenizer(spec).get_vocab()
     differing = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
     if differing:
         id, token = differing[0]
@@ -130,9 +125,9 @@ def reader_of(spec: ModelSpec, *, trained: bool = False) -> Reader:
     vocabulary = vocabulary_of(model)
     trial, lora = None, ""
     if trained:
-        if spec.lora is not None:
+        if spec.config.lora is not None:
             refuse_missing_peft()
-            lora = adapter_targets(model, spec.lora.target_modules).sentence()
+            lora = adapter_targets(model, spec.config.lora.target_modules).sentence()
         trial = try_export(model, tokenizer, spec)
         if spec.head is not None:
             prepare_export(model, tokenizer, spec.head)  # what it finds fault with, it says now

@@ -144,7 +144,7 @@ class Stages:
             "store": self.digest(store),
             "model": spec_digest(spec.model),
             "logit_temperature": spec.logit_temperature,
-            "dtype": spec.model.dtype,
+            "dtype": spec.model.config.dtype,
             "device": self.session.device,
             "transformers": transformers.__version__,
             "budget": [spec.tokens_per_micro_batch, spec.row_tokens],

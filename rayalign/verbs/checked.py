@@ -15,6 +15,7 @@ from rich.console import Console
 from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
+from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
@@ -125,7 +126,9 @@ def check_files(files: Sequence[str], options: Options, console: Console) -> int
         show=options.show,
         held_out=[_of_file(file, options) for file in _each(given.get("eval", ()))],
         quarantine=options.quarantine,
-        scores=_scores(ModelSpec(name=model)) if model is not None and quantile is not None else None,
+        scores=_scores(ModelSpec(config=ModelConfig(name=model)))
+        if model is not None and quantile is not None
+        else None,
         policy_logp_quantile=quantile,
         as_json=options.as_json,
     )

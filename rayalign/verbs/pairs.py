@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group, TokenIds
 from rayalign.data.origin import Origin, find
@@ -64,7 +65,7 @@ def evaluate_pairs(model: str, files: Sequence[str], budget: TokenBudget, *, as_
 
 def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged:
     """The margins of every pair whose ranks differ; rows in which every answer ties have none."""
-    spec = ModelSpec(name=model, head=ScalarHead(), trained_head=True, field="evaluate")
+    spec = ModelSpec(config=ModelConfig(name=model), head=ScalarHead(), trained_head=True, field="evaluate")
     skeleton, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     context, vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
     head = written_as(skeleton.config) or ScalarHead()

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.records import BadRow
@@ -45,7 +46,7 @@ class SampledModel:
     @classmethod
     def load(cls, name: str) -> SampledModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_policy(ModelSpec(name=name, field="sample"), device=device)
+        model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=name), field="sample"), device=device)
         chat = make_chat(tokenizer)
         return cls(
             name=name,

@@ -64,9 +64,9 @@ def exportable(run: Run, *, copied: bool = False) -> tuple[State, Callable[[Path
     state, spec = run.strategy.full_state(run.model), run.spec.model
     if copied and run.strategy.rank == 0:
         state = copy_to_host(state, of=run.model)
-    if spec.lora is None or run.strategy.rank != 0:
+    if spec.config.lora is None or run.strategy.rank != 0:
         return state, lambda directory: None
-    write = partial(write_adapter, spec.lora, run.model, state, base=spec.name)
+    write = partial(write_adapter, spec.config.lora, run.model, state, base=spec.name)
     return state_with_adapter_merged(run.model, state), lambda directory: write(directory / ADAPTER)
 
 

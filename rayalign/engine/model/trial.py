@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,18 @@ def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec:
     Raises:
         UserError: what is saved is not what was trained, or cannot be loaded.
     """
-    lora = spec.lora.model_dump() if spec.lora is not None else None
+    lora = spec.config.lora.model_dump() if spec.config.lora is not None else None
     kept = proven(
         "export", model, lambda: asdict(measure_export(model, spec)), device=CPU, on=[lora, spec.head is not None]
     )
     trial = ExportTrial(**kept)
     if trial.problem or (trial.difference is not None and not trial.difference <= TOLERANCE):
         how = f"it cannot be loaded: {trial.problem}" if trial.problem else f"logits differ by {trial.difference:.2g}"
-        what = "an adapter on a" if spec.lora else "a"
+        what = "an adapter on a" if spec.config.lora else "a"
         raise UserError(
             f"{spec.field}: {what} {model.config.model_type} model is another one once it is saved and loaded again "
             f"({how}), so that its training would be lost; "
-            + ("name other model.lora.target_modules, or train without" if spec.lora else "name another model")
+            + ("name other model.lora.target_modules, or train without" if spec.config.lora else "name another model")
         )
     try_tokenizer(model, tokenizer, spec.field)
     return trial
@@ -89,8 +89,8 @@ def measure_export(model: PreTrainedModel, spec: ModelSpec) -> ExportTrial:
     with tempfile.TemporaryDirectory() as folder, quiet_transformers(), torch.no_grad():
         base = Path(folder, "base")
         save_weights(small, base)
-        if spec.lora is not None:
-            add_adapter(small, spec.lora.model_copy(update={"dropout": 0.0}), seed=0)
+        if spec.config.lora is not None:
+            add_adapter(small, spec.config.lora.model_copy(update={"dropout": 0.0}), seed=0)
             draw_adapter(small)
         state = small.state_dict()
         with computing(model.config, spec.field):
@@ -101,15 +101,15 @@ def measure_export(model: PreTrainedModel, spec: ModelSpec) -> ExportTrial:
         except (UserError, RuntimeError, ValueError, KeyError, OSError) as error:
             return ExportTrial(difference=None, problem=first_line(error).replace(f"{FIELD}: {folder}/", ""))
         adapter = None
-        if spec.lora is not None:
-            write_adapter(spec.lora, small, state, Path(folder, "adapter"), base=str(base))
+        if spec.config.lora is not None:
+            write_adapter(spec.config.lora, small, state, Path(folder, "adapter"), base=str(base))
             adapter = adapter_distance(Path(folder, "adapter"), base, expected, scalar=is_scalar(small))
     return ExportTrial(difference=difference, adapter_difference=adapter)
 
 
 def reload_saved(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     """What was saved, as a run that begins with it loads it."""
-    saved = replace(spec, name=str(directory), text_only=False, lora=None, from_scratch=False, revision=None)
+    saved = spec.at(directory, text_only=False, lora=None)
     blank = blank_model(saved, directory, CPU)
     return load_weights(blank, Source(directory=directory)).eval()
 

@@ -14,6 +14,7 @@ import torch
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import BestConfig, OptimConfig
 from rayalign.engine.checkpoint.checkpoint import (
     Checkpoint,
@@ -140,7 +141,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         model = tiny(name)
         optimizer = stepped(model)
         directory = save(checkpointer(tmp_path / name), 1, model, optimizer)
-        loaded, _ = load_policy(ModelSpec(name=str(directory)))
+        loaded, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()), name
         restored = make_optimizer(loaded, OPTIM)

@@ -33,7 +33,7 @@ from tiny_tokenizers import CHATML, byte_level
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.model.forward import Policy, ScalarModel
 from rayalign.engine.model.lora import ADAPTER, adapted_layers, adapter_off, state_with_adapter_merged
@@ -83,7 +83,7 @@ def logps(model: PreTrainedModel) -> Tensor:
 
 def trained(path: Path, lora: LoraConfig = LORA) -> PreTrainedModel:
     """A model with an adapter that does something."""
-    model, _ = load_policy(ModelSpec(name=str(path), lora=lora))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(path), lora=lora)))
     torch.manual_seed(0)
     for layer in adapted_layers(model).values():
         layer.lora_B["default"].weight.data.normal_(std=0.3)
@@ -92,8 +92,8 @@ def trained(path: Path, lora: LoraConfig = LORA) -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_adapter_changes_nothing(family: str, models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models[family])))
-    model, _ = load_policy(ModelSpec(name=str(models[family]), lora=LORA))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family]))))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family]), lora=LORA)))
     assert torch.equal(logps(model), logps(base))
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     assert not any("lm_head" in name for name in adapted_layers(model))
@@ -101,7 +101,7 @@ def test_a_new_adapter_changes_nothing(family: str, models: dict[str, Path]) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_weights_compute_the_same_under_the_names_of_the_base(family: str, models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models[family])))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family]))))
     model = trained(models[family])
     expected = logps(model)
     assert (expected - logps(base)).abs().max() > 0.05
@@ -123,7 +123,7 @@ def test_the_merge_by_hand(models: dict[str, Path]) -> None:
 
 @torch.no_grad()
 def test_off_is_the_model_before_the_adapter(models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models["gpt2"])))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models["gpt2"]))))
     model = trained(models["gpt2"])
     before = logps(model)
     with adapter_off(model):
@@ -136,7 +136,7 @@ def test_off_is_the_model_before_the_adapter(models: dict[str, Path]) -> None:
 def test_layers_that_cannot_be_adapted_are_named(target: str, models: dict[str, Path]) -> None:
     lora = LORA.model_copy(update={"target_modules": ("q_proj", target)})
     with pytest.raises(UserError, match=f"model.lora.target_modules: {target}: .* blocks, which are down_proj, "):
-        load_policy(ModelSpec(name=str(models["llama_tied"]), lora=lora))
+        load_policy(ModelSpec(config=ModelConfig(name=str(models["llama_tied"]), lora=lora)))
 
 
 def test_only_the_adapter_is_trained(scenario: Scenario) -> None:
@@ -144,7 +144,7 @@ def test_only_the_adapter_is_trained(scenario: Scenario) -> None:
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert optimized == {id(parameter) for name, parameter in policy.named_parameters() if ".lora_" in name}
     trajectory = run(scenario)
-    base, _ = load_policy(ModelSpec(name=str(scenario.model)))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(scenario.model))))
     for name, weight in base.state_dict().items():
         held = trajectory.weights.get(name)
         held = trajectory.weights[name.replace(".weight", ".base_layer.weight")] if held is None else held
@@ -262,8 +262,10 @@ def rankings(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("family", HEADED)
 def test_a_new_adapter_changes_no_reward(family: str, models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models[family]), head=ScalarHead(), seed=3))
-    model, _ = load_policy(ModelSpec(name=str(models[family]), head=ScalarHead(), seed=3, lora=LORA))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family])), head=ScalarHead(), seed=3))
+    model, _ = load_policy(
+        ModelSpec(config=ModelConfig(name=str(models[family]), lora=LORA), head=ScalarHead(), seed=3)
+    )
     assert torch.equal(rewards(model), rewards(base))
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in names and all(".lora_" in name for name in names - {"score.weight"})
@@ -271,7 +273,10 @@ def test_a_new_adapter_changes_no_reward(family: str, models: dict[str, Path]) -
     with pytest.raises(UserError, match="model.lora.target_modules: score: an adapter goes onto linear layers of the"):
         load_policy(
             ModelSpec(
-                name=str(models[family]), head=ScalarHead(), lora=LORA.model_copy(update={"target_modules": ("score",)})
+                config=ModelConfig(
+                    name=str(models[family]), lora=LORA.model_copy(update={"target_modules": ("score",)})
+                ),
+                head=ScalarHead(),
             )
         )
 
@@ -319,7 +324,7 @@ def test_a_trained_reward_model_goes_on_with_an_adapter(rankings: dict[str, Scen
     """From the head that it has."""
     scenario = rankings["llama_tied"]
     first = train_alone(train_spec(tmp_path / "first", replace(scenario, lora=None)), replace(scenario, lora=None))
-    model, _ = load_policy(ModelSpec(name=str(first), head=ScalarHead(), seed=9, lora=LORA))
-    base, _ = load_policy(ModelSpec(name=str(first), head=ScalarHead()))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(first), lora=LORA), head=ScalarHead(), seed=9))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(first)), head=ScalarHead()))
     assert torch.equal(rewards(model), rewards(base))
     assert torch.equal(base.score.weight, AutoModelForSequenceClassification.from_pretrained(first).score.weight)

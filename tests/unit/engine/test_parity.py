@@ -12,6 +12,7 @@ from causal_zoo import save_animal
 from tiny_models import tiny
 from transformers import PreTrainedModel
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model import parity
 from rayalign.engine.model.attention import AttentionKind, Reach
 from rayalign.engine.model.parity import choose_layout, measure_layouts
@@ -80,7 +81,7 @@ def test_a_family_that_changes_its_logits_is_refused() -> None:
 
 def test_a_configuration_that_computes_nothing_is_a_sentence(tmp_path: Path) -> None:
     """More experts per token than there are: it can be made and loaded, and transformers fails with its first text."""
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "mixtral", num_experts_per_tok=9)))
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "mixtral", num_experts_per_tok=9))))
     message = r"a mixtral model of this configuration computes nothing \(RuntimeError: .*\): a value in its config.json"
     with pytest.raises(UserError, match=message):
         try_export(refuse_unusable(spec), model_tokenizer(spec), spec)

@@ -10,7 +10,7 @@ from causal_zoo import animal, save_animal
 from tiny_models import tiny
 from tiny_runs import save_tiny
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.engine.model import trial
 from rayalign.engine.model.lora import adapted_layers, state_with_adapter_merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, model_tokenizer, refuse_unusable
@@ -76,14 +76,14 @@ def test_dropout_has_no_place_on_experts(tmp_path: Path) -> None:
     directory = save_animal(tmp_path / "model", "qwen3_moe")
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1, target_modules=("q_proj", "gate_up_proj"))
     with pytest.raises(UserError, match=r"model.lora.dropout: 0.1: .* fused experts \(.*gate_up_proj\) have none"):
-        load_policy(ModelSpec(name=str(directory), lora=lora))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory), lora=lora)))
 
 
 def test_the_merge_of_an_expert_by_hand(tmp_path: Path) -> None:
     """W_e + (α / r) B_e A_e, where A holds the rows of expert e together and B its columns in turn."""
     directory = save_animal(tmp_path / "model", "qwen3_moe")
     lora = LoraConfig(rank=2, alpha=6.0, target_modules=("experts.down_proj",))
-    model, _ = load_policy(ModelSpec(name=str(directory), lora=lora))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory), lora=lora)))
     layer = model.model.layers[0].mlp.experts
     torch.manual_seed(0)
     layer.lora_B["default"].weight.data.normal_()
@@ -109,7 +109,7 @@ def test_short_names_only_where_they_fit_nothing_else() -> None:
 def test_what_will_be_saved_is_saved_before_the_first_step(
     family: str, lora: LoraConfig | None, tmp_path: Path
 ) -> None:
-    spec = ModelSpec(name=str(save_tiny(tmp_path / "model", family)), lora=lora)
+    spec = ModelSpec(config=ModelConfig(name=str(save_tiny(tmp_path / "model", family)), lora=lora))
     found = try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
     assert found.difference is not None and found.difference < 1e-4 and not found.problem
     assert found.writes_adapter is (lora is not None)
@@ -125,14 +125,14 @@ def test_a_trial_is_kept_by_what_is_exported(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trial, "measure_export", counted)
     for name in ("one", "two"):
         for lora in (None, LORA):
-            spec = ModelSpec(name=str(save_animal(tmp_path / name, "llama")), lora=lora)
+            spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / name, "llama")), lora=lora))
             try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
-    assert [spec.lora for spec in measured] == [None, LORA]
+    assert [spec.config.lora for spec in measured] == [None, LORA]
 
 
 def test_an_export_that_loses_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of adapters on fused experts did, whose tensors kept peft's names."""
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "llama")), lora=LORA)
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "llama")), lora=LORA))
     skeleton, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     monkeypatch.setattr(
         trial,
@@ -155,13 +155,13 @@ def test_an_export_that_loses_something_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_an_adapter_that_peft_reads_otherwise_is_not_written(tmp_path: Path) -> None:
     """Peft 0.21 renames laguna's shared experts twice on the way in."""
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "laguna")), lora=LORA)
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "laguna")), lora=LORA))
     found = try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
     assert found.difference is not None and found.difference < 1e-4 and not found.writes_adapter
 
 
 def test_a_tokenizer_that_does_not_survive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "llama")))
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "llama"))))
     tokenizer = model_tokenizer(spec)
     monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: {"a": id(self)})
     with pytest.raises(UserError, match=r"the tokenizer is another one once it is saved .* \(get_vocab differ"):

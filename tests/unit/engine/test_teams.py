@@ -41,7 +41,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.config.training import CheckpointConfig, StrategyConfig
 from rayalign.data.rank import ranked
 from rayalign.engine.metrics import read_metrics
@@ -210,11 +210,14 @@ CHANGES = [
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> dict[str, ModelSpec]:
-    files = {name: ModelSpec(name=str(save_tiny(folder / name, family))) for name, family in LOADED.items()}
+    files = {
+        name: ModelSpec(config=ModelConfig(name=str(save_tiny(folder / name, family))))
+        for name, family in LOADED.items()
+    }
     llama = save_tiny(folder / "llama")
     return files | {
-        "scratch": ModelSpec(name=str(llama), from_scratch=True, seed=5),
-        "reward model": ModelSpec(name=str(llama), head=ScalarHead(), seed=3),
+        "scratch": ModelSpec(config=ModelConfig(name=str(llama), from_scratch=True), seed=5),
+        "reward model": ModelSpec(config=ModelConfig(name=str(llama)), head=ScalarHead(), seed=3),
     }
 
 

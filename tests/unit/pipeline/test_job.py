@@ -218,7 +218,7 @@ def test_a_critic_starts_from_the_policy_or_from_its_own_folder_and_has_a_rate_o
     policy, other = (save_tiny(tmp_path / name) for name in ("policy", "other"))
     null = load_run(None, [*PPO, f"model.name={policy}", "model.from_scratch=true", "seed=5"])
     spec = make_critic_spec(null)
-    assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.from_scratch
+    assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.config.from_scratch
     assert spec.optim == null.optim.model_copy(update={"lr": 9e-6})
     run = load_run(None, [*PPO, f"model.name={policy}", f"critic={{model: {other}, lr: 1e-4}}", "data.stop=<|end|>"])
     spec = make_critic_spec(run)

@@ -13,6 +13,7 @@ from lab.world import pairs
 
 from rayalign.config.candidates import Labelling
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.chat import make_chat
@@ -89,7 +90,9 @@ def test_mismatched(tmp_path: Path) -> None:
 
 def test_reference(store: TokenStore) -> None:
     spec = ScoringSpec(
-        model=ModelSpec(name=str(LAB_MODEL), from_scratch=True, seed=0), tokens_per_micro_batch=2048, row_tokens=256
+        model=ModelSpec(config=ModelConfig(name=str(LAB_MODEL), from_scratch=True), seed=0),
+        tokens_per_micro_batch=2048,
+        row_tokens=256,
     )
     columns = FrozenModel(spec, torch.device("cpu")).token_logps([store[index] for index in range(len(store))])
     sums = [float(column.sum(dtype=np.float64)) for column in columns]
@@ -137,7 +140,7 @@ def make_groups(directory: Path) -> list[Group]:
 def test_rollouts(tmp_path: Path) -> None:
     """Of stored completions, scored and labelled again: what is drawn depends on rounding."""
     prompts = make_store(tmp_path / "prompts", "prompt")
-    model = ModelSpec(name=str(LAB_MODEL), from_scratch=True, seed=0)
+    model = ModelSpec(config=ModelConfig(name=str(LAB_MODEL), from_scratch=True), seed=0)
     stream = StoredStream(
         name="prompts",
         stores=(tmp_path / "prompts",),

@@ -32,6 +32,7 @@ from tiny_rollouts import InProcess, OnPolicyRun
 from tiny_runs import objective, store, synthetic_groups, train_with_critic
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import OptimConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint.checkpoint import step_of
@@ -276,13 +277,15 @@ def test_a_stop_survives_a_kill(stopped: OnPolicyRun, tmp_path: Path, model: Pat
 
 
 def test_a_critic_starts_from_a_reward_models_folder(tmp_path: Path, model: Path, file: Path) -> None:
-    reward_model, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead(), seed=5))
+    reward_model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(model)), head=ScalarHead(), seed=5))
     with torch.no_grad():
         reward_model.score.weight.mul_(0.5)
     save_pretrained(reward_model, tokenizer, tmp_path / "rm")
     run = ppo(tmp_path / "run", model, file, plan=replace(PLAN, steps=1))
     spec = run.spec()
-    critic = CriticSpec(model=ModelSpec(name=str(tmp_path / "rm"), head=ScalarHead()), optim=spec.optim)
+    critic = CriticSpec(
+        model=ModelSpec(config=ModelConfig(name=str(tmp_path / "rm")), head=ScalarHead()), optim=spec.optim
+    )
     with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
     store = opened(run, 0)
@@ -317,12 +320,13 @@ def test_further_data_train_the_policy_and_not_the_critic(tmp_path: Path, model:
 def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: Path, model: Path, file: Path) -> None:
     run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
     spec = run.spec(checkpoint_every=1)
-    broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
+    broken, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(model)), head=ScalarHead()))
     with torch.no_grad():
         broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
-        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
+        model=ModelSpec(config=ModelConfig(name=str(tmp_path / "broken")), head=ScalarHead()),
+        optim=OptimConfig(lr=1e-3, warmup=0),
     )
     with pytest.raises(NonFiniteStep, match="step 1: loss"), serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
@@ -331,12 +335,13 @@ def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: 
 
 def test_where_the_critic_is_not_finite_both_models_skip(tmp_path: Path, model: Path, file: Path) -> None:
     run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
-    broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
+    broken, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(model)), head=ScalarHead()))
     with torch.no_grad():
         broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
-        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
+        model=ModelSpec(config=ModelConfig(name=str(tmp_path / "broken")), head=ScalarHead()),
+        optim=OptimConfig(lr=1e-3, warmup=0),
     )
     with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(run.spec(critic=critic, optim={"on_nonfinite": "skip"}), run.scenario)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.rounds.chunk import PromptChunk
 from rayalign.rounds.workers import ItemKilled
@@ -21,7 +22,7 @@ CHUNK = PromptChunk(name="0000000008", positions=range(8, 16), directory=Path("r
     ("item", "expected"),
     [
         (("how it is made", CHUNK), "the prompts at positions 8 to 15"),
-        (ModelSpec(name="gpt2"), "gpt2"),
+        (ModelSpec(config=ModelConfig(name="gpt2")), "gpt2"),
         (Path("checkpoints/step_000100"), "step_000100"),
         ("rest", "rest"),
     ],

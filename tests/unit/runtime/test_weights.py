@@ -11,6 +11,7 @@ import torch
 from tiny_models import weights_digest
 from tiny_runs import save_tiny
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.canary import canary_error, canary_logps
 from rayalign.engine.checkpoint.sending import num_bytes
 from rayalign.engine.frozen import ScoringSpec
@@ -67,7 +68,7 @@ def first(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_an_engine_takes_weights_in_place(first: Path) -> None:
-    spec = ScoringSpec(model=ModelSpec(name=str(first)), tokens_per_micro_batch=512, row_tokens=128)
+    spec = ScoringSpec(model=ModelSpec(config=ModelConfig(name=str(first))), tokens_per_micro_batch=512, row_tokens=128)
     sampler = HfSampler(spec, torch.device("cpu"))
     sampler.load(spec.model)
     model, _ = load_policy(spec.model)
@@ -84,7 +85,7 @@ def test_an_engine_takes_weights_in_place(first: Path) -> None:
 
 
 def test_a_part_of_the_weights_is_refused(first: Path) -> None:
-    spec = ScoringSpec(model=ModelSpec(name=str(first)), tokens_per_micro_batch=512, row_tokens=128)
+    spec = ScoringSpec(model=ModelSpec(config=ModelConfig(name=str(first))), tokens_per_micro_batch=512, row_tokens=128)
     sampler = HfSampler(spec, torch.device("cpu"))
     sampler.load(spec.model)
     state = dict(sampler.policy.policy.model.state_dict())
