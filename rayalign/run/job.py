@@ -11,7 +11,7 @@ from rayalign.engine.state import CriticSpec, TrainSpec
 from rayalign.engine.strategy.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.methods import resolve as method_called
-from rayalign.placement import Share, elastic_share, host
+from rayalign.placement import Share
 from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.streams import AnyStream, SourceSpec, stored_parts
 from rayalign.run.identity import run_identity
@@ -25,7 +25,7 @@ from rayalign.run.model import (
 from rayalign.run.readers import export_facts
 from rayalign.run.reference import scoring_environment
 from rayalign.run.resolve import resolve_run
-from rayalign.run.rollouts import actor_share, preparation
+from rayalign.run.rollouts import preparation
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
 from rayalign.run.streams import DrawnRounds, auxiliary_streams, held_out, main_stream
@@ -37,8 +37,7 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
     """Everything the workers need, after the stages before training have been committed."""
     session, asked_before = stages.session, len(stages.artifacts.asked)
     resolved = resolve_run(run, session)
-    workers, fewest, own = resolved.workers, resolved.fewest, resolved.processes
-    each = elastic_share(session, processes - workers, fewest=fewest or workers, most=workers)
+    shares = resolved.shares(session, processes)
     method = run.trained_method
     main = main_stream(run, stages, directory / "rounds")
     steps = main.steps
@@ -81,13 +80,15 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         held_out=evaluated,
         strategy=run.strategy,
         zero=zero_file(run),
-        workers=workers,
-        share=host(each) if resolved.takes_turns else each,
+        workers=resolved.workers,
+        share=shares.worker,
         run=label,
-        rollouts=rollout_job(main.rounds, run, each, actors=resolved.actors) if main.rounds is not None else None,
+        rollouts=rollout_job(main.rounds, run, shares.actor, actors=resolved.actors)
+        if main.rounds is not None
+        else None,
         stages=tuple(dict.fromkeys(stages.artifacts.asked[asked_before:])),
-        fewest=fewest,
-        beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
+        fewest=resolved.fewest,
+        beside=shares.beside,
     )
 
 
@@ -105,7 +106,7 @@ def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | Non
     return Mirror(uri=uri, folder=directory.relative_to(storage).as_posix()) if uri is not None else None
 
 
-def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tuple[int, int]) -> RolloutJob:
+def rollout_job(rounds: DrawnRounds, run: RunConfig, share: Share, *, actors: tuple[int, int]) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
     least, most = actors
     return RolloutJob(
@@ -114,7 +115,7 @@ def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tup
         folder=rounds.stream.folder,
         most=most,
         least=least,
-        share=actor_share(each, rounds.chunks.options),
+        share=share,
         drawing=rounds.drawing,
         max_bad_fraction=run.data.max_bad_fraction,
         alone=run.method.record.learns_alone,

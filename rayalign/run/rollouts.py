@@ -19,10 +19,9 @@ from rayalign.data.stream import Stream
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.placement import Share, guest, share
+from rayalign.placement import share
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.engines import EngineOptions
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
 from rayalign.rounds.columns import RoundPreparation
 from rayalign.rounds.drawing import commit_drawn, draw_chunks
@@ -32,7 +31,7 @@ from rayalign.rounds.streams import StoredStream
 from rayalign.run.identity import label_identity, scorer_identity, spec_digest
 from rayalign.run.model import model_spec, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_unanswerable
-from rayalign.run.resolve import resolve_run
+from rayalign.run.resolve import actor_share, resolve_run
 from rayalign.run.stages import Stages
 from rayalign.runtime.pool import Pool
 from rayalign.storage.artifacts import digest_of
@@ -124,13 +123,6 @@ def sampling(rollout: RolloutConfig, run: RunConfig) -> SamplingParams:
         seed=run.seed,
         stop_ids=stop_ids(run),
     )
-
-
-def actor_share(each: Share, options: EngineOptions) -> Share:
-    """What a rollout actor reserves where every process gets ``each``."""
-    if options.takes_turns:
-        return guest(each)
-    return replace(each, gpus=float(options.tensor_parallel)) if options.tensor_parallel > 1 and each.gpus else each
 
 
 def drawn_once(
