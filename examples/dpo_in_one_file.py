@@ -27,7 +27,7 @@ from rayalign.data.pack import pack
 from rayalign.data.records import RawRow, Row
 from rayalign.data.stream import Stream
 from rayalign.data.tokenize import Tokenized, rows_to_groups
-from rayalign.data.tokenize_rows import Unit, misfit, read_chunks
+from rayalign.data.tokenize_rows import Unit, read_chunks, why_unfit
 from rayalign.engine.model.forward import Policy
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.methods import dpo_loss
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> list[float]:
     settings = TokenBudget(max_prompt_tokens=args.max_tokens // 2, max_tokens=args.max_tokens)
     outcomes = rows_to_groups(read_rows(args), chat, settings)
     tokenized = [outcome for outcome in outcomes if isinstance(outcome, Tokenized)]
-    groups = [outcome.group for outcome in tokenized if not misfit(outcome.example, "pair")]
+    groups = [outcome.group for outcome in tokenized if not why_unfit(outcome.example, "pair")]
     print(f"{len(groups)} pairs; {len(outcomes) - len(groups)} rows cannot be used")
 
     # The policy before the first step is the reference: its log-probs are computed once and carried with the data.

@@ -43,7 +43,7 @@ def main(connection: int, trace: int) -> None:
     from rayalign.errors import UserError
     from rayalign.imports import load_function, refuse_lazy
 
-    with limited(first["start_seconds"], trace):
+    with time_limit(first["start_seconds"], trace):
         try:
             function = load_function(first["name"], *first["like"], **first["keywords"])
             refuse_lazy(first["name"], function)
@@ -55,8 +55,8 @@ def main(connection: int, trace: int) -> None:
     send(link, answer)
     while function is not None:
         arguments = asked.get()
-        with limited(first["seconds"], trace):
-            answer = outcome(function, arguments, first["keywords"])
+        with time_limit(first["seconds"], trace):
+            answer = call_outcome(function, arguments, first["keywords"])
         send(link, answer)
 
 
@@ -77,7 +77,7 @@ def send(link: Connection, answer: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def limited(seconds: float, trace: int) -> Iterator[None]:
+def time_limit(seconds: float, trace: int) -> Iterator[None]:
     faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
     try:
         yield
@@ -85,7 +85,7 @@ def limited(seconds: float, trace: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def outcome(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+def call_outcome(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """What a call came to."""
     try:
         value = function(*arguments, **keywords)
@@ -139,7 +139,7 @@ def exception_line(error: BaseException) -> str:
     here = Path(__file__).parent
     ours = (__file__, str(here / "imports.py"))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
-    where = place([(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)])
+    where = innermost_place([(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)])
     return f"{said} ({where})" if where else said
 
 
@@ -151,7 +151,7 @@ def words_of(error: BaseException) -> str:
         return ""
 
 
-def place(frames: Sequence[tuple[str, int, str]]) -> str:
+def innermost_place(frames: Sequence[tuple[str, int, str]]) -> str:
     """The innermost of (file, line, function) that is in no library, or of all; frames run outwards from there."""
     known = [frame for frame in frames if not frame[0].startswith("<frozen")]
     libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))

@@ -25,7 +25,7 @@ from rayalign.data.select import rows_file, scores_of, select_best, write_select
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import Shape, shaped
+from rayalign.data.tokenize_rows import Shape, shape_group
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import train_policy
@@ -291,7 +291,9 @@ def groups_of(run: RunConfig, source: DataSource, shape: Shape) -> list[Group]:
     outcomes = to_groups(examples_of(source), chat, run.data)
     if bad := [outcome for outcome in outcomes if not isinstance(outcome, Tokenized)]:
         raise ValueError(f"the world made a row that cannot be used: {bad[0]}")
-    return [group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shaped(outcome.group, shape)]
+    return [
+        group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shape_group(outcome.group, shape)
+    ]
 
 
 def prompts_of(run: RunConfig, source: DataSource) -> tuple[Prompt, ...]:

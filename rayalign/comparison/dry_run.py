@@ -25,7 +25,7 @@ from rayalign.comparison.forecast import (
 from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
 from rayalign.config.compare import Comparison
 from rayalign.config.run import EvaluatedRun
-from rayalign.placement import Share, share
+from rayalign.placement import Share, even_share
 from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages
 from rayalign.run.train import is_finished
@@ -178,7 +178,7 @@ def workers_and_share(run: PlannedRun, comparison: Comparison, session: Session)
         return run.job.workers, run.job.share
     cells = [cell for cell in comparison.cells if cell.run is not None]
     workers = resolve_run(run.run, session).workers
-    return workers, share(session, processes_at_once(cells, session), workers=workers)
+    return workers, even_share(session, processes_at_once(cells, session), workers=workers)
 
 
 def pilot_remarks(run: PlannedRun, found: StepTime) -> list[str]:

@@ -27,7 +27,7 @@ from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
 from rayalign.judge.evaluator import EvaluationSpec, Evaluator
 from rayalign.judge.measure import Answered, Measured, Table, make_scorers
-from rayalign.placement import Share, share
+from rayalign.placement import Share, even_share
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, format_number, interval
 from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
@@ -81,7 +81,7 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
         if not found:
             raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
-        with closing(Evaluation.start(evaluated, stages, share=share(session, 1), actors=1)) as evaluation:
+        with closing(Evaluation.start(evaluated, stages, share=even_share(session, 1), actors=1)) as evaluation:
             baseline = evaluation.baseline(directory)
             rows = {"0": evaluation.points(None, directory)}
             if baseline is not None:

@@ -35,7 +35,7 @@ from rayalign.run.train import is_finished
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.artifacts import PENDING, refuse_unknown, stage_key
-from rayalign.storage.lease import holder
+from rayalign.storage.lease import holder_in_words
 from rayalign.storage.manifest import MANIFEST
 
 SHOWN_KEY = 8
@@ -259,7 +259,7 @@ def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) ->
         labels = {other.directory.name: other.label for other in planned.stages}
         names = [labels.get(name, f"the {name} run") for name in stage.waits_for]
         return f"to make; its key depends on {', '.join(names)}"
-    writer = holder(stage.directory)
+    writer = holder_in_words(stage.directory)
     if writer:
         return f"in progress: {writer.partition(' is being written by ')[2]}"
     if stage.name in fresh and (stage.directory / MANIFEST).exists():

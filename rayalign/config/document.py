@@ -169,7 +169,7 @@ Replace = Callable[[str, Any, Any], Any]
 """(block, its value before, the value given for it as a whole) → the value that it gets."""
 
 
-def override(
+def apply_overrides(
     document: Document, overrides: Iterable[str], *, replaced: Replace = lambda block, before, given: given
 ) -> Document:
     """``document`` with every ``optim.lr=1e-6`` applied; values are YAML.

@@ -186,13 +186,13 @@ def _parse_count(value: object) -> object:
     raise ValueError(f"{value!r} is neither a number, [smallest, largest] nor auto")
 
 
-def portable(value: str) -> str:
+def without_folder(value: str) -> str:
     """The last part of an absolute path; any other value as it is."""
     return Path(value).name if Path(value).is_absolute() else value
 
 
 def _dump_path(value: str, info: SerializationInfo) -> str:
-    return portable(value) if (info.context or {}).get("portable") else value
+    return without_folder(value) if (info.context or {}).get("portable") else value
 
 
 AS_PATH = PlainSerializer(_dump_path)

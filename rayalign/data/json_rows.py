@@ -23,11 +23,11 @@ def parse_json_row(data: bytes, *, source: str, line: int, ended: bool = True) -
     except ValueError as error:
         reason = f"not valid JSON: {error}" if ended else f"the file ends inside this line: {error}"
     else:
-        return checked(value, text, source=source, line=line)
+        return check_row(value, text, source=source, line=line)
     return BadRow(source=source, line=line, reason=reason, excerpt=excerpt_of(data))
 
 
-def checked(value: Any, written: str, *, source: str, line: int) -> Row:
+def check_row(value: Any, written: str, *, source: str, line: int) -> Row:
     """A value as a row, an object whose texts are text; ``written`` is how it stands in the file."""
     reason = ""
     if not isinstance(value, dict):

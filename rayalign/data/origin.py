@@ -45,7 +45,7 @@ class RowRange:
     last: int | None = None
 
 
-def find(origin: Origin) -> tuple[RowRange, ...]:
+def find_ranges(origin: Origin) -> tuple[RowRange, ...]:
     """The files that an entry names, in order.
 
     Raises:

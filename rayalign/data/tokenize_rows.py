@@ -15,7 +15,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.formats import ANSWERS, NUMBERS, first_known_name, parse_row
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.data.records import BadRow, RawRow, Row
 from rayalign.data.schema import Example, Preference
 from rayalign.data.shard import Said, ShardInfo, write_shard
@@ -109,7 +109,7 @@ def fit_to_method(found: Example | BadRow, shape: Shape) -> Example | BadRow | U
         return found
     if found.preference == "undecided" and shape in ("pair", "ranking", "labelled"):
         return UndecidedRow(found)
-    problem = misfit(found, shape)
+    problem = why_unfit(found, shape)
     return BadRow(source=found.source, line=found.line, reason=problem) if problem else found
 
 
@@ -151,7 +151,7 @@ def prepare_chunk(
             cut_prompts += outcome.truncation.prompt > 0
             cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
             rules.update(outcome.rules)
-            made = shaped(outcome.group, shape, preference=outcome.example.preference)
+            made = shape_group(outcome.group, shape, preference=outcome.example.preference)
             undecided += not made
             groups.extend(made)
             for group in made:
@@ -173,7 +173,7 @@ def prepare_chunk(
         formats=Counter(example.format for example in good),
         unread=Counter(chain.from_iterable(example.unread for example in good)),
         metadata=Counter(chain.from_iterable(example.metadata for example in good)),
-        named=named_in(rows, unit),
+        named=named_columns(rows, unit),
     )
 
 
@@ -185,13 +185,13 @@ def refuse_unread_variables(unit: Unit, chat: Chat) -> None:
         raise UserError(f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; leave it out")
 
 
-def named_in(rows: Sequence[Row], unit: Unit) -> frozenset[str]:
+def named_columns(rows: Sequence[Row], unit: Unit) -> frozenset[str]:
     """The file's columns that ``columns`` names and some row has."""
     wanted = frozenset(unit.columns.values())
     return wanted.intersection(chain.from_iterable(row.value for row in rows if isinstance(row, RawRow)))
 
 
-def misfit(example: Example, shape: Shape) -> str:
+def why_unfit(example: Example, shape: Shape) -> str:
     """Why a method that learns from ``shape`` cannot use the row; empty when it can."""
     found = len(example.candidates)
     if shape == "prompt":
@@ -244,13 +244,13 @@ def _unread(example: Example, shape: Shape) -> str:
     return f"; not read: {', '.join(example.unread)}. Name what is meant: columns: {{{wanted}}}"
 
 
-def shaped(group: Group, shape: Shape, *, preference: Preference = "stored") -> tuple[Group, ...]:
+def shape_group(group: Group, shape: Shape, *, preference: Preference = "stored") -> tuple[Group, ...]:
     """The group as the method takes it: pairs become two labelled examples for a method of labelled ones.
 
     None is left of a ranking in which nothing is preferred.
     """
     if shape == "ranking":
-        return ranked(group, by_reward=preference == "rewards")
+        return rank_group(group, by_reward=preference == "rewards")
     if shape == "labelled" and "label" not in group.per_candidate:
         return unpair(group)
     return (group,)

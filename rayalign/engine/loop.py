@@ -32,7 +32,7 @@ from rayalign.engine.checkpoint.saving import (
     refuse_stopped,
     save_checkpoint,
 )
-from rayalign.engine.checkpoint.sending import exportable, num_bytes, offer_weights
+from rayalign.engine.checkpoint.sending import num_bytes, offer_weights, state_to_export
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.frozen import computed_with
 from rayalign.engine.metrics import open_sinks
@@ -276,7 +276,7 @@ def export_final(run: Run) -> None:
     final = run.spec.directory / "final"
     if run.strategy.broadcast(read_manifest(final) is not None):
         return
-    state, adapter = exportable(run)
+    state, adapter = state_to_export(run)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
             if run.spec.export_adapter:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
-from rayalign.engine.checkpoint.checkpoint import decisive
+from rayalign.engine.checkpoint.checkpoint import deciding_identity
 from rayalign.errors import MissingExtra
 from rayalign.storage.manifest import write_durably
 
@@ -102,7 +102,7 @@ class WandB:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise MissingExtra("wandb", "tracking") from error
-        named = f"{directory.resolve()} {json.dumps(decisive(identity), sort_keys=True)}"
+        named = f"{directory.resolve()} {json.dumps(deciding_identity(identity), sort_keys=True)}"
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayalign"),
             name=directory.name,

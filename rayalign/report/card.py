@@ -70,7 +70,7 @@ def card_text(card: Card) -> str:
     environment.filters |= {
         "number": formatting.format_number,
         "interval": formatting.interval,
-        "policy": formatting.policy,
+        "policy": formatting.policy_in_words,
         "markdown": formatting.markdown,
         "indented": formatting.indented,
     }

@@ -47,7 +47,7 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def single(value: float | None, unit: str = "") -> str:
+def format_optional(value: float | None, unit: str = "") -> str:
     """The number of one reply, which may be missing."""
     return MISSING if value is None else format_number(value, unit)
 
@@ -62,12 +62,12 @@ def format_count(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def kept(*, kept: int, of: int, unit: str, threshold: float, **_: float) -> str:
+def filter_sentence(*, kept: int, of: int, unit: str, threshold: float, **_: float) -> str:
     """What a filter left: ``kept 694 of 2,312 pairs, threshold −1.23 nats per token``."""
     return f"kept {kept:,} of {of:,} {unit}, threshold {format_number(threshold)} nats per token"
 
 
-def policy(name: str) -> str:
+def policy_in_words(name: str) -> str:
     """``off_policy`` as words."""
     return name.replace("_", "-")
 

@@ -14,7 +14,7 @@ from rayalign.report import figures, formatting
 from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
-from rayalign.report.matrix import by_pair
+from rayalign.report.matrix import contests_by_pair
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, write_text
 from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
@@ -64,7 +64,7 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
         tunings=tunings(comparison),
         untuned=untuned(comparison, summary),
         cost_axes=figures.cost_axes(summary),
-        contests=by_pair(summary.contests),
+        contests=contests_by_pair(summary.contests),
         contestants=list(dict.fromkeys(contest.row for contest in summary.contests)),
         interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
@@ -198,7 +198,7 @@ def _environment() -> Environment:
     )
     for name in FILTERS:
         environment.filters[name] = getattr(formatting, name)
-    environment.filters["kept"] = lambda filtered: formatting.kept(**filtered.model_dump())
+    environment.filters["kept"] = lambda filtered: formatting.filter_sentence(**filtered.model_dump())
     return environment
 
 

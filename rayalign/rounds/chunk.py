@@ -295,7 +295,7 @@ class ChunkMaker:
             if chunk.most_bad is not None and len(quarantined) > chunk.most_bad:
                 raise UserError(
                     f"{len(quarantined)} of {len(scores)} prompts have no scored completions, more than "
-                    f"data.max_bad_fraction allows; first {told_prompt(quarantined[0])}"
+                    f"data.max_bad_fraction allows; first {prompt_failure(quarantined[0])}"
                 )
         return scores
 
@@ -323,7 +323,7 @@ def bad_prompt(group: Drawn, prompt: str | Turns, reason: str) -> dict[str, Any]
     return {"file": source, "line": int(line), "reason": reason, "prompt": prompt_text(prompt)[:200]}
 
 
-def told_prompt(bad: Mapping[str, Any]) -> str:
+def prompt_failure(bad: Mapping[str, Any]) -> str:
     """Where the prompt of such a line stands, and what became of it."""
     return f"{bad['file']}:{bad['line']}: {bad['reason']}"
 

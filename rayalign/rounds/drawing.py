@@ -19,7 +19,7 @@ from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
 from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import ChunkReport, ChunkSpec, PromptChunk
-from rayalign.rounds.ledger import Ledger, bad_prompts, told_bad
+from rayalign.rounds.ledger import Ledger, bad_prompts, bad_prompts_sentence
 from rayalign.rounds.workers import ItemKilled, Workers
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def draw_chunks(
             last = time.monotonic()
     reports = [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
     if 0 < len(bad_prompts(reports)) <= most_bad:
-        done(f"{told_bad(reports)}; see quarantine.jsonl in {directory}")
+        done(f"{bad_prompts_sentence(reports)}; see quarantine.jsonl in {directory}")
     return reports
 
 
@@ -139,7 +139,7 @@ def commit_drawn(
         lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
         write_whole(directory / "quarantine.jsonl", lines.encode("utf-8", errors="backslashreplace"))  # as JSON has it
     if len(failures) > max_bad_fraction * ledger.prompts:
-        raise UserError(told_bad(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
+        raise UserError(bad_prompts_sentence(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
     look(ledger)
     finished = finished_shards(directory)
     shards = [finished[report["shard"]] for report in reports]

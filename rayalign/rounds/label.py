@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeGuard
 
 from rayalign.config.policy import LabelConfig
-from rayalign.data.rank import places
+from rayalign.data.rank import places_of_scores
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.rollout.sampling import sample_key, uniforms
@@ -77,8 +77,8 @@ def label(
     if shape == "ranking" and config.name == "rewards":
         if min(scores) == max(scores):
             return Labelled(kept=(0,), preferred=False)
-        return Labelled(kept=tuple(range(len(scores))), rank=tuple(places(scores).tolist()))
-    pair = (own or rule(config))(scored)
+        return Labelled(kept=tuple(range(len(scores))), rank=tuple(places_of_scores(scores).tolist()))
+    pair = (own or make_rule(config))(scored)
     if pair is None:
         return Labelled(kept=(0,), preferred=False)
     if shape == "labelled":  # one example per prompt, so that a step has as many as it says
@@ -92,7 +92,7 @@ def label_key(seed: int, position: int) -> int:
     return sample_key(seed, position, LABEL_STREAM)
 
 
-def rule(config: LabelConfig) -> Rule:
+def make_rule(config: LabelConfig) -> Rule:
     """The rule called ``config.name``; ``module:function`` is the user's own, of the list of scores."""
     if config.name == "best_worst":
         return best_worst

@@ -9,7 +9,7 @@ from typing import Any
 from rayalign import __version__
 from rayalign.config import resume
 from rayalign.config.compare import INITIAL
-from rayalign.config.fields import portable
+from rayalign.config.fields import without_folder
 from rayalign.config.policy import LabelConfig, unread_parameters
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import PATIENCE, RewardModelScorerConfig, RuleScorerConfig, ScorerConfig
@@ -94,7 +94,9 @@ def scorer_identity(scorer: ScorerConfig) -> list[Any]:
     Where those lie does not.
     """
     parameters = {key: value for key, value in scorer_parameters(scorer).items() if key not in PATIENCE}
-    places: dict[str, Any] = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
+    places: dict[str, Any] = {
+        key: without_folder(parameters[key]) for key in ("function", "model") if key in parameters
+    }
     said = {"label": scorer.label, "name": scorer.name, "parameters": {**parameters, **places}}
     content = scorer_content(scorer)
     return [said] if content is None else [said, content]
@@ -125,4 +127,4 @@ def scorer_source(scorer: ScorerConfig) -> list[Any]:
 def label_identity(label: LabelConfig) -> list[Any]:
     """What decides a rule's preferences: its name and the parameters that it reads, and its code."""
     read = label.model_dump(exclude={"relabel", *unread_parameters(label.name)})
-    return [{**read, "name": portable(label.name)}, source_digest(label.name) if ":" in label.name else None]
+    return [{**read, "name": without_folder(label.name)}, source_digest(label.name) if ":" in label.name else None]

@@ -167,7 +167,7 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
     return facts
 
 
-def export_told(run: RunConfig) -> Iterator[str]:
+def export_sentences(run: RunConfig) -> Iterator[str]:
     """The same as lines for a person; nothing where it is as anybody expects."""
     facts = export_facts(run)
     if "base" in facts:

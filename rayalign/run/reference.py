@@ -13,7 +13,7 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.placement import share
+from rayalign.placement import even_share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
 from rayalign.storage.manifest import committed
@@ -86,7 +86,7 @@ def score_shards(
     if not shards:
         return
     actors = min(math.ceil(len(shards) / SHARDS_PER_SCORER), pool_size(session))
-    each = share(session, actors)
+    each = even_share(session, actors)
     with Pool(
         "reference", ShardScorer, store, directory, spec, share=each, most=actors, start_seconds=START_SECONDS
     ) as pool:

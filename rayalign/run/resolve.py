@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from rayalign.config.policy import RolloutConfig
 from rayalign.config.run import RunConfig
-from rayalign.placement import Share, elastic_share, guest, host
+from rayalign.placement import Share, elastic_share, guest_share, host_share
 from rayalign.rollout.engines import EngineOptions
 from rayalign.runtime.session import Session
 
@@ -40,7 +40,7 @@ class Resolved:
         each = elastic_share(session, processes - self.workers, fewest=fewest, most=self.workers)
         beside = max(0, self.processes - self.workers) + (1 if processes > self.processes else 0)
         return Shares(
-            worker=host(each) if self.takes_turns else each, actor=actor_share(each, self.engine), beside=beside
+            worker=host_share(each) if self.takes_turns else each, actor=actor_share(each, self.engine), beside=beside
         )
 
 
@@ -108,5 +108,5 @@ def engine_options(rollout: RolloutConfig | None, *, turns: bool) -> EngineOptio
 def actor_share(each: Share, options: EngineOptions) -> Share:
     """What a rollout actor reserves where every process gets ``each``."""
     if options.takes_turns:
-        return guest(each)
+        return guest_share(each)
     return replace(each, gpus=float(options.tensor_parallel)) if options.tensor_parallel > 1 and each.gpus else each

@@ -19,7 +19,7 @@ from rayalign.data.stream import Stream
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.placement import share
+from rayalign.placement import even_share
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
@@ -170,7 +170,7 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
     def build(directory: Path) -> None:
         devices = max(1, int(session.num_gpus or session.num_cpus) // spec.options.tensor_parallel)
         least, most = run.rollout.actor_range(devices) if run.rollout is not None else (devices, devices)
-        each = actor_share(share(session, max(1, least)), spec.options)
+        each = actor_share(even_share(session, max(1, least)), spec.options)
         python = run.rollout.python if run.rollout is not None else None
         with Pool("rollouts", ChunkMaker, share=each, most=most, least=least, python=python) as pool:
             reports = draw_chunks(

@@ -12,11 +12,11 @@ import transformers
 
 from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.config.dump import redact
-from rayalign.config.fields import portable
+from rayalign.config.fields import without_folder
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.content import content_key, without_query
-from rayalign.data.origin import Origin, RowRange, find
+from rayalign.data.origin import Origin, RowRange, find_ranges
 from rayalign.data.records import append_quarantine
 from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select_best, write_selected_rows
@@ -59,7 +59,7 @@ class Stages:
 
     def rows(self, function: str, source: DataSource) -> Path:
         """A maker's rows as a JSONL file."""
-        inputs: dict[str, Any] = {"function": portable(function), "source": source_digest(function)}
+        inputs: dict[str, Any] = {"function": without_folder(function), "source": source_digest(function)}
         inputs["arguments"] = source.arguments
         if source.version is not None:
             inputs["version"] = source.version
@@ -215,11 +215,11 @@ def filter_facts(directory: Path) -> dict[str, Any]:
 def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:
     """What one entry of ``data.train`` names: files, a dataset, or the rows that a function makes."""
     if source.function is None:
-        parts = find(origin_of(source))
+        parts = find_ranges(origin_of(source))
     else:
         made = str(stages.rows(source.function, source))
         exists = not stages.artifacts.pending(Path(made).parent)
-        parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
+        parts = find_ranges(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
     return [unit_of(part, source, data) for part in parts]
 
 

@@ -15,7 +15,7 @@ from rayalign.data.select import rows_file
 from rayalign.data.store import TokenStore
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
-from rayalign.report.formatting import kept
+from rayalign.report.formatting import filter_sentence
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import drawn_rows, order_of
@@ -169,7 +169,7 @@ def keep_filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> Store
     if run.filter is None:
         return stream
     directory = filter_stage(run.filter, stream.stores, run, stages)
-    stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
+    stages.artifacts.note(f"filter: {filter_sentence(**filter_facts(directory))}")
     return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 

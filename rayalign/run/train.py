@@ -35,7 +35,7 @@ from rayalign.rounds.streams import StoredStream, stored_parts
 from rayalign.run.display import ProgressBoard
 from rayalign.run.job import make_job, zero_file
 from rayalign.run.provenance import provenance
-from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
+from rayalign.run.readers import export_facts, export_sentences, refuse_unusable_models
 from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.runtime.gauges import Gauges
@@ -85,7 +85,7 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoar
         note = partial(write_run_json, run, job, history)
         note("running")
         collect_quarantine(job)
-        for line in export_told(run):
+        for line in export_sentences(run):
             board.say(f"{job.run}: {line}")
         board.start(job.run, job.spec.steps)
         with contextlib.ExitStack() as stack:

@@ -148,7 +148,7 @@ def lease_in_words(path: Path) -> str:
     )
 
 
-def holder(directory: Path) -> str:
+def holder_in_words(directory: Path) -> str:
     """Who writes to ``directory`` now, in words; empty where no process does. Nothing is written to find out."""
     path = directory / ".lease"
     owner = read_owner(path)
@@ -182,10 +182,10 @@ def last_renewal(path: Path) -> float:
 
 
 def is_abandoned(path: Path, owner: dict[str, Any]) -> bool:
-    return is_dead_here(owner) or age(path) > EXPIRE_SECONDS
+    return is_dead_here(owner) or seconds_since_renewal(path) > EXPIRE_SECONDS
 
 
-def age(path: Path) -> float:
+def seconds_since_renewal(path: Path) -> float:
     """Seconds since the last renewal by the file system's own clock: those of two machines may differ.
 
     0 where there is no file: it was released a moment ago.
@@ -209,7 +209,7 @@ def take_over(path: Path, owner: dict[str, Any]) -> None:
     try:
         os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:
-        if age(guard) > EXPIRE_SECONDS:  # the process that made it died before the removal
+        if seconds_since_renewal(guard) > EXPIRE_SECONDS:  # the process that made it died before the removal
             guard.unlink(missing_ok=True)
         time.sleep(GUARD_SECONDS)
         return

@@ -24,14 +24,14 @@ from rayalign.data.tokenize_rows import (
     UndecidedRow,
     Unit,
     fit_to_method,
-    named_in,
+    named_columns,
     parse_unit_row,
     refuse_unread_variables,
-    shaped,
+    shape_group,
     tokenize_examples,
 )
 from rayalign.errors import UserError
-from rayalign.report.formatting import kept, printable
+from rayalign.report.formatting import filter_sentence, printable
 from rayalign.verbs.findings_table import findings_table
 from rayalign.verbs.show import LEGEND, row_lines
 
@@ -127,7 +127,7 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
     """Count every row of a source into ``found``, and show the first ones."""
     left, named = how.show if how.chat and not how.as_json else 0, frozenset[str]()
     for unit, rows in source.chunks():
-        named |= named_in(rows, unit)
+        named |= named_columns(rows, unit)
         if how.chat is not None:
             refuse_unread_variables(unit, how.chat)
         examples = [_fitted(row, unit, source.shape) for row in rows]
@@ -174,7 +174,7 @@ def _count(
         if isinstance(outcome, Tokenized):
             if source.refuse is not None:
                 source.refuse(outcome.group)
-            made = shaped(outcome.group, source.shape or "group", preference=outcome.example.preference)
+            made = shape_group(outcome.group, source.shape or "group", preference=outcome.example.preference)
             found.left_out += not made
             groups += made
     if how.scores is not None and source.is_scored:
@@ -205,7 +205,7 @@ def _print(findings: Sequence[FileFindings], unreadable: Sequence[str], how: Che
         console.print(Text(printable(found.source), style="italic"), soft_wrap=True)
         console.print(findings_table(found))
     if how.scores:
-        said = kept(**filtering) if filtering else "no row has a completion to score"
+        said = filter_sentence(**filtering) if filtering else "no row has a completion to score"
         console.print(f"filter {quantile:g} by {how.scores.name}: {said}", highlight=False, soft_wrap=True)
     for message in unreadable:
         console.print(Text(printable(message), style="red"), soft_wrap=True)

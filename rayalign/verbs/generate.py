@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from rayalign.config.load import overridden, parse_run
+from rayalign.config.load import parse_run, read_overridden
 from rayalign.config.run import RunConfig
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import ANSWERS, Prompts
@@ -74,7 +74,7 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
 
 def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kind: Kind = "all") -> RunConfig:
     """A run's YAML (or none) with the blocks that matter here; the others may be there and are not read."""
-    document = overridden(path, overrides)
+    document = read_overridden(path, overrides)
     data = {key: value for key, value in document.data.items() if key in BLOCKS}
     label = document.data.get("label", {}) if kind == "pairs" else {"name": "best" if kind == "best" else "rewards"}
     data |= {"method": SHAPES[kind][1], "label": {"name": label} if isinstance(label, str) else {**label}}

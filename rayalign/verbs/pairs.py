@@ -18,11 +18,11 @@ from rayalign.config.data import TokenBudget
 from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group, TokenIds
-from rayalign.data.origin import Origin, find
+from rayalign.data.origin import Origin, find_ranges
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import Unit, fit_to_method, parse_unit_row, read_chunks, shaped
+from rayalign.data.tokenize_rows import Unit, fit_to_method, parse_unit_row, read_chunks, shape_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.context import context_of, refuse_long_group, refuse_unknown_group, vocabulary_of
 from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer, refuse_unusable
@@ -59,7 +59,7 @@ def evaluate_pairs(model: str, files: Sequence[str], budget: TokenBudget, *, as_
         return
     cut = f"; {judged.cut} answers were cut at --max-tokens" if judged.cut else ""
     console.print(f"{model}: {found.pairs} pairs in {found.rows} rows{cut}", highlight=False, soft_wrap=True)
-    for table in tables(found):
+    for table in pair_tables(found):
         console.print(table)
 
 
@@ -97,7 +97,7 @@ def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged
 
 def read_rankings(files: Sequence[str], chat: Chat, budget: TokenBudget) -> Iterator[tuple[list[Group], int]]:
     """(groups with their ranks, answers that were cut), some hundred rows at a time; a bad row is an error."""
-    for unit in (Unit(path=part.path) for file in files for part in find(Origin(path=file))):
+    for unit in (Unit(path=part.path) for file in files for part in find_ranges(Origin(path=file))):
         for chunk in read_chunks(unit):
             examples = [fit_to_method(parse_unit_row(row, unit), "ranking") for row in chunk]
             bad = next((own for own in examples if isinstance(own, BadRow)), None)
@@ -109,7 +109,7 @@ def read_rankings(files: Sequence[str], chat: Chat, budget: TokenBudget) -> Iter
                 if isinstance(outcome, BadRow):
                     raise UserError(f"--pairs: {outcome}")
                 assert isinstance(outcome, Tokenized)
-                groups += shaped(outcome.group, "ranking", preference=outcome.example.preference)
+                groups += shape_group(outcome.group, "ranking", preference=outcome.example.preference)
                 cut += sum(tokens > 0 for tokens in outcome.truncation.responses)
             yield groups, cut
 
@@ -138,7 +138,7 @@ def pair_margins(group: Group, scores: np.ndarray[Any, np.dtype[np.float64]]) ->
             yield float(scores[better] - scores[other]), float(longer)
 
 
-def tables(found: PairReport) -> Iterator[Table]:
+def pair_tables(found: PairReport) -> Iterator[Table]:
     overall = Table(caption="interval: 95 %, rows resampled; ties count half; Brier of a coin: 0.25")
     for column in ("accuracy", "mean margin", "deviation", "Brier", "calibration error"):
         overall.add_column(column)

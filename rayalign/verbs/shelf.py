@@ -17,7 +17,7 @@ from rich.table import Table
 from rayalign.errors import UserError
 from rayalign.report.status import read_run_json, runs
 from rayalign.storage.artifacts import STAGE_VERSIONS, USED
-from rayalign.storage.lease import Held, holder, lease
+from rayalign.storage.lease import Held, holder_in_words, lease
 from rayalign.storage.manifest import MANIFEST
 
 FOLDER = "artifacts"
@@ -88,7 +88,7 @@ def gc(storage: Path, *, unused_for: str, dry_run: bool, console: Console) -> No
     for item in found:
         if item.used > oldest:
             continue
-        kept = ", ".join(item.wanted_by) or holder(item.directory)
+        kept = ", ".join(item.wanted_by) or holder_in_words(item.directory)
         if kept or not (dry_run or remove_stage(item.directory, oldest)):
             console.print(f"kept {item.directory.name}: {kept or 'it is used again'}", highlight=False, soft_wrap=True)
             continue
@@ -188,7 +188,7 @@ def unused_stage_state(item: Artifact) -> str:
     """What is said of a stage that no run names."""
     if item.committed:
         return "–"
-    return "being made" if holder(item.directory) else "never finished"
+    return "being made" if holder_in_words(item.directory) else "never finished"
 
 
 def modified_time(path: Path) -> float:

@@ -126,10 +126,12 @@ def aligned(
         if all(isinstance(value, str) for value in candidates.values()):
             return prompt, tuple(candidates.values())
         prompt = user(prompt)
-    return prompt, tuple(after(prompt, value, name, may_be_empty=may_be_empty) for name, value in candidates.items())
+    return prompt, tuple(
+        turns_after_prompt(prompt, value, name, may_be_empty=may_be_empty) for name, value in candidates.items()
+    )
 
 
-def after(prompt: Turns, value: Texts, name: str, *, may_be_empty: bool = False) -> Turns:
+def turns_after_prompt(prompt: Turns, value: Texts, name: str, *, may_be_empty: bool = False) -> Turns:
     """A candidate as the turns that follow the prompt; a whole conversation loses the prompt that it repeats."""
     answer = assistant(value) if isinstance(value, str) else value
     if answer[: len(prompt)] == prompt:

@@ -196,7 +196,7 @@ def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
     return list(found.values()) if decides else []
 
 
-def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
+def deciding_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity without what is :data:`DESCRIBED`."""
     return {key: value for key, value in identity.items() if key != DESCRIBED}
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rayalign.engine.batches import NeededRounds, Rounds
 from rayalign.engine.checkpoint.mirror import upload
-from rayalign.engine.checkpoint.sending import copy_to_host, exportable
+from rayalign.engine.checkpoint.sending import copy_to_host, state_to_export
 from rayalign.engine.state import Run, TrainSpec
 from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
@@ -132,7 +132,7 @@ def save_checkpoint(
     began = time.perf_counter()
     writer.wait()
     strategy, later = run.strategy, writer.asynchronous
-    state, adapter = exportable(run, copied=later)
+    state, adapter = state_to_export(run, copied=later)
     held = strategy.optimizer_state(run.optimizer)
     run.saved = run.step
     writer.submit(

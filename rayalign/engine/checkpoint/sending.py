@@ -25,7 +25,7 @@ def offer_weights(run: Run, rounds: Rounds | None) -> None:
     if rounds is None or not rounds.wants_weights(run.step):
         return
     began = time.perf_counter()
-    state, _ = exportable(run)
+    state, _ = state_to_export(run)
     canary = canary_logps(
         run.model,
         layout=run.layout,
@@ -56,7 +56,7 @@ def export_weights(run: Run, rounds: Rounds, state: State, canary: tuple[float, 
     return replace(weights, seconds_sending=time.perf_counter() - began)
 
 
-def exportable(run: Run, *, copied: bool = False) -> tuple[State, Callable[[Path], None]]:
+def state_to_export(run: Run, *, copied: bool = False) -> tuple[State, Callable[[Path], None]]:
     """The policy's whole state on rank 0, any adapter merged, and what writes that adapter into a model's folder.
 
     All ranks call this alike. ``copied``: in the host's memory, where no later step changes it.

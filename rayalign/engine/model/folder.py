@@ -91,7 +91,7 @@ def weight_files(directory: Path, *, field: str = FIELD) -> list[Path]:
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise UserError(
-            f"{field}: {directory} lacks {len(absent)} of its {len(names)} files of weights: {some(absent)}; "
+            f"{field}: {directory} lacks {len(absent)} of its {len(names)} files of weights: {few(absent)}; "
             "copy or download the model again"
         )
     return [directory / name for name in names]
@@ -204,7 +204,7 @@ def matching_in_folder(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
 
 
-def some(names: Iterable[object], most: int = 3) -> str:
+def few(names: Iterable[object], most: int = 3) -> str:
     """The first few of them, for a sentence."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")
@@ -250,7 +250,7 @@ def _instead_of_weights(directory: Path, field: str) -> str:
         return f"holds GGUF files. {_GGUF}"
     others = [path.name for path in sorted(directory.glob("*.safetensors"))]
     if others:
-        return f"holds {some(others)}, but neither {WEIGHTS} nor {INDEX}, by which a model's weights are found"
+        return f"holds {few(others)}, but neither {WEIGHTS} nor {INDEX}, by which a model's weights are found"
     scratch = ", or ask for random weights with model.from_scratch: true" if field == FIELD else ""
     return f"holds no weights (*.safetensors): name a trained model{scratch}"
 

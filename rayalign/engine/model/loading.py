@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from rayalign.engine.model.folder import FIELD, Tensor, some, tensors_of, weight_files
+from rayalign.engine.model.folder import FIELD, Tensor, few, tensors_of, weight_files
 from rayalign.engine.model.scalar import HEAD, HEAD_WEIGHT
 from rayalign.errors import UserError, first_line
 
@@ -85,7 +85,7 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
     unknown = sorted({own.dtype for own in tensors.values()} - DTYPES.keys())
     if unknown:
         raise UserError(
-            f"{source.field}: {source.directory} holds tensors of type {some(unknown)}, which are quantised weights: "
+            f"{source.field}: {source.directory} holds tensors of type {few(unknown)}, which are quantised weights: "
             "name the model that they were made from"
         )
     shapes = {name: empty_like(own) for name, own in tensors.items()}
@@ -96,9 +96,7 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
             attempts.append((match_tensors(blank, tensors_of_part(part, shapes), place=META)[1], part))
         except RuntimeError as error:
             absent = missing_experts(tensors)
-            told = (
-                f"it lacks {plural(absent, 'tensor')} of its experts: {some(absent)}" if absent else first_line(error)
-            )
+            told = f"it lacks {plural(absent, 'tensor')} of its experts: {few(absent)}" if absent else first_line(error)
             raise UserError(
                 f"{source.field}: transformers cannot make a {type(blank).__name__} of the tensors in "
                 f"{source.directory} ({told}): copy, convert or save the model again"
@@ -122,7 +120,7 @@ def refuse_whole_numbers(blank: PreTrainedModel, source: Source, shapes: Mapping
         used = whole
     if used:
         raise UserError(
-            f"{source.field}: {source.directory} holds whole numbers for {plural(used, 'tensor')}: {some(used)}. Such "
+            f"{source.field}: {source.directory} holds whole numbers for {plural(used, 'tensor')}: {few(used)}. Such "
             "weights are quantised: name the model that they were made from"
         )
 
@@ -183,7 +181,7 @@ def refuse_mismatch(found: Mismatch, blank: PreTrainedModel, source: Source) -> 
     total = len(blank.state_dict())
     if empty := [name for name, own, _ in found.other_shape if 0 in own]:
         raise UserError(
-            f"{where} holds {plural(empty, 'tensor')} without content: {some(empty)}. They were saved while a strategy "
+            f"{where} holds {plural(empty, 'tensor')} without content: {few(empty)}. They were saved while a strategy "
             "such as ZeRO-3 or FSDP held their values elsewhere: gather them, and save the model again"
         )
     if found.other_shape:
@@ -201,7 +199,7 @@ def refuse_mismatch(found: Mismatch, blank: PreTrainedModel, source: Source) -> 
             + f", as in {found.unexpected[0]}. Save the model without what was wrapped around it, or rename them"
         )
     if missing == [HEAD_WEIGHT]:
-        also = f", which have {some(unexpected or found.unexpected)} instead" if found.unexpected else ""
+        also = f", which have {few(unexpected or found.unexpected)} instead" if found.unexpected else ""
         raise UserError(
             f"{where} has no trained scalar head: {HEAD_WEIGHT} is not in its files{also}. One that is drawn at random "
             "would give random scores: name a model for sequence classification that was trained, or rename its head"
@@ -212,14 +210,14 @@ def refuse_mismatch(found: Mismatch, blank: PreTrainedModel, source: Source) -> 
             "would be random: write true there if the model uses its embedding as head, or name a folder that has one"
         )
     if missing:
-        also = f"; it has {some(unexpected)} instead" if unexpected else ""
+        also = f"; it has {few(unexpected)} instead" if unexpected else ""
         raise UserError(
-            f"{where} lacks {len(missing)} of the {total} tensors of a {kind}, which would be random: {some(missing)}"
+            f"{where} lacks {len(missing)} of the {total} tensors of a {kind}, which would be random: {few(missing)}"
             f"{also}. Copy, convert or save the model again"
         )
     if unexpected:
         raise UserError(
-            f"{where} holds {plural(unexpected, 'tensor')} that a {kind} has no place for: {some(unexpected)}. Either "
+            f"{where} holds {plural(unexpected, 'tensor')} that a {kind} has no place for: {few(unexpected)}. Either "
             "config.json belongs to another model, or they are of no use: then load the model with transformers and "
             "save it again"
         )
@@ -242,7 +240,7 @@ def refuse_nonfinite(model: PreTrainedModel, directory: Path, *, field: str = FI
     if bad:
         raise UserError(
             f"{field}: {directory} holds weights that are no finite numbers, in {len(bad)} of its "
-            f"tensors: {some(bad)}. Whatever is computed with them is NaN; name another checkpoint of that model"
+            f"tensors: {few(bad)}. Whatever is computed with them is NaN; name another checkpoint of that model"
         )
 
 

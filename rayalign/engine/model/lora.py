@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayalign.config.model import LoraConfig
 from rayalign.engine.model.scalar import HEAD, HEAD_WEIGHT, is_scalar
-from rayalign.engine.model.targets import adapter_targets, is_hijacked, shortened
+from rayalign.engine.model.targets import adapter_targets, is_hijacked, shorten_names
 from rayalign.errors import MissingExtra, UserError
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch
@@ -209,8 +209,8 @@ def write_adapter(
     head = HEAD if is_scalar(model) else None
     config = peft_config(
         lora,
-        layers=shortened([name for name in layers if name not in apart], among=names_of_modules(model)),
-        parameters=shortened([*experts, *(f"{name}.weight" for name in apart)], among=names_of_parameters(model)),
+        layers=shorten_names([name for name in layers if name not in apart], among=names_of_modules(model)),
+        parameters=shorten_names([*experts, *(f"{name}.weight" for name in apart)], among=names_of_parameters(model)),
         transposed=any(layer.fan_in_fan_out for layer in changed.values()),
         head=head,
     )

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rayalign.engine.model.attention import attention_kind
-from rayalign.engine.model.context import ropes
+from rayalign.engine.model.context import rope_settings
 from rayalign.engine.model.kinds import FAILURES
 
 WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
@@ -44,7 +44,7 @@ def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreT
 
 def shorten_rope(config: PretrainedConfig) -> None:
     """Where RoPE changes with the position or the length of a text, have it do so early."""
-    for rope in ropes(config):
+    for rope in rope_settings(config):
         if rope["rope_type"] == "dynamic":
             config.max_position_embeddings = POSITIONS
         if rope.get("original_max_position_embeddings"):

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.config.model import LoraConfig, ModelConfig
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.engine.model.forward import Policy, ScalarModel
 from rayalign.engine.model.lora import ADAPTER, adapted_layers, adapter_off, state_with_adapter_merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
@@ -250,7 +250,7 @@ def rankings(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     tokenizer = byte_level(template=CHATML, eos="<|im_end|>")
     tokenizer.pad_token = "<|im_end|>"
     save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, folder / "padded")
-    groups = [own for group in synthetic_groups([2, 3] * 6) for own in ranked(group, by_reward=True)]
+    groups = [own for group in synthetic_groups([2, 3] * 6) for own in rank_group(group, by_reward=True)]
     pairs = store(folder / "pairs", groups)
     main = objective("reward_model", center=0.01)
     bases = {name: models[name] for name in HEADED} | {"padded": folder / "padded"}

@@ -15,7 +15,7 @@ from rayalign.engine.model import trial
 from rayalign.engine.model.lora import adapted_layers, state_with_adapter_merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, model_tokenizer, refuse_unusable
 from rayalign.engine.model.shrunken import miniature
-from rayalign.engine.model.targets import adapter_targets, fused_experts, kinds, shortened
+from rayalign.engine.model.targets import adapter_targets, ends, fused_experts, shorten_names
 from rayalign.engine.model.trial import ExportTrial, try_export
 from rayalign.errors import UserError
 
@@ -53,8 +53,8 @@ def test_by_itself_every_linear_layer_that_the_model_calls(family: str) -> None:
         model = animal(family)
     layers, left_out = DEFAULT[family]
     found = adapter_targets(model)
-    assert found.experts == () and kinds((*found.plain_experts, *found.plain_layers)) == left_out
-    assert not layers or sorted(kinds(found.layers).split(", ")) == sorted(set(layers.split(", ")))
+    assert found.experts == () and ends((*found.plain_experts, *found.plain_layers)) == left_out
+    assert not layers or sorted(ends(found.layers).split(", ")) == sorted(set(layers.split(", ")))
     assert not any("lm_head" in name for name in found.layers)
 
 
@@ -97,9 +97,9 @@ def test_the_merge_of_an_expert_by_hand(tmp_path: Path) -> None:
 
 
 def test_short_names_only_where_they_fit_nothing_else() -> None:
-    assert shortened(["a.0.q", "a.1.q", "a.0.k"], among=["a.0.q", "a.1.q", "a.0.k", "a.1.v"]) == ["k", "q"]
-    assert shortened(["a.0.q"], among=["a.0.q", "vision.q"]) == ["a.0.q"]
-    assert shortened(["a.0.up.weight", "a.1.up.weight"], among=["a.0.up.weight", "a.1.up.weight"]) == ["up.weight"]
+    assert shorten_names(["a.0.q", "a.1.q", "a.0.k"], among=["a.0.q", "a.1.q", "a.0.k", "a.1.v"]) == ["k", "q"]
+    assert shorten_names(["a.0.q"], among=["a.0.q", "vision.q"]) == ["a.0.q"]
+    assert shorten_names(["a.0.up.weight", "a.1.up.weight"], among=["a.0.up.weight", "a.1.up.weight"]) == ["up.weight"]
 
 
 # The trial

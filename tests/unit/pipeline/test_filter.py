@@ -22,7 +22,7 @@ from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.placement import Node
-from rayalign.report.formatting import kept
+from rayalign.report.formatting import filter_sentence
 from rayalign.rounds.stored import drawn_rows, order_of
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.reference import LOG_PROBS
@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_a_plain_forward_finds_likeliest(
     threshold = facts.pop("threshold")
     assert facts == {"policy_logp_quantile": 0.7, "kept": 7, "of": 21, "unit": "pairs"}
     assert threshold == pytest.approx(scores[likeliest[-1]], abs=1e-5)
-    assert kept(threshold=-1.2345, **facts) == "kept 7 of 21 pairs, threshold −1.23 nats per token"
+    assert filter_sentence(threshold=-1.2345, **facts) == "kept 7 of 21 pairs, threshold −1.23 nats per token"
 
 
 def test_it_is_made_once_for_equal_log_probs(stages: Stages, stream: StoredStream, model: Path, tmp_path: Path) -> None:

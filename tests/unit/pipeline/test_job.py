@@ -21,7 +21,7 @@ from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
-from rayalign.placement import Node, Share, share
+from rayalign.placement import Node, Share, even_share
 from rayalign.run.identity import run_identity
 from rayalign.run.job import make_critic_spec, refuse_unsaved_best
 from rayalign.run.model import model_spec
@@ -66,10 +66,10 @@ def test_rollouts_on_nodes_of_their_own_leave_those_that_are_there_to_training()
     settings = [*ON_POLICY, "data_policy=on_policy", "method=dpo", "strategy={name: ddp, workers: 2}"]
     run = load_run(None, [*settings, "rollout.actors=[0, 8]", "rollout.placement=separate"])
     assert resolve_run(run, session).processes == 2
-    assert share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
+    assert even_share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
     counted = resolve_run(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session).processes
     with pytest.raises(UserError, match=r"3 processes need a GPU each, the cluster has 2: .*placement: separate"):
-        share(session, counted, workers=2)
+        even_share(session, counted, workers=2)
 
 
 def test_an_epoch_of_prompts_takes_as_many_steps_as_there_are_passes(tmp_path: Path) -> None:

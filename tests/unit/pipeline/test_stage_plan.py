@@ -21,7 +21,7 @@ from rayalign.data.chat import make_chat
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import Tokenized, rows_to_groups
-from rayalign.data.tokenize_rows import Unit, read_chunks, shaped
+from rayalign.data.tokenize_rows import Unit, read_chunks, shape_group
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.placement import Node
@@ -95,7 +95,7 @@ def make_tokens(folder: Path, **parts: object) -> TokenStore:
             group
             for outcome in rows_to_groups(rows, chat, run.data)
             if isinstance(outcome, Tokenized)
-            for group in shaped(outcome.group, "pair")
+            for group in shape_group(outcome.group, "pair")
         ]
         commit_store(directory, [write_shard(directory, "0000000000", groups)], meta={})
 

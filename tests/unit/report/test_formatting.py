@@ -9,11 +9,11 @@ import pytest
 from rayalign.report.formatting import (
     format_count,
     format_number,
+    format_optional,
     indented,
     interval,
     markdown,
     signed_interval,
-    single,
 )
 from rayalign.report.statistics import Estimate
 
@@ -58,7 +58,7 @@ def test_counts() -> None:
 
 
 def test_one_reply() -> None:
-    assert (single(None), single(0.25)) == ("–", "0.250")
+    assert (format_optional(None), format_optional(0.25)) == ("–", "0.250")
 
 
 def test_markdown_text_is_inert() -> None:

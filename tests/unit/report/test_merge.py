@@ -12,7 +12,7 @@ from synthetic_comparison import few_cells, seeded
 from rayalign.cli import main
 from rayalign.errors import UserError
 from rayalign.report.estimates import summarize
-from rayalign.report.merge import differing, merge, merge_folders
+from rayalign.report.merge import measured_differences, merge, merge_folders
 from rayalign.report.points import ComparisonRecord, load_comparison, save_comparison
 from rayalign.report.render import render_report
 from rayalign.report.statistics import Bootstrap
@@ -90,7 +90,7 @@ def test_another_measurement_is_named(change: dict[str, Any], reason: list[str])
         for point in [*given["reference"], *(point for cell in given["cells"] for point in cell["points"])]:
             point["diagnostics"] = {}
     other = ComparisonRecord.model_validate(given | {"name": "other", "measured": MEASURED} | change)
-    assert differing(comparison("one"), other) == reason
+    assert measured_differences(comparison("one"), other) == reason
     with pytest.raises(UserError, match=rf"nothing to merge: other \(b\) differs from one in {reason[0]}"):
         merge([("a", comparison("one")), ("b", other)])
 
@@ -98,14 +98,14 @@ def test_another_measurement_is_named(change: dict[str, Any], reason: list[str])
 def test_other_prompts_are_named_and_older_files_are_judged_by_the_references_numbers() -> None:
     given = few_cells()
     given["prompt_sets"][0]["prompts"][0] = "Another one?"
-    assert differing(comparison("one"), ComparisonRecord.model_validate(given | {"measured": MEASURED})) == [
+    assert measured_differences(comparison("one"), ComparisonRecord.model_validate(given | {"measured": MEASURED})) == [
         "the prompts"
     ]
     old = comparison("old", measured={})
-    assert differing(comparison("one"), old) == []
+    assert measured_differences(comparison("one"), old) == []
     moved = few_cells()
     moved["reference"][0]["scores"]["oracle"][0][0] = 0.123
-    assert differing(old, ComparisonRecord.model_validate(moved)) == ["the numbers of the reference"]
+    assert measured_differences(old, ComparisonRecord.model_validate(moved)) == ["the numbers of the reference"]
 
 
 def test_the_command_line_merges_what_it_can_and_names_the_rest(
