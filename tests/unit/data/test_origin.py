@@ -313,7 +313,8 @@ from rayalign.errors import UserError
 
 def tried(**fields):
     try:
-        return [[part.path, [row.value["prompt"] for row in read_rows(part.path)]] for part in find_ranges(Origin(**fields))]
+        parts = find_ranges(Origin(**fields))
+        return [[part.path, [row.value["prompt"] for row in read_rows(part.path)]] for part in parts]
     except UserError as error:
         return str(error)
 
