@@ -67,13 +67,7 @@ def card_text(card: Card) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "number": formatting.format_number,
-        "interval": formatting.interval,
-        "policy": formatting.policy_in_words,
-        "markdown": formatting.markdown,
-        "indented": formatting.indented,
-    }
+    environment.filters |= formatting.FILTERS
     return environment.get_template("model_card.md.jinja").render(
         card=card,
         mark=MARK,

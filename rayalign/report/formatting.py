@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rayalign.report.statistics import Estimate
 
@@ -90,3 +90,17 @@ def printable(text: str) -> str:
 def indented(text: str) -> str:
     """Text as a Markdown code block: nothing in it is markup."""
     return "\n".join("    " + line for line in text.splitlines() or [""])
+
+
+FILTERS: Mapping[str, Callable[..., str]] = {
+    "number": format_number,
+    "interval": interval,
+    "signed": signed,
+    "signed_interval": signed_interval,
+    "p_value": p_value,
+    "count": format_count,
+    "policy": policy_in_words,
+    "markdown": markdown,
+    "indented": indented,
+}
+"""What templates call these functions."""

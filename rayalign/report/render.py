@@ -22,8 +22,6 @@ from rayalign.report.summary import AnswersSummary, Summary
 from rayalign.report.trials import TuningRecord
 
 FOLDER = "report"
-FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
-"""Functions of :mod:`rayalign.report.formatting` that templates use."""
 
 
 def render_report(comparison: ComparisonRecord, directory: Path) -> Path:
@@ -196,8 +194,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in FILTERS:
-        environment.filters[name] = getattr(formatting, name)
+    environment.filters |= formatting.FILTERS
     environment.filters["kept"] = lambda filtered: formatting.filter_sentence(**filtered.model_dump())
     return environment
 
