@@ -1,6 +1,6 @@
 """Shards of a token store: one record per group, written by independent processes.
 
-A record is a run of little-endian 32-bit words. The last one is the CRC-32 of the others, so that every read is checked:
+A record is a run of little-endian 32-bit words. The last one is the CRC-32 of the others: so every read is checked.
 
     tokens    prompt, then every candidate, as int32; a token that is not predicted is stored as ~id (negative)
     columns   float32: the per-candidate columns [K], then the per-token columns over predicted tokens; NaN = missing

@@ -16,7 +16,7 @@ from rayalign.types import Round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
+class RoundPreparation:
     """A method's ``round_prepare`` with its parameters; plain values, so that it travels between processes."""
 
     method: Method
@@ -26,7 +26,7 @@ class Preparation:
 
 
 def prepare_columns(
-    store: TokenStore, directory: Path, preparation: Preparation, *, old_value: Tensor | None = None
+    store: TokenStore, directory: Path, preparation: RoundPreparation, *, old_value: Tensor | None = None
 ) -> TokenStore:
     """Commit the columns that the method makes of all groups of ``store``, as one round, and lay them over it.
 
@@ -85,11 +85,11 @@ def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     for name in sorted(needs & store.column_names):
         values = np.concatenate([np.empty(0, np.float32), *(part for _, part in store.column(name))])
         if name in of_tokens:
-            per_token[name] = double(values)
+            per_token[name] = as_float64(values)
         else:
             column = np.full(mask.shape, np.nan)
             column[mask] = values
-            per_candidate[name] = double(column)
+            per_candidate[name] = as_float64(column)
     return Round(
         candidate_of=torch.from_numpy(owners),
         candidate_mask=torch.from_numpy(mask),
@@ -99,5 +99,5 @@ def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     )
 
 
-def double(column: np.ndarray) -> Tensor:
+def as_float64(column: np.ndarray) -> Tensor:
     return torch.from_numpy(column.astype(np.float64))

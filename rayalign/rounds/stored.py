@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayalign.data.group import Group, GroupLengths
-from rayalign.data.select import Rows, read_rows
+from rayalign.data.select import Rows, read_selected_rows
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream, WindowedOrder
 from rayalign.rounds.streams import StoredStream
@@ -56,7 +56,7 @@ class StoredGroups:
 
 def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows | range, ...]:
     """The rows of every store that the stream draws."""
-    return tuple(map(read_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
+    return tuple(map(read_selected_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
 
 
 def order_of(stream: StoredStream, stores: Sequence[TokenStore], kept: Sequence[Rows | range], seed: int) -> Stream:

@@ -22,16 +22,16 @@ from rayalign.data.shard import write_whole
 from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, UnitWriter, read_chunks
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
-from rayalign.runtime.failures import repeated
+from rayalign.runtime.failures import retry_lost_actors
 from rayalign.runtime.reading import CPUS
-from rayalign.runtime.stage import dataset, results
+from rayalign.runtime.stage import apply_to_items, dataset_of_items
 
 REPORT = "report.json"
 TELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
+class StorePreparation:
     """What preparation found: rows = groups' rows + bad + dropped."""
 
     reports: tuple[UnitReport, ...]
@@ -109,7 +109,7 @@ def prepare(
     directory: Path,
     writers: int,
     note: Callable[[str], None],
-) -> Preparation:
+) -> StorePreparation:
     """Write the shards of every unit below ``directory``, in ``writers`` processes; the caller commits them.
 
     Raises:
@@ -127,17 +127,26 @@ def prepare(
         if not missing:
             return
         said = time.monotonic()
-        for told in results(
-            "tokens", dataset(missing), Preparer, model, data, completed, shape, directory, actors=writers, cpus=CPUS
+        for told in apply_to_items(
+            "tokens",
+            dataset_of_items(missing),
+            Preparer,
+            model,
+            data,
+            completed,
+            shape,
+            directory,
+            actors=writers,
+            cpus=CPUS,
         ):
             rows_by_node[told.node] += told.rows
             if time.monotonic() - said >= TELL_SECONDS:
                 note(f"tokens: {rows_by_node.total():,} rows so far")
                 said = time.monotonic()
 
-    repeated("tokens", write, what="tokenization", progress=finished)
+    retry_lost_actors("tokens", write, what="tokenization", progress=finished)
     reports = [UnitReport.from_json(report_path(directory, name).read_text(encoding="utf-8")) for name in names]
-    return Preparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
+    return StorePreparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
 
 
 def report_path(directory: Path, name: str) -> Path:

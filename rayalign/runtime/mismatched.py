@@ -11,8 +11,8 @@ import numpy as np
 from rayalign.data.shard import finished_shards, write_shard
 from rayalign.data.store import TokenStore
 from rayalign.data.unpair import Mismatched, partners_in
-from rayalign.runtime.failures import repeated
-from rayalign.runtime.stage import dataset, results
+from rayalign.runtime.failures import retry_lost_actors
+from rayalign.runtime.stage import apply_to_items, dataset_of_items
 
 PARTNERS = ".partners.npy"
 """Whose completion each answer gets; needed while the stage is made."""
@@ -59,14 +59,14 @@ def write_mismatched(store: Path, directory: Path, *, actors: int, note: Callabl
                 list(writer(groups))
             return
         written, told = 0, time.monotonic()
-        items = dataset(missing)
-        for count in results("mismatched", items, MismatchedWriter, store, directory, actors=actors, cpus=CPUS):
+        items = dataset_of_items(missing)
+        for count in apply_to_items("mismatched", items, MismatchedWriter, store, directory, actors=actors, cpus=CPUS):
             written += count
             if time.monotonic() - told >= TELL_SECONDS:
                 note(f"mismatched: {written:,} rows so far")
                 told = time.monotonic()
 
-    repeated("mismatched", write, what="writing", progress=lambda: len(finished_shards(directory)))
+    retry_lost_actors("mismatched", write, what="writing", progress=lambda: len(finished_shards(directory)))
 
 
 def shard_name(groups: range) -> str:

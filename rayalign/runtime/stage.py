@@ -13,14 +13,14 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
-from rayalign.errors import UserError, blocked
+from rayalign.errors import UserError, blocked_path_error
 
 STALL_SECONDS = 3600.0
 NO_RESTARTS = {"max_restarts": 0, "max_task_retries": 0}
 """Ray Data would start a process that runs out of memory again for ever."""
 
 
-class Worker:
+class StageWorker:
     """One actor: makes its function with the first item, and returns UserErrors, which Ray Data would turn to text."""
 
     def __init__(self, make: Callable[..., Callable[[Any], Iterator[Any]]], *arguments: Any) -> None:
@@ -33,29 +33,29 @@ class Worker:
             if self.function is None:
                 self.function = self.make(*self.arguments)
             for result in self.function(pickle.loads(row["item"])):
-                yield packed(result)
+                yield pickle_item(result)
         except UserError as error:
-            yield packed(error)
+            yield pickle_item(error)
         except OSError as error:
-            told = blocked(error)
+            told = blocked_path_error(error)
             if told is None:
                 raise
-            yield packed(told)
+            yield pickle_item(told)
 
 
-def dataset(items: Sequence[Any]) -> ray.data.Dataset:
+def dataset_of_items(items: Sequence[Any]) -> ray.data.Dataset:
     """Items that are handed out one by one."""
-    quiet()
-    found = ray.data.from_items([packed(item) for item in items], override_num_blocks=len(items))
+    quiet_ray_data()
+    found = ray.data.from_items([pickle_item(item) for item in items], override_num_blocks=len(items))
     found.context.target_max_block_size = 1  # what a process yields is told at once
     return found
 
 
-def packed(item: Any) -> dict[str, bytes]:
+def pickle_item(item: Any) -> dict[str, bytes]:
     return {"item": pickle.dumps(item)}
 
 
-def results(
+def apply_to_items(
     name: str,
     items: ray.data.Dataset,
     make: Callable[..., Callable[[Any], Iterator[Any]]],
@@ -73,14 +73,14 @@ def results(
         # Deprecated until Ray 2.64, and so far the only way to say how often a process may be started again.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         outcomes = items.flat_map(
-            Worker,
+            StageWorker,
             fn_constructor_args=(make, *arguments),
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=cpus,
             ray_remote_args_fn=lambda: NO_RESTARTS,
         )
     try:
-        for result in unpacked(outcomes.iter_rows()):
+        for result in unpickle_items(outcomes.iter_rows()):
             if isinstance(result, UserError):
                 raise result
             yield result
@@ -91,11 +91,11 @@ def results(
         ) from error
 
 
-def unpacked(rows: Iterable[dict[str, bytes]]) -> Iterable[Any]:
+def unpickle_items(rows: Iterable[dict[str, bytes]]) -> Iterable[Any]:
     return (pickle.loads(row["item"]) for row in rows)
 
 
-def quiet() -> None:
+def quiet_ray_data() -> None:
     """Ray Data's own words go to its log file only, and a stage that stands still ends."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

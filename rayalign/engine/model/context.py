@@ -40,7 +40,7 @@ def context_of(config: PretrainedConfig) -> Context | None:
     if name is None or getattr(text, "alibi", False) is True:
         return None
     positions = int(getattr(text, name))
-    found = [reach(rope, positions, name) for rope in ropes(text)]
+    found = [rope_reach(rope, positions, name) for rope in rope_settings(text)]
     return min(found or [Context(tokens=positions, reason=name)], key=lambda one: one.tokens)
 
 
@@ -51,7 +51,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return min(rows, other or rows)
 
 
-def ropes(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:
+def rope_settings(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:
     """The settings of every RoPE of a model: one, or one for each type of layer."""
     settings = getattr(config, "rope_parameters", None)
     if not isinstance(settings, MutableMapping):
@@ -60,7 +60,7 @@ def ropes(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:
     yield from nested or ([settings] if "rope_type" in settings else [])
 
 
-def reach(rope: Mapping[str, Any], positions: int, name: str) -> Context:
+def rope_reach(rope: Mapping[str, Any], positions: int, name: str) -> Context:
     """How far one RoPE goes."""
     kind, factor = rope["rope_type"], float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings")
