@@ -42,6 +42,14 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+_SIZES = {
+    "too_long": "{value} has {actual_length} items; write {max_length} at most",
+    "too_short": "is empty; name at least one",
+    "string_too_short": "is empty",
+    "string_pattern_mismatch": (
+        "{value} is not made of letters, digits, '.', '_' and '-' only, beginning with a letter or digit, at most 128"
+    ),
+}
 _KINDS = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -152,6 +160,8 @@ def _keys(blocks: Sequence[Model]) -> list[str]:
 
 def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind in _SIZES:
+        return _SIZES[kind].format(value=_show(value), **context)
     if kind == "missing":
         return f"missing; {_REQUIRED.get(dotted(path), 'this key is required')}"
     if kind in ("literal_error", "union_tag_invalid"):
@@ -175,17 +185,6 @@ def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
         return f"{text or _show(value)} is a boolean in YAML; quote it"
     if kind in _KINDS:
         return f"{_show(value)} is not {_KINDS[kind]}"
-    if kind == "too_long":
-        return f"{_show(value)} has {context['actual_length']} items; write {context['max_length']} at most"
-    if kind == "too_short":
-        return "is empty; name at least one"
-    if kind == "string_too_short":
-        return "is empty"
-    if kind == "string_pattern_mismatch":
-        return (
-            f"{_show(value)} is not made of letters, digits, '.', '_' and '-' only, "
-            "beginning with a letter or digit, at most 128"
-        )
     message: str = str(context["error"]) if kind == "value_error" else detail["msg"]
     return message
 
