@@ -18,7 +18,6 @@ from rich.console import Console
 from rayalign.config.dump import dump
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint.checkpoint import differences
 from rayalign.engine.checkpoint.mirror import restore, upload, upload_run
 from rayalign.engine.model.lora import refuse_missing_peft
@@ -136,9 +135,6 @@ def told(run: str, board: Board, line: str) -> None:
 
 
 def refuse_unsupported(run: RunConfig) -> None:
-    reasons = unsupported(run)
-    if reasons:
-        raise UserError("; ".join(reasons))
     if run.model.lora is not None:
         refuse_missing_peft()
     if run.strategy.name == "deepspeed":
