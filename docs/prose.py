@@ -31,10 +31,11 @@ GENERATED = ("docs/reference/cli.md", "docs/reference/configuration.md", "docs/r
 Kind = Literal["word", "of", "long"]
 _FENCE = re.compile(r"^\s*(`{3,})\w*$")
 _BLOCK = re.compile(r"^\s*(?:[-*]|\d+\.|#{1,6}|>)\s+")
-_CODE = re.compile(r"`+[^`]*`+|\$[^$]*\$")
+_CODE = re.compile(r"`+[^`]*`+|\$[^$]*\$|\{\{.*?\}\}")
+_BLOCK_END = re.compile(r"</(?:p|h\d|t[hd]|tr|li|d[td]|div|summary|button|small)>")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _NOT_TEXT = re.compile(r"<!--.*?-->|\{#.*?#\}|\{%.*?%\}|<(?:script|style)\b.*?</(?:script|style)>|<[^>]+>", re.DOTALL)
-_END = re.compile(r"(?<=[.!?])[)\"'*_”]*\s+(?=[^\sa-zα-ω])")
+_END = re.compile(r"(?<=[.!?])[)\"'*_”]*\s+(?=[^\sa-zα-ω])|¶")
 _WORD = re.compile(r"[^\W_]")
 _SECTION = re.compile(r"^(Raises|Args|Returns|Yields|Example|Examples):$")
 
@@ -79,7 +80,7 @@ def load_rules(path: Path = RULES) -> Rules:
 
 def page_texts(source: str) -> Iterator[Text]:
     """The paragraphs, list items and table cells of Markdown; fenced blocks and comments are left out."""
-    source = _NOT_TEXT.sub(lambda found: "\n" * found[0].count("\n"), source)
+    source = _NOT_TEXT.sub(lambda found: "\n" * found[0].count("\n"), _BLOCK_END.sub("¶", source))
     gathered: list[str] = []
     start, fence = 0, ""
     for number, line in enumerate([*source.splitlines(), ""], start=1):

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
-from rayalign.report import figures, formatting
+from rayalign.report import figures
 from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
+from rayalign.report.markdown import page_markdown
 from rayalign.report.matrix import by_pair
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, write_text
 from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
+from rayalign.report.templates import environment
 from rayalign.report.trials import TuningRecord
 
 FOLDER = "report"
-FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
-"""Functions of :mod:`rayalign.report.formatting` that templates use."""
 
 
 def render(comparison: ComparisonRecord, directory: Path) -> Path:
@@ -37,18 +37,19 @@ def render(comparison: ComparisonRecord, directory: Path) -> Path:
     for stem, svg in drawings.items():
         write_text(folder / f"{stem}.svg", drawing.standalone(svg))
     write_text(folder / "results.json", results_json(comparison, summary))
-    for name in ("report.md", "report.html"):
-        write_text(folder / name, render_text(name, comparison, summary, drawings))
+    write_text(folder / "report.md", page_markdown(page_html(comparison, summary, dict.fromkeys(drawings, ""))))
+    inline = {stem: drawing.inline(svg) for stem, svg in drawings.items()}
+    write_text(folder / "report.html", page_html(comparison, summary, inline))
     return folder / "report.html"
 
 
-def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawings: dict[str, str]) -> str:
-    """The text of ``report.html`` or ``report.md``."""
-    environment = _environment()
-    script = _source(environment, "report.js")
+def page_html(comparison: ComparisonRecord, summary: Summary, drawings: Mapping[str, str]) -> str:
+    """The text of ``report.html`` with ``drawings``: file stem → inline SVG."""
+    templates = environment()
+    script = _source(templates, "report.js")
     judges = (comparison.judge,) if comparison.judge else ()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(f"{name}.jinja").render(
+    return templates.get_template("report.html.jinja").render(
         comparison=comparison,
         summary=summary,
         cells={cell.id: cell for cell in comparison.cells},
@@ -58,7 +59,7 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
         measures=(*comparison.scorers, *judges, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
         styles=figures.styles(summary.entries),
-        drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
+        drawings={stem: Markup(svg) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
         limits=limits(comparison, summary),
         tunings=tunings(comparison),
@@ -70,7 +71,7 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
         opponent=BASELINE if comparison.baseline else REFERENCE,
         names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},
         theme=drawing.THEME,
-        style=Markup(_source(environment, "report.css")),
+        style=Markup(_source(templates, "report.css")),
         script=Markup(script),
         script_digest=digest,
     )
@@ -187,21 +188,6 @@ def judging(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
             )
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rayalign", "report"),
-        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for name in FILTERS:
-        environment.filters[name] = getattr(formatting, name)
-    environment.filters["kept"] = lambda filtered: formatting.kept(**filtered.model_dump())
-    return environment
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+def _source(templates: Environment, name: str) -> str:
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
