@@ -289,7 +289,7 @@ def report(
     directories: Annotated[list[Path], typer.Argument(help="A comparison's folder; several are merged.")],
     out: Annotated[Path | None, typer.Option(help="Where the report goes; needed for several folders.")] = None,
 ) -> None:
-    """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
+    """Write the report of a comparison again, or one report of several that were measured the same way."""
     from rayalign.report.merge import merge_folders
     from rayalign.report.points import load
     from rayalign.report.render import render

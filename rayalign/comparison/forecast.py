@@ -95,7 +95,7 @@ def opened(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
 
 
 def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
-    """At most, in this run: prompts × samples × ``max_new_tokens``; 0 where what is drawn once is there already."""
+    """The most that this run generates: prompts × samples × ``max_new_tokens``; 0 where a cached store has them all."""
     run, drawing = planned.run, planned.run.drawing
     if drawing is None:
         return 0

@@ -1,8 +1,8 @@
 """What a comparison would make, before anything is made: its stages by key, and what is there of them.
 
-A :class:`Plan` stands in the place of :class:`rayalign.storage.artifacts.Artifacts`: the same code asks it for the
-same stages with the same inputs, and it lists them. A stage whose inputs hold the digest of something that is not made
-yet has a key that stands for the final one: equal where the final keys will be equal, and shown as unknown.
+A :class:`Plan` replaces :class:`rayalign.storage.artifacts.Artifacts`: the same code asks it for the same stages with
+the same inputs, and it lists them. An input may have the digest of something that is not made yet. The key of such a
+stage is a placeholder: two placeholders are equal where the final keys will be. The plan shows it as unknown.
 """
 
 from __future__ import annotations

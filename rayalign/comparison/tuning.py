@@ -164,7 +164,7 @@ def selecting_spec(evaluated: RunConfig, stages: Stages) -> EvaluationSpec:
 
 
 def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -> TrialResult:
-    """Mean score and KL after the last evaluated step; a failure is told and kept."""
+    """Mean score and KL after the last evaluated step; a failure is logged and kept."""
     if trained.failure or trained.job is None or evaluation is None:
         return TrialResult(trained=trained, failure=trained.failure)
     directory = trained.job.spec.directory

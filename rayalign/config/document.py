@@ -120,7 +120,7 @@ class _Reader:
 
     def read(self, node: yaml.Node, path: FieldPath) -> Any:
         if any(node is ancestor for ancestor in self._open):
-            self._problem(node, path, "an alias refers to the block that it stands in")
+            self._problem(node, path, "an alias refers to the block that contains it; remove it")
             return None
         self._open.append(node)
         try:

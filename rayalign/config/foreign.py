@@ -1,6 +1,6 @@
 """Keys of other trainers, answered with ours: what someone who brings a YAML from elsewhere reads.
 
-The answers stand in ``foreign.yaml``, as does what its entries mean.
+``foreign.yaml`` has the answers, and says what its entries mean.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Table:
     """``foreign.yaml``, ready to be asked."""
 
     answers: Mapping[tuple[str, ...], Equivalent]
-    """By the parts of a key; the first part of one that stands at the top only is ``^``."""
+    """By the parts of a key; a key of the top level alone begins with ``^``."""
     patterns: tuple[tuple[tuple[str, ...], Equivalent], ...]
     """Those with a ``*``, most parts first."""
     blocks: Mapping[str, str]

@@ -196,7 +196,7 @@ def _prepared(run: RunConfig, record: Method) -> Iterator[Violation]:
 
 
 def _critic(run: RunConfig, record: Method) -> Iterator[Violation]:
-    """A critic is trained on rounds, by workers that hold it; a limit that never acts is told."""
+    """A critic is trained on rounds, by workers that hold it; a limit that never acts is refused."""
     policy = run.data_policy
     if record.critic is None:
         if run.critic is not None:
@@ -207,7 +207,7 @@ def _critic(run: RunConfig, record: Method) -> Iterator[Violation]:
     if policy.refresh_every == "never":
         yield Violation(
             "data_policy.refresh_every",
-            f"{record.name}'s critic values every round anew, and what is drawn once is no round; write a number of "
+            f"{record.name}'s critic values each round again, and what is drawn once is no round; write a number of "
             "steps",
         )
         return

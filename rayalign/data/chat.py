@@ -1,7 +1,7 @@
 """A tokenizer and how conversations are written in its tokens: the only place that knows both.
 
-The text of an example comes from :mod:`rayalign.data.render`; a candidate's text is tokenized apart from the prompt,
-exactly as a rollout continues the prompt's token ids.
+The text of an example comes from :mod:`rayalign.data.render`. A candidate's text is tokenized apart from the prompt, as
+a rollout continues the prompt's token ids.
 """
 
 from __future__ import annotations

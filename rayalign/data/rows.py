@@ -1,4 +1,4 @@
-"""Which tokens stand in which row: the arithmetic that the packer and the plan share."""
+"""Which tokens are in which row: the arithmetic that the packer and the plan share."""
 
 from __future__ import annotations
 

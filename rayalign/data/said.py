@@ -1,7 +1,7 @@
 """An answer as it is said: what follows the generation prompt, where it ends, and what is done where nothing follows.
 
-Of the turns up to an answer, ``G`` is the rendering of those before it with the generation prompt, and ``S`` that of
-all of them. Most templates make ``S`` begin with ``G``.
+``G`` is the rendering of the turns before an answer, with the generation prompt. ``S`` is that of the turns up to and
+with the answer. Most templates make ``S`` begin with ``G``.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Example:
     continues: bool = False
     """The candidates carry on the prompt's text: never wrapped as turns, whatever the template."""
     drawn: bool = False
-    """Its words are a model's or somebody's at a prompt, of no file: whatever stands in them is words."""
+    """True for words of a model, or of a user at a prompt, and not of a file: markup in them is words."""
     finished: tuple[bool, ...] | None = None
     """For every candidate: False where it was cut off and has no end token; None: all are finished."""
     preference: Preference = "stored"

@@ -1,6 +1,6 @@
 """Shards of a token store: one record per group, written by independent processes.
 
-A record is a run of little-endian 32-bit words that ends in the CRC-32 of the others, so that every read is checked,
+A record is a run of little-endian 32-bit words. The last is the CRC-32 of the others, so that every read is checked,
 wherever the bytes came from:
 
     tokens    prompt, then every candidate, as int32; a token that is not predicted is stored as ~id (negative)

@@ -1,7 +1,7 @@
 """The token store: groups of token ids on disk, read one at a time without reading the rest.
 
 A store is a committed directory of shards (:mod:`rayalign.data.shard`). Columns that are made later, such as reference
-log-probabilities, lie in directories of their own and are laid over the store that they were made for.
+log-probabilities, have directories of their own. A reader lays them over the store that they were made for.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Divergence:
     """Values of one group's predicted tokens, candidate after candidate; nats, float32, at temperature 1."""
 
     log_ratio: Column
-    """log π − log π_ref of the token that stands there: its sum over a reply drawn from π is k1."""
+    """log π − log π_ref of the token at that place: its sum over a reply drawn from π is k1."""
     kl: Column
     """KL(π‖π_ref) of the next-token distributions, exact over the vocabulary: its sum is the Rao–Blackwellised
     estimator. NaN where the two heads differ in vocabulary."""

@@ -69,7 +69,7 @@ def train(
         IncompatibleCheckpoint: the directory holds another run.
         PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
         NonFiniteStep: the loss or its gradient is NaN or infinite, and ``spec`` says to stop, or it happened too often.
-        UserError: the disk is full, or no row has the metric by which the best checkpoint is told.
+        UserError: the disk is full, or no row has the metric of the best checkpoint.
     """
     run, resumed = begin(spec, strategy, stop, notices)
     pad_id = int(run.tokenizer.pad_token_id or 0)
@@ -158,8 +158,8 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) 
         if not run.spec.checkpoint.restart_optimizer:
             raise
         log.warning(
-            "%s goes on from the weights of %s alone: its optimizer starts afresh, as checkpoint.restart_optimizer "
-            "asks (%s), so that the curve is not that of an uninterrupted run",
+            "%s resumes from the weights of %s alone, with a new optimizer, as checkpoint.restart_optimizer asks (%s). "
+            "The curve is not that of an uninterrupted run",
             run.spec.directory.name, directory.relative_to(run.checkpointer.root), error,
         )  # fmt: skip
 
@@ -216,7 +216,7 @@ def advance(
     said = run.notices.heard() if result.ask else None
     run.urgent = said is not None
     if run.urgent:
-        log.warning("%s: %s; saves step %d and goes on", spec.directory.name, said, run.step)
+        log.warning("%s: %s; saves step %d and continues", spec.directory.name, said, run.step)
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
     row: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """What a step that is not finite leaves: its groups in files, so that somebody can look at them.
 
-Every worker writes its part into ``nonfinite/step_000006/rank_0.json`` of the run's folder: names, token ids, columns
-and, where the method's terms can be told apart, the loss of every group.
+Every worker writes its part into ``nonfinite/step_000006/rank_0.json`` of the run's folder: names, token ids, columns.
+Where the method's terms belong to single groups, the loss of every group is there too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMED_GROUPS = 8
 
 
 def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
-    """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
+    """Skip a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
     run.skipped_steps += 1
     run.skipped_in_a_row += 1
     before, most = run.skipped_in_a_row - 1, run.spec.optim.max_skipped_in_a_row
@@ -108,7 +108,7 @@ def described(runner: Runner, work: Sequence[StreamWork], step: int) -> list[dic
 def contents(batch: PackedBatch, group: int) -> dict[str, Any]:
     """Token ids of a group's prompt and candidates, and its columns [K]."""
     own = batch.group_ids == group
-    row = int(own.any(dim=1).nonzero()[0])  # the prompt stands in every row that has one of its candidates
+    row = int(own.any(dim=1).nonzero()[0])  # every row that has one of its candidates has the prompt
     columns = {name: [plain(float(value)) for value in column[group]] for name, column in batch.per_candidate.items()}
     return {
         "prompt_ids": batch.input_ids[row][own[row] & (batch.branch_ids[row] == 0)].tolist(),

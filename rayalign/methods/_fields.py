@@ -54,7 +54,7 @@ def _odd_number(value: Any) -> tuple[str, str] | None:
 
 
 def _takes_numbers_only(annotation: Any) -> bool:
-    """Whether numbers stand in a type, and no booleans."""
+    """Whether a type has numbers and no booleans."""
     kinds = set(_kinds(annotation))
     return bool(kinds & {int, float}) and bool not in kinds
 

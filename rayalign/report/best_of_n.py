@@ -1,7 +1,7 @@
 """Best of n: what the reference scores when the best of n of its replies is kept. The yardstick that needs no training.
 
-Its score is estimated without bias from the S ≥ n samples that were drawn anyway, and its KL to the reference is known
-in closed form, so that it stands on the same frontier as trained policies.
+Its score is estimated without bias from the S ≥ n samples that were drawn anyway. Its KL to the reference is known in
+closed form. So it is a point of the same frontier as trained policies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several comparisons → one, where they were measured alike; of the others, why they were not."""
+"""Several comparisons → one, where they were measured the same way; of the others, why they were not."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A comparison builds a :class:`ComparisonRecord` and calls :func:`save`; :func:`r
 into the report, now or later from :func:`load`. Names of scorers, KL estimators and diagnostics are data.
 
 The unit of replication is the training seed: cells that name the same ``entry`` differ in nothing else. A point holds
-P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``; ``None``
+P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``. ``None``
 (or NaN) is a missing value, never 0.
 """
 
@@ -68,7 +68,7 @@ class PromptSet(Record):
 
 
 class Reply(Record):
-    """The text of one sample; its numbers stand in the point at ``[prompt][sample]``."""
+    """The text of one sample; its numbers are in the point at ``[prompt][sample]``."""
 
     prompt: int = Field(ge=0)
     sample: int = Field(ge=0)
@@ -173,8 +173,7 @@ class CellRecord(Record):
     data_policy: str
     seed: int
     entry: str = ""
-    """What the tables call all cells that differ from this one in their seed only, in this one too; empty: there are
-    none, and the cell stands for itself."""
+    """The name in tables of this cell and those that differ from it in the seed only; empty where there are none."""
     status: Literal["done", "failed", "skipped", "stopped"]
     """A stopped cell was trained and measured up to some step before its last."""
     reason: str = ""
@@ -183,7 +182,7 @@ class CellRecord(Record):
     cost: Cost = Cost()
     filter: Filter | None = None
     points: tuple[EvaluationPoint, ...] = ()
-    """In ascending step per prompt set; step 0 is the reference's and stands in ``ComparisonRecord.reference``."""
+    """In ascending step per prompt set; step 0 is the reference's and is in ``ComparisonRecord.reference``."""
     metrics: tuple[Mapping[str, float | None], ...] = ()
     """Rows of ``metrics.jsonl``, each with ``step``; keys are training metrics such as ``rewards/accuracies``."""
 
@@ -236,7 +235,7 @@ class MergedPart(Record):
 
     name: str
     cells: tuple[str, ...]
-    """Ids of its cells; their configurations are told apart from the first of them."""
+    """Ids of its cells; the report says how each configuration differs from the first."""
 
 
 class Baseline(Record):

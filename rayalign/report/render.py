@@ -158,7 +158,7 @@ def tunings(comparison: ComparisonRecord) -> list[list[TuningRecord]]:
 
 
 def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
-    """Configurations that stand beside tuned ones without trials of their own, as in a merged report."""
+    """Configurations without trials of their own where others are tuned, as in a merged report."""
     tried = {cell for tuning in comparison.tuning for cell in tuning.cells}
     return [
         entry.label

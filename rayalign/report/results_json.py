@@ -53,11 +53,11 @@ null. Numbers carry six significant digits. Everything but ``times`` and ``prove
 measurements alone.
 
 Version 4 added ``tuning``, ``contests``, ``measured``, ``parts`` and ``left_out``; everything else is as in version
-3. Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
-``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and
-``entry`` of a cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of
-single runs, as before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the
-points of a baseline; what version 1 had, means what it meant.
+3. Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl``, ``chosen`` and a cell's ``entry``.
+A point got ``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency``. The
+first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` use it. ``points`` are of single runs, as before. Version
+2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline; what version 1
+had, means what it meant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lines as SVG text: the same input gives the same bytes, and nothing in it points outside the file.
 
-Colours are CSS variables with the light palette as fallback, so that one drawing serves the page in both colour schemes
-and stands alone as a file.
+Colours are CSS variables with the light palette as fallback. So one drawing serves the page in both colour schemes, and
+is complete as a file.
 """
 
 from __future__ import annotations

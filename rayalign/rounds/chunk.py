@@ -1,7 +1,7 @@
 """A few prompts → finished groups: complete, score, label, look up the reference, write one shard. No Ray here.
 
 The unit of work of a rollout pool. What a chunk holds depends on its positions, on the weights it names and on seeds
-alone, so that a chunk which died with its process is simply made again.
+alone. So a chunk that died with its process is made again.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Chunk:
     most_bad: int | None = None
     """Prompts that may stay without scores: after one more the rest is not tried. None: all of them."""
     fatal: tuple[int, ...] = ()
-    """Positions whose prompts killed every process that touched them: they are told, and left alone."""
+    """Positions whose prompts killed every process that touched them: they are recorded as bad, and not drawn."""
 
     @property
     def in_words(self) -> str:
@@ -279,7 +279,7 @@ class ChunkMaker:
         candidates: Sequence[Sequence[Answer]],
         quarantined: list[dict[str, Any]],
     ) -> list[list[float]]:
-        """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal.
+        """Every prompt's scores, none where the scorer failed on it; such prompts are quarantined.
 
         Raises:
             UserError: they are more than the chunk allows.
@@ -338,7 +338,7 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
     """The model to draw from; raises UserError where the folder holds other weights than those asked for."""
     if weights is None:
         return spec.policy
-    assert weights.directory is not None, "whoever neither sends weights nor writes them has none"
+    assert weights.directory is not None, "weights that are not sent are in a folder"
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")

@@ -24,7 +24,7 @@ class Packer:
     world_size: int
 
     def pack(self, drawn: Sequence[Drawn], *, positions: Sequence[int], num_candidates: int) -> tuple[PackedBatch, ...]:
-        """This worker's part of ``drawn``, which stand at ``positions``; every worker has as many micro-batches.
+        """This worker's part of ``drawn``, which have ``positions``; every worker has as many micro-batches.
 
         Raises PlanError where a group is too large for a micro-batch, naming its file and line.
         """

@@ -58,7 +58,7 @@ def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows 
 
 
 def order_of(stream: StoredStream, kept: Sequence[Rows | range], seed: int) -> Stream:
-    """Which of the kept rows stands at which position."""
+    """Which of the kept rows has which position."""
     return Stream(
         name=stream.name,
         sizes=tuple(map(len, kept)),

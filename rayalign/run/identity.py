@@ -32,7 +32,7 @@ UNTRAINED = f"{PENDING}initial"
 def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]:
     """What decides which model the run ends in: another identity does not continue its checkpoints.
 
-    What stands below :data:`~rayalign.engine.checkpoint.checkpoint.DESCRIBED` explains the digests and decides nothing.
+    Keys of :data:`~rayalign.engine.checkpoint.checkpoint.DESCRIBED` explain the digests and decide nothing.
     """
     settings = resume.identity(run)
     identity = {

@@ -166,7 +166,7 @@ def zero_file(run: RunConfig) -> str | None:
 
 
 def refuse_unsaved_best(run: RunConfig, steps: int) -> None:
-    """Raise UserError where the best checkpoint is told by a metric that no saved step but the last has."""
+    """Raise UserError where no saved step but the last has the metric of the best checkpoint."""
     best = run.checkpoint.best
     if best is None:
         return

@@ -213,7 +213,7 @@ def most_candidates(stores: Sequence[Path]) -> int:
 
 
 def require_columns(run: RunConfig, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS) -> None:
-    """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
+    """Raises UserError where rows lack a number that the method requires; a NaN loss would say it later."""
     method = run.trained_method
     for name in sorted({*among} & needed_columns(method, run.method.config)):
         lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)

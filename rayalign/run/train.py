@@ -157,7 +157,7 @@ def import_folder(path: Path | None) -> Path:
 
 
 def refuse_obstacles(directory: Path) -> None:
-    """Raise UserError where a file stands in the place of one of the run's folders, or a folder in that of a file."""
+    """Raise UserError where a file has the name of one of the run's folders, or a folder that of a file."""
     for name in FOLDERS:
         if (directory / name).exists() and not (directory / name).is_dir():
             raise UserError(f"{directory / name} is a file, and the run needs a folder there: remove or rename it")
@@ -193,7 +193,7 @@ class History:
 
     @classmethod
     def of(cls, job: TrainJob) -> History:
-        """Goes on from the run's own ``run.json``; a command that left no last word was lost."""
+        """Continue the run's own ``run.json``; a command that left no last word was lost."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = job.spec.directory / "run.json"
         before = facts_of(path) if path.exists() else {}

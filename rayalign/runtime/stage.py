@@ -65,7 +65,7 @@ def results(
 ) -> list[Any]:
     """``make(*arguments)`` applied to every item by ``actors`` of ``cpus`` each, in any order.
 
-    ``done`` is told now and then how many are finished.
+    ``done`` is called now and then with how many are finished.
 
     Raises:
         UserError: one that an actor raised, or that nothing was finished for an hour.

@@ -1,7 +1,7 @@
 """The processes without which Ray is none: where we started it and one of them ends, the command says so and ends too.
 
 Left alone, training would continue for a minute after the death of Ray's GCS. Ray's C++ would then end the process
-with a line of its own. The death of a raylet is told by pages of its log.
+with a line of its own. Ray reports the death of a raylet by pages of its log.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def examine(storage_path: str, *, start_ray: bool) -> Iterator[Finding]:
 
 def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Cluster | None]:
     """Ray is imported here and nowhere before; the second is None where no cluster was looked at."""
-    fix = "start it, correct RAY_ADDRESS, or set RAY_ADDRESS=local to do without; with a token: RAY_AUTH_MODE=token"
+    fix = "start it, correct RAY_ADDRESS, or set RAY_ADDRESS=local to start one here; with a token: RAY_AUTH_MODE=token"
     try:
         from rayalign.runtime.nodes import address_to_join, examine
     except (ImportError, OSError) as error:

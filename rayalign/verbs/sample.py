@@ -60,7 +60,7 @@ class SampledModel:
     ) -> list[list[str]]:
         """Texts by prompt and sample; a prompt's noise depends on its place alone, so that every model has the same.
 
-        ``typed``: the prompts are of no file, and whatever stands in them is words.
+        ``typed``: the prompts are of no file, and markup in them is words.
         """
         examples = [Example(format="prompt_only", prompt=prompt, candidates=(), drawn=typed) for prompt in prompts]
         ids = []

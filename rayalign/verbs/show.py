@@ -115,7 +115,7 @@ def _runs(ids: Sequence[int], roles: Sequence[str], chat: Chat) -> Iterator[Mark
 
 
 def _turns(marked: Iterator[Marked]) -> Iterator[list[Marked]]:
-    """An answer and its end token stand in one line."""
+    """An answer and its end token are in one line."""
     line: list[Marked] = []
     for role, text in marked:
         if line and role != "end":

@@ -32,7 +32,7 @@ def with_system(
     """
     if not isinstance(prompt, str) and prompt[0]["role"] in ROLES:
         if own is not None and own.strip() != prompt[0]["content"].strip():
-            raise RowProblem("system", "system stands beside turns that begin with another system turn; remove one")
+            raise RowProblem("system", "system is given, and the turns begin with another system turn; remove one")
         return prompt, candidates
     text = own or default
     if not text:

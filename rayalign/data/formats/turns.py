@@ -82,7 +82,7 @@ def our_turns(item: Any, place: str, name: str) -> Iterator[Any]:
 
 
 def _with_names(turns: list[Any]) -> list[Any]:
-    """Results of tools with the tool's name, where only the call's id stands beside them."""
+    """Results of tools with the tool's name, where they have only the call's id."""
     called = dict(chain.from_iterable(_called(turn) for turn in turns if isinstance(turn, dict)))
     return [_named(turn, called) if isinstance(turn, dict) else turn for turn in turns]
 

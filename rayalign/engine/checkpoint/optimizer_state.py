@@ -1,8 +1,8 @@
 """An optimizer's state in files that any strategy and any number of workers read back: torch's distributed checkpoint.
 
 Each worker writes what it alone holds, ``trainer/__0_0.distcp`` and so on, and ``trainer/.metadata`` says where every
-part of every tensor lies. Parameters are numbered in the optimizer's order, which is the same under every strategy, so
-that a run may resume under another one, or with other workers.
+part of every tensor lies. Parameters are numbered in the optimizer's order, which is the same under every strategy. So
+a run may resume under another strategy, or with other workers.
 
 Tensors are read with ``weights_only=True``. ``.metadata`` is a pickle by torch's design: nothing but what torch writes
 there is unpickled, and the checkpoint's digests were verified before.
@@ -122,7 +122,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
             "stage that wrote it. Continue with those"
         )
         raise UnreadableOptimizer(
-            f"{directory} holds {what}; or go on from the weights alone, with an optimizer that starts afresh: "
+            f"{directory} holds {what}; or resume from the weights alone, with a new optimizer: "
             "checkpoint.restart_optimizer=true"
         )
     saved = read_metadata(directory / METADATA).state_dict_metadata

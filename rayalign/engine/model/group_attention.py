@@ -27,7 +27,7 @@ _PADDING = -1
 
 
 def branch_runs(batch: PackedBatch, *, window: int | None, chunk: int | None) -> Int[Tensor, "1 1 lines 2"]:
-    """What :func:`attend` is told in the place of a mask; transformers passes on whatever has four axes.
+    """What :func:`attend` gets instead of a mask; transformers passes on whatever has four axes.
 
     The first line is (window, chunk), 0 where there is none. Every other is a run of columns of one branch, in the
     order of rows and columns: (number of columns, branch id, or -1 on padding).

@@ -1,8 +1,8 @@
 """The one way in which weights get into a model: each tensor has its place in the files, or nothing is loaded.
 
 Transformers matches the tensors of the files with those of the model, renamed and fused as each family needs it. Before
-any is read, it does so with tensors that have a shape and no content; what would be missing, left over or of another
-shape is then known. Transformers alone would draw what is missing at random, and say so in a warning.
+any is read, it matches tensors that have a shape and no content. So it is known what would be missing, left over or of
+another shape. Transformers alone would draw what is missing at random, and say so in a warning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The files that a model's weights come from, and which of them it may do without."""
+    """The files that a model's weights come from, and which of them are optional."""
 
     directory: Path
     field: str = FIELD
@@ -250,7 +250,7 @@ def is_finite(weight: torch.Tensor) -> bool:
 
 
 def common_change(missing: Collection[str], unexpected: Collection[str]) -> tuple[str, str] | None:
-    """(what the names of the missing tensors begin with, what stands there instead in the unexpected ones), if so."""
+    """(what the names of the missing tensors begin with, what replaces it in the unexpected ones); None without one."""
     left, name = set(unexpected), min(missing)
     for wrapper in sorted(other.removesuffix(name) for other in left if other.endswith(f".{name}")):
         if all(f"{wrapper}{other}" in left for other in missing):

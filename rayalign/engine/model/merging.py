@@ -1,7 +1,7 @@
 """A folder that holds an adapter is the model that its base becomes with it: W + (α / r) B A, as one matrix.
 
-So a run that starts there trains the whole of that model, or a new adapter upon it (``model.lora``), and its reference
-is that model too.
+A run that starts from such a folder trains the whole of that model, or a new adapter upon it (``model.lora``). That
+model is its reference too.
 """
 
 from __future__ import annotations
@@ -177,8 +177,10 @@ def refuse_other_tensors(adapted: Any, tensors: Mapping[str, Tensor], directory:
 
 
 def refuse_other_scales(directory: Path, field: str) -> None:
-    """Raise UserError for an adapter on single experts with a setting by which peft would give their fusion a scale of
-    its own: peft doubles the rank of what it fuses, and counts patterns by it."""
+    """Raise UserError for an adapter on single experts whose scale peft would change by fusing them.
+
+    Peft doubles the rank of what it fuses, and counts patterns by it.
+    """
     facts = read_json(directory / ADAPTER_CONFIG, field)
     if found := [name for name in OF_RANKS if facts.get(name)]:
         raise UserError(

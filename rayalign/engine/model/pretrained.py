@@ -169,7 +169,7 @@ def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
 
 
 def tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model; see :func:`load_tokenizer`."""
+    """The tokenizer of a model's folder; see :func:`load_tokenizer`."""
     directory = model_directory(spec.name, spec.revision, field=spec.field)
     return load_tokenizer(directory, trust_remote_code=spec.trust_remote_code, field=spec.field)
 
@@ -250,7 +250,7 @@ def drawn(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model, or beside the base of an adapter.
+    """The tokenizer of a model's folder, or of the folder of an adapter's base.
 
     Raises:
         UserError: there is none, transformers refuses it, or it writes control tokens as words.

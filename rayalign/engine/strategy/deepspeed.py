@@ -225,6 +225,6 @@ def refuse_other_parts(directory: Path, wanted: str) -> None:
     held = sorted(path.name for path in (directory / FOLDER).iterdir())
     raise UnreadableOptimizer(
         f"{directory} holds the optimizer as {', '.join(held)}, which {wanted} cannot read: DeepSpeed's parts fit the "
-        "workers and the stage that wrote them, and no other strategy. Continue with what wrote them; or go on from "
-        "the weights alone, with an optimizer that starts afresh: checkpoint.restart_optimizer=true"
+        "workers and the stage that wrote them, and no other strategy. Continue with what wrote them; or resume from "
+        "the weights alone, with a new optimizer: checkpoint.restart_optimizer=true"
     )

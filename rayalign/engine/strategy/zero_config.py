@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the run's own settings, and the user's JSON for everything that they leave open."""
+"""DeepSpeed's settings: the run's own settings, and the user's JSON for everything that they leave open."""
 
 from __future__ import annotations
 
