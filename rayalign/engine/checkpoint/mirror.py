@@ -1,7 +1,7 @@
 """Committed checkpoints also on an object store, so that a run resumes where its workspace is lost.
 
 ``<uri>/<run>/`` has ``checkpoints/<name>/`` and ``rounds/``. The latter holds what a checkpoint's manifest names: the
-round in progress with its columns, the rounds drawn ahead, and the weights for those that were not drawn yet. A round
+round in progress with its columns, rounds drawn ahead, and the weights for rounds to draw. A round
 comes there before the checkpoint that needs it and goes after it. ``metrics.jsonl`` comes before a checkpoint too,
 ``run.json`` when it changes. Another run's copies are refused.
 """

@@ -152,7 +152,7 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
         ),
         (
             ["method=ppo", "data_policy={name: on_policy, refresh_every: never}", *ON_POLICY[1:]],
-            ["data_policy.refresh_every: ppo's critic values every round anew, and what is drawn once is no round; "
+            ["data_policy.refresh_every: ppo's critic values each round again, and what is drawn once is no round; "
              "write a number of steps"],
         ),
         (

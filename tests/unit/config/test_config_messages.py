@@ -198,7 +198,7 @@ def test_one_mistake(refused: Refused, line: str, message: str) -> None:
         ("model: [\n", "run.yaml:2: is not valid YAML: expected the node content, but found '<stream end>'"),
         ("seed: 1\nmodel: {name: a}\nseed: 2\n", "run.yaml:3: seed: written twice, first in line 1; remove one"),
         ("on: 1\n", "run.yaml:1: on: is no text in YAML; quote the key"),
-        ("a: &x {b: *x}\n", "run.yaml:1: a.b: an alias refers to the block that it stands in"),
+        ("a: &x {b: *x}\n", "run.yaml:1: a.b: an alias refers to the block that contains it; remove it"),
         ("grid: {}\n", "run.yaml: is a comparison; start it with: rayalign compare run.yaml"),
     ],
 )
