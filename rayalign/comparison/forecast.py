@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -184,8 +185,8 @@ def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, thread
     fewest = min(map(len, found.values()))
     nearest = [pilot for pilot in alike if len(found[pilot.directory]) == fewest]
     return StepTime(
-        seconds_per_step=median(seconds for pilot in nearest for seconds in pilot.seconds),
-        differences=tuple(dict.fromkeys(text for pilot in nearest for text in found[pilot.directory])),
+        seconds_per_step=median(chain.from_iterable(pilot.seconds for pilot in nearest)),
+        differences=tuple(dict.fromkeys(chain.from_iterable(found[pilot.directory] for pilot in nearest))),
     )
 
 

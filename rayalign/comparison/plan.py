@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Se
             model = str(initial.directory / "final")
     cells = [cell for cell in comparison.cells if cell.run is not None]
     processes = processes_at_once(cells, session)
-    tuned = {cell for tuning in comparison.tuning if tuning.trials for cell in tuning.cells}
+    tuned = set(chain.from_iterable(tuning.cells for tuning in comparison.tuning if tuning.trials))
     for cell in cells:
         assert cell.run is not None
         run = started_from(cell.run, model) if model else cell.run

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayalign.comparison.baseline import baseline_label
@@ -133,7 +134,7 @@ def entry_labels(cells: Sequence[Cell]) -> dict[str, str]:
     for cell, run in runs:
         same = {field: value for field, value in dump(run).items() if field not in ("name", "seed")}
         groups.setdefault(digest_of(same), []).append(cell)
-    taken = {name for cell in cells for name in (cell.id, cell.label)}
+    taken = set(chain.from_iterable((cell.id, cell.label) for cell in cells))
     found: dict[str, str] = {}
     seeds = {cell.id: run.seed for cell, run in runs}
     for group in groups.values():
@@ -209,7 +210,7 @@ def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.CellRec
         config_changes=changes(base, result.run),
         cost=cost(result.job, rows) if result.job is not None and rows else Cost(),
         filter=filter_record(result.job),
-        points=tuple(point for points in result.points for point in points),
+        points=tuple(chain.from_iterable(result.points)),
         metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,7 +125,7 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
         raise ConfigError([Problem(str(path), "", f"is a single run; start it with: rayalign train {path}")])
     given = [key for key in runs if document.data.get(key) is not None]
     parts = {key: _run_document(document, key, Path(path).parent, overrides) for key in given}
-    leaked = [problem for part in (document, *parts.values()) for problem in credentials(part)]
+    leaked = list(chain.from_iterable(credentials(part) for part in (document, *parts.values())))
     if leaked:
         raise ConfigError(dict.fromkeys(leaked))
     try:

@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -136,7 +137,7 @@ def _locate(model: Model, location: FieldPath, data: Any) -> tuple[FieldPath, li
         if isinstance(part, str):
             around = blocks
             fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
-            blocks = [nested for field in fields for nested in _blocks(field.annotation, data)]
+            blocks = list(chain.from_iterable(_blocks(field.annotation, data) for field in fields))
     return tuple(path), around
 
 
@@ -155,7 +156,7 @@ def _blocks(annotation: Any, data: Any) -> Iterator[Model]:
 
 
 def _keys(blocks: Sequence[Model]) -> list[str]:
-    return list(dict.fromkeys(key for block in blocks for key in block.model_fields))
+    return list(dict.fromkeys(chain.from_iterable(block.model_fields for block in blocks)))
 
 
 def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
@@ -273,7 +274,7 @@ def setting_meant(key: str, values: Sequence[Any]) -> str:
 
 
 def _fields_of(blocks: Sequence[Model]) -> dict[str, FieldInfo]:
-    return {name: field for block in blocks for name, field in block.model_fields.items()}
+    return dict(chain.from_iterable(block.model_fields.items() for block in blocks))
 
 
 def _near(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -107,7 +108,7 @@ def answered(path: FieldPath, value: object) -> list[tuple[FieldPath, str | None
     children = list(_children(path, value))
     if not children or table().exact(parts_of(path)) is not None:
         return [(path, advice(path, value))]
-    found = [line for child, item in children for line in answered(child, item)]
+    found = list(chain.from_iterable(answered(child, item) for child, item in children))
     return found if any(said is not None for _, said in found) else [(path, advice(path, value))]
 
 

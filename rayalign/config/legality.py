@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +24,7 @@ class Violation(NamedTuple):
 def violations(run: RunConfig) -> list[Violation]:
     """Every reason why ``run`` is refused; empty for a legal run."""
     record = run.method.record
-    return [violation for rule in _RULES for violation in rule(run, record)]
+    return list(chain.from_iterable(rule(run, record) for rule in _RULES))
 
 
 def blocks_without_use(policy: str, *, relabels: bool) -> dict[str, str]:

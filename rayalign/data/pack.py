@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,7 +171,7 @@ def _ranges(lengths: Indices) -> Indices:
 
 
 def _names(columns: Iterable[Mapping[str, Column]]) -> list[str]:
-    return sorted({name for mapping in columns for name in mapping})
+    return sorted(set(chain.from_iterable(columns)))
 
 
 def _candidate_column(name: str, groups: Sequence[Group], num_candidates: int) -> NDArray[np.float32]:

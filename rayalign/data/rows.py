@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from rayalign.data.group import GroupLengths
@@ -40,7 +41,7 @@ def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: 
     if row_tokens is None:
         return [[_whole(group, length) for group, length in enumerate(lengths)]]
     room = max(row_tokens, *(length.prompt + max(length.candidates) for length in lengths))
-    blocks = [block for group, length in enumerate(lengths) for block in _spread(group, length, room)]
+    blocks = list(chain.from_iterable(_spread(group, length, room) for group, length in enumerate(lengths)))
     sizes = [block.tokens for block in blocks]
     rows = _first_fit_decreasing(sizes, room)
     even = _evened(sizes, len(rows))

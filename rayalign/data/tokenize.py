@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def to_groups(
 ) -> list[Outcome]:
     """One outcome per example, in order. All texts are tokenized in one call, which uses every core."""
     rendered = [_render(example, chat, completed) for example in examples]
-    texts = (text for item in rendered if isinstance(item, Rendered) for text in _texts(item, chat))
+    texts = chain.from_iterable(_texts(item, chat) for item in rendered if isinstance(item, Rendered))
     ids = chat.encode(texts)
     return [
         item if isinstance(item, BadRow) else _outcome(item, ids, chat, budget, completed=completed)

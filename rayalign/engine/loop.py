@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def advance(
         "step_tokens": step_tokens,
         "workers": run.strategy.world_size,
         **result.metrics,
-        **{name: value for part in work for name, value in part.facts.items()},
+        **dict(chain.from_iterable(part.facts.items() for part in work)),
         "padding_share": padding_share(work),
         "seconds": time.perf_counter() - began,
         "seconds_waiting_for_data": waited,

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def with_groups(
     write_durably(folder / f"rank_{strategy.rank}.json", json.dumps(facts) + "\n")
     strategy.all_sum(torch.zeros(1, device=strategy.device))  # all files are there
     parts = [json.loads((folder / f"rank_{rank}.json").read_text("utf-8")) for rank in range(strategy.world_size)]
-    suspects = [name for part in parts for name in part["suspects"]]
+    suspects = list(chain.from_iterable(part["suspects"] for part in parts))
     return NonFiniteStep(
         f"{error}; {told(suspects)}. Nothing of this step is kept. Its groups, with token ids and losses, are "
         f"in {folder}. Look at these data, write optim.on_nonfinite: skip to continue without such steps, or start a "

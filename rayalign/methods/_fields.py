@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
@@ -61,7 +62,7 @@ def _takes_numbers_only(annotation: Any) -> bool:
 
 def _kinds(annotation: Any) -> list[Any]:
     arguments = get_args(annotation)
-    return [kind for argument in arguments for kind in _kinds(argument)] if arguments else [annotation]
+    return list(chain.from_iterable(_kinds(argument) for argument in arguments)) if arguments else [annotation]
 
 
 LabelSmoothing = Annotated[float, AfterValidator(_share_of_flipped_labels)]

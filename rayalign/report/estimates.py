@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,18 +39,18 @@ def summarize(comparison: ComparisonRecord, bootstrap: Bootstrap | None = None) 
     entries = entries_of(comparison.cells)
     parts = [_summarize_set(comparison, entries, index, bootstrap) for index in range(len(comparison.reference))]
     shares = shares_of(comparison)
-    best = tuple(row for reference in comparison.reference for row in best_of_n(reference, bootstrap, shares))
+    best = tuple(chain.from_iterable(best_of_n(reference, bootstrap, shares) for reference in comparison.reference))
     cells = [REFERENCE, BASELINE, *(cell.id for cell in comparison.cells)]
     rows = [REFERENCE, BASELINE, *(entry.id for entry in entries)]
     return Summary(
         bootstrap=bootstrap,
         entries=entries,
-        points=_in_order([point for part in parts for point in part.points], cells),
-        entry_points=_in_order([point for part in parts for point in part.entry_points], rows),
-        at_kl=tuple(row for part in parts for row in part.at_kl),
-        entries_at_kl=tuple(row for part in parts for row in part.entries_at_kl),
+        points=_in_order(list(chain.from_iterable(part.points for part in parts)), cells),
+        entry_points=_in_order(list(chain.from_iterable(part.entry_points for part in parts)), rows),
+        at_kl=tuple(chain.from_iterable(part.at_kl for part in parts)),
+        entries_at_kl=tuple(chain.from_iterable(part.entries_at_kl for part in parts)),
         differences=parts[0].differences,
-        chosen=tuple(row for part in parts for row in part.chosen),
+        chosen=tuple(chain.from_iterable(part.chosen for part in parts)),
         answers=tuple(_answers(comparison)),
         best_of_n=best,
         contests=tuple(contests(comparison, entries, bootstrap)),
@@ -116,7 +117,7 @@ def _summarize_set(
         cell.id: [of(cell.id, point) for point in cell.points if point.prompt_set == prompts.name]
         for cell in comparison.cells
     }
-    rows = [row for place, entry in enumerate(entries) for row in _rows(entry, place, runs)]
+    rows = list(chain.from_iterable(_rows(entry, place, runs) for place, entry in enumerate(entries)))
     cell_rows = [
         Row(id=run.cell, stream=0, step=run.step, runs=(run,), of_seeds=1) for path in runs.values() for run in path
     ]
@@ -239,7 +240,7 @@ def _answers(comparison: ComparisonRecord) -> Iterator[AnswersSummary]:
     cells = [(cell.id, cell.points) for cell in comparison.cells]
     for cell, points in ((REFERENCE, comparison.reference), *baseline, *cells):
         found: dict[tuple[str, str], list[AnswerCounts]] = {}
-        for answers in (answers for point in points for answers in point.answers):
+        for answers in chain.from_iterable(point.answers for point in points):
             found.setdefault((answers.role, answers.name), []).append(answers)
         for (role, name), parts in found.items():
             sums = {key: sum(getattr(part, key) for part in parts) for key in COUNTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from rayalign.errors import UserError
@@ -82,13 +83,13 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
             + ". Measure them alike, with the same evaluate block, model and version, or report each by itself"
         )
     parts = named_apart([comparison for _, comparison in alike])
-    cells = [cell for _, part in parts for cell in part.cells]
+    cells = list(chain.from_iterable(part.cells for _, part in parts))
     return first.model_copy(
         update={
             "name": " + ".join(name for name, _ in parts),
             "text": merged_text([part for _, part in parts]),
             "cells": tuple(cells),
-            "tuning": tuple(tuning for _, part in parts for tuning in part.tuning),
+            "tuning": tuple(chain.from_iterable(part.tuning for _, part in parts)),
             "provenance": merged_provenance([part for _, part in parts]),
             "parts": tuple(MergedPart(name=name, cells=tuple(cell.id for cell in part.cells)) for name, part in parts),
             "left_out": tuple(left_out),
@@ -163,7 +164,7 @@ def merged_text(parts: Sequence[ComparisonRecord]) -> ReportText:
         title=" + ".join(dict.fromkeys(text.title for text in texts)),
         opening=distinct(text.opening for text in texts),
         caveats=distinct(text.caveats for text in texts),
-        kl_levels=tuple(sorted({level for text in texts for level in text.kl_levels})),
+        kl_levels=tuple(sorted(set(chain.from_iterable(text.kl_levels for text in texts)))),
         curves=distinct(text.curves for text in texts),
     )
 
@@ -176,8 +177,8 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
         commands=distinct(origin.commands for origin in origins),
         git_revision=", ".join(dict.fromkeys(origin.git_revision for origin in origins if origin.git_revision)),
         versions=side_by_side([origin.versions for origin in origins]),
-        config_digests={cell: digest for origin in origins for cell, digest in origin.config_digests.items()},
-        seeds={cell: seed for origin in origins for cell, seed in origin.seeds.items()},
+        config_digests=dict(chain.from_iterable(origin.config_digests.items() for origin in origins)),
+        seeds=dict(chain.from_iterable(origin.seeds.items() for origin in origins)),
         machine=side_by_side([origin.machine for origin in origins]),
         started=min(times, default=""),
         finished=max((origin.finished for origin in origins), default=""),
@@ -191,4 +192,4 @@ def side_by_side(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def distinct(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """In the order of their first appearance."""
-    return tuple(dict.fromkeys(text for group in groups for text in group))
+    return tuple(dict.fromkeys(chain.from_iterable(groups)))

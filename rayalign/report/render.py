@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import Environment
@@ -159,7 +160,7 @@ def tunings(comparison: ComparisonRecord) -> list[list[TuningRecord]]:
 
 def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     """Configurations without trials of their own where others are tuned, as in a merged report."""
-    tried = {cell for tuning in comparison.tuning for cell in tuning.cells}
+    tried = set(chain.from_iterable(tuning.cells for tuning in comparison.tuning))
     return [
         entry.label
         for entry in summary.entries

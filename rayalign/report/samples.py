@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from rayalign.report.formatting import count, single
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, EvaluationPoint
@@ -45,7 +46,7 @@ def prompt_samples(comparison: ComparisonRecord) -> Iterator[PromptSamples]:
             yield PromptSamples(
                 prompt_set=prompts.name,
                 prompt=prompts.prompts[key[0]],
-                rows=tuple(row for cell, point in sources for row in _rows(comparison, cell, point, key)),
+                rows=tuple(chain.from_iterable(_rows(comparison, cell, point, key) for cell, point in sources)),
             )
 
 

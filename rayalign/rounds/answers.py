@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float],
             "behavior_logp": column([answer.behavior_total for answer in kept]),
             **({"rank": column(found.rank)} if found.rank else {}),
         },
-        per_token={"behavior_token_logp": column([value for answer in kept for value in answer.behavior])},
+        per_token={"behavior_token_logp": column(list(chain.from_iterable(answer.behavior for answer in kept)))},
         source=name,
         line=int(line),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,7 +188,7 @@ class ChunkMaker:
             refreshes=int(refreshed),
             seconds_refreshing=loaded - began if refreshed else 0.0,
             quarantined=tuple(quarantined),
-            remarks=tuple(line for said in (self.scorer, self.rule) for line in remarks_of(said)),
+            remarks=tuple(chain.from_iterable(remarks_of(said) for said in (self.scorer, self.rule))),
         )
 
     def _groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from rayalign.data.tokenize_rows import Shape
@@ -89,7 +90,7 @@ def nothing_learned(ledgers: Sequence[Ledger], *, scorer: str, rule: str, shape:
 
 
 def bad_prompts(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [failure for report in reports for failure in report["quarantined"]]
+    return list(chain.from_iterable(report["quarantined"] for report in reports))
 
 
 def told_bad(reports: Sequence[dict[str, Any]], more: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +239,7 @@ def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
         )
         for auxiliary in run.auxiliary or ()
     }
-    for store in (store for stores in made.values() for store in stores):
+    for store in chain.from_iterable(made.values()):
         refuse_unreadable(store, run)
     return [
         StoredStream(

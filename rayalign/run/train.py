@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -284,16 +285,16 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
 
 
 def stored_streams(job: TrainJob) -> list[StoredStream]:
-    return [part for stream in job.source.streams for part in stored_parts(stream)]
+    return list(chain.from_iterable(stored_parts(stream) for stream in job.source.streams))
 
 
 def filter_of(job: TrainJob) -> dict[str, Any] | None:
     """What the run's filter did; None where it has none."""
-    files = [file for part in stored_streams(job) for file in part.kept]
+    files = list(chain.from_iterable(part.kept for part in stored_streams(job)))
     return filter_facts(files[0].parent) if files else None
 
 
 def stores_of(job: TrainJob) -> list[Path]:
     """Every committed store that a run has read: of groups, of prompts, and its rounds so far."""
     rounds = sorted(job.rollouts.folder.glob("round_*")) if job.rollouts is not None else []
-    return list(dict.fromkeys([*(store for part in stored_streams(job) for store in part.stores), *rounds]))
+    return list(dict.fromkeys([*chain.from_iterable(part.stores for part in stored_streams(job)), *rounds]))

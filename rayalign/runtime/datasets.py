@@ -9,6 +9,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import ray
@@ -41,7 +42,7 @@ class Preparation:
 
     @property
     def bad(self) -> tuple[BadRow, ...]:
-        return tuple(row for report in self.reports for row in report.bad)
+        return tuple(chain.from_iterable(report.bad for report in self.reports))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

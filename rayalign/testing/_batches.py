@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -125,9 +126,9 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
     shape = {"num_groups": num_groups, "num_candidates": num_candidates}
 
     def tokens(name: str) -> Tensor:
-        return torch.cat([values for group in groups for values in group.per_token[name]])
+        return torch.cat(list(chain.from_iterable(group.per_token[name] for group in groups)))
 
-    token_logp = torch.cat([values for group in groups for values in group.token_logp])
+    token_logp = torch.cat(list(chain.from_iterable(group.token_logp for group in groups)))
     real = torch.tensor([group.real for group in groups])
     nothing = torch.zeros((0, 0), dtype=torch.long)
     batch = PackedBatch(
@@ -161,7 +162,7 @@ def random_round(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Round:
         candidate_mask=torch.tensor([group.real for group in groups]),
         per_candidate=candidate_columns(groups, needs),
         per_token={
-            name: torch.cat([values for group in groups for values in group.per_token[name]])
+            name: torch.cat(list(chain.from_iterable(group.per_token[name] for group in groups)))
             for name in PER_TOKEN
             if name in needs - PREPARED
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import get_args
 
 import torch
@@ -281,11 +282,11 @@ class _Trial:
         return float(step_loss(self.method, self.config, batches, statistics).detach())
 
     def leaves(self, groups: Sequence[RandomGroup]) -> list[Tensor]:
-        leaves = [values for group in groups for values in group.token_logp]
+        leaves = list(chain.from_iterable(group.token_logp for group in groups))
         if "value" in self.method.needed(self.config):
-            leaves += [values for group in groups for values in group.per_token["value"]]
+            leaves += list(chain.from_iterable(group.per_token["value"] for group in groups))
         if "score" in self.method.needed(self.config):
-            leaves += [score for group in groups for score in group.score]
+            leaves += list(chain.from_iterable(group.score for group in groups))
         return leaves
 
     def gradients(self, loss: Tensor, groups: Sequence[RandomGroup]) -> list[Tensor]:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +64,7 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         shape, _ = SHAPES[kind]
         sources = [prompt_store(source, run, stages, draws=draws) for source in run.data.train]
         stores = [made_store(source, run, stages, shape) for source in sources]
-        rows = [row for store in stores for row in rows_of(store, run)]
+        rows = list(chain.from_iterable(rows_of(store, run) for store in stores))
     if kind == "pairs":
         rows = [pair_of(row) for row in rows if len(row["completions"]) == 2]
     if kind == "best":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ def read_prompts(file: Path) -> list[str | Turns]:
     """The prompts of a file of rows; a bad row is an error."""
     found: list[str | Turns] = []
     unit = Unit(path=str(file))
-    for row in (row for chunk in read_chunks(unit) for row in chunk):
+    for row in chain.from_iterable(read_chunks(unit)):
         example = row if isinstance(row, BadRow) else parse_row(row, format="auto", columns={})
         if isinstance(example, BadRow):
             raise UserError(f"--prompts: {example}")

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def send_needed(copies: Copies, directory: Path, name: str) -> None:
 
 def needed_rounds(kept: Sequence[NamedRounds], there: Collection[str]) -> set[str]:
     """The folders that checkpoints need; weights only as long as the round that is drawn with them is not ``there``."""
-    ahead = {name: weights for rounds in kept for name, weights in rounds["ahead"].items()}
+    ahead = dict(chain.from_iterable(rounds["ahead"].items() for rounds in kept))
     waiting = {weights for name, weights in ahead.items() if f"{name}/{MANIFEST}" not in there}
-    return {name for rounds in kept for name in rounds["begun"]} | ahead.keys() | waiting
+    return set(chain.from_iterable(rounds["begun"] for rounds in kept)) | ahead.keys() | waiting
 
 
 def upload_run(mirror: Mirror, directory: Path) -> None:

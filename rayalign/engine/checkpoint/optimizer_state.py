@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def room_of(saved: TensorStorageMetadata, parameter: Tensor) -> Tensor:
