@@ -91,10 +91,14 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
             "cells": tuple(cells),
             "tuning": tuple(chain.from_iterable(part.tuning for _, part in parts)),
             "provenance": merged_provenance([part for _, part in parts]),
-            "parts": tuple(MergedPart(name=name, cells=tuple(cell.id for cell in part.cells)) for name, part in parts),
+            "parts": tuple(merged_part(name, part) for name, part in parts),
             "left_out": tuple(left_out),
         }
     )
+
+
+def merged_part(name: str, part: ComparisonRecord) -> MergedPart:
+    return MergedPart(name=name, cells=tuple(cell.id for cell in part.cells))
 
 
 def differing(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
@@ -108,11 +112,12 @@ def differing(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
     if first.measured and other.measured:
         keys = dict.fromkeys([*first.measured, *other.measured])
         return [DIGESTS.get(key, key) for key in keys if first.measured.get(key) != other.measured.get(key)]
-    numbers = [
-        [(point.scores, point.kl, point.length, point.verdicts) for point in comparison.reference]
-        for comparison in (first, other)
-    ]
-    return [] if numbers[0] == numbers[1] else ["the numbers of the reference"]
+    same = reference_numbers(first) == reference_numbers(other)
+    return [] if same else ["the numbers of the reference"]
+
+
+def reference_numbers(comparison: ComparisonRecord) -> list[tuple[object, ...]]:
+    return [(point.scores, point.kl, point.length, point.verdicts) for point in comparison.reference]
 
 
 def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, ComparisonRecord]]:
@@ -121,16 +126,16 @@ def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, Comp
     for comparison in comparisons:
         taken = sum(name == comparison.name or name.startswith(f"{comparison.name} (") for name in names)
         names.append(f"{comparison.name} ({taken + 1})" if taken else comparison.name)
-    everywhere = [
-        text
-        for comparison in comparisons
-        for text in {text for cell in comparison.cells for text in (cell.id, cell.label, cell.entry) if text}
-    ]
-    clash = len(set(everywhere)) < len(everywhere)
-    return [
-        (name, prefixed(comparison, name) if clash else comparison)
-        for name, comparison in zip(names, comparisons, strict=True)
-    ]
+    everywhere = list(chain.from_iterable(map(names_of_cells, comparisons)))
+    if len(set(everywhere)) == len(everywhere):
+        return list(zip(names, comparisons, strict=True))
+    return [(name, prefixed(comparison, name)) for name, comparison in zip(names, comparisons, strict=True)]
+
+
+def names_of_cells(comparison: ComparisonRecord) -> set[str]:
+    """Every id, label and entry of its cells."""
+    names = chain.from_iterable((cell.id, cell.label, cell.entry) for cell in comparison.cells)
+    return set(names) - {""}
 
 
 def prefixed(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
@@ -186,8 +191,11 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
 
 
 def side_by_side(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    keys = distinct(facts)
-    return {key: ", ".join(dict.fromkeys(fact[key] for fact in facts if key in fact)) for key in keys}
+    found: dict[str, str] = {}
+    for key in distinct(facts):
+        values = dict.fromkeys(fact[key] for fact in facts if key in fact)
+        found[key] = ", ".join(values)
+    return found
 
 
 def distinct(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:

@@ -32,9 +32,16 @@ BASELINE = "(baseline)"
 def _matrix(rows: tuple[tuple[float | None, ...], ...]) -> tuple[tuple[float | None, ...], ...]:
     if len({len(row) for row in rows}) > 1:
         raise ValueError("every prompt needs the same number of samples; a missing one is null")
-    if any(value is not None and math.isinf(value) for row in rows for value in row):
+    return tuple(tuple(map(_finite, row)) for row in rows)
+
+
+def _finite(value: float | None) -> float | None:
+    """NaN as None."""
+    if value is None or math.isnan(value):
+        return None
+    if math.isinf(value):
         raise ValueError("an infinite value has no mean; a missing one is null")
-    return tuple(tuple(None if value is None or math.isnan(value) else value for value in row) for row in rows)
+    return value
 
 
 Samples = Annotated[tuple[tuple[float | None, ...], ...], Field(min_length=1), AfterValidator(_matrix)]
@@ -364,8 +371,7 @@ def load(directory: Path) -> ComparisonRecord:
         raise UserError(f"{path} is no text in UTF-8: run `rayalign compare` again") from error
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {problem['msg']}"
-            for problem in error.errors()[:5]
+            f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}" for problem in error.errors()[:5]
         )
         raise UserError(f"{path}: {problems}. Run `rayalign compare` again, or repair the field.") from error
 

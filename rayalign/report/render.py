@@ -161,11 +161,10 @@ def tunings(comparison: ComparisonRecord) -> list[list[TuningRecord]]:
 def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     """Configurations without trials of their own where others are tuned, as in a merged report."""
     tried = set(chain.from_iterable(tuning.cells for tuning in comparison.tuning))
-    return [
-        entry.label
-        for entry in summary.entries
-        if tried and entry.measured and not any(cell.id in tried for cell in entry.cells)
-    ]
+    if not tried:
+        return []
+    measured = [entry for entry in summary.entries if entry.measured]
+    return [entry.label for entry in measured if tried.isdisjoint(entry.cell_ids)]
 
 
 def judging(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
@@ -180,7 +179,7 @@ def judging(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
     for row in summary.answers:
         totals.setdefault((row.role, row.name), []).append(row)
     for (role, name), rows in totals.items():
-        missing, replies = (sum(getattr(row, key) for row in rows) for key in ("missing", "replies"))
+        missing, replies = sum(row.missing for row in rows), sum(row.replies for row in rows)
         if missing:
             reason = next(row.problem for row in rows if row.missing)
             yield (

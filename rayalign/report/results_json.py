@@ -107,10 +107,7 @@ def results_json(comparison: ComparisonRecord, summary: Summary) -> str:
             cell.model_dump(exclude={"points": True, "metrics": True, "cost": {"device_seconds": True}})
             for cell in comparison.cells
         ],
-        "entries": [
-            {"id": entry.id, "label": entry.label, "cells": [cell.id for cell in entry.cells]}
-            for entry in summary.entries
-        ],
+        "entries": [{"id": entry.id, "label": entry.label, "cells": list(entry.cell_ids)} for entry in summary.entries],
         "tuning": [
             tuning.model_dump(exclude={"trials": {"__all__": {"cost": {"device_seconds"}}}})
             for tuning in comparison.tuning

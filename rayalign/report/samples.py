@@ -41,7 +41,8 @@ def prompt_samples(comparison: ComparisonRecord) -> Iterator[PromptSamples]:
         for cell in comparison.cells:
             points = [point for point in cell.points if point.prompt_set == prompts.name]
             sources += [(cell.id, point) for point in points[-1:]]
-        keys = dict.fromkeys((reply.prompt, reply.sample) for _, point in sources for reply in point.replies)
+        replies = chain.from_iterable(point.replies for _, point in sources)
+        keys = dict.fromkeys((reply.prompt, reply.sample) for reply in replies)
         for key in keys:
             yield PromptSamples(
                 prompt_set=prompts.name,
