@@ -261,8 +261,9 @@ def awaited(run: Run, rounds: Rounds | None) -> bool:
 
 def padding_share(work: Sequence[StreamWork]) -> float:
     """Share of this worker's row cells that hold no token."""
-    cells = sum(batch.group_ids.numel() for part in work for batch in part.micro_batches)
-    empty = sum(int((batch.group_ids == PADDING_GROUP).sum()) for part in work for batch in part.micro_batches)
+    batches = list(chain.from_iterable(part.micro_batches for part in work))
+    cells = sum(batch.group_ids.numel() for batch in batches)
+    empty = sum(int((batch.group_ids == PADDING_GROUP).sum()) for batch in batches)
     return empty / max(1, cells)
 
 

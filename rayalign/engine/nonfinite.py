@@ -50,7 +50,7 @@ def with_groups(
     """``error`` with what there is to know, its groups on the disk. Every worker calls this, and all say the same."""
     strategy, folder = runner.strategy, directory / FOLDER / f"step_{step + 1:06d}"
     groups = described(runner, work, step)
-    broken = [group["group"] for group in groups if any(isinstance(loss, str) for loss in group["losses"].values())]
+    broken = [group["group"] for group in groups if str in map(type, group["losses"].values())]
     facts = {
         "step": step + 1,
         "loss": plain(error.loss),
@@ -110,7 +110,7 @@ def contents(batch: PackedBatch, group: int) -> dict[str, Any]:
     """Token ids of a group's prompt and candidates, and its columns [K]."""
     own = batch.group_ids == group
     row = int(own.any(dim=1).nonzero()[0])  # every row that has one of its candidates has the prompt
-    columns = {name: [plain(float(value)) for value in column[group]] for name, column in batch.per_candidate.items()}
+    columns = {name: list(map(plain, column[group].tolist())) for name, column in batch.per_candidate.items()}
     return {
         "prompt_ids": batch.input_ids[row][own[row] & (batch.branch_ids[row] == 0)].tolist(),
         "candidates": [

@@ -94,9 +94,8 @@ class Vital:
                         ends.register(number, select.POLLIN)
                         self.watched[number] = child
                         self._say(f"{child.pid} {VITAL[child.name]} {child.logs}")
-            ended = [
-                self.watched[number] for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS))
-            ]
+            wait_seconds = SOON_SECONDS if starting else LOOK_SECONDS
+            ended = [self.watched[number] for number, _ in ends.poll(1000 * wait_seconds)]
             if ended and not self.released.is_set():
                 # The witness ends the GCS where the raylet has ended: that is no news.
                 self._leave(next((child for child in ended if child.name == "raylet"), ended[0]))

@@ -66,11 +66,15 @@ class UnreadableOptimizer(UserError):
 
 def named_state(optimizer: torch.optim.Optimizer) -> Held:
     """The tensors themselves, not copies."""
-    return {
-        f"{number}.{name}": value
-        for number, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
+    return _named(optimizer.state_dict()["state"])
+
+
+def _named(state: Mapping[int, Mapping[str, Tensor]]) -> Held:
+    """Number of the parameter, a dot and the name of its tensor → the tensor."""
+    held: dict[str, Tensor] = {}
+    for number, own in state.items():
+        held |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+    return held
 
 
 def save_state(held: Held, directory: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
@@ -133,7 +137,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
         for key, known in own:
             assert isinstance(known, TensorStorageMetadata)
             state.setdefault(number, {})[key.partition(".")[2]] = room_of(known, parameter)
-    wanted = {f"{number}.{name}": tensor for number, own in state.items() for name, tensor in own.items()}
+    wanted = _named(state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

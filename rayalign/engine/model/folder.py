@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,8 @@ def tokenizer_digest(directory: Path) -> str:
 
 
 def matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+    found = chain.from_iterable(directory.glob(pattern) for pattern in patterns)
+    return sorted({path for path in found if path.is_file()})
 
 
 def some(names: Iterable[object], most: int = 3) -> str:

@@ -67,7 +67,9 @@ def load_weights(blank: PreTrainedModel, source: Source) -> PreTrainedModel:
     with contextlib.ExitStack() as stack:
         files = [safe_open(file, framework="pt") for file in weight_files(source.directory, field=source.field)]
         opened = [stack.enter_context(file) for file in files]
-        tensors = {name: file.get_slice(name) for file in opened for name in file.offset_keys()}
+        tensors: dict[str, Any] = {}
+        for file in opened:
+            tensors |= {name: file.get_slice(name) for name in file.offset_keys()}
         model, found = matched(blank, of_part(part, tensors))
     refuse(found, blank, source)
     refuse_untied(model, blank, source)
@@ -267,12 +269,12 @@ def missing_experts(names: Collection[str]) -> list[str]:
     for name in names:
         if match := EXPERT.fullmatch(name):
             found.setdefault(match[1], {}).setdefault(match[3], set()).add(match[2])
-    return sorted(
-        f"{layer}{expert}{rest}"
-        for layer, parts in found.items()
-        for rest, own in parts.items()
-        for expert in set().union(*parts.values()) - own
-    )
+    missing: list[str] = []
+    for layer, parts in found.items():
+        experts = set().union(*parts.values())
+        for rest, own in parts.items():
+            missing += [f"{layer}{expert}{rest}" for expert in experts - own]
+    return sorted(missing)
 
 
 def of_part(part: str | None, tensors: Mapping[str, Any]) -> dict[str, Any]:

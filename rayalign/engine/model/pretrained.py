@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -344,7 +345,8 @@ def freeze_other_parts(model: PreTrainedModel) -> None:
     if not is_composite(model.config):
         return
     parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-    read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    used = chain.from_iterable(part.parameters() for part in parts if part is not None)
+    read = {id(parameter) for parameter in used}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in read)
 

@@ -167,12 +167,10 @@ class ZeroOptimizer:
 
     def state(self) -> Held:
         """The stage, and AdamW's state by number of the partition and name."""
-        named = {
-            f"{number}.{name}": value
-            for number, part in enumerate(self.partitions)
-            for name, value in self.zero.optimizer.state[part].items()
-        }
-        return {STAGE: torch.tensor(self.stage), **named}
+        held = {STAGE: torch.tensor(self.stage)}
+        for number, part in enumerate(self.partitions):
+            held |= {f"{number}.{name}": value for name, value in self.zero.optimizer.state[part].items()}
+        return held
 
     def load(self, held: Held) -> None:
         for number, part in enumerate(self.partitions):
