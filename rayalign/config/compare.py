@@ -106,7 +106,8 @@ class Comparison:
 
     @property
     def trial_runs(self) -> tuple[RunConfig, ...]:
-        return tuple(run for tuning in self.tuning for trial in tuning.trials for run in trial.runs)
+        trials = chain.from_iterable(tuning.trials for tuning in self.tuning)
+        return tuple(chain.from_iterable(trial.runs for trial in trials))
 
 
 def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
@@ -119,7 +120,8 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
     """
     overrides = list(overrides)
     runs = ("base", "initial")
-    own = [text for text in overrides if not text.startswith(tuple(f"{key}." for key in runs))]
+    prefixes = tuple(f"{key}." for key in runs)
+    own = [text for text in overrides if not text.startswith(prefixes)]
     document = override(read_document(path), own)
     if "grid" not in document.data and "method" in document.data:
         raise ConfigError([Problem(str(path), "", f"is a single run; start it with: rayalign train {path}")])

@@ -142,7 +142,8 @@ def method_advice(value: object) -> str:
 
 def track_advice(value: object) -> str:
     """How the trackers of another trainer are written here."""
-    names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
+    given = value if isinstance(value, list) else [value]
+    names = [str(name).lower() for name in given]
     if len(names) == 1 and names[0] in table().trackers:
         return table().trackers[names[0]]
     known = [name for name in names if name in ("tensorboard", "wandb")]

@@ -58,7 +58,8 @@ class Chat:
         unique = list(dict.fromkeys(texts))
         plain = [text for text in unique if SHIELD not in text]
         ids = dict(zip(plain, _encode(self.tokenizer, plain), strict=True))
-        return {text: ids[text] if text in ids else self._encode_shielded(text) for text in unique}
+        ids |= {text: self._encode_shielded(text) for text in unique if SHIELD in text}
+        return {text: ids[text] for text in unique}
 
     def encode_after(self, text: str) -> list[int]:
         """Token ids of a text that stands after another, without the space that some tokenizers put before every text.

@@ -157,10 +157,11 @@ class Marks:
         """The content with a mark for every stretch between tags that the template, or a thought, may know."""
         parts = self.tags.split(turn["content"])
         beside = "the words beside the tool call of" if turn.get("tool_calls") else ""
-        return "".join(
-            part if index % 2 or not part.strip() else marker.put(place, beside or _kind(parts, index))
-            for index, part in enumerate(parts)
-        ).strip()
+        marked = ""
+        for index, part in enumerate(parts):
+            is_tag = index % 2 == 1
+            marked += part if is_tag or not part.strip() else marker.put(place, beside or _kind(parts, index))
+        return marked.strip()
 
 
 def _plain_outline(turn: Message) -> str:

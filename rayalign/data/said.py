@@ -213,7 +213,11 @@ def _without_what_is_dropped(turns: Turns) -> Iterator[Turns]:
 
     That is thoughts and the words beside a tool call (gpt-oss), or the system's words (Mistral v0.3).
     """
-    yield tuple(_without_thoughts(turn) if is_assistant(turn) else turn for turn in turns)
+    thoughtless = list(turns)
+    for place, turn in enumerate(turns):
+        if is_assistant(turn):
+            thoughtless[place] = _without_thoughts(turn)
+    yield tuple(thoughtless)
     if spoken := tuple(turn for turn in turns if turn["role"] != "system"):
         yield spoken
 

@@ -131,9 +131,11 @@ def numbers(row: Fields, name: str, count: int) -> tuple[float, ...] | None:
     if not isinstance(value, list | tuple) or len(value) != count:
         found = f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {kind(value)}"
         raise RowProblem(name, f"{name} must be a list of {count} numbers, one per completion, not {found}")
-    return tuple(
-        MISSING if item is None else _finite(item, f"{name}[{index}]", name) for index, item in enumerate(value)
-    )
+    given = [MISSING] * count
+    for index, item in enumerate(value):
+        if item is not None:
+            given[index] = _finite(item, f"{name}[{index}]", name)
+    return tuple(given)
 
 
 def finished(row: Fields, count: int) -> tuple[bool, ...] | None:

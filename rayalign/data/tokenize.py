@@ -59,9 +59,16 @@ def rows_to_groups(
     columns: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
     """One outcome per row, in order: the whole way from what a reader yields to token ids."""
-    parsed = [row if isinstance(row, BadRow) else parse_row(row, format=format, columns=columns) for row in rows]
-    outcomes = iter(to_groups([item for item in parsed if isinstance(item, Example)], chat, budget))
-    return [item if isinstance(item, BadRow) else next(outcomes) for item in parsed]
+    outcomes: dict[int, Outcome] = {}
+    examples: dict[int, Example] = {}
+    for place, row in enumerate(rows):
+        found = row if isinstance(row, BadRow) else parse_row(row, format=format, columns=columns)
+        if isinstance(found, Example):
+            examples[place] = found
+        else:
+            outcomes[place] = found
+    outcomes |= zip(examples, to_groups(list(examples.values()), chat, budget), strict=True)
+    return [outcomes[place] for place in range(len(rows))]
 
 
 def to_group(example: Example, chat: Chat, budget: TokenBudget) -> Group | DroppedRow | BadRow:
@@ -77,10 +84,13 @@ def to_groups(
     rendered = [_render(example, chat, completed) for example in examples]
     texts = chain.from_iterable(_texts(item, chat) for item in rendered if isinstance(item, Rendered))
     ids = chat.encode(texts)
-    return [
-        item if isinstance(item, BadRow) else _outcome(item, ids, chat, budget, completed=completed)
-        for item in rendered
-    ]
+    outcomes: list[Outcome] = []
+    for item in rendered:
+        if isinstance(item, Rendered):
+            outcomes.append(_outcome(item, ids, chat, budget, completed=completed))
+        else:
+            outcomes.append(item)
+    return outcomes
 
 
 def _render(example: Example, chat: Chat, completed: Completed) -> Rendered | BadRow:

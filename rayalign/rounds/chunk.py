@@ -151,10 +151,10 @@ class ChunkMaker:
         healthy = [at not in chunk.fatal for at in chunk.positions]
         fresh = self._complete(spec, chunk, drawn)
         generated = time.monotonic()
-        stored = [
-            stored_candidates(group) if spec.keep_stored and lives else ()
-            for group, lives in zip(drawn, healthy, strict=True)
-        ]
+        stored: list[tuple[Answer, ...]] = [()] * len(drawn)
+        for place, (group, lives) in enumerate(zip(drawn, healthy, strict=True)):
+            if spec.keep_stored and lives:
+                stored[place] = stored_candidates(group)
         candidates = [(*old, *new) for old, new in zip(stored, fresh, strict=True)]
         quarantined = [
             bad_prompt(group, prompt, "every process that worked on it died")
@@ -169,13 +169,16 @@ class ChunkMaker:
         ]
         rewarded = [own for own in scores if own]
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
-        counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
+        counted: list[Sequence[float]] = []
+        for own, old, new in zip(scores, stored, fresh, strict=True):
+            counted.append(own[len(old) :] if new else own)
+        answers = list(chain.from_iterable(fresh))
         return ChunkReport(
             shard=write_shard(chunk.directory, chunk.name, groups, prompts=said),
             prompts=len(drawn),
-            completions=sum(map(len, fresh)),
-            tokens_generated=sum(len(answer.ids) for answers in fresh for answer in answers),
-            finished=sum(answer.finished for answers in fresh for answer in answers),
+            completions=len(answers),
+            tokens_generated=sum(len(answer.ids) for answer in answers),
+            finished=sum(answer.finished for answer in answers),
             scorer_calls=sum(map(len, candidates)),
             labels=sum(found.preferred for found in labelled),
             distinguishing=sum(
@@ -200,24 +203,21 @@ class ChunkMaker:
         scores: Sequence[Sequence[float]],
     ) -> tuple[list[Group], list[Labelled]]:
         """The groups as the method takes them, and the label of each."""
-        labelled = [
-            label(
-                own,
-                [len(answer.ids) for answer in answers],
-                spec.label,
-                shape=spec.shape,
-                key=label_key(spec.seed, at),
-                own=self.rule,
-            )
-            if own
-            else Labelled(kept=tuple(range(len(answers))) if spec.keep_unscored else (), preferred=False)
-            for own, answers, at in zip(scores, candidates, chunk.positions, strict=True)
-        ]
+        labelled: list[Labelled] = []
+        for own, answers, at in zip(scores, candidates, chunk.positions, strict=True):
+            if not own:
+                kept = range(len(answers) if spec.keep_unscored else 0)
+                labelled.append(Labelled(kept=tuple(kept), preferred=False))
+                continue
+            lengths = [len(answer.ids) for answer in answers]
+            key = label_key(spec.seed, at)
+            labelled.append(label(own, lengths, spec.label, shape=spec.shape, key=key, own=self.rule))
         made = [make_group(*parts) for parts in zip(drawn, candidates, scores, labelled, strict=True)]
         if spec.shape == "labelled":
-            examples = Mismatched([group for group in made if group.candidates])
-            numbered = iter(range(len(examples)))
-            made = [examples[next(numbered)] if group.candidates else group for group in made]
+            places = [place for place, group in enumerate(made) if group.candidates]
+            examples = Mismatched([made[place] for place in places])
+            for number, place in enumerate(places):
+                made[place] = examples[number]
         if spec.needs_reference:
             columns = self.reference.token_logps(made)
             made = [

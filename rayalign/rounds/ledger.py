@@ -35,7 +35,10 @@ class Ledger:
     @classmethod
     def of(cls, reports: Sequence[dict[str, Any]]) -> Ledger:
         own = ("quarantined", "rewards")
-        sums = {name: sum(report[name] for report in reports) for name in cls.__slots__ if name not in own}
+        sums = {}
+        for name in cls.__slots__:
+            if name not in own:
+                sums[name] = sum(report[name] for report in reports)
         bounds = [report["rewards"] for report in reports if report["rewards"] is not None]
         return cls(
             **sums,

@@ -36,8 +36,9 @@ class Packer:
             layout=self.layout,
             describe=lambda slot: drawn[slot].name,
         )
-        return tuple(
-            pack(
+        packed = []
+        for micro in plan[self.rank]:
+            batch = pack(
                 [drawn[slot].read() for slot in micro.slots],
                 positions=[positions[slot] for slot in micro.slots],
                 num_candidates=num_candidates,
@@ -46,5 +47,5 @@ class Packer:
                 layout=self.layout,
                 dummy=micro.dummy,
             )
-            for micro in plan[self.rank]
-        )
+            packed.append(batch)
+        return tuple(packed)

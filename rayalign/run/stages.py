@@ -127,11 +127,10 @@ class Stages:
 
         def build(directory: Path) -> None:
             groups = Mismatched(TokenStore.open(store))
-            bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
-            shards = [
-                write_shard(directory, f"{indices.start:010d}", [groups[index] for index in indices])
-                for indices in bounds
-            ]
+            shards = []
+            for first in range(0, len(groups), CHUNK_ROWS):
+                rows = [groups[index] for index in range(first, min(first + CHUNK_ROWS, len(groups)))]
+                shards.append(write_shard(directory, f"{first:010d}", rows))
             commit_store(directory, shards, meta={"inputs": inputs})
 
         return self.artifacts.stage("mismatched", inputs, build)

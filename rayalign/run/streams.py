@@ -233,25 +233,21 @@ def groups_without(name: str, store: TokenStore) -> list[int]:
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     """One stream of single completions per entry of ``auxiliary``."""
-    made = {
-        auxiliary.name: tuple(
-            stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data
-        )
-        for auxiliary in run.auxiliary or ()
-    }
-    for store in chain.from_iterable(made.values()):
-        refuse_unreadable(store, run)
-    return [
-        StoredStream(
+    streams = []
+    for auxiliary in run.auxiliary or ():
+        sources = [with_format(source, auxiliary.term) for source in auxiliary.data]
+        stream = StoredStream(
             name=auxiliary.name,
-            stores=made[auxiliary.name],
+            stores=tuple(stages.tokens(source, run, "one") for source in sources),
             columns=((),) * len(auxiliary.data),
             weights=tuple(source.weight for source in auxiliary.data),
             groups_per_step=auxiliary.groups_per_step,
             num_candidates=1,
         )
-        for auxiliary in run.auxiliary or ()
-    ]
+        streams.append(stream)
+    for store in chain.from_iterable(stream.stores for stream in streams):
+        refuse_unreadable(store, run)
+    return streams
 
 
 def held_out(run: RunConfig, source: SourceSpec, stages: Stages) -> SourceSpec:

@@ -266,12 +266,11 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
     Of a store that a filter has chosen from, also what it kept of it, and what the filter did to all of them.
     """
     manifests = {store: read_manifest(store) for store in stores_of(job)}
-    chosen = {
-        store: {"kept": len(rows), "filter": filter_facts(file.parent)}
-        for part in stored_streams(job)
-        if part.kept
-        for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True)
-    }
+    chosen: dict[Path, dict[str, Any]] = {}
+    for part in stored_streams(job):
+        if part.kept:
+            for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True):
+                chosen[store] = {"kept": len(rows), "filter": filter_facts(file.parent)}
     return [
         {
             "store": str(store),

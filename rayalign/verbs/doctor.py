@@ -67,7 +67,7 @@ def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Clust
 
 
 def judge_cluster(cluster: Cluster, address: str | None) -> Finding:
-    cpus, gpus = (sum(getattr(node, kind) for node in cluster.nodes) for kind in ("cpus", "gpus"))
+    cpus, gpus = sum(node.cpus for node in cluster.nodes), sum(node.gpus for node in cluster.nodes)
     num = len(cluster.nodes)
     where = "started here and stopped again" if cluster.started_here else f"at {address}"
     found = f"{where}: {num} node{'s' * (num != 1)}, {cpus:g} CPUs, {gpus:g} GPUs"

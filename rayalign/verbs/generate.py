@@ -144,14 +144,17 @@ def rows_of(store: Path, run: RunConfig) -> Iterator[Row]:
         if drawing is not None:
             ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])
             parts = np.split(group.per_token["behavior_token_logp"].astype(np.float64), ends)[:-1]
-            sums = [float(part.sum()) if kept else math.nan for part, kept in zip(parts, same, strict=True)]
-            made["behavior_logps"] = numbers(sums)
+            sums = np.array([part.sum() for part in parts])
+            made["behavior_logps"] = numbers(np.where(same, sums, math.nan))
         yield made | made_with
 
 
 def numbers(values: Any) -> list[float | None]:
     """Plain numbers; null where there is none, as for a prompt that the scorer failed on."""
-    return [None if math.isnan(value) else float(value) for value in values]
+    found: list[float | None] = []
+    for value in values:
+        found.append(None if math.isnan(value) else float(value))
+    return found
 
 
 def write_rows(out: Path, rows: list[Row]) -> None:
