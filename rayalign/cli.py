@@ -349,7 +349,7 @@ def doctor(
 def kind_of(pairs: bool, best: bool) -> Literal["all", "pairs", "best"]:
     """What ``generate`` and ``score`` write of a prompt's completions."""
     if pairs and best:
-        raise UserError("--pairs and --best: a file has one of the two; run the command twice, stages are shared")
+        raise UserError("--pairs and --best are mutually exclusive; run the command twice, the stages are cached")
     return "pairs" if pairs else "best" if best else "all"
 
 

@@ -243,5 +243,5 @@ class AuxiliaryConfig(Block):
     @classmethod
     def _not_the_main_stream(cls, name: str) -> str:
         if name == "train":
-            raise ValueError("train is the stream of data.train; call this one otherwise")
+            raise ValueError("train is the stream of data.train; choose another name")
         return name

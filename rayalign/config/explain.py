@@ -174,14 +174,14 @@ def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         given = "nothing" if value is None else _show(value)
         instead = foreign.block_advice(path) if value is not None else ""
-        return f"{given} stands where a block of keys is expected" + (
+        return f"{given} is given where a block of keys is expected" + (
             f"; {instead}" if instead else ", such as key: value"
         )
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{_show(value)} must be {words} {context[bound]:g}"
     if kind == "string_type" and value is None:
-        return "nothing stands where text is expected"
+        return "nothing is given where text is expected"
     if kind == "string_type" and isinstance(value, bool):
         return f"{text or _show(value)} is a boolean in YAML; quote it"
     if kind in _KINDS:

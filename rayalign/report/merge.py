@@ -80,7 +80,7 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
         raise UserError(
             "nothing to merge: "
             + "; ".join(reasons)
-            + ". Measure them alike, with the same evaluate block, model and version, or report each by itself"
+            + ". Measure them the same way, with the same evaluate block, model and version, or report each by itself"
         )
     parts = named_apart([comparison for _, comparison in alike])
     cells = list(chain.from_iterable(part.cells for _, part in parts))

@@ -220,7 +220,7 @@ def _from_hub(name: str, revision: str | None, field: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{field}: {name!r} is no directory here and could not be had from the Hugging Face Hub ({reason}): "
+            f"{field}: {name!r} is no directory here and could not be fetched from the Hugging Face Hub ({reason}): "
             "check the spelling and the network, or download the model and name its directory"
         ) from error
 

@@ -197,7 +197,7 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
         old, new = renamed
         raise UserError(
             f"{where}: {len(missing)} of the {total} tensors of a {kind} have other names in the files: "
-            + (f"{new!r} stands before them" if new else f"{old!r} is missing before them")
+            + (f"{new!r} precedes them" if new else f"{old!r} is missing before them")
             + f", as in {found.unexpected[0]}. Save the model without what was wrapped around it, or rename them"
         )
     if missing == [HEAD_WEIGHT]:

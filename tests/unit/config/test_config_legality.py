@@ -336,7 +336,7 @@ def test_a_policy_with_a_head_of_its_own_is_refused(
         (["filter.policy_logp_quantile=1"], "filter.policy_logp_quantile: 1 must be less than 1"),
         (["filter.policy_logp_quantile=0"], "filter.policy_logp_quantile: 0 must be greater than 0"),
         (["filter={}"], "filter.policy_logp_quantile: missing; say which pairs are kept"),
-        (["filter=0.7"], "filter: 0.7 stands where a block of keys is expected"),
+        (["filter=0.7"], "filter: 0.7 is given where a block of keys is expected"),
         (["filter.quantile=0.7", "filter.policy_logp_quantile=0.7"], "filter.quantile: unknown key"),
         (["optim.schedule=constant", "optim.min_lr_ratio=0.1"], "optim: a constant schedule ends at lr"),
         (["data.eval=[{path: e.jsonl, weight: 2}]"], "data.eval: every row is measured once"),
