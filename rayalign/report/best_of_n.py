@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayalign.report.points import EvaluationPoint, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate, is_rate, rate_estimate
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate_mean, is_rate, rate_estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ def best_of_n(
 
     def score(name: str, n: int) -> Estimate:
         best = expected_best(as_array(reference.scores[name]), n)
-        return rate_estimate(best, bootstrap) if name in rates else estimate(best, bootstrap)
+        return rate_estimate(best, bootstrap) if name in rates else estimate_mean(best, bootstrap)
 
     found = []
     for n in sizes:

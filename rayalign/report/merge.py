@@ -13,10 +13,10 @@ from rayalign.report.points import (
     MergedPart,
     Provenance,
     ReportText,
-    load,
-    save,
+    load_comparison,
+    save_comparison,
 )
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 from rayalign.report.trials import TuningRecord, UntriedSetting
 
 Alike = Callable[[ComparisonRecord], object]
@@ -54,9 +54,9 @@ def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[Compar
         raise UserError("a folder is given twice; name each comparison once")
     if out is None or out.resolve() in resolved:
         raise UserError("several comparisons become a report of their own; say where: --out runs/merged")
-    merged = merge([(str(directory), load(directory)) for directory in directories])
-    save(merged, out)
-    return merged, render(merged, out)
+    merged = merge([(str(directory), load_comparison(directory)) for directory in directories])
+    save_comparison(merged, out)
+    return merged, render_report(merged, out)
 
 
 def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonRecord:
@@ -69,7 +69,7 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
     alike = [(folder, first)]
     left_out: list[UntriedSetting] = []
     for place, other in others:
-        reasons = differing(first, other)
+        reasons = measured_differences(first, other)
         if reasons:
             text = f"differs from {first.name} in {', '.join(reasons)}"
             left_out.append(UntriedSetting(what=f"{other.name} ({place})", reason=text))
@@ -101,7 +101,7 @@ def merged_part(name: str, part: ComparisonRecord) -> MergedPart:
     return MergedPart(name=name, cells=tuple(cell.id for cell in part.cells))
 
 
-def differing(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
+def measured_differences(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
     """In what two comparisons were measured otherwise; empty where their numbers mean the same.
 
     Without digests on either side, as an older version wrote them, the reference's own numbers decide.
@@ -129,7 +129,7 @@ def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, Comp
     everywhere = list(chain.from_iterable(map(names_of_cells, comparisons)))
     if len(set(everywhere)) == len(everywhere):
         return list(zip(names, comparisons, strict=True))
-    return [(name, prefixed(comparison, name)) for name, comparison in zip(names, comparisons, strict=True)]
+    return [(name, prefix_names(comparison, name)) for name, comparison in zip(names, comparisons, strict=True)]
 
 
 def names_of_cells(comparison: ComparisonRecord) -> set[str]:
@@ -138,7 +138,7 @@ def names_of_cells(comparison: ComparisonRecord) -> set[str]:
     return set(names) - {""}
 
 
-def prefixed(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
+def prefix_names(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
     def own(text: str) -> str:
         return f"{name}: {text}" if text else ""
 
@@ -167,10 +167,10 @@ def merged_text(parts: Sequence[ComparisonRecord]) -> ReportText:
     texts = [part.text for part in parts]
     return ReportText(
         title=" + ".join(dict.fromkeys(text.title for text in texts)),
-        opening=distinct(text.opening for text in texts),
-        caveats=distinct(text.caveats for text in texts),
+        opening=distinct_texts(text.opening for text in texts),
+        caveats=distinct_texts(text.caveats for text in texts),
         kl_levels=tuple(sorted(set(chain.from_iterable(text.kl_levels for text in texts)))),
-        curves=distinct(text.curves for text in texts),
+        curves=distinct_texts(text.curves for text in texts),
     )
 
 
@@ -179,7 +179,7 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
     origins = [part.provenance for part in parts]
     times = [origin.started for origin in origins if origin.started]
     return Provenance(
-        commands=distinct(origin.commands for origin in origins),
+        commands=distinct_texts(origin.commands for origin in origins),
         git_revision=", ".join(dict.fromkeys(origin.git_revision for origin in origins if origin.git_revision)),
         versions=side_by_side([origin.versions for origin in origins]),
         config_digests=dict(chain.from_iterable(origin.config_digests.items() for origin in origins)),
@@ -192,12 +192,12 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
 
 def side_by_side(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for key in distinct(facts):
+    for key in distinct_texts(facts):
         values = dict.fromkeys(fact[key] for fact in facts if key in fact)
         found[key] = ", ".join(values)
     return found
 
 
-def distinct(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
+def distinct_texts(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """In the order of their first appearance."""
     return tuple(dict.fromkeys(chain.from_iterable(groups)))

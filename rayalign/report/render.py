@@ -16,7 +16,7 @@ from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
 from rayalign.report.markdown import page_markdown
-from rayalign.report.matrix import by_pair
+from rayalign.report.matrix import contests_by_pair
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, write_text
 from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
@@ -27,7 +27,7 @@ from rayalign.report.trials import TuningRecord
 FOLDER = "report"
 
 
-def render(comparison: ComparisonRecord, directory: Path) -> Path:
+def render_report(comparison: ComparisonRecord, directory: Path) -> Path:
     """Write ``directory/report/`` and return the path of ``report.html``, which is written last.
 
     Each file is replaced whole, so a reader never sees half of one.
@@ -59,14 +59,14 @@ def page_html(comparison: ComparisonRecord, summary: Summary, drawings: Mapping[
         units={scorer.name: scorer.unit for scorer in comparison.scorers},
         measures=(*comparison.scorers, *judges, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
-        styles=figures.styles(summary.entries),
+        styles=figures.entry_styles(summary.entries),
         drawings={stem: Markup(svg) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
-        limits=limits(comparison, summary),
+        limits=comparison_limits(comparison, summary),
         tunings=tunings(comparison),
         untuned=untuned(comparison, summary),
         cost_axes=figures.cost_axes(summary),
-        contests=by_pair(summary.contests),
+        contests=contests_by_pair(summary.contests),
         contestants=list(dict.fromkeys(contest.row for contest in summary.contests)),
         interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
@@ -78,7 +78,7 @@ def page_html(comparison: ComparisonRecord, summary: Summary, drawings: Mapping[
     )
 
 
-def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
+def comparison_limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     """What the numbers cannot say: first what holds for every comparison of this kind, then this one's own caveats."""
     estimator = comparison.kl_estimators[0]
     sampling = comparison.sampling
@@ -86,8 +86,8 @@ def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     if (sampling.temperature, sampling.top_p) != (1, 1):
         drawn += ", which is not the policy itself: the number is not its KL"
     return [
-        *replication(summary),
-        *tuned(comparison),
+        *replication_caveats(summary),
+        *tuning_caveats(comparison),
         f"KL is the reverse KL(π‖π_ref) on the policy's own replies ({drawn}), estimated by {estimator.label}, in nats"
         f" per reply; its interval, too, is the {summary.interval_head}.",
         "Membership of the front is of means: a point on it need not differ from one beside it. Its share of resamples"
@@ -97,14 +97,14 @@ def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
         " level need not be like those that do not.",
         "A length-controlled win rate is as good as its model: it corrects for the length of replies, in one term, and"
         " for nothing else.",
-        *judging(comparison, summary),
+        *judging_caveats(comparison, summary),
         "Intervals of rates (win rates, shares, accuracies) are Wilson's score intervals for the effective number of"
         " prompts: they lie between 0 and 1, and have a width where every prompt agrees.",
         *comparison.text.caveats,
     ]
 
 
-def replication(summary: Summary) -> Iterator[str]:
+def replication_caveats(summary: Summary) -> Iterator[str]:
     """What the intervals are over, and whether anything may be called better."""
     bootstrap = summary.bootstrap
     prompts = (
@@ -131,7 +131,7 @@ def replication(summary: Summary) -> Iterator[str]:
         )
 
 
-def tuned(comparison: ComparisonRecord) -> Iterator[str]:
+def tuning_caveats(comparison: ComparisonRecord) -> Iterator[str]:
     """What settings were chosen by, and what that does to the numbers."""
     if not comparison.tuning:
         yield (
@@ -167,7 +167,7 @@ def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     return [entry.label for entry in measured if tried.isdisjoint(entry.cell_ids)]
 
 
-def judging(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
+def judging_caveats(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
     """What a judge's win rate is, and what scorers and judges left unanswered."""
     if comparison.judge is not None:
         yield (

@@ -6,8 +6,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rayalign.report import formatting
 
-FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
-
 
 def environment() -> Environment:
     """Templates of ``rayalign/report``; HTML is escaped, and a name without a value raises."""
@@ -19,7 +17,6 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in FILTERS:
-        made.filters[name] = getattr(formatting, name)
-    made.filters["kept"] = lambda filtered: formatting.kept(**filtered.model_dump())
+    made.filters |= formatting.FILTERS
+    made.filters["kept"] = lambda filtered: formatting.filter_sentence(**filtered.model_dump())
     return made

@@ -125,7 +125,7 @@ def without(group: RandomGroup, missing: Sequence[int], fill: float) -> RandomGr
 def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored:
     """The groups as one micro-batch; it carries only the columns and statistics in ``needs``."""
     num_groups, num_candidates = len(groups), len(groups[0].real)
-    candidate_of = owners(groups)
+    candidate_of = owner_indices(groups)
     shape = {"num_groups": num_groups, "num_candidates": num_candidates}
 
     token_logp = torch.cat(list(chain.from_iterable(group.token_logp for group in groups)))
@@ -158,7 +158,7 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
 def random_round(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Round:
     """The groups as a whole round, with the columns in ``needs`` that a round has before it is prepared."""
     return Round(
-        candidate_of=owners(groups),
+        candidate_of=owner_indices(groups),
         candidate_mask=torch.tensor([group.real for group in groups]),
         per_candidate=candidate_columns(groups, needs),
         per_token={name: token_column(groups, name) for name in PER_TOKEN if name in needs - PREPARED},
@@ -185,7 +185,7 @@ def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[Rando
     return prepared
 
 
-def owners(groups: Sequence[RandomGroup]) -> Tensor:
+def owner_indices(groups: Sequence[RandomGroup]) -> Tensor:
     """``candidate_of`` [N]."""
     lengths = list(map(len, chain.from_iterable(group.token_logp for group in groups)))
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
