@@ -24,7 +24,7 @@ from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import redacted_setting
 from rayalign.config.run import EvaluatedRun
 from rayalign.errors import Stopped, UserError
-from rayalign.report.points import save_comparison
+from rayalign.report.points import ComparisonRecord, save_comparison
 from rayalign.report.render import render_report
 from rayalign.run.display import ProgressBoard
 from rayalign.run.job import make_job
@@ -73,16 +73,8 @@ def compare(
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
     comparison = load_compare(path, overrides)
-    runs = [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
-    for run in (*runs, *comparison.trial_runs):
-        refuse_unsupported(run)
-        refuse_unusable_models(run)
-    evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
-    refuse_broken_scorers(evaluated.evaluate)
-    for note in comparison.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    if comparison.tuning:
-        console.print(trials_table(comparison))
+    evaluated = checked_evaluation(comparison)
+    announce(comparison, console)
     if dry_run:
         return show_plan(comparison, evaluated, fresh=fresh, pilot=pilot, console=console)
     console.print(cells_table(comparison))
@@ -98,7 +90,7 @@ def compare(
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
         model = initial_model(comparison, directory, stages, board, ending)
-        cells = [cell for cell in comparison.cells if cell.run is not None]
+        cells = runnable(comparison)
         parallel = cells_at_once(cells, session)
         processes = processes_at_once(cells, session)
 
@@ -134,11 +126,50 @@ def compare(
             started=started,
             command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
         )
-        save_comparison(record, directory)
-        board.say(f"report: {render_report(record, directory)}")
+        board.say(f"report: {saved_report(record, directory)}")
         if not any(result.failure or result.stopped for result in results):
             session.vital.settle()
     refuse_unfinished(results, ending.budget)
+
+
+def runnable(comparison: Comparison) -> list[Cell]:
+    """The cells that are not skipped."""
+    return [cell for cell in comparison.cells if cell.run is not None]
+
+
+def checked_evaluation(comparison: Comparison) -> EvaluatedRun:
+    """A run whose evaluation is every cell's and every trial's.
+
+    Raises:
+        UserError: something of the comparison cannot run here, or cells are measured in different ways.
+    """
+    refuse_unusable_runs(comparison)
+    evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
+    refuse_broken_scorers(evaluated.evaluate)
+    return evaluated
+
+
+def saved_report(record: ComparisonRecord, directory: Path) -> Path:
+    """Write ``comparison.json`` and the report; the page's path."""
+    save_comparison(record, directory)
+    return render_report(record, directory)
+
+
+def announce(comparison: Comparison, console: Console) -> None:
+    """Print the notes of the configuration, and the trials of ``tune``."""
+    for note in comparison.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    if comparison.tuning:
+        console.print(trials_table(comparison))
+
+
+def refuse_unusable_runs(comparison: Comparison) -> None:
+    """Raise UserError for a setting or a model that this machine cannot run."""
+    runs = [comparison.initial] if comparison.initial is not None else []
+    runs += [cell.run for cell in comparison.cells if cell.run is not None]
+    for run in (*runs, *comparison.trial_runs):
+        refuse_unsupported(run)
+        refuse_unusable_models(run)
 
 
 def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:

@@ -161,7 +161,7 @@ class TokenBudget(Block):
     max_tokens: Annotated[int, BY_CONTENT] = Field(default=1024, ge=2)
     """Prompt and response together; beside what the prompt keeps, a longer response loses its end."""
     truncated: Annotated[Literal["keep", "drop", "close"], BY_CONTENT] = "keep"
-    """A response cut at the limit: train on it without an end token, drop its group, or close it with one. drop also
+    """A response cut at the limit. Train on it without an end token, drop its group, or close it with one. drop also
     drops a group whose prompt would be cut."""
     long_prompts: Annotated[Literal["cut", "drop"], BY_CONTENT] = "cut"
     """A prompt that would be cut: cut it, or drop its group."""
@@ -255,5 +255,5 @@ class AuxiliaryConfig(Block):
     @classmethod
     def _not_the_main_stream(cls, name: str) -> str:
         if name == "train":
-            raise ValueError("train is the stream of data.train; call this one otherwise")
+            raise ValueError("train is the stream of data.train; choose another name")
         return name

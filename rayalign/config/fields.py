@@ -153,7 +153,7 @@ def _mirror(value: str) -> str:
     """An address of an object store or a folder, with nothing secret in it: what is wrong with it is not repeated."""
     address = urlsplit(value)
     if address.scheme not in _MIRRORS:
-        raise ValueError("no place for copies; write s3://bucket/folder, gs://bucket/folder or file:///folder")
+        raise ValueError("unsupported address; write s3://bucket/folder, gs://bucket/folder or file:///folder")
     if "@" in address.netloc:
         raise ValueError("carries a user or a key; leave it out: credentials come from the environment alone")
     settings = parse_qs(address.query, keep_blank_values=True)
@@ -176,7 +176,7 @@ def _parse_count(value: object) -> object:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
-            raise ValueError(f"{value} is none; write at least 1, [smallest, largest] or auto")
+            raise ValueError(f"{value} is less than 1; write at least 1, [smallest, largest] or auto")
         return value
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(bound) is int for bound in value):
         low, high = value

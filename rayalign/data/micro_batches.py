@@ -92,7 +92,8 @@ def plan_step(
         if tokens > tokens_per_micro_batch:
             raise PlanError(_too_large(describe(slot), tokens, tokens_per_micro_batch))
     by_length = sorted(alone, key=lambda slot: (-alone[slot], slot))
-    tokens_of = [lengths[slot].packed if layout == "packed" else lengths[slot].concatenated for slot in by_length]
+    ordered = [lengths[slot] for slot in by_length]
+    tokens_of = [own.packed for own in ordered] if layout == "packed" else [own.concatenated for own in ordered]
     parts = _fill(by_length, tokens_of, cost, bound=tokens_per_micro_batch)
     per_worker = math.ceil(len(parts) / num_workers)
     low = max(alone[by_length[0]], math.ceil(sum(tokens_of) / (per_worker * num_workers)))

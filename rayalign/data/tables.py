@@ -213,7 +213,7 @@ def _csv(stream: Any, path: str, *, names: Iterable[str], refuse: Callable[[Any]
 
 
 def _with_numbers(row: Mapping[str, Any], numbers: frozenset[str]) -> dict[str, Any]:
-    return {name: _number(value) if name in numbers else value for name, value in row.items()}
+    return {**row, **{name: _number(value) for name, value in row.items() if name in numbers}}
 
 
 def _number(text: Any) -> Any:

@@ -136,8 +136,12 @@ def tokenize_examples(
     found: Sequence[Example | BadRow | UndecidedRow], chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> list[Outcome | UndecidedRow]:
     """One outcome per row, in order."""
-    outcomes = iter(to_groups([item for item in found if isinstance(item, Example)], chat, budget, completed=completed))
-    return [next(outcomes) if isinstance(item, Example) else item for item in found]
+    examples = {place: item for place, item in enumerate(found) if isinstance(item, Example)}
+    outcomes: dict[int, Outcome | UndecidedRow] = {
+        place: item for place, item in enumerate(found) if not isinstance(item, Example)
+    }
+    outcomes |= zip(examples, to_groups(list(examples.values()), chat, budget, completed=completed), strict=True)
+    return [outcomes[place] for place in range(len(found))]
 
 
 @dataclass(slots=True)

@@ -36,7 +36,8 @@ class MetricsFile:
         self.file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        finite = {name: None if is_non_finite(value) else value for name, value in row.items()}
+        not_finite = [name for name, value in row.items() if is_non_finite(value)]
+        finite = {**row, **dict.fromkeys(not_finite)}
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())

@@ -73,6 +73,7 @@ class Evaluator:
                 }
             )
         policy = self._model(subject)
+        opponents = loaded.opponents if subject != spec.baseline else {}
         return {
             name: measure_policy(
                 policy,
@@ -82,7 +83,7 @@ class Evaluator:
                 loaded.scorers,
                 tokenizer=loaded.tokenizer,
                 judge=loaded.judge,
-                opponent=None if subject == spec.baseline else loaded.opponents.get(name),
+                opponent=opponents.get(name),
             )
             for name, prompts in spec.prompt_sets.items()
         }

@@ -53,10 +53,10 @@ def prepare_columns(
             )
     if old_value is not None:
         made = {**made, "old_value": old_value}
-    per_token = {
-        name: [part.numpy() for part in torch.split_with_sizes(column.float(), lengths)]
-        for name, column in made.items()
-    }
+    per_token = {}
+    for name, column in made.items():
+        parts = torch.split_with_sizes(column.float(), lengths)
+        per_token[name] = [part.numpy() for part in parts]
     shard = write_column_shard(directory, "prepared", first=0, per_token=per_token)
     facts = critic_facts(made["old_value"], made["return"]) if old_value is not None and "return" in made else {}
     meta = {"method": method.name, "parameters": config.model_dump(mode="json"), "facts": facts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,7 @@ def most_candidates(stores: Sequence[Path]) -> int:
 
 
 def require_columns(run: RunConfig, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS) -> None:
-    """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
+    """Raises UserError where rows lack a number that the method requires; a NaN loss would say it later."""
     method = run.trained_method
     for name in sorted({*among} & needed_columns(method, run.method.config)):
         count, first = (len(store), 0) if name not in store.column_names else lacking(name, store)
@@ -244,26 +245,22 @@ def lacking(name: str, store: TokenStore) -> tuple[int, int]:
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     """One stream of single completions per entry of ``auxiliary``."""
-    made = {
-        auxiliary.name: tuple(
-            stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data
-        )
-        for auxiliary in run.auxiliary or ()
-    }
-    for store in (store for stores in made.values() for store in stores):
-        refuse_unreadable(store, run)
-    return [
-        StoredStream(
+    streams = []
+    for auxiliary in run.auxiliary or ():
+        sources = [with_format(source, auxiliary.term) for source in auxiliary.data]
+        stream = StoredStream(
             name=auxiliary.name,
-            stores=made[auxiliary.name],
+            stores=tuple(stages.tokens(source, run, "one") for source in sources),
             columns=((),) * len(auxiliary.data),
             weights=tuple(source.weight for source in auxiliary.data),
             groups_per_step=auxiliary.groups_per_step,
             num_candidates=1,
             window=run.data.window,
         )
-        for auxiliary in run.auxiliary or ()
-    ]
+        streams.append(stream)
+    for store in chain.from_iterable(stream.stores for stream in streams):
+        refuse_unreadable(store, run)
+    return streams
 
 
 def held_out(run: RunConfig, source: SourceSpec, stages: Stages) -> SourceSpec:

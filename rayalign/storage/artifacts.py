@@ -1,7 +1,7 @@
 """Stages addressed by their content: what was made from equal inputs is made once.
 
 A stage lives in ``artifacts/<stage>-<key>/`` and counts when its manifest is there. Its key is a digest of the stage's
-name and version, the digests of its inputs and the part of the configuration that it reads; versions of libraries are
+name and version, the digests of its inputs and the part of the configuration that it reads. Versions of libraries are
 recorded in the manifest, not hashed.
 """
 

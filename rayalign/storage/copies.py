@@ -1,7 +1,7 @@
 """Committed folders of a run on an object store: sent and fetched whole, their manifests last.
 
-``<uri>/<run>/<name>/…`` has the files of the folder ``name`` below the run's own, its manifest last: that one PUT is
-the commit there as the rename is here. What comes back is believed as little as what lies here: names stay inside the
+``<uri>/<run>/<name>/…`` has the files of the folder ``name`` below the run's own, its manifest last. That one PUT is
+the commit there, as the rename is here. What comes back is believed as little as what lies here: names stay inside the
 folder, and digests are verified.
 """
 

@@ -1,7 +1,7 @@
 """Committed checkpoints also on an object store, so that a run resumes where its workspace is lost.
 
-Below ``<uri>/<run>/`` lie ``checkpoints/<name>/``, and in ``rounds/`` what a checkpoint's manifest names: the round in
-progress with the columns made of it, those that were drawn ahead, and the weights for those that were not. A round
+``<uri>/<run>/`` has ``checkpoints/<name>/`` and ``rounds/``. The latter holds what a checkpoint's manifest names: the
+round in progress with its columns, rounds drawn ahead, and the weights for rounds to draw. A round
 comes there before the checkpoint that needs it and goes after it. ``metrics.jsonl`` comes before a checkpoint too,
 ``run.json`` when it changes. Another run's copies are refused.
 """
@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def send_needed(copies: Copies, directory: Path, name: str) -> None:
 
 def needed_rounds(kept: Sequence[NamedRounds], there: Collection[str]) -> set[str]:
     """The folders that checkpoints need; weights only as long as the round that is drawn with them is not ``there``."""
-    ahead = {name: weights for rounds in kept for name, weights in rounds["ahead"].items()}
+    ahead = dict(chain.from_iterable(rounds["ahead"].items() for rounds in kept))
     waiting = {weights for name, weights in ahead.items() if f"{name}/{MANIFEST}" not in there}
-    return {name for rounds in kept for name in rounds["begun"]} | ahead.keys() | waiting
+    return set(chain.from_iterable(rounds["begun"] for rounds in kept)) | ahead.keys() | waiting
 
 
 def upload_run(mirror: Mirror, directory: Path) -> None:

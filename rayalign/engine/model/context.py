@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -154,7 +155,7 @@ def refuse_unknown_group(group: Group, vocabulary: int, model: str, tokenizer: A
     """The same of one row, which goes by its source and line."""
     parts = [group.prompt_ids, *(own.ids for own in group.candidates)]
     if max(int(part.max(initial=0)) for part in parts) >= vocabulary:
-        ids = [token for part in parts for token in part.tolist()]
+        ids = list(chain.from_iterable(part.tolist() for part in parts))
         refuse_unknown_ids(ids, vocabulary, model, tokenizer, name=name or f"{group.source}:{group.line}")
 
 

@@ -25,8 +25,8 @@ def test_legal(address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("runs/copies", "no place for copies; write s3://bucket/folder"),
-        ("http://host/copies", "no place for copies"),
+        ("runs/copies", "unsupported address; write s3://bucket/folder"),
+        ("http://host/copies", "unsupported address"),
         ("s3://planted@bucket/a", "carries a user or a key; leave it out: credentials come from the environment"),
         ("s3://planted:planted@bucket/a", "carries a user or a key"),
         ("s3://bucket/a?secret_key=planted", "s3:// may have endpoint_override, region, scheme; remove the rest"),
