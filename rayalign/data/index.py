@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,7 +189,8 @@ def write_index(directory: Path, shards: Sequence[ShardInfo]) -> tuple[str, ...]
     sizes = {"blocks": ("<u8", (groups - 1) // BLOCK + 2 if groups else 1, len(Before._fields))}
     sizes |= {name: (kind, groups, 1) for name, kind in OF_GROUPS.items()}
     sizes |= {name: (kind, candidates, 1) for name, kind in OF_CANDIDATES.items()}
-    sources = {name: place for place, name in enumerate(dict.fromkeys(name for s in shards for name in s.sources))}
+    named = dict.fromkeys(chain.from_iterable(shard.sources for shard in shards))
+    sources = {name: place for place, name in enumerate(named)}
     path = directory / NAME
     arrays, mapped = _created(path, sizes)
     before = np.zeros(len(Before._fields), np.int64)

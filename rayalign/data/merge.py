@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rayalign.data.shard import COLUMNS, SAID, SHARD_BYTES, TOKENS, FileWriter, ShardInfo
+from rayalign.data.shard import COLUMNS, INDEX, SAID, SHARD_BYTES, TOKENS, FileWriter, ShardInfo
 
 COPY_BYTES = 8 << 20
 
@@ -35,9 +36,13 @@ def runs(shards: Iterable[ShardInfo], shard_bytes: int = SHARD_BYTES) -> list[li
 
 
 def joined(directory: Path, name: str, shards: Sequence[ShardInfo]) -> ShardInfo:
-    """Write one shard with the records of several, which stay where they are; one alone is not copied."""
+    """Write one shard with the records of several, which stay where they are; one alone is not copied.
+
+    Its index is no file of the shard any more: that of the store has it.
+    """
     if len(shards) == 1:
-        return shards[0]
+        index = f"{shards[0].name}{INDEX}"
+        return replace(shards[0], files={name: own for name, own in shards[0].files.items() if name != index})
     endings = [ending for ending in (TOKENS, COLUMNS, SAID) if shards[0].has(ending)]
     files: dict[str, Any] = {}
     for ending in endings:
@@ -47,7 +52,7 @@ def joined(directory: Path, name: str, shards: Sequence[ShardInfo]) -> ShardInfo
                 while data := source.read(COPY_BYTES):
                     target.write(data)
         files[f"{name}{ending}"] = target.finish()
-    sources = dict.fromkeys(source for shard in shards for source in shard.sources)
+    sources = dict.fromkeys(chain.from_iterable(shard.sources for shard in shards))
     return replace(
         shards[0],
         name=name,

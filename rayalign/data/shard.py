@@ -17,7 +17,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -57,9 +57,9 @@ class ShardInfo:
     """``bytes`` and ``sha256`` of every file."""
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ShardInfo:
-        fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return cls(**fields)
+    def from_json(cls, value: dict[str, Any]) -> ShardInfo:
+        lists = ("sources", "per_candidate", "per_token")
+        return cls(**value | {name: tuple(value[name]) for name in lists})
 
     def has(self, ending: str) -> bool:
         return f"{self.name}{ending}" in self.files
@@ -180,7 +180,9 @@ class _OpenShard:
         self.parts.append(_index_of(groups, places, [len(text) for text in texts] or [0] * len(groups)))
 
     def finish(self) -> ShardInfo:
-        index = {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+        index: dict[str, NDArray[Any]] = {}
+        for name in self.parts[0]:
+            index[name] = np.concatenate([part[name] for part in self.parts])
         files = {f"{self.name}{ending}": file.finish() for ending, file in self.files.items()}
         files[f"{self.name}{INDEX}"] = write_whole(self.directory / f"{self.name}{INDEX}", save(index))
         info = ShardInfo(
@@ -218,7 +220,8 @@ def write_column_shard(
 ) -> ShardInfo:
     """Store new columns of the groups ``first``, ``first + 1``, … of an existing store: one array per group."""
     given = [*sorted((per_candidate or {}).items()), *sorted((per_token or {}).items())]
-    records = [_record(_column_words(values)) for values in zip(*(arrays for _, arrays in given), strict=True)]
+    columns = [arrays for _, arrays in given]
+    records = [_record(_column_words(values)) for values in zip(*columns, strict=True)]
     directory.mkdir(parents=True, exist_ok=True)
     info = ShardInfo(
         name=name,
@@ -247,9 +250,9 @@ def is_complete(directory: Path, info: ShardInfo) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
-def files_while_writing(info: ShardInfo) -> set[str]:
-    """The files of a shard that are not needed once its store is committed."""
-    return {f"{info.name}{_SIDECAR}", f"{info.name}{INDEX}"}
+def files_of(info: ShardInfo) -> set[str]:
+    """The files that a shard has while its store is not committed."""
+    return {*info.files, f"{info.name}{_SIDECAR}"}
 
 
 def has_checksum(record: Words) -> bool:
@@ -272,7 +275,7 @@ def decode_tokens(
 
 def _index_of(groups: Sequence[Group], places: Sequence[int], said_bytes: Sequence[int]) -> dict[str, NDArray[Any]]:
     """What the index says of groups; ``places`` number their sources."""
-    candidates = [candidate for group in groups for candidate in group.candidates]
+    candidates = list(chain.from_iterable(group.candidates for group in groups))
     return {
         "prompt_tokens": np.array([len(group.prompt_ids) for group in groups], np.uint32),
         "num_candidates": np.array([len(group.candidates) for group in groups], np.uint16),
@@ -310,7 +313,7 @@ def _record(words: Words) -> bytes:
 
 
 def _names(columns: Iterable[Mapping[str, Column]]) -> tuple[str, ...]:
-    return tuple(sorted({name for mapping in columns for name in mapping}))
+    return tuple(sorted(set(chain.from_iterable(columns))))
 
 
 def _write_sidecar(directory: Path, info: ShardInfo) -> None:

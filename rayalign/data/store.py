@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rayalign.data.shard import (
     TOKENS,
     ShardInfo,
     decode_tokens,
-    files_while_writing,
+    files_of,
     is_complete,
 )
 from rayalign.storage.manifest import TornDirectory, commit, file_facts, read_manifest
@@ -121,8 +122,8 @@ class TokenStore:
         Raises:
             TornDirectory: a record is damaged.
         """
-        per_token = any(name in shard.per_token for layer in self.columns for shard in layer.shards)
-        firsts = {shard.first for layer in self.columns for shard in layer.shards}
+        per_token = name in self.token_columns
+        firsts = {shard.first for shard in self.column_shards}
         for groups in self._pieces(firsts):
             piece = self.index.piece(groups)
             before = self.index.before(groups.start)
@@ -150,18 +151,29 @@ class TokenStore:
     @property
     def column_names(self) -> frozenset[str]:
         """Columns that every shard carries."""
-        per_layer = (
-            frozenset[str].intersection(*(frozenset(s.per_candidate + s.per_token) for s in layer.shards))
-            for layer in self.columns
-            if layer.shards
-        )
-        return frozenset[str]().union(*per_layer)
+        found: set[str] = set()
+        for layer in self.columns:
+            named = [{*shard.per_candidate, *shard.per_token} for shard in layer.shards]
+            found |= set.intersection(*named) if named else set()
+        return frozenset(found)
+
+    @property
+    def token_columns(self) -> frozenset[str]:
+        """Columns that have one number per predicted token in some shard."""
+        return frozenset(chain.from_iterable(shard.per_token for shard in self.column_shards))
+
+    @property
+    def column_shards(self) -> list[ShardInfo]:
+        """Those of all layers."""
+        return list(chain.from_iterable(layer.shards for layer in self.columns))
 
     def nbytes(self, groups: Sequence[int]) -> int:
         """Bytes that reading these groups touches."""
-        entries = {group: self.index.entry(group) for group in groups}
-        layers = (self.tokens, *self.columns)
-        return sum(sum(layer.nbytes(group, entry) for layer in layers) for group, entry in entries.items())
+        total = 0
+        for group in groups:
+            entry = self.index.entry(group)
+            total += sum(layer.nbytes(group, entry) for layer in (self.tokens, *self.columns))
+        return total
 
     @property
     def bytes_read(self) -> int:
@@ -226,16 +238,15 @@ def _check_complete(directory: Path, shards: Sequence[ShardInfo]) -> None:
 def _commit(
     directory: Path, shards: Sequence[ShardInfo], index: Mapping[str, Any], *, shard_bytes: int, **facts: Any
 ) -> None:
-    final = [joined(directory, f"shard-{number:06d}", run) for number, run in enumerate(runs(shards, shard_bytes))]
-    known = {name: own for shard in final for name, own in shard.files.items()} | dict(index)
-    passing = {name for shard in shards for name in (*shard.files, *files_while_writing(shard))} - known.keys()
-    passing |= {name for shard in final for name in files_while_writing(shard)}
-    kept = {name: own for name, own in known.items() if name not in passing}
-    final = [replace(shard, files={name: kept[name] for name in shard.files if name in kept}) for shard in final]
-    content = [
-        [shard.groups, shard.per_candidate, shard.per_token, [shard.files[name]["sha256"] for name in shard.files]]
-        for shard in final
-    ]
+    together = enumerate(runs(shards, shard_bytes))
+    final = [joined(directory, f"shard-{number:06d}", run) for number, run in together]
+    kept, passing = dict(index), set(chain.from_iterable(map(files_of, shards)))
+    content = []
+    for shard in final:
+        kept |= shard.files
+        digests = [own["sha256"] for own in shard.files.values()]
+        content.append([shard.groups, shard.per_candidate, shard.per_token, digests])
+    passing -= kept.keys()
     digest = hashlib.sha256(json.dumps([content, index, facts.get("store")]).encode()).hexdigest()
     for leftover in directory.glob(".*.tmp"):
         leftover.unlink()

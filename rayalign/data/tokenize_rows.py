@@ -90,7 +90,7 @@ class UnitReport:
 
     def to_json(self) -> str:
         plain = {own.name: getattr(self, own.name) for own in fields(self)} | {"named": sorted(self.named)}
-        plain |= {name: [asdict(item) for item in plain[name]] for name in ("shards", "bad_rows")}
+        plain |= {"shards": list(map(asdict, self.shards)), "bad_rows": list(map(asdict, self.bad_rows))}
         return json.dumps(plain, ensure_ascii=False)
 
     @classmethod

@@ -78,7 +78,7 @@ class Mismatched:
 def partners_of(groups: Groups) -> NDArray[np.int64]:
     """:func:`other_prompts` of labelled answers; raises UserError where a group is none."""
     every = [groups[index] for index in range(len(groups))]
-    labels = [group.per_candidate["label"][0] if "label" in group.per_candidate else MISSING for group in every]
+    labels = [group.per_candidate.get("label", [MISSING])[0] for group in every]
     return other_prompts(numbered(map(_own_prompt, every), len(every)), np.array(labels, np.float64))
 
 

@@ -80,7 +80,7 @@ def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     index = store.index.whole()
     mask = np.arange(int(index.num_candidates.max(initial=1))) < index.num_candidates[:, None]
     owners = np.repeat(np.flatnonzero(mask), index.candidate_predicted)
-    of_tokens = {name for layer in store.columns for shard in layer.shards for name in shard.per_token}
+    of_tokens = store.token_columns
     per_candidate, per_token = {}, {}
     for name in sorted(needs & store.column_names):
         values = np.concatenate([np.empty(0, np.float32), *(part for _, part in store.column(name))])

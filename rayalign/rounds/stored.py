@@ -60,7 +60,7 @@ def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows 
 
 
 def order_of(stream: StoredStream, stores: Sequence[TokenStore], kept: Sequence[Rows | range], seed: int) -> Stream:
-    """Which of the kept rows stands at which position."""
+    """Which of the kept rows has which position."""
     orders = (
         WindowedOrder(seed, f"{stream.name}/{number}", rows_by_shard(store, rows), stream.window)
         for number, (store, rows) in enumerate(zip(stores, kept, strict=True))

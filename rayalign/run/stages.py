@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Stages:
             collect_quarantine(directory)
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
-            shards = [shard for report in found.reports for shard in report.shards]
+            shards = list(chain.from_iterable(report.shards for report in found.reports))
             facts = {"source": source.label, "files": files_of(units)} | preparation_counts(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
@@ -258,7 +259,7 @@ def refuse_bad_rows(found: StorePreparation, data: DataConfig, directory: Path) 
     if not found.bad and not is_empty:
         return
     share = found.bad / max(1, found.rows)
-    shown = [row for report in found.reports for row in report.bad_rows][:SHOWN_BAD_ROWS]
+    shown = islice(chain.from_iterable(report.bad_rows for report in found.reports), SHOWN_BAD_ROWS)
     named = "\n".join(f"  {row}" for row in shown)
     listed = f"{found.bad} of {found.rows} rows are bad ({share:.2%}); all are in {directory / QUARANTINE}"
     if data.on_bad_row == "fail" or share > data.max_bad_fraction:

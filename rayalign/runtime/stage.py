@@ -47,7 +47,7 @@ def dataset_of_items(items: Sequence[Any]) -> ray.data.Dataset:
     """Items that are handed out one by one."""
     quiet_ray_data()
     found = ray.data.from_items([pickle_item(item) for item in items], override_num_blocks=len(items))
-    found.context.target_max_block_size = 1  # what a process yields is told at once
+    found.context.target_max_block_size = 1  # what a process yields is yielded at once
     return found
 
 
