@@ -9,9 +9,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console, Group
+from rich.text import Text
 
 from rayalign.comparison.budget import Budget, Ending
 from rayalign.comparison.cells import measure_cell, prepare_cell, train_cells
@@ -26,6 +25,7 @@ from rayalign.config.run import EvaluatedRun
 from rayalign.errors import Stopped, UserError
 from rayalign.report.points import ComparisonRecord, save_comparison
 from rayalign.report.render import render_report
+from rayalign.report.tables import narrow_table
 from rayalign.run.display import ProgressBoard
 from rayalign.run.job import make_job
 from rayalign.run.readers import refuse_unusable_models
@@ -214,18 +214,19 @@ def common_evaluation(comparison: Comparison) -> EvaluatedRun:
     return EvaluatedRun(run=first, evaluate=first.evaluate)
 
 
-def cells_table(comparison: Comparison) -> Table:
+def cells_table(comparison: Comparison) -> Group:
     """The grid before anything starts: what runs, and what is skipped because of what."""
-    table = Table(title=f"{comparison.name}: {len(comparison.cells)} cells")
-    for column in ("cell", "objective", "data policy", "seed", ""):
-        table.add_column(column)
+    lines: list[list[str]] = []
+    skipped: list[Text] = []
     for cell in comparison.cells:
-        if cell.run is None:
-            table.add_row(cell.id, "", "", "", escape(f"skipped, because {cell.skipped_reason}"))
+        run = cell.run
+        if run is None:
+            lines.append([cell.id, "", "", "", "skipped"])
+            skipped.append(Text(f"{cell.id} is skipped, because {cell.skipped_reason}"))
         else:
-            run = cell.run
-            table.add_row(cell.id, run.display_name, run.data_policy.name, str(run.seed), "")
-    return table
+            lines.append([cell.id, run.display_name, run.data_policy.name, str(run.seed), ""])
+    title = f"{comparison.name}: {len(comparison.cells)} cells"
+    return Group(narrow_table(("cell", "objective", "data policy", "seed", "state"), lines, title=title), *skipped)
 
 
 def initial_model(

@@ -30,8 +30,8 @@ from rayalign.run.stages import Stages
 from rayalign.run.train import is_finished
 from rayalign.runtime.worker import TrainJob
 
-UNPREPARED = "unknown until prepared"
-DRAWN = "unknown: drawn while it trains"
+UNPREPARED, DRAWN = "?", "~"
+"""Stand for numbers that are known once the data are prepared, and for those of what is drawn while it trains."""
 NO_PILOT = "no such run in the pilot"
 DECIDES_SPEED = (
     "model.",
