@@ -268,22 +268,21 @@ def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
     uses_reference = any(need.startswith("ref_") for need in record.needed(run.method.config)) or measured
     if not uses_reference and run.model.reference is not None:
         yield Violation("model.reference", f"{record.name} has no reference and nothing is evaluated; remove it")
-    if not uses_reference and run.reference.place != "pool":
+    if not uses_reference and run.reference != type(run.reference)():
         yield Violation("reference", f"{record.name} has no reference and nothing is evaluated; remove it")
-    if run.reference.place == "trainer":
-        if run.model.lora is None:
+    if run.reference.place == "trainer" and record.round_prepare is not None:
+        yield Violation(
+            "reference.place", f"{record.name} prepares whole rounds, which hold the reference's part; write pool"
+        )
+    if run.reference.dtype == "bfloat16":
+        if run.model.dtype == "float32":
             yield Violation(
-                "reference.place",
-                "trainer scores with the adapter off, so it needs model.lora; write pool",
+                "reference.dtype",
+                "bfloat16 is for a reference that computes in bfloat16, and model.dtype: float32 does not; write auto",
             )
-        if record.round_prepare is not None:
+        if run.reference_is_the_policy and not measured:
             yield Violation(
-                "reference.place", f"{record.name} prepares whole rounds, which hold the reference's part; write pool"
-            )
-        if run.model.reference is not None:
-            yield Violation(
-                "reference.place",
-                "trainer's reference is the initial model, not model.reference; write pool, or remove model.reference",
+                "reference.dtype", "with the adapter off the reference is the policy, which is float32; remove it"
             )
 
 

@@ -24,12 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.data.rows import Layout
 from rayalign.engine.batches import Batches, Rounds, RoundWork, StreamWork
 from rayalign.engine.checkpoint.checkpoint import Checkpoint
 from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
 from rayalign.engine.checkpoint.sending import copies, num_bytes, offer_weights
-from rayalign.engine.loop import advance, awaited, begin, export, layout_of, load_optimizer
+from rayalign.engine.loop import advance, awaited, begin, common_layout, export, layout_of, load_optimizer
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
@@ -167,11 +166,6 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         load_optimizer(run, critic.optimizer, place)
         critic.restore(resumed.facts[CRITIC])
     return critic
-
-
-def common_layout(one: Layout, other: Layout) -> Layout:
-    """The layout that both read: who reads packed rows reads one sequence a row as well."""
-    return "packed" if one == other == "packed" else "concatenated"
 
 
 def pad_id_of(run: Run) -> int:
