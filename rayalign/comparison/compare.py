@@ -181,7 +181,9 @@ def common_evaluation(comparison: Comparison) -> RunConfig:
             raise UserError(
                 f"{run.name}: model.from_scratch draws another reference for every seed; train it once as `initial`"
             )
-    return first
+    # Cells that draw nothing are sampled by the engine of those that do.
+    drawing = next((run for run in runs if run.rollout is not None), first)
+    return first.model_copy(update={"rollout": drawing.rollout})
 
 
 def cells_table(comparison: Comparison) -> Table:

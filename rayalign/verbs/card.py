@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from rayalign.comparison.evaluate import MEASURED_KL, Points, evaluated_points
+from rayalign.comparison.evaluate import Points, evaluated_points
+from rayalign.comparison.evaluation_spec import MEASURED_KL
 from rayalign.config.dump import redact
 from rayalign.config.load import importable
 from rayalign.config.method import resolve_method

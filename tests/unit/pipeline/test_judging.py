@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,13 @@ from tiny_models import tiny
 from tiny_runs import save_tiny
 from tiny_tokenizers import LLAMA3, byte_level
 
-from rayalign.comparison.evaluate import (
-    Evaluation,
-    answers_told,
-    evaluation_digest,
-    evaluation_spec,
-    points_table,
-    refuse_broken_scorers,
-)
+from rayalign.comparison.evaluate import Evaluation, answers_told, points_table, refuse_broken_scorers
+from rayalign.comparison.evaluation_spec import evaluation_digest, evaluation_spec
 from rayalign.comparison.record import assumptions, judge_of
 from rayalign.config import load_compare, load_run
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge.evaluator import Evaluator
-from rayalign.judge.measure import Measured
 from rayalign.placement import Node
 from rayalign.report.points import AnswerCounts, EvaluationPoint
 from rayalign.run.stages import Stages
@@ -82,9 +75,10 @@ class InThisProcess:
     evaluator: Evaluator
     called: int = 0
 
-    def call(self, subject: Any) -> dict[str, Measured]:
-        self.called += 1
-        return self.evaluator(subject)
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            self.called += 1
+            yield self.evaluator(item)
 
 
 def evaluation_of(folder: Path, *settings: str) -> Evaluation:
@@ -102,7 +96,7 @@ def judge_at(endpoint: Endpoint, *, role: str = "judge") -> str:
 
 
 def replies(evaluation: Evaluation, subject: Any) -> list[tuple[str, ...]]:
-    return list(evaluation.evaluators.call(subject)["prompts"].replies)
+    return list(evaluation.measured(subject)["prompts"].replies)
 
 
 def vowels(reply: str) -> int:

@@ -9,7 +9,8 @@ import pytest
 from tiny_runs import save_tiny
 
 from rayalign.comparison.compare import common_evaluation
-from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, measured_by, refuse_broken_scorers
+from rayalign.comparison.evaluate import refuse_broken_scorers
+from rayalign.comparison.evaluation_spec import evaluation_digest, evaluation_spec, measured_by
 from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError

@@ -1,0 +1,112 @@
+"""What an evaluation measures and with what, the same for every policy, and what its numbers depend on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from rayalign import __version__
+from rayalign.comparison.baseline import baseline_spec
+from rayalign.comparison.prompts import prompt_sets
+from rayalign.config.run import RunConfig
+from rayalign.config.scoring import EvaluateConfig, ScorerConfig
+from rayalign.engine.model.precision import EXACT
+from rayalign.judge.evaluator import EvaluationSpec, Evaluator
+from rayalign.placement import Share
+from rayalign.rollout.base import SamplingParams
+from rayalign.rollout.engines import ALONE, EngineOptions
+from rayalign.run.identity import scorer_identity, spec_digest
+from rayalign.run.model import saved_precision, scoring_spec, stop_ids
+from rayalign.run.readers import refuse_long_questions
+from rayalign.run.resolve import MEMORY_ALONE, MEMORY_BESIDE_A_WORKER, resolve
+from rayalign.run.stages import Stages
+from rayalign.runtime.pool import Pool
+from rayalign.storage.artifacts import digest_of
+
+MEASURED_KL = ("kl_rb", "k1")
+"""Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
+KEPT = "replies"
+"""What is kept beside the numbers: every prompt and reply, for :mod:`rayalign.verbs.export`."""
+TEXT_RULE = 2
+"""Raised by hand when replies are written otherwise for scorers: 2 keeps special tokens and white space."""
+
+
+def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
+    """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
+    assert run.evaluate is not None
+    sampling = run.evaluate.sampling
+    sets = prompt_sets(run, stages)
+    for prompts in sets.values():
+        refuse_long_questions(prompts, run)
+    return EvaluationSpec(
+        reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
+        prompt_sets=sets,
+        engine=run.evaluation_engine,
+        options=evaluation_options(run, stages),
+        saved=saved_precision(run),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+            num_samples=sampling.samples,
+            seed=run.seed,
+            stop_ids=stop_ids(run),
+        ),
+        scorers=run.evaluate.all_scorers,
+        judge=run.evaluate.judge,
+        baseline=baseline_spec(run),
+    )
+
+
+def evaluation_pool(name: str, run: RunConfig, spec: EvaluationSpec, *, share: Share, actors: int) -> Pool:
+    """Up to ``actors`` processes, each with as many devices as its engine takes."""
+    python = run.rollout.python if run.rollout is not None and spec.engine == run.rollout.engine else None
+    options = spec.options
+    if share.gpus:
+        options = replace(options, memory_share=min(1.0, share.gpus) * options.memory_share)
+    if options.tensor_parallel > 1 and share.gpus:
+        share = replace(share, gpus=float(options.tensor_parallel))
+    return Pool(name, Evaluator, replace(spec, options=options), share=share, most=actors, python=python)
+
+
+def evaluation_options(run: RunConfig, stages: Stages) -> EngineOptions:
+    """How the engine that samples an evaluation shares its devices: in turns with the models that measure."""
+    if run.evaluation_engine == "hf" or run.evaluate is None:
+        return ALONE
+    asked = resolve(run, stages.session).engine
+    return replace(asked, takes_turns=True, memory_share=memory_share(run, run.evaluate))
+
+
+def memory_share(run: RunConfig, config: EvaluateConfig) -> float:
+    """Share of a GPU that such an engine takes in its turn; models that score keep their part of it meanwhile."""
+    if run.rollout is not None and run.rollout.gpu_memory_utilization is not None:
+        return run.rollout.gpu_memory_utilization
+    asked = [*config.all_scorers, *([config.judge] if config.judge is not None else [])]
+    return MEMORY_BESIDE_A_WORKER if any(holds_model(scorer) for scorer in asked) else MEMORY_ALONE
+
+
+def holds_model(scorer: ScorerConfig) -> bool:
+    """Whether a scorer or judge loads a model in the process that asks it."""
+    return scorer.name == "reward_model" or (scorer.name == "llm" and scorer.engine is not None)
+
+
+def evaluation_digest(spec: EvaluationSpec) -> str:
+    """What a policy's numbers depend on beside it."""
+    return digest_of(measured_by(spec))
+
+
+def measured_by(spec: EvaluationSpec) -> dict[str, str]:
+    """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
+    saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
+    held = ["bfloat16"] if spec.reference.parameter_dtype == "bfloat16" else []  # other values change no number
+    engine = [spec.engine] if spec.engine != "hf" else []
+    return {
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype, *saved, *held]),
+        "prompts": digest_of(
+            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
+        ),
+        "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
+        "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
+        "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
+        "sampling": digest_of([asdict(spec.sampling), *engine] if engine else asdict(spec.sampling)),
+        "package": digest_of([MEASURED_KL, KEPT, TEXT_RULE, __version__]),
+    }
