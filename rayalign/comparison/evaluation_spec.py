@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+import torch
+
 from rayalign import __version__
 from rayalign.comparison.baseline import baseline_spec
 from rayalign.comparison.prompts import prompt_sets
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import EvaluateConfig, ScorerConfig
+from rayalign.engine.model.folder import is_adapter, model_directory
 from rayalign.engine.model.precision import EXACT
+from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable
+from rayalign.errors import UserError
 from rayalign.judge.evaluator import EvaluationSpec, Evaluator
 from rayalign.placement import Share
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions
 from rayalign.run.identity import scorer_identity, spec_digest
-from rayalign.run.model import saved_precision, scoring_spec, stop_ids
+from rayalign.run.model import model_spec, reference_spec, saved_precision, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_long_questions
 from rayalign.run.resolve import MEMORY_ALONE, MEMORY_BESIDE_A_WORKER, resolve
 from rayalign.run.stages import Stages
@@ -37,6 +42,9 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
     sets = prompt_sets(run, stages)
     for prompts in sets.values():
         refuse_long_questions(prompts, run)
+    baseline = baseline_spec(run)
+    if run.evaluation_engine != "hf":
+        refuse_other_kinds(run, baseline)
     return EvaluationSpec(
         reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
         prompt_sets=sets,
@@ -53,8 +61,27 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
         ),
         scorers=run.evaluate.all_scorers,
         judge=run.evaluate.judge,
-        baseline=baseline_spec(run),
+        baseline=baseline,
     )
+
+
+def refuse_other_kinds(run: RunConfig, baseline: ModelSpec | None) -> None:
+    """Raise UserError where an engine that replaces its weights in place would be given another kind of model."""
+    others = {"model.reference": reference_spec(run), "evaluate.baseline": baseline}
+    own = tensors_of(model_spec(run))
+    for field, spec in others.items():
+        if spec is None or spec == model_spec(run):
+            continue
+        if is_adapter(model_directory(spec.name, spec.revision)) or tensors_of(spec) != own:
+            raise UserError(
+                f"{field}: {spec.name} is no model of the policy's kind, whole and of the same shape, as "
+                f"{run.evaluation_engine} needs it to sample both: write evaluate.sampling.engine: hf"
+            )
+
+
+def tensors_of(spec: ModelSpec) -> dict[str, torch.Size]:
+    """Shape of every tensor of a model, by name, without reading one."""
+    return {name: tensor.shape for name, tensor in refuse_unusable(spec).state_dict().items()}
 
 
 def evaluation_pool(name: str, run: RunConfig, spec: EvaluationSpec, *, share: Share, actors: int) -> Pool:

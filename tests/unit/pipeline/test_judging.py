@@ -310,3 +310,24 @@ def test_a_judge_is_explained(folder: Path) -> None:
     for run, words in ((rule, "Counts vowels. As judge: the reply with the higher score wins"), (asked, "both orders")):
         assert run.evaluate is not None and run.evaluate.judge is not None
         assert words in judge_of(run.evaluate.judge).description
+
+
+def test_an_evaluation_in_parts_tells_how_far_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts too: every part is judged against the baseline's replies to its own prompts."""
+    whole = evaluation_of(folder, RULE, f"evaluate.baseline={folder}/run")
+    monkeypatch.setattr("rayalign.judge.evaluator.TOKENS_PER_PART", 1)
+    monkeypatch.setattr("rayalign.comparison.evaluate.TELL_SECONDS", -1.0)
+    said: list[str] = []
+    parts = replace(evaluation_of(folder, RULE, f"evaluate.baseline={folder}/run"), note=said.append)
+    (expected,), (found,) = (
+        evaluation.points(folder / "step_000002-abc", tmp_path / name)
+        for name, evaluation in (("whole", whole), ("parts", parts))
+    )
+    assert (found.verdicts, found.scores, found.replies, found.answers) == (
+        expected.verdicts, expected.scores, expected.replies, expected.answers,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.kl["kl_rb"], expected.kl["kl_rb"], atol=1e-5)
+    counted = [f"evaluation: {count}/4 parts" for count in (1, 2, 3)]
+    assert said == [f"{line} {what}" for what in ("sampled", "sampled", "measured") for line in counted]
