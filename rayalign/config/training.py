@@ -173,12 +173,12 @@ class ReferenceConfig(Block):
     """Where the reference policy's log-probabilities are computed, and what its parameters are held in."""
 
     place: Annotated[Literal["pool", "trainer"], MAY_CHANGE] = "pool"
-    """pool: ahead of training, in actors that each hold the whole model; trainer: at every step in the training
-    processes, with LoRA by the policy without its adapter, else by a second, frozen model that fsdp2 and deepspeed
+    """pool: ahead of training, in actors that each hold the whole model. trainer: in the training processes, at every
+    step. With LoRA that is the policy without its adapter, else a second, frozen model, which fsdp2 and deepspeed
     shard."""
     dtype: ParameterDtype = "auto"
     """Precision of the frozen parameters, in evaluations too. auto: bfloat16 where the computation is in bfloat16 and
-    no result changes, so that embeddings of float32 files and fused experts stay float32; bfloat16: these too."""
+    no result changes. Then embeddings of float32 files and fused experts stay float32. bfloat16: these too."""
 
 
 class CriticConfig(Block):

@@ -20,7 +20,7 @@ class Divergence:
     """Values of one group's predicted tokens, candidate after candidate; nats, float32, at temperature 1."""
 
     logp: Column
-    """log π of the token that stands there."""
+    """log π of the token."""
     log_ratio: Column
     """log π − log π_ref of the token that stands there: its sum over a reply drawn from π is k1."""
     kl: Column

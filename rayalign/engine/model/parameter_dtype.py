@@ -73,7 +73,7 @@ def modules_of_blocks(policy: RootModule) -> Iterator[nn.Module]:
 
 
 def hold_in_bfloat16(policy: RootModule, names: Collection[str]) -> None:
-    """Round the named parameters in place; what an embedding gives goes on as float32, as autocast would have it."""
+    """Round the named parameters in place; what an embedding gives is float32 still, as under autocast."""
     held = dict(policy.named_parameters())
     for name in names:
         held[name].data = held[name].data.to(torch.bfloat16)
