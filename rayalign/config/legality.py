@@ -10,7 +10,6 @@ from rayalign.config.method import why_not_weighted
 
 if TYPE_CHECKING:
     from rayalign.config.run import RunConfig
-    from rayalign.config.scoring import EvaluateConfig
     from rayalign.methods.method import Method
 
 
@@ -321,27 +320,16 @@ def _weights(run: RunConfig, _record: Method) -> Iterator[Violation]:
 def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
     if run.evaluate is None:
         return
-    if run.evaluation_engine == "vllm":
-        yield from _evaluated_by_vllm(run, run.evaluate)
+    if run.evaluation_engine == "vllm" and run.model.from_scratch:
+        yield Violation(
+            "evaluate.sampling.engine",
+            "vllm reads weights from a folder, and model.from_scratch has none; write hf",
+        )
     if not run.evaluate.prompts and not run.data.eval:
         yield Violation("evaluate.prompts", "there is nothing to evaluate on; name a file here or in data.eval")
     late = [step for step in run.evaluate.at if run.optim.steps is not None and step > run.optim.steps]
     if late:
         yield Violation("evaluate.at", f"step {late[0]} is never reached: optim.steps is {run.optim.steps}")
-
-
-def _evaluated_by_vllm(run: RunConfig, config: EvaluateConfig) -> Iterator[Violation]:
-    field = "evaluate.sampling.engine"
-    if run.model.from_scratch:
-        yield Violation(field, "vllm reads weights from a folder, and model.from_scratch has none; write hf")
-    asked = [*config.all_scorers, *([config.judge] if config.judge is not None else [])]
-    for scorer in asked:
-        if scorer.name == "llm" and scorer.engine == "vllm":
-            yield Violation(
-                field,
-                f"one process has one vllm, and the scorer {scorer.label} has it; write hf for one of them, or "
-                "base_url",
-            )
 
 
 def _best(run: RunConfig, record: Method) -> Iterator[Violation]:

@@ -209,12 +209,6 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["evaluate.sampling.engine: vllm reads weights from a folder, and model.from_scratch has none; write hf"],
         ),
         (
-            ["method=dpo", "evaluate={prompts: p.jsonl, sampling: {engine: vllm}, "
-             "judge: {name: llm, engine: vllm, model: judge}}"],
-            ["evaluate.sampling.engine: one process has one vllm, and the scorer judge has it; write hf for one of "
-             "them, or base_url"],
-        ),
-        (
             ["method=dpo", "model.lora.rank=8", "model.from_scratch=true"],
             ["model.lora: an adapter on untrained weights learns nothing; remove lora or from_scratch"],
         ),
