@@ -30,7 +30,7 @@ from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of
 from rayalign.errors import UserError
 from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
-from rayalign.judge.evaluator import Draw, EvaluationSpec, Measure, Part, Subject, parts_of
+from rayalign.judge.evaluator import EvaluationSpec, Part, PartToDraw, PartToMeasure, Subject, parts_of
 from rayalign.judge.measure import Answered, Measured, Sampled, Table, joined, make_scorers
 from rayalign.placement import Share, share
 from rayalign.remarks import Remarks
@@ -168,7 +168,8 @@ class Evaluation:
             opponents = self.opponents
         drawn = self._drawn(subject)
         items = [
-            Measure(subject=subject, part=part, drawn=drawn[part], opponents=opponents.get(part)) for part in parts
+            PartToMeasure(subject=subject, part=part, drawn=drawn[part], opponents=opponents.get(part))
+            for part in parts
         ]
         found = dict(zip(parts, self._done(items, "measured"), strict=True))
         return {
@@ -177,10 +178,10 @@ class Evaluation:
 
     def _drawn(self, subject: Subject) -> dict[Part, Sampled]:
         parts = parts_of(self.spec)
-        items = [Draw(subject=subject, part=part) for part in parts]
+        items = [PartToDraw(subject=subject, part=part) for part in parts]
         return dict(zip(parts, self._done(items, "sampled"), strict=True))
 
-    def _done(self, items: Sequence[Draw | Measure], what: str) -> Iterator[Any]:
+    def _done(self, items: Sequence[PartToDraw | PartToMeasure], what: str) -> Iterator[Any]:
         """The evaluators' answers in order, with a word now and then on how many there are."""
         told = time.monotonic()
         for count, answer in enumerate(self.evaluators.map(items), start=1):

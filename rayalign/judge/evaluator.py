@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
+class PartToDraw:
     """Asks for a policy's samples of one part."""
 
     subject: Subject
@@ -71,7 +71,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
+class PartToMeasure:
     """Asks what a policy's samples of one part are worth."""
 
     subject: Subject
@@ -125,10 +125,10 @@ class Evaluator:
         self.loaded: ModelSpec | None = None
         """What the sampler samples from."""
 
-    def __call__(self, item: Draw | Measure) -> Sampled | Measured:
+    def __call__(self, item: PartToDraw | PartToMeasure) -> Sampled | Measured:
         """The samples that are asked for, or what they are worth."""
         prompts = [self.spec.prompt_sets[item.part.prompt_set][place] for place in item.part.places]
-        if isinstance(item, Draw):
+        if isinstance(item, PartToDraw):
             return self._draw(item, prompts)
         if self.sampler is not None:
             self.sampler.rest()
@@ -142,7 +142,7 @@ class Evaluator:
             opponents=item.opponents,
         )
 
-    def _draw(self, item: Draw, prompts: Sequence[Prompt]) -> Sampled:
+    def _draw(self, item: PartToDraw, prompts: Sequence[Prompt]) -> Sampled:
         """The draws depend on the seed and on a prompt's place in its set, so that policies answer with one noise."""
         spec = self._spec(item.subject)
         engine = FrozenEngine(self._model(spec)) if self.spec.engine == "hf" else self._sampler(spec)

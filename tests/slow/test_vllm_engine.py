@@ -20,7 +20,7 @@ from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretra
 from rayalign.errors import UserError
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.base import Asked
-from rayalign.judge.evaluator import Draw, EvaluationSpec, Evaluator, Measure, parts_of
+from rayalign.judge.evaluator import EvaluationSpec, Evaluator, PartToDraw, PartToMeasure, parts_of
 from rayalign.judge.measure import Prompt
 from rayalign.rollout.base import SamplingParams
 from rayalign.testing import check_engine
@@ -145,8 +145,8 @@ def test_an_evaluation_is_sampled_by_it_and_measured_beside_it(first: Path, seco
     process, (part,) = Evaluator(spec), parts_of(spec)
     found = {}
     for number, subject in enumerate((None, second, None)):
-        drawn = process(Draw(subject=subject, part=part))
-        found[number] = process(Measure(subject=subject, part=part, drawn=drawn)), drawn
+        drawn = process(PartToDraw(subject=subject, part=part))
+        found[number] = process(PartToMeasure(subject=subject, part=part, drawn=drawn)), drawn
     assert np.abs(found[0][0].k1).max() == 0 and found[1][0].k1.mean() > 0.05
     assert [own.token_ids for own in found[2][1].completions] == [own.token_ids for own in found[0][1].completions]
 

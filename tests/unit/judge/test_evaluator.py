@@ -17,7 +17,7 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge import evaluator
-from rayalign.judge.evaluator import Draw, EvaluationSpec, Evaluator, Measure, Part, parts_of, ranges
+from rayalign.judge.evaluator import EvaluationSpec, Evaluator, Part, PartToDraw, PartToMeasure, parts_of, ranges
 from rayalign.judge.measure import Measured, Prompt, joined, measure, sample
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import FrozenEngine
@@ -61,9 +61,9 @@ def measured(spec: EvaluationSpec, subject: Any, *, processes: int = 1) -> dict[
     """What ``processes`` evaluators find, the parts dealt out in turns."""
     team = [Evaluator(spec) for _ in range(processes)]
     parts = parts_of(spec)
-    drawn = [team[n % processes](Draw(subject=subject, part=part)) for n, part in enumerate(parts)]
+    drawn = [team[n % processes](PartToDraw(subject=subject, part=part)) for n, part in enumerate(parts)]
     found = [
-        team[-1 - n % processes](Measure(subject=subject, part=part, drawn=own))
+        team[-1 - n % processes](PartToMeasure(subject=subject, part=part, drawn=own))
         for n, (part, own) in enumerate(zip(parts, drawn, strict=True))
     ]
     by_part = dict(zip(parts, found, strict=True))
@@ -94,7 +94,7 @@ def test_parts_change_no_number(
 def test_a_sample_hangs_on_its_place_in_the_set(spec: EvaluationSpec, folder: Path) -> None:
     """The plain model of the folder, asked for the same places alone."""
     part = Part(prompt_set="first", places=range(4, 9))
-    drawn = Evaluator(spec)(Draw(subject=folder / "step_000001-a", part=part))
+    drawn = Evaluator(spec)(PartToDraw(subject=folder / "step_000001-a", part=part))
     engine = HfEngine(AutoModelForCausalLM.from_pretrained(folder / "step_000001-a"))
     prompts = [spec.prompt_sets["first"][place].ids for place in part.places]
     expected = engine.generate(prompts, spec.sampling, keys=part.places)
@@ -105,11 +105,11 @@ def test_the_reference_is_loaded_once_and_one_policy_at_a_time(spec: EvaluationS
     one, other = folder / "step_000001-a", ModelSpec(name=str(folder / "step_000001-a"), seed=1)
     process, part = Evaluator(spec), Part(prompt_set="second", places=range(3))
     for subject in (None, one, other, one):
-        drawn = process(Draw(subject=subject, part=part))
-        process(Measure(subject=subject, part=part, drawn=drawn))
+        drawn = process(PartToDraw(subject=subject, part=part))
+        process(PartToMeasure(subject=subject, part=part, drawn=drawn))
         assert len(process.held) == (1 if subject is None else 2)
     reference = process.held[spec.reference.model]
-    process(Measure(subject=None, part=part, drawn=process(Draw(subject=None, part=part))))
+    process(PartToMeasure(subject=None, part=part, drawn=process(PartToDraw(subject=None, part=part))))
     assert process.held[spec.reference.model] is reference
 
 
