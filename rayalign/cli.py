@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rayalign import __version__
 from rayalign.cli_export import exports
-from rayalign.errors import Failed, Stopped, UserError, blocked
+from rayalign.errors import Failed, Stopped, UserError, blocked_path_error
 
 app = typer.Typer(
     name="rayalign",
@@ -45,12 +45,12 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        refuse(error)
+        exit_with_error(error)
     except OSError as error:
-        told = blocked(error)
+        told = blocked_path_error(error)
         if told is None:
             raise
-        refuse(told)
+        exit_with_error(told)
     except Failed as failed:
         Console(stderr=True).print(f"error: {failed}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(FAILURE)
@@ -66,7 +66,7 @@ def main() -> None:
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
 
 
-def refuse(error: UserError) -> NoReturn:
+def exit_with_error(error: UserError) -> NoReturn:
     """Say what is wrong and end the process."""
     from rayalign.report.formatting import printable
 
@@ -291,11 +291,11 @@ def report(
 ) -> None:
     """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
     from rayalign.report.merge import merge_folders
-    from rayalign.report.points import load
-    from rayalign.report.render import render
+    from rayalign.report.points import load_comparison
+    from rayalign.report.render import render_report
 
     if len(directories) == 1:
-        print(render(load(directories[0]), out or directories[0]))
+        print(render_report(load_comparison(directories[0]), out or directories[0]))
         return
     merged, page = merge_folders(directories, out)
     for left in merged.left_out:
@@ -309,9 +309,9 @@ app.add_typer(exports, name="export")
 @app.command()
 def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
     """Say how far each run below a folder is."""
-    from rayalign.report.status import table
+    from rayalign.report.status import status_table
 
-    Console().print(table(directory))
+    Console().print(status_table(directory))
 
 
 @artifacts.command("ls")

@@ -25,11 +25,12 @@ from rayalign.config import load_compare
 from rayalign.config.compare import Comparison, started_from
 from rayalign.config.data import DataSource
 from rayalign.config.method import MethodChoice
+from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
-from rayalign.judge.measure import Prompt, make_scorers, measure, sample
+from rayalign.judge.measure import Prompt, make_scorers, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import FrozenEngine
 from rayalign.run.model import stop_ids
@@ -123,12 +124,12 @@ class Measuring:
         self.tokenizer = load_tokenizer(Path(run.model.name))
 
     def points(self, cell: str, step: int, checkpoint: Path) -> list[Point]:
-        policy = FrozenModel(scoring_spec(self.run, ModelSpec(name=str(checkpoint))), CPU)
+        policy = FrozenModel(scoring_spec(self.run, ModelSpec(config=ModelConfig(name=str(checkpoint)))), CPU)
         return [self.point(cell, step, family, policy, prompts) for family, prompts in self.prompts.items()]
 
     def point(self, cell: str, step: int, family: str, policy: FrozenModel, prompts: tuple[Prompt, ...]) -> Point:
-        drawn = sample(FrozenEngine(policy), prompts, self.sampling, tokenizer=self.tokenizer)
-        found = measure(policy, self.reference, prompts, drawn, self.scorers)
+        drawn = sample_replies(FrozenEngine(policy), prompts, self.sampling, tokenizer=self.tokenizer)
+        found = measure_samples(policy, self.reference, prompts, drawn, self.scorers)
         return Point(
             seed=self.run.seed,
             cell=cell,

@@ -9,9 +9,9 @@ import torch
 from rayalign import __version__
 from rayalign.comparison.baseline import baseline_spec
 from rayalign.comparison.prompts import prompt_sets
-from rayalign.config.run import RunConfig
-from rayalign.config.scoring import EvaluateConfig, ScorerConfig
-from rayalign.engine.model.folder import is_adapter, model_directory
+from rayalign.config.run import EvaluatedRun, RunConfig
+from rayalign.config.scoring import ScorerConfig
+from rayalign.engine.model.folder import is_adapter
 from rayalign.engine.model.precision import EXACT
 from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable
 from rayalign.errors import UserError
@@ -22,7 +22,7 @@ from rayalign.rollout.engines import ALONE, EngineOptions
 from rayalign.run.identity import scorer_identity, spec_digest
 from rayalign.run.model import model_spec, reference_spec, saved_precision, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_long_questions
-from rayalign.run.resolve import MEMORY_ALONE, MEMORY_BESIDE_A_WORKER, resolve
+from rayalign.run.resolve import MEMORY_ALONE, MEMORY_BESIDE_A_WORKER, resolve_run
 from rayalign.run.stages import Stages
 from rayalign.runtime.pool import Pool
 from rayalign.storage.artifacts import digest_of
@@ -35,21 +35,21 @@ TEXT_RULE = 2
 """Raised by hand when replies are written otherwise for scorers: 2 keeps special tokens and white space."""
 
 
-def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
+def evaluation_spec(evaluated: EvaluatedRun, stages: Stages) -> EvaluationSpec:
     """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
-    assert run.evaluate is not None
-    sampling = run.evaluate.sampling
-    sets = prompt_sets(run, stages)
+    run, evaluate = evaluated.run, evaluated.evaluate
+    sampling = evaluate.sampling
+    sets = prompt_sets(evaluated, stages)
     for prompts in sets.values():
-        refuse_long_questions(prompts, run)
-    baseline = baseline_spec(run)
+        refuse_long_questions(prompts, evaluated)
+    baseline = baseline_spec(evaluated)
     if run.evaluation_engine != "hf":
         refuse_other_kinds(run, baseline)
     return EvaluationSpec(
         reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
         prompt_sets=sets,
         engine=run.evaluation_engine,
-        options=evaluation_options(run, stages),
+        options=evaluation_options(evaluated, stages),
         saved=saved_precision(run),
         sampling=SamplingParams(
             temperature=sampling.temperature,
@@ -59,8 +59,8 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
             seed=run.seed,
             stop_ids=stop_ids(run),
         ),
-        scorers=run.evaluate.all_scorers,
-        judge=run.evaluate.judge,
+        scorers=evaluate.all_scorers,
+        judge=evaluate.judge,
         baseline=baseline,
     )
 
@@ -72,7 +72,7 @@ def refuse_other_kinds(run: RunConfig, baseline: ModelSpec | None) -> None:
     for field, spec in others.items():
         if spec is None or spec == model_spec(run):
             continue
-        if is_adapter(model_directory(spec.name, spec.revision)) or tensors_of(spec) != own:
+        if is_adapter(spec.directory()) or tensors_of(spec) != own:
             raise UserError(
                 f"{field}: {spec.name} is no model of the policy's kind, whole and of the same shape, as "
                 f"{run.evaluation_engine} needs it to sample both: write evaluate.sampling.engine: hf"
@@ -95,18 +95,19 @@ def evaluation_pool(name: str, run: RunConfig, spec: EvaluationSpec, *, share: S
     return Pool(name, Evaluator, replace(spec, options=options), share=share, most=actors, python=python)
 
 
-def evaluation_options(run: RunConfig, stages: Stages) -> EngineOptions:
+def evaluation_options(evaluated: EvaluatedRun, stages: Stages) -> EngineOptions:
     """How the engine that samples an evaluation shares its devices: in turns with the models that measure."""
-    if run.evaluation_engine == "hf" or run.evaluate is None:
+    if evaluated.run.evaluation_engine == "hf":
         return ALONE
-    asked = resolve(run, stages.session).engine
-    return replace(asked, takes_turns=True, memory_share=memory_share(run, run.evaluate))
+    asked = resolve_run(evaluated.run, stages.session).engine
+    return replace(asked, takes_turns=True, memory_share=memory_share(evaluated))
 
 
-def memory_share(run: RunConfig, config: EvaluateConfig) -> float:
+def memory_share(evaluated: EvaluatedRun) -> float:
     """Share of a GPU that such an engine takes in its turn; models that score keep their part of it meanwhile."""
-    if run.rollout is not None and run.rollout.gpu_memory_utilization is not None:
-        return run.rollout.gpu_memory_utilization
+    rollout, config = evaluated.run.rollout, evaluated.evaluate
+    if rollout is not None and rollout.gpu_memory_utilization is not None:
+        return rollout.gpu_memory_utilization
     asked = [*config.all_scorers, *([config.judge] if config.judge is not None else [])]
     return MEMORY_BESIDE_A_WORKER if any(holds_model(scorer) for scorer in asked) else MEMORY_ALONE
 
@@ -118,16 +119,16 @@ def holds_model(scorer: ScorerConfig) -> bool:
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
     """What a policy's numbers depend on beside it."""
-    return digest_of(measured_by(spec))
+    return digest_of(instrument_digests(spec))
 
 
-def measured_by(spec: EvaluationSpec) -> dict[str, str]:
+def instrument_digests(spec: EvaluationSpec) -> dict[str, str]:
     """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
     saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
     held = ["bfloat16"] if spec.reference.parameter_dtype == "bfloat16" else []  # other values change no number
     engine = [spec.engine] if spec.engine != "hf" else []
     return {
-        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype, *saved, *held]),
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.config.dtype, *saved, *held]),
         "prompts": digest_of(
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
         ),

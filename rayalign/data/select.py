@@ -67,7 +67,7 @@ def scores_of(store: TokenStore, *, column: str, own_candidates: int | None) -> 
     return scores
 
 
-def select(scores: Sequence[Scores], quantile: float) -> Selection:
+def select_best(scores: Sequence[Scores], quantile: float) -> Selection:
     """Keep the ⌈(1 − quantile) · n⌉ highest scores of all stores together, and whatever ties with the lowest of them.
 
     Hence the result depends on the scores alone, not on the order of rows or of stores, and is never empty.
@@ -91,14 +91,14 @@ def rows_file(directory: Path, number: int) -> Path:
     return directory / f"{number:04d}.npy"
 
 
-def write_rows(directory: Path, selection: Selection) -> None:
+def write_selected_rows(directory: Path, selection: Selection) -> None:
     """One file of rows per store, before the commit of ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(selection.kept):
         np.save(rows_file(directory, number), rows.astype("<i8"))
 
 
-def read_rows(path: Path) -> Rows:
+def read_selected_rows(path: Path) -> Rows:
     """The rows in a file of a committed selection; raises TornDirectory where the folder is not whole."""
     verify(path.parent)
     rows: Rows = np.load(path).astype(np.int64)

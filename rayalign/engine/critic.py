@@ -26,9 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayalign.engine.batches import Batches, Rounds, RoundWork, StreamWork
 from rayalign.engine.checkpoint.checkpoint import Checkpoint
-from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
-from rayalign.engine.checkpoint.sending import copies, num_bytes, offer_weights
-from rayalign.engine.loop import advance, awaited, begin, common_layout, export, layout_of, load_optimizer
+from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save_checkpoint
+from rayalign.engine.checkpoint.sending import copy_to_host, num_bytes, offer_weights
+from rayalign.engine.loop import (
+    begin_training,
+    common_layout,
+    export_final,
+    layout_of,
+    load_optimizer,
+    train_one_step,
+    wait_for_groups,
+)
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
@@ -79,9 +87,9 @@ class Critic:
         strategy = self.runner.strategy
         state, held = strategy.full_state(self.model), strategy.optimizer_state(self.optimizer)
         if copied:
-            held = copies(held)
+            held = copy_to_host(held)
         if copied and strategy.rank == 0:
-            state = copies(state, of=self.model)
+            state = copy_to_host(state, of=self.model)
 
         def write(directory: Path, group: dist.ProcessGroup | None) -> None:
             strategy.save_optimizer(held, directory / CRITIC, group=group)
@@ -91,7 +99,7 @@ class Critic:
         return write
 
 
-def train(
+def train_with_critic(
     spec: TrainSpec,
     make_batches: MakeBatches,
     strategy: Strategy,
@@ -102,16 +110,16 @@ def train(
     notices: Notices | None = None,
 ) -> Path:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
-    :func:`rayalign.engine.loop.train`, whose errors it raises too.
+    :func:`rayalign.engine.loop.train_policy`, whose errors it raises too.
     """
-    run, resumed = begin(spec, strategy, stop, notices)
+    run, resumed = begin_training(spec, strategy, stop, notices)
     critic = begin_critic(run, resumed)
     batches = make_batches(run.layout, pad_id_of(run))
     if resumed is not None:
         rounds.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
-        keep = partial(save, run, writer, rounds, beside=critic)
+        keep = partial(save_checkpoint, run, writer, rounds, beside=critic)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
@@ -122,12 +130,12 @@ def train(
             number, _ = rounds.place(run.step)
             clocks: Mapping[str, float] = {}
             if number != opened:
-                if not awaited(run, rounds):
+                if not wait_for_groups(run, rounds):
                     break
                 clocks = open_round(run, critic, rounds)
                 opened = number
-            skipped = is_skipped(critic, rounds.place(run.step))
-            row = skip(run, critic) if skipped else step(run, critic, batches, rounds)
+            skipped = is_step_skipped(critic, rounds.place(run.step))
+            row = skip_critic_step(run, critic) if skipped else step(run, critic, batches, rounds)
             row |= {name: seconds + row.get(name, 0.0) for name, seconds in clocks.items()}
             for sink in sinks:
                 sink.write(row)
@@ -137,7 +145,7 @@ def train(
                 keep(facts={CRITIC: critic.state()})
         refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
     export_critic(run, critic)
-    export(run)
+    export_final(run)
     return spec.directory / "final"
 
 
@@ -147,7 +155,7 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     method, config = main_objective(run).method, main_objective(run).config
     assert spec is not None and method.critic is not None
     place = resumed.directory / CRITIC if resumed is not None else None
-    start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
+    start = spec.model.at(place) if place else spec.model
     model, tokenizer = run.strategy.load(start)
     run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
@@ -219,7 +227,7 @@ def round_values(critic: Critic, work: RoundWork) -> Tensor:
 def step(run: Run, critic: Critic, batches: Batches, rounds: Rounds) -> dict[str, Any]:
     """One step of both models and its row of metrics; notes in which pass over a round the limit is exceeded."""
     objective, place = main_objective(run), rounds.place(run.step)
-    row = advance(run, batches, rounds, update=partial(update, critic=critic))
+    row = train_one_step(run, batches, rounds, update=partial(update_with_critic, critic=critic))
     assert row is not None  # its round is open
     limit = objective.method.round_limit(objective.config) if objective.method.round_limit is not None else None
     if limit is None:
@@ -231,7 +239,7 @@ def step(run: Run, critic: Critic, batches: Batches, rounds: Rounds) -> dict[str
     return {**row, "skipped_steps": run.skipped_steps + critic.skipped_steps}
 
 
-def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
+def update_with_critic(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
     """The gradients of both models on the same groups, then both updates: none where one gradient is not finite.
 
     DeepSpeed updates the policy before the critic's gradient is known; there such a step ends the run, and is not kept.
@@ -253,14 +261,14 @@ def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResul
     )
 
 
-def is_skipped(critic: Critic, place: tuple[int, int]) -> bool:
+def is_step_skipped(critic: Critic, place: tuple[int, int]) -> bool:
     """Whether the policy moved too far in an earlier pass over this round."""
     if critic.stopped_at is not None and critic.stopped_at[0] != place[0]:
         critic.stopped_at = None
     return critic.stopped_at is not None and place[1] > critic.stopped_at[1]
 
 
-def skip(run: Run, critic: Critic) -> dict[str, Any]:
+def skip_critic_step(run: Run, critic: Critic) -> dict[str, Any]:
     """A step that trains nothing, and its row: it has its place in the plan, as the learning rate has."""
     began = time.perf_counter()
     run.step += 1
@@ -279,7 +287,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
 
 
 def export_critic(run: Run, critic: Critic) -> None:
-    """Write ``final_critic/`` once, as :func:`rayalign.engine.loop.export` does ``final/``."""
+    """Write ``final_critic/`` once, as :func:`rayalign.engine.loop.export_final` does ``final/``."""
     final = run.spec.directory / "final_critic"
     if run.strategy.broadcast(read_manifest(final) is not None):
         return

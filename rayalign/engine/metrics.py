@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
-from rayalign.engine.checkpoint.checkpoint import decisive
+from rayalign.engine.checkpoint.checkpoint import deciding_identity
 from rayalign.errors import MissingExtra
 from rayalign.storage.manifest import write_durably
 
@@ -69,7 +69,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
-def last_step(path: Path) -> int:
+def last_logged_step(path: Path) -> int:
     """The step of the newest whole row; 0 where there is none."""
     rows = path.read_bytes().split(b"\n") if path.exists() else []
     return next((int(step) for line in reversed(rows) if math.isfinite(step := _step_of(line))), 0)
@@ -102,7 +102,7 @@ class WandB:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise MissingExtra("wandb", "tracking") from error
-        named = f"{directory.resolve()} {json.dumps(decisive(identity), sort_keys=True)}"
+        named = f"{directory.resolve()} {json.dumps(deciding_identity(identity), sort_keys=True)}"
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayalign"),
             name=directory.name,

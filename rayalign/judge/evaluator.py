@@ -11,11 +11,10 @@ import torch
 
 from rayalign.config.scoring import ScorerConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.precision import EXACT, Precision
-from rayalign.engine.model.pretrained import CPU, ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import CPU, ModelSpec, model_tokenizer
 from rayalign.judge import judge_of
-from rayalign.judge.measure import Measured, Prompt, Sampled, make_scorers, measure, sample
+from rayalign.judge.measure import Measured, Prompt, Sampled, make_scorers, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions, FrozenEngine, Sampler, make_sampler
 
@@ -113,10 +112,7 @@ class Evaluator:
     def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = spec.reference.model
-        self.tokenizer = load_tokenizer(
-            model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
-        )
+        self.tokenizer = model_tokenizer(spec.reference.model)
         self.scorers = make_scorers(spec.scorers)
         self.judge = judge_of(spec.judge) if spec.judge is not None else None
         self.held: dict[ModelSpec, FrozenModel] = {}
@@ -132,7 +128,7 @@ class Evaluator:
             return self._draw(item, prompts)
         if self.sampler is not None:
             self.sampler.rest()
-        return measure(
+        return measure_samples(
             self._model(self._spec(item.subject)),
             self._model(self.spec.reference.model),
             prompts,
@@ -146,7 +142,7 @@ class Evaluator:
         """The draws depend on the seed and on a prompt's place in its set, so that policies answer with one noise."""
         spec = self._spec(item.subject)
         engine = FrozenEngine(self._model(spec)) if self.spec.engine == "hf" else self._sampler(spec)
-        return sample(engine, prompts, self.spec.sampling, keys=item.part.places, tokenizer=self.tokenizer)
+        return sample_replies(engine, prompts, self.spec.sampling, keys=item.part.places, tokenizer=self.tokenizer)
 
     def _sampler(self, model: ModelSpec) -> Sampler:
         """An engine of its own with the weights of ``model``; what measures leaves the device to it meanwhile."""
@@ -181,11 +177,4 @@ class Evaluator:
             return reference
         if isinstance(subject, ModelSpec):
             return subject
-        return replace(
-            reference,
-            name=str(subject),
-            revision=None,
-            from_scratch=False,
-            text_only=False,
-            rounded=self.spec.saved,
-        )
+        return replace(reference.at(subject, text_only=False), rounded=self.spec.saved)

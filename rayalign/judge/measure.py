@@ -93,7 +93,7 @@ def make_scorers(configs: Iterable[ScorerConfig]) -> dict[str, Scorer]:
     return {config.label: scorer_of(config) for config in configs}
 
 
-def sample(
+def sample_replies(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     params: SamplingParams,
@@ -124,7 +124,7 @@ def sample(
     return Sampled(completions=tuple(completions), replies=tuple(replies))
 
 
-def measure(
+def measure_samples(
     policy: FrozenModel,
     reference: FrozenModel,
     prompts: Sequence[Prompt],
@@ -151,9 +151,10 @@ def measure(
     kl_rb, k1 = kl_estimates(policy, reference, prompts, completions)
     return Measured(
         scored={
-            label: answered(scorer, partial(scorer.score, asked, replies), shape) for label, scorer in scorers.items()
+            label: ask_and_count(scorer, partial(scorer.score, asked, replies), shape)
+            for label, scorer in scorers.items()
         },
-        judged=judged(judge, asked, replies, opponents, shape) if judge else None,
+        judged=judge_replies(judge, asked, replies, opponents, shape) if judge else None,
         k1=k1.reshape(shape),
         kl_rb=kl_rb.reshape(shape),
         length=table([len(completion.token_ids) for completion in completions]),
@@ -186,7 +187,7 @@ def joined_answers(parts: Sequence[Answered]) -> Answered:
     )
 
 
-def judged(
+def judge_replies(
     judge: Judge,
     prompts: Sequence[str | Turns],
     replies: Sequence[str],
@@ -196,10 +197,10 @@ def judged(
     """Verdicts on replies against their opponents in order; without opponents, what they are by definition."""
     if opponents is None:
         return Answered(values=np.full(shape, 0.5), asked=None, problem="")
-    return answered(judge, partial(judge.compare, prompts, replies, opponents), shape)
+    return ask_and_count(judge, partial(judge.compare, prompts, replies, opponents), shape)
 
 
-def answered(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tuple[int, int]) -> Answered:
+def ask_and_count(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tuple[int, int]) -> Answered:
     """What ``ask`` says, NaN where ``whom`` has no answer, and by how much it moved their count."""
     tally: Tally | None = getattr(whom, "tally", None)
     before = tally.asked if tally else Asked()

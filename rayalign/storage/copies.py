@@ -20,7 +20,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from rayalign.errors import UserError, first_line
 from rayalign.storage.disk import room_for
-from rayalign.storage.manifest import MANIFEST, TornDirectory, parsed, sync_directory, verify
+from rayalign.storage.manifest import MANIFEST, TornDirectory, parse_manifest, sync_directory, verify
 
 CHUNK_BYTES = 8 * 1024 * 1024
 
@@ -91,7 +91,7 @@ class Copies:
         text = self.manifest_text(name)
         if text is None:
             raise TornDirectory(f"{name} is missing")
-        return text, parsed(text, name)
+        return text, parse_manifest(text, name)
 
     def holds(self, directory: Path, name: str) -> bool:
         """Whether the copy ``name`` is that of what is committed in ``directory``."""
@@ -145,7 +145,7 @@ class Copies:
 
 
 @contextlib.contextmanager
-def opened(mirror: Mirror) -> Iterator[Copies]:
+def open_mirror(mirror: Mirror) -> Iterator[Copies]:
     """The mirror's files; what the store says against it becomes a message.
 
     Raises:
@@ -164,7 +164,7 @@ def opened(mirror: Mirror) -> Iterator[Copies]:
 
 
 @contextlib.contextmanager
-def arriving(place: Path) -> Iterator[Path]:
+def arriving_folder(place: Path) -> Iterator[Path]:
     """A folder beside ``place`` that takes its place once the block has ended well; else it goes."""
     partial = place.parent / f".fetching-{place.name}"
     try:

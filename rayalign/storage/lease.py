@@ -49,7 +49,7 @@ def lease(directory: Path, *, wait: Callable[[str], None] | None = None) -> Iter
         yield
     except (KeyboardInterrupt, Stopped):
         if mine.lost:
-            raise Held(f"this process did not move for a minute, and now {described(mine.path)}") from None
+            raise Held(f"this process did not move for a minute, and now {lease_in_words(mine.path)}") from None
         raise
     finally:
         mine.stop.set()
@@ -80,9 +80,9 @@ class Lease:
                 take_over(self.path, owner)
                 continue
             if wait is None and (is_here(owner) or last_renewal(self.path) != first):
-                raise Held(f"{described(self.path)}. Wait for it, stop it, or give this run another name.")
+                raise Held(f"{lease_in_words(self.path)}. Wait for it, stop it, or give this run another name.")
             if wait is not None and not told:
-                wait(f"waiting: {described(self.path)}")
+                wait(f"waiting: {lease_in_words(self.path)}")
                 told = True
             time.sleep(POLL_SECONDS)
 
@@ -140,7 +140,7 @@ def read_owner(path: Path) -> dict[str, Any]:
         return {}
 
 
-def described(path: Path) -> str:
+def lease_in_words(path: Path) -> str:
     owner = read_owner(path)
     return (
         f"{path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} "
@@ -148,12 +148,12 @@ def described(path: Path) -> str:
     )
 
 
-def holder(directory: Path) -> str:
+def holder_in_words(directory: Path) -> str:
     """Who writes to ``directory`` now, in words; empty where no process does. Nothing is written to find out."""
     path = directory / ".lease"
     owner = read_owner(path)
     is_old = time.time() - last_renewal(path) > EXPIRE_SECONDS
-    return "" if not owner or is_old or is_dead_here(owner) else described(path)
+    return "" if not owner or is_old or is_dead_here(owner) else lease_in_words(path)
 
 
 def is_here(owner: dict[str, Any]) -> bool:
@@ -182,10 +182,10 @@ def last_renewal(path: Path) -> float:
 
 
 def is_abandoned(path: Path, owner: dict[str, Any]) -> bool:
-    return is_dead_here(owner) or age(path) > EXPIRE_SECONDS
+    return is_dead_here(owner) or seconds_since_renewal(path) > EXPIRE_SECONDS
 
 
-def age(path: Path) -> float:
+def seconds_since_renewal(path: Path) -> float:
     """Seconds since the last renewal by the file system's own clock: those of two machines may differ.
 
     0 where there is no file: it was released a moment ago.
@@ -209,7 +209,7 @@ def take_over(path: Path, owner: dict[str, Any]) -> None:
     try:
         os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:
-        if age(guard) > EXPIRE_SECONDS:  # the process that made it died before the removal
+        if seconds_since_renewal(guard) > EXPIRE_SECONDS:  # the process that made it died before the removal
             guard.unlink(missing_ok=True)
         time.sleep(GUARD_SECONDS)
         return

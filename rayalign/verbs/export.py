@@ -44,7 +44,7 @@ def alpaca_eval(
         dict(zip(ALPACA_EVAL, (prompt, row[sample], who, name), strict=True))
         for prompt, row in zip(texts[name]["prompts"], replies, strict=True)
     ]
-    written(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write_output(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     return len(rows)
 
 
@@ -61,7 +61,7 @@ def evaluations(directory: Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step_")): path for path in files}
 
 
-def written(out: Path, text: str) -> None:
+def write_output(out: Path, text: str) -> None:
     """The whole file or none; raises UserError where it cannot be written."""
     unfinished = out.with_name(f".{out.name}.partial")
     try:

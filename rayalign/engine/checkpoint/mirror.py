@@ -21,11 +21,11 @@ from rayalign.engine.checkpoint.checkpoint import (
     NAME,
     Checkpointer,
     IncompatibleCheckpoint,
-    differences,
+    identity_differences,
     manifest_of,
     step_of,
 )
-from rayalign.storage.copies import Copies, Mirror, MirrorFailed, arriving, opened
+from rayalign.storage.copies import Copies, Mirror, MirrorFailed, arriving_folder, open_mirror
 from rayalign.storage.disk import room_for
 from rayalign.storage.manifest import MANIFEST, TornDirectory, verify
 
@@ -50,7 +50,7 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
     found = {path: manifest_of(path) for path in (directory / CHECKPOINTS).glob("step_*") if NAME.fullmatch(path.name)}
     local = {path: manifest["facts"] for path, manifest in found.items() if manifest is not None}
     rounds: list[NamedRounds] = []
-    with opened(mirror) as copies:
+    with open_mirror(mirror) as copies:
         for path in sorted(local, key=step_of, reverse=True):
             name = f"{CHECKPOINTS}/{path.name}"
             try:
@@ -71,7 +71,7 @@ def upload(mirror: Mirror, directory: Path, *, step: int) -> None:
 
 
 def rounds_of(facts: Mapping[str, Any]) -> NamedRounds:
-    """What a checkpoint's manifest says of rounds: see :func:`rayalign.engine.checkpoint.saving.named`.
+    """What a checkpoint's manifest says of rounds: see :func:`rayalign.engine.checkpoint.saving.rounds_in_manifest`.
 
     Raises:
         TornDirectory: it does not name the rounds that it needs, as those of earlier versions do not.
@@ -119,7 +119,7 @@ def needed_rounds(kept: Sequence[NamedRounds], there: Collection[str]) -> set[st
 def upload_run(mirror: Mirror, directory: Path) -> None:
     """Send ``run.json``; where that fails it is only told, for the next one is sent soon."""
     try:
-        with opened(mirror) as copies:
+        with open_mirror(mirror) as copies:
             copies.send(directory / RUN, RUN)
     except MirrorFailed as error:
         log.warning("%s", error)
@@ -141,7 +141,7 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
     here = checkpointer.newest()
     have = here.step if here is not None else 0
     root, newest = directory / CHECKPOINTS, None
-    with opened(mirror) as copies:
+    with open_mirror(mirror) as copies:
         if here is not None:
             try:
                 fetch_rounds(copies, directory, rounds_of(here.facts))
@@ -161,7 +161,7 @@ def restore(mirror: Mirror, directory: Path, checkpointer: Checkpointer, *, note
                 _, manifest = copies.manifest(name)
                 refuse_other(mirror, name, manifest, checkpointer)
                 fetch_rounds(copies, directory, rounds_of(manifest["facts"]))
-                with arriving(place) as partial:
+                with arriving_folder(place) as partial:
                     copies.fetch_folder(name, partial, digest=manifest["manifest_sha256"])
                     if newest is None:
                         fetch_facts(copies, directory)
@@ -190,7 +190,7 @@ def fetch_needed(copies: Copies, directory: Path, name: str, digest: str | None 
     with contextlib.suppress(TornDirectory):
         if digest in (None, verify(directory / name)["manifest_sha256"]):
             return
-    with arriving(directory / name) as partial:
+    with arriving_folder(directory / name) as partial:
         copies.fetch_folder(name, partial, digest=digest)
 
 
@@ -217,7 +217,7 @@ def refuse_others(mirror: Mirror, copies: Copies, names: Sequence[str], checkpoi
 
 def refuse_other(mirror: Mirror, name: str, manifest: Mapping[str, Any], checkpointer: Checkpointer) -> None:
     """Raise :class:`IncompatibleCheckpoint` where a copy's ``manifest`` is another run's."""
-    changed = differences(manifest["identity"], json.loads(json.dumps(dict(checkpointer.identity))))
+    changed = identity_differences(manifest["identity"], json.loads(json.dumps(dict(checkpointer.identity))))
     if changed:
         raise IncompatibleCheckpoint(
             f"{mirror}/{name} was written by another run: {'; '.join(changed)}. Give this run another "

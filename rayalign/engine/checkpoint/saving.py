@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rayalign.engine.batches import NeededRounds, Rounds
 from rayalign.engine.checkpoint.mirror import upload
-from rayalign.engine.checkpoint.sending import copies, exportable
+from rayalign.engine.checkpoint.sending import copy_to_host, state_to_export
 from rayalign.engine.state import Run, TrainSpec
 from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
@@ -115,7 +115,7 @@ def refuse_stopped(run: Run, writer: Writer, save: Callable[[], None]) -> None:
     raise Stopped(f"stopped after step {run.step} of {run.spec.steps}")
 
 
-def save(
+def save_checkpoint(
     run: Run,
     writer: Writer,
     rounds: Rounds | None,
@@ -132,22 +132,22 @@ def save(
     began = time.perf_counter()
     writer.wait()
     strategy, later = run.strategy, writer.asynchronous
-    state, adapter = exportable(run, copied=later)
+    state, adapter = state_to_export(run, copied=later)
     held = strategy.optimizer_state(run.optimizer)
     run.saved = run.step
     writer.submit(
         partial(
-            write,
+            write_checkpoint,
             run,
             directory=run.checkpointer.directory(run.step),
             step=run.step,
             wanted=sum(num_training_bytes(part.model) for part in (run, beside) if part is not None),
             state=state,
-            held=copies(held) if later else held,
+            held=copy_to_host(held) if later else held,
             group=writer.group,
             adapter=adapter,
             beside=beside.written(later) if beside is not None else None,
-            facts={**facts_of(run, rounds), **facts} if strategy.rank == 0 else {},
+            facts={**checkpoint_facts(run, rounds), **facts} if strategy.rank == 0 else {},
         )
     )
     if run.urgent:
@@ -155,7 +155,7 @@ def save(
     run.seconds_saving += time.perf_counter() - began
 
 
-def write(
+def write_checkpoint(
     run: Run,
     *,
     directory: Path,
@@ -197,19 +197,21 @@ def mirror_to(mirror: Mirror, spec: TrainSpec, step: int) -> None:
         log.warning("step %d is not mirrored; the next checkpoint tries again: %s", step, error)
 
 
-def facts_of(run: Run, rounds: Rounds | None) -> dict[str, Any]:
+def checkpoint_facts(run: Run, rounds: Rounds | None) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run at its step."""
     return {
         "num_tokens": run.num_tokens,
         "skipped": (run.skipped_steps, run.skipped_in_a_row),
         "source": rounds.state(run.step) if rounds is not None else {},
-        "rounds": named(rounds.needed(run.step) if rounds is not None else NeededRounds(), run.spec.directory),
-        "environment": environment(run.strategy),
+        "rounds": rounds_in_manifest(
+            rounds.needed(run.step) if rounds is not None else NeededRounds(), run.spec.directory
+        ),
+        "environment": numeric_environment(run.strategy),
         "metrics": measurements(run),
     }
 
 
-def named(rounds: NeededRounds, directory: Path) -> dict[str, dict[str, str]]:
+def rounds_in_manifest(rounds: NeededRounds, directory: Path) -> dict[str, dict[str, str]]:
     """Rounds as a manifest names them, by their places in the run's ``directory``; those begun with their digests."""
     begun = {path: committed(path)["manifest_sha256"] for path in rounds.begun}
     return {
@@ -221,7 +223,7 @@ def named(rounds: NeededRounds, directory: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def environment(strategy: Strategy) -> dict[str, Any]:
+def numeric_environment(strategy: Strategy) -> dict[str, Any]:
     """What results depend on by rounding."""
     return {
         "strategy": strategy.config.name,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rayalign.config.training import ParameterDtype
-from rayalign.engine.model.compiled import blocks
+from rayalign.engine.model.compiled import transformer_blocks
 from rayalign.engine.model.forward import Policy, RootModule
 from rayalign.errors import UserError
 
@@ -68,7 +68,7 @@ def expert_parameters(policy: RootModule) -> Iterator[nn.Parameter]:
 
 
 def modules_of_blocks(policy: RootModule) -> Iterator[nn.Module]:
-    for block in blocks(policy.model):
+    for block in transformer_blocks(policy.model):
         yield from block.modules()
 
 

@@ -30,7 +30,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.config.training import StrategyConfig
 from rayalign.engine.first_step import PolicyMismatch
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
@@ -216,7 +216,7 @@ def scored(spec: ScoringSpec) -> tuple[np.ndarray, float]:
 
 def scoring(directory: Path, **settings: Any) -> ScoringSpec:
     return ScoringSpec(
-        model=ModelSpec(name=str(directory), dtype=settings.pop("dtype", "bfloat16")),
+        model=ModelSpec(config=ModelConfig(name=str(directory), dtype=settings.pop("dtype", "bfloat16"))),
         tokens_per_micro_batch=120,
         row_tokens=60,
         **settings,

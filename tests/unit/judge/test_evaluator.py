@@ -12,19 +12,24 @@ import pytest
 from tiny_runs import CPU, save_tiny
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge import evaluator
 from rayalign.judge.evaluator import EvaluationSpec, Evaluator, Part, PartToDraw, PartToMeasure, parts_of, ranges
-from rayalign.judge.measure import Measured, Prompt, joined, measure, sample
+from rayalign.judge.measure import Measured, Prompt, joined, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import FrozenEngine
 from rayalign.rollout.hf import HfEngine
 
 SAMPLES, NEW = 2, 10
 RULE = "def length(prompt, reply):\n    return len(reply)\n"
+
+
+def model_in(directory: Path) -> ModelSpec:
+    return ModelSpec(config=ModelConfig(name=str(directory)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,9 +53,7 @@ def spec(folder: Path) -> EvaluationSpec:
     """Prompts of 3 to 9 tokens, in two sets."""
     prompts = tuple(Prompt(ids=tuple(range(40 + n, 43 + n + n % 7)), prompt=f"question {n}") for n in range(14))
     return EvaluationSpec(
-        reference=ScoringSpec(
-            model=ModelSpec(name=str(folder / "reference")), tokens_per_micro_batch=512, row_tokens=128
-        ),
+        reference=ScoringSpec(model=model_in(folder / "reference"), tokens_per_micro_batch=512, row_tokens=128),
         prompt_sets={"first": prompts[:11], "second": prompts[11:]},
         sampling=SamplingParams(max_new_tokens=NEW, num_samples=SAMPLES, seed=3, stop_ids=(4,)),
         scorers=(RuleScorerConfig(function=f"{folder}/rules.py:length"),),
@@ -102,7 +105,7 @@ def test_a_sample_hangs_on_its_place_in_the_set(spec: EvaluationSpec, folder: Pa
 
 
 def test_the_reference_is_loaded_once_and_one_policy_at_a_time(spec: EvaluationSpec, folder: Path) -> None:
-    one, other = folder / "step_000001-a", ModelSpec(name=str(folder / "step_000001-a"), seed=1)
+    one, other = folder / "step_000001-a", replace(model_in(folder / "step_000001-a"), seed=1)
     process, part = Evaluator(spec), Part(prompt_set="second", places=range(3))
     for subject in (None, one, other, one):
         drawn = process(PartToDraw(subject=subject, part=part))
@@ -131,13 +134,13 @@ def test_parts_are_bounded_by_their_tokens(lengths: list[int], expected: list[ra
 def test_samples_of_other_weights_are_refused(spec: EvaluationSpec, folder: Path) -> None:
     """What an engine would do that kept the weights of the policy before."""
     policy, other = (
-        FrozenModel(replace(spec.reference, model=ModelSpec(name=str(folder / name))), CPU)
+        FrozenModel(replace(spec.reference, model=model_in(folder / name)), CPU)
         for name in ("step_000001-a", "reference")
     )
     prompts = spec.prompt_sets["first"]
-    drawn = sample(FrozenEngine(other), prompts, spec.sampling, tokenizer=load_tokenizer(folder / "reference"))
+    drawn = sample_replies(FrozenEngine(other), prompts, spec.sampling, tokenizer=load_tokenizer(folder / "reference"))
     with pytest.raises(
         UserError, match=r"the engine gave its samples other log-probabilities than .*step_000001-a has"
     ):
-        measure(policy, other, prompts, drawn, {})
-    measure(other, policy, prompts, drawn, {})
+        measure_samples(policy, other, prompts, drawn, {})
+    measure_samples(other, policy, prompts, drawn, {})

@@ -10,7 +10,12 @@ from tiny_runs import save_tiny
 
 from rayalign.comparison.compare import common_evaluation
 from rayalign.comparison.evaluate import refuse_broken_scorers
-from rayalign.comparison.evaluation_spec import evaluation_digest, evaluation_options, evaluation_spec, measured_by
+from rayalign.comparison.evaluation_spec import (
+    evaluation_digest,
+    evaluation_options,
+    evaluation_spec,
+    instrument_digests,
+)
 from rayalign.comparison.plan import evaluator_devices
 from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
@@ -49,7 +54,9 @@ def folder(tmp_path: Path) -> Path:
 def spec_of(folder: Path, *settings: str) -> EvaluationSpec:
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
     stages = Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
-    return evaluation_spec(load_run(folder / "run.yaml", settings), stages)
+    evaluated = load_run(folder / "run.yaml", settings).evaluated
+    assert evaluated is not None
+    return evaluation_spec(evaluated, stages)
 
 
 def test_kl_is_measured_at_temperature_1_whatever_the_loss_divides_by(folder: Path) -> None:
@@ -105,7 +112,8 @@ def test_policies_are_sampled_by_the_engine_of_the_rollouts(
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=4, gpus=4),))
     stages = Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
     run = load_run(folder / "run.yaml", settings)
-    assert (run.evaluation_engine, evaluation_options(run, stages)) == (engine, options)
+    assert run.evaluated is not None
+    assert (run.evaluation_engine, evaluation_options(run.evaluated, stages)) == (engine, options)
 
 
 def test_the_cells_of_a_comparison_share_the_engine_of_those_that_draw(folder: Path) -> None:
@@ -117,10 +125,10 @@ def test_the_cells_of_a_comparison_share_the_engine_of_those_that_draw(folder: P
     path.write_text("base: run.yaml\ngrid: {data_policy: [off_policy, " + drawing + "]}\n")
     comparison = load_compare(path)
     assert comparison.cells[0].run is not None and comparison.cells[0].run.evaluation_engine == "hf"
-    assert common_evaluation(comparison).evaluation_engine == "vllm"
+    assert common_evaluation(comparison).run.evaluation_engine == "vllm"
     assert evaluator_devices(comparison.cells) == 2
     hf = load_compare(path, ["base.evaluate.sampling.engine=hf"])
-    assert common_evaluation(hf).evaluation_engine == "hf" and evaluator_devices(hf.cells) == 1
+    assert common_evaluation(hf).run.evaluation_engine == "hf" and evaluator_devices(hf.cells) == 1
 
 
 @pytest.mark.parametrize(
@@ -136,10 +144,10 @@ def test_an_engine_that_replaces_its_weights_is_given_one_kind_of_model(folder: 
 
 
 def test_what_differs_between_two_measurements_is_named(folder: Path) -> None:
-    first = measured_by(spec_of(folder))
+    first = instrument_digests(spec_of(folder))
 
     def changed(*settings: str) -> list[str]:
-        return [key for key, digest in measured_by(spec_of(folder, *settings)).items() if digest != first[key]]
+        return [key for key, digest in instrument_digests(spec_of(folder, *settings)).items() if digest != first[key]]
 
     assert changed("evaluate.every=7", "optim.lr=1e-3", "method=ipo") == []
     assert changed("seed=1") == ["sampling"]
@@ -147,9 +155,9 @@ def test_what_differs_between_two_measurements_is_named(folder: Path) -> None:
     assert changed("data.max_prompt_tokens=3") == ["prompts"]
     assert changed("reference.dtype=float32", "evaluate.sampling.engine=hf") == []
     assert changed("evaluate.sampling.engine=vllm") == ["sampling"]
-    first = measured_by(spec_of(folder, "model.dtype=bfloat16"))
+    first = instrument_digests(spec_of(folder, "model.dtype=bfloat16"))
     assert changed("model.dtype=bfloat16", "reference.dtype=bfloat16") == ["reference"]
-    first = measured_by(spec_of(folder))
+    first = instrument_digests(spec_of(folder))
     (folder / "rewards.py").write_text("def length(prompt, reply):\n    return -len(reply)\n")
     assert changed() == ["scorers"]
 

@@ -19,25 +19,25 @@ from safetensors.torch import load_file
 from tiny_rollouts import InProcess, OnPolicyRun
 from tiny_runs import CPU, objective, same_optimizer, source_maker, store, synthetic_groups
 
-from rayalign.comparison.record import cost
+from rayalign.comparison.record import cell_cost
 from rayalign.config.training import StrategyConfig
 from rayalign.engine.batches import State, Weights
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.checkpoint.mirror import rounds_of, send_rounds, upload
-from rayalign.engine.loop import train
+from rayalign.engine.loop import train_policy
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.strategy.base import make_strategy
 from rayalign.errors import Stopped
-from rayalign.rounds.chunk import Chunk, ChunkMaker
+from rayalign.rounds.chunk import ChunkMaker, PromptChunk
 from rayalign.rounds.client import RoundsClient
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.service import serving
+from rayalign.rounds.service import serve_rounds
 from rayalign.rounds.streams import MixedStream
 from rayalign.rounds.weights import WeightsGone
 from rayalign.rounds.workers import PoolClosed
 from rayalign.runtime.worker import TrainJob
-from rayalign.storage.copies import Copies, Mirror, opened
+from rayalign.storage.copies import Copies, Mirror, open_mirror
 from rayalign.storage.manifest import MANIFEST, manifest_digest, verify
 
 mirror, server = mirrors.mirror, mirrors.server
@@ -126,7 +126,7 @@ def copied(mirror: Mirror) -> set[str]:
 def never(number: int) -> InProcess:
     """A pool that is gone before it draws this round."""
 
-    def leave(chunk: Chunk) -> None:
+    def leave(chunk: PromptChunk) -> None:
         if chunk.directory.name.startswith(f"round_{number:06d}"):
             raise PoolClosed
 
@@ -199,8 +199,8 @@ def train_through_memory(run: OnPolicyRun, pool: InProcess, **arguments: Any) ->
 
     rounds = RoundsClient(run.scenario.source, channel=memory)
     make = source_maker(run.scenario, rounds=rounds)
-    with serving(run.job, pool, run.notes.append):
-        train(run.spec(), make, make_strategy("single", CPU), rounds=rounds, **arguments)
+    with serve_rounds(run.job, pool, run.notes.append):
+        train_policy(run.spec(), make, make_strategy("single", CPU), rounds=rounds, **arguments)
 
 
 def test_a_stop_before_a_round_whose_weights_were_in_memory_alone(
@@ -209,7 +209,7 @@ def test_a_stop_before_a_round_whose_weights_were_in_memory_alone(
     """The checkpoint that the stop writes, at a boundary, needs no round: the next attempt sends the weights again."""
     run, asked = make("synchronous", tmp_path / "first", mirror=mirror, checkpoint_every=4), threading.Event()
 
-    def leave(chunk: Chunk) -> None:
+    def leave(chunk: PromptChunk) -> None:
         if chunk.directory.name.startswith("round_000001"):
             asked.set()
             raise PoolClosed
@@ -406,7 +406,7 @@ def test_weights_that_go_while_they_are_sent_leave_their_round(
                 shutil.copytree(drawn, run.directory / "rounds" / drawn.name)
                 shutil.rmtree(weights)
 
-    with opened(mirror) as copies:
+    with open_mirror(mirror) as copies:
         send_rounds(Raced(copies.files, copies.root), run.directory, rounds_of(verify(newest(run))["facts"]))
         assert copies.holds(drawn, f"rounds/{drawn.name}")
         assert not copies.has(f"rounds/weights/{weights.name}/{MANIFEST}")
@@ -427,7 +427,7 @@ def test_the_cost_of_a_lost_round_is_known_from_its_rows(lost: OnPolicyRun, tmp_
         rollouts=replace(lost.job, folder=folder),
     )
     found = read_metrics(lost.directory / "metrics.jsonl")
-    whole = cost(job, found)
+    whole = cell_cost(job, found)
     assert whole.scorer_calls == 3 * 8 * 3 and 0 < whole.labels_used <= 24 < whole.tokens_generated
     shutil.rmtree(folder / lost.rounds()[0].name)
-    assert cost(job, found) == whole
+    assert cell_cost(job, found) == whole

@@ -10,7 +10,7 @@ import pytest
 
 from rayalign.errors import UserError
 from rayalign.placement import Node
-from rayalign.runtime.session import DEFAULTS, Session, connect, environment, running_cluster
+from rayalign.runtime.session import DEFAULTS, Session, connect, inherited_environment, running_cluster
 
 NODE = Node(id="a", name="a", cpus=2, gpus=0)
 HERE = Session(started_here=True, nodes=(NODE,))
@@ -55,7 +55,7 @@ def test_environment_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "7")
     monkeypatch.setenv("PYTHONPATH", "mine")
     before = dict(os.environ)
-    with environment([tmp_path]):
+    with inherited_environment([tmp_path]):
         assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}mine"
         assert os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "7"
         assert os.environ.keys() >= DEFAULTS.keys()
