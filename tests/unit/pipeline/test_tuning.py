@@ -24,7 +24,8 @@ from rayalign.comparison.tuning import (
 )
 from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
-from rayalign.config.scoring import RuleScorerConfig
+from rayalign.config.run import EvaluatedRun
+from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig
 from rayalign.errors import Stopped
 from rayalign.judge.evaluator import EvaluationSpec
 from rayalign.judge.measure import Prompt
@@ -161,8 +162,8 @@ def test_a_stop_while_a_trial_is_measured_ends_the_training_of_the_others(
     monkeypatch.setattr(tuning, "selecting_spec", lambda *arguments: SPEC)
     monkeypatch.setattr(tuning, "measure_trial", measured)
     board, stages = ProgressBoard(Console(file=StringIO())), cast(Stages, None)
-    evaluated = comparison.trial_runs[0].evaluated
-    assert comparison.tune is not None and evaluated is not None
+    evaluated = EvaluatedRun(run=comparison.trial_runs[0], evaluate=EvaluateConfig())
+    assert comparison.tune is not None
     with pytest.raises(Stopped):
         tuning.tune(comparison, comparison.tune, evaluated, stages, train, board)
     assert events == ["training ended"]
