@@ -78,7 +78,7 @@ def stored(folder: Path) -> Scenario:
         model=save_tiny(folder / "model", "llama_tied"),
         streams=(stream,),
         objectives=(objective("dpo"),),
-        steps=8,
+        steps=5,
         tokens_per_micro_batch=40,
         row_tokens=40,
     )
@@ -180,6 +180,7 @@ def test_another_reference_than_the_initial_policy_is_told_apart(beside: Scenari
         train_alone(spec, beside)
 
 
+@pytest.mark.slow
 def test_an_adapter_may_have_another_model_for_its_reference(stored: Scenario, beside: Scenario) -> None:
     lora = LoraConfig(rank=3, alpha=6.0)
     one, other = (run(replace(each, lora=lora, lr=5e-3)) for each in (stored, beside))
@@ -203,7 +204,7 @@ def test_a_reference_that_reads_plain_sequences_only(stored: Scenario, folder: P
 # What is held in bfloat16
 
 
-QUICK = ("llama_tied", "gpt2", "qwen3_moe", "gemma3")
+QUICK = ("llama_tied", "qwen3_moe", "gemma3")
 
 
 def scored(spec: ScoringSpec) -> tuple[np.ndarray, float]:
