@@ -50,6 +50,7 @@ MEASURED_WITH = (
     ("model", "from_scratch"),
     ("model", "text_only"),
     ("model", "save_dtype"),
+    ("reference", "dtype"),
     ("data", "template"),
     ("data", "stop"),
     ("data", "max_prompt_tokens"),

@@ -185,6 +185,7 @@ def test_a_scorer_that_cannot_be_called_is_refused_before_anything_is_trained(
         ("{model.name: [./tiny, ./other]}", "model.name is .*/other, and measured.*/tiny"),
         ("{model: [{name: ./tiny, as: a}, {name: ./tiny, reference: ./other, as: b}]}", "model.reference is"),
         ("{data.max_prompt_tokens: [32, 64]}", "data.max_prompt_tokens is 64"),
+        ("{reference.dtype: [auto, float32]}", "reference.dtype is float32, and"),
         ("{seed: [0, 1]}", "model.from_scratch draws another reference for every seed"),
     ],
 )
