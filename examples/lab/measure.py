@@ -30,8 +30,9 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
-from rayalign.judge.measure import Prompt, make_scorers, measure_policy
+from rayalign.judge.measure import Prompt, make_scorers, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
+from rayalign.rollout.engines import FrozenEngine
 from rayalign.run.model import stop_ids
 
 from .claims import claims_table
@@ -127,7 +128,8 @@ class Measuring:
         return [self.point(cell, step, family, policy, prompts) for family, prompts in self.prompts.items()]
 
     def point(self, cell: str, step: int, family: str, policy: FrozenModel, prompts: tuple[Prompt, ...]) -> Point:
-        found = measure_policy(policy, self.reference, prompts, self.sampling, self.scorers, tokenizer=self.tokenizer)
+        drawn = sample_replies(FrozenEngine(policy), prompts, self.sampling, tokenizer=self.tokenizer)
+        found = measure_samples(policy, self.reference, prompts, drawn, self.scorers)
         return Point(
             seed=self.run.seed,
             cell=cell,

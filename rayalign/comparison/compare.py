@@ -50,6 +50,7 @@ MEASURED_WITH = (
     ("model", "from_scratch"),
     ("model", "text_only"),
     ("model", "save_dtype"),
+    ("reference", "dtype"),
     ("data", "template"),
     ("data", "stop"),
     ("data", "max_prompt_tokens"),
@@ -211,7 +212,9 @@ def common_evaluation(comparison: Comparison) -> EvaluatedRun:
             raise UserError(
                 f"{run.name}: model.from_scratch draws another reference for every seed; train it once as `initial`"
             )
-    return EvaluatedRun(run=first, evaluate=first.evaluate)
+    # Cells that draw nothing are sampled by the engine of those that do.
+    drawing = next((run for run in runs if run.rollout is not None), first)
+    return EvaluatedRun(run=first.model_copy(update={"rollout": drawing.rollout}), evaluate=first.evaluate)
 
 
 def cells_table(comparison: Comparison) -> Group:

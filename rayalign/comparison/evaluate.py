@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from rayalign import __version__
-from rayalign.comparison.baseline import baseline_directory, baseline_spec
-from rayalign.comparison.prompts import prompt_sets
+from rayalign.comparison.baseline import baseline_directory
+from rayalign.comparison.evaluation_spec import (
+    KEPT,
+    evaluation_digest,
+    evaluation_options,
+    evaluation_pool,
+    evaluation_spec,
+    instrument_digests,
+)
 from rayalign.config.load import load_run
 from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
 from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of
-from rayalign.engine.model.precision import EXACT
-from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
 from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
-from rayalign.judge.evaluator import EvaluationSpec, Evaluator
-from rayalign.judge.measure import Answered, Measured, Table, make_scorers
+from rayalign.judge.evaluator import EvaluationSpec, Part, PartToDraw, PartToMeasure, Subject, parts_of
+from rayalign.judge.measure import Answered, Measured, Sampled, Table, joined, make_scorers
 from rayalign.placement import Share, even_share
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, format_number, interval
 from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, estimate_mean, is_rate, prompt_means, rate_estimate
-from rayalign.rollout.base import SamplingParams
 from rayalign.run.display import ProgressBoard
-from rayalign.run.identity import scorer_identity, spec_digest
-from rayalign.run.model import saved_precision, scoring_spec, stop_ids
-from rayalign.run.readers import refuse_long_questions, refuse_unusable_models
+from rayalign.run.readers import refuse_unusable_models
 from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported
 from rayalign.runtime.pool import Pool
@@ -46,12 +48,7 @@ from rayalign.storage.manifest import MANIFEST, file_digest, write_durably
 
 SHOWN_PROMPTS = 6
 """Prompts of each set whose replies the report shows."""
-MEASURED_KL = ("kl_rb", "k1")
-"""Estimators of KL(π‖π_ref) that every point carries, the leading one first."""
-KEPT = "replies"
-"""What is kept beside the numbers: every prompt and reply, for :mod:`rayalign.verbs.export`."""
-TEXT_RULE = 2
-"""Raised by hand when replies are written otherwise for scorers: 2 keeps special tokens and white space."""
+TELL_SECONDS = 5.0
 COUNTED = ("calls", "failures", "ties", "disagreements", "missing")
 
 Role = Literal["scorer", "diagnostic", "judge"]
@@ -81,7 +78,9 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
         if not found:
             raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
-        with closing(Evaluation.start(evaluated, stages, share=even_share(session, 1), actors=1)) as evaluation:
+        actors = max(1, int(session.num_gpus) // evaluation_options(evaluated, stages).tensor_parallel)
+        share = even_share(session, actors)
+        with closing(Evaluation.start(evaluated, stages, share=share, actors=actors)) as evaluation:
             baseline = evaluation.baseline(directory)
             rows = {"0": evaluation.points(None, directory)}
             if baseline is not None:
@@ -105,12 +104,14 @@ class Evaluation:
     note: Callable[[str], None] = lambda line: None
     told: Remarks = field(default_factory=Remarks)
     """What scorers and judge have remarked so far."""
+    opponents: dict[Part, tuple[str, ...]] = field(default_factory=dict)
+    """The baseline's replies, once the judge has needed them."""
 
     @classmethod
     def start(cls, evaluated: EvaluatedRun, stages: Stages, *, share: Share, actors: int) -> Evaluation:
-        """``actors`` processes that hold the reference."""
+        """In up to ``actors`` processes."""
         spec = evaluation_spec(evaluated, stages)
-        pool = Pool("evaluation", Evaluator, spec, share=share, most=actors)
+        pool = evaluation_pool("evaluation", evaluated.run, spec, share=share, actors=actors)
         digest, note = evaluation_digest(spec), stages.artifacts.note
         return cls(spec=spec, config=evaluated.evaluate, digest=digest, evaluators=pool, note=note)
 
@@ -131,14 +132,14 @@ class Evaluation:
         identity = digest_of([self.digest, "baseline"])
         return self._kept(directory / "evaluation" / "baseline.json", identity, self.spec.baseline, 0)
 
-    def _kept(self, path: Path, identity: str, subject: Path | ModelSpec | None, step: int) -> Points:
+    def _kept(self, path: Path, identity: str, subject: Subject, step: int) -> Points:
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["identity"] == identity:
                 points = tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
                 if not too_many_missing(points, self.config.max_missing_fraction):
                     return points
-        measured = self.evaluators.call(subject)
+        measured = self.measured(subject)
         self._tell(measured)
         points = tuple(self.point(name, step, found) for name, found in measured.items())
         missing = too_many_missing(points, self.config.max_missing_fraction)
@@ -152,6 +153,39 @@ class Evaluation:
         stored = {"identity": identity, "points": [point.model_dump(mode="json") for point in points], KEPT: kept}
         write_durably(path, json.dumps(stored) + "\n")
         return points
+
+    def measured(self, subject: Subject) -> dict[str, Measured]:
+        """One policy on every prompt set: all of it is sampled, then all of it is measured, part by part."""
+        parts = parts_of(self.spec)
+        opponents: dict[Part, tuple[str, ...]] = {}
+        if self.spec.judge is not None and subject != self.spec.baseline:
+            if not self.opponents:
+                baseline = self._drawn(self.spec.baseline)
+                self.opponents.update({part: sampled.replies for part, sampled in baseline.items()})
+            opponents = self.opponents
+        drawn = self._drawn(subject)
+        items = [
+            PartToMeasure(subject=subject, part=part, drawn=drawn[part], opponents=opponents.get(part))
+            for part in parts
+        ]
+        found = dict(zip(parts, self._done(items, "measured"), strict=True))
+        return {
+            name: joined([found[part] for part in parts if part.prompt_set == name]) for name in self.spec.prompt_sets
+        }
+
+    def _drawn(self, subject: Subject) -> dict[Part, Sampled]:
+        parts = parts_of(self.spec)
+        items = [PartToDraw(subject=subject, part=part) for part in parts]
+        return dict(zip(parts, self._done(items, "sampled"), strict=True))
+
+    def _done(self, items: Sequence[PartToDraw | PartToMeasure], what: str) -> Iterator[Any]:
+        """The evaluators' answers in order, with a word now and then on how many there are."""
+        told = time.monotonic()
+        for count, answer in enumerate(self.evaluators.map(items), start=1):
+            if time.monotonic() - told > TELL_SECONDS and count < len(items):
+                self.note(f"evaluation: {count}/{len(items)} parts {what}")
+                told = time.monotonic()
+            yield answer
 
     def _tell(self, measured: Mapping[str, Measured]) -> None:
         """Say what scorers and judge remarked and was not said before."""
@@ -207,31 +241,6 @@ class Evaluation:
         self.evaluators.close()
 
 
-def evaluation_spec(evaluated: EvaluatedRun, stages: Stages) -> EvaluationSpec:
-    """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
-    run, evaluate = evaluated.run, evaluated.evaluate
-    sampling = evaluate.sampling
-    sets = prompt_sets(evaluated, stages)
-    for prompts in sets.values():
-        refuse_long_questions(prompts, evaluated)
-    return EvaluationSpec(
-        reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
-        prompt_sets=sets,
-        saved=saved_precision(run),
-        sampling=SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens,
-            num_samples=sampling.samples,
-            seed=run.seed,
-            stop_ids=stop_ids(run),
-        ),
-        scorers=evaluate.all_scorers,
-        judge=evaluate.judge,
-        baseline=baseline_spec(evaluated),
-    )
-
-
 def too_many_missing(points: Points, limit: float) -> list[str]:
     """A sentence for every scorer and judge that left more than ``limit`` of a prompt set's replies unanswered."""
     sentences: list[str] = []
@@ -243,25 +252,6 @@ def too_many_missing(points: Points, limit: float) -> list[str]:
             if found.missing > limit * found.replies
         ]
     return sentences
-
-
-def evaluation_digest(spec: EvaluationSpec) -> str:
-    """What a policy's numbers depend on beside it."""
-    return digest_of(instrument_digests(spec))
-
-
-def instrument_digests(spec: EvaluationSpec) -> dict[str, str]:
-    """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
-    saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
-    return {
-        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.config.dtype, *saved]),
-        "prompts": digest_of({name: list(map(asdict, prompts)) for name, prompts in spec.prompt_sets.items()}),
-        "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
-        "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
-        "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
-        "sampling": digest_of(asdict(spec.sampling)),
-        "package": digest_of([MEASURED_KL, KEPT, TEXT_RULE, __version__]),
-    }
 
 
 def refuse_broken_scorers(config: EvaluateConfig) -> None:

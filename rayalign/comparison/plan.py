@@ -240,16 +240,22 @@ def ask_for_prompts(evaluated: EvaluatedRun, stages: Stages) -> None:
 
 
 def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
-    """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
+    """As many cells as there are devices for: GPUs, of which some are the evaluator's, or CPU cores."""
     workers = max(resolve_run(cell.run, session).workers for cell in cells if cell.run is not None)
-    devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
+    devices = session.num_gpus - evaluator_devices(cells) if session.num_gpus else session.num_cpus
     return max(1, min(len(cells), int(devices // workers)))
 
 
 def processes_at_once(cells: Sequence[Cell], session: Session) -> int:
-    """Those of all cells that train at the same time, and the evaluator."""
+    """Those of all cells that train at the same time, and the evaluator, counted by its devices."""
     most = max(resolve_run(cell.run, session).processes for cell in cells if cell.run is not None)
-    return cells_at_once(cells, session) * most + 1
+    return cells_at_once(cells, session) * most + evaluator_devices(cells)
+
+
+def evaluator_devices(cells: Sequence[Cell]) -> int:
+    """Devices of the engine that samples the evaluation."""
+    runs = [cell.run for cell in cells if cell.run is not None and cell.run.evaluation_engine != "hf"]
+    return max((run.rollout.tensor_parallel for run in runs if run.rollout is not None), default=1)
 
 
 def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) -> str:

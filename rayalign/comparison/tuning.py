@@ -11,13 +11,8 @@ from statistics import fmean
 import numpy as np
 from rich.table import Table
 
-from rayalign.comparison.evaluate import (
-    MEASURED_KL,
-    Evaluation,
-    evaluated_checkpoints,
-    evaluation_digest,
-    evaluation_spec,
-)
+from rayalign.comparison.evaluate import Evaluation, evaluated_checkpoints
+from rayalign.comparison.evaluation_spec import MEASURED_KL, evaluation_digest, evaluation_pool, evaluation_spec
 from rayalign.comparison.record import CellResult, cell_cost, value_text
 from rayalign.config.compare import Cell, Comparison
 from rayalign.config.grid import slug
@@ -26,14 +21,13 @@ from rayalign.config.scoring import REFERENCE
 from rayalign.config.tune import Trial, TuneConfig, Tuning
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
-from rayalign.judge.evaluator import EvaluationSpec, Evaluator
+from rayalign.judge.evaluator import EvaluationSpec
 from rayalign.report import trials
 from rayalign.report.points import EvaluationPoint, Samples, as_array
 from rayalign.report.statistics import half_of, prompt_means
 from rayalign.run.display import ProgressBoard
 from rayalign.run.job import evaluation_steps
 from rayalign.run.stages import Stages
-from rayalign.runtime.pool import Pool
 
 MOST_PICKED = 100
 """Characters of what was picked in a folder's name: file systems take 255 in all."""
@@ -128,7 +122,7 @@ def tune(
         trained = stack.enter_context(closing(train(cells)))  # now, not once somebody collects it: trials are saved
         for result in trained:
             if evaluation is None and result.job is not None:
-                pool = Pool("tuning", Evaluator, spec, share=result.job.share, most=1)
+                pool = evaluation_pool("tuning", evaluated.run, spec, share=result.job.share, actors=1)
                 digest = evaluation_digest(spec)
                 evaluation = Evaluation(spec=spec, config=selecting.evaluate, digest=digest, evaluators=pool)
                 stack.callback(evaluation.close)

@@ -269,22 +269,21 @@ def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
     uses_reference = any(need.startswith("ref_") for need in record.needed(run.method.config)) or measured
     if not uses_reference and run.model.reference is not None:
         yield Violation("model.reference", f"{record.name} has no reference and nothing is evaluated; remove it")
-    if not uses_reference and run.reference.place != "pool":
+    if not uses_reference and run.reference != type(run.reference)():
         yield Violation("reference", f"{record.name} has no reference and nothing is evaluated; remove it")
-    if run.reference.place == "trainer":
-        if run.model.lora is None:
+    if run.reference.place == "trainer" and record.round_prepare is not None:
+        yield Violation(
+            "reference.place", f"{record.name} prepares whole rounds, which hold the reference's part; write pool"
+        )
+    if run.reference.dtype == "bfloat16":
+        if run.model.dtype == "float32":
             yield Violation(
-                "reference.place",
-                "trainer scores with the adapter off, so it needs model.lora; write pool",
+                "reference.dtype",
+                "bfloat16 is for a reference that computes in bfloat16, and model.dtype: float32 does not; write auto",
             )
-        if record.round_prepare is not None:
+        if run.reference_is_the_policy and not measured:
             yield Violation(
-                "reference.place", f"{record.name} prepares whole rounds, which hold the reference's part; write pool"
-            )
-        if run.model.reference is not None:
-            yield Violation(
-                "reference.place",
-                "trainer's reference is the initial model, not model.reference; write pool, or remove model.reference",
+                "reference.dtype", "with the adapter off the reference is the policy, which is float32; remove it"
             )
 
 
@@ -322,6 +321,11 @@ def _weights(run: RunConfig, _record: Method) -> Iterator[Violation]:
 def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
     if run.evaluate is None:
         return
+    if run.evaluation_engine == "vllm" and run.model.from_scratch:
+        yield Violation(
+            "evaluate.sampling.engine",
+            "vllm reads weights from a folder, and model.from_scratch has none; write hf",
+        )
     if not run.evaluate.prompts and not run.data.eval:
         yield Violation("evaluate.prompts", "there is nothing to evaluate on; name a file here or in data.eval")
     if (run.evaluate.sampling.temperature, run.evaluate.sampling.top_p) != (1, 1):

@@ -100,10 +100,32 @@ class RunConfig(Block):
         return compose(record, self.weighting) if self.weighting is not None else record
 
     @property
+    def uses_reference(self) -> bool:
+        """Whether the loss reads the reference's log-probs."""
+        return bool(self.trained_method.needed(self.method.config) & {"ref_logp", "ref_token_logp"})
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether groups come with the reference's log-probs; else the training process asks its own adapter's base."""
-        needed = self.trained_method.needed(self.method.config)
-        return self.reference.place == "pool" and bool(needed & {"ref_logp", "ref_token_logp"})
+        """Whether groups come with the reference's log-probs; else the training processes score every batch."""
+        return self.reference.place == "pool" and self.uses_reference
+
+    @property
+    def reference_is_the_policy(self) -> bool:
+        """Whether the training processes score with the policy's adapter off, which needs no second model."""
+        return self.reference.place == "trainer" and self.model.lora is not None and self.model.reference is None
+
+    @property
+    def reference_is_beside(self) -> bool:
+        """Whether the training processes hold the reference as a second model."""
+        return self.reference.place == "trainer" and self.uses_reference and not self.reference_is_the_policy
+
+    @property
+    def evaluation_engine(self) -> Literal["hf", "vllm"]:
+        """What samples the policies that are evaluated."""
+        wanted = self.evaluate.sampling.engine if self.evaluate is not None else "hf"
+        if wanted != "auto":
+            return wanted
+        return self.rollout.engine if self.rollout is not None else "hf"
 
     @property
     def labelling(self) -> Labelling | None:

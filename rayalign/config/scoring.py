@@ -135,6 +135,8 @@ ScorerConfig = Annotated[
 class SamplingConfig(Block):
     """How completions are drawn for an evaluation."""
 
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """auto: rollout.engine, and hf where a run has no rollout block. The cells of a comparison share one."""
     temperature: float = Field(default=1.0, gt=0)
     """The KL estimate is of the policy at temperature 1."""
     samples: int = Field(default=4, ge=1)

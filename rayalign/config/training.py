@@ -166,11 +166,19 @@ class CheckpointConfig(Block):
     """{metric: eval_loss, mode: min}: the best one is kept beside the newest, and checkpoints/best.json names it."""
 
 
+ParameterDtype = Literal["auto", "bfloat16", "float32"]
+
+
 class ReferenceConfig(Block):
-    """Where the reference policy's log-probabilities are computed."""
+    """Where the reference policy's log-probabilities are computed, and what its parameters are held in."""
 
     place: Annotated[Literal["pool", "trainer"], MAY_CHANGE] = "pool"
-    """pool: ahead of training, in actors; trainer: in the training process with the adapter off (LoRA only)."""
+    """pool: ahead of training, in actors that each hold the whole model. trainer: in the training processes, at every
+    step. With LoRA that is the policy without its adapter, else a second, frozen model, which fsdp2 and deepspeed
+    shard."""
+    dtype: ParameterDtype = "auto"
+    """Precision of the frozen parameters, in evaluations too. auto: bfloat16 where the computation is in bfloat16 and
+    no result changes. Then embeddings of float32 files and fused experts stay float32. bfloat16: these too."""
 
 
 class CriticConfig(Block):

@@ -24,13 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.data.rows import Layout
 from rayalign.engine.batches import Batches, Rounds, RoundWork, StreamWork
 from rayalign.engine.checkpoint.checkpoint import Checkpoint
 from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save_checkpoint
 from rayalign.engine.checkpoint.sending import copy_to_host, num_bytes, offer_weights
 from rayalign.engine.loop import (
     begin_training,
+    common_layout,
     export_final,
     layout_of,
     load_optimizer,
@@ -174,11 +174,6 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         load_optimizer(run, critic.optimizer, place)
         critic.restore(resumed.facts[CRITIC])
     return critic
-
-
-def common_layout(one: Layout, other: Layout) -> Layout:
-    """The layout that both read: who reads packed rows reads one sequence a row as well."""
-    return "packed" if one == other == "packed" else "concatenated"
 
 
 def pad_id_of(run: Run) -> int:

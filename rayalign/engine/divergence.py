@@ -19,6 +19,8 @@ from rayalign.engine.model.head import token_divergence
 class Divergence:
     """Values of one group's predicted tokens, candidate after candidate; nats, float32, at temperature 1."""
 
+    logp: Column
+    """log π of the token."""
     log_ratio: Column
     """log π − log π_ref of the token at that place: its sum over a reply drawn from π is k1."""
     kl: Column
@@ -35,7 +37,7 @@ def divergences(policy: FrozenModel, reference: FrozenModel, groups: Sequence[Gr
     """
     if not isinstance(policy.policy, Policy) or not isinstance(reference.policy, Policy):
         raise ValueError("a KL is between two language models; one of these has a scalar head")
-    nothing = Divergence(log_ratio=np.empty(0, np.float32), kl=np.empty(0, np.float32))
+    nothing = Divergence(logp=np.empty(0, np.float32), log_ratio=np.empty(0, np.float32), kl=np.empty(0, np.float32))
     found = [nothing] * len(groups)
     layout: Layout = "packed" if policy.layout == reference.layout == "packed" else "concatenated"
     for slots, batch in policy.micro_batches(groups, layout):
@@ -44,8 +46,10 @@ def divergences(policy: FrozenModel, reference: FrozenModel, groups: Sequence[Gr
             other = own if reference is policy else reference.policy.head_input(batch)
             tokens = token_divergence(own, other, batch.target_ids)
         ends = np.cumsum([num_predicted(groups[slot]) for slot in slots])
-        log_ratios = np.split((tokens.logp - tokens.ref_logp).float().cpu().numpy(), ends[:-1])
-        exact = np.split(tokens.kl.float().cpu().numpy(), ends[:-1])
-        for slot, log_ratio, kl in zip(slots, log_ratios, exact, strict=True):
-            found[slot] = Divergence(log_ratio=log_ratio, kl=kl)
+        columns = [
+            np.split(column.float().cpu().numpy(), ends[:-1])
+            for column in (tokens.logp, tokens.logp - tokens.ref_logp, tokens.kl)
+        ]
+        for slot, logp, log_ratio, kl in zip(slots, *columns, strict=True):
+            found[slot] = Divergence(logp=logp, log_ratio=log_ratio, kl=kl)
     return found

@@ -92,6 +92,11 @@ def mismatch_cause(
     changed = [f"{name}: {made[name]} then, {now[name]} now" for name in now if made and made.get(name) != now[name]]
     if changed:
         return f"The reference log-probs were computed with something else ({'; '.join(changed)}): {remedy_of(made)}"
+    if runner.reference is not None:
+        return (
+            "The training workers scored with both: write reference.dtype: auto where it says bfloat16. If it says the "
+            "same then, this family computes otherwise when it is frozen; please report it"
+        )
     if made is not None:
         return (
             "Model, data, template, temperature and precision are those that the stored reference log-probs were "

@@ -11,14 +11,16 @@ import transformers
 from transformers import PreTrainedModel
 
 from rayalign import __version__
+from rayalign.config.training import ParameterDtype
 from rayalign.data.group import Column, Group
 from rayalign.data.micro_batches import plan_step
 from rayalign.data.pack import group_lengths, pack
 from rayalign.data.rows import Layout
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.parity import choose_layout
-from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_policy
+from rayalign.engine.model.pretrained import CPU, ModelSpec, compute_dtype, load_policy
 from rayalign.engine.step import to_device
+from rayalign.engine.strategy.base import freeze_whole
 from rayalign.types import PackedBatch, Scores
 
 
@@ -30,6 +32,8 @@ class ScoringSpec:
     tokens_per_micro_batch: int
     row_tokens: int | None
     logit_temperature: float = 1.0
+    parameter_dtype: ParameterDtype = "auto"
+    """What the model's parameters are held in: see :func:`rayalign.engine.model.parameter_dtype.names_in_bfloat16`."""
 
 
 def computed_with(model: PreTrainedModel, layout: Layout, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
@@ -54,14 +58,16 @@ class FrozenModel:
     """A frozen model that scores groups."""
 
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
-        model, tokenizer = load_policy(spec.model, device=device)
+        model, tokenizer = load_policy(spec.model, device=device, place=CPU)
         self.spec = spec
         self.model = model
         self.device = device
         self.dtype = compute_dtype(spec.model, device)
-        self.layout: Layout = choose_layout(model)
+        self.layout: Layout = choose_layout(model, device=device)
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        self.policy = root_module(model, layout=self.layout).requires_grad_(False)
+        self.policy = freeze_whole(
+            root_module(model, layout=self.layout), spec.parameter_dtype, self.dtype, device=device
+        )
 
     def facts(self) -> dict[str, str]:
         """With what it computes: what may change log-probs although model and data are the same."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rayalign.data.rows import Layout
@@ -35,7 +36,7 @@ from rayalign.engine.checkpoint.saving import (
 )
 from rayalign.engine.checkpoint.sending import num_bytes, offer_weights, state_to_export
 from rayalign.engine.first_step import check_initial_logratio
-from rayalign.engine.frozen import computed_with
+from rayalign.engine.frozen import ScoringSpec, computed_with
 from rayalign.engine.metrics import open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.lora import ADAPTER
@@ -119,6 +120,10 @@ def begin_training(
     layout = layout_of(model, strategy)
     computes = compute_dtype(spec.model, strategy.device)
     module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optim, compute_dtype=computes)
+    reference = None
+    if spec.reference is not None:
+        reference, readable = begin_reference(spec.reference, strategy, computes)
+        layout = common_layout(layout, readable)
     notices = notices or NoNotices()
     run = Run(
         spec=spec,
@@ -133,6 +138,7 @@ def begin_training(
             compute_dtype=computes,
             seed=spec.seed,
             reference_in_place=spec.reference_in_place,
+            reference=reference,
             stop=stop,
             ask=notices.due,
         ),
@@ -151,10 +157,23 @@ def begin_training(
     return run, found
 
 
+def begin_reference(spec: ScoringSpec, strategy: Strategy, computes: torch.dtype) -> tuple[nn.Module, Layout]:
+    """The reference as the workers hold it beside the policy, and the layout that it reads."""
+    model = strategy.load_frozen(spec.model)
+    layout = layout_of(model, strategy)
+    policy = root_module(model, layout=layout)
+    return strategy.freeze(policy, spec.parameter_dtype, compute_dtype=computes), layout
+
+
 def layout_of(model: PreTrainedModel, strategy: Strategy) -> Layout:
     """The layout that ``model`` is proven to read; rank 0, which is sure to hold its weights, tries it for all."""
     layout: Layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
     return layout
+
+
+def common_layout(one: Layout, other: Layout) -> Layout:
+    """The layout that both read: who reads packed rows reads one sequence a row as well."""
+    return "packed" if one == other == "packed" else "concatenated"
 
 
 def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) -> None:

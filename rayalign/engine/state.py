@@ -14,6 +14,7 @@ from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import Batches
 from rayalign.engine.checkpoint.checkpoint import Checkpointer
+from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import Objective
@@ -62,7 +63,9 @@ class TrainSpec:
     critic: CriticSpec | None = None
     """Trained beside the policy, by :mod:`rayalign.engine.critic`."""
     reference_in_place: bool = False
-    """The reference is the policy with its adapter off, scored in this process; else data carry its log-probs."""
+    """The reference is the policy with its adapter off, scored in this process."""
+    reference: ScoringSpec | None = None
+    """A reference that the workers hold beside the policy, and score with; with neither, data carry its log-probs."""
     reference_made: Mapping[str, str] | None = None
     """With what the stored reference log-probs were computed; None where rollout actors compute them."""
     check_initial_logratio: bool = False

@@ -72,6 +72,8 @@ class Runner:
     seed: int
     reference_in_place: bool = False
     """The reference is the policy with its adapter off, and scores each batch here."""
+    reference: nn.Module | None = None
+    """A frozen model that scores each batch here, spread over the workers as the strategy freezes models."""
     stop: Callable[[], bool] = lambda: False
     """Whether this rank was asked to end the run; rank 0's answer counts."""
     ask: Callable[[], bool] = lambda: False
@@ -168,11 +170,21 @@ class Runner:
         device = self.strategy.device
         with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             batch = to_device(batch, device)
-            if self.reference_in_place and objective.method.needed(objective.config) & REFERENCE_NEEDS:
-                with torch.no_grad(), adapter_off(self.module):
-                    scores = self.module(batch, logit_temperature=objective.config.logit_temperature)
-                batch = with_reference(batch, scores.token_logp)
+            if objective.method.needed(objective.config) & REFERENCE_NEEDS:
+                batch = self.referenced(batch, logit_temperature=objective.config.logit_temperature)
             return objective.score(self.module, batch)
+
+    @torch.no_grad()
+    def referenced(self, batch: PackedBatch, *, logit_temperature: float) -> PackedBatch:
+        """The batch with the log-probs of a reference that scores here; as it is where data carry them."""
+        if self.reference is not None:
+            scores = self.reference(batch, logit_temperature=logit_temperature)
+        elif self.reference_in_place:
+            with adapter_off(self.module):
+                scores = self.module(batch, logit_temperature=logit_temperature)
+        else:
+            return batch
+        return with_reference(batch, scores.token_logp)
 
 
 class StepSums:

@@ -11,17 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayalign.config.scoring import ScorerConfig
-from rayalign.data.group import Candidate, Group
+from rayalign.data.group import Candidate, Column, Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
 from rayalign.data.shared_prompt import prompt_text
+from rayalign.engine.canary import TOLERANCE
 from rayalign.engine.divergence import divergences
 from rayalign.engine.frozen import FrozenModel
+from rayalign.errors import UserError
 from rayalign.judge import scorer_of
 from rayalign.judge.base import Asked, Judge, NoVerdict, Scorer, Tally
 from rayalign.remarks import remarks_of
-from rayalign.rollout.base import Completion, SamplingParams
-from rayalign.rollout.hf import HfEngine
+from rayalign.rollout.base import Completion, RolloutEngine, SamplingParams
 
 Table = NDArray[np.float64]
 """[P prompts, S samples]; NaN = missing."""
@@ -93,13 +94,24 @@ def make_scorers(configs: Iterable[ScorerConfig]) -> dict[str, Scorer]:
 
 
 def sample_replies(
-    policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParams, *, tokenizer: Any
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    tokenizer: Any,
+    keys: Sequence[int] | None = None,
 ) -> Sampled:
     """``params.num_samples`` replies to every prompt.
 
-    The draws depend on ``params.seed`` and the prompt's place, so that two policies answer with the same noise.
+    The draws depend on ``params.seed`` and the prompt's key, by default its place, so that two policies answer with the
+    same noise.
+
+    Raises:
+        ValueError: the samples are tempered or truncated, so that they are not the policy's own and KL would be biased.
     """
-    completions = HfEngine(policy.policy.model).generate([prompt.ids for prompt in prompts], params)
+    if params.truncates or params.temperature != 1.0:
+        raise ValueError(f"KL is measured on the policy's own samples, at temperature 1 and untruncated, not {params}")
+    completions = engine.generate([prompt.ids for prompt in prompts], params, keys=keys)
     replies = (
         reply_text(
             tokenizer,
@@ -112,30 +124,26 @@ def sample_replies(
     return Sampled(completions=tuple(completions), replies=tuple(replies))
 
 
-def measure_policy(
+def measure_samples(
     policy: FrozenModel,
     reference: FrozenModel,
     prompts: Sequence[Prompt],
-    params: SamplingParams,
+    drawn: Sampled,
     scorers: Mapping[str, Scorer],
     *,
-    tokenizer: Any,
     judge: Judge | None = None,
-    opponent: Sampled | None = None,
+    opponents: Sequence[str] | None = None,
 ) -> Measured:
-    """Sample ``params.num_samples`` replies to every prompt and measure them.
+    """Measure what was drawn from ``policy``, equally many replies to every prompt.
 
-    The judge compares them with those of ``opponent``, one by one; None is the policy itself, and all verdicts tie.
+    The judge compares them with ``opponents``, one by one; None is the policy itself, and all verdicts tie.
 
     Raises:
-        ValueError: the samples are tempered or truncated, so that they are not the policy's own and KL would be biased.
+        UserError: the engine sampled from other weights than those of ``policy``.
     """
-    if params.truncates or params.temperature != 1.0:
-        raise ValueError(f"KL is measured on the policy's own samples, at temperature 1 and untruncated, not {params}")
-    drawn = sample_replies(policy, prompts, params, tokenizer=tokenizer)
     completions, replies = drawn.completions, drawn.replies
     asked = [prompts[completion.prompt_index].prompt for completion in completions]
-    shape = (len(prompts), params.num_samples)
+    shape = (len(prompts), len(completions) // len(prompts))
 
     def table(values: Sequence[float]) -> Table:
         return np.asarray(values, dtype=np.float64).reshape(shape)
@@ -146,12 +154,36 @@ def measure_policy(
             label: ask_and_count(scorer, partial(scorer.score, asked, replies), shape)
             for label, scorer in scorers.items()
         },
-        judged=judge_replies(judge, asked, replies, opponent.replies if opponent else None, shape) if judge else None,
+        judged=judge_replies(judge, asked, replies, opponents, shape) if judge else None,
         k1=k1.reshape(shape),
         kl_rb=kl_rb.reshape(shape),
         length=table([len(completion.token_ids) for completion in completions]),
         finished=table([completion.finish_reason == "stop" for completion in completions]),
         replies=tuple(tuple(row) for row in np.array(replies, dtype=object).reshape(shape)),
+    )
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """One policy on all prompts of its parts, in their order."""
+    return Measured(
+        scored={label: joined_answers([part.scored[label] for part in parts]) for label in parts[0].scored},
+        judged=joined_answers([part.judged for part in parts if part.judged is not None]) if parts[0].judged else None,
+        k1=np.concatenate([part.k1 for part in parts]),
+        kl_rb=np.concatenate([part.kl_rb for part in parts]),
+        length=np.concatenate([part.length for part in parts]),
+        finished=np.concatenate([part.finished for part in parts]),
+        replies=tuple(row for part in parts for row in part.replies),
+    )
+
+
+def joined_answers(parts: Sequence[Answered]) -> Answered:
+    """What was said of all parts, and what that took."""
+    asked = [part.asked for part in parts if part.asked is not None]
+    return Answered(
+        values=np.concatenate([part.values for part in parts]),
+        asked=sum(asked[1:], asked[0]) if asked else None,
+        problem=next((part.problem for part in parts if part.problem), ""),
+        remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.remarks)),
     )
 
 
@@ -193,12 +225,28 @@ def kl_estimates(
     for completion in completions:
         by_prompt.setdefault(completion.prompt_index, []).append(completion)
     groups = [sampled_group(prompts[index], drawn) for index, drawn in by_prompt.items()]
+    measured = divergences(policy, reference, groups)
+    refuse_other_policy(policy, [found.logp for found in measured], completions)
     kl_rb, k1 = [], []
-    for group, found in zip(groups, divergences(policy, reference, groups), strict=True):
+    for group, found in zip(groups, measured, strict=True):
         ends = np.cumsum([len(candidate.ids) for candidate in group.candidates])[:-1]
         kl_rb += [part.sum(dtype=np.float64) for part in np.split(found.kl, ends)]
         k1 += [part.sum(dtype=np.float64) for part in np.split(found.log_ratio, ends)]
     return np.array(kl_rb), np.array(k1)
+
+
+def refuse_other_policy(policy: FrozenModel, logps: Sequence[Column], completions: Sequence[Completion]) -> None:
+    """Raise UserError where the engine that drew the completions held other weights than ``policy``."""
+    told = np.array([logp for completion in completions for logp in completion.sampler_logp])
+    error = np.abs(told - np.concatenate(logps))
+    known = np.isfinite(told)
+    limit = TOLERANCE[policy.dtype]
+    if known.any() and error[known].mean() > limit:
+        raise UserError(
+            f"evaluation: the engine gave its samples other log-probabilities than {policy.spec.model.name} has: they "
+            f"differ by {error[known].mean():.2g} nats per token on average, more than {limit:g}. It samples from "
+            "other weights, or computes this family otherwise: write evaluate.sampling.engine: hf"
+        )
 
 
 def sampled_group(prompt: Prompt, completions: Sequence[Completion]) -> Group:

@@ -62,32 +62,48 @@ class Sampler(RolloutEngine, Protocol):
         ...
 
 
+class FrozenEngine:
+    """The embedded engine around a frozen model, computing as that model does."""
+
+    def __init__(self, policy: FrozenModel) -> None:
+        self.policy = policy
+        self.engine = HfEngine(policy.policy.model)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
+    ) -> list[Completion]:
+        with self.policy.autocast():
+            return self.engine.generate(prompts, params, keys=keys)
+
+
 class HfSampler:
     """The embedded engine around a model that is read as training reads it."""
 
     def __init__(self, spec: ScoringSpec, device: torch.device) -> None:
-        self.spec = replace(spec, logit_temperature=1.0)
+        self.spec = replace(spec, logit_temperature=1.0, parameter_dtype="float32")  # the trainer's bits: see digest
         self.device = device
-        self.policy: FrozenModel | None = None
+        self.engine: FrozenEngine | None = None
+
+    @property
+    def policy(self) -> FrozenModel:
+        assert self.engine is not None, "load comes first"
+        return self.engine.policy
 
     def load(self, model: ModelSpec, state: State | None = None) -> None:
-        if self.policy is None or state is None:
-            self.policy = FrozenModel(replace(self.spec, model=model), self.device)
-            self.engine = HfEngine(self.policy.policy.model)
+        if self.engine is None or state is None:
+            self.engine = FrozenEngine(FrozenModel(replace(self.spec, model=model), self.device))
         self.policy.policy.model.to(self.device)
         if state is not None:
             self.policy.policy.model.load_state_dict(state)
 
     def rest(self) -> None:
-        if self.policy is not None:
+        if self.engine is not None:
             self.policy.policy.model.to("cpu")
 
     def digest(self) -> str | None:
-        assert self.policy is not None, "load comes first"
         return state_digest(self.policy.policy.model.state_dict())
 
     def canary(self) -> tuple[float, ...]:
-        assert self.policy is not None, "load comes first"
         vocabulary = self.policy.policy.model.get_output_embeddings().weight.shape[0]
         (found,) = self.policy.token_logps([canary_group(vocabulary)])
         return tuple(found.tolist())
@@ -95,11 +111,9 @@ class HfSampler:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
     ) -> list[Completion]:
-        assert self.policy is not None, "load comes first"
+        assert self.engine is not None, "load comes first"
         self.policy.policy.model.to(self.device)
-        dtype = self.policy.dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.engine.generate(prompts, params, keys=keys)
+        return self.engine.generate(prompts, params, keys=keys)
 
 
 def make_sampler(name: str, spec: ScoringSpec, device: torch.device, options: EngineOptions = ALONE) -> Sampler:

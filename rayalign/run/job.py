@@ -20,6 +20,7 @@ from rayalign.run.model import (
     chat_template,
     critic_model,
     saved_precision,
+    scoring_spec,
     stop_ids,
     trained_spec,
 )
@@ -70,9 +71,10 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         saved=saved_precision(run),
         export_adapter=export_facts(run).get("adapter", True) is True,
         track=run.track,
-        reference_in_place=run.reference.place == "trainer",
+        reference_in_place=run.reference_is_the_policy,
+        reference=scoring_spec(run, session) if run.reference_is_beside else None,
         reference_made=reference_made(main.stream),
-        check_initial_logratio=run.needs_reference and run.model.reference is None,
+        check_initial_logratio=(run.needs_reference or run.reference_is_beside) and run.model.reference is None,
     )
     evaluated = held_out(run, source, stages) if run.measures_loss else None
     return TrainJob(

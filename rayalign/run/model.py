@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from rayalign.config.compare import INITIAL
 from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
@@ -12,8 +14,9 @@ from rayalign.data.closing import policy_template
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.generation import end_ids
+from rayalign.engine.model.parameter_dtype import refuse_rounded
 from rayalign.engine.model.precision import EXACT, Precision
-from rayalign.engine.model.pretrained import ModelSpec, kept_precision
+from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, kept_precision
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.runtime.datasets import load_chat
 from rayalign.runtime.session import Session
@@ -66,12 +69,14 @@ def other_spec(run: RunConfig, name: str, *, field: str) -> ModelSpec:
 
 
 def scoring_spec(run: RunConfig, session: Session) -> ScoringSpec:
-    """How the reference scores: as training does."""
+    """How the reference scores: as training does; raises UserError where its parameters cannot be held as asked."""
+    refuse_rounded(run.reference.dtype, compute_dtype(model_spec(run), torch.device(session.device)))
     return ScoringSpec(
         model=reference_spec(run),
         tokens_per_micro_batch=run.optim.tokens_per_micro_batch,
         row_tokens=session.row_tokens,
         logit_temperature=run.method.config.logit_temperature,
+        parameter_dtype=run.reference.dtype,
     )
 
 

@@ -187,19 +187,22 @@ def export_sentences(run: RunConfig) -> Iterator[str]:
 
 def refuse_engine(run: RunConfig) -> None:
     """Raise UserError where vLLM would sample another model than the one that is trained."""
+    field = "rollout.engine"
     if run.rollout is None or run.rollout.engine != "vllm":
-        return
+        if run.evaluation_engine != "vllm":
+            return
+        field = "evaluate.sampling.engine"
     directory = model_directory(run.model.name, run.model.revision)
     if is_adapter(directory):
         raise UserError(
-            f"rollout.engine: vllm reads the weights of a whole model, and {directory} is an adapter: write hf, or "
+            f"{field}: vllm reads the weights of a whole model, and {directory} is an adapter: write hf, or "
             "merge the adapter with peft's merge_and_unload and save the model"
         )
     if run.model.text_only:
-        raise UserError("rollout.engine: vllm reads all parts of a model, and model.text_only leaves some: write hf")
+        raise UserError(f"{field}: vllm reads all parts of a model, and model.text_only leaves some: write hf")
     context = context_of(read_config(directory, trust_remote_code=run.model.trust_remote_code))
     if context is not None and context.rope == "dynamic":
-        raise UserError("rollout.engine: vllm stretches dynamic RoPE for every text, and training does not: write hf")
+        raise UserError(f"{field}: vllm stretches dynamic RoPE for every text, and training does not: write hf")
 
 
 def readers_of(run: RunConfig) -> list[Reader]:

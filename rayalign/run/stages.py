@@ -149,6 +149,8 @@ class Stages:
             "transformers": transformers.__version__,
             "budget": [spec.tokens_per_micro_batch, spec.row_tokens],
         }
+        if spec.parameter_dtype == "bfloat16":  # the others give the same numbers
+            inputs["parameters"] = spec.parameter_dtype
 
         def build(directory: Path) -> None:
             score_store(

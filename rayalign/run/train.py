@@ -143,6 +143,8 @@ def refuse_unsupported(run: RunConfig) -> None:
         zero_file(run)
     if run.rollout is not None:
         refuse_missing_engine(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
+    if run.evaluation_engine == "vllm" and (run.rollout is None or run.rollout.engine != "vllm"):
+        refuse_missing_engine("vllm")
     if run.scorer is not None:
         scorer_of(run.scorer)  # what is misspelt is said now, not after hours
     if run.label is not None:

@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from rayalign.comparison.evaluate import MEASURED_KL, Points, evaluated_points
+from rayalign.comparison.evaluate import Points, evaluated_points
+from rayalign.comparison.evaluation_spec import MEASURED_KL
 from rayalign.config.dump import redact
 from rayalign.config.load import importable
 from rayalign.config.method import resolve_method

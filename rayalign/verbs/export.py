@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rayalign.comparison.evaluate import KEPT
+from rayalign.comparison.evaluation_spec import KEPT
 from rayalign.errors import UserError
 
 Row = dict[str, Any]

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LORA = {"model": {"name": "model", "lora": {"rank": 4, "alpha": 8}}, "reference": {"place": "trainer"}}
 RUNS: dict[str, dict[str, Any]] = {
     "fsdp2": {"strategy": {"name": "fsdp2", "workers": 2}},
+    "beside": {"strategy": {"name": "fsdp2", "workers": 2}, "reference": {"place": "trainer"}},
     "deepspeed": {"strategy": {"name": "deepspeed", "workers": 2, "zero_stage": 3}},
     "lora": {"strategy": {"name": "ddp", "workers": 2}, **LORA},
     "lora-deepspeed": {"strategy": {"name": "deepspeed", "workers": 2, "zero_stage": 3}, **LORA},
@@ -39,6 +40,17 @@ def test_two_workers_from_the_command_line(name: str, workspace: Workspace, sess
     assert max(float((ended[key] - expected[key]).abs().max()) for key in expected) <= 1e-3
     model = AutoModelForCausalLM.from_pretrained(directory / "final")
     assert model.dtype == torch.float32 and model.generation_config.eos_token_id is not None
+
+
+def test_a_reference_beside_the_policy_is_the_one_of_the_pool(workspace: Workspace, session: Session) -> None:
+    """And no stage is made for it."""
+    pooled, beside = workspace.directory("pooled"), workspace.directory("scored-beside")
+    for directory, place in ((pooled, "pool"), (beside, "trainer")):
+        done = rayalign("train", workspace.run(directory.name, reference={"place": place}))
+        assert done.code == 0, done.printed
+        assert ("reference: making" in done.printed) == (place == "pool")
+    mine, theirs = ([row["loss"] for row in metrics(run)] for run in (beside, pooled))
+    assert mine == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

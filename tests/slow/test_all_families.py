@@ -13,7 +13,7 @@ from rayalign.engine.model.loading import quiet_transformers
 
 FEW = ("cohere2", "deepseek_v3", "jamba", "laguna", "llama4_text", "phimoe", "qwen3_next", "trocr")
 """What was wrong once, each in another way."""
-RIGHT = {"load": 110, "LoRA": 100, "LoRA on experts": 35, "sampler": 100}
+RIGHT = {"load": 110, "bfloat16": 100, "LoRA": 100, "LoRA on experts": 35, "sampler": 100}
 """How many types are right at least, so that refusals do not grow in silence."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from parrots import parrot
@@ -19,6 +20,8 @@ from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretra
 from rayalign.errors import UserError
 from rayalign.judge import make_judge, make_scorer
 from rayalign.judge.base import Asked
+from rayalign.judge.evaluator import EvaluationSpec, Evaluator, PartToDraw, PartToMeasure, parts_of
+from rayalign.judge.measure import Prompt
 from rayalign.rollout.base import SamplingParams
 from rayalign.testing import check_engine
 
@@ -127,6 +130,25 @@ def test_a_prompt_that_does_not_fit_is_refused(sampler: VllmSampler, first: Path
 def test_weights_without_a_folder_are_refused(sampler: VllmSampler, first: Path) -> None:
     with pytest.raises(UserError, match="from_scratch"):
         sampler.load(model_spec(first).at(first, from_scratch=True))
+
+
+def test_an_evaluation_is_sampled_by_it_and_measured_beside_it(first: Path, second: Path) -> None:
+    """Its log-probabilities are those of the model that measures, or the evaluation would end."""
+    prompts = tuple(Prompt(ids=tuple(ids), prompt="") for ids in PROMPTS)
+    spec = EvaluationSpec(
+        reference=ScoringSpec(model=model_spec(first), tokens_per_micro_batch=512, row_tokens=None),
+        prompt_sets={"all": prompts},
+        sampling=SamplingParams(max_new_tokens=12, num_samples=4, seed=1),
+        scorers=(),
+        engine="vllm",
+    )
+    process, (part,) = Evaluator(spec), parts_of(spec)
+    found = {}
+    for number, subject in enumerate((None, second, None)):
+        drawn = process(PartToDraw(subject=subject, part=part))
+        found[number] = process(PartToMeasure(subject=subject, part=part, drawn=drawn)), drawn
+    assert np.abs(found[0][0].k1).max() == 0 and found[1][0].k1.mean() > 0.05
+    assert [own.token_ids for own in found[2][1].completions] == [own.token_ids for own in found[0][1].completions]
 
 
 def test_generation_config_does_not_steer(first: Path, sampler: VllmSampler) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_runs import save_tiny
 from workspaces import Workspace, metrics, rayalign
@@ -109,3 +110,26 @@ def test_one_engine_on_two_devices(workspace: Workspace, session: Session) -> No
     for row in range(len(first)):
         group = first[row]
         assert group.per_token["behavior_token_logp"] == pytest.approx(group.per_token["ref_token_logp"], abs=1e-4)
+
+
+def test_checkpoints_are_sampled_by_it_too(workspace: Workspace, session: Session) -> None:
+    """The run needs no rollouts; hf, which samples with the same seeds otherwise, measures much the same KL."""
+    found = {}
+    for engine in ("vllm", "hf"):
+        path = workspace.run(
+            "vllm-evaluated",
+            optim={"lr": 2e-2, "steps": 4, "groups_per_step": 8, "tokens_per_micro_batch": 2048},
+            evaluate={
+                "prompts": "pairs.jsonl",
+                "scorers": [{"name": "rule", "function": "rewards:vowels"}],
+                "sampling": {"engine": engine, "samples": 4, "max_new_tokens": 12},
+            },
+        )
+        for verb in ("train", "evaluate"):
+            done = rayalign(verb, path)
+            assert done.code == 0, done.printed
+        kept = workspace.directory("vllm-evaluated") / "evaluation"
+        points = {step: json.loads((kept / f"step_00000{step}.json").read_text())["points"][0] for step in (0, 4)}
+        assert np.abs(points[0]["kl"]["kl_rb"]).max() == 0
+        found[engine] = float(np.mean(points[4]["kl"]["kl_rb"]))
+    assert found["vllm"] > 0.05 and found["vllm"] == pytest.approx(found["hf"], rel=0.3)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.config.training import OptimConfig, StrategyConfig, StrategyName
+from rayalign.config.training import OptimConfig, ParameterDtype, StrategyConfig, StrategyName
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import Held, load_state, named_state, save_state
 from rayalign.engine.model.forward import RootModule
-from rayalign.engine.model.pretrained import ModelSpec, load_policy
+from rayalign.engine.model.parameter_dtype import hold_in_bfloat16, names_in_bfloat16
+from rayalign.engine.model.pretrained import CPU, ModelSpec, load_policy
 from rayalign.engine.optimizer import make_optimizer
 
 
@@ -47,6 +48,17 @@ class Strategy(Protocol):
         self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module whose forward and backward train ``policy``, which holds rank 0's weights now, and its AdamW."""
+        ...
+
+    def load_frozen(self, spec: ModelSpec) -> PreTrainedModel:
+        """The model as :meth:`freeze` wants it: in the host's memory, of rank 0 at least."""
+        ...
+
+    def freeze(self, policy: RootModule, wanted: ParameterDtype, *, compute_dtype: torch.dtype) -> nn.Module:
+        """The module whose forward scores with ``policy``, which holds rank 0's weights now and is not trained.
+
+        ``wanted`` says what they are held in: see :mod:`rayalign.engine.model.parameter_dtype`.
+        """
         ...
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
@@ -110,6 +122,12 @@ class Single:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         return policy, make_optimizer(policy, optim)
 
+    def load_frozen(self, spec: ModelSpec) -> PreTrainedModel:
+        return load_policy(spec, device=self.device, place=CPU)[0]
+
+    def freeze(self, policy: RootModule, wanted: ParameterDtype, *, compute_dtype: torch.dtype) -> nn.Module:
+        return freeze_whole(policy, wanted, compute_dtype, device=self.device)
+
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
 
@@ -161,6 +179,12 @@ class DDP:
         module.broadcast_buffers = False
         return module, make_optimizer(policy, optim)
 
+    def load_frozen(self, spec: ModelSpec) -> PreTrainedModel:
+        return load_policy(spec, device=self.device, place=CPU)[0]
+
+    def freeze(self, policy: RootModule, wanted: ParameterDtype, *, compute_dtype: torch.dtype) -> nn.Module:
+        return freeze_whole(policy, wanted, compute_dtype, device=self.device)
+
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
 
@@ -190,6 +214,15 @@ class DDP:
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: Path) -> None:
         load_state(optimizer, directory)
+
+
+def freeze_whole(
+    policy: RootModule, wanted: ParameterDtype, compute_dtype: torch.dtype, *, device: torch.device
+) -> RootModule:
+    """``policy`` on ``device`` without gradients, its parameters held as ``wanted`` says."""
+    policy.requires_grad_(False)
+    hold_in_bfloat16(policy, names_in_bfloat16(policy, wanted, compute_dtype))
+    return policy.to(device)
 
 
 def clip_gradient(module: nn.Module, max_norm: float | None) -> Tensor:

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.config.training import OptimConfig, StrategyConfig
+from rayalign.config.training import OptimConfig, ParameterDtype, StrategyConfig
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import FOLDER, Held, UnreadableOptimizer
 from rayalign.engine.model.forward import Policy, RootModule
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.optimizer import make_optimizer
 from rayalign.engine.strategy.base import from_rank_0, sum_over_ranks
+from rayalign.engine.strategy.fsdp2 import FSDP2
 from rayalign.engine.strategy.skeleton import CPU, load_on_rank_0, replace_parameters, spread_buffers
 from rayalign.engine.strategy.zero_config import with_buckets, zero_config
 from rayalign.errors import MissingExtra
@@ -67,6 +68,15 @@ class DeepSpeed:
             for parameter in head_parameters(policy):
                 deepspeed.zero.register_external_parameter(tuples, parameter)
         return Engine(engine), cast(torch.optim.Optimizer, ZeroOptimizer(engine))
+
+    def load_frozen(self, spec: ModelSpec) -> PreTrainedModel:
+        return self.load(spec)[0]
+
+    def freeze(self, policy: RootModule, wanted: ParameterDtype, *, compute_dtype: torch.dtype) -> nn.Module:
+        """In shards by ``fully_shard``, at either stage: ZeRO has no use for a model without an optimizer."""
+        sharding = StrategyConfig(name="fsdp2", cpu_offload=self.config.cpu_offload)
+        shards = FSDP2(self.device, self.rank, self.world_size, sharding)
+        return shards.freeze(policy, wanted, compute_dtype=compute_dtype)
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         deepspeed_engine(module).backward(loss, scale_wrt_gas=False)

@@ -23,11 +23,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rayalign.config.training import OptimConfig, StrategyConfig
+from rayalign.config.training import OptimConfig, ParameterDtype, StrategyConfig
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import Held, load_state, named_state, save_state
 from rayalign.engine.model.compiled import transformer_blocks
 from rayalign.engine.model.forward import RootModule
+from rayalign.engine.model.parameter_dtype import hold_in_bfloat16, names_in_bfloat16
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.optimizer import make_optimizer
 from rayalign.engine.strategy.base import clip_gradient, from_rank_0, sum_over_ranks
@@ -59,12 +60,20 @@ class FSDP2:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         if self.config.cpu_offload and self.device.type == "cpu":
             log.warning("strategy.cpu_offload changes nothing on a CPU, where parameters are in its memory anyway")
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        whole = dict(policy.named_parameters())
-        replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=META))
-        self._shard(policy, mesh, compute_dtype)
-        self._fill(policy, whole if self.rank == 0 else {})
+        # The head ends the forward and begins the backward: what the root gathers is kept between the two.
+        self._spread(policy, compute_dtype, reshard_root=False)
         return policy, make_optimizer(policy, optim)
+
+    def load_frozen(self, spec: ModelSpec) -> PreTrainedModel:
+        return self.load(spec)[0]
+
+    def freeze(self, policy: RootModule, wanted: ParameterDtype, *, compute_dtype: torch.dtype) -> nn.Module:
+        """Nothing stays gathered between two forwards, the root's parameters neither: no backward follows."""
+        policy.requires_grad_(False)
+        names = names_in_bfloat16(policy, wanted, compute_dtype) if self.rank == 0 else None
+        hold_in_bfloat16(policy, self.broadcast(names))
+        self._spread(policy, compute_dtype, reshard_root=True)
+        return policy
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
         torch.autograd.backward(loss)
@@ -114,7 +123,14 @@ class FSDP2:
             whole = moved.full_tensor()
         return whole.to(CPU) if self.rank == 0 else torch.empty(0)
 
-    def _shard(self, policy: RootModule, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    def _spread(self, policy: RootModule, compute_dtype: torch.dtype, *, reshard_root: bool) -> None:
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        whole = dict(policy.named_parameters())
+        replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=META))
+        self._shard(policy, mesh, compute_dtype, reshard_root=reshard_root)
+        self._fill(policy, whole if self.rank == 0 else {})
+
+    def _shard(self, policy: RootModule, mesh: DeviceMesh, compute_dtype: torch.dtype, *, reshard_root: bool) -> None:
         offload = CPUOffloadPolicy() if self.config.cpu_offload and self.device.type == "cuda" else OffloadPolicy()
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -127,8 +143,7 @@ class FSDP2:
                 fully_shard(module, reshard_after_forward=reshard, mp_policy=exact, **options)
             low = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             fully_shard(block, reshard_after_forward=reshard, mp_policy=low, **options)
-        # The head ends the forward and begins the backward: what the root gathers is kept between the two.
-        fully_shard(policy, reshard_after_forward=False, mp_policy=exact, **options)
+        fully_shard(policy, reshard_after_forward=reshard_root, mp_policy=exact, **options)
 
     def _fill(self, policy: RootModule, whole: dict[str, nn.Parameter]) -> None:
         """Give every rank its part of rank 0's parameters, one after the other, and all of its buffers."""

@@ -208,10 +208,25 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["model.reference: simpo has no reference and nothing is evaluated; remove it"],
         ),
         (
-            ["method=dpo", "reference.place=trainer", "model.reference=other"],
-            ["reference.place: trainer scores with the adapter off, so it needs model.lora; write pool",
-             "reference.place: trainer's reference is the initial model, not model.reference; write pool, "
-             "or remove model.reference"],
+            ["method=simpo", "reference.dtype=float32"],
+            ["reference: simpo has no reference and nothing is evaluated; remove it"],
+        ),
+        (
+            ["method=grpo", *ON_POLICY, "reference.place=trainer"],
+            ["reference.place: grpo prepares whole rounds, which hold the reference's part; write pool"],
+        ),
+        (
+            ["method=dpo", "reference.dtype=bfloat16", "model.dtype=float32"],
+            ["reference.dtype: bfloat16 is for a reference that computes in bfloat16, and model.dtype: float32 does "
+             "not; write auto"],
+        ),
+        (
+            ["method=dpo", "model.lora.rank=4", "reference={place: trainer, dtype: bfloat16}"],
+            ["reference.dtype: with the adapter off the reference is the policy, which is float32; remove it"],
+        ),
+        (
+            ["method=dpo", "evaluate={prompts: p.jsonl, sampling: {engine: vllm}}", "model.from_scratch=true"],
+            ["evaluate.sampling.engine: vllm reads weights from a folder, and model.from_scratch has none; write hf"],
         ),
         (
             ["method=dpo", "model.lora.rank=8", "model.from_scratch=true"],

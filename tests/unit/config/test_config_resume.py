@@ -17,7 +17,7 @@ TABLE: dict[OnResume | None, list[str]] = {
     # With another value the run ends in another model.
     None: [
         *("config_version", "seed", "method", "filter.policy_logp_quantile", "critic.lr", "data.stop"),
-        *("model.dtype", "model.from_scratch", "model.save_dtype", "model.text_only"),
+        *("model.dtype", "model.from_scratch", "model.save_dtype", "model.text_only", "reference.dtype"),
         *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "target_modules")),
         *(f"{source}.weight" for source in SOURCES),
         *(f"weighting.{key}" for key in ("name", "alignment", "clamp", "which", "permute")),

@@ -67,7 +67,7 @@ def drawn(probability: np.ndarray, count: int) -> list[Completion]:
     ids = [(END,) if index == vocabulary**2 else divmod(int(index), vocabulary) for index in found]
     return [
         Completion(prompt_index=index // 20, sample_index=index % 20, token_ids=tokens, finish_reason="length",
-                   behavior_token_logp=(0.0,) * len(tokens), sampler_logp=(0.0,) * len(tokens))
+                   behavior_token_logp=(0.0,) * len(tokens), sampler_logp=(np.nan,) * len(tokens))
         for index, tokens in enumerate(ids)
     ]  # fmt: skip
 

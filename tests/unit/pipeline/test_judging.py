@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,13 @@ from tiny_models import tiny
 from tiny_runs import save_tiny
 from tiny_tokenizers import LLAMA3, byte_level
 
-from rayalign.comparison.evaluate import (
-    Evaluation,
-    answer_remarks,
-    evaluation_digest,
-    evaluation_spec,
-    points_table,
-    refuse_broken_scorers,
-)
+from rayalign.comparison.evaluate import Evaluation, answer_remarks, points_table, refuse_broken_scorers
+from rayalign.comparison.evaluation_spec import evaluation_digest, evaluation_spec
 from rayalign.comparison.record import assumptions, judge_measure
 from rayalign.config import load_compare, load_run
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge.evaluator import Evaluator
-from rayalign.judge.measure import Measured
 from rayalign.placement import Node
 from rayalign.report.points import AnswerCounts, EvaluationPoint
 from rayalign.run.stages import Stages
@@ -82,9 +75,10 @@ class InThisProcess:
     evaluator: Evaluator
     called: int = 0
 
-    def call(self, subject: Any) -> dict[str, Measured]:
-        self.called += 1
-        return self.evaluator(subject)
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            self.called += 1
+            yield self.evaluator(item)
 
 
 def evaluation_of(folder: Path, *settings: str) -> Evaluation:
@@ -102,7 +96,7 @@ def judge_at(endpoint: Endpoint, *, role: str = "judge") -> str:
 
 
 def replies(evaluation: Evaluation, subject: Any) -> list[tuple[str, ...]]:
-    return list(evaluation.evaluators.call(subject)["prompts"].replies)
+    return list(evaluation.measured(subject)["prompts"].replies)
 
 
 def vowels(reply: str) -> int:
@@ -316,3 +310,24 @@ def test_a_judge_is_explained(folder: Path) -> None:
     for run, words in ((rule, "Counts vowels. As judge: the reply with the higher score wins"), (asked, "both orders")):
         assert run.evaluate is not None and run.evaluate.judge is not None
         assert words in judge_measure(run.evaluate.judge).description
+
+
+def test_an_evaluation_in_parts_tells_how_far_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts too: every part is judged against the baseline's replies to its own prompts."""
+    whole = evaluation_of(folder, RULE, f"evaluate.baseline={folder}/run")
+    monkeypatch.setattr("rayalign.judge.evaluator.TOKENS_PER_PART", 1)
+    monkeypatch.setattr("rayalign.comparison.evaluate.TELL_SECONDS", -1.0)
+    said: list[str] = []
+    parts = replace(evaluation_of(folder, RULE, f"evaluate.baseline={folder}/run"), note=said.append)
+    (expected,), (found,) = (
+        evaluation.points(folder / "step_000002-abc", tmp_path / name)
+        for name, evaluation in (("whole", whole), ("parts", parts))
+    )
+    assert (found.verdicts, found.scores, found.replies, found.answers) == (
+        expected.verdicts, expected.scores, expected.replies, expected.answers,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.kl["kl_rb"], expected.kl["kl_rb"], atol=1e-5)
+    counted = [f"evaluation: {count}/4 parts" for count in (1, 2, 3)]
+    assert said == [f"{line} {what}" for what in ("sampled", "sampled", "measured") for line in counted]

@@ -9,12 +9,20 @@ import pytest
 from tiny_runs import save_tiny
 
 from rayalign.comparison.compare import common_evaluation
-from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, instrument_digests, refuse_broken_scorers
+from rayalign.comparison.evaluate import refuse_broken_scorers
+from rayalign.comparison.evaluation_spec import (
+    evaluation_digest,
+    evaluation_options,
+    evaluation_spec,
+    instrument_digests,
+)
+from rayalign.comparison.plan import evaluator_devices
 from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError
 from rayalign.judge.evaluator import EvaluationSpec
 from rayalign.placement import Node
+from rayalign.rollout.engines import EngineOptions
 from rayalign.run.job import evaluation_steps, refuse_long_warmup
 from rayalign.run.stages import Stages
 from rayalign.runtime.session import Session
@@ -73,6 +81,68 @@ def test_numbers_are_kept_until_what_they_depend_on_changes(folder: Path) -> Non
     assert len(changed) == 7
 
 
+DRAWN = [
+    "data_policy=on_policy",
+    "scorer={name: rule, function: 'rewards.py:length'}",
+    "rollout={engine: vllm, samples: 2, max_new_tokens: 8, tensor_parallel: 2, placement: separate}",
+]
+VLLM = "evaluate.sampling.engine=vllm"
+REWARDS = "evaluate.scorers=[{name: reward_model, model: rm}]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "options"),
+    [
+        ([], "hf", EngineOptions()),
+        ([VLLM], "vllm", EngineOptions(takes_turns=True, memory_share=0.9)),
+        (DRAWN, "vllm", EngineOptions(takes_turns=True, memory_share=0.9, tensor_parallel=2)),
+        ([*DRAWN, "evaluate.sampling.engine=hf"], "hf", EngineOptions()),
+        ([*DRAWN, REWARDS], "vllm", EngineOptions(takes_turns=True, memory_share=0.4, tensor_parallel=2)),
+        (
+            [*DRAWN, "rollout.gpu_memory_utilization=0.7"],
+            "vllm",
+            EngineOptions(takes_turns=True, memory_share=0.7, tensor_parallel=2),
+        ),
+    ],
+)
+def test_policies_are_sampled_by_the_engine_of_the_rollouts(
+    folder: Path, settings: list[str], engine: str, options: EngineOptions
+) -> None:
+    """In turns with the models that measure; what scores keeps its part of the device meanwhile."""
+    session = Session(started_here=True, nodes=(Node(id="", name="", cpus=4, gpus=4),))
+    stages = Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
+    run = load_run(folder / "run.yaml", settings)
+    assert run.evaluated is not None
+    assert (run.evaluation_engine, evaluation_options(run.evaluated, stages)) == (engine, options)
+
+
+def test_the_cells_of_a_comparison_share_the_engine_of_those_that_draw(folder: Path) -> None:
+    path = folder / "compare.yaml"
+    drawing = (
+        "{name: on_policy, as: fresh, rollout: {engine: vllm, samples: 2, tensor_parallel: 2}, "
+        "scorer: {name: rule, function: 'rewards.py:length'}}"
+    )
+    path.write_text("base: run.yaml\ngrid: {data_policy: [off_policy, " + drawing + "]}\n")
+    comparison = load_compare(path)
+    assert comparison.cells[0].run is not None and comparison.cells[0].run.evaluation_engine == "hf"
+    assert common_evaluation(comparison).run.evaluation_engine == "vllm"
+    assert evaluator_devices(comparison.cells) == 2
+    hf = load_compare(path, ["base.evaluate.sampling.engine=hf"])
+    assert common_evaluation(hf).run.evaluation_engine == "hf" and evaluator_devices(hf.cells) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [("evaluate.baseline=./wide", "evaluate.baseline"), ("model.reference=./wide", "model.reference")],
+)
+def test_an_engine_that_replaces_its_weights_is_given_one_kind_of_model(folder: Path, setting: str, field: str) -> None:
+    save_tiny(folder / "wide", hidden_size=64)
+    spec_of(folder, setting)
+    spec_of(folder, setting.replace("wide", "other"), VLLM)
+    with pytest.raises(UserError, match=rf"{field}: .*wide is no model of the policy's kind.*engine: hf"):
+        spec_of(folder, setting, VLLM)
+
+
 def test_what_differs_between_two_measurements_is_named(folder: Path) -> None:
     first = instrument_digests(spec_of(folder))
 
@@ -83,6 +153,11 @@ def test_what_differs_between_two_measurements_is_named(folder: Path) -> None:
     assert changed("seed=1") == ["sampling"]
     assert changed("model.dtype=bfloat16") == ["reference"]
     assert changed("data.max_prompt_tokens=3") == ["prompts"]
+    assert changed("reference.dtype=float32", "evaluate.sampling.engine=hf") == []
+    assert changed("evaluate.sampling.engine=vllm") == ["sampling"]
+    first = instrument_digests(spec_of(folder, "model.dtype=bfloat16"))
+    assert changed("model.dtype=bfloat16", "reference.dtype=bfloat16") == ["reference"]
+    first = instrument_digests(spec_of(folder))
     (folder / "rewards.py").write_text("def length(prompt, reply):\n    return -len(reply)\n")
     assert changed() == ["scorers"]
 
@@ -110,6 +185,7 @@ def test_a_scorer_that_cannot_be_called_is_refused_before_anything_is_trained(
         ("{model.name: [./tiny, ./other]}", "model.name is .*/other, and measured.*/tiny"),
         ("{model: [{name: ./tiny, as: a}, {name: ./tiny, reference: ./other, as: b}]}", "model.reference is"),
         ("{data.max_prompt_tokens: [32, 64]}", "data.max_prompt_tokens is 64"),
+        ("{reference.dtype: [auto, float32]}", "reference.dtype is float32, and"),
         ("{seed: [0, 1]}", "model.from_scratch draws another reference for every seed"),
     ],
 )

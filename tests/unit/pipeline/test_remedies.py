@@ -32,7 +32,7 @@ ROOMS = ("engine", "runtime", "rollout", "rounds", "judge")
 DECIDE = {
     # They name what is wrong with it: nothing is trained before.
     *("label.name", "model.lora.target_modules", "model.from_scratch", "rollout.engine", "scorer.name", "scorer.model"),
-    *("data.stop", "model.lora.dropout", "model.text_only"),
+    *("data.stop", "model.lora.dropout", "model.text_only", "reference.dtype"),
     # They say which setting says the same as one of DeepSpeed's file.
     *("model.dtype", "optim.schedule", "optim.groups_per_step"),
     # The message says that the run needs another name.

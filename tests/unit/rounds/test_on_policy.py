@@ -103,6 +103,26 @@ def test_metrics_name_their_round(undisturbed: OnPolicyRun) -> None:
     assert rows[0]["rollout/length"] == pytest.approx(ledger["tokens_generated"] / 24)
 
 
+def test_a_reference_beside_the_policy_is_no_part_of_the_rounds(tmp_path: Path, model: Path, file: Path) -> None:
+    """The training process scores what the actors did not, and every loss is the same up to rounding."""
+    plan = replace(PLAN, steps=2)
+    scored = OnPolicyRun(tmp_path / "scored", model, file, plan=plan)
+    bare = OnPolicyRun(
+        tmp_path / "bare",
+        model,
+        file,
+        plan=plan,
+        settings={"reference": scored.job.spec.reference},
+        needs_reference=False,
+    )
+    for run in (scored, bare):
+        run.train()
+    one, other = ([row["loss"] for row in read_metrics(run.directory / "metrics.jsonl")] for run in (scored, bare))
+    assert one == pytest.approx(other, abs=1e-6) and one[0] != one[1]
+    assert "ref_token_logp" in TokenStore.open(scored.rounds()[0]).column_names
+    assert "ref_token_logp" not in TokenStore.open(bare.rounds()[0]).column_names
+
+
 @pytest.mark.parametrize("last_step", [pytest.param(1, marks=pytest.mark.slow), 3, 5])
 def test_a_killed_trainer_goes_on_with_the_same_rounds(
     undisturbed: OnPolicyRun, tmp_path: Path, model: Path, file: Path, last_step: int
