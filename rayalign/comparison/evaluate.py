@@ -169,9 +169,10 @@ class Evaluation:
             for part in parts
         ]
         found = dict(zip(parts, self._done(items, "measured"), strict=True))
-        return {
-            name: joined([found[part] for part in parts if part.prompt_set == name]) for name in self.spec.prompt_sets
-        }
+        by_set: dict[str, list[Measured]] = {name: [] for name in self.spec.prompt_sets}
+        for part in parts:
+            by_set[part.prompt_set].append(found[part])
+        return {name: joined(measured) for name, measured in by_set.items()}
 
     def _drawn(self, subject: Subject) -> dict[Part, Sampled]:
         parts = parts_of(self.spec)

@@ -129,9 +129,7 @@ def instrument_digests(spec: EvaluationSpec) -> dict[str, str]:
     engine = [spec.engine] if spec.engine != "hf" else []
     return {
         "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.config.dtype, *saved, *held]),
-        "prompts": digest_of(
-            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
-        ),
+        "prompts": digest_of({name: list(map(asdict, prompts)) for name, prompts in spec.prompt_sets.items()}),
         "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
         "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
         "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),

@@ -87,11 +87,11 @@ class PartToMeasure:
 
 def parts_of(spec: EvaluationSpec) -> tuple[Part, ...]:
     """The prompt sets in parts that depend on the prompts and the sampling alone, whatever the number of processes."""
-    return tuple(
-        Part(prompt_set=name, places=places)
-        for name, prompts in spec.prompt_sets.items()
-        for places in ranges([len(prompt.ids) for prompt in prompts], spec.sampling)
-    )
+    found: list[Part] = []
+    for name, prompts in spec.prompt_sets.items():
+        lengths = [len(prompt.ids) for prompt in prompts]
+        found += [Part(prompt_set=name, places=places) for places in ranges(lengths, spec.sampling)]
+    return tuple(found)
 
 
 def ranges(lengths: list[int], sampling: SamplingParams) -> list[range]:

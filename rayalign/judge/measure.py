@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -165,14 +166,18 @@ def measure_samples(
 
 def joined(parts: Sequence[Measured]) -> Measured:
     """One policy on all prompts of its parts, in their order."""
+    judged = [part.judged for part in parts if part.judged is not None]
+    scored: dict[str, Answered] = {}
+    for label in parts[0].scored:
+        scored[label] = joined_answers([part.scored[label] for part in parts])
     return Measured(
-        scored={label: joined_answers([part.scored[label] for part in parts]) for label in parts[0].scored},
-        judged=joined_answers([part.judged for part in parts if part.judged is not None]) if parts[0].judged else None,
+        scored=scored,
+        judged=joined_answers(judged) if judged else None,
         k1=np.concatenate([part.k1 for part in parts]),
         kl_rb=np.concatenate([part.kl_rb for part in parts]),
         length=np.concatenate([part.length for part in parts]),
         finished=np.concatenate([part.finished for part in parts]),
-        replies=tuple(row for part in parts for row in part.replies),
+        replies=tuple(chain.from_iterable(part.replies for part in parts)),
     )
 
 
@@ -183,7 +188,7 @@ def joined_answers(parts: Sequence[Answered]) -> Answered:
         values=np.concatenate([part.values for part in parts]),
         asked=sum(asked[1:], asked[0]) if asked else None,
         problem=next((part.problem for part in parts if part.problem), ""),
-        remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.remarks)),
+        remarks=tuple(dict.fromkeys(chain.from_iterable(part.remarks for part in parts))),
     )
 
 
@@ -237,7 +242,7 @@ def kl_estimates(
 
 def refuse_other_policy(policy: FrozenModel, logps: Sequence[Column], completions: Sequence[Completion]) -> None:
     """Raise UserError where the engine that drew the completions held other weights than ``policy``."""
-    told = np.array([logp for completion in completions for logp in completion.sampler_logp])
+    told = np.array(list(chain.from_iterable(completion.sampler_logp for completion in completions)))
     error = np.abs(told - np.concatenate(logps))
     known = np.isfinite(told)
     limit = TOLERANCE[policy.dtype]

@@ -52,7 +52,9 @@ def prompt_stream(drawing: Drawing, run: RunConfig, stages: Stages) -> StoredStr
     return prompts_of(stores, weights=weights, groups_per_step=run.optim.groups_per_step, window=run.data.window)
 
 
-def prompts_of(stores: list[Path], *, weights: list[float], groups_per_step: int, window: int | None) -> StoredStream:
+def prompts_of(
+    stores: list[Path], *, weights: list[float], groups_per_step: int, window: int | None = None
+) -> StoredStream:
     return StoredStream(
         name="prompts",
         stores=tuple(stores),

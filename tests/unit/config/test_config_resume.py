@@ -22,7 +22,7 @@ TABLE: dict[OnResume | None, list[str]] = {
         *(f"{source}.weight" for source in SOURCES),
         *(f"weighting.{key}" for key in ("name", "alignment", "clamp", "which", "permute")),
         *(f"auxiliary.{key}" for key in ("name", "term", "weight", "reduction", "groups_per_step")),
-        *("data_policy[off_policy].name", "data_policy[on_policy].passes"),
+        *("data_policy[off_policy].name", "data_policy[on_policy].passes", "data.shard_mb", "data.shuffle_shards"),
         *(f"{policy}.{key}" for policy in ROUNDS for key in ("name", "refresh_every", "lag")),
         *("data_policy[hybrid].mix", "data_policy[hybrid].on_fraction"),
         *(f"rollout.{key}" for key in ("engine", "samples", "temperature", "top_p", "max_new_tokens")),

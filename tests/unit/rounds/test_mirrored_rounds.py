@@ -265,13 +265,13 @@ def test_a_checkpoint_whose_round_is_not_whole_is_skipped(
     there, (_, second, third) = There(mirror), lost.rounds()
     base = f"rounds/{third.name}"
     if damage == "altered":
-        content = bytearray(there.read(f"{base}/shard-000000.tokens"))
+        content = bytearray(there.read(f"{base}/0000000016.tokens"))
         content[3] ^= 1
-        there.write(f"{base}/shard-000000.tokens", bytes(content))
+        there.write(f"{base}/0000000016.tokens", bytes(content))
         told = "does not have the digest"
     elif damage == "a file is missing":
-        there.files.delete_file(f"{there.root}/{base}/shard-000000.columns")
-        told = "shard-000000.columns is missing"
+        there.files.delete_file(f"{there.root}/{base}/0000000016.columns")
+        told = "0000000016.columns is missing"
     elif damage == "missing":
         there.files.delete_file(f"{there.root}/{base}/{MANIFEST}")
         told = f"{base} is missing"
@@ -384,10 +384,10 @@ def test_a_checkpoint_whose_round_is_not_whole_here_is_not_copied(
     """To a mirror that is new to the run; the checkpoints that do not need that round are copied."""
     directory = tmp_path / "run"
     shutil.copytree(lost.directory, directory)
-    (directory / "rounds" / lost.rounds()[2].name / "shard-000000.tokens").unlink()
+    (directory / "rounds" / lost.rounds()[2].name / "0000000016.tokens").unlink()
     upload(mirror, directory, step=5)
     assert There(mirror).checkpoints() == [1, 2, 3, 4] and copied(mirror) == {"round_000000", "round_000001"}
-    assert "shard-000000.tokens is missing" in caplog.text and "not copied to" in caplog.text
+    assert "0000000016.tokens is missing" in caplog.text and "not copied to" in caplog.text
 
 
 def test_weights_that_go_while_they_are_sent_leave_their_round(
