@@ -282,9 +282,7 @@ def _reference(run: RunConfig, record: Method) -> Iterator[Violation]:
                 "bfloat16 is for a reference that computes in bfloat16, and model.dtype: float32 does not; write auto",
             )
         if run.reference_is_the_policy and not measured:
-            yield Violation(
-                "reference.dtype", "with the adapter off the reference is the policy, which is float32; remove it"
-            )
+            yield Violation("reference.dtype", "the adapter's own model is the reference, in float32; remove it")
 
 
 def _model(run: RunConfig, _record: Method) -> Iterator[Violation]:
@@ -358,9 +356,7 @@ def _deepspeed(run: RunConfig, _record: Method) -> Iterator[Violation]:
     if run.strategy.name != "deepspeed":
         return
     if isinstance(run.strategy.workers, tuple):
-        yield Violation(
-            "strategy.workers", "a checkpoint of deepspeed resumes with as many workers only; write one number"
-        )
+        yield Violation("strategy.workers", "deepspeed resumes with as many workers only; write one number")
     if run.model.compile:
         yield Violation("model.compile", "deepspeed trains no compiled model; write strategy: single, ddp or fsdp2")
     if run.optim.on_nonfinite == "skip":

@@ -24,7 +24,7 @@ from rayalign.data.shard import FINISHED, INDEX, ShardInfo
 from rayalign.storage.manifest import TornDirectory
 
 Counts = NDArray[np.int64]
-NAME = "groups.index"
+NAME = "index.safetensors"
 BLOCK = 64
 PIECE = 1 << 18
 """Groups that a walk over an index holds in memory at a time."""

@@ -247,7 +247,8 @@ def _commit(
         digests = [own["sha256"] for own in shard.files.values()]
         content.append([shard.groups, shard.per_candidate, shard.per_token, digests])
     passing -= kept.keys()
-    digest = hashlib.sha256(json.dumps([content, index, facts.get("store")]).encode()).hexdigest()
+    whole = [content, [own["sha256"] for own in index.values()], facts.get("store")]
+    digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     for leftover in directory.glob(".*.tmp"):
         leftover.unlink()
     manifest = {"digest": digest, "shards": [asdict(shard) for shard in final], **facts}

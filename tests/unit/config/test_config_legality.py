@@ -64,7 +64,7 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
             ["method=dpo", "evaluate={prompts: p.jsonl, sampling: {temperature: 0.7}}",
              "strategy={name: deepspeed, workers: [1, 2]}"],
             ["evaluate.sampling: the KL is measured at temperature 1 and top_p 1; remove both",
-             "strategy.workers: a checkpoint of deepspeed resumes with as many workers only; write one number"],
+             "strategy.workers: deepspeed resumes with as many workers only; write one number"],
         ),
         (
             ["method=dpo", "evaluate={prompts: p.jsonl, sampling: {top_p: 0.9}}"],
@@ -222,7 +222,7 @@ ON_POLICY = ["data_policy=on_policy", "rollout.samples=4", f"scorer={RULE}"]
         ),
         (
             ["method=dpo", "model.lora.rank=4", "reference={place: trainer, dtype: bfloat16}"],
-            ["reference.dtype: with the adapter off the reference is the policy, which is float32; remove it"],
+            ["reference.dtype: the adapter's own model is the reference, in float32; remove it"],
         ),
         (
             ["method=dpo", "evaluate={prompts: p.jsonl, sampling: {engine: vllm}}", "model.from_scratch=true"],

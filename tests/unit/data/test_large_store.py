@@ -56,6 +56,15 @@ def test_the_index_says_of_any_group_what_lies_before_it(tmp_path: Path, count: 
     assert [piece.first for piece in pieces] == list(range(0, count, 50))
 
 
+def test_a_shard_may_have_any_name(tmp_path: Path) -> None:
+    groups = any_groups(3)
+    for name in ("index", "groups", "shard-000000", "store"):
+        shards = [write_shard(tmp_path / name, name, groups[:1]), write_shard(tmp_path / name, "other", groups[1:])]
+        store = commit_store(tmp_path / name, shards, meta={})
+        for number, group in enumerate(groups):
+            assert_equal(store[number], group)
+
+
 def test_an_index_takes_less_than_forty_bytes_a_pair(tmp_path: Path) -> None:
     pairs = [make_group(line, (2, 2), columns=False) for line in range(4_096)]
     store_of(tmp_path, pairs, 4_096)

@@ -171,7 +171,7 @@ def test_an_uncommitted_store_is_refused(tmp_path, groups):
         TokenStore.open(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["groups.index", "b.tokens", "b.columns"])
+@pytest.mark.parametrize("file", ["index.safetensors", "b.tokens", "b.columns"])
 def test_torn_files_are_named(store, tmp_path, file):
     path = tmp_path / "store" / file
     data = path.read_bytes()
