@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from rayalign.errors import UserError
 from rayalign.report.formatting import printable
+from rayalign.storage.lease import silent_seconds
 from rayalign.storage.manifest import MANIFEST
 
 TAIL_BYTES = 1 << 16
@@ -82,11 +82,8 @@ def status_of(run: Path, facts: Mapping[str, Any]) -> str:
     status = str(facts.get("status", "unreadable"))
     if status != "running":
         return status
-    try:
-        silent = time.time() - (run / ".lease").stat().st_mtime
-    except FileNotFoundError:
-        return "lost"
-    return status if silent < SILENT_SECONDS else "lost"
+    silent = silent_seconds(run)
+    return status if silent is not None and silent < SILENT_SECONDS else "lost"
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:

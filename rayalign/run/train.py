@@ -50,7 +50,7 @@ from rayalign.storage.progress import watching
 
 KEPT_FAILURES = 20
 FOLDERS = ("", "checkpoints", "final", "rounds")
-FILES = ("run.json", "metrics.jsonl", "train.log", "quarantine.jsonl", ".lease")
+FILES = ("run.json", "metrics.jsonl", "train.log", "quarantine.jsonl")
 """What a run keeps in its folder."""
 
 

@@ -17,13 +17,12 @@ from rich.table import Table
 from rayalign.errors import UserError
 from rayalign.report.status import facts_of, runs
 from rayalign.storage.artifacts import STAGE_VERSIONS, USED
-from rayalign.storage.lease import Held, holder, lease
+from rayalign.storage.lease import PREFIX, Held, forget, holder, lease
 from rayalign.storage.manifest import MANIFEST
 
 FOLDER = "artifacts"
 STAGE = re.compile(rf"({'|'.join(STAGE_VERSIONS)})-[0-9a-f]{{16}}")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-LEASE = ".lease"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +157,11 @@ def remove(directory: Path, oldest: float) -> bool:
             for path in directory.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name != LEASE:
+                elif not path.name.startswith(PREFIX):
                     path.unlink(missing_ok=True)
     except Held:
         return False
+    forget(directory)
     with suppress(OSError):  # somebody who wants the stage has come and makes it again
         directory.rmdir()
     return True

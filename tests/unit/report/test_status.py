@@ -44,7 +44,7 @@ def test_a_running_one_says_speed_time_left_checkpoint_and_failures(tmp_path: Pa
     for name in ("step_000001-aa", "step_000002-ab"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_000001-aa" / "MANIFEST.json").touch()
-    lease = tmp_path / ".lease"
+    lease = tmp_path / ".lease-000001"
     lease.touch()
     text = shown(tmp_path)
     assert "│ running │ 2/62 │ 0.5000 │ 200 │ 1:30 │ step 1 │ 2 │ 1 │" in text
