@@ -20,7 +20,8 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from rayalign.errors import UserError, first_line
 from rayalign.storage.disk import room_for
-from rayalign.storage.manifest import MANIFEST, TornDirectory, parsed, sync_directory, verify
+from rayalign.storage.manifest import MANIFEST, TornDirectory, parsed, verify
+from rayalign.storage.place import sync_directory
 
 CHUNK_BYTES = 8 * 1024 * 1024
 

@@ -10,6 +10,7 @@ is asked again, with a message.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib.util
@@ -34,7 +35,12 @@ T = TypeVar("T")
 
 EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "file": ("fsspec", "")}
 """By scheme: the package that speaks to it, and the extra that installs that package."""
-NO_CACHE = {"use_listings_cache": False}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 1}}},
+    "gs": {"use_listings_cache": False},
+    "file": {},
+}
+"""No listing is remembered. What fails is asked again here, where that is told, and not by botocore."""
 RETRY_SECONDS = 120.0
 """For so long a store may fail before that is an error."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
@@ -120,11 +126,9 @@ class ObjectPath:
         """Nothing: there are no folders."""
 
     def unlink(self, missing_ok: bool = False) -> None:
-        try:
+        """A store does not say whether there was such an object."""
+        with contextlib.suppress(FileNotFoundError):
             self._ask("rm_file", self.path)
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """What lies directly below; nothing where nothing does."""
@@ -254,7 +258,7 @@ def place_of(text: str | Path | ObjectPath, *, field: str = "path") -> Place:
 @functools.cache
 def file_system(scheme: str) -> Any:
     """The library that speaks to the stores of a scheme; one for all threads of this process."""
-    return fsspec.filesystem(scheme, **NO_CACHE) if scheme != "file" else fsspec.filesystem("file")
+    return fsspec.filesystem(scheme, **OPTIONS[scheme])
 
 
 def asked(question: Callable[[], T], place: object) -> T:
