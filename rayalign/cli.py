@@ -15,6 +15,7 @@ from rich.console import Console
 from rayalign import __version__
 from rayalign.cli_export import exports
 from rayalign.errors import Failed, Stopped, UserError, blocked
+from rayalign.storage.place import place_of
 
 app = typer.Typer(
     name="rayalign",
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 artifacts = typer.Typer(help="The stages that runs share: list them, and remove unused ones.", no_args_is_help=True)
 app.add_typer(artifacts, name="artifacts")
-Storage = Annotated[Path, typer.Argument(help="A storage_path, or its artifacts folder.")]
+Storage = Annotated[str, typer.Argument(help="A storage_path, or its artifacts folder.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
@@ -286,18 +287,20 @@ def compare(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="A comparison's folder; several are merged.")],
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; needed for several folders.")] = None,
+    directories: Annotated[list[str], typer.Argument(help="A comparison's folder; several are merged.")],
+    out: Annotated[str | None, typer.Option(help="Where the report goes; needed for several folders.")] = None,
 ) -> None:
     """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
     from rayalign.report.merge import merge_folders
     from rayalign.report.points import load
     from rayalign.report.render import render
 
-    if len(directories) == 1:
-        print(render(load(directories[0]), out or directories[0]))
+    places = [place_of(directory) for directory in directories]
+    target = place_of(out, field="--out") if out is not None else None
+    if len(places) == 1:
+        print(render(load(places[0]), target or places[0]))
         return
-    merged, page = merge_folders(directories, out)
+    merged, page = merge_folders(places, target)
     for left in merged.left_out:
         print(f"left out: {left.what} {left.reason}")
     print(page)
@@ -307,31 +310,31 @@ app.add_typer(exports, name="export")
 
 
 @app.command()
-def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
+def status(directory: Annotated[str, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
     """Say how far each run below a folder is."""
     from rayalign.report.status import table
 
-    Console().print(table(directory))
+    Console().print(table(place_of(directory)))
 
 
 @artifacts.command("ls")
-def list_artifacts(storage: Storage = Path("runs")) -> None:
+def list_artifacts(storage: Storage = "runs") -> None:
     """List the stages of a storage path: size, age, last use, and the runs that used them."""
     from rayalign.verbs.shelf import ls
 
-    ls(storage, Console())
+    ls(place_of(storage), Console())
 
 
 @artifacts.command("gc")
 def collect_artifacts(
     unused_for: Annotated[str, typer.Option(help="Only what no run has asked for in so long: 12h, 30d, 8w.")],
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
 ) -> None:
     """Remove stages that were not used for a while; none that a run wants which is not finished."""
     from rayalign.verbs.shelf import gc
 
-    gc(storage, unused_for=unused_for, dry_run=dry_run, console=Console())
+    gc(place_of(storage), unused_for=unused_for, dry_run=dry_run, console=Console())
 
 
 @app.command()

@@ -39,6 +39,7 @@ from rayalign.runtime.worker import TrainJob
 from rayalign.stop import stopping
 from rayalign.storage.artifacts import Artifacts
 from rayalign.storage.lease import lease
+from rayalign.storage.place import Place
 
 MEASURED_BY = ("prompts", "scorers", "diagnostics", "judge", "max_missing_fraction", "sampling", "baseline")
 """Settings of ``evaluate`` that all cells share."""
@@ -198,7 +199,7 @@ def cells_table(comparison: Comparison) -> Table:
     return table
 
 
-def initial_model(comparison: Comparison, directory: Path, stages: Stages, board: Board, ending: Ending) -> str | None:
+def initial_model(comparison: Comparison, directory: Place, stages: Stages, board: Board, ending: Ending) -> str | None:
     """Train ``initial`` once for all cells; its final model's folder.
 
     Raises:

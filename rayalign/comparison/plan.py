@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rayalign.config.candidates import Drawing
@@ -37,6 +36,7 @@ from rayalign.runtime.worker import TrainJob
 from rayalign.storage.artifacts import PENDING, refuse_unknown, stage_key
 from rayalign.storage.lease import holder
 from rayalign.storage.manifest import MANIFEST
+from rayalign.storage.place import Place
 
 SHOWN_KEY = 8
 """Digits of a key that tables show."""
@@ -47,7 +47,7 @@ class PlannedStage:
     """One stage; ``waits_for`` names what must be made before its key is known."""
 
     name: str
-    directory: Path
+    directory: Place
     waits_for: tuple[str, ...]
     made: bool
 
@@ -61,10 +61,10 @@ class PlannedStage:
 class Plan:
     """Lists the stages that it is asked for; nothing is written."""
 
-    root: Path
+    root: Place
     fresh: frozenset[str] = frozenset()
-    stages: dict[Path, PlannedStage] = field(default_factory=dict)
-    asked: list[Path] = field(default_factory=list)
+    stages: dict[Place, PlannedStage] = field(default_factory=dict)
+    asked: list[Place] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         refuse_unknown(self.fresh)
@@ -73,7 +73,7 @@ class Plan:
     def note(self) -> Callable[[str], None]:
         return lambda line: None
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Place], None]) -> Place:
         directory = self.root / f"{name}-{stage_key(name, inputs)}"
         waits_for = tuple(dict.fromkeys(unknown_in(inputs)))
         made = not waits_for and name not in self.fresh and (directory / MANIFEST).exists()
@@ -81,7 +81,7 @@ class Plan:
         self.asked.append(directory)
         return directory
 
-    def pending(self, directory: Path) -> str:
+    def pending(self, directory: Place) -> str:
         planned = self.stages.get(directory)
         return "" if planned is None or planned.made else f"{PENDING}{directory.name}"
 
@@ -91,7 +91,7 @@ class PlannedRun:
     """A cell, or the initial run: its stages, and its job where all of them are made."""
 
     name: str
-    directory: Path
+    directory: Place
     run: RunConfig
     stages: tuple[PlannedStage, ...]
     job: TrainJob | None
@@ -115,10 +115,10 @@ def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Se
     """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
     stages = Stages(artifacts=keeper, session=session)
     directory = keeper.root.parent / comparison.name
-    users: dict[Path, list[str]] = {}
+    users: dict[Place, list[str]] = {}
     runs: list[PlannedRun] = []
 
-    def add(name: str, run: RunConfig, folder: Path, processes: int, *, tuned: bool = False) -> PlannedRun:
+    def add(name: str, run: RunConfig, folder: Place, processes: int, *, tuned: bool = False) -> PlannedRun:
         found = plan_run(name, run, folder, keeper, stages, processes=processes, tuned=tuned)
         runs.append(found)
         for stage in found.stages:
@@ -146,7 +146,7 @@ def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Se
 
 
 def plan_run(
-    name: str, run: RunConfig, directory: Path, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
+    name: str, run: RunConfig, directory: Place, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
 ) -> PlannedRun:
     """List what one run needs; where all of it is made, its job says the rest without work."""
     first, job, refused = len(keeper.asked), None, ""
@@ -180,7 +180,7 @@ def ask_for_stages(run: RunConfig, stages: Stages) -> None:
         ask_for_stored(run, run.data.eval, stages)
 
 
-def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages) -> list[Path]:
+def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages) -> list[Place]:
     """The stores of stored groups, with their reference log-probs."""
     method = run.trained_method
     labelling = run.relabelling
@@ -199,7 +199,7 @@ def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages
     return stores
 
 
-def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> None:
+def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> None:
     """What is drawn once, before the first step."""
     store = rollout_stage(once(drawing, run, prompts, stages), run, stages)
     columns = [stages.reference(store, run)] if run.needs_reference else []
@@ -214,12 +214,12 @@ def drawn_once_spec(drawing: Drawing, run: RunConfig, stages: Stages) -> ChunkSp
     return once(drawing, run, prompts, stages)
 
 
-def once(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> ChunkSpec:
+def once(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> ChunkSpec:
     stream = unread(prompts, [source.weight for source in drawing.prompts(run.data.train)])
     return drawn_spec(drawing, run, stream, shape_of(run.trained_method), stages, needs_reference=False)
 
 
-def unread(prompts: list[Path], weights: list[float]) -> StoredStream:
+def unread(prompts: list[Place], weights: list[float]) -> StoredStream:
     """Stores of prompts that may not be made yet, so that nothing of them is known."""
     return StoredStream(
         name="prompts",

@@ -15,6 +15,9 @@ def unsupported(run: RunConfig) -> list[str]:
         "elastic workers with strategy: deepspeed, whose checkpoints need as many workers; write one number": (
             isinstance(run.strategy.workers, tuple) and run.strategy.name == "deepspeed"
         ),
+        "storage_path: an object store with strategy: deepspeed, which needs a shared folder; write fsdp2 or ddp": (
+            "://" in run.storage_path and run.strategy.name == "deepspeed"
+        ),
         "model.compile with strategy: deepspeed; write single, ddp or fsdp2": (
             run.model.compile and run.strategy.name == "deepspeed"
         ),

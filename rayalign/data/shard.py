@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +26,7 @@ from safetensors.numpy import save
 from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds, check_group
 from rayalign.data.schema import Turns
 from rayalign.storage.manifest import file_digest
+from rayalign.storage.place import Place, listed, write_whole
 
 Words = NDArray[np.int32]
 _SIDECAR = ".shard.json"
@@ -58,7 +56,7 @@ class ShardInfo:
         return cls(**fields)
 
 
-def write_shard(directory: Path, name: str, groups: Sequence[Group], *, prompts: Sequence[Said] = ()) -> ShardInfo:
+def write_shard(directory: Place, name: str, groups: Sequence[Group], *, prompts: Sequence[Said] = ()) -> ShardInfo:
     """Store groups, in order, as the shard ``name`` of an uncommitted directory.
 
     ``prompts`` are the prompts as rows have them, one per group, for scorers and for people, with what else is said.
@@ -94,7 +92,7 @@ def write_shard(directory: Path, name: str, groups: Sequence[Group], *, prompts:
 
 
 def write_column_shard(
-    directory: Path,
+    directory: Place,
     name: str,
     *,
     first: int,
@@ -115,11 +113,11 @@ def write_column_shard(
     )
 
 
-def finished_shards(directory: Path) -> dict[str, ShardInfo]:
+def finished_shards(directory: Place) -> dict[str, ShardInfo]:
     """Name → shard, for those that are complete and unaltered: what an interrupted writer need not write again."""
     finished = {}
-    for sidecar in sorted(directory.glob(f"*{_SIDECAR}")):
-        info = ShardInfo.from_json(json.loads(sidecar.read_text()))
+    for sidecar in listed(directory, f"*{_SIDECAR}"):
+        info = ShardInfo.from_json(json.loads(sidecar.read_bytes()))
         paths = {directory / name: digest for name, digest in info.files.items()}
         if all(path.is_file() and file_digest(path) == digest for path, digest in paths.items()):
             finished[info.name] = info
@@ -173,7 +171,7 @@ def _names(columns: Iterable[Mapping[str, Column]]) -> tuple[str, ...]:
     return tuple(sorted({name for mapping in columns for name in mapping}))
 
 
-def _commit_shard(directory: Path, name: str, files: Mapping[str, bytes], **facts: Any) -> ShardInfo:
+def _commit_shard(directory: Place, name: str, files: Mapping[str, bytes], **facts: Any) -> ShardInfo:
     directory.mkdir(parents=True, exist_ok=True)
     digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
     info = ShardInfo(name=name, files=digests, **facts)
@@ -181,13 +179,3 @@ def _commit_shard(directory: Path, name: str, files: Mapping[str, bytes], **fact
         write_whole(directory / file, data)
     write_whole(directory / f"{name}{_SIDECAR}", json.dumps(asdict(info), indent=1).encode())
     return info
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Several processes may write one path (a retried task): each renames a whole file of its own into place."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

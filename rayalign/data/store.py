@@ -19,8 +19,10 @@ from rayalign.data.group import Column, Group, GroupLengths
 from rayalign.data.index import Index, offsets, read_index
 from rayalign.data.layer import Layer
 from rayalign.data.shard import ShardInfo, decode_tokens, finished_shards
+from rayalign.storage.cache import fetched
 from rayalign.storage.manifest import TornDirectory, commit, read_manifest
 from rayalign.storage.manifest import verify as verify_files
+from rayalign.storage.place import Place, place_of
 
 
 class StoreMismatch(ValueError):
@@ -40,22 +42,23 @@ class TokenStore:
     columns: tuple[Layer, ...]
 
     @classmethod
-    def open(cls, directory: Path | str, *, verify: bool = False) -> TokenStore:
-        """Open a local store; with ``verify`` every byte is compared with the digests first.
+    def open(cls, directory: Place | str, *, verify: bool = False) -> TokenStore:
+        """Open a store, or this node's copy of it; with ``verify`` every byte is compared with the digests first.
 
         Raises:
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        return _open(Path(directory), _manifest(Path(directory), verify=verify))
+        local = fetched(place_of(directory))
+        return _open(local, _manifest(local, verify=verify))
 
-    def with_columns(self, where: Path | str, *, verify: bool = False) -> TokenStore:
+    def with_columns(self, where: Place | str, *, verify: bool = False) -> TokenStore:
         """This store with the columns of a directory laid over it.
 
         Raises:
             StoreMismatch: the columns were made for another store.
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        directory = Path(where)
+        directory = fetched(place_of(where))
         manifest = _manifest(directory, verify=verify)
         if manifest["store"] != self.digest:
             raise StoreMismatch(f"{where} was made for store {manifest['store']}, not for {self.digest}")
@@ -112,7 +115,7 @@ class TokenStore:
         return sum(layer.bytes_read for layer in (self.tokens, *self.columns))
 
 
-def commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any]) -> TokenStore:
+def commit_store(directory: Place, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any]) -> TokenStore:
     """Make the shards one store, in the order given; the manifest is the commit.
 
     ``meta`` is plain JSON about how the store was made; it is no part of the digest. Raises TornDirectory where a shard
@@ -126,7 +129,7 @@ def commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[
 
 
 def commit_columns(
-    directory: Path, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any]
+    directory: Place, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any]
 ) -> TokenStore:
     """Make column shards one set of columns for ``store`` and return the store with them.
 
@@ -143,19 +146,20 @@ def commit_columns(
         covered += shard.groups
     if covered != len(store):
         raise StoreMismatch(f"{directory}: the columns cover {covered} groups of a store of {len(store)}")
-    _column_layer(directory, ordered, store.index)
+    if isinstance(directory, Path):
+        _column_layer(directory, ordered, store.index)
     _commit(directory, ordered, meta=meta, store=store.digest)
     return store.with_columns(directory)
 
 
-def _check_complete(directory: Path, shards: Sequence[ShardInfo]) -> None:
+def _check_complete(directory: Place, shards: Sequence[ShardInfo]) -> None:
     finished = finished_shards(directory)
     for shard in shards:
         if finished.get(shard.name) != shard:
             raise TornDirectory(f"{directory}: shard {shard.name!r} is not complete")
 
 
-def _commit(directory: Path, shards: Sequence[ShardInfo], **facts: Any) -> None:
+def _commit(directory: Place, shards: Sequence[ShardInfo], **facts: Any) -> None:
     content = [
         [shard.groups, shard.per_candidate, shard.per_token, [shard.files[name] for name in sorted(shard.files)]]
         for shard in shards
@@ -166,7 +170,7 @@ def _commit(directory: Path, shards: Sequence[ShardInfo], **facts: Any) -> None:
     commit(directory, {"digest": digest, "shards": [asdict(shard) for shard in shards], **facts})
 
 
-def _manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
+def _manifest(directory: Place, *, verify: bool = False) -> dict[str, Any]:
     manifest = verify_files(directory) if verify else read_manifest(directory)
     if manifest is None:
         raise TornDirectory(f"{directory} was never committed")

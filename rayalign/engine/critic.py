@@ -30,7 +30,7 @@ from rayalign.engine.checkpoint.checkpoint import Checkpoint
 from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
 from rayalign.engine.checkpoint.sending import copies, num_bytes, offer_weights
 from rayalign.engine.loop import advance, awaited, begin, export, layout_of, load_optimizer
-from rayalign.engine.metrics import open_sinks
+from rayalign.engine.metrics import flush, open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -38,8 +38,10 @@ from rayalign.engine.optimizer import learning_rate, set_learning_rate
 from rayalign.engine.state import CriticSpec, MakeBatches, Notices, Run, TrainSpec
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
+from rayalign.storage.cache import local_folder, working
 from rayalign.storage.disk import room_for
 from rayalign.storage.manifest import commit, read_manifest
+from rayalign.storage.place import Place
 
 CRITIC = "critic"
 """The critic's folder in a checkpoint."""
@@ -101,7 +103,7 @@ def train(
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
     notices: Notices | None = None,
-) -> Path:
+) -> Place:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
     :func:`rayalign.engine.loop.train`, whose errors it raises too.
     """
@@ -135,6 +137,7 @@ def train(
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
+                flush(sinks)
                 keep(facts={CRITIC: critic.state()})
         refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
     export_critic(run, critic)
@@ -147,9 +150,12 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     spec = run.spec.critic
     method, config = main_objective(run).method, main_objective(run).config
     assert spec is not None and method.critic is not None
-    place = resumed.directory / CRITIC if resumed is not None else None
-    start = replace(spec.model, name=str(place), revision=None, from_scratch=False) if place else spec.model
-    model, tokenizer = run.strategy.load(start)
+    if resumed is None:
+        model, tokenizer = run.strategy.load(spec.model)
+    else:
+        with local_folder(resumed.directory) as folder:
+            start = replace(spec.model, name=str(folder / CRITIC), revision=None, from_scratch=False)
+            model, tokenizer = run.strategy.load(start)
     run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
         root_module(model, layout=run.layout), spec.optim, compute_dtype=run.runner.compute_dtype
@@ -163,8 +169,8 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         runner=replace(run.runner, module=module, objectives={MAIN_STREAM: objective}),
         optimizer=optimizer,
     )
-    if resumed is not None and place is not None:
-        load_optimizer(run, critic.optimizer, place)
+    if resumed is not None:
+        load_optimizer(run, critic.optimizer, resumed.directory, part=CRITIC)
         critic.restore(resumed.facts[CRITIC])
     return critic
 
@@ -292,5 +298,6 @@ def export_critic(run: Run, critic: Critic) -> None:
     state = run.strategy.full_state(critic.model)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
-            save_pretrained(critic.model, critic.tokenizer, final, state=state, precision=run.spec.saved)
+            with working(final) as folder:
+                save_pretrained(critic.model, critic.tokenizer, folder, state=state, precision=run.spec.saved)
             commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

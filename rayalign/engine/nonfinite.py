@@ -10,7 +10,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from rayalign.engine.state import Run
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.methods.method import Term
 from rayalign.storage.manifest import write_durably
+from rayalign.storage.place import Place
 from rayalign.types import PackedBatch, Scored
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepR
 
 
 def with_groups(
-    error: NonFiniteStep, runner: Runner, work: Sequence[StreamWork], *, step: int, directory: Path
+    error: NonFiniteStep, runner: Runner, work: Sequence[StreamWork], *, step: int, directory: Place
 ) -> NonFiniteStep:
     """``error`` with what there is to know, its groups on the disk. Every worker calls this, and all say the same."""
     strategy, folder = runner.strategy, directory / FOLDER / f"step_{step + 1:06d}"

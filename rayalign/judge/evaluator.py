@@ -25,6 +25,7 @@ from rayalign.judge.measure import (
     sample,
 )
 from rayalign.rollout.base import SamplingParams
+from rayalign.storage.place import ObjectPath, Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class Evaluator:
         self.spec = spec
         self.loaded = load(spec)
 
-    def __call__(self, subject: Path | ModelSpec | None) -> dict[str, Measured]:
+    def __call__(self, subject: Place | ModelSpec | None) -> dict[str, Measured]:
         """The policy in a checkpoint's folder, or any other, or the reference where it is None, on every prompt set."""
         loaded, spec = self.loaded, self.spec
         if loaded.judge is not None and not loaded.opponents:
@@ -88,10 +89,10 @@ class Evaluator:
             for name, prompts in spec.prompt_sets.items()
         }
 
-    def _model(self, subject: Path | ModelSpec | None) -> FrozenModel:
+    def _model(self, subject: Place | ModelSpec | None) -> FrozenModel:
         if subject is None:
             return self.loaded.reference
-        if isinstance(subject, Path):
+        if isinstance(subject, Path | ObjectPath):
             subject = replace(
                 self.spec.reference.model,
                 name=str(subject),

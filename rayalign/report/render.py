@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,13 +19,14 @@ from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
 from rayalign.report.trials import TuningRecord
+from rayalign.storage.place import Place
 
 FOLDER = "report"
 FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
 """Functions of :mod:`rayalign.report.formatting` that templates use."""
 
 
-def render(comparison: ComparisonRecord, directory: Path) -> Path:
+def render(comparison: ComparisonRecord, directory: Place) -> Place:
     """Write ``directory/report/`` and return the path of ``report.html``, which is written last.
 
     Each file is replaced whole, so a reader never sees half of one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,13 +14,14 @@ from rayalign.errors import UserError
 from rayalign.report.formatting import printable
 from rayalign.storage.lease import silent_seconds
 from rayalign.storage.manifest import MANIFEST
+from rayalign.storage.place import ObjectPath, Place, below
 
 TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0
 """A living process renews its lease far more often."""
 
 
-def table(directory: Path) -> RenderableType:
+def table(directory: Place) -> RenderableType:
     """One line per run, and below why attempts of unfinished ones failed; raises UserError where there is no run."""
     found = Table(title=str(directory))
     for column in ("run", "status", "step", "loss", "tokens/s", "left", "checkpoint", "attempt", "failures", "updated"):
@@ -32,7 +32,7 @@ def table(directory: Path) -> RenderableType:
         rows = last_rows(run / "metrics.jsonl")
         row = rows[-1] if rows else {}
         name, status, failures = (
-            str(run.relative_to(directory.parent)),
+            below(run, directory.parent),
             status_of(run, facts),
             facts.get("failures", []),
         )
@@ -58,12 +58,13 @@ def table(directory: Path) -> RenderableType:
     return Group(found, *told)
 
 
-def runs(directory: Path) -> Iterator[Path]:
+def runs(directory: Place) -> Iterator[Place]:
     """Folders at or below ``directory`` that hold a run, in the order of their names."""
-    return (path.parent for path in sorted(directory.rglob("run.json")))
+    found: list[Place] = [*directory.rglob("run.json")]
+    return (path.parent for path in sorted(found, key=str))
 
 
-def facts_of(path: Path) -> dict[str, Any]:
+def facts_of(path: Place) -> dict[str, Any]:
     """What a ``run.json`` says; empty where it is damaged, so that one such run does not hide the others."""
     return record(path.read_bytes())
 
@@ -77,7 +78,7 @@ def record(text: bytes) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def status_of(run: Path, facts: Mapping[str, Any]) -> str:
+def status_of(run: Place, facts: Mapping[str, Any]) -> str:
     """Status that the run has written; a *running* one whose lease is not renewed was lost."""
     status = str(facts.get("status", "unreadable"))
     if status != "running":
@@ -86,14 +87,18 @@ def status_of(run: Path, facts: Mapping[str, Any]) -> str:
     return status if silent is not None and silent < SILENT_SECONDS else "lost"
 
 
-def last_rows(path: Path) -> list[dict[str, Any]]:
+def last_rows(path: Place) -> list[dict[str, Any]]:
     """The newest whole rows of a ``metrics.jsonl``; none where there is none yet."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - TAIL_BYTES)
-        file.seek(start)
-        *whole, _ = file.read().split(b"\n")
+    start = max(0, path.stat().st_size - TAIL_BYTES)
+    if isinstance(path, ObjectPath):
+        end = path.read_bytes()[start:]
+    else:
+        with path.open("rb") as file:
+            file.seek(start)
+            end = file.read()
+    *whole, _ = end.split(b"\n")
     found = map(record, whole[1:] if start and len(whole) > 1 else whole)
     return [row for row in found if row]
 
@@ -107,7 +112,7 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(row.get("seconds", 0.0) for row in rows) / len(rows) if rows else 0.0
 
 
-def newest_checkpoint(run: Path) -> str:
+def newest_checkpoint(run: Place) -> str:
     """The step of the newest committed one."""
     steps = [path.parent.name[5:].partition("-")[0] for path in run.glob(f"checkpoints/step_*/{MANIFEST}")]
     return f"step {max(map(int, steps))}" if steps else "–"

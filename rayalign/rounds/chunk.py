@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,7 +39,9 @@ from rayalign.rounds.label import Labelled, label, label_key, own_rule
 from rayalign.rounds.stored import Drawn, StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.rounds.weights import WeightChannel
+from rayalign.storage.cache import fetched
 from rayalign.storage.manifest import read_manifest
+from rayalign.storage.place import Place
 
 REST: Literal["rest"] = "rest"
 
@@ -75,7 +76,7 @@ class Chunk:
 
     name: str
     positions: range
-    directory: Path
+    directory: Place
     weights: Weights | None
     """None: the reference itself."""
     most_bad: int | None = None
@@ -342,7 +343,7 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")
-    return replace(spec.policy, name=str(weights.directory), revision=None, from_scratch=False)
+    return replace(spec.policy, name=str(fetched(weights.directory)), revision=None, from_scratch=False)
 
 
 def refuse_broken_weights(sampler: Sampler, weights: Weights, dtype: torch.dtype) -> None:

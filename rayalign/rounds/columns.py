@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.methods.method import PREPARED, Method, MethodConfig
+from rayalign.storage.place import Place
 from rayalign.types import Round
 
 
@@ -26,7 +26,7 @@ class Preparation:
 
 
 def prepare_columns(
-    store: TokenStore, directory: Path, preparation: Preparation, *, old_value: Tensor | None = None
+    store: TokenStore, directory: Place, preparation: Preparation, *, old_value: Tensor | None = None
 ) -> TokenStore:
     """Commit the columns that the method makes of all groups of ``store``, as one round, and lay them over it.
 

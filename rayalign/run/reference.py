@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from rayalign.placement import share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
 from rayalign.storage.manifest import committed
+from rayalign.storage.place import Place
 
 LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""
@@ -33,7 +33,7 @@ TELL_SECONDS = 5.0
 class ShardScorer:
     """One actor of the pool: a frozen model and the store that it scores."""
 
-    def __init__(self, store: Path, directory: Path, spec: ScoringSpec) -> None:
+    def __init__(self, store: Place, directory: Place, spec: ScoringSpec) -> None:
         self.store = TokenStore.open(store)
         self.directory = directory
         self.model = FrozenModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -50,8 +50,8 @@ def shard_name(groups: range) -> str:
 
 
 def score_store(
-    store: Path,
-    directory: Path,
+    store: Place,
+    directory: Place,
     spec: ScoringSpec,
     *,
     session: Session,
@@ -80,7 +80,7 @@ def score_store(
 
 
 def scored(
-    shards: Sequence[range], store: Path, directory: Path, spec: ScoringSpec, session: Session
+    shards: Sequence[range], store: Place, directory: Place, spec: ScoringSpec, session: Session
 ) -> Iterator[dict[str, str]]:
     """Score ``shards`` in a pool of actors; with what each was computed, in their order."""
     if not shards:
@@ -93,7 +93,7 @@ def scored(
         yield from pool.map(shards)
 
 
-def made_with(columns: Path) -> dict[str, str]:
+def made_with(columns: Place) -> dict[str, str]:
     """With what committed log-probs were computed; empty where that was not recorded."""
     found: dict[str, str] = committed(columns)["meta"].get(MADE, {})
     return found

@@ -38,7 +38,9 @@ from rayalign.runtime.datasets import Preparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import commit, committed, read_manifest
+from rayalign.storage.place import Place
 
 SHOWN_BAD_ROWS = 5
 BUDGET = set(TokenBudget.model_fields)
@@ -53,11 +55,11 @@ class Stages:
     artifacts: Keeper
     session: Session
 
-    def digest(self, directory: Path) -> str:
+    def digest(self, directory: Place) -> str:
         """What identifies the content of a committed store, or of columns; a plan may ask before it is made."""
         return self.artifacts.pending(directory) or committed(directory)["digest"]
 
-    def rows(self, source: DataSource) -> Path:
+    def rows(self, source: DataSource) -> Place:
         """A maker's rows as a JSONL file."""
         assert source.function is not None
         function = source.function
@@ -66,9 +68,9 @@ class Stages:
         if source.version is not None:
             inputs["version"] = source.version
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             make = load_function(function, **source.arguments)
-            with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
+            with working(directory) as folder, (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
                 for number, row in enumerate(rows_made(function, make, source.arguments), start=1):
                     try:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -78,7 +80,7 @@ class Stages:
 
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
 
-    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Path:
+    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Place:
         """The token store of one source; ``completed``: see :data:`rayalign.data.budget.Completed`."""
         units = source_units(source, run.data, self)
         inputs = {
@@ -92,7 +94,7 @@ class Stages:
             "bad": [run.data.on_bad_row, run.data.max_bad_fraction],
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             (directory / "quarantine.jsonl").unlink(missing_ok=True)
             writers = num_writers(units, int(self.session.num_cpus))
             found = prepare(
@@ -105,7 +107,8 @@ class Stages:
                 writers=writers,
                 note=self.artifacts.note,
             )
-            append_quarantine(directory / "quarantine.jsonl", found.bad)
+            with working(directory) as folder:
+                append_quarantine(folder / "quarantine.jsonl", found.bad)
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
             shards = [report.shard for report in found.reports if report.shard is not None]
@@ -121,11 +124,11 @@ class Stages:
             self.artifacts.note(told)
         return directory
 
-    def mismatched(self, store: Path) -> Path:
+    def mismatched(self, store: Place) -> Place:
         """The same examples, each with another prompt's completion beside it (KTO's KL estimate)."""
         inputs = {"store": self.digest(store)}
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             groups = Mismatched(TokenStore.open(store))
             bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
             shards = [
@@ -136,11 +139,11 @@ class Stages:
 
         return self.artifacts.stage("mismatched", inputs, build)
 
-    def reference(self, store: Path, run: RunConfig) -> Path:
+    def reference(self, store: Place, run: RunConfig) -> Place:
         """Reference log-probs of every predicted token, as a column laid over ``store``."""
         return self.log_probs(store, scoring_spec(run, self.session))
 
-    def log_probs(self, store: Path, spec: ScoringSpec) -> Path:
+    def log_probs(self, store: Place, spec: ScoringSpec) -> Place:
         """Log-probs of every predicted token under a frozen model, as a column laid over ``store``."""
         inputs = {
             "store": self.digest(store),
@@ -152,7 +155,7 @@ class Stages:
             "budget": [spec.tokens_per_micro_batch, spec.row_tokens],
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             score_store(
                 store, directory, spec, session=self.session, facts={"inputs": inputs}, note=self.artifacts.note
             )
@@ -161,13 +164,13 @@ class Stages:
 
     def filtered(
         self,
-        stores: Sequence[Path],
-        log_probs: Sequence[Path],
+        stores: Sequence[Place],
+        log_probs: Sequence[Place],
         *,
         quantile: float,
         own_candidates: int | None,
         unit: str,
-    ) -> Path:
+    ) -> Place:
         """The rows of ``stores`` that a filter keeps, by the ``log_probs`` laid over each; ``unit`` names rows."""
         inputs = {
             "log_probs": [self.digest(columns) for columns in log_probs],
@@ -175,7 +178,7 @@ class Stages:
             "own_candidates": own_candidates,
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
             scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
             selection = select(scores, quantile)
@@ -191,7 +194,7 @@ class Stages:
 
         return self.artifacts.stage("filter", inputs, build)
 
-    def prepared(self, store: Path, columns: Sequence[Path], preparation: RoundPreparation) -> Path:
+    def prepared(self, store: Place, columns: Sequence[Place], preparation: RoundPreparation) -> Place:
         """What a method makes of ``store``, drawn once, as one round; ``columns`` lie over it already."""
         inputs = {
             "store": self.digest(store),
@@ -199,7 +202,7 @@ class Stages:
             "method": preparation.key,
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             opened = TokenStore.open(store)
             for path in columns:
                 opened = opened.with_columns(path)
@@ -208,7 +211,7 @@ class Stages:
         return self.artifacts.stage("prepared", inputs, build)
 
 
-def filter_facts(directory: Path) -> dict[str, Any]:
+def filter_facts(directory: Place) -> dict[str, Any]:
     """What a committed filter did: its quantile and threshold, and how many of how many it kept."""
     facts: dict[str, Any] = committed(directory)["filter"]
     return facts
@@ -244,7 +247,7 @@ def files_of(units: Sequence[Unit]) -> list[str]:
     return [plain(unit.path) for unit in units]
 
 
-def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Path) -> None:
+def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Place) -> None:
     """Raise UserError when too many rows are bad, or none is left; the first few are named."""
     if not found.bad and any(report.shard for report in found.reports):
         return

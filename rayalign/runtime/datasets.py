@@ -9,7 +9,6 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
@@ -25,6 +24,8 @@ from rayalign.errors import UserError
 from rayalign.runtime.failures import repeated
 from rayalign.runtime.reading import CPUS, Chunk, read_unit
 from rayalign.runtime.stage import dataset, results
+from rayalign.storage.cache import working
+from rayalign.storage.place import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ class ChunkWriter:
     """One worker of the tokenization stage; loads the tokenizer once."""
 
     def __init__(
-        self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Path
+        self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Place
     ) -> None:
         self.chat = load_chat(model, data)
         self.budget = data
@@ -81,16 +82,17 @@ class ChunkWriter:
     def __call__(self, chunk: Chunk | UserError) -> Written:
         if isinstance(chunk, UserError):
             raise chunk
-        report = prepare_chunk(
-            chunk.rows,
-            self.chat,
-            self.budget,
-            completed=self.completed,
-            unit=chunk.unit,
-            shape=self.shape,
-            directory=self.directory,
-            name=chunk.name,
-        )
+        with working(self.directory) as folder:
+            report = prepare_chunk(
+                chunk.rows,
+                self.chat,
+                self.budget,
+                completed=self.completed,
+                unit=chunk.unit,
+                shape=self.shape,
+                directory=folder,
+                name=chunk.name,
+            )
         return Written(
             name=chunk.name,
             report=report,
@@ -106,7 +108,7 @@ def prepare(
     *,
     completed: Completed,
     shape: Shape,
-    directory: Path,
+    directory: Place,
     writers: int,
     note: Callable[[str], None],
 ) -> Preparation:

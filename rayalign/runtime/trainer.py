@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -40,12 +41,14 @@ from rayalign.rounds.chunk import ChunkMaker
 from rayalign.rounds.service import RolloutJob
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
 from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
-from rayalign.runtime.jobs import RemoteJobs
+from rayalign.runtime.jobs import RemoteNotes
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.weights import ObjectStore, make_board
 from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
 from rayalign.stop import Stop, StopRequest
+from rayalign.storage.cache import node_cache
 from rayalign.storage.disk import free_bytes, full_disk
+from rayalign.storage.place import Place
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +96,7 @@ class Trainer:
             self.rollouts[1].close()
             self.rollouts = None
 
-    def fit(self, job: TrainJob, lost: Callable[[str], None] = lambda reason: None) -> Path:
+    def fit(self, job: TrainJob, lost: Callable[[str], None] = lambda reason: None) -> Place:
         """Train to the end and return the exported directory; ``lost`` is told of every attempt that was lost.
 
         A lost worker, node or controller is answered by another attempt, which continues from the newest whole
@@ -128,7 +131,7 @@ class Trainer:
                 # A node that is going may take the next attempt too; more and more patience where none gets further.
                 time.sleep(2**in_vain)
 
-    def placed_attempt(self, job: TrainJob) -> Path:
+    def placed_attempt(self, job: TrainJob) -> Place:
         """An attempt, once others leave room for it: until then nothing has begun that could be lost.
 
         Raises:
@@ -143,7 +146,7 @@ class Trainer:
                     raise
                 queue.wait_on()
 
-    def attempt(self, job: TrainJob) -> Path:
+    def attempt(self, job: TrainJob) -> Place:
         """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
         while True:
             if self.stop.asked:
@@ -257,26 +260,31 @@ class Group:
 
     shape: Shape
     folder: Path
-    mailbox: Mailbox
+    """Ray Train's own; nothing in it is needed later."""
+    notes: RemoteNotes
     ended: Future[ray.train.Result]
+
+    @property
+    def mailbox(self) -> Mailbox:
+        return Mailbox(self.notes)
 
     @classmethod
     def start(cls, job: TrainJob, max_failures: int) -> Group:
-        folder = job.spec.directory / ".ray" / secrets.token_hex(4)
-        (folder / "mailbox").mkdir(parents=True)
-        jobs = f"jobs-{folder.name}"
-        mailbox = Mailbox(folder / "mailbox", RemoteJobs.start(jobs))
+        token = secrets.token_hex(4)
+        folder = ray_folder(job.spec.directory) / token
+        folder.mkdir(parents=True)
+        notes = RemoteNotes.start(f"mailbox-{token}")
         # Ray Train reads this one setting from the environment only, of the process that calls fit().
         os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.strategy.timeout_seconds)
         trainer = TorchTrainer(
             worker_main,
-            train_loop_config={"mailbox": str(mailbox.folder), "jobs": jobs},
+            train_loop_config={"mailbox": f"mailbox-{token}"},
             torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.strategy.timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
             ),
             run_config=RunConfig(
-                name=folder.name,
+                name=token,
                 storage_path=str(folder),
                 failure_config=FailureConfig(
                     max_failures=max_failures, max_preemption_failures=max_failures, controller_failure_limit=0
@@ -284,9 +292,9 @@ class Group:
                 worker_runtime_env=environment(job),
             ),
         )
-        return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
+        return cls(shape=Shape.of(job), folder=folder, notes=notes, ended=in_thread(trainer.fit))
 
-    def train(self, job: TrainJob, why_stop: Callable[[bool], str | None]) -> Path:
+    def train(self, job: TrainJob, why_stop: Callable[[bool], str | None]) -> Place:
         """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
         number = self.mailbox.post(job)
         told = False
@@ -318,7 +326,19 @@ class Group:
         if room is not None:
             with contextlib.suppress(ray.exceptions.RayError):  # where Ray itself is gone, so is the room
                 remove_placement_group(room)
+        with contextlib.suppress(ray.exceptions.RayError):
+            self.notes.end()
         shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+
+def ray_folder(directory: Place) -> Path:
+    """Where Ray Train may write for a run: beside it on a disk, else on this node; it goes with the worker group."""
+    return directory / ".ray" if isinstance(directory, Path) else Path(tempfile.mkdtemp(prefix="rayalign-"))
+
+
+def local_part(directory: Place) -> Path:
+    """The disk that a run writes to first."""
+    return directory if isinstance(directory, Path) else node_cache().root
 
 
 def environment(job: TrainJob) -> dict[str, dict[str, str]] | None:
@@ -362,7 +382,8 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
         if (full := full_disk(cause)) is not None:
             raise TrainingFailed(
                 f"{job.spec.directory.name}: worker {rank} could not write ({full}); {job.spec.directory} has "
-                f"{free_bytes(job.spec.directory):,} bytes left. Free some space; the same command continues"
+                f"{free_bytes(local_part(job.spec.directory)):,} bytes left. Free some space; the same command "
+                "continues"
             ) from cause
         if (told := blocked(cause)) is not None:
             raise TrainingFailed(f"{job.spec.directory.name}: worker {rank}: {told}") from cause

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rayalign.errors import UserError
 from rayalign.paths import expanded
@@ -32,6 +32,7 @@ from rayalign.storage.manifest import (
     file_digest,
     is_content,
     refuse_outside,
+    verify,
 )
 from rayalign.storage.place import ObjectPath, Place
 
@@ -182,6 +183,18 @@ def fetched(directory: Place) -> Path:
     """A committed folder as this node's programs can read it, for :data:`RECENT_SECONDS` at least."""
     with local_folder(directory) as path:
         return path
+
+
+def whole(directory: Place) -> dict[str, Any]:
+    """The manifest of a committed folder, every byte compared with its digests here, or when it was fetched.
+
+    Raises:
+        TornDirectory: it was never committed, or is not what its manifest says.
+    """
+    if isinstance(directory, Path):
+        return verify(directory)
+    with local_folder(directory) as path:
+        return committed(path)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,10 @@ class TornDirectory(ValueError):
     """A committed directory misses a file, or a file is not what its manifest says."""
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Place) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
+    if isinstance(path, ObjectPath):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

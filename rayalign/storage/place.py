@@ -297,6 +297,17 @@ def facts_of(info: dict[str, Any]) -> Facts:
     return Facts(int(info.get("size") or 0), changed.timestamp() if isinstance(changed, datetime) else float(changed))
 
 
+def listed(place: Place, pattern: str) -> list[Place]:
+    """What lies below and has such a name, in the order of the names."""
+    found: list[Place] = [*place.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def below(place: Place, folder: Place) -> str:
+    """The name of ``place`` from ``folder`` on, which it lies below."""
+    return PurePosixPath(str(place)).relative_to(PurePosixPath(str(folder))).as_posix()
+
+
 def write_whole(place: Place, data: bytes) -> None:
     """Write so that ``place`` holds either its old content or all of the new one, whatever happens.
 

@@ -315,12 +315,6 @@ def test_what_this_release_does_not_run(settings: list[str], sentences: list[str
     assert unsupported(load_run(None, [*OFFLINE, "method=dpo", *settings])) == sentences
 
 
-@pytest.mark.parametrize("policy", ["on_policy", "hybrid"])
-def test_rounds_are_mirrored(policy: str) -> None:
-    settings = [*ON_POLICY, f"data_policy={policy}", "checkpoint.mirror=s3://bucket/runs"]
-    assert unsupported(load_run(None, [*OFFLINE, "method=dpo", *settings])) == []
-
-
 def test_reward_models_run_and_a_policy_with_a_head_of_its_own_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
