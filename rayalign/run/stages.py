@@ -40,7 +40,7 @@ from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
 from rayalign.storage.cache import working
 from rayalign.storage.manifest import commit, committed, read_manifest
-from rayalign.storage.place import Place
+from rayalign.storage.place import EXTRAS, Place, place_of
 
 SHOWN_BAD_ROWS = 5
 BUDGET = set(TokenBudget.model_fields)
@@ -84,7 +84,7 @@ class Stages:
         """The token store of one source; ``completed``: see :data:`rayalign.data.budget.Completed`."""
         units = source_units(source, run.data, self)
         inputs = {
-            "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
+            "files": [self.artifacts.pending(folder_of(unit.path)) or input_digest(unit) for unit in units],
             "format": [units[0].format, dict(units[0].columns), units[0].system, dict(units[0].template_kwargs)],
             "tokenizer": tokenizer_identity(run),
             "template": [template_digest(run.data.template), run.data.chat_template_kwargs, str(run.data.date)],
@@ -223,9 +223,24 @@ def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[U
         parts = find(origin_of(source))
     else:
         made = str(stages.rows(source))
-        exists = not stages.artifacts.pending(Path(made).parent)
+        exists = not stages.artifacts.pending(folder_of(made))
         parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
     return [unit_of(part, source, data) for part in parts]
+
+
+def made_digest(path: str) -> str:
+    """The digest of rows that a stage made on an object store, as its manifest has it; empty for any other input."""
+    folder = folder_of(path)
+    if isinstance(folder, Path) or not folder.name.startswith("rows-"):
+        return ""
+    manifest = read_manifest(folder)
+    return str(manifest["files"][place_of(path).name]["sha256"]) if manifest is not None else ""
+
+
+def folder_of(path: str) -> Place:
+    """Where an input lies: the folder of a stage, for rows that a function made."""
+    scheme = path.partition("://")[0]
+    return place_of(path).parent if scheme in EXTRAS else Path(path).parent
 
 
 def num_writers(units: list[Unit], num_cpus: int) -> int:
@@ -238,7 +253,7 @@ def num_writers(units: list[Unit], num_cpus: int) -> int:
 
 def input_digest(unit: Unit) -> str:
     """What identifies a unit's rows: its file's content, and which rows of it."""
-    key = content_key(unit.path)
+    key = made_digest(unit.path) or content_key(unit.path)
     return key if unit.first == 0 and unit.last is None else f"{key}[{unit.first}:{unit.last}]"
 
 

@@ -20,7 +20,7 @@ from rayalign.errors import Failed, UserError, first_line
 from rayalign.paths import expanded
 from rayalign.placement import Node
 from rayalign.runtime.vital import Vital, newest_logs
-from rayalign.storage.place import ObjectPath, Place, place_of
+from rayalign.storage.place import ObjectPath, Place, place_of, refuse_unwritable
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -272,18 +272,6 @@ def refuse_private(folder: Path, nodes: Sequence[Node]) -> None:
         raise UserError(
             f"storage_path: {folder} is not the same folder on every node ({', '.join(blind)} cannot see it): use a "
             f"shared file system, such as a mounted volume, and name it in storage_path or {STORAGE_VARIABLE}"
-        )
-
-
-def refuse_unwritable(place: ObjectPath) -> None:
-    """Raise UserError where an object store does not take what is written to ``place``, or not exclusively."""
-    probe = place / f".probe-{uuid.uuid4().hex}"
-    created = [probe.create(b"first"), probe.create(b"second")]
-    probe.unlink()
-    if created != [True, False]:
-        raise UserError(
-            f"storage_path: {place}: this store creates an object that exists (it ignores If-None-Match), so that two "
-            "processes could hold one lease: use a store that honours conditional writes"
         )
 
 

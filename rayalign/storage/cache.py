@@ -1,6 +1,6 @@
 """A node's own copies of what lies on an object store, and folders to write in before something is sent there.
 
-A copy is named by the digest of its content, so it never is out of date; all processes of a node share it, and one of
+A copy is named by the digest of its content, so it never is out of date. All processes of a node share it, and one of
 them fetches it. What was used longest ago goes when there is no room. ``$RAYALIGN_CACHE`` is the folder,
 ``~/.cache/rayalign`` where that is not set, and ``$RAYALIGN_CACHE_GB`` bounds it. What lies on a disk is not copied.
 """
@@ -39,7 +39,7 @@ from rayalign.storage.place import ObjectPath, Place
 ROOT_VARIABLE, LIMIT_VARIABLE = "RAYALIGN_CACHE", "RAYALIGN_CACHE_GB"
 DEFAULT_ROOT, DEFAULT_GB = "~/.cache/rayalign", 100.0
 RECENT_SECONDS = 600.0
-"""What was used so recently stays, even where the cache is too large: whoever asked for it may be about to open it."""
+"""What was used so recently stays, even where the cache is too large: it may be about to be opened."""
 STALE_SECONDS = 86400.0
 """What a process that died has left is removed when it is so old."""
 PARTIAL = ".partial-"
@@ -110,7 +110,7 @@ class Cache:
                 remove_any(path)
 
     def _evict(self, lock: Path) -> bool:
-        """Whether a copy that nobody uses was removed."""
+        """Whether a copy that no process uses was removed."""
         with contextlib.suppress(OSError), lock.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_current(file, lock.stem):

@@ -1,8 +1,8 @@
 """One writer per directory: a lease that a living owner renews and that a dead one's successor takes over.
 
 Claims are numbered files, ``.lease-000017``, each created by one process alone: ``O_EXCL`` on a disk, a conditional PUT
-on an object store. The highest number owns the directory. A number that was ever taken over from a silent owner is
-never used again, so that such an owner finds a higher one when it wakes up.
+on an object store. The highest number owns the directory. A number that was
+taken over from a silent owner is never used again. So such an owner finds a higher one when it wakes up.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Lease:
                     write_whole(self.path, self.content())
 
     def release(self) -> None:
-        """Leave the directory to others; nothing remains of a first claim, for it was taken over from no one."""
+        """Leave the directory to others; nothing remains of a first claim, for it was not taken over from another."""
         found = newest(self.directory)
         if found is None or found.owner.get("token") != self.token:
             return
@@ -224,7 +224,7 @@ def holder(directory: Place) -> str:
 
 
 def silent_seconds(directory: Place) -> float | None:
-    """Since when the owner has not renewed its claim, by this machine's clock; None where nobody has one."""
+    """Since when the owner has not renewed its claim, by this machine's clock; None where there is none."""
     found = newest(directory)
     return None if found is None or found.ended else time.time() - found.renewed
 

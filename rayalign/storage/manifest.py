@@ -1,7 +1,7 @@
 """A directory that is either whole or does not count: its manifest is the commit.
 
-Every file is written and flushed first; then ``MANIFEST.json`` with their sizes and SHA-256 digests, and a digest of
-itself, appears in one rename, or on an object store in one PUT.
+Every file is written and flushed first. Then ``MANIFEST.json`` appears, in one rename, or on an object store in one
+PUT. It has the sizes and SHA-256 digests of the files, and a digest of itself.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def commit(
         passing: files that are about to be removed, and do not belong to the content.
 
     Raises:
-        TornDirectory: an object has another size than those say who sent it.
+        TornDirectory: an object has another size than its sender says.
     """
     if isinstance(directory, ObjectPath):
         files = facts_of_objects(directory, known or {}, passing)
@@ -93,7 +93,7 @@ def facts_of_files(directory: Path, known: Mapping[str, FileFacts], passing: Col
 def facts_of_objects(
     directory: ObjectPath, known: Mapping[str, FileFacts], passing: Collection[str]
 ) -> dict[str, FileFacts]:
-    """What those say of the objects who sent them; only what no one speaks for is read."""
+    """What their senders say of the objects; only an object without such words is read."""
     there = directory.objects()
     said: dict[str, FileFacts] = {}
     for name in sorted((name for name in there if name.startswith(SENT)), key=lambda name: there[name].st_mtime):

@@ -1,8 +1,8 @@
 """Where durable things lie: a folder of a file system, or a prefix of an object store.
 
 A :data:`Place` is a ``pathlib.Path``, or an :class:`ObjectPath` that has the same few methods. An object store has no
-folders, no rename and no append: an object appears whole with one PUT, and that PUT is the commit there as the rename
-is on a disk. ``file://`` names a folder that is used just so, such as a bucket that is mounted.
+folders, no rename and no append. An object appears whole with one PUT, which is the commit there as the rename is on a
+disk. ``file://`` names a folder that is used just so, such as a bucket that is mounted.
 
 Nothing is cached: what another process wrote is seen at once. A store that answers slowly, or asks to be asked less,
 is asked again, with a message.
@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gs": {"use_listings_cache": False},
     "file": {},
 }
-"""No listing is remembered. What fails is asked again here, where that is told, and not by botocore."""
+"""No listing is remembered. What fails is asked again here, where that is logged, and not by botocore."""
 RETRY_SECONDS = 120.0
 """For so long a store may fail before that is an error."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
@@ -167,7 +167,7 @@ class ObjectPath:
     def create(self, data: bytes) -> bool:
         """Make this object hold ``data`` unless it exists; of several that try, one succeeds.
 
-        ``data`` is told apart from what others would write: after a lost answer it says who created the object.
+        ``data`` differs from what others would write: after a lost answer it says which of them created the object.
         """
         if self.scheme == "file":
             return create_file(Path(self.path), data)
@@ -253,6 +253,18 @@ def place_of(text: str | Path | ObjectPath, *, field: str = "path") -> Place:
     if importlib.util.find_spec(package) is None:
         raise MissingExtra(package, extra)
     return ObjectPath(scheme, path)
+
+
+def refuse_unwritable(place: ObjectPath) -> None:
+    """Raise UserError where an object store does not take what is written to ``place``, or not exclusively."""
+    probe = place / f".probe-{uuid.uuid4().hex}"
+    created = [probe.create(b"first"), probe.create(b"second")]
+    probe.unlink()
+    if created != [True, False]:
+        raise UserError(
+            f"storage_path: {place}: this store creates an object that exists (it ignores If-None-Match), so that two "
+            "processes could hold one lease: use a store that honours conditional writes"
+        )
 
 
 @functools.cache
