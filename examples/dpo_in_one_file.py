@@ -20,13 +20,14 @@ import torch
 from lab.world import pairs as lab_pairs
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
 from rayalign.data.records import RawRow, Row
 from rayalign.data.stream import Stream
 from rayalign.data.tokenize import Tokenized, rows_to_groups
-from rayalign.data.tokenize_rows import Unit, misfit, read_chunks
+from rayalign.data.tokenize_rows import Unit, read_chunks, why_unfit
 from rayalign.engine.model.forward import Policy
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.methods import dpo_loss
@@ -39,7 +40,7 @@ ROW_TOKENS = 512
 
 def main(args: argparse.Namespace) -> list[float]:
     """Train, save the model, and return the loss of every step."""
-    spec = ModelSpec(name=str(args.model), from_scratch=args.model == LAB_MODEL, seed=args.seed)
+    spec = ModelSpec(config=ModelConfig(name=str(args.model), from_scratch=args.model == LAB_MODEL), seed=args.seed)
     model, tokenizer = load_policy(spec)
     policy = Policy(model)
     chat = make_chat(tokenizer)
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> list[float]:
     settings = TokenBudget(max_prompt_tokens=args.max_tokens // 2, max_tokens=args.max_tokens)
     outcomes = rows_to_groups(read_rows(args), chat, settings)
     tokenized = [outcome for outcome in outcomes if isinstance(outcome, Tokenized)]
-    groups = [outcome.group for outcome in tokenized if not misfit(outcome.example, "pair")]
+    groups = [outcome.group for outcome in tokenized if not why_unfit(outcome.example, "pair")]
     print(f"{len(groups)} pairs; {len(outcomes) - len(groups)} rows cannot be used")
 
     # The policy before the first step is the reference: its log-probs are computed once and carried with the data.

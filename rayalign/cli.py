@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rayalign import __version__
 from rayalign.cli_export import exports
-from rayalign.errors import Failed, Stopped, UserError, blocked
+from rayalign.errors import Failed, Stopped, UserError, blocked_path_error
 from rayalign.storage.place import place_of
 
 app = typer.Typer(
@@ -46,12 +46,12 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        refuse(error)
+        exit_with_error(error)
     except OSError as error:
-        told = blocked(error)
+        told = blocked_path_error(error)
         if told is None:
             raise
-        refuse(told)
+        exit_with_error(told)
     except Failed as failed:
         Console(stderr=True).print(f"error: {failed}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(FAILURE)
@@ -67,7 +67,7 @@ def main() -> None:
         os._exit(INTERRUPTED)  # threads that still wait for Ray must not start it again
 
 
-def refuse(error: UserError) -> NoReturn:
+def exit_with_error(error: UserError) -> NoReturn:
     """Say what is wrong and end the process."""
     from rayalign.report.formatting import printable
 
@@ -292,13 +292,13 @@ def report(
 ) -> None:
     """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
     from rayalign.report.merge import merge_folders
-    from rayalign.report.points import load
-    from rayalign.report.render import render
+    from rayalign.report.points import load_comparison
+    from rayalign.report.render import render_report
 
     places = [place_of(directory) for directory in directories]
     target = place_of(out, field="--out") if out is not None else None
     if len(places) == 1:
-        print(render(load(places[0]), target or places[0]))
+        print(render_report(load_comparison(places[0]), target or places[0]))
         return
     merged, page = merge_folders(places, target)
     for left in merged.left_out:
@@ -312,9 +312,9 @@ app.add_typer(exports, name="export")
 @app.command()
 def status(directory: Annotated[str, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
     """Say how far each run below a folder is."""
-    from rayalign.report.status import table
+    from rayalign.report.status import status_table
 
-    Console().print(table(place_of(directory)))
+    Console().print(status_table(place_of(directory)))
 
 
 @artifacts.command("ls")

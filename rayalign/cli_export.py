@@ -35,10 +35,10 @@ def trl_pairs(
     model: Annotated[str | None, typer.Option(help="Whose tokens these are, where no run.json says so.")] = None,
 ) -> None:
     """Pairs with TRL's columns, which TRL tokenizes as they were: prompt, chosen, rejected, tools …"""
-    from rayalign.verbs.export_trl import told
+    from rayalign.verbs.export_trl import export_lines_of_trl
     from rayalign.verbs.export_trl import trl_pairs as run_export
 
-    for line in told(run_export(place_of(store), out, model=model), out):
+    for line in export_lines_of_trl(run_export(place_of(store), out, model=model), out):
         print(line)
 
 

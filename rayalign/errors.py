@@ -26,7 +26,7 @@ class UserError(ValueError):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restored, (type(self), self.args, vars(self))
+        return restore_user_error, (type(self), self.args, vars(self))
 
 
 class MissingExtra(UserError):
@@ -51,13 +51,13 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def restored(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str, Any]) -> UserError:
+def restore_user_error(kind: type[UserError], arguments: tuple[Any, ...], state: dict[str, Any]) -> UserError:
     error = kind.__new__(kind, *arguments)
     vars(error).update(state)
     return error
 
 
-def blocked(error: BaseException) -> UserError | None:
+def blocked_path_error(error: BaseException) -> UserError | None:
     """What to say where the file system refuses a path of the user's; None for every other error."""
     if not isinstance(error, OSError) or error.errno not in BLOCKED or error.filename is None:
         return None

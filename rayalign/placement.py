@@ -56,17 +56,17 @@ GUEST = 0.1
 """Share of a GPU that an actor reserves: a worker's part leaves room for one such, and for no second worker."""
 
 
-def host(each: Share) -> Share:
+def host_share(each: Share) -> Share:
     """The part of a training worker that shares its device with a rollout actor, in turns."""
     return replace(each, gpus=round((1 - GUEST) * each.gpus, 4))
 
 
-def guest(each: Share) -> Share:
+def guest_share(each: Share) -> Share:
     """The part of that actor: the worker's cores, which are idle then, and what is left of its GPU."""
     return replace(each, cpus=0.0, gpus=round(GUEST * each.gpus, 4))
 
 
-def share(machine: Machine, processes: int, *, workers: int = 1) -> Share:
+def even_share(machine: Machine, processes: int, *, workers: int = 1) -> Share:
     """Equal shares for ``processes`` that run at the same time, of which runs of ``workers`` train together.
 
     Everything fits, on fractions of a CPU or a GPU if it must, except that the workers of one run never share a GPU:
@@ -94,12 +94,12 @@ def elastic_share(machine: Machine, others: int, *, fewest: int, most: int) -> S
     more workers; the fewest must find room.
     """
     if fewest == most:
-        return share(machine, others + most, workers=most)
+        return even_share(machine, others + most, workers=most)
     with contextlib.suppress(UserError):
-        roomy = share(machine, others + most, workers=most)
+        roomy = even_share(machine, others + most, workers=most)
         if roomy.cpus >= 1 or roomy.gpus == 1:
             return roomy
-    least = share(machine, others + fewest, workers=max(2, fewest))
+    least = even_share(machine, others + fewest, workers=max(2, fewest))
     return least if least.gpus else replace(least, cpus=min(1.0, least.cpus), threads=1)
 
 
@@ -113,7 +113,7 @@ def gpu_share(nodes: Sequence[Node], processes: int, workers: int) -> Share:
         )
     # Rounding down keeps the shares of one GPU together at most 1.
     fraction = 1.0 if per_gpu == 1 else math.floor(100 / per_gpu) / 100
-    cpus = min(rounded(node.cpus / (int(node.gpus) * per_gpu)) for node in nodes)
+    cpus = min(round_cpus(node.cpus / (int(node.gpus) * per_gpu)) for node in nodes)
     return Share(cpus=cpus, gpus=fraction, threads=max(1, int(cpus)))
 
 
@@ -122,6 +122,6 @@ def num_fitting(cpus: Sequence[float], size: float) -> int:
     return sum(round(node * 10_000) // round(size * 10_000) for node in cpus)
 
 
-def rounded(cpus: float) -> float:
+def round_cpus(cpus: float) -> float:
     """Whole CPUs, or tenths of one."""
     return float(math.floor(cpus)) if cpus >= 1 else math.floor(cpus * 10) / 10

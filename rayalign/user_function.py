@@ -230,7 +230,7 @@ class Process:
         found = os.pread(self.trace, MOST_BYTES, 0).decode("utf-8", errors="replace")
         self.end()
         if code is None or found:
-            known = "; ".join(filter(None, (setting, where(found, self.main_thread))))
+            known = "; ".join(filter(None, (setting, where_thread_was(found, self.main_thread))))
             return f"did not return within {seconds:g} s" + (f" ({known})" if known else "")
         if code >= 0:
             return f"ended its process with exit code {code}"
@@ -238,11 +238,11 @@ class Process:
         return f"ended its process by {name}" + (" (as when memory runs out)" if name == "SIGKILL" else "")
 
 
-def where(trace: str, thread: int) -> str:
+def where_thread_was(trace: str, thread: int) -> str:
     """Where a thread was, by what faulthandler wrote; empty where that is not known."""
     for section in re.split(r"\n(?=Thread |Current thread )", "\n" + trace):
         if f"0x{thread:016x}" in section:
             frames = [(found["file"], int(found["line"]), found["name"]) for found in _FRAME.finditer(section)]
-            place = user_process.place(frames)
+            place = user_process.innermost_place(frames)
             return f"it was {place}" if place else ""
     return ""

@@ -43,7 +43,7 @@ def main(connection: int, trace: int) -> None:
     from rayalign.errors import UserError
     from rayalign.imports import load_function, refuse_lazy
 
-    with limited(first["start_seconds"], trace):
+    with time_limit(first["start_seconds"], trace):
         try:
             function = load_function(first["name"], *first["like"], **first["keywords"])
             refuse_lazy(first["name"], function)
@@ -51,12 +51,12 @@ def main(connection: int, trace: int) -> None:
         except UserError as error:
             function, answer = None, {"problem": str(error)}
         except BaseException as error:
-            answer = {"raised": told(error)}
+            answer = {"raised": exception_line(error)}
     send(link, answer)
     while function is not None:
         arguments = asked.get()
-        with limited(first["seconds"], trace):
-            answer = outcome(function, arguments, first["keywords"])
+        with time_limit(first["seconds"], trace):
+            answer = call_outcome(function, arguments, first["keywords"])
         send(link, answer)
 
 
@@ -77,7 +77,7 @@ def send(link: Connection, answer: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def limited(seconds: float, trace: int) -> Iterator[None]:
+def time_limit(seconds: float, trace: int) -> Iterator[None]:
     faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
     try:
         yield
@@ -85,23 +85,23 @@ def limited(seconds: float, trace: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def outcome(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+def call_outcome(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """What a call came to."""
     try:
         value = function(*arguments, **keywords)
         try:
-            return {"returned": plain(value), "shown": shown(value)}
+            return {"returned": to_json_value(value), "shown": safe_repr(value)}
         except NotPlain as kind:
-            return {"refused": str(kind), "shown": shown(value)}
+            return {"refused": str(kind), "shown": safe_repr(value)}
     except BaseException as error:
-        return {"raised": told(error)}
+        return {"raised": exception_line(error)}
 
 
 class NotPlain(Exception):
     """A value that is no number, text, None, or list of those."""
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """``value`` as JSON has it: numbers, arrays and tensors of any library become Python's own.
 
     Raises:
@@ -110,9 +110,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, list | tuple) and len(value) <= LONGEST:
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if hasattr(value, "tolist") and not isinstance(value, type):
-        return plain(value.tolist())
+        return to_json_value(value.tolist())
     if isinstance(value, Integral) and abs(int(value)) < 2**63:
         return int(value)
     if isinstance(value, Real | Decimal):
@@ -122,14 +122,14 @@ def plain(value: Any) -> Any:
     raise NotPlain(type(value).__name__)
 
 
-def shown(value: Any) -> str:
+def safe_repr(value: Any) -> str:
     try:
         return repr(value).encode("utf-8", errors="backslashreplace").decode()[:LONGEST]
     except Exception:  # of an integer with very many digits, say
         return f"a value of type {type(value).__name__}"
 
 
-def told(error: BaseException) -> str:
+def exception_line(error: BaseException) -> str:
     """An exception in one line: its type, its words, and where the user's code raised it."""
     if isinstance(error, SystemExit):
         said = f"called sys.exit({'' if error.code is None else repr(error.code)})"
@@ -139,7 +139,7 @@ def told(error: BaseException) -> str:
     here = Path(__file__).parent
     ours = (__file__, str(here / "imports.py"))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
-    where = place([(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)])
+    where = innermost_place([(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)])
     return f"{said} ({where})" if where else said
 
 
@@ -151,7 +151,7 @@ def words_of(error: BaseException) -> str:
         return ""
 
 
-def place(frames: Sequence[tuple[str, int, str]]) -> str:
+def innermost_place(frames: Sequence[tuple[str, int, str]]) -> str:
     """The innermost of (file, line, function) that is in no library, or of all; frames run outwards from there."""
     known = [frame for frame in frames if not frame[0].startswith("<frozen")]
     libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from examples.lab.in_process import Alone
-from rayalign.config.policy import LabelConfig
+from rayalign.config.candidates import Drawing, Labelling
+from rayalign.config.model import ModelConfig
+from rayalign.config.policy import LabelConfig, OnPolicyConfig, RolloutConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
@@ -35,9 +37,9 @@ from rayalign.placement import Share
 from rayalign.rollout.base import SamplingParams
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.client import RoundsClient
-from rayalign.rounds.columns import Preparation
+from rayalign.rounds.columns import RoundPreparation
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.service import RolloutJob, serving
+from rayalign.rounds.service import RolloutJob, serve_rounds
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import RoundStream, SourceSpec
 from rayalign.runtime.session import CPU_ROW_TOKENS
@@ -104,10 +106,10 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     """The engine's own loop on rounds of one step, drawn by this process."""
     loop.choose_layout = lambda model, *, device: layout
     (folder / "scores.py").write_text("def score(prompt, reply):\n    return float(len(reply) % 97)\n")
-    policy = ModelSpec(name=str(folder / "model"), dtype="float32")
+    policy = ModelSpec(config=ModelConfig(name=str(folder / "model"), dtype="float32"))
     method = resolve("grpo")
     config = method.config(kl_coef=KL, normalize="grpo")  # type: ignore[call-arg]
-    prepared = Preparation(method=method, config=config, key="prepared")
+    prepared = RoundPreparation(method=method, config=config, key="prepared")
     plan = RoundPlan(steps=steps, refresh_every=1, lag=0, groups_per_step=GROUPS)
     stream = RoundStream(
         name=MAIN_STREAM,
@@ -128,8 +130,9 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         engine="hf",
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=SAMPLES),
         keep_stored=False,
-        scorer=RuleScorerConfig(function=f"{folder / 'scores.py'}:score"),
-        label=LabelConfig(name="rewards"),
+        labelling=Labelling(
+            scorer=RuleScorerConfig(function=f"{folder / 'scores.py'}:score"), label=LabelConfig(name="rewards")
+        ),
         shape="group",
         needs_reference=True,
     )
@@ -140,8 +143,7 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
         most=1,
         least=1,
         share=Share(cpus=1, gpus=0, threads=torch.get_num_threads()),
-        takes_turns=False,
-        python=None,
+        drawing=Drawing(policy=OnPolicyConfig(), rollout=RolloutConfig(engine="hf"), labelling=chunks.labelling),
         max_bad_fraction=0.0,
         preparation=prepared,
     )
@@ -162,8 +164,8 @@ def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> R
     def make_batches(chosen: Layout, pad_id: int) -> StreamSource:
         return StreamSource(source, layout=chosen, pad_id=pad_id, rounds=rounds)
 
-    with serving(rollouts, Alone(), lambda line: None):
-        loop.train(
+    with serve_rounds(rollouts, Alone(), lambda line: None):
+        loop.train_policy(
             spec,
             make_batches,
             make_strategy("single", torch.device("cpu")),

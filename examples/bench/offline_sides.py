@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.loop import train
+from rayalign.engine.loop import train_policy
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.state import TrainSpec
@@ -57,7 +58,7 @@ def rayalign_reference(job: Mapping[str, Any]) -> dict[str, Any]:
     """Score the store and commit the columns, as the actors of the reference stage do."""
     store, columns = TokenStore.open(job["store"]), Path(job["columns"])
     spec = ScoringSpec(
-        model=ModelSpec(name=job["model"]),
+        model=ModelSpec(config=ModelConfig(name=job["model"])),
         tokens_per_micro_batch=job["tokens_per_micro_batch"],
         row_tokens=CPU_ROW_TOKENS,
     )
@@ -90,7 +91,7 @@ def training(job: Mapping[str, Any], directory: Path) -> tuple[TrainSpec, Source
     )
     spec = TrainSpec(
         directory=directory,
-        model=ModelSpec(name=job["model"]),
+        model=ModelSpec(config=ModelConfig(name=job["model"])),
         objectives=(Objective(stream=MAIN_STREAM, method=dpo, config=dpo.config(beta=BETA)),),  # type: ignore[call-arg]
         optim=OptimConfig(lr=LR, schedule="constant", max_grad_norm=MAX_GRAD_NORM, warmup=0),
         steps=job["steps"],
@@ -126,7 +127,7 @@ def rayalign_train(job: Mapping[str, Any]) -> dict[str, Any]:
             cpu.append(time.process_time())
             return StreamSource(source, layout=layout, pad_id=pad_id)
 
-        train(spec, make_batches, make_strategy("single", torch.device("cpu")), on_step=on_step)
+        train_policy(spec, make_batches, make_strategy("single", torch.device("cpu")), on_step=on_step)
     cells = round(sum(row["step_tokens"] / (1 - row["padding_share"]) for row in rows))
     return {
         "seconds": stamps[-1] - stamps[0],

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.candidates import Labelling
+from rayalign.config.model import ModelConfig
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.shard import write_shard
@@ -29,7 +31,7 @@ from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import make_sampler
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
-from rayalign.rounds.drawing import draw
+from rayalign.rounds.drawing import draw_chunks
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.runtime.pool import Pool
@@ -113,7 +115,7 @@ def write_job(root: Path, *, engine: str, prompts: int) -> Job:
     shard = write_shard(root / "prompts", "0", asked, prompts=texts)
     commit_store(root / "prompts", [shard], meta={})
     write_model(root / "model", tokenizer, TOKENIZER_VOCABULARY)
-    policy = ModelSpec(name=str(root / "model"), dtype="float32")
+    policy = ModelSpec(config=ModelConfig(name=str(root / "model"), dtype="float32"))
     stream = StoredStream(
         name="prompts",
         stores=(root / "prompts",),
@@ -130,8 +132,9 @@ def write_job(root: Path, *, engine: str, prompts: int) -> Job:
         engine=engine,
         sampling=SamplingParams(max_new_tokens=NEW_TOKENS, num_samples=8),
         keep_stored=False,
-        scorer=RuleScorerConfig(function="rayalign.judge.rule:no_score"),
-        label=LabelConfig(name="rewards"),
+        labelling=Labelling(
+            scorer=RuleScorerConfig(function="rayalign.judge.rule:no_score"), label=LabelConfig(name="rewards")
+        ),
         shape="group",
         needs_reference=False,
     )
@@ -184,7 +187,7 @@ def main() -> None:
 
 def drawn(job: Job, pool: Pool, directory: Path) -> int:
     """One round through the pool: completed, scored, labelled, written."""
-    reports = draw(
+    reports = draw_chunks(
         job.spec,
         range(job.prompts),
         directory,

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from transformers import LlamaConfig
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.data.group import Candidate, Group
 from rayalign.data.micro_batches import count_step
@@ -116,7 +116,9 @@ def worker(rank: int, room: Path, workers: int, spec: StrategyConfig, changes: d
     dist.init_process_group("gloo", init_method=f"file://{room}/meeting-point", rank=rank, world_size=workers)
     strategy = make_strategy(spec, torch.device("cpu"))
     imported = peak()
-    model, _ = strategy.load(ModelSpec(name=str(room.parent / "model"), from_scratch=True, **changes))
+    model, _ = strategy.load(
+        ModelSpec(config=ModelConfig(name=str(room.parent / "model"), from_scratch=True, **changes))
+    )
     module, optimizer = strategy.wrap(root_module(model, layout="packed"), OptimConfig(lr=1e-5))
     dpo = resolve("dpo")
     runner = Runner(

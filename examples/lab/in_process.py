@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from rayalign.comparison.prompts import tokenized
+from rayalign.comparison.prompts import tokenize_prompts
 from rayalign.config.candidates import Drawing
 from rayalign.config.data import DataSource
 from rayalign.config.run import RunConfig
@@ -21,14 +21,14 @@ from rayalign.data.group import Group
 from rayalign.data.records import RawRow
 from rayalign.data.rows import Layout
 from rayalign.data.schema import Example
-from rayalign.data.select import rows_file, scores_of, select, write_rows
+from rayalign.data.select import rows_file, scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import Shape, shaped
+from rayalign.data.tokenize_rows import Shape, shape_group
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.loop import train
+from rayalign.engine.loop import train_policy
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.state import TrainSpec
@@ -37,13 +37,13 @@ from rayalign.imports import load_object
 from rayalign.judge.measure import Prompt
 from rayalign.placement import Share
 from rayalign.remarks import Remarks
-from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport, ChunkSpec
+from rayalign.rounds.chunk import ChunkMaker, ChunkReport, ChunkSpec, PromptChunk
 from rayalign.rounds.client import client_of
-from rayalign.rounds.drawing import commit_drawn, draw
-from rayalign.rounds.service import RolloutJob, serving
+from rayalign.rounds.drawing import commit_drawn, draw_chunks
+from rayalign.rounds.service import RolloutJob, serve_rounds
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
-from rayalign.run.job import critic_spec, objectives
+from rayalign.run.job import make_critic_spec, objectives
 from rayalign.run.model import model_spec, stop_ids
 from rayalign.run.reference import LOG_PROBS
 from rayalign.run.rollouts import kept_candidates, preparation, round_plan, sampling
@@ -61,12 +61,12 @@ class Alone:
     def __init__(self) -> None:
         self.maker = ChunkMaker()
 
-    def call(self, item: tuple[ChunkSpec, Chunk], attempts: int = 1) -> ChunkReport:
+    def call(self, item: tuple[ChunkSpec, PromptChunk], attempts: int = 1) -> ChunkReport:
         report = self.maker(item)
         assert report is not None
         return report
 
-    def map(self, items: Iterable[tuple[ChunkSpec, Chunk]], rescue: object = None) -> Iterator[ChunkReport]:
+    def map(self, items: Iterable[tuple[ChunkSpec, PromptChunk]], rescue: object = None) -> Iterator[ChunkReport]:
         return map(self.call, items)
 
     def tell(self, item: Literal["rest"]) -> None:
@@ -110,7 +110,7 @@ class Workshop:
             objectives=objectives(run),
             optim=run.optim,
             steps=run.optim.steps,
-            critic=critic_spec(run) if method.critic is not None else None,
+            critic=make_critic_spec(run) if method.critic is not None else None,
             seed=run.seed,
             identity={"name": name},
             checkpoint=CheckpointConfig(every=run.optim.steps, keep=1),
@@ -125,11 +125,11 @@ class Workshop:
         def make_batches(layout: Layout, pad_id: int) -> StreamSource:
             return StreamSource(source, layout=layout, pad_id=pad_id, rounds=rounds)
 
-        with serving(rollouts, self.alone, print) if rollouts else contextlib.nullcontext():
+        with serve_rounds(rollouts, self.alone, print) if rollouts else contextlib.nullcontext():
             if spec.critic is not None:
                 assert rounds is not None  # a method with a critic draws rounds
-                return actor_critic.train(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
-            return train(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
+                return actor_critic.train_with_critic(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
+            return train_policy(spec, make_batches, make_strategy("single", CPU), rounds=rounds)
 
     def main_stream(
         self, run: RunConfig, shape: Shape, name: str, *, scored: bool
@@ -169,8 +169,7 @@ class Workshop:
                 most=1,
                 least=1,
                 share=Share(cpus=1, gpus=0, threads=1),
-                takes_turns=False,
-                python=None,
+                drawing=drawing,
                 max_bad_fraction=0.0,
                 preparation=None if with_critic else prepared,
             )
@@ -191,8 +190,7 @@ class Workshop:
             engine="hf",
             sampling=sampling(drawing.rollout, run),
             keep_stored=drawing.policy.keeps_stored,
-            scorer=drawing.labelling.scorer,
-            label=drawing.labelling.label,
+            labelling=drawing.labelling,
             shape=shape,
             needs_reference=scored,
         )
@@ -213,7 +211,7 @@ class Workshop:
         if asked not in self.stores:
             directory = self.folder / f"store_{len(self.stores)}"
             positions = range(len(TokenStore.open(chunks.prompts.stores[0])))
-            reports = draw(
+            reports = draw_chunks(
                 chunks,
                 positions,
                 directory,
@@ -256,9 +254,9 @@ class Workshop:
         """The likeliest pairs of a stream whose reference is the initial policy, at temperature 1."""
         [store], [[columns]] = stream.stores, stream.columns
         laid = TokenStore.open(store).with_columns(columns)
-        selection = select([scores_of(laid, column=LOG_PROBS, own_candidates=None)], quantile)
+        selection = select_best([scores_of(laid, column=LOG_PROBS, own_candidates=None)], quantile)
         directory = self.folder / f"{name}.filter"
-        write_rows(directory, selection)
+        write_selected_rows(directory, selection)
         commit(directory, {"threshold": selection.threshold})
         return replace(stream, kept=(rows_file(directory, 0),))
 
@@ -293,12 +291,14 @@ def groups_of(run: RunConfig, source: DataSource, shape: Shape) -> list[Group]:
     outcomes = to_groups(examples_of(source), chat, run.data)
     if bad := [outcome for outcome in outcomes if not isinstance(outcome, Tokenized)]:
         raise ValueError(f"the world made a row that cannot be used: {bad[0]}")
-    return [group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shaped(outcome.group, shape)]
+    return [
+        group for outcome in outcomes if isinstance(outcome, Tokenized) for group in shape_group(outcome.group, shape)
+    ]
 
 
 def prompts_of(run: RunConfig, source: DataSource) -> tuple[Prompt, ...]:
     """The prompts of a maker, as the model and as scorers read them."""
-    return tokenized([replace(example, candidates=(), columns={}) for example in examples_of(source)], run)
+    return tokenize_prompts([replace(example, candidates=(), columns={}) for example in examples_of(source)], run)
 
 
 def examples_of(source: DataSource) -> list[Example]:

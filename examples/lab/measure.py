@@ -25,11 +25,12 @@ from rayalign.config import load_compare
 from rayalign.config.compare import Comparison, started_from
 from rayalign.config.data import DataSource
 from rayalign.config.method import MethodChoice
+from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
-from rayalign.judge.measure import Prompt, make_scorers, measure
+from rayalign.judge.measure import Prompt, make_scorers, measure_policy
 from rayalign.rollout.base import SamplingParams
 from rayalign.run.model import stop_ids
 
@@ -122,11 +123,11 @@ class Measuring:
         self.tokenizer = load_tokenizer(Path(run.model.name))
 
     def points(self, cell: str, step: int, checkpoint: Path) -> list[Point]:
-        policy = FrozenModel(scoring_spec(self.run, ModelSpec(name=str(checkpoint))), CPU)
+        policy = FrozenModel(scoring_spec(self.run, ModelSpec(config=ModelConfig(name=str(checkpoint)))), CPU)
         return [self.point(cell, step, family, policy, prompts) for family, prompts in self.prompts.items()]
 
     def point(self, cell: str, step: int, family: str, policy: FrozenModel, prompts: tuple[Prompt, ...]) -> Point:
-        found = measure(policy, self.reference, prompts, self.sampling, self.scorers, tokenizer=self.tokenizer)
+        found = measure_policy(policy, self.reference, prompts, self.sampling, self.scorers, tokenizer=self.tokenizer)
         return Point(
             seed=self.run.seed,
             cell=cell,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import REFERENCE, EvaluateConfig
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
@@ -13,26 +13,25 @@ from rayalign.errors import UserError
 from rayalign.run.model import reference_spec
 
 
-def baseline_spec(run: RunConfig) -> ModelSpec | None:
+def baseline_spec(evaluated: EvaluatedRun) -> ModelSpec | None:
     """The policy that wins are counted against; None is the reference.
 
     Raises UserError where it is no model, or reads other tokens than the reference.
     """
-    assert run.evaluate is not None
-    directory = baseline_directory(run.evaluate)
+    directory = baseline_directory(evaluated.evaluate)
     if directory is None:
         return None
-    reference = reference_spec(run)
+    reference = reference_spec(evaluated.run)
     own, theirs = (
-        load_tokenizer(folder, trust_remote_code=reference.trust_remote_code).get_vocab()
-        for folder in (model_directory(reference.name, reference.revision), directory)
+        load_tokenizer(folder, trust_remote_code=reference.config.trust_remote_code).get_vocab()
+        for folder in (reference.directory(), directory)
     )
     if own != theirs:
         raise UserError(
-            f"evaluate.baseline: {run.evaluate.baseline} has another tokenizer than the reference; policies are "
+            f"evaluate.baseline: {evaluated.evaluate.baseline} has another tokenizer than the reference; policies are "
             "compared on the same prompt tokens"
         )
-    return replace(reference, name=str(directory), revision=None, from_scratch=False, seed=0)
+    return replace(reference.at(directory), seed=0)
 
 
 def baseline_directory(config: EvaluateConfig) -> Path | None:

@@ -75,7 +75,7 @@ class Budget:
             self.read_at = time.monotonic()
             for meter in self.meters.values():
                 meter.read()
-            self.exceeded = reached(self.limits, self.used())
+            self.exceeded = limit_reached(self.limits, self.used())
         return bool(self.exceeded)
 
     def used(self) -> Mapping[str, float]:
@@ -88,7 +88,7 @@ class Budget:
         }
 
 
-def reached(limits: BudgetConfig, used: Mapping[str, float]) -> str:
+def limit_reached(limits: BudgetConfig, used: Mapping[str, float]) -> str:
     """``tokens_trained: 1,024 of 1,000``, of the first limit that is reached; empty where none is."""
     for name, amount in used.items():
         limit = getattr(limits, name)

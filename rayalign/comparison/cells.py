@@ -13,16 +13,16 @@ from rayalign.comparison.evaluate import Evaluation, evaluated_checkpoints
 from rayalign.comparison.record import CellResult
 from rayalign.config.compare import Cell, started_from
 from rayalign.errors import Stopped, UserError
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.run.job import evaluation_steps, make_job
 from rayalign.run.stages import Stages
-from rayalign.run.train import announce, finished, run_job
+from rayalign.run.train import announce_run, is_finished, run_job
 from rayalign.runtime.trainer import Trainer
 from rayalign.storage.place import Place
 
 
 def prepare_cell(
-    cell: Cell, model: str | None, directory: Place, stages: Stages, processes: int, board: Board
+    cell: Cell, model: str | None, directory: Place, stages: Stages, processes: int, board: ProgressBoard
 ) -> CellResult:
     """The cell's job; stages that several cells share are made by the first.
 
@@ -33,16 +33,16 @@ def prepare_cell(
     unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
     try:
         job = make_job(run, directory / "cells" / cell.folder, stages, processes=processes, label=cell.id)
-        if not finished(job):
-            announce(run, job)
+        if not is_finished(job):
+            announce_run(run, job)
     except UserError as error:
         return failed_cell(unprepared, error, board)
     return replace(unprepared, job=job)
 
 
 @contextlib.contextmanager
-def training(
-    ready: Sequence[CellResult], parallel: int, board: Board, ending: Ending
+def train_cells(
+    ready: Sequence[CellResult], parallel: int, board: ProgressBoard, ending: Ending
 ) -> Iterator[list[Future[CellResult]]]:
     """The trained cells as they come while the block measures those before: ``parallel`` train at the same time.
 
@@ -73,12 +73,12 @@ def training(
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C cells that still train are not waited for
 
 
-def train_cell(ready: CellResult, trainer: Trainer, board: Board, ending: Ending) -> CellResult:
+def train_cell(ready: CellResult, trainer: Trainer, board: ProgressBoard, ending: Ending) -> CellResult:
     """Train one cell; its failure does not stop the others."""
     if ready.job is None:
         return ready
     try:
-        if ending.by_budget and not finished(ready.job):
+        if ending.by_budget and not is_finished(ready.job):
             return stopped_cell(ready, board)
         run_job(ready.run, ready.job, trainer, board)
     except UserError as error:
@@ -90,7 +90,7 @@ def train_cell(ready: CellResult, trainer: Trainer, board: Board, ending: Ending
     return ready
 
 
-def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> CellResult:
+def measure_cell(trained: CellResult, evaluation: Evaluation, board: ProgressBoard) -> CellResult:
     """Measure the checkpoints of a trained cell, or of one that was stopped as far as it came."""
     if trained.failure or trained.job is None:
         return trained
@@ -108,12 +108,12 @@ def measure_cell(trained: CellResult, evaluation: Evaluation, board: Board) -> C
     return replace(trained, points=points)
 
 
-def failed_cell(cell: CellResult, error: UserError, board: Board) -> CellResult:
+def failed_cell(cell: CellResult, error: UserError, board: ProgressBoard) -> CellResult:
     board.say(f"{cell.cell.id}: failed: {error}")
     return replace(cell, failure=str(error))
 
 
-def stopped_cell(cell: CellResult, board: Board) -> CellResult:
+def stopped_cell(cell: CellResult, board: ProgressBoard) -> CellResult:
     """A cell that the budget ended, or did not let begin."""
     assert cell.job is not None
     step = max(evaluated_checkpoints(cell.job.spec.directory), default=0)

@@ -14,22 +14,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayalign.comparison.budget import Budget, Ending
-from rayalign.comparison.cells import measure_cell, prepare_cell, training
+from rayalign.comparison.cells import measure_cell, prepare_cell, train_cells
 from rayalign.comparison.dry_run import dry_run as show_plan
 from rayalign.comparison.evaluate import Evaluation, refuse_broken_scorers
 from rayalign.comparison.plan import cells_at_once, processes_at_once
 from rayalign.comparison.record import CellResult, comparison_record
-from rayalign.comparison.tuning import Outcome, settle, trial_cells, trials_table, tune
+from rayalign.comparison.tuning import Outcome, settle_cells, trial_cells, trials_table, tune
 from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import redacted_setting
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.errors import Stopped, UserError
-from rayalign.report.points import save
-from rayalign.report.render import render
-from rayalign.run.display import Board
+from rayalign.report.points import save_comparison
+from rayalign.report.render import render_report
+from rayalign.run.display import ProgressBoard
 from rayalign.run.job import make_job
 from rayalign.run.readers import refuse_unusable_models
-from rayalign.run.resolve import resolve
+from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported, run_job
 from rayalign.runtime.gauges import Gauges
@@ -79,7 +79,6 @@ def compare(
         refuse_unsupported(run)
         refuse_unusable_models(run)
     evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
-    assert evaluated.evaluate is not None
     refuse_broken_scorers(evaluated.evaluate)
     for note in comparison.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -94,7 +93,7 @@ def compare(
         storage = session.storage(comparison.storage_path)
         directory = storage / comparison.name
         stack.enter_context(lease(directory))
-        board = stack.enter_context(Board(console, Gauges().set))
+        board = stack.enter_context(ProgressBoard(console, Gauges().set))
         session.vital.stop = stop = stack.enter_context(stopping())
         ending = Ending(stop, Budget(comparison.budget))
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
@@ -107,21 +106,21 @@ def compare(
         def train_trials(trials: Sequence[Cell]) -> Generator[CellResult]:
             folder = directory / "tuning"
             ready = [prepare_cell(cell, model, folder, stages, processes, board) for cell in trials]
-            count(ready, ending.budget)
-            with training(ready, parallel, board, ending) as trained:
+            count_usage(ready, ending.budget)
+            with train_cells(ready, parallel, board, ending) as trained:
                 yield from (whole_trial(cell.result(), ending.budget) for cell in trained)
 
-        measured = started_from(evaluated, model) if model else evaluated
+        measured = replace(evaluated, run=started_from(evaluated.run, model)) if model else evaluated
         outcomes: tuple[Outcome, ...] = ()
-        if comparison.tuning:
-            outcomes = tune(comparison, measured, stages, train_trials, board)
-        cells, lost = settle(cells, outcomes, board)
+        if comparison.tune is not None:
+            outcomes = tune(comparison, comparison.tune, measured, stages, train_trials, board)
+        cells, lost = settle_cells(cells, outcomes, board)
         ready = [lost.get(cell.id) or prepare_cell(cell, model, directory, stages, processes, board) for cell in cells]
-        jobs = count(ready, ending.budget)
+        jobs = count_usage(ready, ending.budget)
         if not jobs:
             raise UserError(f"no cell can be trained; {ready[0].cell.id}: {ready[0].failure}")
         board.say(f"{len(jobs)} cells, {parallel} at a time")
-        trained = stack.enter_context(training(ready, parallel, board, ending))
+        trained = stack.enter_context(train_cells(ready, parallel, board, ending))
         evaluation = Evaluation.start(measured, stages, share=jobs[0].share, actors=1)
         stack.callback(evaluation.close)
         reference, baseline = evaluation.points(None, directory), evaluation.baseline(directory)
@@ -136,8 +135,8 @@ def compare(
             started=started,
             command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
         )
-        save(record, directory)
-        board.say(f"report: {render(record, directory)}")
+        save_comparison(record, directory)
+        board.say(f"report: {render_report(record, directory)}")
         if not any(result.failure or result.stopped for result in results):
             session.vital.settle()
     refuse_unfinished(results, ending.budget)
@@ -159,7 +158,7 @@ def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
         raise UserError("\n".join(reasons))
 
 
-def common_evaluation(comparison: Comparison) -> RunConfig:
+def common_evaluation(comparison: Comparison) -> EvaluatedRun:
     """A run whose evaluation is every cell's; cells that are measured differently cannot be compared."""
     runs = [cell.run for cell in comparison.cells if cell.run is not None]
     first = runs[0]
@@ -182,7 +181,7 @@ def common_evaluation(comparison: Comparison) -> RunConfig:
             raise UserError(
                 f"{run.name}: model.from_scratch draws another reference for every seed; train it once as `initial`"
             )
-    return first
+    return EvaluatedRun(run=first, evaluate=first.evaluate)
 
 
 def cells_table(comparison: Comparison) -> Table:
@@ -199,7 +198,9 @@ def cells_table(comparison: Comparison) -> Table:
     return table
 
 
-def initial_model(comparison: Comparison, directory: Place, stages: Stages, board: Board, ending: Ending) -> str | None:
+def initial_model(
+    comparison: Comparison, directory: Place, stages: Stages, board: ProgressBoard, ending: Ending
+) -> str | None:
     """Train ``initial`` once for all cells; its final model's folder.
 
     Raises:
@@ -207,7 +208,7 @@ def initial_model(comparison: Comparison, directory: Place, stages: Stages, boar
     """
     if comparison.initial is None:
         return None
-    processes = resolve(comparison.initial, stages.session).processes
+    processes = resolve_run(comparison.initial, stages.session).processes
     job = make_job(comparison.initial, directory / "initial", stages, processes=processes, label="initial")
     ending.budget.add(job.spec.directory, job.share.devices)
     with Trainer(stop=ending) as trainer:
@@ -222,7 +223,7 @@ def initial_model(comparison: Comparison, directory: Place, stages: Stages, boar
             ) from stopped
 
 
-def count(ready: Sequence[CellResult], budget: Budget) -> list[TrainJob]:
+def count_usage(ready: Sequence[CellResult], budget: Budget) -> list[TrainJob]:
     """The jobs of what is ready; what they use is counted from here on."""
     jobs = [item.job for item in ready if item.job is not None]
     for job in jobs:

@@ -15,8 +15,8 @@ from rayalign.comparison.forecast import (
     NO_PILOT,
     PilotRun,
     StepTime,
-    estimate,
-    num_steps,
+    estimate_step_time,
+    planned_steps,
     read_pilot,
     steps_done,
     tokens_to_generate,
@@ -24,18 +24,18 @@ from rayalign.comparison.forecast import (
 )
 from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
 from rayalign.config.compare import Comparison
-from rayalign.config.run import RunConfig
-from rayalign.placement import Share, share
-from rayalign.run.resolve import resolve
+from rayalign.config.run import EvaluatedRun
+from rayalign.placement import Share, even_share
+from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages
-from rayalign.run.train import finished
+from rayalign.run.train import is_finished
 from rayalign.runtime.session import Session, preview
 
 SHOWN_CELLS = 3
 
 
 def dry_run(
-    comparison: Comparison, evaluated: RunConfig, *, fresh: frozenset[str], pilot: Path | None, console: Console
+    comparison: Comparison, evaluated: EvaluatedRun, *, fresh: frozenset[str], pilot: Path | None, console: Console
 ) -> None:
     """Print what the comparison would do; nothing is written, and no Ray is started.
 
@@ -48,7 +48,7 @@ def dry_run(
         planned = plan(comparison, evaluated, keeper, session)
         console.print(runs_table(comparison, planned, Stages(artifacts=keeper, session=session)))
         console.print(stages_table(planned, fresh))
-        console.print(summary(planned), highlight=False, soft_wrap=True)
+        console.print(plan_summary(planned), highlight=False, soft_wrap=True)
         if comparison.trial_runs:
             console.print(
                 f"tune: its {len(comparison.trial_runs)} runs are counted neither in stages nor in tokens and hours; a "
@@ -88,8 +88,8 @@ def runs_table(comparison: Comparison, planned: Planned, stages: Stages) -> Tabl
         if run.refused:
             table.add_row(*who, f"will fail, because {escape(run.refused)}")
             continue
-        counts = (num_steps(run), tokens_to_train(run), tokens_to_generate(run, stages))
-        table.add_row(*who, run_state(run), *map(counted, counts))
+        counts = (planned_steps(run), tokens_to_train(run), tokens_to_generate(run, stages))
+        table.add_row(*who, run_state(run), *map(count_or_remark, counts))
     return table
 
 
@@ -97,7 +97,7 @@ def run_state(run: PlannedRun) -> str:
     """How far a run is."""
     if run.tuned:
         return "by what tune picks"
-    if run.job is not None and finished(run.job):
+    if run.job is not None and is_finished(run.job):
         return "finished before"
     if run.job is None and (run.directory / "final").exists():
         return "trained before; that counts if its data come out the same"
@@ -113,18 +113,18 @@ def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:
     for column in ("stage", "for", "state"):
         table.add_column(column, no_wrap=column == "stage")
     for stage, users in planned.stages.items():
-        table.add_row(stage.label, listed(users, len(planned.runs)), stage_state(stage, planned, fresh))
+        table.add_row(stage.label, list_users(users, len(planned.runs)), stage_state(stage, planned, fresh))
     return table
 
 
-def listed(users: Sequence[str], runs: int) -> str:
+def list_users(users: Sequence[str], runs: int) -> str:
     """``dpo, ipo``; ``15 cells: dpo, ipo, …`` where there are many."""
     if len(users) <= SHOWN_CELLS:
         return ", ".join(users)
     return f"{len(users)}: {', '.join(users[:SHOWN_CELLS])}, …"
 
 
-def summary(planned: Planned) -> str:
+def plan_summary(planned: Planned) -> str:
     cells = sum(run.name != "initial" for run in planned.runs)
     shared = sum(len(users) > 1 for users in planned.stages.values())
     cached = sum(stage.made for stage in planned.stages)
@@ -145,9 +145,9 @@ def print_times(
     for run in planned.runs:
         if run.refused:
             continue
-        workers, each = placed(run, comparison, session)
-        found = estimate(run.run, pilots, workers=workers, threads=None if each.gpus else each.threads)
-        steps = num_steps(run)
+        workers, each = workers_and_share(run, comparison, session)
+        found = estimate_step_time(run.run, pilots, workers=workers, threads=None if each.gpus else each.threads)
+        steps = planned_steps(run)
         if found is None or isinstance(steps, str):
             unknown += 1
             table.add_row(run.name, *([NO_PILOT] if found is None else [f"{found.seconds_per_step:.3g}", str(steps)]))
@@ -160,7 +160,7 @@ def print_times(
         table.add_row(
             run.name, f"{found.seconds_per_step:.3g}", f"{left:,}", f"{hours:.2f}", f"{hours * devices:.2f}", *cost
         )
-        notes.update(dict.fromkeys(told(run, found)))
+        notes.update(dict.fromkeys(pilot_remarks(run, found)))
     cost = [f"{total * prices.device_hour:.2f}"] if prices is not None else []
     table.add_row(f"all but {unknown}" if unknown else "all", "", "", "", f"{total:.2f}", *cost)
     console.print(table)
@@ -172,20 +172,20 @@ def print_times(
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def placed(run: PlannedRun, comparison: Comparison, session: Session) -> tuple[int, Share]:
+def workers_and_share(run: PlannedRun, comparison: Comparison, session: Session) -> tuple[int, Share]:
     """(workers, what each of them gets)"""
     if run.job is not None:
         return run.job.workers, run.job.share
     cells = [cell for cell in comparison.cells if cell.run is not None]
-    workers = resolve(run.run, session).workers
-    return workers, share(session, processes_at_once(cells, session), workers=workers)
+    workers = resolve_run(run.run, session).workers
+    return workers, even_share(session, processes_at_once(cells, session), workers=workers)
 
 
-def told(run: PlannedRun, found: StepTime) -> list[str]:
+def pilot_remarks(run: PlannedRun, found: StepTime) -> list[str]:
     if not found.differences:
         return []
     return [f"{run.name}: the pilot is another run and may be slower or faster: {'; '.join(found.differences)}"]
 
 
-def counted(value: int | str) -> str:
+def count_or_remark(value: int | str) -> str:
     return f"{value:,}" if isinstance(value, int) else value

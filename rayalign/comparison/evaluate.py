@@ -17,7 +17,7 @@ from rayalign import __version__
 from rayalign.comparison.baseline import baseline_directory, baseline_spec
 from rayalign.comparison.prompts import prompt_sets
 from rayalign.config.load import load_run
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
 from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of, written
 from rayalign.engine.model.precision import EXACT
@@ -27,13 +27,13 @@ from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
 from rayalign.judge.evaluator import EvaluationSpec, Evaluator
 from rayalign.judge.measure import Answered, Measured, Table, make_scorers
-from rayalign.placement import Share, share
+from rayalign.placement import Share, even_share
 from rayalign.remarks import Remarks
-from rayalign.report.formatting import SHARE, interval, number
+from rayalign.report.formatting import SHARE, format_number, interval
 from rayalign.report.points import AnswerCounts, EvaluationPoint, Reply, Samples, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, estimate, is_rate, prompt_means, rate_estimate
+from rayalign.report.statistics import Bootstrap, Estimate, estimate_mean, is_rate, prompt_means, rate_estimate
 from rayalign.rollout.base import SamplingParams
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.run.identity import scorer_identity, spec_digest
 from rayalign.run.model import saved_precision, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_long_questions, refuse_unusable_models
@@ -71,17 +71,18 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
             f"{run.method.name} trains no policy that could be sampled; measure its model on held-out pairs: "
             f"rayalign evaluate {run.storage_path}/{run.name}/final --pairs test.jsonl"
         )
-    if run.evaluate is None:
+    evaluated = run.evaluated
+    if evaluated is None:
         raise UserError("evaluate: the configuration has no evaluate block; say which prompts and scorers")
-    refuse_broken_scorers(run.evaluate)
+    refuse_broken_scorers(evaluated.evaluate)
     refuse_unusable_models(run, draws=True)
-    with connect(import_paths=[folder]) as session, Board(console) as board:
+    with connect(import_paths=[folder]) as session, ProgressBoard(console) as board:
         directory = session.storage(run.storage_path) / run.name
         found = evaluated_checkpoints(directory)
         if not found:
             raise UserError(f"{directory} holds no checkpoint; train the run first: rayalign train {path or ''}")
         stages = Stages(artifacts=Artifacts(root=directory.parent / "artifacts", note=board.say), session=session)
-        with closing(Evaluation.start(run, stages, share=share(session, 1), actors=1)) as evaluation:
+        with closing(Evaluation.start(evaluated, stages, share=even_share(session, 1), actors=1)) as evaluation:
             baseline = evaluation.baseline(directory)
             rows = {"0": evaluation.points(None, directory)}
             if baseline is not None:
@@ -89,8 +90,8 @@ def evaluate(path: Path | None, overrides: list[str], *, console: Console) -> No
             for step, checkpoint in sorted(found.items()):
                 board.say(f"{run.name}: measuring step {step}")
                 rows[str(step)] = evaluation.points(checkpoint, directory)
-    console.print(points_table(run.evaluate, rows))
-    for sentence in answers_told(rows):
+    console.print(points_table(evaluated.evaluate, rows))
+    for sentence in answer_remarks(rows):
         console.print(sentence, markup=False, highlight=False)
 
 
@@ -107,13 +108,12 @@ class Evaluation:
     """What scorers and judge have remarked so far."""
 
     @classmethod
-    def start(cls, run: RunConfig, stages: Stages, *, share: Share, actors: int) -> Evaluation:
+    def start(cls, evaluated: EvaluatedRun, stages: Stages, *, share: Share, actors: int) -> Evaluation:
         """``actors`` processes that hold the reference."""
-        assert run.evaluate is not None
-        spec = evaluation_spec(run, stages)
+        spec = evaluation_spec(evaluated, stages)
         pool = Pool("evaluation", Evaluator, spec, share=share, most=actors)
         digest, note = evaluation_digest(spec), stages.artifacts.note
-        return cls(spec=spec, config=run.evaluate, digest=digest, evaluators=pool, note=note)
+        return cls(spec=spec, config=evaluated.evaluate, digest=digest, evaluators=pool, note=note)
 
     def points(self, checkpoint: Place | None, directory: Place) -> Points:
         """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``.
@@ -168,20 +168,20 @@ class Evaluation:
 
     @property
     def measured_by(self) -> dict[str, str]:
-        return measured_by(self.spec)
+        return instrument_digests(self.spec)
 
     def point(self, prompt_set: str, step: int, measured: Measured) -> EvaluationPoint:
-        scores = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.scorers}
-        diagnostics = {scorer.label: samples(measured.scores[scorer.label]) for scorer in self.config.diagnostics}
+        scores = {scorer.label: sample_rows(measured.scores[scorer.label]) for scorer in self.config.scorers}
+        diagnostics = {scorer.label: sample_rows(measured.scores[scorer.label]) for scorer in self.config.diagnostics}
         return EvaluationPoint(
             prompt_set=prompt_set,
             step=step,
             scores=scores,
-            kl={"kl_rb": samples(measured.kl_rb), "k1": samples(measured.k1)},
-            length=samples(measured.length),
-            finished=samples(measured.finished),
+            kl={"kl_rb": sample_rows(measured.kl_rb), "k1": sample_rows(measured.k1)},
+            length=sample_rows(measured.length),
+            finished=sample_rows(measured.finished),
             diagnostics=diagnostics,
-            verdicts=samples(measured.judged.values) if measured.judged is not None else None,
+            verdicts=sample_rows(measured.judged.values) if measured.judged is not None else None,
             answers=tuple(self._answers(measured)),
             replies=tuple(
                 Reply(prompt=prompt, sample=0, text=replies[0])
@@ -211,13 +211,13 @@ class Evaluation:
         self.evaluators.close()
 
 
-def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
+def evaluation_spec(evaluated: EvaluatedRun, stages: Stages) -> EvaluationSpec:
     """What ``evaluate`` says, with its files read. Policies are scored as they are sampled: untempered."""
-    assert run.evaluate is not None
-    sampling = run.evaluate.sampling
-    sets = prompt_sets(run, stages)
+    run, evaluate = evaluated.run, evaluated.evaluate
+    sampling = evaluate.sampling
+    sets = prompt_sets(evaluated, stages)
     for prompts in sets.values():
-        refuse_long_questions(prompts, run)
+        refuse_long_questions(prompts, evaluated)
     return EvaluationSpec(
         reference=replace(scoring_spec(run, stages.session), logit_temperature=1.0),
         prompt_sets=sets,
@@ -230,9 +230,9 @@ def evaluation_spec(run: RunConfig, stages: Stages) -> EvaluationSpec:
             seed=run.seed,
             stop_ids=stop_ids(run),
         ),
-        scorers=run.evaluate.all_scorers,
-        judge=run.evaluate.judge,
-        baseline=baseline_spec(run),
+        scorers=evaluate.all_scorers,
+        judge=evaluate.judge,
+        baseline=baseline_spec(evaluated),
     )
 
 
@@ -249,14 +249,14 @@ def too_many_missing(points: Points, limit: float) -> list[str]:
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
     """What a policy's numbers depend on beside it."""
-    return digest_of(measured_by(spec))
+    return digest_of(instrument_digests(spec))
 
 
-def measured_by(spec: EvaluationSpec) -> dict[str, str]:
+def instrument_digests(spec: EvaluationSpec) -> dict[str, str]:
     """Digests of prompts, scorers, judge, sampling, reference and baseline, and of how they are put to use."""
     saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
     return {
-        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.dtype, *saved]),
+        "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.config.dtype, *saved]),
         "prompts": digest_of(
             {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
         ),
@@ -293,7 +293,7 @@ def evaluated_points(directory: Place) -> dict[int, Points]:
     }
 
 
-def samples(table: Table) -> tuple[tuple[float, ...], ...]:
+def sample_rows(table: Table) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in table.tolist())
 
 
@@ -309,15 +309,15 @@ def points_table(config: EvaluateConfig, rows: Mapping[str, Points]) -> RichTabl
     for step, points in rows.items():
         for point in points:
             columns = {**point.scores, **point.diagnostics}
-            found = [estimated(columns[label], rate=label in shares) for label in labels]
-            found += [estimated(point.verdicts, rate=True)] if point.verdicts is not None else []
-            found += [estimated(value) for value in (point.kl["kl_rb"], point.kl["k1"], point.length)]
-            cut = number(1 - estimated(point.finished).mean, SHARE)
-            table.add_row(step, point.prompt_set, *map(with_interval, found), cut)
+            found = [estimate_samples(columns[label], rate=label in shares) for label in labels]
+            found += [estimate_samples(point.verdicts, rate=True)] if point.verdicts is not None else []
+            found += [estimate_samples(value) for value in (point.kl["kl_rb"], point.kl["k1"], point.length)]
+            cut = format_number(1 - estimate_samples(point.finished).mean, SHARE)
+            table.add_row(step, point.prompt_set, *map(number_with_interval, found), cut)
     return table
 
 
-def answers_told(rows: Mapping[str, Points]) -> Iterator[str]:
+def answer_remarks(rows: Mapping[str, Points]) -> Iterator[str]:
     """One sentence for everybody who was asked, at every step."""
     for step, points in rows.items():
         for point in points:
@@ -326,11 +326,11 @@ def answers_told(rows: Mapping[str, Points]) -> Iterator[str]:
                 yield f"step {step}, {point.prompt_set}: {found.role} {found.name}: {found.replies} replies, {counts}"
 
 
-def estimated(values: Samples, *, rate: bool = False) -> Estimate:
+def estimate_samples(values: Samples, *, rate: bool = False) -> Estimate:
     """Mean and interval over prompts; of a ``rate``, where its values are such, inside [0, 1]."""
     table = as_array(values)
-    return (rate_estimate if rate and is_rate(table) else estimate)(prompt_means(table), Bootstrap())
+    return (rate_estimate if rate and is_rate(table) else estimate_mean)(prompt_means(table), Bootstrap())
 
 
-def with_interval(found: Estimate) -> str:
-    return f"{number(found.mean)} {interval(found)}"
+def number_with_interval(found: Estimate) -> str:
+    return f"{format_number(found.mean)} {interval(found)}"

@@ -18,14 +18,14 @@ from rayalign.config.dump import diff
 from rayalign.config.run import RunConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
-from rayalign.report.status import facts_of, runs
+from rayalign.report.status import read_run_json, runs
 from rayalign.rounds.mixed import MixedGroups
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, StoredStream
 from rayalign.run.reads import shape_of
 from rayalign.run.rollouts import groups_per_epoch, round_plan
 from rayalign.run.stages import Stages
-from rayalign.run.train import finished
+from rayalign.run.train import is_finished
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.place import Place
 
@@ -49,7 +49,7 @@ DECIDES_SPEED = (
 """Settings, by their beginnings, that change how long a step takes."""
 
 
-def num_steps(planned: PlannedRun) -> int | str:
+def planned_steps(planned: PlannedRun) -> int | str:
     """Total of the whole run."""
     if planned.job is not None:
         return planned.job.spec.steps
@@ -60,7 +60,7 @@ def steps_done(planned: PlannedRun) -> int:
     """Steps that a run would not train again: those of its newest checkpoint, or all."""
     if planned.tuned:
         return 0
-    if planned.job is not None and not planned.refused and finished(planned.job):
+    if planned.job is not None and not planned.refused and is_finished(planned.job):
         return planned.job.spec.steps
     return max(evaluated_checkpoints(planned.directory), default=0)
 
@@ -76,7 +76,7 @@ def tokens_to_train(planned: PlannedRun) -> int | str:
 
 def stored_tokens(stream: AnyStream, job: TrainJob) -> int:
     """Tokens of every group that a run takes from a stream in which nothing is fresh."""
-    groups, total = opened(stream, job.source.seed), 0
+    groups, total = open_groups(stream, job.source.seed), 0
     packed: dict[tuple[int, int], int] = {}
     for step in range(job.spec.steps):
         for drawn in groups.of_step(step):
@@ -87,7 +87,7 @@ def stored_tokens(stream: AnyStream, job: TrainJob) -> int:
     return total
 
 
-def opened(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
+def open_groups(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
     if isinstance(stream, StoredStream):
         return StoredGroups(stream, seed)
     assert isinstance(stream, MixedStream) and not isinstance(stream.fresh, RoundStream)
@@ -102,7 +102,7 @@ def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
     per_prompt = drawing.rollout.samples * drawing.rollout.max_new_tokens
     every = drawing.policy.refresh_every
     if isinstance(every, int):
-        steps = num_steps(planned)
+        steps = planned_steps(planned)
         if isinstance(steps, str):
             return steps
         plan = round_plan(drawing, run, refresh_every=every, steps=steps)
@@ -142,7 +142,7 @@ def read_pilot(directory: Place) -> list[PilotRun]:
     """
     found = []
     for folder in runs(directory):
-        facts, rows = facts_of(folder / "run.json"), folder / "metrics.jsonl"
+        facts, rows = read_run_json(folder / "run.json"), folder / "metrics.jsonl"
         seconds = tuple(row["seconds"] for row in read_metrics(rows)) if rows.exists() else ()
         if not seconds or "configuration" not in facts:
             continue
@@ -167,17 +167,19 @@ def read_pilot(directory: Place) -> list[PilotRun]:
     return found
 
 
-def kind(run: RunConfig) -> tuple[str, str, bool]:
+def timing_kind(run: RunConfig) -> tuple[str, str, bool]:
     """What runs must have in common for the time of one to tell of the other's."""
     return shape_of(run.trained_method), run.data_policy.name, run.data_policy.draws_rounds
 
 
-def estimate(run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None) -> StepTime | None:
+def estimate_step_time(
+    run: RunConfig, pilots: Sequence[PilotRun], *, workers: int, threads: int | None
+) -> StepTime | None:
     """The median over all steps of those pilots of this kind that differ from the run in the fewest settings.
 
     ``threads`` is None where a GPU computes.
     """
-    alike = [pilot for pilot in pilots if kind(pilot.run) == kind(run)]
+    alike = [pilot for pilot in pilots if timing_kind(pilot.run) == timing_kind(run)]
     if not alike:
         return None
     found = {pilot.directory: slowing(pilot, run, workers=workers, threads=threads) for pilot in alike}

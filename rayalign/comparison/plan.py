@@ -14,13 +14,13 @@ from typing import Any
 from rayalign.config.candidates import Drawing
 from rayalign.config.compare import Cell, Comparison, started_from
 from rayalign.config.data import DataSource
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun, RunConfig
 from rayalign.errors import UserError
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.job import make_job
 from rayalign.run.reads import shape_of, with_format
-from rayalign.run.resolve import resolve
+from rayalign.run.resolve import resolve_run
 from rayalign.run.rollouts import (
     drawn_spec,
     preparation,
@@ -30,11 +30,11 @@ from rayalign.run.rollouts import (
 )
 from rayalign.run.stages import Stages
 from rayalign.run.streams import filter_stage
-from rayalign.run.train import finished
+from rayalign.run.train import is_finished
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.artifacts import PENDING, refuse_unknown, stage_key
-from rayalign.storage.lease import holder
+from rayalign.storage.lease import holder_in_words
 from rayalign.storage.manifest import MANIFEST
 from rayalign.storage.place import Place
 
@@ -54,7 +54,7 @@ class PlannedStage:
     @property
     def label(self) -> str:
         """As tables call it; a key that is not the final one has a question mark."""
-        return short(self.directory.name) + ("?" if self.waits_for else "")
+        return short_stage_name(self.directory.name) + ("?" if self.waits_for else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class Planned:
     """The initial run, where there is one, and every cell that is not skipped."""
 
 
-def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Session) -> Planned:
+def plan(comparison: Comparison, evaluated: EvaluatedRun, keeper: Plan, session: Session) -> Planned:
     """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
     stages = Stages(artifacts=keeper, session=session)
     directory = keeper.root.parent / comparison.name
@@ -127,9 +127,9 @@ def plan(comparison: Comparison, evaluated: RunConfig, keeper: Plan, session: Se
 
     model = None
     if comparison.initial is not None:
-        processes = resolve(comparison.initial, session).processes
+        processes = resolve_run(comparison.initial, session).processes
         initial = add("initial", comparison.initial, directory / "initial", processes)
-        if initial.job is not None and not initial.refused and finished(initial.job):
+        if initial.job is not None and not initial.refused and is_finished(initial.job):
             model = str(initial.directory / "final")
     cells = [cell for cell in comparison.cells if cell.run is not None]
     processes = processes_at_once(cells, session)
@@ -155,7 +155,7 @@ def plan_run(
         if all(keeper.stages[stage].made for stage in keeper.asked[first:]):
             job = make_job(run, directory, stages, processes=processes, label=name)
             if not tuned:
-                finished(job)
+                is_finished(job)
     except UserError as error:
         refused = str(error)
     found = tuple(keeper.stages[stage] for stage in dict.fromkeys(keeper.asked[first:]))
@@ -187,7 +187,7 @@ def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages
     if labelling is not None:
         prompts = [prompt_store(source, run, stages, draws=False) for source in sources]
         shape = shape_of(method)
-        specs = [stored_spec(labelling, run, unread([store], [1.0]), shape, stages) for store in prompts]
+        specs = [stored_spec(labelling, run, prompts_not_made([store], [1.0]), shape, stages) for store in prompts]
         stores = [rollout_stage(spec, run, stages) for spec in specs]
     else:
         stores = [stages.tokens(source, run, shape_of(method)) for source in sources]
@@ -201,7 +201,7 @@ def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages
 
 def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> None:
     """What is drawn once, before the first step."""
-    store = rollout_stage(once(drawing, run, prompts, stages), run, stages)
+    store = rollout_stage(drawn_once_chunks(drawing, run, prompts, stages), run, stages)
     columns = [stages.reference(store, run)] if run.needs_reference else []
     prepared = preparation(run)
     if prepared is not None:
@@ -211,15 +211,15 @@ def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Place], stages
 def drawn_once_spec(drawing: Drawing, run: RunConfig, stages: Stages) -> ChunkSpec:
     """How the completions that a run draws once are drawn."""
     prompts = [prompt_store(source, run, stages, draws=True) for source in drawing.prompts(run.data.train)]
-    return once(drawing, run, prompts, stages)
+    return drawn_once_chunks(drawing, run, prompts, stages)
 
 
-def once(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> ChunkSpec:
-    stream = unread(prompts, [source.weight for source in drawing.prompts(run.data.train)])
+def drawn_once_chunks(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> ChunkSpec:
+    stream = prompts_not_made(prompts, [source.weight for source in drawing.prompts(run.data.train)])
     return drawn_spec(drawing, run, stream, shape_of(run.trained_method), stages, needs_reference=False)
 
 
-def unread(prompts: list[Place], weights: list[float]) -> StoredStream:
+def prompts_not_made(prompts: list[Place], weights: list[float]) -> StoredStream:
     """Stores of prompts that may not be made yet, so that nothing of them is known."""
     return StoredStream(
         name="prompts",
@@ -231,24 +231,23 @@ def unread(prompts: list[Place], weights: list[float]) -> StoredStream:
     )
 
 
-def ask_for_prompts(run: RunConfig, stages: Stages) -> None:
+def ask_for_prompts(evaluated: EvaluatedRun, stages: Stages) -> None:
     """Prompts that an evaluation's own function makes."""
-    assert run.evaluate is not None
-    for source in run.evaluate.prompts or run.data.eval:
+    for source in evaluated.evaluate.prompts or evaluated.run.data.eval:
         if source.function is not None:
-            stages.rows(source)
+            stages.rows(source.function, source)
 
 
 def cells_at_once(cells: Sequence[Cell], session: Session) -> int:
     """As many cells as there are devices for: GPUs, of which one is the evaluator's, or CPU cores."""
-    workers = max(resolve(cell.run, session).workers for cell in cells if cell.run is not None)
+    workers = max(resolve_run(cell.run, session).workers for cell in cells if cell.run is not None)
     devices = session.num_gpus - 1 if session.num_gpus else session.num_cpus
     return max(1, min(len(cells), int(devices // workers)))
 
 
 def processes_at_once(cells: Sequence[Cell], session: Session) -> int:
     """Those of all cells that train at the same time, and the evaluator."""
-    most = max(resolve(cell.run, session).processes for cell in cells if cell.run is not None)
+    most = max(resolve_run(cell.run, session).processes for cell in cells if cell.run is not None)
     return cells_at_once(cells, session) * most + 1
 
 
@@ -260,7 +259,7 @@ def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) ->
         labels = {other.directory.name: other.label for other in planned.stages}
         names = [labels.get(name, f"the {name} run") for name in stage.waits_for]
         return f"to make; its key depends on {', '.join(names)}"
-    writer = holder(stage.directory)
+    writer = holder_in_words(stage.directory)
     if writer:
         return f"in progress: {writer.partition(' is being written by ')[2]}"
     if stage.name in fresh and (stage.directory / MANIFEST).exists():
@@ -268,7 +267,7 @@ def stage_state(stage: PlannedStage, planned: Planned, fresh: frozenset[str]) ->
     return "begun, to resume" if stage.directory.exists() else "to make"
 
 
-def short(name: str) -> str:
+def short_stage_name(name: str) -> str:
     """``tokens-1a2b3c4d`` of the folder of a stage."""
     stage, _, key = name.partition("-")
     return f"{stage}-{key[:SHOWN_KEY]}"

@@ -6,28 +6,28 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from rayalign.config.data import DataSource
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun, RunConfig
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.shared_prompt import prompt_text
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import parsed, read_chunks
+from rayalign.data.tokenize_rows import parse_unit_row, read_chunks
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.run.stages import Stages, source_units
 from rayalign.runtime.datasets import load_chat
 
 
-def prompt_sets(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
+def prompt_sets(evaluated: EvaluatedRun, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
     """Every set that ``evaluate`` names, or the prompts of ``data.eval``, by label."""
-    assert run.evaluate is not None
-    if not run.evaluate.prompts:
+    run, evaluate = evaluated.run, evaluated.evaluate
+    if not evaluate.prompts:
         examples = [example for source in run.data.eval for example in read_examples(source, run, stages)]
-        return {"eval": tokenized(examples, run)}
+        return {"eval": tokenize_prompts(examples, run)}
     # `data.format` is that of the rows that are trained on; prompts may come otherwise.
-    sources = [source.model_copy(update={"format": source.format or "auto"}) for source in run.evaluate.prompts]
-    sets = {source.label: tokenized(read_examples(source, run, stages), run) for source in sources}
-    if len(sets) < len(run.evaluate.prompts):
+    sources = [source.model_copy(update={"format": source.format or "auto"}) for source in evaluate.prompts]
+    sets = {source.label: tokenize_prompts(read_examples(source, run, stages), run) for source in sources}
+    if len(sets) < len(evaluate.prompts):
         raise UserError("evaluate.prompts: two sets have the same name; give each its own `name`")
     return sets
 
@@ -37,14 +37,14 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
     examples: dict[str, Example] = {}
     for unit in source_units(source, run.data, stages):
         for row in (row for chunk in read_chunks(unit) for row in chunk):
-            found = parsed(row, unit)
+            found = parse_unit_row(row, unit)
             if isinstance(found, BadRow):
                 raise UserError(f"evaluate.prompts: {found}")
             examples.setdefault(prompt_text(found.prompt), replace(found, candidates=(), columns={}))
     return list(examples.values())
 
 
-def tokenized(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
+def tokenize_prompts(examples: Iterable[Example], run: RunConfig) -> tuple[Prompt, ...]:
     """The prompts as training writes them."""
     chat = load_chat(run.model, run.data)
     examples = list(examples)

@@ -103,9 +103,9 @@ def comparison_record(
             kl_levels=comparison.report.kl_levels,
             curves=comparison.report.curves,
         ),
-        scorers=tuple(measure_of(scorer) for scorer in config.scorers),
-        diagnostics=tuple(measure_of(scorer) for scorer in config.diagnostics),
-        judge=judge_of(config.judge) if config.judge is not None else None,
+        scorers=tuple(scorer_measure(scorer) for scorer in config.scorers),
+        diagnostics=tuple(scorer_measure(scorer) for scorer in config.diagnostics),
+        judge=judge_measure(config.judge) if config.judge is not None else None,
         kl_estimators=KL_ESTIMATORS,
         prompt_sets=tuple(
             report.PromptSet(name=name, prompts=tuple(prompt.text for prompt in prompts))
@@ -170,7 +170,7 @@ def assumptions(comparison: Comparison) -> list[str]:
     return found
 
 
-def measure_of(scorer: ScorerConfig) -> report.Measure:
+def scorer_measure(scorer: ScorerConfig) -> report.Measure:
     return report.Measure(
         name=scorer.label,
         label=scorer.label.replace("_", " "),
@@ -179,7 +179,7 @@ def measure_of(scorer: ScorerConfig) -> report.Measure:
     )
 
 
-def judge_of(judge: ScorerConfig) -> report.Measure:
+def judge_measure(judge: ScorerConfig) -> report.Measure:
     """A judge as the report explains it."""
     if judge.name == "llm":
         how = (
@@ -189,7 +189,7 @@ def judge_of(judge: ScorerConfig) -> report.Measure:
     else:
         how = "As judge: the reply with the higher score wins, equal scores tie."
     own = getattr(judge, "description", "")
-    return measure_of(judge).model_copy(update={"unit": "", "description": f"{own} {how}".strip()})
+    return scorer_measure(judge).model_copy(update={"unit": "", "description": f"{own} {how}".strip()})
 
 
 def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.CellRecord:
@@ -206,8 +206,8 @@ def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.CellRec
         entry="" if result.stopped else entry,
         status=cell_status(result),
         reason=result.failure or result.stopped,
-        config_changes=changes(base, result.run),
-        cost=cost(result.job, rows) if result.job is not None and rows else Cost(),
+        config_changes=config_changes(base, result.run),
+        cost=cell_cost(result.job, rows) if result.job is not None and rows else Cost(),
         filter=filter_record(result.job),
         points=tuple(point for points in result.points for point in points),
         metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
@@ -236,19 +236,19 @@ def skipped_cell(cell: Cell, base: RunConfig) -> report.CellRecord:
     )
 
 
-def changes(base: RunConfig, run: RunConfig) -> tuple[report.ConfigChange, ...]:
+def config_changes(base: RunConfig, run: RunConfig) -> tuple[report.ConfigChange, ...]:
     return tuple(
-        report.ConfigChange(field=change.field, base=text(change.left), value=text(change.right))
+        report.ConfigChange(field=change.field, base=value_text(change.left), value=value_text(change.right))
         for change in diff(base, run)
         if change.field != "name"
     )
 
 
-def text(value: Any) -> str:
+def value_text(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> Cost:
+def cell_cost(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> Cost:
     """What training used: every label that a step saw, each counted once."""
     ledgers = drawn_ledgers(job, rows)
     return Cost(

@@ -18,10 +18,10 @@ from rayalign.comparison.evaluate import (
     evaluation_digest,
     evaluation_spec,
 )
-from rayalign.comparison.record import CellResult, cost, text
+from rayalign.comparison.record import CellResult, cell_cost, value_text
 from rayalign.config.compare import Cell, Comparison
 from rayalign.config.grid import slug
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import REFERENCE
 from rayalign.config.tune import Trial, TuneConfig, Tuning
 from rayalign.engine.metrics import read_metrics
@@ -30,7 +30,7 @@ from rayalign.judge.evaluator import EvaluationSpec, Evaluator
 from rayalign.report import trials
 from rayalign.report.points import EvaluationPoint, Samples, as_array
 from rayalign.report.statistics import half_of, prompt_means
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.run.job import evaluation_steps
 from rayalign.run.stages import Stages
 from rayalign.runtime.pool import Pool
@@ -107,7 +107,12 @@ def trial_cells(comparison: Comparison) -> list[Cell]:
 
 
 def tune(
-    comparison: Comparison, evaluated: RunConfig, stages: Stages, train: TrainAll, board: Board
+    comparison: Comparison,
+    config: TuneConfig,
+    evaluated: EvaluatedRun,
+    stages: Stages,
+    train: TrainAll,
+    board: ProgressBoard,
 ) -> tuple[Outcome, ...]:
     """Train and measure every trial and pick one per configuration. What was done before is found, not done again.
 
@@ -116,10 +121,10 @@ def tune(
     Raises:
         UserError: a half of the first prompt set is empty.
     """
-    assert comparison.tune is not None
-    spec = selecting_spec(evaluated, stages)
+    selecting = selecting_run(evaluated)
+    spec = selecting_spec(selecting, stages)
     cells = trial_cells(comparison)
-    seeds = len(comparison.tune.seeds)
+    seeds = len(config.seeds)
     board.say(f"tuning: {len(cells)} runs, {len(cells) // seeds} trials")
     measures: list[TrialResult] = []
     with ExitStack() as stack:
@@ -128,31 +133,30 @@ def tune(
         for result in trained:
             if evaluation is None and result.job is not None:
                 pool = Pool("tuning", Evaluator, spec, share=result.job.share, most=1)
-                config = selecting_run(evaluated).evaluate
-                assert config is not None
-                evaluation = Evaluation(spec=spec, config=config, digest=evaluation_digest(spec), evaluators=pool)
+                digest = evaluation_digest(spec)
+                evaluation = Evaluation(spec=spec, config=selecting.evaluate, digest=digest, evaluators=pool)
                 stack.callback(evaluation.close)
-            measures.append(measured(result, evaluation, board))
+            measures.append(measure_trial(result, evaluation, board))
     by_trial = iter([measures[index : index + seeds] for index in range(0, len(measures), seeds)])
     found = []
     for tuning in comparison.tuning:
-        outcome = pick(tuning, [next(by_trial) for _ in tuning.trials], comparison.tune, spec)
+        outcome = pick_trial(tuning, [next(by_trial) for _ in tuning.trials], config, spec)
         if tuning.trials:
             board.say(f"{tuning.id}: picked {outcome.picked.label if outcome.picked else 'none of its trials'}")
         found.append(outcome)
     return tuple(found)
 
 
-def selecting_run(evaluated: RunConfig) -> RunConfig:
+def selecting_run(evaluated: EvaluatedRun) -> EvaluatedRun:
     """Evaluated by the first scorer alone: a judge is not asked about trials."""
-    assert evaluated.evaluate is not None
     alone = {"scorers": evaluated.evaluate.scorers[:1], "diagnostics": (), "judge": None, "baseline": REFERENCE}
-    return evaluated.model_copy(update={"evaluate": evaluated.evaluate.model_copy(update=alone)})
+    config = evaluated.evaluate.model_copy(update=alone)
+    return EvaluatedRun(run=evaluated.run.model_copy(update={"evaluate": config}), evaluate=config)
 
 
-def selecting_spec(evaluated: RunConfig, stages: Stages) -> EvaluationSpec:
+def selecting_spec(selecting: EvaluatedRun, stages: Stages) -> EvaluationSpec:
     """On the *select* half of the first prompt set."""
-    spec = evaluation_spec(selecting_run(evaluated), stages)
+    spec = evaluation_spec(selecting, stages)
     name, prompts = next(iter(spec.prompt_sets.items()))
     half = tuple(prompt for prompt in prompts if half_of(prompt.text) == "select")
     if not half or len(half) == len(prompts):
@@ -163,7 +167,7 @@ def selecting_spec(evaluated: RunConfig, stages: Stages) -> EvaluationSpec:
     return replace(spec, prompt_sets={name: half})
 
 
-def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -> TrialResult:
+def measure_trial(trained: CellResult, evaluation: Evaluation | None, board: ProgressBoard) -> TrialResult:
     """Mean score and KL after the last evaluated step; a failure is told and kept."""
     if trained.failure or trained.job is None or evaluation is None:
         return TrialResult(trained=trained, failure=trained.failure)
@@ -174,7 +178,7 @@ def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -
     except UserError as error:
         board.say(f"{trained.cell.id}: failed: {error}")
         return TrialResult(trained=trained, failure=str(error))
-    score, kl = mean(next(iter(point.scores.values()))), leading_kl(point)
+    score, kl = mean_over_prompts(next(iter(point.scores.values()))), leading_kl(point)
     return TrialResult(
         trained=trained, step=step, score=score, kl=kl, failure="has no score" if math.isnan(score) else ""
     )
@@ -182,17 +186,20 @@ def measured(trained: CellResult, evaluation: Evaluation | None, board: Board) -
 
 def leading_kl(point: EvaluationPoint) -> float:
     """By the first estimator that has a value."""
-    return next((value for value in (mean(point.kl[name]) for name in MEASURED_KL) if not math.isnan(value)), math.nan)
+    return next(
+        (value for value in (mean_over_prompts(point.kl[name]) for name in MEASURED_KL) if not math.isnan(value)),
+        math.nan,
+    )
 
 
-def mean(samples: Samples) -> float:
+def mean_over_prompts(samples: Samples) -> float:
     """Over the prompts that have a value."""
     values = prompt_means(as_array(samples))
     present = values[~np.isnan(values)]
     return float(present.mean()) if len(present) else math.nan
 
 
-def pick(
+def pick_trial(
     tuning: Tuning, measures: Sequence[Sequence[TrialResult]], config: TuneConfig, spec: EvaluationSpec
 ) -> Outcome:
     """The trial of the highest mean score, of equal ones the first, among those that did not fail nor drift too far."""
@@ -226,7 +233,7 @@ def score_of(trial: trials.TrialRecord) -> float:
 def record_of(trial: Trial, found: Sequence[TrialResult], config: TuneConfig) -> trials.TrialRecord:
     """A trial fails with any of its runs; one that drifts too far has numbers, and a reason against it."""
     costs = [cost_of(measure.trained) for measure in found]
-    values = {key: text(value) for key, value in trial.values.items()}
+    values = {key: value_text(value) for key, value in trial.values.items()}
     used = trials.Cost(
         tokens_trained=sum(one.tokens_trained for one in costs),
         tokens_generated=sum(one.tokens_generated for one in costs),
@@ -257,11 +264,11 @@ def cost_of(trained: CellResult) -> trials.Cost:
     if trained.job is None or not (trained.job.spec.directory / "metrics.jsonl").exists():
         return trials.Cost()
     rows = read_metrics(trained.job.spec.directory / "metrics.jsonl")
-    return cost(trained.job, rows) if rows else trials.Cost()
+    return cell_cost(trained.job, rows) if rows else trials.Cost()
 
 
-def settle(
-    cells: Sequence[Cell], outcomes: Sequence[Outcome], board: Board
+def settle_cells(
+    cells: Sequence[Cell], outcomes: Sequence[Outcome], board: ProgressBoard
 ) -> tuple[list[Cell], Mapping[str, CellResult]]:
     """The cells with what was picked, and by id the results of those of which nothing could be."""
     by_cell = {cell: outcome for outcome in outcomes for cell in outcome.tuning.cells}

@@ -22,7 +22,7 @@ NAMED = ("method", "weighting", "data_policy", "label", "strategy")
 """Blocks of a run that are told by their name and have settings of one schema; a scorer's are its function's."""
 
 
-def renamed(block: str, before: Any, after: Any) -> Any:
+def carry_settings(block: str, before: Any, after: Any) -> Any:
     """``after``, a value of the block that says its name, with the settings of ``before`` that hold under it."""
     old, new = as_block(before), as_block(after)
     if block not in NAMED or old is None or new is None:
@@ -33,7 +33,7 @@ def renamed(block: str, before: Any, after: Any) -> Any:
 
 def carried(block: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``old`` that ``new`` does not set and that mean the same under its name."""
-    before, after = meanings(block, old["name"]), meanings(block, new["name"])
+    before, after = setting_meanings(block, old["name"]), setting_meanings(block, new["name"])
     return {
         key: value for key, value in old.items() if key not in new and key in after and before.get(key) == after[key]
     }
@@ -44,11 +44,11 @@ def not_carried(base: Any, methods: Iterable[str]) -> list[str]:
     block = as_block(base)
     if block is None:
         return []
-    before, names, found = meanings("method", block["name"]), list(dict.fromkeys(methods)), []
+    before, names, found = setting_meanings("method", block["name"]), list(dict.fromkeys(methods)), []
     for key in (key for key in block if key in before):
         holds, others = [], []
         for name in names:
-            after = meanings("method", name)
+            after = setting_meanings("method", name)
             if after.get(key) == before[key]:
                 holds.append(name)
             else:
@@ -66,7 +66,7 @@ def as_block(value: Any) -> Mapping[str, Any] | None:
     return value if isinstance(value, Mapping) and isinstance(value.get("name"), str) else None
 
 
-def meanings(block: str, name: str) -> dict[str, Meaning]:
+def setting_meanings(block: str, name: str) -> dict[str, Meaning]:
     """The settings of a block called ``name``; none where nothing has that name, which is told when it is read."""
     try:
         schema = schema_of(block, name)

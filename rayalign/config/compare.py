@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from rayalign.config.budget import BudgetConfig, PricesConfig
-from rayalign.config.carry import not_carried, renamed
-from rayalign.config.document import Document, credentials, override, read_document
+from rayalign.config.carry import carry_settings, not_carried
+from rayalign.config.document import Document, apply_overrides, credentials, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
 from rayalign.config.fields import Block
-from rayalign.config.grid import GridEntry, apply, read_axis
+from rayalign.config.grid import GridEntry, apply_entry, read_axis
 from rayalign.config.legality import blocks_without_use
 from rayalign.config.load import importable, parse_run
 from rayalign.config.run import Name, RunConfig
@@ -119,7 +119,7 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
     overrides = list(overrides)
     runs = ("base", "initial")
     own = [text for text in overrides if not text.startswith(tuple(f"{key}." for key in runs))]
-    document = override(read_document(path), own)
+    document = apply_overrides(read_document(path), own)
     if "grid" not in document.data and "method" in document.data:
         raise ConfigError([Problem(str(path), "", f"is a single run; start it with: rayalign train {path}")])
     given = [key for key in runs if document.data.get(key) is not None]
@@ -170,7 +170,7 @@ def expand(config: CompareConfig, *, base: Document, source: Document) -> list[C
     for entries in itertools.product(*axes):
         document = base
         for entry in entries:
-            document = apply(entry, document, source)
+            document = apply_entry(entry, document, source)
         document = _without_unused(document, base)
         kept.update(document.data)
         try:
@@ -197,7 +197,7 @@ def _run_document(document: Document, key: str, folder: Path, overrides: Iterabl
     if not mine:
         return part
     with importable(part.directory):
-        return override(part, mine, replaced=renamed)
+        return apply_overrides(part, mine, replaced=carry_settings)
 
 
 def _initial(config: CompareConfig, document: Document, base: Document) -> RunConfig:
@@ -257,4 +257,4 @@ def _with_initial_model(document: Document) -> Document:
     if document.get(("model", "name")) is not None:
         where = document.place(("model", "name")).where
         raise ConfigError([Problem(where, "model.name", "is the initial run's final model; remove it")])
-    return override(document, [f"model.name={INITIAL}"])
+    return apply_overrides(document, [f"model.name={INITIAL}"])

@@ -14,7 +14,7 @@ from rayalign.config.fields import (
     DataPath,
     FunctionName,
     TemplatePath,
-    listed,
+    as_list,
 )
 from rayalign.config.suffixes import data_suffix, file_name
 from rayalign.config.variables import Variables
@@ -103,9 +103,9 @@ class DataSource(Block):
     """A configuration of a dataset that has several, such as main; Hugging Face calls it ``name``."""
     data_dir: Annotated[str | None, BY_CONTENT] = None
     """A folder inside a dataset, such as harmless-base."""
-    data_files: Annotated[tuple[str, ...], BeforeValidator(listed), BY_CONTENT] = ()
+    data_files: Annotated[tuple[str, ...], BeforeValidator(as_list), BY_CONTENT] = ()
     """Files inside a dataset, globs allowed; they are one split, train."""
-    split: Annotated[tuple[str, ...] | None, BeforeValidator(listed), BY_CONTENT] = None
+    split: Annotated[tuple[str, ...] | None, BeforeValidator(as_list), BY_CONTENT] = None
     """A split of a dataset, several, or slices such as ``train[:10%]``; null: train."""
     revision: Annotated[str | None, BY_CONTENT] = None
     """Commit, tag or branch of a dataset on the Hub; null: the newest commit, which is recorded."""
@@ -149,7 +149,7 @@ class DataSource(Block):
 
 
 Source = Annotated[DataSource, BeforeValidator(_source)]
-Sources = Annotated[tuple[Source, ...], BeforeValidator(listed)]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(as_list)]
 
 
 class TokenBudget(Block):
@@ -194,7 +194,7 @@ class RowsConfig(Block):
     """What templates write that ask for today's date, so that a row has the same tokens every day."""
     system: Annotated[str | None, BY_CONTENT] = None
     """Stands before every conversation that has no system turn; a text becomes a conversation by it."""
-    stop: Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)] = ("auto",)
+    stop: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] = ("auto",)
     """The token that ends a response, or a list: the first is what training appends, samples stop at all of them.
 
     auto: what ends a turn in the template. Samples also stop at the tokenizer's own end token, and at those that the

@@ -169,7 +169,7 @@ Replace = Callable[[str, Any, Any], Any]
 """(block, its value before, the value given for it as a whole) → the value that it gets."""
 
 
-def override(
+def apply_overrides(
     document: Document, overrides: Iterable[str], *, replaced: Replace = lambda block, before, given: given
 ) -> Document:
     """``document`` with every ``optim.lr=1e-6`` applied; values are YAML.
@@ -288,18 +288,18 @@ def credentials(document: Document) -> list[Problem]:
     """A problem for every URI that opens what it names: by a password, a token or a signature. It is not repeated."""
     return [
         Problem(document.place(path).where, dotted(path), "a URI with a password; give credentials by the environment")
-        for path, value in leaves(document.data)
+        for path, value in document_leaves(document.data)
         if isinstance(value, str) and _CREDENTIALS.search(value)
     ]
 
 
-def leaves(value: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+def document_leaves(value: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """Path and value of everything that holds nothing further, empty blocks and lists included."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from leaves(item, (*path, key))
+            yield from document_leaves(item, (*path, key))
     elif isinstance(value, list) and value:
         for index, item in enumerate(value):
-            yield from leaves(item, (*path, index))
+            yield from document_leaves(item, (*path, index))
     else:
         yield path, value

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rayalign.config.document import leaves
+from rayalign.config.document import document_leaves
 from rayalign.config.errors import dotted
 from rayalign.config.run import RunConfig
 
@@ -47,7 +47,7 @@ def to_yaml(run: RunConfig) -> str:
 
 def diff(left: RunConfig, right: RunConfig) -> list[ChangedSetting]:
     """The fields in which two runs differ, in the order of the schema."""
-    mine, theirs = (dict(leaves(dump(run))) for run in (left, right))
+    mine, theirs = (dict(document_leaves(dump(run))) for run in (left, right))
     return [
         ChangedSetting(dotted(path), mine.get(path), theirs.get(path))
         for path in dict.fromkeys([*mine, *theirs])

@@ -100,15 +100,15 @@ def _lines(
         if isinstance(value, Mapping) and (close := _near(str(path[-1]), value, _fields_of(blocks))):
             yield path, f"{UNKNOWN}; did you mean {dotted((*path[:-1], close))}?"
             return
-        for own, said in foreign.answered(path, value):
+        for own, said in foreign.answers_within(path, value):
             said = said or _guess(own, document.get(own), blocks if own == path else (), model)
             yield own, f"{UNKNOWN}; {said}" if said else UNKNOWN
     elif (
         isinstance(value, Mapping)
         and detail["type"] == "string_type"
-        and any(said for _, said in foreign.answered(path, value))
+        and any(said for _, said in foreign.answers_within(path, value))
     ):
-        for own, said in foreign.answered(path, value):
+        for own, said in foreign.answers_within(path, value):
             yield own, f"{UNKNOWN}; {said}" if said else UNKNOWN
     else:
         yield path, _sentence(detail, path, text=document.place(path).text)
@@ -231,7 +231,7 @@ def _unknown_parameter(key: str, document: Document) -> str:
 
 def _renamed(key: str, method: str, fields: Mapping[str, FieldInfo]) -> str:
     """What to write instead of another trainer's parameter in ``method``; empty where it has none like it."""
-    ours = foreign.parameter(method, key)
+    ours = foreign.parameter_in_method(method, key)
     if " " in ours:
         return ours
     return f"did you mean method.{ours}?" if ours in fields else ""
@@ -244,7 +244,7 @@ def _near_parameter(key: str, value: object, fields: Mapping[str, FieldInfo]) ->
 
 def _not_a_parameter(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
     """What to write instead of a key that stands among a method's parameters and is none; empty where none fits."""
-    said = foreign.advice(("method", key), value) or _guess(("method", key), value, (), RunConfig)
+    said = foreign.foreign_advice(("method", key), value) or _guess(("method", key), value, (), RunConfig)
     of_method = said.removeprefix("did you mean method.").removesuffix("?")
     return "" if of_method != said.removesuffix("?") and of_method not in fields else said
 
@@ -269,7 +269,7 @@ def setting_meant(key: str, values: Sequence[Any]) -> str:
     value = values[0] if values else None
     if any(key in resolve_method(name).config.model_fields for name in METHODS):
         return f"method.{key}"
-    said = foreign.advice((key,), value) or _guess((key,), value, [RunConfig], RunConfig)
+    said = foreign.foreign_advice((key,), value) or _guess((key,), value, [RunConfig], RunConfig)
     return said.removeprefix("did you mean ").rstrip("?") if said.startswith("did you mean ") else ""
 
 

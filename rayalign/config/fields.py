@@ -62,12 +62,12 @@ class Block(BaseModel):
         return sorted(key for key in self.unused() if getattr(self, key) != fields[key].default)
 
 
-def named(value: object) -> object:
+def as_named(value: object) -> object:
     """``dpo`` is short for ``{name: dpo}``; a boolean is kept as a name, so that the error can explain it."""
     return {"name": value} if isinstance(value, str | bool) else value
 
 
-def listed(value: object) -> object:
+def as_list(value: object) -> object:
     """One value stands for a list of one."""
     return [value] if isinstance(value, str | dict) else value
 
@@ -165,13 +165,13 @@ def _parse_count(value: object) -> object:
     raise ValueError(f"{value!r} is neither a number, [smallest, largest] nor auto")
 
 
-def portable(value: str) -> str:
+def without_folder(value: str) -> str:
     """The last part of an absolute path; any other value as it is."""
     return Path(value).name if Path(value).is_absolute() else value
 
 
 def _dump_path(value: str, info: SerializationInfo) -> str:
-    return portable(value) if (info.context or {}).get("portable") else value
+    return without_folder(value) if (info.context or {}).get("portable") else value
 
 
 AS_PATH = PlainSerializer(_dump_path)

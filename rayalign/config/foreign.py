@@ -61,7 +61,7 @@ class Table:
 
 
 @cache
-def table() -> Table:
+def foreign_table() -> Table:
     """The table; read once."""
     text = resources.files("rayalign.config").joinpath("foreign.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(text)
@@ -86,10 +86,10 @@ def table() -> Table:
     )
 
 
-def advice(path: FieldPath, value: object) -> str | None:
+def foreign_advice(path: FieldPath, value: object) -> str | None:
     """What to write instead of another trainer's ``value`` at ``path``; None for a key that none of them has."""
     parts = parts_of(path)
-    answer = table().exact(parts) or table().matched(parts)
+    answer = foreign_table().exact(parts) or foreign_table().matched(parts)
     if answer is None or answer.ours == ".".join(parts):
         return None
     if answer.translates == "method":
@@ -99,16 +99,16 @@ def advice(path: FieldPath, value: object) -> str | None:
     return f"did you mean {answer.ours}?" if answer.ours else answer.say
 
 
-def answered(path: FieldPath, value: object) -> list[tuple[FieldPath, str | None]]:
+def answers_within(path: FieldPath, value: object) -> list[tuple[FieldPath, str | None]]:
     """(path, answer) of an unknown key, or of everything in it where it is a block without an answer of its own.
 
     An answer is None where no other trainer has the key.
     """
     children = list(_children(path, value))
-    if not children or table().exact(parts_of(path)) is not None:
-        return [(path, advice(path, value))]
-    found = [line for child, item in children for line in answered(child, item)]
-    return found if any(said is not None for _, said in found) else [(path, advice(path, value))]
+    if not children or foreign_table().exact(parts_of(path)) is not None:
+        return [(path, foreign_advice(path, value))]
+    found = [line for child, item in children for line in answers_within(child, item)]
+    return found if any(said is not None for _, said in found) else [(path, foreign_advice(path, value))]
 
 
 def _children(path: FieldPath, value: object) -> Iterator[tuple[FieldPath, Any]]:
@@ -129,11 +129,11 @@ def method_advice(value: object) -> str:
 
     names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     for name in map(str, names):
-        if name in table().unknown_methods:
+        if name in foreign_table().unknown_methods:
             return (
                 f"no method here is {name}; see docs/explanation/methods.md, or write one of your own (module:METHOD)"
             )
-        ours = table().methods.get(name, name if name in METHODS else "")
+        ours = foreign_table().methods.get(name, name if name in METHODS else "")
         if ours and len(names) == 1:
             return f"write method: {ours if ours.startswith('{') else f'{{name: {ours}}}'}"
     return f"the loss is the method: write method: {{name: …}}, one of {' | '.join(METHODS)}"
@@ -142,18 +142,18 @@ def method_advice(value: object) -> str:
 def track_advice(value: object) -> str:
     """How the trackers of another trainer are written here."""
     names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
-    if len(names) == 1 and names[0] in table().trackers:
-        return table().trackers[names[0]]
+    if len(names) == 1 and names[0] in foreign_table().trackers:
+        return foreign_table().trackers[names[0]]
     known = [name for name in names if name in ("tensorboard", "wandb")]
     return f"write track: [{', '.join(known)}]" + ("" if known == names else "; tensorboard and wandb are the trackers")
 
 
-def parameter(method: str, key: str) -> str:
+def parameter_in_method(method: str, key: str) -> str:
     """What a parameter of others is called in ``method``, or a sentence where its value is another; empty for none."""
-    usual = table().aliases.get(key.lower(), key.lower())
-    return table().parameters.get(method, {}).get(usual, usual if usual != key else "")
+    usual = foreign_table().aliases.get(key.lower(), key.lower())
+    return foreign_table().parameters.get(method, {}).get(usual, usual if usual != key else "")
 
 
 def block_advice(path: FieldPath) -> str:
     """What to write where others have a plain value for one of our blocks; empty where they have none."""
-    return table().blocks.get(dotted(path), "")
+    return foreign_table().blocks.get(dotted(path), "")

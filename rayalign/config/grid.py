@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayalign.config.carry import renamed
+from rayalign.config.carry import carry_settings
 from rayalign.config.document import Document, assign
 from rayalign.config.errors import ConfigError, FieldPath, Problem
 from rayalign.config.explain import setting_meant
@@ -77,7 +77,7 @@ def is_no_name(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("as", ""), bool | None)
 
 
-def apply(entry: GridEntry, run: Document, source: Document) -> Document:
+def apply_entry(entry: GridEntry, run: Document, source: Document) -> Document:
     """``run`` with the entry's changes; what the entry wrote keeps its place in ``source``.
 
     Raises:
@@ -119,7 +119,7 @@ def _merged(current: Any, value: Any, path: FieldPath) -> Any:
     So is every ``model``.
     """
     if not isinstance(value, Mapping) or ("name" in value and path != ("model",)):
-        return copy.deepcopy(renamed(str(path[0]), current, value) if len(path) == 1 else value)
+        return copy.deepcopy(carry_settings(str(path[0]), current, value) if len(path) == 1 else value)
     if isinstance(current, str):
         current = {"name": current}
     if not isinstance(current, Mapping):

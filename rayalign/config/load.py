@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rayalign.config.carry import renamed
-from rayalign.config.document import COMMAND_LINE, Document, Place, credentials, override, read_document
+from rayalign.config.carry import carry_settings
+from rayalign.config.document import COMMAND_LINE, Document, Place, apply_overrides, credentials, read_document
 from rayalign.config.errors import ConfigError, Problem
 from rayalign.config.explain import explain
 from rayalign.config.run import RunConfig
@@ -25,7 +25,7 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfi
     Raises:
         ConfigError: with every mistake found, one per line.
     """
-    document = overridden(path, overrides)
+    document = read_overridden(path, overrides)
     if "grid" in document.data:
         raise ConfigError([Problem(str(path), "", f"is a comparison; start it with: rayalign compare {path}")])
     leaked = credentials(document)
@@ -34,14 +34,14 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfi
     return parse_run(document)
 
 
-def overridden(path: str | Path | None, overrides: Iterable[str]) -> Document:
+def read_overridden(path: str | Path | None, overrides: Iterable[str]) -> Document:
     """The YAML at ``path``, or nothing, with the settings of the command line.
 
     A block that is named again keeps the settings that hold under its new name.
     """
     document = empty_document() if path is None else read_document(path)
     with importable(document.directory):
-        return override(document, overrides, replaced=renamed)
+        return apply_overrides(document, overrides, replaced=carry_settings)
 
 
 def parse_run(document: Document) -> RunConfig:

@@ -61,7 +61,7 @@ def resolve_method(name: str) -> Method:
     """
     from rayalign.methods import resolve
 
-    others, plain = foreign.table(), name.lower()
+    others, plain = foreign.foreign_table(), name.lower()
     if plain in others.methods:
         raise UserError(f"{name!r} is another project's name; write {others.methods[plain]}")
     if plain in others.unknown_methods:

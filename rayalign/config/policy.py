@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from rayalign.config.data import Source
-from rayalign.config.fields import AS_PATH, MAY_CHANGE, Block, Elastic, InterpreterPath, check_function, named
+from rayalign.config.fields import AS_PATH, MAY_CHANGE, Block, Elastic, InterpreterPath, as_named, check_function
 
 PAIR_RULES = ("best_worst", "wpo", "bradley_terry")
 LABEL_RULES = (*PAIR_RULES, "best", "rewards")
@@ -121,7 +121,7 @@ class HybridConfig(RoundsConfig):
 
 
 DataPolicyConfig = Annotated[
-    OffPolicyConfig | OnPolicyConfig | HybridConfig, Field(discriminator="name"), BeforeValidator(named)
+    OffPolicyConfig | OnPolicyConfig | HybridConfig, Field(discriminator="name"), BeforeValidator(as_named)
 ]
 
 

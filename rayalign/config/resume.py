@@ -38,9 +38,9 @@ def identity(run: RunConfig) -> Identity:
 
     Of paths only the last part is told: a job that is submitted again works in another copy of the folder.
     """
-    run = spelled_out(run)
+    run = with_defaults_spelled_out(run)
     found: dict[Any, dict[str, Any]] = {None: {}, BY_CONTENT: {}, MAY_CHANGE: {}}
-    for path, mark, value in sift(run, dump(run, portable=True)):
+    for path, mark, value in marked_settings(run, dump(run, portable=True)):
         block = found[mark]
         for part in path[:-1]:
             block = block.setdefault(str(part), {})
@@ -48,7 +48,7 @@ def identity(run: RunConfig) -> Identity:
     return Identity(decides=found[None], described=found[BY_CONTENT])
 
 
-def spelled_out(run: RunConfig) -> RunConfig:
+def with_defaults_spelled_out(run: RunConfig) -> RunConfig:
     """``run`` with the blocks that it leaves to their defaults, and without a label that its method does not ask."""
     record = run.method.record
     update: dict[str, Any] = {}
@@ -61,17 +61,19 @@ def spelled_out(run: RunConfig) -> RunConfig:
     return run.model_copy(update=update)
 
 
-def sift(value: Any, dumped: Any, path: FieldPath = (), mark: object = None) -> Iterator[tuple[FieldPath, object, Any]]:
+def marked_settings(
+    value: Any, dumped: Any, path: FieldPath = (), mark: object = None
+) -> Iterator[tuple[FieldPath, object, Any]]:
     """(path, mark, dumped value) of every setting of a block; ``dumped`` is the block as plain values."""
     if isinstance(value, BaseModel) and isinstance(dumped, Mapping):
         unused = value.unused() if isinstance(value, Block) else frozenset()
         for name, field in type(value).model_fields.items():
             if name in dumped and name not in unused:
                 own = mark or mark_of(field.metadata)
-                yield from sift(getattr(value, name), dumped[name], (*path, name), own)
+                yield from marked_settings(getattr(value, name), dumped[name], (*path, name), own)
     elif isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value):
         for index, (item, plain) in enumerate(zip(value, dumped, strict=True)):
-            yield from sift(item, plain, (*path, index), mark)
+            yield from marked_settings(item, plain, (*path, index), mark)
     else:
         yield path, mark, dumped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
@@ -9,7 +10,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rayalign.config.candidates import Drawing, Labelling
 from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
-from rayalign.config.fields import MAY_CHANGE, Block, listed, named
+from rayalign.config.fields import MAY_CHANGE, Block, as_list, as_named
 from rayalign.config.legality import violations
 from rayalign.config.method import MethodChoice
 from rayalign.config.model import ModelConfig
@@ -58,21 +59,21 @@ class RunConfig(Block):
     filter: FilterConfig | None = None
     method: MethodChoice
     """A method's name and its own parameters; ``module:RECORD`` is one of your own."""
-    weighting: Annotated[WeightingConfig | None, BeforeValidator(named)] = None
-    auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(listed)] = None
+    weighting: Annotated[WeightingConfig | None, BeforeValidator(as_named)] = None
+    auxiliary: Annotated[tuple[AuxiliaryConfig, ...] | None, BeforeValidator(as_list)] = None
     reference: ReferenceConfig = ReferenceConfig()
     data_policy: DataPolicyConfig = OffPolicyConfig()
     """Where candidates come from: stored rows, the policy itself, or both."""
     rollout: RolloutConfig | None = None
-    label: Annotated[LabelConfig | None, BeforeValidator(named)] = None
+    label: Annotated[LabelConfig | None, BeforeValidator(as_named)] = None
     scorer: ScorerConfig | None = None
     """What gives completions their rewards: a function, a reward model, or a language model that is asked."""
     critic: CriticConfig | None = None
     optim: OptimConfig = OptimConfig()
-    strategy: Annotated[StrategyConfig, BeforeValidator(named), MAY_CHANGE] = StrategyConfig()
+    strategy: Annotated[StrategyConfig, BeforeValidator(as_named), MAY_CHANGE] = StrategyConfig()
     evaluate: Annotated[EvaluateConfig | None, MAY_CHANGE] = None
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
-    track: Annotated[tuple[Track, ...], BeforeValidator(listed), MAY_CHANGE] = ("tensorboard",)
+    track: Annotated[tuple[Track, ...], BeforeValidator(as_list), MAY_CHANGE] = ("tensorboard",)
     """Where rows of metrics go beside metrics.jsonl; [] is nowhere."""
     resources: Annotated[Literal["auto"], MAY_CHANGE] = "auto"
     """auto: the processes share the cores and devices that Ray has."""
@@ -132,6 +133,11 @@ class RunConfig(Block):
         return Drawing(policy=self.data_policy, rollout=self.rollout, labelling=labelling)
 
     @property
+    def evaluated(self) -> EvaluatedRun | None:
+        """The run with what ``evaluate`` says; None where it is not evaluated."""
+        return EvaluatedRun(run=self, evaluate=self.evaluate) if self.evaluate is not None else None
+
+    @property
     def measures_loss(self) -> bool:
         """Whether ``data.eval`` has a loss; what is prepared of rounds, stored rows do not have."""
         return bool(self.data.eval) and self.method.record.round_prepare is None
@@ -153,3 +159,11 @@ class RunConfig(Block):
         if self.filter is not None:
             parts.append(f"filter {self.filter.policy_logp_quantile:g}")
         return " + ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedRun:
+    """A run whose policies are sampled and scored, and how."""
+
+    run: RunConfig
+    evaluate: EvaluateConfig

@@ -15,8 +15,8 @@ from rayalign.config.fields import (
     Block,
     FunctionName,
     ModelPath,
-    listed,
-    named,
+    as_list,
+    as_named,
     resolve_model,
 )
 
@@ -128,7 +128,7 @@ class LlmScorerConfig(Block):
 
 
 ScorerConfig = Annotated[
-    RuleScorerConfig | RewardModelScorerConfig | LlmScorerConfig, Field(discriminator="name"), BeforeValidator(named)
+    RuleScorerConfig | RewardModelScorerConfig | LlmScorerConfig, Field(discriminator="name"), BeforeValidator(as_named)
 ]
 
 
@@ -154,13 +154,13 @@ class EvaluateConfig(Block):
 
     every: int | None = Field(default=None, ge=1)
     """Steps; the last step is always evaluated."""
-    at: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(listed)] = ()
+    at: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_list)] = ()
     """These steps instead of ``every``."""
     prompts: Sources = ()
     """One prompt set per entry, the first leads the report; none: the prompts of data.eval."""
-    scorers: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
+    scorers: Annotated[tuple[ScorerConfig, ...], BeforeValidator(as_list)] = ()
     """Each gives every reply a number; the first leads the report."""
-    diagnostics: Annotated[tuple[ScorerConfig, ...], BeforeValidator(listed)] = ()
+    diagnostics: Annotated[tuple[ScorerConfig, ...], BeforeValidator(as_list)] = ()
     """Numbers shown beside the scores: shares of replies with a fault, say. No win is counted by them."""
     judge: ScorerConfig | None = None
     """Decides win, tie or loss of every sample against the baseline's with the same prompt and seed."""

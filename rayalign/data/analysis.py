@@ -83,14 +83,14 @@ class FileFindings:
     def add_text(self, example: Example, seen: Seen) -> None:
         """Count what the text of one good row shows."""
         self._describe(example)
-        answers = [plain(answer) for answer in example.candidates]
-        self._measure("prompt_characters", [len(plain(example.prompt))])
+        answers = [text_to_compare(answer) for answer in example.candidates]
+        self._measure("prompt_characters", [len(text_to_compare(example.prompt))])
         self._measure("response_characters", [len(answer) for answer in answers])
         self.counts["identical"] += len(answers) > 1 and len(set(answers)) < len(answers)
         self.counts["empty"] += any(not _says_something(answer) for answer in example.candidates)
         self.counts["in_eval"] += prompt_key(example) in seen.eval_prompts
-        ordered = _digest([plain(example.prompt), answers, list(example.columns.get("label", ()))])
-        earlier = seen.rows.setdefault(_digest([plain(example.prompt), sorted(answers)]), ordered)
+        ordered = _digest([text_to_compare(example.prompt), answers, list(example.columns.get("label", ()))])
+        earlier = seen.rows.setdefault(_digest([text_to_compare(example.prompt), sorted(answers)]), ordered)
         if earlier is not ordered:
             self.counts["duplicates" if earlier == ordered else "conflicts"] += 1
 
@@ -172,7 +172,7 @@ class FileFindings:
         self.lengths.setdefault(name, []).extend(values)
 
 
-def plain(text: str | Turns) -> str:
+def text_to_compare(text: str | Turns) -> str:
     """A text, or turns as one text that tells different turns apart."""
     return text if isinstance(text, str) else "\n".join(map(_turn, text))
 
@@ -186,7 +186,9 @@ def prompt_key(example: Example) -> bytes:
     """Equal for the same prompt as a text and as one user turn."""
     prompt = example.prompt
     alone = not isinstance(prompt, str) and len(prompt) == 1
-    return _digest((str(prompt[0]["content"]) if alone and not isinstance(prompt, str) else plain(prompt)).strip())
+    return _digest(
+        (str(prompt[0]["content"]) if alone and not isinstance(prompt, str) else text_to_compare(prompt)).strip()
+    )
 
 
 def _says_something(answer: str | Turns) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 
-from rayalign.data.json_rows import DECODER, checked
+from rayalign.data.json_rows import DECODER, check_row
 from rayalign.data.records import Row
 from rayalign.errors import UserError
 
@@ -27,7 +27,7 @@ def array_rows(chunks: Iterator[bytes], source: str, *, max_row_bytes: int) -> I
         if number > 1:
             text.skip(",", item=number)
         value, written = text.item(number, most=max_row_bytes)
-        yield checked(value, written, source=source, line=number)
+        yield check_row(value, written, source=source, line=number)
     text.skip("]")
     if text.peek():
         raise UserError(f"{source}: something stands after the end of the JSON array")

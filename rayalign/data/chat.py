@@ -14,7 +14,7 @@ from typing import Any
 
 from rayalign.data.files import open_binary
 from rayalign.data.marks import Marks
-from rayalign.data.render import Rendered, render
+from rayalign.data.render import Rendered, render_example
 from rayalign.data.said import Endings, Speaker
 from rayalign.data.schema import Example, RowProblem, user
 from rayalign.data.spelled import SHIELD, ControlTokens, control_tokens
@@ -73,7 +73,7 @@ class Chat:
         Raises:
             RowProblem: the template refuses its turns or leaves something out, or a text is rendered already.
         """
-        return render(example, self.speaker, self.marks, rendered=self.rendered, completed=completed)
+        return render_example(example, self.speaker, self.marks, rendered=self.rendered, completed=completed)
 
     def _encode_shielded(self, text: str) -> list[int]:
         """Token ids of a text in which words spell control tokens: only those that the template wrote are such."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from rayalign.data.files import open_binary, options
+from rayalign.data.files import file_system_options, open_binary
 from rayalign.errors import UserError, first_line
 from rayalign.storage.manifest import file_digest
 
@@ -36,7 +36,7 @@ def content_key(path: str) -> str:
     if "://" not in path:
         return _local_digest(path)
     try:
-        system, inside = fsspec.core.url_to_fs(path, **options(path))
+        system, inside = fsspec.core.url_to_fs(path, **file_system_options(path))
         if isinstance(system, LocalFileSystem):
             return _local_digest(inside)
         system.invalidate_cache()
@@ -44,7 +44,7 @@ def content_key(path: str) -> str:
     except Exception as error:  # whatever the library of this kind of address raises
         raise UserError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}") from error
     facts = {name: str(info[name]) for name in FACTS if info.get(name) is not None}
-    return _digest([plain(path), info.get("size"), facts]) if facts else _read_digest(path)
+    return _digest([without_query(path), info.get("size"), facts]) if facts else _read_digest(path)
 
 
 def _local_digest(path: str) -> str:
@@ -54,7 +54,7 @@ def _local_digest(path: str) -> str:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def plain(path: str) -> str:
+def without_query(path: str) -> str:
     """An address without its query, which may be signed."""
     return path.partition("?")[0]
 

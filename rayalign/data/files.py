@@ -47,7 +47,7 @@ def open_binary(path: str) -> Iterator[IO[bytes]]:
         UserError: there is no such file, or it cannot be reached.
     """
     with _telling(path):
-        stream = fsspec.open(path, "rb", **options(path)).open()
+        stream = fsspec.open(path, "rb", **file_system_options(path)).open()
     with _copied(stream, path) if is_web(path) else stream as opened:
         yield cast(IO[bytes], opened)
 
@@ -56,7 +56,7 @@ def is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
-def options(path: str) -> dict[str, Any]:
+def file_system_options(path: str) -> dict[str, Any]:
     """For the file system of a path."""
     if not is_web(path):
         return {}

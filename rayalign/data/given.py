@@ -19,7 +19,7 @@ def as_asked(example: Example) -> Example:
     return replace(example, prompt=turns, candidates=answers)
 
 
-def as_turns(example: Example) -> Example:
+def text_as_turns(example: Example) -> Example:
     """A text as what a user says, and texts after it as answers, unless they carry it on."""
     if not isinstance(example.prompt, str) or example.continues:
         return example
@@ -59,7 +59,7 @@ def _shielded_prompt(prompt: str | Turns, controls: ControlTokens) -> str | Turn
     return shield
 
 
-def shown(example: Example, controls: ControlTokens) -> Example:
+def restore_controls(example: Example, controls: ControlTokens) -> Example:
     """The words as they were."""
     return replace(example, prompt=controls.restore(example.prompt), candidates=controls.restore(example.candidates))
 

@@ -11,7 +11,7 @@ JSON_WHITESPACE = b" \t\r\n"
 DECODER = json.JSONDecoder(strict=False)
 
 
-def parsed(data: bytes, *, source: str, line: int, ended: bool = True) -> Row:
+def parse_json_row(data: bytes, *, source: str, line: int, ended: bool = True) -> Row:
     """A line that is not blank as a row; ``ended`` is False where the file stops without a line end."""
     try:
         text = data.decode("utf-8")
@@ -23,11 +23,11 @@ def parsed(data: bytes, *, source: str, line: int, ended: bool = True) -> Row:
     except ValueError as error:
         reason = f"not valid JSON: {error}" if ended else f"the file ends inside this line: {error}"
     else:
-        return checked(value, text, source=source, line=line)
+        return check_row(value, text, source=source, line=line)
     return BadRow(source=source, line=line, reason=reason, excerpt=excerpt_of(data))
 
 
-def checked(value: Any, written: str, *, source: str, line: int) -> Row:
+def check_row(value: Any, written: str, *, source: str, line: int) -> Row:
     """A value as a row, an object whose texts are text; ``written`` is how it stands in the file."""
     reason = ""
     if not isinstance(value, dict):

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from rayalign.data.arrays import array_rows
 from rayalign.data.files import is_web, open_raw, open_rows, suffix_of
-from rayalign.data.json_rows import JSON_WHITESPACE, parsed
+from rayalign.data.json_rows import JSON_WHITESPACE, parse_json_row
 from rayalign.data.records import BadRow, EmptyFile, Row, excerpt_of
 from rayalign.errors import UserError, first_line
 
@@ -152,7 +152,7 @@ def _rows(chunks: Iterator[bytes], byte_range: ByteRange, max_line_bytes: int) -
                 reason = f"the line has {size:,} bytes, more than the {max_line_bytes:,} that one row may have"
                 yield BadRow(source=source, line=number, reason=reason, excerpt=excerpt_of(data))
             elif data.strip(JSON_WHITESPACE):
-                yield parsed(data, source=source, line=number, ended=ended)
+                yield parse_json_row(data, source=source, line=number, ended=ended)
             number += 1
     except _BROKEN as error:
         yield _broken(source, number, error)

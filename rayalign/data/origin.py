@@ -45,7 +45,7 @@ class RowRange:
     last: int | None = None
 
 
-def find(origin: Origin) -> tuple[RowRange, ...]:
+def find_ranges(origin: Origin) -> tuple[RowRange, ...]:
     """The files that an entry names, in order.
 
     Raises:
@@ -59,7 +59,7 @@ def find(origin: Origin) -> tuple[RowRange, ...]:
 
 def _parts(origin: Origin) -> Iterator[Sequence[RowRange]]:
     if is_pattern(origin.path):
-        yield [RowRange(path=path) for path in matching(origin.path)]
+        yield [RowRange(path=path) for path in matching_files(origin.path)]
     elif is_file(origin.path):
         suffix_of(origin.path)
         yield [RowRange(path=origin.path)]
@@ -82,7 +82,7 @@ def is_file(path: str) -> bool:
     return Path(path).is_file() or (data_suffix(path) is not None and not Path(path).is_dir())
 
 
-def matching(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     """The files that match, in order; raises UserError where there is none."""
     if "://" in pattern:
         try:

@@ -10,23 +10,27 @@ import numpy as np
 from rayalign.data.group import Column, Group
 
 
-def places(rewards: Sequence[float] | Column) -> Column:
+def places_of_scores(rewards: Sequence[float] | Column) -> Column:
     """How many candidates have a higher reward."""
     values = np.asarray(rewards, dtype=np.float32)
     rank: Column = np.count_nonzero(values[None, :] > values[:, None], axis=1).astype(np.float32)
     return rank
 
 
-def ranked(group: Group, *, by_reward: bool) -> tuple[Group, ...]:
+def rank_group(group: Group, *, by_reward: bool) -> tuple[Group, ...]:
     """The group with its ``rank``; none where every place is the same, so that nothing is preferred.
 
     ``by_reward=False`` takes the places that the data gave, or else a stored pair: chosen before rejected, whatever
     scores stand beside them.
     """
     if by_reward:
-        rank = places(group.per_candidate["reward"])
+        rank = places_of_scores(group.per_candidate["reward"])
     else:
-        rank = places(-group.per_candidate["rank"]) if "rank" in group.per_candidate else np.array([0, 1], np.float32)
+        rank = (
+            places_of_scores(-group.per_candidate["rank"])
+            if "rank" in group.per_candidate
+            else np.array([0, 1], np.float32)
+        )
     if not rank.any():
         return ()
     return (replace(group, per_candidate={**group.per_candidate, "rank": rank}),)

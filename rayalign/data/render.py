@@ -12,11 +12,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from rayalign.data.given import as_asked, as_turns, begun_once, refuse_rendered, shielded, shown
+from rayalign.data.given import as_asked, begun_once, refuse_rendered, restore_controls, shielded, text_as_turns
 from rayalign.data.marks import Marks
 from rayalign.data.said import Speaker
 from rayalign.data.schema import Example, RowProblem
-from rayalign.data.spoken import Piece, pieces_of, shared, speak, to_last_trained
+from rayalign.data.spoken import Piece, pieces_of, shared_prompt_and_spans, speak, to_last_trained
 from rayalign.data.template import TemplateContext
 
 RULES: Mapping[str, str] = MappingProxyType(
@@ -35,7 +35,7 @@ RULES: Mapping[str, str] = MappingProxyType(
 """Where a row's text is not its conversation as the template writes it whole: told and counted."""
 
 
-class Written(NamedTuple):
+class WrittenCandidate(NamedTuple):
     """A candidate as text after the prompt."""
 
     pieces: tuple[Piece, ...]
@@ -50,14 +50,14 @@ class Rendered(NamedTuple):
     example: Example
     """What is trained on: the prompt of a single conversation reaches to the first answer that is predicted."""
     prompt: str
-    candidates: tuple[Written, ...]
+    candidates: tuple[WrittenCandidate, ...]
     raw: bool
     """Text without a template: the tokenizer's own beginning-of-sequence token goes in front."""
     rules: frozenset[str] = frozenset()
     """Names in :data:`RULES`."""
 
 
-def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, completed: bool) -> Rendered:
+def render_example(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, completed: bool) -> Rendered:
     """The texts of an example.
 
     ``rendered``: texts of rows are rendered already. ``completed``: fresh answers will follow the same prompt.
@@ -68,7 +68,7 @@ def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, 
     """
     controls = speaker.endings.controls
     asked = as_asked(example) if speaker.template.exists else example
-    given = as_turns(asked) if speaker.template.exists else asked
+    given = text_as_turns(asked) if speaker.template.exists else asked
     given = begun_once(given, controls.begin)
     rules = {"transcript"} if asked is not example else set()
     if not rendered:
@@ -82,7 +82,7 @@ def render(example: Example, speaker: Speaker, marks: Marks, *, rendered: bool, 
         found = _render_texts(given, speaker)
     else:
         found = _render_turns(given, speaker, marks, completed=completed)
-    trained_on = asked if found.example is given else shown(found.example, controls)
+    trained_on = asked if found.example is given else restore_controls(found.example, controls)
     return found._replace(example=trained_on, rules=found.rules | rules)
 
 
@@ -96,7 +96,7 @@ def _render_texts(example: Example, speaker: Speaker) -> Rendered:
         inside = next((end for end in (last, speaker.endings.run) if end and end in text.removesuffix(last)), None)
         if inside:
             raise RowProblem("", f"an answer holds the end token {inside!r} in its text")
-        written.append(Written((Piece(text, True, bool(last)),), finished))
+        written.append(WrittenCandidate((Piece(text, True, bool(last)),), finished))
     rules = frozenset[str]() if all(example.whether_finished) else frozenset({"unfinished"})
     return Rendered(example, example.prompt, tuple(written), True, rules)
 
@@ -117,7 +117,7 @@ def _render_turns(example: Example, speaker: Speaker, marks: Marks, *, completed
         own = speak(turns, first, context, speaker, opening=opening, finished=finished)
         rules = marks.check(turns, context, own.text, answered=True)
         spoken.append(own._replace(rules=own.rules | rules | ({"untrained"} if turns[-1] is not answer[-1] else set())))
-    prompt, spans = shared(spoken, first, speaker)
+    prompt, spans = shared_prompt_and_spans(spoken, first, speaker)
     if completed and prompt != opening:
         raise RowProblem(
             "",
@@ -125,7 +125,7 @@ def _render_turns(example: Example, speaker: Speaker, marks: Marks, *, completed
             "that it opens, or name a template without one in data.template",
         )
     written = tuple(
-        Written(pieces_of(own.text, places, len(prompt)), finished)
+        WrittenCandidate(pieces_of(own.text, places, len(prompt)), finished)
         for own, places, finished in zip(spoken, spans, example.whether_finished, strict=True)
     )
     if len(spoken) == 1:

@@ -90,19 +90,19 @@ def required(row: Fields, name: str) -> Any:
     return row[name]
 
 
-def text(row: Fields, name: str) -> str:
+def required_text(row: Fields, name: str) -> str:
     value = required(row, name)
     if not isinstance(value, str):
-        raise RowProblem(name, f"{name} must be a text, not a {kind(value)}")
+        raise RowProblem(name, f"{name} must be a text, not a {json_kind(value)}")
     if not value.strip():
         raise RowProblem(name, f"{name} is empty")
     return value
 
 
-def turns(row: Fields, name: str) -> Turns:
+def required_turns(row: Fields, name: str) -> Turns:
     value = required(row, name)
     if not isinstance(value, list | tuple):
-        raise RowProblem(name, f"{name} must be a list of turns, not a {kind(value)}")
+        raise RowProblem(name, f"{name} must be a list of turns, not a {json_kind(value)}")
     if not value:
         raise RowProblem(name, f"{name} is empty")
     return tuple(message(item, f"{name}[{index}]", name) for index, item in enumerate(value))
@@ -112,31 +112,31 @@ def text_or_turns(row: Fields, name: str, *, may_be_empty: bool = False) -> str 
     """``may_be_empty``: an empty text is an answer too, which ends at once."""
     value = required(row, name)
     if isinstance(value, str):
-        return value if may_be_empty else text(row, name)
+        return value if may_be_empty else required_text(row, name)
     if isinstance(value, list | tuple):
-        return turns({name: value}, name)
-    raise RowProblem(name, f"{name} must be a text or a list of turns, not a {kind(value)}")
+        return required_turns({name: value}, name)
+    raise RowProblem(name, f"{name} must be a text or a list of turns, not a {json_kind(value)}")
 
 
-def number(row: Fields, name: str) -> float:
+def optional_number(row: Fields, name: str) -> float:
     """A finite number; NaN where the field is absent."""
     return _finite(row[name], name, name) if name in row else MISSING
 
 
-def numbers(row: Fields, name: str, count: int) -> tuple[float, ...] | None:
+def optional_numbers(row: Fields, name: str, count: int) -> tuple[float, ...] | None:
     """``count`` finite numbers, NaN for nulls; or None where the field is absent."""
     if name not in row:
         return None
     value = row[name]
     if not isinstance(value, list | tuple) or len(value) != count:
-        found = f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {kind(value)}"
+        found = f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {json_kind(value)}"
         raise RowProblem(name, f"{name} must be a list of {count} numbers, one per completion, not {found}")
     return tuple(
         MISSING if item is None else _finite(item, f"{name}[{index}]", name) for index, item in enumerate(value)
     )
 
 
-def finished(row: Fields, count: int) -> tuple[bool, ...] | None:
+def finished_flags(row: Fields, count: int) -> tuple[bool, ...] | None:
     """Whether each of ``count`` candidates was finished; None where the row does not say."""
     value = row.get("finished")
     if value is None:
@@ -163,7 +163,7 @@ def template_kwargs(row: Fields) -> Fields:
     if value in (None, [], {}):
         return {}
     if not isinstance(value, dict):
-        raise RowProblem("chat_template_kwargs", f"chat_template_kwargs must be an object, not a {kind(value)}")
+        raise RowProblem("chat_template_kwargs", f"chat_template_kwargs must be an object, not a {json_kind(value)}")
     try:
         return refuse_truths_as_texts(value)
     except ValueError as error:
@@ -192,7 +192,7 @@ def is_assistant(message: Message) -> bool:
     return bool(message["role"] == "assistant")
 
 
-def is_trained(message: Message) -> bool:
+def is_learned(message: Message) -> bool:
     """Whether an answer is to be learned."""
     return bool(message.get(WEIGHT, 1))
 
@@ -204,7 +204,7 @@ def message(value: Any, place: str, name: str) -> Message:
     answer is not to be trained become ``weight: 0``.
     """
     if not isinstance(value, dict):
-        raise RowProblem(name, f"{place} must be an object with role and content, not a {kind(value)}")
+        raise RowProblem(name, f"{place} must be an object with role and content, not a {json_kind(value)}")
     fields = {key: item for key, item in value.items() if item is not None}
     if not isinstance(fields.get("role"), str):
         raise RowProblem(name, f"{place} has no role")
@@ -219,7 +219,7 @@ def message(value: Any, place: str, name: str) -> Message:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
-        found = "missing" if content is None else f"a {kind(content)}"
+        found = "missing" if content is None else f"a {json_kind(content)}"
         raise RowProblem(name, f"{place}.content must be a text, but is {found}")
     called = {"tool_calls": calls} if calls else {}
     return {**fields, "content": content, **called, **({} if all(trained) else {WEIGHT: 0})}
@@ -237,13 +237,13 @@ def _calls(value: Any, place: str, name: str) -> list[Fields]:
     if found in (None, [], {}, ()):
         return []
     if not isinstance(found, list | tuple):
-        raise RowProblem(name, f"{place}.tool_calls must be a list of calls, not a {kind(found)}")
+        raise RowProblem(name, f"{place}.tool_calls must be a list of calls, not a {json_kind(found)}")
     return [_tool_call(call, f"{place}.tool_calls[{index}]", name) for index, call in enumerate(found)]
 
 
 def _tool_call(value: Any, place: str, name: str) -> Fields:
     if not isinstance(value, dict):
-        raise RowProblem(name, f"{place} must be an object, not a {kind(value)}")
+        raise RowProblem(name, f"{place} must be an object, not a {json_kind(value)}")
     call = {key: item for key, item in value.items() if item is not None}
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -255,7 +255,7 @@ def _tool_call(value: Any, place: str, name: str) -> Fields:
     arguments = {"arguments": own[given[0]]} if given else {}
     found = _from_json(arguments.get("arguments"), f"{place}.function.arguments")
     if found is not None and not isinstance(found, dict):
-        raise RowProblem(name, f"{place}.function.arguments must be an object, not a {kind(found)}")
+        raise RowProblem(name, f"{place}.function.arguments must be an object, not a {json_kind(found)}")
     if "function" not in call:
         named = {"id": call["id"]} if "id" in call else {}
         return {**named, "type": "function", "function": {"name": call["name"], **arguments}}
@@ -269,7 +269,7 @@ def _without(fields: Fields, names: tuple[str, ...]) -> Fields:
 
 def _finite(value: Any, place: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowProblem(name, f"{place} must be a number, not a {kind(value)}")
+        raise RowProblem(name, f"{place} must be a number, not a {json_kind(value)}")
     try:
         result = float(value)
     except OverflowError:
@@ -279,6 +279,6 @@ def _finite(value: Any, place: str, name: str) -> float:
     return result
 
 
-def kind(value: object) -> str:
+def json_kind(value: object) -> str:
     names = {dict: "object", list: "list", tuple: "list", str: "text", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), type(value).__name__)

@@ -67,7 +67,7 @@ def scores_of(store: TokenStore, *, column: str, own_candidates: int | None) -> 
     return scores
 
 
-def select(scores: Sequence[Scores], quantile: float) -> Selection:
+def select_best(scores: Sequence[Scores], quantile: float) -> Selection:
     """Keep the ⌈(1 − quantile) · n⌉ highest scores of all stores together, and whatever ties with the lowest of them.
 
     Hence the result depends on the scores alone, not on the order of rows or of stores, and is never empty.
@@ -91,14 +91,14 @@ def rows_file(directory: Place, number: int) -> Place:
     return directory / f"{number:04d}.npy"
 
 
-def write_rows(directory: Place, selection: Selection) -> None:
+def write_selected_rows(directory: Place, selection: Selection) -> None:
     """One file of rows per store, before the commit of ``directory``."""
     with working(directory) as local:
         for number, rows in enumerate(selection.kept):
             np.save(local / rows_file(directory, number).name, rows.astype("<i8"))
 
 
-def read_rows(path: Place) -> Rows:
+def read_selected_rows(path: Place) -> Rows:
     """The rows in a file of a committed selection; raises TornDirectory where the folder is not whole."""
     whole(path.parent)
     rows: Rows = np.load(fetched(path.parent) / path.name).astype(np.int64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rayalign.data.said import Said, Speaker, shared_length
-from rayalign.data.schema import RowProblem, Turns, is_assistant, is_trained
+from rayalign.data.schema import RowProblem, Turns, is_assistant, is_learned
 from rayalign.data.template import TemplateContext
 
 
@@ -54,7 +54,7 @@ def speak(
     rules = {final.rule}
     spans = []
     for place in earlier:
-        if not is_trained(turns[place]):
+        if not is_learned(turns[place]):
             rules.add("untrained")
             continue
         said = _earlier(turns[: place + 1], context, speaker, opening=opening if place == first else None)
@@ -76,7 +76,9 @@ def _earlier(turns: Turns, context: TemplateContext, speaker: Speaker, *, openin
         return None
 
 
-def shared(spoken: Sequence[Spoken], first: int, speaker: Speaker) -> tuple[str, list[tuple[Span, ...]]]:
+def shared_prompt_and_spans(
+    spoken: Sequence[Spoken], first: int, speaker: Speaker
+) -> tuple[str, list[tuple[Span, ...]]]:
     """(the prompt that all candidates share, what is predicted of each).
 
     Where one answer parts from the generation prompt, the prompt ends there for all, and the others' answers begin
@@ -110,7 +112,7 @@ def pieces_of(text: str, spans: Sequence[Span], start: int) -> tuple[Piece, ...]
 
 def to_last_trained(turns: Turns, first: int) -> Turns:
     """The turns up to the last answer that is to be trained."""
-    trained = [at for at in range(first, len(turns)) if is_assistant(turns[at]) and is_trained(turns[at])]
+    trained = [at for at in range(first, len(turns)) if is_assistant(turns[at]) and is_learned(turns[at])]
     if not trained:
         raise RowProblem("", "every answer is marked not to be trained, so there is nothing to learn")
     return turns[: trained[-1] + 1]

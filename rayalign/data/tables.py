@@ -93,14 +93,14 @@ def _batched(path: str, kind: str, batches: Callable[[], Iterator[pyarrow.Record
     with _saying(path, kind):
         for batch in batches():
             for start in range(0, batch.num_rows, BATCH_ROWS):
-                for value in rows_of(batch.slice(start, BATCH_ROWS)):
+                for value in batch_rows(batch.slice(start, BATCH_ROWS)):
                     line += 1
                     yield RawRow(source=path, line=line, value=value)
     if line == 0:
         raise EmptyFile(path)
 
 
-def rows_of(batch: pyarrow.RecordBatch) -> list[Fields]:
+def batch_rows(batch: pyarrow.RecordBatch) -> list[Fields]:
     """A batch as rows, without the nulls that Arrow fills objects with."""
     return [from_arrow(row) for row in batch.to_pylist()]
 

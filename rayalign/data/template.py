@@ -91,7 +91,7 @@ class Template:
         if not self.exists:
             return transcript(turns, generation_prompt=generation_prompt)
         try:
-            return apply(
+            return apply_template(
                 self.tokenizer,
                 self.source,
                 [self.forms.adapt(turn) for turn in turns],
@@ -160,7 +160,7 @@ def _tried(template: Template, answer: Message) -> str:
     """A question and ``answer`` as text; empty where the template refuses them."""
     turns = [*user(PROBE), {"role": "assistant", **answer}]
     try:
-        return apply(
+        return apply_template(
             template.tokenizer,
             template.source,
             turns,
@@ -194,7 +194,7 @@ def turn_tail(template: Template) -> str:
     return tail
 
 
-def apply(
+def apply_template(
     tokenizer: Any, source: str | None, turns: Sequence[Message], generation_prompt: bool, **variables: Any
 ) -> str:
     """The tokenizer's own rendering, whatever it raises."""

@@ -21,7 +21,7 @@ SHARDS_IN_MEMORY = 8
 ANSWERS = "answers"
 
 
-def said(example: Example, variables: Mapping[str, Any], answers: Sequence[str | Turns]) -> Said:
+def said_to_keep(example: Example, variables: Mapping[str, Any], answers: Sequence[str | Turns]) -> Said:
     """What is kept of an example: its prompt, tools and variables, and ``answers`` that are more than plain words.
 
     ``variables`` hold for every row; plain words can be read off the tokens.

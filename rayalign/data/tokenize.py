@@ -13,7 +13,7 @@ from rayalign.data.chat import Chat
 from rayalign.data.formats import parse_row
 from rayalign.data.group import Column, Group
 from rayalign.data.records import BadRow, Row, excerpt_of
-from rayalign.data.render import Rendered, Written
+from rayalign.data.render import Rendered, WrittenCandidate
 from rayalign.data.schema import MISSING, Example, RowProblem
 
 __all__ = [
@@ -144,7 +144,7 @@ def _outcome(
     return Tokenized(group=group, truncation=fitted.truncation, example=example, rules=rendered.rules)
 
 
-def _answer(prompt: str, written: Written, ids: Mapping[str, list[int]], chat: Chat) -> UncutCandidate:
+def _answer(prompt: str, written: WrittenCandidate, ids: Mapping[str, list[int]], chat: Chat) -> UncutCandidate:
     """A candidate's tokens; the run's end token closes it where its text does not hold one."""
     tokens: list[int] = []
     mask: list[bool] = []

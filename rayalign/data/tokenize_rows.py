@@ -12,15 +12,15 @@ from typing import Any, Literal
 from rayalign.config.data import TokenBudget
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat
-from rayalign.data.formats import ANSWERS, NUMBERS, best, parse_row
+from rayalign.data.formats import ANSWERS, NUMBERS, first_known_name, parse_row
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.data.records import BadRow, RawRow, Row
 from rayalign.data.schema import Example, Preference
 from rayalign.data.shard import Said, ShardInfo, write_shard
 from rayalign.data.tables import read_rows
-from rayalign.data.texts import kept_answers, said
+from rayalign.data.texts import kept_answers, said_to_keep
 from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized, to_groups
 from rayalign.data.unpair import unpair
 from rayalign.errors import UserError
@@ -94,7 +94,7 @@ def read_chunks(unit: Unit) -> Iterator[list[Row]]:
         yield chunk
 
 
-def parsed(row: Row, unit: Unit) -> Example | BadRow:
+def parse_unit_row(row: Row, unit: Unit) -> Example | BadRow:
     """The row as its unit says that it is meant."""
     if isinstance(row, BadRow):
         return row
@@ -103,17 +103,17 @@ def parsed(row: Row, unit: Unit) -> Example | BadRow:
     )
 
 
-def fitted(found: Example | BadRow, shape: Shape) -> Example | BadRow | UndecidedRow:
+def fit_to_method(found: Example | BadRow, shape: Shape) -> Example | BadRow | UndecidedRow:
     """The example, or why a method that learns from ``shape`` does not."""
     if isinstance(found, BadRow):
         return found
     if found.preference == "undecided" and shape in ("pair", "ranking", "labelled"):
         return UndecidedRow(found)
-    problem = misfit(found, shape)
+    problem = why_unfit(found, shape)
     return BadRow(source=found.source, line=found.line, reason=problem) if problem else found
 
 
-def tokenized(
+def tokenize_examples(
     found: Sequence[Example | BadRow | UndecidedRow], chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> list[Outcome | UndecidedRow]:
     """One outcome per row, in order."""
@@ -138,8 +138,10 @@ def prepare_chunk(
         UserError: the unit sets a variable that the chat template does not read.
     """
     refuse_unread_variables(unit, chat)
-    examples = [parsed(row, unit) for row in rows]
-    outcomes = tokenized([fitted(example, shape) for example in examples], chat, budget, completed=completed)
+    examples = [parse_unit_row(row, unit) for row in rows]
+    outcomes = tokenize_examples(
+        [fit_to_method(example, shape) for example in examples], chat, budget, completed=completed
+    )
     groups: list[Group] = []
     prompts: list[Said] = []
     rules: Counter[str] = Counter()
@@ -149,12 +151,12 @@ def prepare_chunk(
             cut_prompts += outcome.truncation.prompt > 0
             cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
             rules.update(outcome.rules)
-            made = shaped(outcome.group, shape, preference=outcome.example.preference)
+            made = shape_group(outcome.group, shape, preference=outcome.example.preference)
             undecided += not made
             groups.extend(made)
             for group in made:
                 answers = kept_answers(outcome.example, outcome.group, group)
-                prompts.append(said(outcome.example, chat.speaker.template.variables, answers))
+                prompts.append(said_to_keep(outcome.example, chat.speaker.template.variables, answers))
         else:
             dropped += isinstance(outcome, DroppedRow)
             undecided += isinstance(outcome, UndecidedRow)
@@ -171,7 +173,7 @@ def prepare_chunk(
         formats=Counter(example.format for example in good),
         unread=Counter(chain.from_iterable(example.unread for example in good)),
         metadata=Counter(chain.from_iterable(example.metadata for example in good)),
-        named=named_in(rows, unit),
+        named=named_columns(rows, unit),
     )
 
 
@@ -183,13 +185,13 @@ def refuse_unread_variables(unit: Unit, chat: Chat) -> None:
         raise UserError(f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; leave it out")
 
 
-def named_in(rows: Sequence[Row], unit: Unit) -> frozenset[str]:
+def named_columns(rows: Sequence[Row], unit: Unit) -> frozenset[str]:
     """The file's columns that ``columns`` names and some row has."""
     wanted = frozenset(unit.columns.values())
     return wanted.intersection(chain.from_iterable(row.value for row in rows if isinstance(row, RawRow)))
 
 
-def misfit(example: Example, shape: Shape) -> str:
+def why_unfit(example: Example, shape: Shape) -> str:
     """Why a method that learns from ``shape`` cannot use the row; empty when it can."""
     found = len(example.candidates)
     if shape == "prompt":
@@ -236,19 +238,19 @@ def _unread(example: Example, shape: Shape) -> str:
     """The columns that may be what is missing."""
     if not example.unread:
         return ""
-    wanted, answer = _WANTED[shape], best(example.unread, ANSWERS)
+    wanted, answer = _WANTED[shape], first_known_name(example.unread, ANSWERS)
     if shape == "one" and answer is not None:
         wanted = f"completion: {answer}"
     return f"; not read: {', '.join(example.unread)}. Name what is meant: columns: {{{wanted}}}"
 
 
-def shaped(group: Group, shape: Shape, *, preference: Preference = "stored") -> tuple[Group, ...]:
+def shape_group(group: Group, shape: Shape, *, preference: Preference = "stored") -> tuple[Group, ...]:
     """The group as the method takes it: pairs become two labelled examples for a method of labelled ones.
 
     None is left of a ranking in which nothing is preferred.
     """
     if shape == "ranking":
-        return ranked(group, by_reward=preference == "rewards")
+        return rank_group(group, by_reward=preference == "rewards")
     if shape == "labelled" and "label" not in group.per_candidate:
         return unpair(group)
     return (group,)

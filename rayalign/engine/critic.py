@@ -27,9 +27,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.data.rows import Layout
 from rayalign.engine.batches import Batches, Rounds, RoundWork, StreamWork
 from rayalign.engine.checkpoint.checkpoint import Checkpoint
-from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save
-from rayalign.engine.checkpoint.sending import copies, num_bytes, offer_weights
-from rayalign.engine.loop import advance, awaited, begin, export, layout_of, load_optimizer
+from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save_checkpoint
+from rayalign.engine.checkpoint.sending import copy_to_host, num_bytes, offer_weights
+from rayalign.engine.loop import (
+    begin_training,
+    export_final,
+    layout_of,
+    load_optimizer,
+    train_one_step,
+    wait_for_groups,
+)
 from rayalign.engine.metrics import flush, open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
@@ -82,9 +89,9 @@ class Critic:
         strategy = self.runner.strategy
         state, held = strategy.full_state(self.model), strategy.optimizer_state(self.optimizer)
         if copied:
-            held = copies(held)
+            held = copy_to_host(held)
         if copied and strategy.rank == 0:
-            state = copies(state, of=self.model)
+            state = copy_to_host(state, of=self.model)
 
         def write(directory: Path, group: dist.ProcessGroup | None) -> None:
             strategy.save_optimizer(held, directory / CRITIC, group=group)
@@ -94,7 +101,7 @@ class Critic:
         return write
 
 
-def train(
+def train_with_critic(
     spec: TrainSpec,
     make_batches: MakeBatches,
     strategy: Strategy,
@@ -105,16 +112,16 @@ def train(
     notices: Notices | None = None,
 ) -> Place:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
-    :func:`rayalign.engine.loop.train`, whose errors it raises too.
+    :func:`rayalign.engine.loop.train_policy`, whose errors it raises too.
     """
-    run, resumed = begin(spec, strategy, stop, notices)
+    run, resumed = begin_training(spec, strategy, stop, notices)
     critic = begin_critic(run, resumed)
     batches = make_batches(run.layout, pad_id_of(run))
     if resumed is not None:
         rounds.restore(resumed.facts["source"])
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
-        keep = partial(save, run, writer, rounds, beside=critic)
+        keep = partial(save_checkpoint, run, writer, rounds, beside=critic)
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:
             stack.callback(sink.close)
@@ -125,12 +132,12 @@ def train(
             number, _ = rounds.place(run.step)
             clocks: Mapping[str, float] = {}
             if number != opened:
-                if not awaited(run, rounds):
+                if not wait_for_groups(run, rounds):
                     break
                 clocks = open_round(run, critic, rounds)
                 opened = number
-            skipped = is_skipped(critic, rounds.place(run.step))
-            row = skip(run, critic) if skipped else step(run, critic, batches, rounds)
+            skipped = is_step_skipped(critic, rounds.place(run.step))
+            row = skip_critic_step(run, critic) if skipped else step(run, critic, batches, rounds)
             row |= {name: seconds + row.get(name, 0.0) for name, seconds in clocks.items()}
             for sink in sinks:
                 sink.write(row)
@@ -141,7 +148,7 @@ def train(
                 keep(facts={CRITIC: critic.state()})
         refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
     export_critic(run, critic)
-    export(run)
+    export_final(run)
     return spec.directory / "final"
 
 
@@ -154,8 +161,7 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         model, tokenizer = run.strategy.load(spec.model)
     else:
         with local_folder(resumed.directory) as folder:
-            start = replace(spec.model, name=str(folder / CRITIC), revision=None, from_scratch=False)
-            model, tokenizer = run.strategy.load(start)
+            model, tokenizer = run.strategy.load(spec.model.at(folder / CRITIC))
     run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
         root_module(model, layout=run.layout), spec.optim, compute_dtype=run.runner.compute_dtype
@@ -231,7 +237,7 @@ def round_values(critic: Critic, work: RoundWork) -> Tensor:
 def step(run: Run, critic: Critic, batches: Batches, rounds: Rounds) -> dict[str, Any]:
     """One step of both models and its row of metrics; notes in which pass over a round the limit is exceeded."""
     objective, place = main_objective(run), rounds.place(run.step)
-    row = advance(run, batches, rounds, update=partial(update, critic=critic))
+    row = train_one_step(run, batches, rounds, update=partial(update_with_critic, critic=critic))
     assert row is not None  # its round is open
     limit = objective.method.round_limit(objective.config) if objective.method.round_limit is not None else None
     if limit is None:
@@ -243,7 +249,7 @@ def step(run: Run, critic: Critic, batches: Batches, rounds: Rounds) -> dict[str
     return {**row, "skipped_steps": run.skipped_steps + critic.skipped_steps}
 
 
-def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
+def update_with_critic(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResult:
     """The gradients of both models on the same groups, then both updates: none where one gradient is not finite.
 
     DeepSpeed updates the policy before the critic's gradient is known; there such a step ends the run, and is not kept.
@@ -265,14 +271,14 @@ def update(run: Run, work: Sequence[StreamWork], *, critic: Critic) -> StepResul
     )
 
 
-def is_skipped(critic: Critic, place: tuple[int, int]) -> bool:
+def is_step_skipped(critic: Critic, place: tuple[int, int]) -> bool:
     """Whether the policy moved too far in an earlier pass over this round."""
     if critic.stopped_at is not None and critic.stopped_at[0] != place[0]:
         critic.stopped_at = None
     return critic.stopped_at is not None and place[1] > critic.stopped_at[1]
 
 
-def skip(run: Run, critic: Critic) -> dict[str, Any]:
+def skip_critic_step(run: Run, critic: Critic) -> dict[str, Any]:
     """A step that trains nothing, and its row: it has its place in the plan, as the learning rate has."""
     began = time.perf_counter()
     run.step += 1
@@ -291,7 +297,7 @@ def skip(run: Run, critic: Critic) -> dict[str, Any]:
 
 
 def export_critic(run: Run, critic: Critic) -> None:
-    """Write ``final_critic/`` once, as :func:`rayalign.engine.loop.export` does ``final/``."""
+    """Write ``final_critic/`` once, as :func:`rayalign.engine.loop.export_final` does ``final/``."""
     final = run.spec.directory / "final_critic"
     if run.strategy.broadcast(read_manifest(final) is not None):
         return

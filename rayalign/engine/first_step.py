@@ -48,7 +48,9 @@ def check_initial_logratio(
         f"and above {token_limit:g} for {num_above:.0f} of {count:.0f} tokens, but policy and reference are the same "
         "model. "
     )
-    raise PolicyMismatch(told + cause(runner, work, policy, bad_policy, bad_reference, made=made, now=now or {}))
+    raise PolicyMismatch(
+        told + mismatch_cause(runner, work, policy, bad_policy, bad_reference, made=made, now=now or {})
+    )
 
 
 def scored_twice(runner: Runner, work: Sequence[StreamWork]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +64,7 @@ def scored_twice(runner: Runner, work: Sequence[StreamWork]) -> tuple[torch.Tens
     return torch.cat(policy), torch.cat(reference)
 
 
-def cause(
+def mismatch_cause(
     runner: Runner,
     work: Sequence[StreamWork],
     policy: torch.Tensor,
@@ -79,7 +81,7 @@ def cause(
             f"{str(runner.compute_dtype).removeprefix('torch.')}; look at the checkpoint, or at model.dtype"
         )
     if bad_reference:
-        return f"{bad_reference:.0f} reference log-probs are missing or no finite numbers: {fresh(made)}"
+        return f"{bad_reference:.0f} reference log-probs are missing or no finite numbers: {remedy_of(made)}"
     again, _ = scored_twice(runner, work)
     moved = (again - policy).abs().max() > LOGRATIO_LIMITS[runner.compute_dtype][1]
     if runner.strategy.all_sum(moved.double()[None]).item():
@@ -89,7 +91,7 @@ def cause(
         )
     changed = [f"{name}: {made[name]} then, {now[name]} now" for name in now if made and made.get(name) != now[name]]
     if changed:
-        return f"The reference log-probs were computed with something else ({'; '.join(changed)}): {fresh(made)}"
+        return f"The reference log-probs were computed with something else ({'; '.join(changed)}): {remedy_of(made)}"
     if made is not None:
         return (
             "Model, data, template, temperature and precision are those that the stored reference log-probs were "
@@ -102,7 +104,7 @@ def cause(
     )
 
 
-def fresh(made: Mapping[str, str] | None) -> str:
+def remedy_of(made: Mapping[str, str] | None) -> str:
     """How reference log-probs are computed again."""
     if made is None:
         return "the rollout actors that computed them failed; remove the run's rounds, and run again"

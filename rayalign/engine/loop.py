@@ -19,13 +19,19 @@ from rayalign.engine.batches import Batches, Rounds, StreamWork
 from rayalign.engine.checkpoint.checkpoint import (
     Checkpoint,
     Checkpointer,
-    differences,
+    identity_differences,
     refuse_other_run,
     refuse_unknown_metric,
 )
 from rayalign.engine.checkpoint.optimizer_state import UnreadableOptimizer
-from rayalign.engine.checkpoint.saving import Writer, checkpoint_is_due, environment, refuse_stopped, save
-from rayalign.engine.checkpoint.sending import exportable, num_bytes, offer_weights
+from rayalign.engine.checkpoint.saving import (
+    Writer,
+    checkpoint_is_due,
+    numeric_environment,
+    refuse_stopped,
+    save_checkpoint,
+)
+from rayalign.engine.checkpoint.sending import num_bytes, offer_weights, state_to_export
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.frozen import computed_with
 from rayalign.engine.metrics import flush, open_sinks
@@ -33,7 +39,7 @@ from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.lora import ADAPTER
 from rayalign.engine.model.parity import choose_layout
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pretrained
-from rayalign.engine.nonfinite import skipped
+from rayalign.engine.nonfinite import skip_step
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import learning_rate, set_learning_rate
 from rayalign.engine.state import MakeBatches, NoNotices, Notices, Run, TrainSpec, checkpointer_of
@@ -48,7 +54,7 @@ from rayalign.types import PADDING_GROUP
 log = logging.getLogger(__name__)
 
 
-def train(
+def train_policy(
     spec: TrainSpec,
     make_batches: MakeBatches,
     strategy: Strategy,
@@ -72,7 +78,7 @@ def train(
         NonFiniteStep: the loss or its gradient is NaN or infinite, and ``spec`` says to stop, or it happened too often.
         UserError: the disk is full, or no row has the metric by which the best checkpoint is told.
     """
-    run, resumed = begin(spec, strategy, stop, notices)
+    run, resumed = begin_training(spec, strategy, stop, notices)
     pad_id = int(run.tokenizer.pad_token_id or 0)
     batches = make_batches(run.layout, pad_id)
     if resumed is not None and rounds is not None:
@@ -86,7 +92,7 @@ def train(
         while run.step < spec.steps and not run.stopping:
             writer.check()
             offer_weights(run, rounds)
-            row = advance(run, batches, rounds, held_out=held_out)
+            row = train_one_step(run, batches, rounds, held_out=held_out)
             if row is None:
                 break
             for sink in sinks:
@@ -95,13 +101,13 @@ def train(
                 on_step(row)
             if checkpoint_is_due(run):
                 flush(sinks)
-                save(run, writer, rounds)
-        refuse_stopped(run, writer, partial(save, run, writer, rounds))
-    export(run)
+                save_checkpoint(run, writer, rounds)
+        refuse_stopped(run, writer, partial(save_checkpoint, run, writer, rounds))
+    export_final(run)
     return spec.directory / "final"
 
 
-def begin(
+def begin_training(
     spec: TrainSpec, strategy: Strategy, stop: Callable[[], bool], notices: Notices | None = None
 ) -> tuple[Run, Checkpoint | None]:
     """Load the policy, as the newest whole checkpoint has it where there is one; rank 0 picks it for all."""
@@ -140,7 +146,7 @@ def begin(
         load_optimizer(run, run.optimizer, found.directory)
         run.step, run.saved, run.num_tokens = found.step, found.step, found.facts["num_tokens"]
         run.skipped_steps, run.skipped_in_a_row = found.facts.get("skipped", (0, 0))
-        changed = differences(found.facts["environment"], environment(strategy))
+        changed = identity_differences(found.facts["environment"], numeric_environment(strategy))
         rounding = f"; equal up to rounding, since {', '.join(changed)}" if changed else ""
         log.warning("%s continues from %s%s", spec.directory.name, found.directory.name, rounding)
     return run, found
@@ -169,9 +175,9 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Place,
 
 def resumed_model(model: ModelSpec, checkpoint: Place) -> ModelSpec:
     """What a run loads to resume: an adapter onto the model that it began with, or the whole policy."""
-    if model.lora is not None:
+    if model.config.lora is not None:
         return replace(model, adapter=fetched(checkpoint) / ADAPTER)
-    return replace(model, name=str(checkpoint), revision=None, from_scratch=False)
+    return model.at(checkpoint)
 
 
 def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | None:
@@ -183,22 +189,22 @@ def resume_point(spec: TrainSpec, checkpointer: Checkpointer) -> Checkpoint | No
     return checkpointer.newest()
 
 
-def update(run: Run, work: Sequence[StreamWork]) -> StepResult:
+def update_policy(run: Run, work: Sequence[StreamWork]) -> StepResult:
     """One optimizer step of the policy."""
     return run.runner.step(run.step, work, optimizer=run.optimizer, max_grad_norm=run.spec.optim.max_grad_norm)
 
 
-def advance(
+def train_one_step(
     run: Run,
     batches: Batches,
     rounds: Rounds | None,
     *,
     held_out: Sequence[StreamWork] = (),
-    update: Callable[[Run, Sequence[StreamWork]], StepResult] = update,
+    update: Callable[[Run, Sequence[StreamWork]], StepResult] = update_policy,
 ) -> dict[str, Any] | None:
     """One step of ``update`` and its row of metrics; None where the run stops instead of waiting for its groups."""
     spec, began = run.spec, time.perf_counter()
-    if not awaited(run, rounds):
+    if not wait_for_groups(run, rounds):
         return None
     # Nothing here draws random numbers, but a method may: a restarted run, whatever was lost, draws the same ones.
     torch.manual_seed((spec.seed * 1_000_003 + run.step) % 2**63)
@@ -213,7 +219,7 @@ def advance(
         result = update(run, work)
         run.skipped_in_a_row = 0
     except NonFiniteStep as error:
-        result = skipped(run, work, error)
+        result = skip_step(run, work, error)
     run.step += 1
     run.stopping = result.stop
     said = run.notices.heard() if result.ask else None
@@ -252,7 +258,7 @@ def advance(
     return row
 
 
-def awaited(run: Run, rounds: Rounds | None) -> bool:
+def wait_for_groups(run: Run, rounds: Rounds | None) -> bool:
     """Whether the groups of the next step are there; False on every worker where any was asked to stop meanwhile."""
     if rounds is None or not rounds.opens_round(run.step):
         return True
@@ -268,12 +274,12 @@ def padding_share(work: Sequence[StreamWork]) -> float:
     return empty / max(1, cells)
 
 
-def export(run: Run) -> None:
+def export_final(run: Run) -> None:
     """Write ``final/`` once; an export that was committed before is left alone."""
     final = run.spec.directory / "final"
     if run.strategy.broadcast(read_manifest(final) is not None):
         return
-    state, adapter = exportable(run)
+    state, adapter = state_to_export(run)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
             with working(final) as folder:

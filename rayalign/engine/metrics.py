@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
-from rayalign.engine.checkpoint.checkpoint import decisive
+from rayalign.engine.checkpoint.checkpoint import deciding_identity
 from rayalign.errors import MissingExtra
 from rayalign.storage.manifest import write_durably
 from rayalign.storage.place import ObjectPath, Place, write_whole
@@ -94,7 +94,7 @@ def read_metrics(path: Place) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
-def last_step(path: Place) -> int:
+def last_logged_step(path: Place) -> int:
     """The step of the newest whole row; 0 where there is none."""
     rows = path.read_bytes().split(b"\n") if path.exists() else []
     return next((int(step) for line in reversed(rows) if math.isfinite(step := _step_of(line))), 0)
@@ -142,7 +142,7 @@ class WandB:
         except ImportError as error:
             raise MissingExtra("wandb", "tracking") from error
         place = directory.resolve() if isinstance(directory, Path) else directory
-        named = f"{place} {json.dumps(decisive(identity), sort_keys=True)}"
+        named = f"{place} {json.dumps(deciding_identity(identity), sort_keys=True)}"
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayalign"),
             name=directory.name,

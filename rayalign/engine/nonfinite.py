@@ -30,7 +30,7 @@ NAMED_GROUPS = 8
 """How many groups an error names before it says how many more there are."""
 
 
-def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
+def skip_step(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
     """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
     run.skipped_steps += 1
     run.skipped_in_a_row += 1
@@ -39,7 +39,7 @@ def skipped(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepR
         enough = f", after {most} that were skipped, which optim.max_skipped_in_a_row allows" if before else ""
         last = NonFiniteStep(f"{error}{enough}", loss=error.loss, grad_norm=error.grad_norm, suspects=error.suspects)
         raise with_groups(last, run.runner, work, step=run.step, directory=run.spec.directory) from error
-    log.warning("%s: skipped; %s on worker %d", error, told(error.suspects), run.strategy.rank)
+    log.warning("%s: skipped; %s on worker %d", error, name_suspects(error.suspects), run.strategy.rank)
     return StepResult(loss=error.loss, grad_norm=error.grad_norm, metrics={}, stop=error.stop, ask=error.ask)
 
 
@@ -48,12 +48,12 @@ def with_groups(
 ) -> NonFiniteStep:
     """``error`` with what there is to know, its groups on the disk. Every worker calls this, and all say the same."""
     strategy, folder = runner.strategy, directory / FOLDER / f"step_{step + 1:06d}"
-    groups = described(runner, work, step)
+    groups = describe_groups(runner, work, step)
     broken = [group["group"] for group in groups if any(isinstance(loss, str) for loss in group["losses"].values())]
     facts = {
         "step": step + 1,
-        "loss": plain(error.loss),
-        "grad_norm": plain(error.grad_norm),
+        "loss": json_loss(error.loss),
+        "grad_norm": json_loss(error.grad_norm),
         "suspects": broken or list(error.suspects),
         "groups": groups,
     }
@@ -63,7 +63,7 @@ def with_groups(
     parts = [json.loads((folder / f"rank_{rank}.json").read_text("utf-8")) for rank in range(strategy.world_size)]
     suspects = [name for part in parts for name in part["suspects"]]
     return NonFiniteStep(
-        f"{error}; {told(suspects)}. Nothing of this step is kept. Its groups, with token ids and losses, are "
+        f"{error}; {name_suspects(suspects)}. Nothing of this step is kept. Its groups, with token ids and losses, are "
         f"in {folder}. Look at these data, write optim.on_nonfinite: skip to continue without such steps, or start a "
         "run of another name with a lower optim.lr",
         loss=error.loss,
@@ -72,7 +72,7 @@ def with_groups(
     )
 
 
-def told(suspects: Sequence[str]) -> str:
+def name_suspects(suspects: Sequence[str]) -> str:
     """Which groups have a loss that is not finite, in a few words."""
     more = f" and {len(suspects) - NAMED_GROUPS} more" if len(suspects) > NAMED_GROUPS else ""
     return (
@@ -81,7 +81,7 @@ def told(suspects: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def described(runner: Runner, work: Sequence[StreamWork], step: int) -> list[dict[str, Any]]:
+def describe_groups(runner: Runner, work: Sequence[StreamWork], step: int) -> list[dict[str, Any]]:
     """This worker's groups, each with its losses; one more forward of every micro-batch, on all workers alike."""
     found = []
     for part in work:
@@ -98,18 +98,20 @@ def described(runner: Runner, work: Sequence[StreamWork], step: int) -> list[dic
                     {
                         "stream": part.stream,
                         "group": part.describe(int(batch.group_index[group])),
-                        **contents(batch, group),
-                        "losses": {name: plain(loss) for name, loss in losses.items() if loss is not None},
+                        **group_contents(batch, group),
+                        "losses": {name: json_loss(loss) for name, loss in losses.items() if loss is not None},
                     }
                 )
     return found
 
 
-def contents(batch: PackedBatch, group: int) -> dict[str, Any]:
+def group_contents(batch: PackedBatch, group: int) -> dict[str, Any]:
     """Token ids of a group's prompt and candidates, and its columns [K]."""
     own = batch.group_ids == group
     row = int(own.any(dim=1).nonzero()[0])  # the prompt stands in every row that has one of its candidates
-    columns = {name: [plain(float(value)) for value in column[group]] for name, column in batch.per_candidate.items()}
+    columns = {
+        name: [json_loss(float(value)) for value in column[group]] for name, column in batch.per_candidate.items()
+    }
     return {
         "prompt_ids": batch.input_ids[row][own[row] & (batch.branch_ids[row] == 0)].tolist(),
         "candidates": [
@@ -138,6 +140,6 @@ def loss_of(term: Term, scored: Scored, group: int) -> float | None:
     return float(term.weight * term.per_item.reshape(-1)[own].double().sum())
 
 
-def plain(value: float) -> float | str:
+def json_loss(value: float) -> float | str:
     """A number for JSON, which has no NaN and no infinity: those are words."""
     return value if math.isfinite(value) else str(value)

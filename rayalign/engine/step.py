@@ -91,7 +91,7 @@ class Runner:
         """The clipped gradient of ``step``, for the optimizer to use; raises :class:`NonFiniteStep`."""
         statistics = {part.stream: self.statistics(step, part) for part in work}
         optimizer.zero_grad(set_to_none=True)
-        tally = Tally()
+        tally = StepSums()
         losses: list[Tensor] = []
         jobs = [(part, batch) for part in work for batch in part.micro_batches]
         for number, (part, batch) in enumerate(jobs):
@@ -131,7 +131,7 @@ class Runner:
     @torch.no_grad()
     def evaluate(self, step: int, work: Iterable[StreamWork]) -> dict[str, float]:
         """Loss and metrics of the policy on held-out groups, over all of them and all workers."""
-        tally = Tally()
+        tally = StepSums()
         for part in work:
             objective = self.objectives[part.stream]
             statistics = self.statistics(step, part)
@@ -170,7 +170,7 @@ class Runner:
             return objective.score(self.module, batch)
 
 
-class Tally:
+class StepSums:
     """What one step adds up on this worker; one reduction over workers at the end.
 
     Every worker has the same names: a dummy batch counts nothing, but goes through the same methods.
@@ -189,15 +189,15 @@ class Tally:
 
     def add_loss(self, objective: Objective, shares: Mapping[str, Tensor]) -> None:
         for name, share in shares.items():
-            add(self.terms, f"loss/{objective.stream}/{name}", share)
+            add_to_total(self.terms, f"loss/{objective.stream}/{name}", share)
 
     def add_metrics(self, objective: Objective, scored: Scored, statistics: Statistics) -> None:
         if objective.method.metrics is None or objective.stream != MAIN_STREAM:
             return
         with torch.no_grad():
             for name, (total, count) in objective.method.metrics(scored, objective.config, statistics).items():
-                add(self.sums, name, total)
-                add(self.counts, name, count)
+                add_to_total(self.sums, name, total)
+                add_to_total(self.counts, name, count)
 
     def reduce(self, strategy: Strategy) -> tuple[float, dict[str, float]]:
         """(loss, metrics): the loss is the sum of its terms over workers, a metric is Σ sum / Σ count."""
@@ -214,7 +214,7 @@ class Tally:
         return math.fsum(terms.values()), metrics if len(terms) == 1 else terms | metrics
 
 
-def add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+def add_to_total(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
     """Float64, and on the device where the value is: reading it would wait for the device."""
     value = value.detach().double()
     totals[name] = totals[name] + value if name in totals else value

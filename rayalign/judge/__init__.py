@@ -20,15 +20,15 @@ _SCORERS = {
 
 def scorer_of(config: ScorerConfig) -> Scorer:
     """The scorer that a ``scorer`` block describes; raises UserError where what it names is not there."""
-    return make_scorer(config.name, **parameters_of(config))
+    return make_scorer(config.name, **scorer_parameters(config))
 
 
 def judge_of(config: ScorerConfig) -> Judge:
     """The judge that an ``evaluate.judge`` block describes; raises UserError where what it names is not there."""
-    return make_judge(config.name, **parameters_of(config))
+    return make_judge(config.name, **scorer_parameters(config))
 
 
-def parameters_of(config: ScorerConfig) -> dict[str, Any]:
+def scorer_parameters(config: ScorerConfig) -> dict[str, Any]:
     """What a scorer is made with: its block, without its name and what reports say of it."""
     return config.model_dump(exclude={"name", "unit", "description"})
 

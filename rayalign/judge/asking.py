@@ -86,7 +86,9 @@ class Questionnaire:
                 if found is not None:
                     values[place] = found
                 else:
-                    problems[place] = answer if isinstance(answer, Unanswered) else Unanswered(unread(answer))
+                    problems[place] = (
+                        answer if isinstance(answer, Unanswered) else Unanswered(unreadable_answer(answer))
+                    )
             self.tally.add(calls=len(waiting), failures=len(problems))
             waiting = [place for place, problem in problems.items() if not problem.final]
             lost |= {place: f": {problem.reason}" for place, problem in problems.items() if problem.final}
@@ -96,7 +98,7 @@ class Questionnaire:
         return Readings(values=values, problem=problem)
 
 
-def unread(answer: str) -> str:
+def unreadable_answer(answer: str) -> str:
     return f"nothing that can be read in {answer[-80:]!r}"
 
 

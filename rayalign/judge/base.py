@@ -93,7 +93,7 @@ class Tally:
         return self._asked
 
 
-def refuse_missing(values: Sequence[float], reason: str) -> list[float]:
+def refuse_missing_verdicts(values: Sequence[float], reason: str) -> list[float]:
     """``values`` as they are; raises NoVerdict where one is NaN."""
     if any(map(math.isnan, values)):
         raise NoVerdict(reason, values)

@@ -11,9 +11,8 @@ import torch
 
 from rayalign.config.scoring import ScorerConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.precision import EXACT, Precision
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer
 from rayalign.judge import judge_of
 from rayalign.judge.base import Judge, Scorer
 from rayalign.judge.measure import (
@@ -21,8 +20,8 @@ from rayalign.judge.measure import (
     Prompt,
     Sampled,
     make_scorers,
-    measure,
-    sample,
+    measure_policy,
+    sample_replies,
 )
 from rayalign.rollout.base import SamplingParams
 from rayalign.storage.place import ObjectPath, Place
@@ -61,7 +60,7 @@ class Evaluator:
 
     def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
-        self.loaded = load(spec)
+        self.loaded = load_evaluation(spec)
 
     def __call__(self, subject: Place | ModelSpec | None) -> dict[str, Measured]:
         """The policy in a checkpoint's folder, or any other, or the reference where it is None, on every prompt set."""
@@ -70,13 +69,13 @@ class Evaluator:
             baseline = self._model(spec.baseline)
             loaded.opponents.update(
                 {
-                    name: sample(baseline, prompts, spec.sampling, tokenizer=loaded.tokenizer)
+                    name: sample_replies(baseline, prompts, spec.sampling, tokenizer=loaded.tokenizer)
                     for name, prompts in spec.prompt_sets.items()
                 }
             )
         policy = self._model(subject)
         return {
-            name: measure(
+            name: measure_policy(
                 policy,
                 loaded.reference,
                 prompts,
@@ -93,26 +92,16 @@ class Evaluator:
         if subject is None:
             return self.loaded.reference
         if isinstance(subject, Path | ObjectPath):
-            subject = replace(
-                self.spec.reference.model,
-                name=str(subject),
-                revision=None,
-                from_scratch=False,
-                text_only=False,
-                rounded=self.spec.saved,
-            )
+            subject = replace(self.spec.reference.model.at(subject, text_only=False), rounded=self.spec.saved)
         return FrozenModel(replace(self.spec.reference, model=subject), self.loaded.device)
 
 
-def load(spec: EvaluationSpec) -> Loaded:
+def load_evaluation(spec: EvaluationSpec) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = spec.reference.model
     return Loaded(
         device=device,
         reference=FrozenModel(spec.reference, device),
-        tokenizer=load_tokenizer(
-            model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
-        ),
+        tokenizer=model_tokenizer(spec.reference.model),
         scorers=make_scorers(spec.scorers),
         judge=judge_of(spec.judge) if spec.judge is not None else None,
     )

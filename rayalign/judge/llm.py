@@ -8,7 +8,7 @@ from typing import Any
 from rayalign.data.schema import Turns
 from rayalign.data.shared_prompt import prompt_text
 from rayalign.judge.asking import Ask, Questionnaire
-from rayalign.judge.base import refuse_missing
+from rayalign.judge.base import refuse_missing_verdicts
 from rayalign.judge.endpoint import Endpoint
 from rayalign.judge.local import LocalModel
 from rayalign.judge.reading import rating, verdict
@@ -58,7 +58,7 @@ class LlmScorer:
         """See :class:`rayalign.judge.base.Scorer`."""
         rows = [{"prompt": prompt_text(prompt), "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)]
         answers = self.questions.answers(rows, rating)
-        return refuse_missing(answers.values, answers.problem)
+        return refuse_missing_verdicts(answers.values, answers.problem)
 
 
 class LlmJudge:
@@ -93,7 +93,7 @@ class LlmJudge:
         turned = sum(abs(straight - (1 - swapped)) == 1 for straight, swapped in zip(here, there, strict=True))
         halves = sum(value == 0.5 for value in values)
         self.tally.add(ties=halves - turned, disagreements=turned)
-        return refuse_missing(values, answers.problem)
+        return refuse_missing_verdicts(values, answers.problem)
 
 
 def make_ask(

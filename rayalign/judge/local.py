@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
@@ -18,13 +19,13 @@ from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabu
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.generation import end_ids
 from rayalign.engine.model.kinds import read_config
-from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer, refuse_unusable
 from rayalign.errors import UserError
 from rayalign.judge.asking import RETRY_TEMPERATURE, Unanswered
 from rayalign.judge.base import ScorerUnusable
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.engines import Sampler, make_sampler, refuse_missing
+from rayalign.rollout.engines import Sampler, make_sampler, refuse_missing_engine
 
 NOTHING_IS_CUT = TokenBudget(max_prompt_tokens=2**30, max_tokens=2**31)
 ROW_TOKENS = 2048
@@ -41,7 +42,7 @@ class LocalModel:
     """
 
     def __init__(self, *, field: str, model: str, revision: str | None, engine: str, max_new_tokens: int) -> None:
-        refuse_missing(engine)
+        refuse_missing_engine(engine)
         self.field = field
         self.engine = engine
         try:
@@ -86,7 +87,7 @@ class LocalModel:
         if self.sampler is None:
             try:
                 spec = spec_of(self.directory)
-                self.chat = make_chat(tokenizer_of(spec.model))
+                self.chat = make_chat(model_tokenizer(spec.model))
                 self.stop_ids = end_ids(self.directory, self.chat)
                 self.context = tokens_of(self.directory)
                 sampler = make_sampler(self.engine, spec, device())
@@ -115,7 +116,7 @@ def device() -> torch.device:
 
 
 def spec_of(directory: Path) -> ScoringSpec:
-    model = ModelSpec(name=str(directory), field="model")
+    model = ModelSpec(config=ModelConfig(name=str(directory)), field="model")
     return ScoringSpec(model=model, tokens_per_micro_batch=ROW_TOKENS, row_tokens=ROW_TOKENS)
 
 

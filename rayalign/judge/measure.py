@@ -92,7 +92,9 @@ def make_scorers(configs: Iterable[ScorerConfig]) -> dict[str, Scorer]:
     return {config.label: scorer_of(config) for config in configs}
 
 
-def sample(policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParams, *, tokenizer: Any) -> Sampled:
+def sample_replies(
+    policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParams, *, tokenizer: Any
+) -> Sampled:
     """``params.num_samples`` replies to every prompt.
 
     The draws depend on ``params.seed`` and the prompt's place, so that two policies answer with the same noise.
@@ -110,7 +112,7 @@ def sample(policy: FrozenModel, prompts: Sequence[Prompt], params: SamplingParam
     return Sampled(completions=tuple(completions), replies=tuple(replies))
 
 
-def measure(
+def measure_policy(
     policy: FrozenModel,
     reference: FrozenModel,
     prompts: Sequence[Prompt],
@@ -130,7 +132,7 @@ def measure(
     """
     if params.truncates or params.temperature != 1.0:
         raise ValueError(f"KL is measured on the policy's own samples, at temperature 1 and untruncated, not {params}")
-    drawn = sample(policy, prompts, params, tokenizer=tokenizer)
+    drawn = sample_replies(policy, prompts, params, tokenizer=tokenizer)
     completions, replies = drawn.completions, drawn.replies
     asked = [prompts[completion.prompt_index].prompt for completion in completions]
     shape = (len(prompts), params.num_samples)
@@ -141,9 +143,10 @@ def measure(
     kl_rb, k1 = kl_estimates(policy, reference, prompts, completions)
     return Measured(
         scored={
-            label: answered(scorer, partial(scorer.score, asked, replies), shape) for label, scorer in scorers.items()
+            label: ask_and_count(scorer, partial(scorer.score, asked, replies), shape)
+            for label, scorer in scorers.items()
         },
-        judged=judged(judge, asked, replies, opponent.replies if opponent else None, shape) if judge else None,
+        judged=judge_replies(judge, asked, replies, opponent.replies if opponent else None, shape) if judge else None,
         k1=k1.reshape(shape),
         kl_rb=kl_rb.reshape(shape),
         length=table([len(completion.token_ids) for completion in completions]),
@@ -152,7 +155,7 @@ def measure(
     )
 
 
-def judged(
+def judge_replies(
     judge: Judge,
     prompts: Sequence[str | Turns],
     replies: Sequence[str],
@@ -162,10 +165,10 @@ def judged(
     """Verdicts on replies against their opponents in order; without opponents, what they are by definition."""
     if opponents is None:
         return Answered(values=np.full(shape, 0.5), asked=None, problem="")
-    return answered(judge, partial(judge.compare, prompts, replies, opponents), shape)
+    return ask_and_count(judge, partial(judge.compare, prompts, replies, opponents), shape)
 
 
-def answered(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tuple[int, int]) -> Answered:
+def ask_and_count(whom: Scorer | Judge, ask: Callable[[], Sequence[float]], shape: tuple[int, int]) -> Answered:
     """What ``ask`` says, NaN where ``whom`` has no answer, and by how much it moved their count."""
     tally: Tally | None = getattr(whom, "tally", None)
     before = tally.asked if tally else Asked()

@@ -73,11 +73,11 @@ def rating(answer: str) -> float | None:
     none: ``8``, ``8/10``, ``Rating: **8** (good)``, ``I'd give it 9 out of 10``, ``{"rating": 8}``. Anything else is
     None: another scale (``4/5``, ``80 %``), two numbers (``7-8``), a comma (``8,5``), a number of something else.
     """
-    text = said(answer)
+    text = answer_after_thought(answer)
     found = from_json(text)
     if found is not None:
         return in_range(found)
-    lines = [line for line in map(bare, text.splitlines()) if line]
+    lines = [line for line in map(without_markup, text.splitlines()) if line]
     if not lines:
         return None
     last = rating_of(lines[-1])
@@ -98,7 +98,7 @@ def rating_of(line: str) -> float | None:
 
 def verdict(answer: str) -> float | None:
     """The verdict that stands alone in an answer's last line: 1 for the first reply, 0 for the second, ½ for a tie."""
-    lines = said(answer).splitlines()
+    lines = answer_after_thought(answer).splitlines()
     found = VERDICT.fullmatch(lines[-1]) if lines and len(lines[-1]) <= LONGEST_VERDICT else None
     if found is None:
         return None
@@ -107,7 +107,7 @@ def verdict(answer: str) -> float | None:
     return 1.0 if found["one"].lower() in ("a", "1", "first") else 0.0
 
 
-def said(answer: str) -> str:
+def answer_after_thought(answer: str) -> str:
     """What follows the thought, without control tokens; nothing where the thought does not end."""
     answer = _CONTROL.sub("", answer)
     marks = list(_THOUGHT.finditer(answer))
@@ -116,7 +116,7 @@ def said(answer: str) -> str:
     return answer[marks[-1].end() :].strip() if marks[-1]["ends"] else ""
 
 
-def bare(line: str) -> str:
+def without_markup(line: str) -> str:
     """A line without emphasis, boxes, tags and brackets around a number; its dashes, colons and digits plain ones."""
     line = unicodedata.normalize("NFKC", line).replace("\ufe0f", "").replace("\u20e3", "")
     line = re.sub(r"[\u2010-\u2015\u2212]", "-", line).replace("\u2192", "->").replace("\u2019", "'")
@@ -149,7 +149,7 @@ def number_in(value: dict[str, Any]) -> float:
         return float("nan")
     if isinstance(found[0], int | float):
         return float(found[0])
-    read = rating_of(bare(found[0])) if isinstance(found[0], str) else None
+    read = rating_of(without_markup(found[0])) if isinstance(found[0], str) else None
     return float("nan") if read is None else read
 
 

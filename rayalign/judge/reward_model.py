@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
 from rayalign.data.schema import Example, Turns, assistant, user
@@ -15,7 +16,7 @@ from rayalign.data.shared_prompt import transcript
 from rayalign.data.tokenize import to_group
 from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.model.folder import model_directory
-from rayalign.engine.model.pretrained import ModelSpec, load_model, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, load_model, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import ScalarHead, written_as
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
@@ -38,7 +39,9 @@ class RewardModelScorer:
 
     def __init__(self, *, model: str, revision: str | None = None) -> None:
         self.directory = model_directory(model, revision, field=FIELD)
-        self.spec = ModelSpec(name=str(self.directory), head=ScalarHead(), trained_head=True, field=FIELD)
+        self.spec = ModelSpec(
+            config=ModelConfig(name=str(self.directory)), head=ScalarHead(), trained_head=True, field=FIELD
+        )
         skeleton = refuse_unusable(self.spec)
         self.context, self.vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +74,7 @@ class RewardModelScorer:
         if self.model is not None:
             return
         try:
-            self.tokenizer, model = tokenizer_of(self.spec), load_model(self.spec, device=self.device)
+            self.tokenizer, model = model_tokenizer(self.spec), load_model(self.spec, device=self.device)
         except UserError as error:
             raise ScorerUnusable(str(error)) from error
         if self.tokenizer.pad_token_id is None:

@@ -72,7 +72,7 @@ class RuleScorer:
             try:
                 found = self.function(prompt_text(prompt), reply)
                 self.fatal_in_a_row = 0
-                if is_finite(found.value):
+                if is_finite_number(found.value):
                     values[-1] = float(found.value)
                 else:
                     returned = self._told(f"returned {found.shown}", row, reply)
@@ -97,6 +97,6 @@ class RuleScorer:
         return f"scorer.function: {self.name!r} {what} for row {row} (reply {reply[:EXCERPT]!r})"
 
 
-def is_finite(value: object) -> TypeGuard[int | float]:
+def is_finite_number(value: object) -> TypeGuard[int | float]:
     """True for numbers and booleans."""
     return isinstance(value, int | float) and math.isfinite(value)

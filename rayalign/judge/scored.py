@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from rayalign.data.schema import Turns
-from rayalign.judge.base import NoVerdict, Scorer, Tally, refuse_missing
+from rayalign.judge.base import NoVerdict, Scorer, Tally, refuse_missing_verdicts
 
 
 class ScorerJudge:
@@ -25,12 +25,12 @@ class ScorerJudge:
         except NoVerdict as problem:
             scores, reason = list(problem.values), str(problem)
         here, there = scores[: len(first)], scores[len(first) :]
-        values = [decided(one, other) for one, other in zip(here, there, strict=True)]
+        values = [compare_scores(one, other) for one, other in zip(here, there, strict=True)]
         self.tally.add(calls=len(scores), failures=sum(map(math.isnan, scores)), ties=values.count(0.5))
-        return refuse_missing(values, reason)
+        return refuse_missing_verdicts(values, reason)
 
 
-def decided(one: float, other: float) -> float:
+def compare_scores(one: float, other: float) -> float:
     """1, ½ or 0; NaN where a score is missing."""
     if math.isnan(one) or math.isnan(other):
         return math.nan

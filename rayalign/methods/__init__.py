@@ -133,7 +133,7 @@ def resolve(name: str) -> Method:
     Raises:
         UserError: nothing has that name (the nearest names are in the message), or it is no method.
     """
-    from rayalign.methods.method import Method, problem_of
+    from rayalign.methods.method import Method, record_problem
 
     if name not in METHODS and ":" not in name:
         plain = name.lower().replace("-", "_")
@@ -147,7 +147,7 @@ def resolve(name: str) -> Method:
     method = load_object(METHODS.get(name, name))
     if not isinstance(method, Method):
         raise UserError(f"{name!r} is a {type(method).__name__}, not a rayalign.methods.Method")
-    problem = "" if name in METHODS else problem_of(method)
+    problem = "" if name in METHODS else record_problem(method)
     if problem:
         raise UserError(f"{name!r}: {problem}")
     return method

@@ -27,7 +27,7 @@ def pair_length(scored: Scored) -> Int[Tensor, "B 2"]:
     return torch.where(scored.pair_mask[:, None], scored.scores.length[:, :2], 1)
 
 
-def reward_metrics(reward: Float[Tensor, "B 2"], mask: Bool[Tensor, " B"]) -> MetricSums:
+def trl_reward_metrics(reward: Float[Tensor, "B 2"], mask: Bool[Tensor, " B"]) -> MetricSums:
     """TRL's ``rewards/*`` keys. A tie counts as half an accurate pair: at policy = reference accuracy is 0.5, not 0."""
     margin = reward[:, 0] - reward[:, 1]
     accurate = (margin > 0).to(reward) + (margin == 0).to(reward) / 2
@@ -36,10 +36,10 @@ def reward_metrics(reward: Float[Tensor, "B 2"], mask: Bool[Tensor, " B"]) -> Me
 
 
 def preference_metrics(scored: Scored, reward: Float[Tensor, "B 2"]) -> MetricSums:
-    """:func:`reward_metrics` of the method's implicit reward, and TRL's ``logps/*`` keys."""
+    """:func:`trl_reward_metrics` of the method's implicit reward, and TRL's ``logps/*`` keys."""
     logp = pair_logp(scored)
     return {
-        **reward_metrics(reward, scored.pair_mask),
+        **trl_reward_metrics(reward, scored.pair_mask),
         "logps/chosen": mean_over(logp[:, 0], scored.pair_mask),
         "logps/rejected": mean_over(logp[:, 1], scored.pair_mask),
     }

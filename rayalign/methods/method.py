@@ -164,7 +164,7 @@ class Method:
         return self.needed(config) | (self.critic.needed(config) - {"value"} if self.critic else frozenset())
 
 
-def problem_of(method: Method) -> str:
+def record_problem(method: Method) -> str:
     """What is wrong with a record; empty where its parts are of the kinds that they are to be."""
     functions = ("loss", "extra_needs", "round_prepare", "round_limit", "step_prepare", "metrics")
     for name in functions:

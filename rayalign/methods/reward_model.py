@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayalign.functional.masked import masked_mean
 from rayalign.methods._fields import NonNegative
-from rayalign.methods._pairs import MetricSums, mean_over, reward_metrics
+from rayalign.methods._pairs import MetricSums, mean_over, trl_reward_metrics
 from rayalign.methods.method import Method, MethodConfig, Statistics, Term
 from rayalign.methods.method import margin as chosen_minus_rejected
 from rayalign.types import Scored
@@ -45,7 +45,7 @@ def ranking_loss(
     ``rank`` 0 is the best; NaN has no place in the order. A group's ``margin`` holds for each of its pairs.
     """
     above = is_above(rank, candidate_mask)
-    pairs = compared(score, above)
+    pairs = compared_scores(score, above)
     margins = torch.as_tensor(margin, dtype=score.dtype, device=score.device).reshape(-1, 1, 1).expand(above.shape)
     losses = reward_model_loss(pairs.flatten(0, 2), margin=margins.flatten(), center=center)
     return masked_mean(losses.view(above.shape).flatten(1), above.flatten(1), dim=1)
@@ -59,7 +59,7 @@ def is_above(rank: Float[Tensor, "B K"], candidate_mask: Bool[Tensor, "B K"] | N
     return above
 
 
-def compared(score: Float[Tensor, "B K"], above: Bool[Tensor, "B K K"]) -> Float[Tensor, "B K K 2"]:
+def compared_scores(score: Float[Tensor, "B K"], above: Bool[Tensor, "B K K"]) -> Float[Tensor, "B K K 2"]:
     """The scores of answers i and j wherever i is above j, else 0."""
     pairs = torch.stack([score[:, :, None].expand_as(above), score[:, None, :].expand_as(above)], dim=-1)
     return torch.where(above[..., None], pairs, 0)
@@ -79,9 +79,9 @@ def loss(scored: Scored, config: RewardModelConfig, statistics: Statistics) -> t
 def metrics(scored: Scored, config: RewardModelConfig, statistics: Statistics) -> MetricSums:
     """TRL's ``rewards/*`` over all compared pairs, and the Brier score of σ(margin): the mean of (1 − σ(margin))²."""
     above = is_above(scored.candidate("rank"), scored.batch.candidate_mask)
-    pairs = compared(scored.candidate("score"), above).flatten(0, 2)
+    pairs = compared_scores(scored.candidate("score"), above).flatten(0, 2)
     doubt = torch.sigmoid(-chosen_minus_rejected(pairs))
-    return {**reward_metrics(pairs, above.flatten()), "rewards/brier": mean_over(doubt.square(), above.flatten())}
+    return {**trl_reward_metrics(pairs, above.flatten()), "rewards/brier": mean_over(doubt.square(), above.flatten())}
 
 
 METHOD = Method(

@@ -58,13 +58,13 @@ def advantages(prepared: Round, config: RLOOConfig) -> dict[str, Tensor]:
 def loss(scored: Scored, config: RLOOConfig, statistics: Statistics) -> tuple[Term, ...]:
     real = scored.batch.candidate_mask.flatten()
     if config.ratio == "sequence":
-        per_sequence = ratio_loss(*sequences(scored), config)
+        per_sequence = ratio_loss(*sequence_terms(scored), config)
     else:
         per_sequence = per_candidate(ratio_loss(*policy_tokens(scored), config), scored).flatten()
     return (Term(name="rloo", per_item=per_sequence, mask=real, over="sequences"),)
 
 
-def sequences(scored: Scored) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"]]:
+def sequence_terms(scored: Scored) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"]]:
     """(log π, log μ, advantage) of every completion."""
     logp, behavior_logp, advantage = policy_tokens(scored)
     num_groups, num_candidates = scored.batch.candidate_mask.shape
@@ -84,7 +84,7 @@ def metrics(scored: Scored, config: RLOOConfig, statistics: Statistics) -> Metri
         return policy_metrics(scored, config)
     mask = scored.batch.candidate_mask
     group = torch.arange(mask.numel(), device=mask.device) // mask.shape[1]
-    items = item_metrics(*sequences(scored), mask.flatten(), group, scored, config)
+    items = item_metrics(*sequence_terms(scored), mask.flatten(), group, scored, config)
     return {**items, **kl_metrics(scored), **reward_spread(scored)}
 
 

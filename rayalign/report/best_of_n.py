@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayalign.report.points import EvaluationPoint, as_array
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate, is_rate, rate_estimate
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, Vector, estimate_mean, is_rate, rate_estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def best_of_n(
             n=n,
             kl_bound=kl_bound(n),
             scores={
-                name: (rate_estimate if name in shares and is_rate(as_array(values)) else estimate)(
+                name: (rate_estimate if name in shares and is_rate(as_array(values)) else estimate_mean)(
                     expected_best(as_array(values), n), bootstrap
                 )
                 for name, values in reference.scores.items()

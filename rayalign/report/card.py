@@ -67,8 +67,7 @@ def card_text(card: Card) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("number", "interval", "policy", "markdown", "indented"):
-        environment.filters[name] = getattr(formatting, name)
+    environment.filters |= formatting.FILTERS
     return environment.get_template("model_card.md.jinja").render(
         card=card,
         mark=MARK,

@@ -39,7 +39,7 @@ class EntryDifference:
     """The entry that scores higher where ``adjusted_p`` < 0.05; else empty, which is no finding of equality."""
 
 
-def differences(contenders: Sequence[Contender], bootstrap: Bootstrap) -> tuple[EntryDifference, ...]:
+def entry_differences(contenders: Sequence[Contender], bootstrap: Bootstrap) -> tuple[EntryDifference, ...]:
     """Every pair under every scorer: one family."""
     pairs = [
         (a, b)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rayalign.report.best_of_n import best_of_n
 from rayalign.report.columns import KINDS, RATES, Columns, Key, columns
-from rayalign.report.differences import Contender, EntryDifference, differences
+from rayalign.report.differences import Contender, EntryDifference, entry_differences
 from rayalign.report.entries import Entry, entries_of
 from rayalign.report.formatting import SHARE
 from rayalign.report.frontier import (
@@ -144,7 +144,7 @@ def _summarize_set(
         entry_points=entry_points,
         at_kl=at_kl,
         entries_at_kl=list(_entries_at_kl(entries, at_kl, scorers)),
-        differences=differences(_contenders(rows, scorers, bootstrap), bootstrap),
+        differences=entry_differences(_contenders(rows, scorers, bootstrap), bootstrap),
         chosen=list(_chosen(prompts, rows, scorers, estimator, bootstrap, shares)),
     )
 

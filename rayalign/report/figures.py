@@ -43,7 +43,7 @@ COST_AXES = (
 )
 
 
-def styles(entries: Sequence[Entry]) -> dict[str, Style]:
+def entry_styles(entries: Sequence[Entry]) -> dict[str, Style]:
     """Id of an entry or cell to style: one colour and marker per method, one line per data policy.
 
     Where two entries would look alike, one colour and marker per entry. All cells of an entry share its style.
@@ -121,7 +121,7 @@ def _against_cost(
     def spent(point: PointSummary) -> float:
         """In proportion to the step: of what a run used in all, only the whole was counted."""
         entry = entries[point.cell]
-        return axis.amount(entry.cost) * point.step / last_step(entry)
+        return axis.amount(entry.cost) * point.step / last_entry_step(entry)
 
     return line_chart(
         stem,
@@ -132,7 +132,7 @@ def _against_cost(
     )
 
 
-def last_step(entry: Entry) -> int:
+def last_entry_step(entry: Entry) -> int:
     """Number of its runs: trained where that is known, else measured."""
     logged = [row.get("step") for cell in entry.cells for row in cell.metrics]
     trained = [int(step) for step in logged if step is not None]
@@ -149,7 +149,7 @@ def _best_of_n(summary: Summary, prompt_set: str, scorer: Measure) -> Yardstick 
 
 def _evaluated(comparison: ComparisonRecord, summary: Summary, x: Coordinate, y: Coordinate) -> list[Series]:
     """A line per entry through its checkpoints on the first prompt set."""
-    look = styles(summary.entries)
+    look = entry_styles(summary.entries)
     series = []
     for entry in summary.entries:
         path = summary.path(entry.id, comparison.prompt_sets[0].name)
@@ -162,7 +162,7 @@ def _evaluated(comparison: ComparisonRecord, summary: Summary, x: Coordinate, y:
 
 def _trained(comparison: ComparisonRecord, summary: Summary, metric: str) -> list[Series]:
     """A line per run that logged the metric: its trailing mean over a tenth of the run."""
-    look = styles(summary.entries)
+    look = entry_styles(summary.entries)
     series = []
     for cell in comparison.cells:
         rows = [(row.get("step"), row.get(metric)) for row in cell.metrics]

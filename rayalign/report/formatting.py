@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rayalign.report.statistics import Estimate
 
@@ -14,7 +14,7 @@ CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\
 PICTURES = str.maketrans({**CONTROLS, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 
 
-def number(value: float, unit: str = "") -> str:
+def format_number(value: float, unit: str = "") -> str:
     """Three or so significant digits; a share in per cent; a real minus sign; a dash where there is no value."""
     if math.isnan(value):
         return MISSING
@@ -27,10 +27,10 @@ def number(value: float, unit: str = "") -> str:
 
 def signed(value: float, unit: str = "") -> str:
     """A difference, with its sign."""
-    return ("+" if value > 0 else "") + number(value, unit)
+    return ("+" if value > 0 else "") + format_number(value, unit)
 
 
-def interval(estimate: Estimate, unit: str = "", show: Callable[[float, str], str] = number) -> str:
+def interval(estimate: Estimate, unit: str = "", show: Callable[[float, str], str] = format_number) -> str:
     """``[low, high]``, or a dash."""
     if math.isnan(estimate.low):
         return MISSING
@@ -47,27 +47,27 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def single(value: float | None, unit: str = "") -> str:
+def format_optional(value: float | None, unit: str = "") -> str:
     """The number of one reply, which may be missing."""
-    return MISSING if value is None else number(value, unit)
+    return MISSING if value is None else format_number(value, unit)
 
 
-def count(value: float | None) -> str:
+def format_count(value: float | None) -> str:
     """A count: exact below ten thousand, then to about three digits with k, M or G."""
     if value is None:
         return MISSING
     for least, factor, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if value >= least:
-            return f"{number(value / factor)} {letter}"
+            return f"{format_number(value / factor)} {letter}"
     return f"{value:.0f}"
 
 
-def kept(*, kept: int, of: int, unit: str, threshold: float, **_: float) -> str:
+def filter_sentence(*, kept: int, of: int, unit: str, threshold: float, **_: float) -> str:
     """What a filter left: ``kept 694 of 2,312 pairs, threshold −1.23 nats per token``."""
-    return f"kept {kept:,} of {of:,} {unit}, threshold {number(threshold)} nats per token"
+    return f"kept {kept:,} of {of:,} {unit}, threshold {format_number(threshold)} nats per token"
 
 
-def policy(name: str) -> str:
+def policy_in_words(name: str) -> str:
     """``off_policy`` as words."""
     return name.replace("_", "-")
 
@@ -90,3 +90,17 @@ def printable(text: str) -> str:
 def indented(text: str) -> str:
     """Text as a Markdown code block: nothing in it is markup."""
     return "\n".join("    " + line for line in text.splitlines() or [""])
+
+
+FILTERS: Mapping[str, Callable[..., str]] = {
+    "number": format_number,
+    "interval": interval,
+    "signed": signed,
+    "signed_interval": signed_interval,
+    "p_value": p_value,
+    "count": format_count,
+    "policy": policy_in_words,
+    "markdown": markdown,
+    "indented": indented,
+}
+"""What templates call these functions."""

@@ -34,7 +34,7 @@ def contests(comparison: ComparisonRecord, entries: Sequence[Entry], bootstrap: 
         if points:
             last[entry.id] = points
     for scorer in comparison.scorers:
-        samples = {name: pooled(points, scorer.name) for name, points in last.items()}
+        samples = {name: pooled_scores(points, scorer.name) for name, points in last.items()}
         for row, column in itertools.combinations(samples, 2):
             single = len(last[row]) == len(last[column]) == 1
             found = rate_estimate(win_shares(samples[row], samples[column]), bootstrap)
@@ -51,11 +51,11 @@ def last_points(entry: Entry, prompt_set: str) -> list[EvaluationPoint]:
     return [point for point in points if point.step == step]
 
 
-def pooled(points: Sequence[EvaluationPoint], scorer: str) -> Matrix:
+def pooled_scores(points: Sequence[EvaluationPoint], scorer: str) -> Matrix:
     """[P, S] scores, the samples of all seeds side by side."""
     return np.concatenate([as_array(point.scores[scorer]) for point in points], axis=1)
 
 
-def by_pair(found: Sequence[Contest]) -> Mapping[tuple[str, str, str], Contest]:
+def contests_by_pair(found: Sequence[Contest]) -> Mapping[tuple[str, str, str], Contest]:
     """(row, column, scorer) → contest."""
     return {(contest.row, contest.column, contest.scorer): contest for contest in found}

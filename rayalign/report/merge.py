@@ -12,10 +12,10 @@ from rayalign.report.points import (
     MergedPart,
     Provenance,
     ReportText,
-    load,
-    save,
+    load_comparison,
+    save_comparison,
 )
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 from rayalign.report.trials import TuningRecord, UntriedSetting
 from rayalign.storage.place import Place
 
@@ -59,9 +59,9 @@ def merge_folders(directories: Sequence[Place], out: Place | None) -> tuple[Comp
         raise UserError("a folder is given twice; name each comparison once")
     if out is None or whole_name(out) in resolved:
         raise UserError("several comparisons become a report of their own; say where: --out runs/merged")
-    merged = merge([(str(directory), load(directory)) for directory in directories])
-    save(merged, out)
-    return merged, render(merged, out)
+    merged = merge([(str(directory), load_comparison(directory)) for directory in directories])
+    save_comparison(merged, out)
+    return merged, render_report(merged, out)
 
 
 def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonRecord:
@@ -74,7 +74,7 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
     alike = [(folder, first)]
     left_out: list[UntriedSetting] = []
     for place, other in others:
-        reasons = differing(first, other)
+        reasons = measured_differences(first, other)
         if reasons:
             text = f"differs from {first.name} in {', '.join(reasons)}"
             left_out.append(UntriedSetting(what=f"{other.name} ({place})", reason=text))
@@ -102,7 +102,7 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
     )
 
 
-def differing(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
+def measured_differences(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
     """In what two comparisons were measured otherwise; empty where their numbers mean the same.
 
     Without digests on either side, as an older version wrote them, the reference's own numbers decide.
@@ -133,12 +133,12 @@ def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, Comp
     ]
     clash = len(set(everywhere)) < len(everywhere)
     return [
-        (name, prefixed(comparison, name) if clash else comparison)
+        (name, prefix_names(comparison, name) if clash else comparison)
         for name, comparison in zip(names, comparisons, strict=True)
     ]
 
 
-def prefixed(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
+def prefix_names(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
     def own(text: str) -> str:
         return f"{name}: {text}" if text else ""
 
@@ -167,10 +167,10 @@ def merged_text(parts: Sequence[ComparisonRecord]) -> ReportText:
     texts = [part.text for part in parts]
     return ReportText(
         title=" + ".join(dict.fromkeys(text.title for text in texts)),
-        opening=distinct(text.opening for text in texts),
-        caveats=distinct(text.caveats for text in texts),
+        opening=distinct_texts(text.opening for text in texts),
+        caveats=distinct_texts(text.caveats for text in texts),
         kl_levels=tuple(sorted({level for text in texts for level in text.kl_levels})),
-        curves=distinct(text.curves for text in texts),
+        curves=distinct_texts(text.curves for text in texts),
     )
 
 
@@ -179,7 +179,7 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
     origins = [part.provenance for part in parts]
     times = [origin.started for origin in origins if origin.started]
     return Provenance(
-        commands=distinct(origin.commands for origin in origins),
+        commands=distinct_texts(origin.commands for origin in origins),
         git_revision=", ".join(dict.fromkeys(origin.git_revision for origin in origins if origin.git_revision)),
         versions=side_by_side([origin.versions for origin in origins]),
         config_digests={cell: digest for origin in origins for cell, digest in origin.config_digests.items()},
@@ -191,10 +191,10 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
 
 
 def side_by_side(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    keys = distinct(facts)
+    keys = distinct_texts(facts)
     return {key: ", ".join(dict.fromkeys(fact[key] for fact in facts if key in fact)) for key in keys}
 
 
-def distinct(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
+def distinct_texts(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """In the order of their first appearance."""
     return tuple(dict.fromkeys(text for group in groups for text in group))

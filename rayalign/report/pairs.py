@@ -62,10 +62,10 @@ class PairReport:
     by_length: tuple[LengthBucket, ...]
 
 
-def report(pairs: Pairs, bootstrap: Bootstrap | None = None) -> PairReport:
+def report_pairs(pairs: Pairs, bootstrap: Bootstrap | None = None) -> PairReport:
     """Everything about one model on P ≥ 1 pairs; intervals over rows of data."""
     bootstrap = bootstrap or Bootstrap()
-    reliability = bins(pairs.margin)
+    reliability = reliability_bins(pairs.margin)
     total = len(pairs.margin)
     return PairReport(
         pairs=total,
@@ -80,7 +80,7 @@ def report(pairs: Pairs, bootstrap: Bootstrap | None = None) -> PairReport:
     )
 
 
-def right(margin: Vector) -> Vector:
+def correctness(margin: Vector) -> Vector:
     """1 where the preferred answer scores higher, ½ for a tie, else 0."""
     found: Vector = np.where(margin == 0, 0.5, (margin > 0).astype(np.float64))
     return found
@@ -88,13 +88,13 @@ def right(margin: Vector) -> Vector:
 
 def accuracy(pairs: Pairs, among: np.ndarray[tuple[int], np.dtype[np.bool_]], bootstrap: Bootstrap) -> Estimate:
     _, row = np.unique(pairs.row[among], return_inverse=True)
-    correct: Vector = np.bincount(row, right(pairs.margin[among])).astype(np.float64)
+    correct: Vector = np.bincount(row, correctness(pairs.margin[among])).astype(np.float64)
     return ratio_estimate(correct, np.bincount(row).astype(np.float64), bootstrap)
 
 
-def bins(margin: Vector, count: int = BINS) -> tuple[Bin, ...]:
+def reliability_bins(margin: Vector, count: int = BINS) -> tuple[Bin, ...]:
     """``count`` bins of equally many pairs, give or take one, by confidence; fewer where there are fewer pairs."""
-    confidence, correct = sigmoid(np.abs(margin)), right(margin)
+    confidence, correct = sigmoid(np.abs(margin)), correctness(margin)
     parts = np.array_split(np.argsort(confidence, kind="stable"), min(count, len(margin)))
     return tuple(
         Bin(

@@ -1,7 +1,8 @@
 """What a comparison measured: the raw points that every table, figure and claim of the report is computed from.
 
-A comparison builds a :class:`ComparisonRecord` and calls :func:`save`; :func:`rayalign.report.render.render` turns it
-into the report, now or later from :func:`load`. Names of scorers, KL estimators and diagnostics are data.
+A comparison builds a :class:`ComparisonRecord` and calls :func:`save_comparison`.
+:func:`rayalign.report.render.render_report` turns it into the report, now or later from :func:`load_comparison`. Names
+of scorers, KL estimators and diagnostics are data.
 
 The unit of replication is the training seed: cells that name the same ``entry`` differ in nothing else. A point holds
 P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``; ``None``
@@ -343,15 +344,15 @@ def _require_unique(what: str, values: list[str]) -> None:
         raise ValueError(f"{what}: {', '.join(repeated)} more than once")
 
 
-def save(comparison: ComparisonRecord, directory: Place) -> Place:
+def save_comparison(comparison: ComparisonRecord, directory: Place) -> Place:
     """Write ``directory/comparison.json`` in one rename and return its path."""
     path = directory / FILE_NAME
     write_text(path, comparison.model_dump_json() + "\n")
     return path
 
 
-def load(directory: Place) -> ComparisonRecord:
-    """Read what :func:`save` wrote.
+def load_comparison(directory: Place) -> ComparisonRecord:
+    """Read what :func:`save_comparison` wrote.
 
     Raises:
         UserError: the file is missing, or is not a comparison of this version; the message names file and field.

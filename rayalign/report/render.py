@@ -13,7 +13,7 @@ from rayalign.report import figures, formatting
 from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
-from rayalign.report.matrix import by_pair
+from rayalign.report.matrix import contests_by_pair
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, write_text
 from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
@@ -22,11 +22,9 @@ from rayalign.report.trials import TuningRecord
 from rayalign.storage.place import Place
 
 FOLDER = "report"
-FILTERS = ("number", "interval", "signed", "signed_interval", "p_value", "count", "policy", "markdown", "indented")
-"""Functions of :mod:`rayalign.report.formatting` that templates use."""
 
 
-def render(comparison: ComparisonRecord, directory: Place) -> Place:
+def render_report(comparison: ComparisonRecord, directory: Place) -> Place:
     """Write ``directory/report/`` and return the path of ``report.html``, which is written last.
 
     Each file is replaced whole, so a reader never sees half of one.
@@ -57,14 +55,14 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
         units={scorer.name: scorer.unit for scorer in comparison.scorers},
         measures=(*comparison.scorers, *judges, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
-        styles=figures.styles(summary.entries),
+        styles=figures.entry_styles(summary.entries),
         drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
-        limits=limits(comparison, summary),
+        limits=comparison_limits(comparison, summary),
         tunings=tunings(comparison),
         untuned=untuned(comparison, summary),
         cost_axes=figures.cost_axes(summary),
-        contests=by_pair(summary.contests),
+        contests=contests_by_pair(summary.contests),
         contestants=list(dict.fromkeys(contest.row for contest in summary.contests)),
         interval_head=summary.interval_head,
         opponent=BASELINE if comparison.baseline else REFERENCE,
@@ -76,7 +74,7 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
     )
 
 
-def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
+def comparison_limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     """What the numbers cannot say: first what holds for every comparison of this kind, then this one's own caveats."""
     estimator = comparison.kl_estimators[0]
     sampling = comparison.sampling
@@ -84,8 +82,8 @@ def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     if (sampling.temperature, sampling.top_p) != (1, 1):
         drawn += ", which is not the policy itself: the number is not its KL"
     return [
-        *replication(summary),
-        *tuned(comparison),
+        *replication_caveats(summary),
+        *tuning_caveats(comparison),
         f"KL is the reverse KL(π‖π_ref) on the policy's own replies ({drawn}), estimated by {estimator.label}, in nats"
         f" per reply; its interval, too, is the {summary.interval_head}.",
         "Membership of the front is of means: a point on it need not differ from one beside it. Its share of resamples"
@@ -95,14 +93,14 @@ def limits(comparison: ComparisonRecord, summary: Summary) -> list[str]:
         " level need not be like those that do not.",
         "A length-controlled win rate is as good as its model: it corrects for the length of replies, in one term, and"
         " for nothing else.",
-        *judging(comparison, summary),
+        *judging_caveats(comparison, summary),
         "Intervals of rates (win rates, shares, accuracies) are Wilson's score intervals for the effective number of"
         " prompts: they lie between 0 and 1, and have a width where every prompt agrees.",
         *comparison.text.caveats,
     ]
 
 
-def replication(summary: Summary) -> Iterator[str]:
+def replication_caveats(summary: Summary) -> Iterator[str]:
     """What the intervals are over, and whether anything may be called better."""
     bootstrap = summary.bootstrap
     prompts = (
@@ -129,7 +127,7 @@ def replication(summary: Summary) -> Iterator[str]:
         )
 
 
-def tuned(comparison: ComparisonRecord) -> Iterator[str]:
+def tuning_caveats(comparison: ComparisonRecord) -> Iterator[str]:
     """What settings were chosen by, and what that does to the numbers."""
     if not comparison.tuning:
         yield (
@@ -166,7 +164,7 @@ def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
     ]
 
 
-def judging(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
+def judging_caveats(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
     """What a judge's win rate is, and what scorers and judges left unanswered."""
     if comparison.judge is not None:
         yield (
@@ -196,9 +194,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in FILTERS:
-        environment.filters[name] = getattr(formatting, name)
-    environment.filters["kept"] = lambda filtered: formatting.kept(**filtered.model_dump())
+    environment.filters |= formatting.FILTERS
+    environment.filters["kept"] = lambda filtered: formatting.filter_sentence(**filtered.model_dump())
     return environment
 
 

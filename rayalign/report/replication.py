@@ -24,7 +24,7 @@ from rayalign.report.statistics import (
     Estimate,
     Matrix,
     Vector,
-    estimate,
+    estimate_mean,
     prompt_draws,
     quantile,
     rate_estimate,
@@ -112,7 +112,7 @@ def two_level(values: Matrix, bootstrap: Bootstrap, *, stream: int = 0, rate: bo
     The interval of a ``rate`` lies in [0, 1] (:func:`rayalign.report.statistics.rate_interval`).
     """
     if len(values) == 1:
-        return (rate_estimate if rate else estimate)(values[0], bootstrap)
+        return (rate_estimate if rate else estimate_mean)(values[0], bootstrap)
     found = replicated(values, bootstrap, stream=stream)
     n = int((~np.isnan(values)).any(axis=0).sum())
     if math.isnan(found.seeds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rayalign.report.formatting import count, single
+from rayalign.report.formatting import format_count, format_optional
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, EvaluationPoint
 
 OUTCOMES: Mapping[float | None, str] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
@@ -64,11 +64,11 @@ def _reply_numbers(comparison: ComparisonRecord, point: EvaluationPoint, key: tu
     prompt, sample = key
     estimator = comparison.kl_estimators[0]
     for scorer in comparison.scorers:
-        yield f"{scorer.label} {single(point.scores[scorer.name][prompt][sample], scorer.unit)}"
+        yield f"{scorer.label} {format_optional(point.scores[scorer.name][prompt][sample], scorer.unit)}"
     if comparison.judge is not None and point.verdicts is not None:
         verdict = point.verdicts[prompt][sample]
-        yield f"judged by {comparison.judge.label}: {OUTCOMES.get(verdict, single(verdict))}"
-    yield f"log π/π_ref ({estimator.label}) {single(point.kl[estimator.name][prompt][sample])}"
-    yield f"{count(point.length[prompt][sample])} tokens"
+        yield f"judged by {comparison.judge.label}: {OUTCOMES.get(verdict, format_optional(verdict))}"
+    yield f"log π/π_ref ({estimator.label}) {format_optional(point.kl[estimator.name][prompt][sample])}"
+    yield f"{format_count(point.length[prompt][sample])} tokens"
     if point.finished[prompt][sample] == 0:
         yield "cut at the limit"

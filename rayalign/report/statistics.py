@@ -56,7 +56,7 @@ def prompt_means(samples: Matrix) -> Vector:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def estimate(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
+def estimate_mean(per_prompt: Vector, bootstrap: Bootstrap) -> Estimate:
     """Mean over the prompts that have a value, with a percentile bootstrap interval.
 
     Equal ``n`` gives equal resamples.

@@ -21,14 +21,14 @@ SILENT_SECONDS = 120.0
 """A living process renews its lease far more often."""
 
 
-def table(directory: Place) -> RenderableType:
+def status_table(directory: Place) -> RenderableType:
     """One line per run, and below why attempts of unfinished ones failed; raises UserError where there is no run."""
     found = Table(title=str(directory))
     for column in ("run", "status", "step", "loss", "tokens/s", "left", "checkpoint", "attempt", "failures", "updated"):
         found.add_column(column)
     told: list[Text] = []
     for run in runs(directory):
-        facts = facts_of(run / "run.json")
+        facts = read_run_json(run / "run.json")
         rows = last_rows(run / "metrics.jsonl")
         row = rows[-1] if rows else {}
         name, status, failures = (
@@ -64,7 +64,7 @@ def runs(directory: Place) -> Iterator[Place]:
     return (path.parent for path in sorted(found, key=str))
 
 
-def facts_of(path: Place) -> dict[str, Any]:
+def read_run_json(path: Place) -> dict[str, Any]:
     """What a ``run.json`` says; empty where it is damaged, so that one such run does not hide the others."""
     return record(path.read_bytes())
 

@@ -45,7 +45,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return room[..., :total, :]
 
 
-def select(cache: DynamicCache | None, rows: Tensor) -> None:
+def keep_cache_rows(cache: DynamicCache | None, rows: Tensor) -> None:
     """Keep ``rows`` of every layer, in their order; a row may come several times, and a layer may be of any kind."""
     if cache is not None:
         cache.reorder_cache(rows)

@@ -110,13 +110,13 @@ def make_sampler(name: str, spec: ScoringSpec, device: torch.device, options: En
     """
     if name == "hf":
         return HfSampler(spec, device)
-    refuse_missing(name)
+    refuse_missing_engine(name)
     from rayalign.rollout.vllm import VllmSampler
 
     return VllmSampler(spec, options)
 
 
-def refuse_missing(name: str, python: str | None = None, *, transfer: str = "object_store") -> None:
+def refuse_missing_engine(name: str, python: str | None = None, *, transfer: str = "object_store") -> None:
     """Raise MissingExtra where an engine's package, or what moves its weights, is not installed here.
 
     Raises UserError where ``python``, the interpreter of another environment, cannot serve.

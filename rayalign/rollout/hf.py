@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rayalign.engine.model.context import context_of, refuse_long_prompt
 from rayalign.rollout.base import Completion, SamplingParams
-from rayalign.rollout.cache import make_cache, select
+from rayalign.rollout.cache import keep_cache_rows, make_cache
 from rayalign.rollout.sampling import sample_key, sample_tokens, uniforms
 
 TOKENS_PER_BATCH = 16_384
@@ -52,7 +52,7 @@ class HfEngine:
         self.reading: Reading = reading or choose_reading(model)
         self.tokens_per_batch = tokens_per_batch
         self.context = context_of(model.config)
-        self._accepted = accepted(model)
+        self._accepted = accepted_arguments(model)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
@@ -105,7 +105,7 @@ class HfEngine:
         shared = torch.arange(len(prompts), device=device).repeat_interleave(params.num_samples)
         logits = self._step(ids, attention, cache)[shared]
         ids, attention = ids[shared], attention[shared]
-        select(cache, shared)
+        keep_cache_rows(cache, shared)
 
         tokens = torch.full(noise.shape, -1, device=device)
         logps = torch.full((2, *noise.shape), torch.nan, device=device)
@@ -121,7 +121,7 @@ class HfEngine:
                 break
             if num_live < COMPACT_BELOW * len(rows):
                 kept = live.nonzero()[:, 0]
-                select(cache, kept)
+                keep_cache_rows(cache, kept)
                 rows, token, live = rows[kept], token[kept], live[kept]
                 ids, attention = ids[kept], attention[kept]
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
@@ -143,7 +143,7 @@ class HfEngine:
         return logits[:, -1].float()
 
 
-def accepted(model: PreTrainedModel) -> frozenset[str]:
+def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
     """The names of what a model's forward may be told."""
     return frozenset(inspect.signature(model.forward).parameters)
 

@@ -17,7 +17,7 @@ from rayalign.engine.model.shrunken import shrunken
 from rayalign.errors import UserError, first_line
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.cache import make_cache
-from rayalign.rollout.hf import HfEngine, Reading, accepted
+from rayalign.rollout.hf import HfEngine, Reading, accepted_arguments
 
 PROMPTS = ((3, 5, 7), (11, 2, 6, 9, 4, 8, 10, 3, 12), (5, 4, 3))
 """Prompts of several lengths, two of them equal."""
@@ -41,7 +41,9 @@ def choose_reading(model: PreTrainedModel) -> Reading:
     Raises:
         UserError: not even reading all of a row for every token gives the log-probabilities of a plain forward.
     """
-    found: dict[Reading, float | str] = proven("sampling", model, lambda: dict(measure(model)), device=model.device)
+    found: dict[Reading, float | str] = proven(
+        "sampling", model, lambda: dict(measure_readings(model)), device=model.device
+    )
     errors = {reading: error for reading, error in found.items() if isinstance(error, float)}
     best = min(errors, key=lambda reading: (errors[reading] > EXACT, errors[reading] > TOLERANCE), default=None)
     if best is None or not errors[best] <= TOLERANCE:
@@ -58,7 +60,7 @@ def choose_reading(model: PreTrainedModel) -> Reading:
     return best
 
 
-def measure(model: PreTrainedModel) -> Iterator[tuple[Reading, float | str]]:
+def measure_readings(model: PreTrainedModel) -> Iterator[tuple[Reading, float | str]]:
     """Way of reading → the largest |Δ log-prob| of a token, in nats, or what went wrong; up to the first right one."""
     known = attention_kind(model.config).reach is not None
     probe = shrunken(model, model.device) if known else model
@@ -82,7 +84,7 @@ def measure(model: PreTrainedModel) -> Iterator[tuple[Reading, float | str]]:
 
 def readings(model: PreTrainedModel) -> tuple[Reading, ...]:
     """The ways to try, fastest first."""
-    names = accepted(model)
+    names = accepted_arguments(model)
     if "past_key_values" not in names:
         return ("whole",)
     counts_filling = "position_ids" not in names or has_states(model.config)

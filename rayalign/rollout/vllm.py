@@ -14,7 +14,6 @@ from rayalign.engine.batches import State
 from rayalign.engine.canary import PROMPT_TOKENS, canary_group
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.context import context_of
-from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.kinds import read_config
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
@@ -50,8 +49,8 @@ class VllmSampler:
         vLLM keeps what it computed for known prefixes across a reload, so that cache is emptied with it.
         """
         started = self.llm is not None
-        directory = str(model_directory(model.name, model.revision))
-        if model.from_scratch:
+        directory = str(model.directory())
+        if model.config.from_scratch:
             raise UserError(
                 "rollout.engine: vllm reads weights from a folder, and model.from_scratch has none yet; write hf"
             )
@@ -158,10 +157,10 @@ def start(directory: str, model: ModelSpec, options: EngineOptions) -> Any:
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    dtype = model.dtype
+    dtype = model.config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    context = context_of(read_config(Path(directory), trust_remote_code=model.trust_remote_code))
+    context = context_of(read_config(Path(directory), trust_remote_code=model.config.trust_remote_code))
     longest = context.tokens if context is not None and context.rope == "longrope" else None
     # A seeded request whose prompt is read in parts makes vLLM 0.32 ask a CPU generator for what only CUDA's have.
     special: dict[str, Any] = {"enable_chunked_prefill": False}
@@ -173,7 +172,7 @@ def start(directory: str, model: ModelSpec, options: EngineOptions) -> Any:
         model=directory,
         max_model_len=longest,  # longrope beyond it has other frequencies than in training
         dtype=dtype,
-        trust_remote_code=model.trust_remote_code,
+        trust_remote_code=model.config.trust_remote_code,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",  # the model's own would set a temperature and end tokens behind our back

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from rayalign.config.policy import LabelConfig
-from rayalign.config.scoring import ScorerConfig
+from rayalign.config.candidates import Labelling
 from rayalign.data.group import Group
 from rayalign.data.replies import reply_text
 from rayalign.data.schema import Turns
@@ -26,8 +25,7 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.batches import Weights
 from rayalign.engine.canary import TOLERANCE, canary_error
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.folder import model_directory
-from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, model_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge import scorer_of
 from rayalign.judge.base import NoVerdict, Scorer, ScorerUnusable
@@ -39,7 +37,6 @@ from rayalign.rounds.label import Labelled, label, label_key, own_rule
 from rayalign.rounds.stored import Drawn, StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.rounds.weights import WeightChannel
-from rayalign.storage.cache import fetched
 from rayalign.storage.manifest import read_manifest
 from rayalign.storage.place import Place
 
@@ -64,14 +61,13 @@ class ChunkSpec:
     """Stored candidates of a prompt stand before the fresh ones."""
     keep_unscored: bool = False
     """Candidates that the scorer failed on are kept, without rewards, as no loss could use them."""
-    scorer: ScorerConfig
-    label: LabelConfig
+    labelling: Labelling
     shape: Shape
     needs_reference: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class PromptChunk:
     """Prompts at consecutive positions, the weights that complete them, and where the shard belongs."""
 
     name: str
@@ -129,7 +125,7 @@ class ChunkMaker:
         self.sampler: Sampler | None = None
         self.loaded: str | None = None
 
-    def __call__(self, job: tuple[ChunkSpec, Chunk] | Literal["rest"]) -> ChunkReport | None:
+    def __call__(self, job: tuple[ChunkSpec, PromptChunk] | Literal["rest"]) -> ChunkReport | None:
         """Write the chunk's shard; or, at :data:`REST`, leave the device's memory to others until the next chunk.
 
         Raises:
@@ -141,7 +137,7 @@ class ChunkMaker:
             return None
         return self._make(*job)
 
-    def _make(self, spec: ChunkSpec, chunk: Chunk) -> ChunkReport:
+    def _make(self, spec: ChunkSpec, chunk: PromptChunk) -> ChunkReport:
         self._prepare(spec)
         began = time.monotonic()
         refreshed = self._load(spec, chunk.weights)
@@ -194,7 +190,7 @@ class ChunkMaker:
     def _groups(
         self,
         spec: ChunkSpec,
-        chunk: Chunk,
+        chunk: PromptChunk,
         drawn: Sequence[Drawn],
         candidates: Sequence[Sequence[Answer]],
         scores: Sequence[Sequence[float]],
@@ -204,7 +200,7 @@ class ChunkMaker:
             label(
                 own,
                 [len(answer.ids) for answer in answers],
-                spec.label,
+                spec.labelling.label,
                 shape=spec.shape,
                 key=label_key(spec.seed, at),
                 own=self.rule,
@@ -230,16 +226,13 @@ class ChunkMaker:
         """Open what stays the same from chunk to chunk."""
         if spec == self.spec:
             return
-        if self.spec is None or engine_of(spec) != engine_of(self.spec):
+        if self.spec is None or engine_key(spec) != engine_key(self.spec):
             self.sampler, self.loaded = None, None
-        model = spec.policy
-        self.tokenizer = load_tokenizer(
-            model_directory(model.name, model.revision), trust_remote_code=model.trust_remote_code
-        )
+        self.tokenizer = model_tokenizer(spec.policy)
         self.prompts = StoredGroups(spec.prompts, spec.seed)
         self.texts = {id(store): Prompts(store) for store in self.prompts.stores}
-        self.scorer: Scorer = scorer_of(spec.scorer)
-        self.rule = own_rule(spec.label)
+        self.scorer: Scorer = scorer_of(spec.labelling.scorer)
+        self.rule = own_rule(spec.labelling.label)
         if spec.needs_reference:
             self.reference = FrozenModel(spec.reference, self.device)
         self.spec = spec
@@ -260,7 +253,7 @@ class ChunkMaker:
         self.sampler, self.loaded = sampler, wanted
         return refreshed
 
-    def _complete(self, spec: ChunkSpec, chunk: Chunk, drawn: Sequence[Drawn]) -> list[list[Answer]]:
+    def _complete(self, spec: ChunkSpec, chunk: PromptChunk, drawn: Sequence[Drawn]) -> list[list[Answer]]:
         """Fresh candidates of every prompt."""
         answers: list[list[Answer]] = [[] for _ in drawn]
         if spec.sampling is not None:
@@ -274,7 +267,7 @@ class ChunkMaker:
 
     def _score(
         self,
-        chunk: Chunk,
+        chunk: PromptChunk,
         drawn: Sequence[Drawn],
         prompts: Sequence[str | Turns],
         candidates: Sequence[Sequence[Answer]],
@@ -302,7 +295,7 @@ class ChunkMaker:
             if chunk.most_bad is not None and len(quarantined) > chunk.most_bad:
                 raise UserError(
                     f"{len(quarantined)} of {len(scores)} prompts have no scored completions, more than "
-                    f"data.max_bad_fraction allows; first {told_prompt(quarantined[0])}"
+                    f"data.max_bad_fraction allows; first {prompt_failure(quarantined[0])}"
                 )
         return scores
 
@@ -319,7 +312,7 @@ def tells_apart(scores: Sequence[float], shape: Shape) -> bool:
     return shape not in ("group", "one") or len(scores) == 1 or min(scores) < max(scores)
 
 
-def engine_of(spec: ChunkSpec) -> tuple[object, ...]:
+def engine_key(spec: ChunkSpec) -> tuple[object, ...]:
     """What specs must have in common to be sampled by one engine."""
     return spec.engine, spec.options, spec.policy
 
@@ -330,7 +323,7 @@ def bad_prompt(group: Drawn, prompt: str | Turns, reason: str) -> dict[str, Any]
     return {"file": source, "line": int(line), "reason": reason, "prompt": prompt_text(prompt)[:200]}
 
 
-def told_prompt(bad: Mapping[str, Any]) -> str:
+def prompt_failure(bad: Mapping[str, Any]) -> str:
     """Where the prompt of such a line stands, and what became of it."""
     return f"{bad['file']}:{bad['line']}: {bad['reason']}"
 
@@ -343,7 +336,7 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")
-    return replace(spec.policy, name=str(fetched(weights.directory)), revision=None, from_scratch=False)
+    return spec.policy.at(weights.directory)
 
 
 def refuse_broken_weights(sampler: Sampler, weights: Weights, dtype: torch.dtype) -> None:

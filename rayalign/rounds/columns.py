@@ -16,7 +16,7 @@ from rayalign.types import Round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
+class RoundPreparation:
     """A method's ``round_prepare`` with its parameters; plain values, so that it travels between processes."""
 
     method: Method
@@ -26,7 +26,7 @@ class Preparation:
 
 
 def prepare_columns(
-    store: TokenStore, directory: Place, preparation: Preparation, *, old_value: Tensor | None = None
+    store: TokenStore, directory: Place, preparation: RoundPreparation, *, old_value: Tensor | None = None
 ) -> TokenStore:
     """Commit the columns that the method makes of all groups of ``store``, as one round, and lay them over it.
 
@@ -85,11 +85,11 @@ def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     per_candidate, per_token = {}, {}
     for name in sorted(needs & store.column_names):
         if all(name in group.per_token for group in groups):
-            per_token[name] = double(np.concatenate([group.per_token[name] for group in groups]))
+            per_token[name] = as_float64(np.concatenate([group.per_token[name] for group in groups]))
         else:
             column = np.full(mask.shape, np.nan)
             column[mask] = np.concatenate([group.per_candidate[name] for group in groups])
-            per_candidate[name] = double(column)
+            per_candidate[name] = as_float64(column)
     return Round(
         candidate_of=torch.from_numpy(owners),
         candidate_mask=torch.from_numpy(mask),
@@ -99,5 +99,5 @@ def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     )
 
 
-def double(column: np.ndarray) -> Tensor:
+def as_float64(column: np.ndarray) -> Tensor:
     return torch.from_numpy(column.astype(np.float64))

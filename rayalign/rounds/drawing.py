@@ -17,8 +17,8 @@ from rayalign.data.store import commit_store
 from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
 from rayalign.remarks import Remarks
-from rayalign.rounds.chunk import Chunk, ChunkReport, ChunkSpec
-from rayalign.rounds.ledger import Ledger, bad_prompts, told_bad
+from rayalign.rounds.chunk import ChunkReport, ChunkSpec, PromptChunk
+from rayalign.rounds.ledger import Ledger, bad_prompts, bad_prompts_sentence
 from rayalign.rounds.workers import ItemKilled, Workers
 from rayalign.storage.place import Place, remove, write_whole
 
@@ -32,7 +32,7 @@ MOST_FATAL = 4
 """Prompts of one chunk; where more of them kill, it is not the prompts."""
 
 
-def draw(
+def draw_chunks(
     spec: ChunkSpec,
     positions: range,
     directory: Place,
@@ -54,7 +54,7 @@ def draw(
     last = time.monotonic()
     made = pool.map([(spec, chunk) for chunk in missing], rescue=partial(without_fatal_prompts, pool))
     for number, (chunk, report) in enumerate(zip(missing, made, strict=True), start=1):
-        write_whole(report_path(chunk), json.dumps(plain(report)).encode())
+        write_whole(report_path(chunk), json.dumps(report_facts(report)).encode())
         for remark in report.remarks:
             told.add(remark)
         for remark in told.take():
@@ -64,11 +64,11 @@ def draw(
             last = time.monotonic()
     reports = [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
     if 0 < len(bad_prompts(reports)) <= most_bad:
-        done(f"{told_bad(reports)}; see quarantine.jsonl in {directory}")
+        done(f"{bad_prompts_sentence(reports)}; see quarantine.jsonl in {directory}")
     return reports
 
 
-def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, Chunk], error: ItemKilled) -> ChunkReport:
+def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, PromptChunk], error: ItemKilled) -> ChunkReport:
     """The chunk that killed all who worked on it, without the prompts that did so: they are found by halving it.
 
     Raises ``error`` where no single prompt is to blame, or too many are.
@@ -105,14 +105,14 @@ def halves(positions: range) -> list[range]:
 
 def plan_chunks(
     spec: ChunkSpec, positions: range, directory: Place, weights: Weights | None, *, most_bad: int
-) -> list[Chunk]:
+) -> list[PromptChunk]:
     """Fixed chunks: the same for any process and any number of actors."""
     samples = spec.sampling.num_samples if spec.sampling else 4
     size = max(2, SAMPLES_PER_CHUNK // samples)
     count = max(1, math.ceil(len(positions) / size))
     bounds = [positions.start + number * len(positions) // count for number in range(count + 1)]
     return [
-        Chunk(
+        PromptChunk(
             name=f"{start:010d}",
             positions=range(start, stop),
             directory=directory,
@@ -142,7 +142,7 @@ def commit_drawn(
         lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
         write_whole(directory / "quarantine.jsonl", lines.encode("utf-8", errors="backslashreplace"))  # as JSON has it
     if len(failures) > max_bad_fraction * ledger.prompts:
-        raise UserError(told_bad(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
+        raise UserError(bad_prompts_sentence(reports, f", more than data.max_bad_fraction {max_bad_fraction:g} allows"))
     look(ledger)
     finished = finished_shards(directory)
     shards = [finished[report["shard"]] for report in reports]
@@ -150,10 +150,10 @@ def commit_drawn(
     return ledger
 
 
-def report_path(chunk: Chunk) -> Place:
+def report_path(chunk: PromptChunk) -> Place:
     return chunk.directory / f"{chunk.name}.report.json"
 
 
-def plain(report: ChunkReport) -> dict[str, Any]:
+def report_facts(report: ChunkReport) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(report).items() if name != "remarks"}
     return {**kept, "shard": report.shard.name}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeGuard
 
 from rayalign.config.policy import LabelConfig
-from rayalign.data.rank import places
+from rayalign.data.rank import places_of_scores
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.rollout.sampling import sample_key, uniforms
@@ -24,7 +24,7 @@ LABEL_STREAM = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredCandidates:
     """The candidates of one prompt as a rule sees them."""
 
     scores: Sequence[float]
@@ -48,7 +48,7 @@ class Labelled:
     """False where the rule found no preference: a lone candidate is kept, which no pairwise loss counts."""
 
 
-Rule: TypeAlias = Callable[[Scored], Pair | None]
+Rule: TypeAlias = Callable[[ScoredCandidates], Pair | None]
 """Which candidates become a pair, if any do."""
 
 
@@ -69,7 +69,7 @@ def label(
     Raises:
         UserError: the user's own rule fails, or answers neither None nor two different candidates.
     """
-    scored = Scored(scores=scores, lengths=lengths, noise=[float(value) for value in uniforms(key, 3)])
+    scored = ScoredCandidates(scores=scores, lengths=lengths, noise=[float(value) for value in uniforms(key, 3)])
     if shape == "group":
         return Labelled(kept=tuple(range(len(scores))))
     if shape == "one":
@@ -77,8 +77,8 @@ def label(
     if shape == "ranking" and config.name == "rewards":
         if min(scores) == max(scores):
             return Labelled(kept=(0,), preferred=False)
-        return Labelled(kept=tuple(range(len(scores))), rank=tuple(places(scores).tolist()))
-    pair = (own or rule(config))(scored)
+        return Labelled(kept=tuple(range(len(scores))), rank=tuple(places_of_scores(scores).tolist()))
+    pair = (own or make_rule(config))(scored)
     if pair is None:
         return Labelled(kept=(0,), preferred=False)
     if shape == "labelled":  # one example per prompt, so that a step has as many as it says
@@ -92,7 +92,7 @@ def label_key(seed: int, position: int) -> int:
     return sample_key(seed, position, LABEL_STREAM)
 
 
-def rule(config: LabelConfig) -> Rule:
+def make_rule(config: LabelConfig) -> Rule:
     """The rule called ``config.name``; ``module:function`` is the user's own, of the list of scores."""
     if config.name == "best_worst":
         return best_worst
@@ -103,12 +103,12 @@ def rule(config: LabelConfig) -> Rule:
     return OwnRule(config.name)
 
 
-def best(scored: Scored) -> int:
+def best(scored: ScoredCandidates) -> int:
     """The highest score, of equal ones the shortest, of equally long ones the first."""
     return min(range(len(scored.scores)), key=lambda k: (-scored.scores[k], scored.lengths[k], k))
 
 
-def best_worst(scored: Scored) -> Pair | None:
+def best_worst(scored: ScoredCandidates) -> Pair | None:
     """Highest against lowest score; no preference where all are equal.
 
     Ties: the shortest chosen, and the rejected one that is nearest to it in length, so that length teaches nothing.
@@ -120,7 +120,9 @@ def best_worst(scored: Scored) -> Pair | None:
     return chosen, nearest_in_length(scored, chosen, [k for k, score in enumerate(scored.scores) if score == lowest])
 
 
-def wpo(scored: Scored, *, threshold: float, gap: float, rejected: Literal["random", "minimum"]) -> Pair | None:
+def wpo(
+    scored: ScoredCandidates, *, threshold: float, gap: float, rejected: Literal["random", "minimum"]
+) -> Pair | None:
     """WPO's recipe for mixed candidates (2406.11827, §4.1).
 
     Chosen: the best one, if it scores at least ``threshold``. Rejected: one that scores at least ``gap`` less, at
@@ -136,7 +138,7 @@ def wpo(scored: Scored, *, threshold: float, gap: float, rejected: Literal["rand
     return chosen, nearest_in_length(scored, chosen, [k for k in lower if scored.scores[k] == lowest])
 
 
-def bradley_terry(scored: Scored, *, scale: float) -> Pair | None:
+def bradley_terry(scored: ScoredCandidates, *, scale: float) -> Pair | None:
     """Two candidates at random and one draw of P(i ≻ j) = σ((score_i − score_j) / scale): a noisy labeller."""
     count = len(scored.scores)
     if count < 2:
@@ -164,7 +166,7 @@ class OwnRule:
             raise UserError(f"label.name: {error}") from error
         self.remarks = self.function.printed.remarks
 
-    def __call__(self, scored: Scored) -> Pair | None:
+    def __call__(self, scored: ScoredCandidates) -> Pair | None:
         scores = list(scored.scores)
         try:
             found = self.function(scores)
@@ -206,5 +208,5 @@ def is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def nearest_in_length(scored: Scored, chosen: int, among: Sequence[int]) -> int:
+def nearest_in_length(scored: ScoredCandidates, chosen: int, among: Sequence[int]) -> int:
     return min(among, key=lambda k: (abs(scored.lengths[k] - scored.lengths[chosen]), k))

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayalign.data.tokenize_rows import Shape
 from rayalign.engine.batches import Weights
-from rayalign.rounds.chunk import told_prompt
+from rayalign.rounds.chunk import prompt_failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def bad_prompts(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [failure for report in reports for failure in report["quarantined"]]
 
 
-def told_bad(reports: Sequence[dict[str, Any]], more: str = "") -> str:
+def bad_prompts_sentence(reports: Sequence[dict[str, Any]], more: str = "") -> str:
     """How many prompts the scorer failed on, and the first of them; ``more`` stands between the two."""
     failures, prompts = bad_prompts(reports), sum(report["prompts"] for report in reports)
-    return f"{len(failures)} of {prompts} prompts have no scored completions{more}; first {told_prompt(failures[0])}"
+    return f"{len(failures)} of {prompts} prompts have no scored completions{more}; first {prompt_failure(failures[0])}"

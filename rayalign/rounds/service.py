@@ -10,13 +10,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from rayalign.config.candidates import Drawing
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 from rayalign.placement import Share
 from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import REST, ChunkSpec
-from rayalign.rounds.columns import Preparation, prepare_columns
-from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.columns import RoundPreparation, prepare_columns
+from rayalign.rounds.drawing import commit_drawn, draw_chunks
 from rayalign.rounds.folder import Request, RoundFolder
 from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
 from rayalign.rounds.plan import RoundPlan
@@ -44,25 +45,18 @@ class RolloutJob:
     least: int
     """Actors; those above ``least`` are there only while there is something to draw."""
     share: Share
-    takes_turns: bool
-    """The actors are on the devices of the training workers, which wait while they draw."""
-    python: str | None
-    """Interpreter of the actors, where it is not the driver's."""
+    drawing: Drawing
     max_bad_fraction: float
-    max_unlabelled: int = 3
-    """Rounds in a row from which nothing can be learned; then the run ends."""
     alone: bool = False
     """The method learns from one completion of a prompt, by rewards that differ between prompts."""
-    preparation: Preparation | None = None
+    preparation: RoundPreparation | None = None
     """What the method makes of every round, once and for all workers."""
-    direct_weights: bool = False
-    """Refreshed weights go from device to device."""
     board: str = BOARD
     """Where its trainer's workers and actors learn of weights."""
 
 
 @contextlib.contextmanager
-def serving(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iterator[None]:
+def serve_rounds(job: RolloutJob, pool: Workers, note: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, draw every round that its training asks for.
 
     A failure to draw reaches the training workers, which wait for the round, as their own UserError.
@@ -118,8 +112,8 @@ class Unlabelled:
     """Counts the rounds in a row from which nothing can be learned, and ends a run of them.
 
     A policy that earns nothing yet may have such rounds at first. But as no step on them moves it, only luck ends
-    them: ``max_unlabelled`` in a row end the run, and so do all rounds of a run that has fewer. Where stored groups
-    stand beside the fresh ones, they teach, and the round is only told of.
+    them: ``max_unlabelled_rounds`` in a row end the run, and so do all rounds of a run that has fewer. Where stored
+    groups stand beside the fresh ones, they teach, and the round is only told of.
     """
 
     def __init__(self, job: RolloutJob, note: Callable[[str], None]) -> None:
@@ -133,13 +127,14 @@ class Unlabelled:
         rounds = 1
         while rounds <= number and self._was_idle(number - rounds):
             rounds += 1
-        spec = self.job.spec
-        why = nothing_learned([ledger], scorer=spec.scorer.label, rule=spec.label.name, shape=spec.shape)
+        labelling = self.job.spec.labelling
+        scorer, rule = labelling.scorer.label, labelling.label.name
+        why = nothing_learned([ledger], scorer=scorer, rule=rule, shape=self.job.spec.shape)
         told = f"round {number + 1}/{self.job.plan.num_rounds}: {why}"
         if self.job.plan.fresh_fraction < 1:
             self.note(f"{told}; only the stored groups of its steps teach")
             return
-        if rounds < min(self.job.max_unlabelled, self.job.plan.num_rounds):
+        if rounds < min(self.job.drawing.policy.max_unlabelled_rounds, self.job.plan.num_rounds):
             self.note(f"{told}; its steps teach nothing")
             return
         in_a_row = f", in {rounds} rounds in a row" if rounds > 1 else ""
@@ -176,7 +171,7 @@ def draw_round(
         began = time.monotonic()
         positions = job.plan.round_positions(request.number)
         name = f"round {request.number + 1}/{job.plan.num_rounds}"
-        reports = draw(
+        reports = draw_chunks(
             job.spec,
             positions,
             directory,
@@ -186,7 +181,7 @@ def draw_round(
             told=told,
             done=lambda text: note(f"{name}: {text}"),
         )
-        if job.takes_turns:
+        if job.spec.options.takes_turns:
             pool.tell(REST)
         commit_drawn(
             directory,

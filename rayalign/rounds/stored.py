@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayalign.data.group import Group, GroupLengths
-from rayalign.data.select import Rows, read_rows
+from rayalign.data.select import Rows, read_selected_rows
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
 from rayalign.rounds.streams import StoredStream
@@ -54,7 +54,7 @@ class StoredGroups:
 
 def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows | range, ...]:
     """The rows of every store that the stream draws."""
-    return tuple(map(read_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
+    return tuple(map(read_selected_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
 
 
 def order_of(stream: StoredStream, kept: Sequence[Rows | range], seed: int) -> Stream:

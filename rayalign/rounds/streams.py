@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayalign.rounds.columns import Preparation
+from rayalign.rounds.columns import RoundPreparation
 from rayalign.rounds.plan import RoundPlan
 from rayalign.storage.place import Place
 
@@ -38,7 +38,7 @@ class RoundStream:
     num_candidates: int
     prepared: str | None = None
     """Key of the columns that the driver makes of every round; None where it makes none."""
-    preparation: Preparation | None = None
+    preparation: RoundPreparation | None = None
     """What the training workers make of every round, with the values of the critic that they hold."""
 
 

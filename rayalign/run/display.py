@@ -15,7 +15,7 @@ from rayalign.report.status import clock_text
 LINE_EVERY_SECONDS = 5.0
 
 
-class Board:
+class ProgressBoard:
     """Shows each run's steps, loss, tokens/s and time left; ``row`` takes rows of ``metrics.jsonl`` as they come.
 
     ``seen`` is told of the same rows, with the name of their run.

@@ -8,10 +8,10 @@ from typing import Any
 
 from rayalign.config.data import DataSource
 from rayalign.errors import UserError
-from rayalign.runtime.datasets import Preparation
+from rayalign.runtime.datasets import StorePreparation
 
 
-def summary(found: Preparation) -> dict[str, Any]:
+def preparation_counts(found: StorePreparation) -> dict[str, Any]:
     """The numbers of a preparation: rows = groups' rows + bad + dropped."""
     reports = found.reports
     return {
@@ -45,7 +45,7 @@ def warning(label: str, facts: Mapping[str, Any]) -> str:
     return f"warning: {label}: not read: {named}; name what is meant with `columns`"
 
 
-def refuse_absent_columns(source: DataSource, found: Preparation) -> None:
+def refuse_absent_columns(source: DataSource, found: StorePreparation) -> None:
     """Raise UserError for a name in ``columns`` that no row has: a slip in an optional one would be silent."""
     held = frozenset().union(*(report.named for report in found.reports))
     for ours, theirs in source.columns.items():

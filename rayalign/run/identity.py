@@ -9,7 +9,7 @@ from typing import Any
 from rayalign import __version__
 from rayalign.config import resume
 from rayalign.config.compare import INITIAL
-from rayalign.config.fields import portable
+from rayalign.config.fields import without_folder
 from rayalign.config.policy import LabelConfig, unread_parameters
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import PATIENCE, RewardModelScorerConfig, RuleScorerConfig, ScorerConfig
@@ -19,7 +19,7 @@ from rayalign.engine.model.folder import model_digest, model_directory, tokenize
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.judge import parameters_of
+from rayalign.judge import scorer_parameters
 from rayalign.rounds.streams import AnyStream, stored_parts
 from rayalign.run.model import critic_model, model_spec, reference_spec
 from rayalign.storage.artifacts import PENDING, digest_of
@@ -68,8 +68,7 @@ def spec_digest(spec: ModelSpec) -> str:
     """What identifies a model's log-probs: its files, and its seed where the weights are drawn."""
     if spec.name == INITIAL:
         return UNTRAINED
-    directory = model_directory(spec.name, spec.revision)
-    return digest_of([model_digest(directory), spec.seed if spec.from_scratch else None])
+    return digest_of([model_digest(spec.directory()), spec.seed if spec.config.from_scratch else None])
 
 
 def tokenizer_identity(run: RunConfig) -> str:
@@ -94,8 +93,10 @@ def scorer_identity(scorer: ScorerConfig) -> list[Any]:
 
     Where those lie does not.
     """
-    parameters = {key: value for key, value in parameters_of(scorer).items() if key not in PATIENCE}
-    places: dict[str, Any] = {key: portable(parameters[key]) for key in ("function", "model") if key in parameters}
+    parameters = {key: value for key, value in scorer_parameters(scorer).items() if key not in PATIENCE}
+    places: dict[str, Any] = {
+        key: without_folder(parameters[key]) for key in ("function", "model") if key in parameters
+    }
     said = {"label": scorer.label, "name": scorer.name, "parameters": {**parameters, **places}}
     content = scorer_content(scorer)
     return [said] if content is None else [said, content]
@@ -115,15 +116,15 @@ def same_source(one: ScorerConfig, other: ScorerConfig) -> bool:
 
     How a language model is asked makes no other of it: it rates and compares by one taste.
     """
-    return source_of(one) == source_of(other)
+    return scorer_source(one) == scorer_source(other)
 
 
-def source_of(scorer: ScorerConfig) -> list[Any]:
+def scorer_source(scorer: ScorerConfig) -> list[Any]:
     asking = (*PATIENCE, *(("template", "api_key_env", "max_new_tokens") if scorer.name == "llm" else ()))
-    return [scorer.name, {key: value for key, value in parameters_of(scorer).items() if key not in asking}]
+    return [scorer.name, {key: value for key, value in scorer_parameters(scorer).items() if key not in asking}]
 
 
 def label_identity(label: LabelConfig) -> list[Any]:
     """What decides a rule's preferences: its name and the parameters that it reads, and its code."""
     read = label.model_dump(exclude={"relabel", *unread_parameters(label.name)})
-    return [{**read, "name": portable(label.name)}, source_digest(label.name) if ":" in label.name else None]
+    return [{**read, "name": without_folder(label.name)}, source_digest(label.name) if ":" in label.name else None]

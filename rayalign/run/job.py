@@ -11,7 +11,7 @@ from rayalign.engine.state import CriticSpec, TrainSpec
 from rayalign.engine.strategy.zero_config import zero_config
 from rayalign.errors import UserError
 from rayalign.methods import resolve as method_called
-from rayalign.placement import Share, elastic_share, host
+from rayalign.placement import Share
 from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.streams import AnyStream, SourceSpec, stored_parts
 from rayalign.run.identity import run_identity
@@ -23,9 +23,9 @@ from rayalign.run.model import (
     trained_spec,
 )
 from rayalign.run.readers import export_facts
-from rayalign.run.reference import made_with
-from rayalign.run.resolve import resolve
-from rayalign.run.rollouts import actor_share, preparation
+from rayalign.run.reference import scoring_environment
+from rayalign.run.resolve import resolve_run
+from rayalign.run.rollouts import preparation
 from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
 from rayalign.run.streams import DrawnRounds, auxiliary_streams, held_out, main_stream
@@ -36,9 +36,8 @@ from rayalign.storage.place import Place
 def make_job(run: RunConfig, directory: Place, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
     session, asked_before = stages.session, len(stages.artifacts.asked)
-    resolved = resolve(run, session)
-    workers, fewest, own = resolved.workers, resolved.fewest, resolved.processes
-    each = elastic_share(session, processes - workers, fewest=fewest or workers, most=workers)
+    resolved = resolve_run(run, session)
+    shares = resolved.shares(session, processes)
     method = run.trained_method
     main = main_stream(run, stages, directory / "rounds")
     steps = main.steps
@@ -58,7 +57,7 @@ def make_job(run: RunConfig, directory: Place, stages: Stages, *, processes: int
         objectives=objectives(run),
         optim=run.optim,
         steps=steps,
-        critic=critic_spec(run) if method.critic is not None else None,
+        critic=make_critic_spec(run) if method.critic is not None else None,
         seed=run.seed,
         identity=run_identity(run, streams),
         checkpoint=run.checkpoint,
@@ -80,25 +79,28 @@ def make_job(run: RunConfig, directory: Place, stages: Stages, *, processes: int
         held_out=evaluated,
         strategy=run.strategy,
         zero=zero_file(run),
-        workers=workers,
-        share=host(each) if resolved.takes_turns else each,
+        workers=resolved.workers,
+        share=shares.worker,
         run=label,
-        rollouts=rollout_job(main.rounds, run, each, actors=resolved.actors) if main.rounds is not None else None,
+        rollouts=rollout_job(main.rounds, run, shares.actor, actors=resolved.actors)
+        if main.rounds is not None
+        else None,
         stages=tuple(dict.fromkeys(stages.artifacts.asked[asked_before:])),
-        fewest=fewest,
-        beside=max(0, own - workers) + (1 if processes > own else 0),  # more than its own: somebody evaluates it
+        fewest=resolved.fewest,
+        beside=shares.beside,
     )
 
 
 def reference_made(stream: AnyStream) -> dict[str, str] | None:
     """With what the reference log-probs of stored groups were computed; None where all groups are drawn in rounds."""
-    found = [made_with(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]]
+    found = [
+        scoring_environment(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]
+    ]
     return found[0] if found else None
 
 
-def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tuple[int, int]) -> RolloutJob:
+def rollout_job(rounds: DrawnRounds, run: RunConfig, share: Share, *, actors: tuple[int, int]) -> RolloutJob:
     """How the driver draws the rounds of a run while it trains."""
-    drawing, options = rounds.drawing, rounds.chunks.options
     least, most = actors
     return RolloutJob(
         spec=rounds.chunks,
@@ -106,12 +108,9 @@ def rollout_job(rounds: DrawnRounds, run: RunConfig, each: Share, *, actors: tup
         folder=rounds.stream.folder,
         most=most,
         least=least,
-        share=actor_share(each, options),
-        takes_turns=options.takes_turns,
-        direct_weights=drawing.rollout.transfer == "nixl",
-        python=drawing.rollout.python,
+        share=share,
+        drawing=rounds.drawing,
         max_bad_fraction=run.data.max_bad_fraction,
-        max_unlabelled=drawing.policy.max_unlabelled_rounds,
         alone=run.method.record.learns_alone,
         preparation=preparation(run) if run.method.record.critic is None else None,
     )
@@ -134,7 +133,7 @@ def objectives(run: RunConfig) -> tuple[Objective, ...]:
     )
 
 
-def critic_spec(run: RunConfig) -> CriticSpec:
+def make_critic_spec(run: RunConfig) -> CriticSpec:
     """The second model: another one, or the policy before the first step, with a scalar head and a rate of its own."""
     critic = run.critic or CriticConfig()
     return CriticSpec(model=critic_model(run), optim=run.optim.model_copy(update={"lr": critic.lr}))

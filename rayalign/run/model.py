@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rayalign.config.compare import INITIAL
+from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat
 from rayalign.data.closing import policy_template
@@ -20,19 +21,7 @@ from rayalign.runtime.session import Session
 
 def model_spec(run: RunConfig) -> ModelSpec:
     """What is trained, before the first step: a policy, or a backbone with a scalar head."""
-    model = run.model
-    scalar = run.method.record.trains == "scalar"
-    return ModelSpec(
-        name=model.name,
-        revision=model.revision,
-        dtype=model.dtype,
-        trust_remote_code=model.trust_remote_code,
-        gradient_checkpointing=model.gradient_checkpointing,
-        from_scratch=model.from_scratch,
-        seed=run.seed,
-        text_only=model.text_only,
-        head=scalar_head(run) if scalar else None,
-    )
+    return replace(trained_spec(run), config=run.model.model_copy(update={"compile": False, "lora": None}))
 
 
 def scalar_head(run: RunConfig) -> ScalarHead:
@@ -47,7 +36,8 @@ def scalar_head(run: RunConfig) -> ScalarHead:
 
 def trained_spec(run: RunConfig) -> ModelSpec:
     """The same as it is trained: compiled, with an adapter that is trained in its place, or neither."""
-    return replace(model_spec(run), compile=run.model.compile, lora=run.model.lora)
+    scalar = run.method.record.trains == "scalar"
+    return ModelSpec(config=run.model, seed=run.seed, head=scalar_head(run) if scalar else None)
 
 
 def reference_spec(run: RunConfig) -> ModelSpec:
@@ -58,24 +48,21 @@ def reference_spec(run: RunConfig) -> ModelSpec:
 
 def critic_model(run: RunConfig) -> ModelSpec:
     """What a method's critic starts from, with a scalar head where it has none."""
-    head = scalar_head(run)
     own = run.critic.model if run.critic is not None else None
-    if own is None:
-        return replace(model_spec(run), compile=run.model.compile, head=head)
-    spec = other_spec(run, own, field="critic.model")
-    return replace(spec, gradient_checkpointing=run.model.gradient_checkpointing, compile=run.model.compile, head=head)
+    trained = {"compile": run.model.compile, "gradient_checkpointing": run.model.gradient_checkpointing}
+    spec = model_spec(run) if own is None else other_spec(run, own, field="critic.model")
+    return replace(spec, config=spec.config.model_copy(update=trained), head=scalar_head(run))
 
 
 def other_spec(run: RunConfig, name: str, *, field: str) -> ModelSpec:
     """A model that a run reads beside its policy, held as the policy is; ``field`` is the setting that names it."""
-    return ModelSpec(
+    config = ModelConfig(
         name=name,
         dtype=run.model.dtype,
         trust_remote_code=run.model.trust_remote_code,
         text_only=run.model.text_only,
-        seed=run.seed,
-        field=field,
     )
+    return ModelSpec(config=config, seed=run.seed, field=field)
 
 
 def scoring_spec(run: RunConfig, session: Session) -> ScoringSpec:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rayalign.config.compare import INITIAL
 from rayalign.config.policy import RolloutConfig
-from rayalign.config.run import RunConfig
+from rayalign.config.run import EvaluatedRun, RunConfig
 from rayalign.data.group import Group
 from rayalign.data.store import TokenStore
 from rayalign.engine.model.context import (
@@ -31,10 +31,10 @@ from rayalign.engine.model.context import (
 from rayalign.engine.model.folder import is_adapter, model_directory, weights_directory
 from rayalign.engine.model.kinds import is_composite, read_config
 from rayalign.engine.model.lora import refuse_missing_peft
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import prepare_export
 from rayalign.engine.model.targets import adapter_targets
-from rayalign.engine.model.trial import Trial, try_export
+from rayalign.engine.model.trial import ExportTrial, try_export
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.run.model import (
@@ -57,7 +57,7 @@ class Reader:
     vocabulary: int
     """Rows of its embedding."""
     tokenizer: Any
-    trial: Trial | None
+    trial: ExportTrial | None
     """None of a model that is not trained."""
     lora: str = ""
     """What of it gets an adapter, in words."""
@@ -72,24 +72,19 @@ def refuse_unusable_models(run: RunConfig, *, draws: bool = False) -> None:
         if draws:
             reader_of(model_spec(run))
         else:
-            trained(run)
+            trained_reader(run)
         refuse_engine(run)
-    for spec in others(run):
+    for spec in models_beside(run):
         reader_of(spec)
         refuse_other_tokens(run, spec)
-    critic = critic_spec(run)
+    critic = critic_to_read(run)
     if critic is not None and critic.name != INITIAL:
         reader_of(critic, trained=True)
 
 
 def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
     """Raise UserError where a token of the policy has another id in another model's tokenizer, or none."""
-    model, trusts = run.model, run.model.trust_remote_code
-    policy = load_tokenizer(model_directory(model.name, model.revision), trust_remote_code=trusts).get_vocab()
-    other = load_tokenizer(
-        model_directory(spec.name, spec.revision, field=spec.field), trust_remote_code=trusts, field=spec.field
-    )
-    known = other.get_vocab()
+    policy, known = model_tokenizer(model_spec(run)).get_vocab(), model_tokenizer(spec).get_vocab()
     differing = sorted((id, token) for token, id in policy.items() if known.get(token) != id)
     if differing:
         id, token = differing[0]
@@ -100,7 +95,7 @@ def refuse_other_tokens(run: RunConfig, spec: ModelSpec) -> None:
         )
 
 
-def others(run: RunConfig) -> Iterator[ModelSpec]:
+def models_beside(run: RunConfig) -> Iterator[ModelSpec]:
     """Models of their own, which must read the policy's tokens."""
     if run.model.name == INITIAL:
         return
@@ -110,11 +105,11 @@ def others(run: RunConfig) -> Iterator[ModelSpec]:
         yield critic_model(run)
 
 
-def critic_spec(run: RunConfig) -> ModelSpec | None:
+def critic_to_read(run: RunConfig) -> ModelSpec | None:
     return critic_model(run) if run.method.record.critic is not None else None
 
 
-def trained(run: RunConfig) -> Reader:
+def trained_reader(run: RunConfig) -> Reader:
     """The policy, or reward model, as it is trained."""
     return reader_of(trained_spec(run), trained=True)
 
@@ -126,13 +121,13 @@ def reader_of(spec: ModelSpec, *, trained: bool = False) -> Reader:
     Raises:
         UserError: it cannot be used.
     """
-    model, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
+    model, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     vocabulary = vocabulary_of(model)
     trial, lora = None, ""
     if trained:
-        if spec.lora is not None:
+        if spec.config.lora is not None:
             refuse_missing_peft()
-            lora = adapter_targets(model, spec.lora.target_modules).sentence()
+            lora = adapter_targets(model, spec.config.lora.target_modules).sentence()
         trial = try_export(model, tokenizer, spec)
         if spec.head is not None:
             prepare_export(model, tokenizer, spec.head)  # what it finds fault with, it says now
@@ -150,7 +145,7 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
     """What ``final/`` will be, beside its weights: as ``run.json`` has it, and as it is said before the first step."""
     if run.model.name == INITIAL:
         return {}
-    reader, precision = trained(run), saved_precision(run)
+    reader, precision = trained_reader(run), saved_precision(run)
     facts: dict[str, Any] = {"dtype": precision.default}
     if run.method.record.trains == "policy":
         facts["end_tokens"] = reader.tokenizer.convert_ids_to_tokens(list(stop_ids(run)))
@@ -172,7 +167,7 @@ def export_facts(run: RunConfig) -> dict[str, Any]:
     return facts
 
 
-def export_told(run: RunConfig) -> Iterator[str]:
+def export_sentences(run: RunConfig) -> Iterator[str]:
     """The same as lines for a person; nothing where it is as anybody expects."""
     facts = export_facts(run)
     if "base" in facts:
@@ -211,8 +206,8 @@ def readers_of(run: RunConfig) -> list[Reader]:
     """All models that read a run's rows."""
     if run.model.name == INITIAL:
         return []
-    critic = critic_spec(run)
-    specs = [model_spec(run), *others(run), *([critic] if critic is not None else [])]
+    critic = critic_to_read(run)
+    specs = [model_spec(run), *models_beside(run), *([critic] if critic is not None else [])]
     return [reader_of(spec) for spec in dict.fromkeys(specs)]
 
 
@@ -239,13 +234,12 @@ def refuse_group(group: Group, readers: Sequence[Reader], *, new_tokens: int = 0
         refuse_unknown_group(group, reader.vocabulary, reader.name, reader.tokenizer)
 
 
-def refuse_long_questions(prompts: tuple[Prompt, ...], run: RunConfig) -> None:
+def refuse_long_questions(prompts: tuple[Prompt, ...], evaluated: EvaluatedRun) -> None:
     """The same of prompts that an evaluation completes."""
-    assert run.evaluate is not None
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
-    for reader in readers_of(run):
+    for reader in readers_of(evaluated.run):
         try:
-            refuse_long_prompt(longest, run.evaluate.sampling.max_new_tokens, reader.context)
+            refuse_long_prompt(longest, evaluated.evaluate.sampling.max_new_tokens, reader.context)
         except UserError as error:
             raise UserError(f"evaluate.prompts: {error}") from error
         for prompt in prompts:

@@ -41,7 +41,7 @@ class Read:
     """One bad row ends the run, whatever ``data.max_bad_fraction`` is."""
 
 
-def reads(run: RunConfig) -> Iterator[Read]:
+def sources_read(run: RunConfig) -> Iterator[Read]:
     """Every source that ``run`` reads, in the order of the configuration."""
     record, policy = run.method.record, run.data_policy
     shape: Shape = "prompt" if run.relabels else shape_of(record)

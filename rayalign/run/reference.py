@@ -12,7 +12,7 @@ import torch
 from rayalign.data.shard import finished_shards, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.placement import share
+from rayalign.placement import even_share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
 from rayalign.storage.manifest import committed
@@ -70,7 +70,7 @@ def score_store(
     missing = [shard for shard in shards if shard_name(shard) not in finished]
     made: list[dict[str, str]] = []
     told = time.monotonic()
-    for found in scored(missing, store, directory, spec, session):
+    for found in score_shards(missing, store, directory, spec, session):
         made.append(found)
         if time.monotonic() - told >= TELL_SECONDS:
             note(f"reference: {len(finished) + len(made)}/{len(shards)} shards")
@@ -79,21 +79,21 @@ def score_store(
     commit_columns(directory, opened, finished_shards(directory).values(), meta=meta)
 
 
-def scored(
+def score_shards(
     shards: Sequence[range], store: Place, directory: Place, spec: ScoringSpec, session: Session
 ) -> Iterator[dict[str, str]]:
     """Score ``shards`` in a pool of actors; with what each was computed, in their order."""
     if not shards:
         return
     actors = min(math.ceil(len(shards) / SHARDS_PER_SCORER), pool_size(session))
-    each = share(session, actors)
+    each = even_share(session, actors)
     with Pool(
         "reference", ShardScorer, store, directory, spec, share=each, most=actors, start_seconds=START_SECONDS
     ) as pool:
         yield from pool.map(shards)
 
 
-def made_with(columns: Place) -> dict[str, str]:
+def scoring_environment(columns: Place) -> dict[str, str]:
     """With what committed log-probs were computed; empty where that was not recorded."""
     found: dict[str, str] = committed(columns)["meta"].get(MADE, {})
     return found

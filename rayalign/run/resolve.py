@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayalign.config.policy import RolloutConfig
 from rayalign.config.run import RunConfig
+from rayalign.placement import Share, elastic_share, guest_share, host_share
 from rayalign.rollout.engines import EngineOptions
 from rayalign.runtime.session import Session
 
@@ -30,8 +31,30 @@ class Resolved:
     engine: EngineOptions
     """What a rollout engine is told beside its model."""
 
+    def shares(self, session: Session, processes: int) -> Shares:
+        """What the run's processes get where ``processes``, its own and others', run at the same time.
 
-def resolve(run: RunConfig, session: Session) -> Resolved:
+        Raises UserError naming what the cluster lacks.
+        """
+        fewest = self.fewest or self.workers
+        each = elastic_share(session, processes - self.workers, fewest=fewest, most=self.workers)
+        beside = max(0, self.processes - self.workers) + (1 if processes > self.processes else 0)
+        return Shares(
+            worker=host_share(each) if self.takes_turns else each, actor=actor_share(each, self.engine), beside=beside
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What each process of a run gets of the cluster."""
+
+    worker: Share
+    actor: Share
+    beside: int
+    """Processes that an elastic run leaves room for: its actors, and the evaluator of a comparison."""
+
+
+def resolve_run(run: RunConfig, session: Session) -> Resolved:
     """Answer what ``run`` needs of the cluster of ``session``."""
     strategy, rollout = run.strategy, run.rollout
     workers = strategy.most or max(1, int(session.num_gpus))
@@ -80,3 +103,10 @@ def engine_options(rollout: RolloutConfig | None, *, turns: bool) -> EngineOptio
         takes_turns=turns,
         memory_share=rollout.gpu_memory_utilization or default,
     )
+
+
+def actor_share(each: Share, options: EngineOptions) -> Share:
+    """What a rollout actor reserves where every process gets ``each``."""
+    if options.takes_turns:
+        return guest_share(each)
+    return replace(each, gpus=float(options.tensor_parallel)) if options.tensor_parallel > 1 and each.gpus else each

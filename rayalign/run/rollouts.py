@@ -18,20 +18,19 @@ from rayalign.data.stream import Stream
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.imports import source_digest
-from rayalign.placement import Share, guest, share
+from rayalign.placement import even_share
 from rayalign.remarks import Remarks
 from rayalign.rollout.base import SamplingParams
-from rayalign.rollout.engines import EngineOptions
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec
-from rayalign.rounds.columns import Preparation
-from rayalign.rounds.drawing import commit_drawn, draw
+from rayalign.rounds.columns import RoundPreparation
+from rayalign.rounds.drawing import commit_drawn, draw_chunks
 from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.identity import label_identity, scorer_identity, spec_digest
 from rayalign.run.model import model_spec, scoring_spec, stop_ids
 from rayalign.run.readers import refuse_unanswerable
-from rayalign.run.resolve import resolve
+from rayalign.run.resolve import actor_share, resolve_run
 from rayalign.run.stages import Stages
 from rayalign.runtime.pool import Pool
 from rayalign.storage.artifacts import digest_of
@@ -82,7 +81,7 @@ def drawn_spec(
     return replace(
         stored,
         engine=drawing.rollout.engine,
-        options=resolve(run, stages.session).engine,
+        options=resolve_run(run, stages.session).engine,
         sampling=sampling(drawing.rollout, run),
         keep_stored=drawing.policy.keeps_stored,
         needs_reference=needs_reference,
@@ -108,8 +107,7 @@ def stored_spec(
         sampling=None,
         keep_stored=True,
         keep_unscored=keep_unscored,
-        scorer=labelling.scorer,
-        label=labelling.label,
+        labelling=labelling,
         shape=shape,
         needs_reference=False,
     )
@@ -125,13 +123,6 @@ def sampling(rollout: RolloutConfig, run: RunConfig) -> SamplingParams:
         seed=run.seed,
         stop_ids=stop_ids(run),
     )
-
-
-def actor_share(each: Share, options: EngineOptions) -> Share:
-    """What a rollout actor reserves where every process gets ``each``."""
-    if options.takes_turns:
-        return guest(each)
-    return replace(each, gpus=float(options.tensor_parallel)) if options.tensor_parallel > 1 and each.gpus else each
 
 
 def drawn_once(
@@ -171,18 +162,18 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Place:
         "sampling": asdict(spec.sampling) if spec.sampling else None,
         "keep_stored": spec.keep_stored,
         "keep_unscored": spec.keep_unscored,
-        "scorer": scorer_identity(spec.scorer),
-        "label": label_identity(spec.label),
+        "scorer": scorer_identity(spec.labelling.scorer),
+        "label": label_identity(spec.labelling.label),
         "shape": spec.shape,
     }
 
     def build(directory: Place) -> None:
         devices = max(1, int(session.num_gpus or session.num_cpus) // spec.options.tensor_parallel)
         least, most = run.rollout.actor_range(devices) if run.rollout is not None else (devices, devices)
-        each = actor_share(share(session, max(1, least)), spec.options)
+        each = actor_share(even_share(session, max(1, least)), spec.options)
         python = run.rollout.python if run.rollout is not None else None
         with Pool("rollouts", ChunkMaker, share=each, most=most, least=least, python=python) as pool:
-            reports = draw(
+            reports = draw_chunks(
                 spec,
                 range(groups_per_epoch(spec)),
                 directory,
@@ -238,11 +229,11 @@ def kept_candidates(shape: Shape, spec: ChunkSpec) -> int:
     return 1 if shape == "one" else 2
 
 
-def preparation(run: RunConfig) -> Preparation | None:
+def preparation(run: RunConfig) -> RoundPreparation | None:
     """What the method makes of every round; None where it makes nothing."""
     method = run.trained_method
     if method.round_prepare is None:
         return None
     source = source_digest(run.method.name) if ":" in run.method.name else None
     key = digest_of([method.name, run.method.config.model_dump(mode="json"), source])[:12]
-    return Preparation(method=method, config=run.method.config, key=key)
+    return RoundPreparation(method=method, config=run.method.config, key=key)

@@ -12,14 +12,14 @@ import transformers
 
 from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.config.dump import redact
-from rayalign.config.fields import portable
+from rayalign.config.fields import without_folder
 from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
-from rayalign.data.content import content_key, plain
-from rayalign.data.origin import Origin, RowRange, find
+from rayalign.data.content import content_key, without_query
+from rayalign.data.origin import Origin, RowRange, find_ranges
 from rayalign.data.records import append_quarantine
 from rayalign.data.render import RULES
-from rayalign.data.select import scores_of, select, write_rows
+from rayalign.data.select import scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Shape, Unit
@@ -27,14 +27,14 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
-from rayalign.rounds.columns import Preparation as RoundPreparation
+from rayalign.rounds.columns import RoundPreparation as RoundPreparation
 from rayalign.rounds.columns import prepare_columns
-from rayalign.run.facts import refuse_absent_columns, summary, warning
+from rayalign.run.facts import preparation_counts, refuse_absent_columns, warning
 from rayalign.run.identity import spec_digest, template_digest, tokenizer_identity
 from rayalign.run.model import scoring_spec
 from rayalign.run.reference import LOG_PROBS, score_store
 from rayalign.run.units import origin_of, rows_made, unit_of
-from rayalign.runtime.datasets import Preparation, prepare
+from rayalign.runtime.datasets import StorePreparation, prepare
 from rayalign.runtime.reading import split_units
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
@@ -59,11 +59,9 @@ class Stages:
         """What identifies the content of a committed store, or of columns; a plan may ask before it is made."""
         return self.artifacts.pending(directory) or committed(directory)["digest"]
 
-    def rows(self, source: DataSource) -> Place:
+    def rows(self, function: str, source: DataSource) -> Place:
         """A maker's rows as a JSONL file."""
-        assert source.function is not None
-        function = source.function
-        inputs: dict[str, Any] = {"function": portable(function), "source": source_digest(function)}
+        inputs: dict[str, Any] = {"function": without_folder(function), "source": source_digest(function)}
         inputs["arguments"] = source.arguments
         if source.version is not None:
             inputs["version"] = source.version
@@ -112,7 +110,7 @@ class Stages:
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
             shards = [report.shard for report in found.reports if report.shard is not None]
-            facts = {"source": source.label, "files": files_of(units)} | summary(found)
+            facts = {"source": source.label, "files": files_of(units)} | preparation_counts(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
             commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
@@ -149,7 +147,7 @@ class Stages:
             "store": self.digest(store),
             "model": spec_digest(spec.model),
             "logit_temperature": spec.logit_temperature,
-            "dtype": spec.model.dtype,
+            "dtype": spec.model.config.dtype,
             "device": self.session.device,
             "transformers": transformers.__version__,
             "budget": [spec.tokens_per_micro_batch, spec.row_tokens],
@@ -181,8 +179,8 @@ class Stages:
         def build(directory: Place) -> None:
             laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
             scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
-            selection = select(scores, quantile)
-            write_rows(directory, selection)
+            selection = select_best(scores, quantile)
+            write_selected_rows(directory, selection)
             found = {
                 "policy_logp_quantile": quantile,
                 "threshold": selection.threshold,
@@ -220,11 +218,11 @@ def filter_facts(directory: Place) -> dict[str, Any]:
 def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[Unit]:
     """What one entry of ``data.train`` names: files, a dataset, or the rows that a function makes."""
     if source.function is None:
-        parts = find(origin_of(source))
+        parts = find_ranges(origin_of(source))
     else:
-        made = str(stages.rows(source))
+        made = str(stages.rows(source.function, source))
         exists = not stages.artifacts.pending(folder_of(made))
-        parts = find(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
+        parts = find_ranges(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
     return [unit_of(part, source, data) for part in parts]
 
 
@@ -259,10 +257,10 @@ def input_digest(unit: Unit) -> str:
 
 def files_of(units: Sequence[Unit]) -> list[str]:
     """Every file, by an address without secrets."""
-    return [plain(unit.path) for unit in units]
+    return [without_query(unit.path) for unit in units]
 
 
-def refuse_bad_rows(found: Preparation, data: DataConfig, directory: Place) -> None:
+def refuse_bad_rows(found: StorePreparation, data: DataConfig, directory: Place) -> None:
     """Raise UserError when too many rows are bad, or none is left; the first few are named."""
     if not found.bad and any(report.shard for report in found.reports):
         return

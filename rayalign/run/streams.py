@@ -14,7 +14,7 @@ from rayalign.data.select import rows_file
 from rayalign.data.store import TokenStore
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.errors import UserError
-from rayalign.report.formatting import kept
+from rayalign.report.formatting import filter_sentence
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import drawn_rows, order_of
@@ -64,14 +64,14 @@ def main_stream(run: RunConfig, stages: Stages, folder: Place) -> Main:
     """Stored, fresh or both; what is drawn once is drawn here, what is drawn in rounds will lie in ``folder``."""
     if run.drawing is None:
         stored = stored_main(run, stages)
-        return Main(stream=stored, steps=num_steps(run, stored))
+        return Main(stream=stored, steps=steps_of_stream(run, stored))
     return drawn_main(run.drawing, run, stages, folder)
 
 
 def stored_main(run: RunConfig, stages: Stages) -> StoredStream:
     """The stored groups that the method trains on."""
     stored = stored_stream(run, run.data.train, stages, groups_per_step=run.optim.groups_per_step)
-    return filtered(stored, run, stages)
+    return keep_filtered(stored, run, stages)
 
 
 def drawn_main(drawing: Drawing, run: RunConfig, stages: Stages, folder: Place) -> Main:
@@ -82,7 +82,7 @@ def drawn_main(drawing: Drawing, run: RunConfig, stages: Stages, folder: Place) 
         for path in prompts.stores:
             require_columns(run, "mix: candidates", TokenStore.open(path), among=("behavior_logp",))
     stored = stored_main(run, stages) if policy.fresh_fraction < 1 else None
-    steps = num_steps(run, stored or prompts)
+    steps = steps_of_stream(run, stored or prompts)
     rounds = None
     fresh: StoredStream | RoundStream
     if isinstance(policy.refresh_every, int):
@@ -109,7 +109,7 @@ def drawn_before(drawing: Drawing, run: RunConfig, prompts: StoredStream, stages
     shape = shape_of(method)
     store = drawn_once(drawing, run, prompts, shape, stages)
     refuse_unlabelled([store], drawing.labelling, shape, alone=method.learns_alone)
-    fresh = over([store], run, stages, weights=[1.0], groups_per_step=run.optim.groups_per_step)
+    fresh = main_stream_over([store], run, stages, weights=[1.0], groups_per_step=run.optim.groups_per_step)
     if prepared is None:
         return fresh
     columns = (*fresh.columns[0], stages.prepared(store, fresh.columns[0], prepared))
@@ -154,10 +154,12 @@ def stored_stream(
     made = {"label"} if run.relabels else set()
     for source, store in zip(sources, stores, strict=True):
         require_columns(run, source.label, TokenStore.open(store), among=COLUMN_FIELDS.keys() - made)
-    return over(stores, run, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step)
+    return main_stream_over(
+        stores, run, stages, weights=[source.weight for source in sources], groups_per_step=groups_per_step
+    )
 
 
-def filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> StoredStream:
+def keep_filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> StoredStream:
     """The stream with those rows only that ``filter`` keeps.
 
     All stores are held to one threshold, each row counted once whatever its source's weight. Where the reference is the
@@ -167,7 +169,7 @@ def filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> StoredStre
     if run.filter is None:
         return stream
     directory = filter_stage(run.filter, stream.stores, run, stages)
-    stages.artifacts.note(f"filter: {kept(**filter_facts(directory))}")
+    stages.artifacts.note(f"filter: {filter_sentence(**filter_facts(directory))}")
     return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 
@@ -184,7 +186,7 @@ def filter_stage(config: FilterConfig, stores: Sequence[Place], run: RunConfig, 
     )
 
 
-def over(
+def main_stream_over(
     stores: Sequence[Place],
     run: RunConfig,
     stages: Stages,
@@ -265,7 +267,7 @@ def held_out(run: RunConfig, source: SourceSpec, stages: Stages) -> SourceSpec:
     )
 
 
-def num_steps(run: RunConfig, stream: StoredStream) -> int:
+def steps_of_stream(run: RunConfig, stream: StoredStream) -> int:
     """``optim.steps``, or as many as ``optim.epochs`` takes; every pass over a round counts."""
     if run.optim.steps is not None:
         return run.optim.steps

@@ -19,22 +19,22 @@ from rayalign.config.dump import dump
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.config.supported import unsupported
-from rayalign.engine.checkpoint.checkpoint import differences
+from rayalign.engine.checkpoint.checkpoint import identity_differences
 from rayalign.engine.model.lora import refuse_missing_peft
 from rayalign.engine.strategy.deepspeed import refuse_missing_deepspeed
 from rayalign.errors import MissingExtra, Stopped, UserError, first_line
 from rayalign.judge import scorer_of
-from rayalign.report.status import facts_of
-from rayalign.rollout.engines import refuse_missing
+from rayalign.report.status import read_run_json
+from rayalign.rollout.engines import refuse_missing_engine
 from rayalign.rounds.label import own_rule
-from rayalign.rounds.service import serving
+from rayalign.rounds.service import serve_rounds
 from rayalign.rounds.stored import drawn_rows
 from rayalign.rounds.streams import StoredStream, stored_parts
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.run.job import make_job, zero_file
 from rayalign.run.provenance import provenance
-from rayalign.run.readers import export_facts, export_told, refuse_unusable_models
-from rayalign.run.resolve import resolve
+from rayalign.run.readers import export_facts, export_sentences, refuse_unusable_models
+from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages, filter_facts
 from rayalign.runtime.gauges import Gauges
 from rayalign.runtime.session import connect
@@ -60,11 +60,11 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     run = load_run(path, overrides)
     refuse_unsupported(run)
     refuse_unusable_models(run)
-    with connect(import_paths=[folder]) as session, Board(console, Gauges().set) as board, stopping() as stop:
+    with connect(import_paths=[folder]) as session, ProgressBoard(console, Gauges().set) as board, stopping() as stop:
         session.vital.stop = stop
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say), session=session)
-        job = make_job(run, storage / run.name, stages, processes=resolve(run, session).processes, label=run.name)
+        job = make_job(run, storage / run.name, stages, processes=resolve_run(run, session).processes, label=run.name)
         with Trainer(stop=stop) as trainer:
             final = run_job(run, job, trainer, board)
             board.say(f"model: {final}")
@@ -72,28 +72,28 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     return final
 
 
-def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Place:
+def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoard) -> Place:
     """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
     refuse_obstacles(job.spec.directory)
     with lease(job.spec.directory):
-        if finished(job):
+        if is_finished(job):
             board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
             return job.spec.directory / "final"
         history = History.of(job)
         note = partial(write_run_json, run, job, history)
         note("running")
         collect_quarantine(job)
-        for line in export_told(run):
+        for line in export_sentences(run):
             board.say(f"{job.run}: {line}")
         board.start(job.run, job.spec.steps)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watching(job.spec.directory, row=partial(board.row, job.run), note=board.say))
             if job.rollouts is not None:
-                tell = partial(told, job.run, board)
-                stack.enter_context(serving(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
+                tell = partial(say_of_run, job.run, board)
+                stack.enter_context(serve_rounds(job.rollouts, trainer.rollout_pool(job.rollouts), tell))
             try:
                 with trainer.stop.patience():
-                    final = trainer.fit(job, lost=partial(begin_again, history, note))
+                    final = trainer.fit(job, lost=partial(note_lost_attempt, history, note))
             except Stopped as stopped:
                 trainer.close_rollouts()  # what they draw is not waited for; the next attempt continues with it
                 note("stopped")
@@ -110,14 +110,14 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: Board) -> Pl
         return final
 
 
-def begin_again(history: History, note: Callable[[str], None], reason: str) -> None:
+def note_lost_attempt(history: History, note: Callable[[str], None], reason: str) -> None:
     """Write down that an attempt was lost and the next one begins."""
     history.fail(reason)
     history.attempts += 1
     note("running")
 
 
-def told(run: str, board: Board, line: str) -> None:
+def say_of_run(run: str, board: ProgressBoard, line: str) -> None:
     board.say(f"{run}: {line}")
 
 
@@ -131,7 +131,7 @@ def refuse_unsupported(run: RunConfig) -> None:
         refuse_missing_deepspeed()
         zero_file(run)
     if run.rollout is not None:
-        refuse_missing(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
+        refuse_missing_engine(run.rollout.engine, run.rollout.python, transfer=run.rollout.transfer)
     if run.scorer is not None:
         scorer_of(run.scorer)  # what is misspelt is said now, not after hours
     if run.label is not None:
@@ -156,12 +156,12 @@ def refuse_obstacles(directory: Place) -> None:
             raise UserError(f"{directory / name} is a folder, and the run needs a file there: remove or rename it")
 
 
-def finished(job: TrainJob) -> bool:
+def is_finished(job: TrainJob) -> bool:
     """Whether ``final/`` is this very run's; another configuration's is refused."""
     manifest = read_manifest(job.spec.directory / "final")
     if manifest is None:
         return False
-    changed = differences(manifest["identity"], job.spec.identity)
+    changed = identity_differences(manifest["identity"], job.spec.identity)
     if changed:
         raise UserError(
             f"{job.spec.directory} holds a finished run of another configuration ({'; '.join(changed)}): "
@@ -186,8 +186,8 @@ class History:
         """Goes on from the run's own ``run.json``; a command that left no last word was lost."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = job.spec.directory / "run.json"
-        before = facts_of(path) if path.exists() else {}
-        if differences(before.get("identity", {}), job.spec.identity):
+        before = read_run_json(path) if path.exists() else {}
+        if identity_differences(before.get("identity", {}), job.spec.identity):
             before = {}
         history = cls(started=now, attempts=before.get("attempts", 0), failures=before.get("failures", []))
         if before.get("status") == "running":
@@ -229,10 +229,10 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
     write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
-def announce(run: RunConfig, job: TrainJob) -> None:
+def announce_run(run: RunConfig, job: TrainJob) -> None:
     """Say in ``run.json`` that a run will begin, so that its stages are kept meanwhile; one that had begun says so."""
     path = job.spec.directory / "run.json"
-    if path.exists() and facts_of(path).get("status") != "waiting":
+    if path.exists() and read_run_json(path).get("status") != "waiting":
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_run_json(run, job, History.waiting(), "waiting")

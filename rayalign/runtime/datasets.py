@@ -21,15 +21,15 @@ from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
-from rayalign.runtime.failures import repeated
-from rayalign.runtime.reading import CPUS, Chunk, read_unit
-from rayalign.runtime.stage import dataset, results
+from rayalign.runtime.failures import retry_lost_actors
+from rayalign.runtime.reading import CPUS, RowChunk, read_unit
+from rayalign.runtime.stage import apply_to_items, dataset_of_items
 from rayalign.storage.cache import working
 from rayalign.storage.place import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
+class StorePreparation:
     """What preparation found: rows = groups' rows + bad + dropped."""
 
     reports: tuple[ShardReport, ...]
@@ -46,7 +46,7 @@ class Preparation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class WrittenChunk:
     """What one worker made of a chunk."""
 
     name: str
@@ -79,7 +79,7 @@ class ChunkWriter:
         self.shape: Shape = shape
         self.directory = directory
 
-    def __call__(self, chunk: Chunk | UserError) -> Written:
+    def __call__(self, chunk: RowChunk | UserError) -> WrittenChunk:
         if isinstance(chunk, UserError):
             raise chunk
         with working(self.directory) as folder:
@@ -93,7 +93,7 @@ class ChunkWriter:
                 directory=folder,
                 name=chunk.name,
             )
-        return Written(
+        return WrittenChunk(
             name=chunk.name,
             report=report,
             node=ray.get_runtime_context().get_node_id(),
@@ -111,16 +111,16 @@ def prepare(
     directory: Place,
     writers: int,
     note: Callable[[str], None],
-) -> Preparation:
+) -> StorePreparation:
     """Write the shards of every unit below ``directory``, in ``writers`` actors; the caller commits them.
 
     Raises UserError where a unit cannot be read or the tokenizer cannot be used.
     """
 
-    def write() -> list[Written]:
-        chunks = dataset(list(enumerate(units))).flat_map(read_unit, num_cpus=CPUS)
+    def write() -> list[WrittenChunk]:
+        chunks = dataset_of_items(list(enumerate(units))).flat_map(read_unit, num_cpus=CPUS)
         chunks.context.target_max_block_size = 1  # every chunk is a block of its own, which any worker may take
-        return results(
+        return apply_to_items(
             "tokens",
             chunks,
             ChunkWriter,
@@ -134,9 +134,9 @@ def prepare(
             done=lambda count: note(f"tokens: {count} shards so far"),
         )
 
-    written = repeated("tokens", write, what="tokenization")
+    written = retry_lost_actors("tokens", write, what="tokenization")
     bytes_by_node: Counter[str] = Counter()
     for shard in written:
         bytes_by_node[shard.node] += shard.num_bytes
     ordered = sorted(written, key=lambda shard: shard.name)
-    return Preparation(reports=tuple(shard.report for shard in ordered), bytes_by_node=dict(bytes_by_node))
+    return StorePreparation(reports=tuple(shard.report for shard in ordered), bytes_by_node=dict(bytes_by_node))

@@ -29,20 +29,22 @@ ROOM_SECONDS = 86400.0
 TELL_SECONDS = 300.0
 
 
-def room(share: Share) -> int:
+def num_fitting_now(share: Share) -> int:
     """Processes of ``share`` that fit into what is free on the nodes that stay."""
     going = state.get_draining_nodes()
-    return sum(fitting(share, free) for node, free in available_resources_per_node().items() if node not in going)
+    return sum(
+        num_fitting_node(share, free) for node, free in available_resources_per_node().items() if node not in going
+    )
 
 
 def capacity(share: Share) -> int:
     """Processes of ``share`` that the nodes that stay hold when nothing else runs on them."""
     going = state.get_draining_nodes()
     staying = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
-    return sum(fitting(share, node["Resources"]) for node in staying)
+    return sum(num_fitting_node(share, node["Resources"]) for node in staying)
 
 
-def fitting(share: Share, free: dict[str, float]) -> int:
+def num_fitting_node(share: Share, free: dict[str, float]) -> int:
     """Ray counts in ten-thousandths."""
     return min(round(free.get(name, 0) * 10_000) // round(need * 10_000) for name, need in share.resources().items())
 
@@ -59,7 +61,7 @@ def wait_for_workers(job: TrainJob, *, taken: int, stop: Stop) -> int:
     while True:
         if stop.asked:
             raise Stopped("stopped while it waited for workers")
-        found = min(job.workers, room(job.share) - taken)
+        found = min(job.workers, num_fitting_now(job.share) - taken)
         settled = queue.waited > SETTLE_SECONDS or found >= min(job.workers, capacity(job.share) - job.beside)
         if found >= job.fewest and settled:
             return found
@@ -118,6 +120,6 @@ class Growth:
         if time.monotonic() - self.looked < LOOK_SECONDS:
             return False
         self.looked = time.monotonic()
-        more = min(self.job.workers - self.workers, room(self.job.share) - taken)
+        more = min(self.job.workers - self.workers, num_fitting_now(self.job.share) - taken)
         self.looks = self.looks + 1 if more > 0 else 0
         return self.looks >= LOOKS

@@ -51,7 +51,7 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def repeated(name: str, attempt: Callable[[], T], *, what: str, attempts: int = MAX_ATTEMPTS) -> T:
+def retry_lost_actors(name: str, attempt: Callable[[], T], *, what: str, attempts: int = MAX_ATTEMPTS) -> T:
     """The result of ``attempt``, which is made again when an actor died of it.
 
     Raises:
@@ -95,23 +95,25 @@ def describe_loss(lost: Mapping[int, BaseException], places: Mapping[int, str]) 
     """
     culprits = {rank: error for rank, error in lost.items() if not is_broken_collective(error)}
     silent = {rank: place for rank, place in places.items() if rank not in lost}
-    told = [f"{worker(rank, places, error)}: {reason(error)}" for rank, error in sorted(culprits.items())]
+    told = [f"{worker_name(rank, places, error)}: {failure_reason(error)}" for rank, error in sorted(culprits.items())]
     if not culprits:
-        waited = ", ".join(worker(rank, places) for rank in sorted(lost))
-        words = reason(next(iter(lost.values())))
-        told = [f"{waited} waited in vain for {', '.join(worker(rank, places) for rank in sorted(silent)) or 'others'}"]
+        waited = ", ".join(worker_name(rank, places) for rank in sorted(lost))
+        words = failure_reason(next(iter(lost.values())))
+        told = [
+            f"{waited} waited in vain for {', '.join(worker_name(rank, places) for rank in sorted(silent)) or 'others'}"
+        ]
         told[0] += f": {words}"
     kinds = {loss_kind(error) for error in (culprits or lost).values()}
     return ". ".join(["; ".join(told), *(WHAT_TO_DO[kind] for kind in sorted(kinds))])
 
 
-def reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """In one line; under Ray Train's word of a failed health check stands what really happened."""
     said = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
     return first_line(said).rstrip(".")
 
 
-def worker(rank: int, places: Mapping[int, str], error: BaseException | None = None) -> str:
+def worker_name(rank: int, places: Mapping[int, str], error: BaseException | None = None) -> str:
     """A worker as a person can find it."""
     found = PLACE.search(str(error)) if error is not None else None
     place = places.get(rank) or (f"node {found.group(1)}" if found else "")

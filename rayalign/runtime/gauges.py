@@ -26,11 +26,11 @@ class Gauges:
 
     def set(self, run: str, row: Mapping[str, Any]) -> None:
         """Take over a row of ``metrics.jsonl``; what it does not have stays as it was."""
-        for name, value in values(row).items():
+        for name, value in gauge_values(row).items():
             self.gauges[name].set(value, tags={"run": run})
 
 
-def values(row: Mapping[str, Any]) -> dict[str, float]:
+def gauge_values(row: Mapping[str, Any]) -> dict[str, float]:
     """Gauge → value, for those that a row has a number for."""
     found = {}
     for name, (_, keys) in GAUGES.items():

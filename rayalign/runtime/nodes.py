@@ -48,19 +48,19 @@ def address_to_join() -> str | None:
     return address
 
 
-def examine(storage_path: str) -> Cluster:
+def look_at_cluster(storage_path: str) -> Cluster:
     """Join the running cluster, or start Ray here, and look at its nodes.
 
     Raises UserError where it cannot be joined, or where a node is lost meanwhile.
     """
     try:
         with connect() as session:
-            return look(session, storage_path)
+            return look_at_nodes(session, storage_path)
     except RayError as error:  # without the token, for example
         raise UserError(first_line(error)) from error
 
 
-def look(session: Session, storage_path: str) -> Cluster:
+def look_at_nodes(session: Session, storage_path: str) -> Cluster:
     storage, problem = "", ""
     try:
         storage = str(session.storage(storage_path))
@@ -71,11 +71,11 @@ def look(session: Session, storage_path: str) -> Cluster:
         nodes=session.nodes,
         storage=storage,
         storage_error=problem,
-        offsets=clock_offsets(others(session.nodes)),
+        offsets=clock_offsets(nodes_beside(session.nodes)),
     )
 
 
-def others(nodes: Sequence[Node]) -> list[Node]:
+def nodes_beside(nodes: Sequence[Node]) -> list[Node]:
     here = ray.get_runtime_context().get_node_id()
     return [node for node in nodes if node.id != here]
 

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import ray
 import torch
 
-from rayalign.errors import UserError, blocked
+from rayalign.errors import UserError, blocked_path_error
 from rayalign.placement import Share
 from rayalign.rounds.workers import MAX_ATTEMPTS, ItemKilled, PoolClosed
-from rayalign.runtime.failures import repeated, root_cause
+from rayalign.runtime.failures import retry_lost_actors, root_cause
 
 Actor: TypeAlias = ray.actor.ActorHandle
 
@@ -87,7 +87,7 @@ class Pool:
             ItemKilled: every actor that was given the item died.
             UserError: the function raised one; there is no room for an actor; or the item took an hour.
         """
-        return repeated(self.name, partial(self._call_once, item), attempts=attempts, what=described(item))
+        return retry_lost_actors(self.name, partial(self._call_once, item), attempts=attempts, what=item_in_words(item))
 
     def _call_once(self, item: Any) -> Any:
         actor = self._take()
@@ -101,11 +101,11 @@ class Pool:
         except ray.exceptions.GetTimeoutError as error:
             self._bury(actor)
             raise UserError(
-                f"{self.name}: {described(item)} was not finished within {ITEM_SECONDS / 60:.0f} minutes"
+                f"{self.name}: {item_in_words(item)} was not finished within {ITEM_SECONDS / 60:.0f} minutes"
             ) from error
         except ray.exceptions.RayTaskError as error:
             cause = root_cause(error)
-            raise (cause if isinstance(cause, UserError) else blocked(cause) or error) from error
+            raise (cause if isinstance(cause, UserError) else blocked_path_error(cause) or error) from error
         finally:
             self._give_back(actor)
 
@@ -240,7 +240,7 @@ def refuse_impossible(name: str, share: Share) -> None:
     )
 
 
-def described(item: Any) -> str:
+def item_in_words(item: Any) -> str:
     """An item in words; of a job with its settings, the job."""
     thing = item[-1] if isinstance(item, tuple) and item else item
     return str(getattr(thing, "in_words", None) or getattr(thing, "name", None) or thing)[:LONGEST_TITLE]

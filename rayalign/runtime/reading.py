@@ -15,7 +15,7 @@ from rayalign.data.lines import ByteRange, count_lines, is_whole, number_ranges,
 from rayalign.data.records import Row
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.errors import UserError
-from rayalign.runtime.stage import packed
+from rayalign.runtime.stage import pickle_item
 
 RANGE_BYTES = 64 << 20
 CPUS = 0.5
@@ -23,7 +23,7 @@ CPUS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class RowChunk:
     """Consecutive rows of one unit."""
 
     name: str
@@ -37,9 +37,9 @@ def read_unit(row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
     ordinal, unit = pickle.loads(row["item"])
     try:
         for number, rows in enumerate(read_chunks(unit)):
-            yield packed(Chunk(name=f"{ordinal:05d}-{number:06d}", unit=unit, rows=rows))
+            yield pickle_item(RowChunk(name=f"{ordinal:05d}-{number:06d}", unit=unit, rows=rows))
     except UserError as error:
-        yield packed(error)
+        yield pickle_item(error)
 
 
 def split_units(units: Iterable[Unit], *, range_bytes: int = RANGE_BYTES) -> list[Unit]:

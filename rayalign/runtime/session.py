@@ -127,7 +127,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
     start.
     """
     vital = Vital()
-    with environment(import_paths):
+    with inherited_environment(import_paths):
         if ray.is_initialized():
             yield describe(started_here=False)
             return
@@ -189,7 +189,7 @@ def preview() -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def environment(import_paths: Sequence[Path]) -> Iterator[None]:
+def inherited_environment(import_paths: Sequence[Path]) -> Iterator[None]:
     """What the processes of Ray are to inherit from this one.
 
     Workers must find the user's modules before they unpickle the first of their functions, hence ``PYTHONPATH``.
@@ -214,7 +214,7 @@ def running_cluster() -> str | None:
         return None if named == "local" else named
     noted = temporary_folder() / "ray" / "ray_current_cluster"
     address = noted.read_text().strip() if noted.exists() else ""
-    return address if address and answers(address) else None
+    return address if address and is_listening(address) else None
 
 
 def temporary_folder() -> Path:
@@ -222,7 +222,7 @@ def temporary_folder() -> Path:
     return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
 
 
-def answers(address: str) -> bool:
+def is_listening(address: str) -> bool:
     """Whether anything listens there: of a cluster that was killed only the note is left, and Ray would wait for it."""
     host, _, port = address.rpartition(":")
     try:

@@ -14,7 +14,7 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
-from rayalign.errors import UserError, blocked
+from rayalign.errors import UserError, blocked_path_error
 
 STALL_SECONDS = 3600.0
 TELL_SECONDS = 5.0
@@ -22,7 +22,7 @@ NO_RESTARTS = {"max_restarts": 0, "max_task_retries": 0}
 """Ray Data would start a process that runs out of memory again for ever."""
 
 
-class Worker:
+class StageWorker:
     """One actor: makes its function with the first item, and returns UserErrors, which Ray Data would turn to text."""
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
@@ -38,23 +38,23 @@ class Worker:
         except UserError as error:
             result = error
         except OSError as error:
-            result = blocked(error)
+            result = blocked_path_error(error)
             if result is None:
                 raise
         return {"item": pickle.dumps(result)}
 
 
-def dataset(items: Sequence[Any]) -> ray.data.Dataset:
+def dataset_of_items(items: Sequence[Any]) -> ray.data.Dataset:
     """Items that are handed out one by one."""
-    quiet()
-    return ray.data.from_items([packed(item) for item in items], override_num_blocks=len(items))
+    quiet_ray_data()
+    return ray.data.from_items([pickle_item(item) for item in items], override_num_blocks=len(items))
 
 
-def packed(item: Any) -> dict[str, bytes]:
+def pickle_item(item: Any) -> dict[str, bytes]:
     return {"item": pickle.dumps(item)}
 
 
-def results(
+def apply_to_items(
     name: str,
     items: ray.data.Dataset,
     make: Callable[..., Callable[[Any], Any]],
@@ -75,7 +75,7 @@ def results(
         # Deprecated until Ray 2.64, and so far the only way to say how often a process may be started again.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         outcomes = items.map(
-            Worker,
+            StageWorker,
             fn_constructor_args=(make, *arguments),
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=cpus,
@@ -84,7 +84,7 @@ def results(
     found: list[Any] = []
     told = time.monotonic()
     try:
-        for result in unpacked(outcomes.iter_rows()):
+        for result in unpickle_items(outcomes.iter_rows()):
             if isinstance(result, UserError):
                 raise result
             found.append(result)
@@ -99,11 +99,11 @@ def results(
     return found
 
 
-def unpacked(rows: Iterable[dict[str, bytes]]) -> Iterable[Any]:
+def unpickle_items(rows: Iterable[dict[str, bytes]]) -> Iterable[Any]:
     return (pickle.loads(row["item"]) for row in rows)
 
 
-def quiet() -> None:
+def quiet_ray_data() -> None:
     """Ray Data's own words go to its log file only, and a stage that stands still ends."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -34,13 +34,21 @@ from ray.util.placement_group import remove_placement_group
 
 from rayalign.config.training import StrategyConfig
 from rayalign.engine.checkpoint.checkpoint import newest_step
-from rayalign.engine.metrics import last_step
-from rayalign.errors import Stopped, UserError, blocked
+from rayalign.engine.metrics import last_logged_step
+from rayalign.errors import Stopped, UserError, blocked_path_error
 from rayalign.placement import Share
 from rayalign.rounds.chunk import ChunkMaker
 from rayalign.rounds.service import RolloutJob
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
-from rayalign.runtime.failures import PERMANENT, WHAT_TO_DO, describe_loss, is_lost, loss_kind, reason, root_cause
+from rayalign.runtime.failures import (
+    PERMANENT,
+    WHAT_TO_DO,
+    describe_loss,
+    failure_reason,
+    is_lost,
+    loss_kind,
+    root_cause,
+)
 from rayalign.runtime.jobs import RemoteNotes
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.weights import ObjectStore, make_board
@@ -74,7 +82,7 @@ class Trainer:
     def __init__(self, *, max_failures: int = 0, stop: Stop | None = None) -> None:
         self.max_failures = max_failures
         self.stop: Stop = stop or StopRequest()
-        self.group: Group | None = None
+        self.group: WorkerGroup | None = None
         self.rollouts: tuple[RolloutJob, Pool] | None = None
         self.board: ray.actor.ActorHandle | None = None
         self.board_name = f"weights-{secrets.token_hex(4)}"
@@ -86,7 +94,7 @@ class Trainer:
         """The actors that draw for this trainer's runs; they stay while runs start from the same model."""
         if self.board is None:
             self.board = make_board(self.board_name)
-        if self.rollouts is None or needs(self.rollouts[0]) != needs(job):
+        if self.rollouts is None or pool_key(self.rollouts[0]) != pool_key(job):
             self.close_rollouts()
             self.rollouts = (job, make_pool(replace(job, board=self.board_name)))
         return self.rollouts[1]
@@ -116,7 +124,7 @@ class Trainer:
                 return self.placed_attempt(job)
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
                 blame_run(job, failure)
-                done = last_step(job.spec.directory / "metrics.jsonl")
+                done = last_logged_step(job.spec.directory / "metrics.jsonl")
                 what = cluster_reason(failure, self.places)
                 lost(what)
                 before, reached = reached, newest_step(checkpoints)
@@ -154,7 +162,7 @@ class Trainer:
             sized = self.posted(self.sized(job))
             if self.group is None or self.group.shape != Shape.of(sized):
                 self.close()
-                self.group = Group.start(sized, self.max_failures)
+                self.group = WorkerGroup.start(sized, self.max_failures)
             growth = Growth(job=job, workers=sized.workers)
             try:
                 return self.group.train(sized, partial(self.why_stop, growth))
@@ -232,13 +240,13 @@ def make_pool(job: RolloutJob) -> Pool:
         share=job.share,
         most=job.most,
         least=job.least,
-        python=job.python,
+        python=job.drawing.rollout.python,
     )
 
 
-def needs(job: RolloutJob) -> tuple[object, ...]:
+def pool_key(job: RolloutJob) -> tuple[object, ...]:
     """What runs must have in common to be drawn for by the same actors: an engine takes weights of one shape only."""
-    return job.share, job.most, job.least, job.python, job.spec.engine, job.spec.policy
+    return job.share, job.most, job.least, job.drawing.rollout.python, job.spec.engine, job.spec.policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +263,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class WorkerGroup:
     """Running workers, their mailbox, and what becomes of them."""
 
     shape: Shape
@@ -269,7 +277,7 @@ class Group:
         return Mailbox(self.notes)
 
     @classmethod
-    def start(cls, job: TrainJob, max_failures: int) -> Group:
+    def start(cls, job: TrainJob, max_failures: int) -> WorkerGroup:
         token = secrets.token_hex(4)
         folder = ray_folder(job.spec.directory) / token
         folder.mkdir(parents=True)
@@ -279,7 +287,9 @@ class Group:
         trainer = TorchTrainer(
             worker_main,
             train_loop_config={"mailbox": f"mailbox-{token}"},
-            torch_config=TorchConfig(backend=backend(job), timeout_s=math.ceil(job.strategy.timeout_seconds)),
+            torch_config=TorchConfig(
+                backend=collective_backend(job), timeout_s=math.ceil(job.strategy.timeout_seconds)
+            ),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
             ),
@@ -289,7 +299,7 @@ class Group:
                 failure_config=FailureConfig(
                     max_failures=max_failures, max_preemption_failures=max_failures, controller_failure_limit=0
                 ),
-                worker_runtime_env=environment(job),
+                worker_runtime_env=deepspeed_environment(job),
             ),
         )
         return cls(shape=Shape.of(job), folder=folder, notes=notes, ended=in_thread(trainer.fit))
@@ -341,14 +351,14 @@ def local_part(directory: Place) -> Path:
     return directory if isinstance(directory, Path) else node_cache().root
 
 
-def environment(job: TrainJob) -> dict[str, dict[str, str]] | None:
+def deepspeed_environment(job: TrainJob) -> dict[str, dict[str, str]] | None:
     """DeepSpeed asks the environment which device it has, once, when it is first imported."""
     if job.strategy.name != "deepspeed":
         return None
     return {"env_vars": {"DS_ACCELERATOR": "cuda" if job.share.gpus else "cpu"}}
 
 
-def backend(job: TrainJob) -> str:
+def collective_backend(job: TrainJob) -> str:
     """What carries collectives; tensors that wait in the host's memory need one of their own."""
     if not job.share.gpus:
         return "gloo"
@@ -385,7 +395,7 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
                 f"{free_bytes(local_part(job.spec.directory)):,} bytes left. Free some space; the same command "
                 "continues"
             ) from cause
-        if (told := blocked(cause)) is not None:
+        if (told := blocked_path_error(cause)) is not None:
             raise TrainingFailed(f"{job.spec.directory.name}: worker {rank}: {told}") from cause
         if not is_lost(cause):
             raise TrainingFailed(
@@ -400,7 +410,7 @@ def cluster_reason(failure: BaseException, places: Mapping[int, str]) -> str:
         failure = failure.controller_failure
     if lost:
         return describe_loss({rank: root_cause(error) for rank, error in lost.items()}, places)
-    return f"{reason(failure)}. {WHAT_TO_DO[loss_kind(failure)]}"
+    return f"{failure_reason(failure)}. {WHAT_TO_DO[loss_kind(failure)]}"
 
 
 def worker_failures(failure: BaseException) -> dict[int, Exception]:

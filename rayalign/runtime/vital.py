@@ -66,7 +66,7 @@ class Vital:
     _told_stop: bool = False
 
     def watch(self) -> None:
-        others = {child.pid for child in children()}
+        others = {child.pid for child in vital_children()}
         threading.Thread(target=self._look, args=(others,), daemon=True).start()
 
     def settle(self) -> None:
@@ -87,7 +87,7 @@ class Vital:
         while not self.released.is_set():
             starting = len(self.watched) < len(VITAL)
             if starting:
-                for child in children():
+                for child in vital_children():
                     if child.pid not in others:
                         others.add(child.pid)
                         number = os.pidfd_open(child.pid)
@@ -108,7 +108,7 @@ class Vital:
     def _call(self) -> None:
         """End this process where the GCS serves no longer, whether its process lives or not."""
         dead = next((child for child in self.watched.values() if child.name == "gcs_server"), None)
-        if self.gcs is not None and dead is not None and refuses(self.gcs) and not self.released.is_set():
+        if self.gcs is not None and dead is not None and refuses_connection(self.gcs) and not self.released.is_set():
             self._leave(dead)
 
     def _leave(self, dead: Child) -> None:
@@ -120,9 +120,9 @@ class Vital:
         self._say(witness.TOLD)
         witness.show_cursor()
         if not settled:
-            witness.tell(witness.last_words(VITAL[dead.name], how, logs=dead.logs, stopping=stopping))
+            witness.print_to_stderr(witness.last_words(VITAL[dead.name], how, logs=dead.logs, stopping=stopping))
         witness.kill([dead.pid])  # a GCS that was asked to end
-        os._exit(0 if settled else STOPPED if stopping or witness.asked(how) else FAILED)
+        os._exit(0 if settled else STOPPED if stopping or witness.was_asked_to_end(how) else FAILED)
 
     def _is_stopping(self) -> bool:
         """Whether the command was asked to end, which the witness learns."""
@@ -146,7 +146,7 @@ class Vital:
             self._witness.stdin.flush()
 
 
-def refuses(address: tuple[str, int]) -> bool:
+def refuses_connection(address: tuple[str, int]) -> bool:
     """Whether nothing listens there; one that is slow to answer does listen."""
     try:
         socket.create_connection(address, timeout=CALL_SECONDS).close()
@@ -157,7 +157,7 @@ def refuses(address: tuple[str, int]) -> bool:
     return False
 
 
-def children() -> Iterator[Child]:
+def vital_children() -> Iterator[Child]:
     """The vital ones among this process's children; none where the kernel does not say."""
     for listed in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ Flat = dict[str, tuple[Content | str, torch.dtype | None, tuple[int, ...]]]
 """Name → (bytes, dtype, shape), or (name of the tensor that it is tied to, None, ()); directly, tensors for bytes."""
 
 
-class Board:
+class VersionBoard:
     """An actor that knows where the newest versions are; it holds no weights itself."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Board:
 
 def make_board(name: str = BOARD) -> ray.actor.ActorHandle:
     """A board that lives as long as this process holds what this returns; no two of a job have the same name."""
-    return ray.remote(Board).options(name=name, num_cpus=0).remote()
+    return ray.remote(VersionBoard).options(name=name, num_cpus=0).remote()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,11 @@ class ObjectStore:
     def send(self, weights: Weights, state: State) -> None:
         """Make ``state`` known as the version that ``weights`` names."""
         sender = ray.get_runtime_context().get_worker_id()
-        where = [ray.put(flat(state, copied), _tensor_transport="nixl") if self.direct else ray.put(flat(state))]
+        where = [
+            ray.put(flat_entries(state, copy_tensor), _tensor_transport="nixl")
+            if self.direct
+            else ray.put(flat_entries(state))
+        ]
         ray.get(ray.get_actor(self.board).put.remote(sender, weights.version, where, self.keep), timeout=SECONDS)
 
     def fetch(self, weights: Weights) -> State | None:
@@ -85,7 +89,7 @@ class ObjectStore:
                 "object store: look at the network between the nodes, and at the disk that Ray spills to"
             ) from error
         if found is not None:
-            return tensors(found)
+            return tensors_of_entries(found)
         if weights.directory is None:
             raise WeightsGone(weights)
         return None
@@ -96,12 +100,12 @@ def in_bytes(tensor: torch.Tensor) -> Content:
     return content
 
 
-def copied(tensor: torch.Tensor) -> Content:
+def copy_tensor(tensor: torch.Tensor) -> Content:
     """On its own device, where training does not change it. No bytes are nothing that NIXL would move."""
     return tensor.clone(memory_format=torch.contiguous_format) if tensor.nbytes else in_bytes(tensor)
 
 
-def flat(state: State, content: Callable[[torch.Tensor], Content] = in_bytes) -> Flat:
+def flat_entries(state: State, content: Callable[[torch.Tensor], Content] = in_bytes) -> Flat:
     """The tensors as Ray copies them once; those that share memory only once."""
     seen: dict[tuple[int, int], str] = {}
     entries: Flat = {}
@@ -115,8 +119,8 @@ def flat(state: State, content: Callable[[torch.Tensor], Content] = in_bytes) ->
     return entries
 
 
-def tensors(entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What :func:`flat` was made of, without a copy."""
+def tensors_of_entries(entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What :func:`flat_entries` was made of, without a copy."""
     found: dict[str, torch.Tensor] = {}
     with warnings.catch_warnings():
         # Shared memory cannot be written to, and torch knows no such tensors: what gets these copies from them.

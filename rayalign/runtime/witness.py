@@ -3,9 +3,9 @@
 Ray's C++ ends a process that uses its object store as soon as the raylet's sockets close: before Python can print.
 This file runs alone, by ``python -I -S``: it imports the standard library only.
 
-Its standard input has a line ``<process id> <title> <folder of logs>`` per process of Ray, ``stopping`` when the
-command was asked to end, and ``told`` when it has said what there is to say. Its end without ``told`` is the
-command's own end.
+Its standard input has a line ``<process id> <title> <folder of logs>`` per process of Ray. A line ``stopping`` says
+that the command was asked to end, and ``told`` that it has said what there is to say. The end of the input without
+``told`` is the command's own end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Watched(NamedTuple):
     logs: str
 
 
-def facts(pid: int) -> list[str]:
+def process_facts(pid: int) -> list[str]:
     """What the kernel says of a process, from its state on; nothing of one that was collected."""
     try:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
@@ -42,12 +42,12 @@ def facts(pid: int) -> list[str]:
 
 
 def has_ended(pid: int) -> bool:
-    return facts(pid)[:1] == ["Z"]
+    return process_facts(pid)[:1] == ["Z"]
 
 
 def ending(pid: int) -> str:
     """How the process ended, in words. The kernel knows it until Ray collects the process."""
-    known = facts(pid)
+    known = process_facts(pid)
     if known[:1] != ["Z"]:
         return "its exit code is not known"
     status = int(known[-1])
@@ -56,7 +56,7 @@ def ending(pid: int) -> str:
     return signal.Signals(os.WTERMSIG(status)).name
 
 
-def asked(how: str) -> bool:
+def was_asked_to_end(how: str) -> bool:
     """A process that was asked to end is no failure, as when a job is cancelled."""
     return how in ("exit code 0", "SIGTERM")
 
@@ -64,7 +64,7 @@ def asked(how: str) -> bool:
 def last_words(title: str, how: str, *, logs: str, stopping: bool = False) -> str:
     """The line that tells the user of the end of a process of Ray; ``stopping``: the command was asked to end, too."""
     then = f"the same command continues from what is saved. Ray's logs: {logs}\n"
-    if asked(how):
+    if was_asked_to_end(how):
         return f"stopped: Ray's {title} was asked to end ({how}); {then}"
     if stopping:
         return f"stopped: Ray's {title} ended ({how}) before this command, which was asked to end; {then}"
@@ -120,7 +120,7 @@ def show_cursor() -> None:
                 stream.flush()
 
 
-def tell(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Print on standard error, of which the reader may be gone."""
     with contextlib.suppress(OSError, ValueError):
         if sys.__stderr__ is not None:
@@ -132,7 +132,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
     if line := stand_by():
         show_cursor()
-        tell(line)
+        print_to_stderr(line)
 
 
 if __name__ == "__main__":

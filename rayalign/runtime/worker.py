@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from rayalign.config.training import StrategyConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import critic as actor_critic
-from rayalign.engine.loop import train
+from rayalign.engine.loop import train_policy
 from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, make_strategy
 from rayalign.errors import Stopped
@@ -185,8 +185,10 @@ def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Pl
         if job.spec.critic is not None:
             if rounds is None:
                 raise TypeError("a critic values rounds, and this run draws none")
-            return actor_critic.train(job.spec, make_batches, strategy, rounds=rounds, stop=stop, notices=notices)
-        return train(
+            return actor_critic.train_with_critic(
+                job.spec, make_batches, strategy, rounds=rounds, stop=stop, notices=notices
+            )
+        return train_policy(
             job.spec,
             make_batches,
             strategy,
@@ -201,7 +203,9 @@ def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:
     """None leaves the folder: the processes of one engine that share its weights each read their part there."""
     if rollouts.spec.options.tensor_parallel > 1:
         return None
-    return ObjectStore(board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.direct_weights)
+    return ObjectStore(
+        board=rollouts.board, keep=rollouts.plan.lag + 1, direct=rollouts.drawing.rollout.transfer == "nixl"
+    )
 
 
 def batch_maker(spec: SourceSpec, strategy: Strategy, rounds: RoundsClient | None = None) -> MakeBatches:

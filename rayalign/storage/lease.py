@@ -56,7 +56,7 @@ def lease(directory: Place, *, wait: Callable[[str], None] | None = None) -> Ite
         yield
     except (KeyboardInterrupt, Stopped):
         if mine.lost:
-            raise Held(f"this process did not move for a minute, and now {described(directory)}") from None
+            raise Held(f"this process did not move for a minute, and now {lease_in_words(directory)}") from None
         raise
     finally:
         mine.stop.set()
@@ -112,9 +112,9 @@ class Lease:
                 continue
             seen = first.setdefault(found.number, found.renewed)
             if wait is None and (is_alive(found.owner) or seen != found.renewed):
-                raise Held(f"{described(self.directory)}. Wait for it, stop it, or give this run another name.")
+                raise Held(f"{lease_in_words(self.directory)}. Wait for it, stop it, or give this run another name.")
             if wait is not None and not told:
-                wait(f"waiting: {described(self.directory)}")
+                wait(f"waiting: {lease_in_words(self.directory)}")
                 told = True
             time.sleep(POLL_SECONDS)
 
@@ -207,7 +207,7 @@ def storage_clock(directory: Place) -> Callable[[], float]:
     return lambda: offset + time.monotonic()
 
 
-def described(directory: Place) -> str:
+def lease_in_words(directory: Place) -> str:
     found = newest(directory)
     owner = found.owner if found is not None else {}
     return (
@@ -215,12 +215,12 @@ def described(directory: Place) -> str:
     )
 
 
-def holder(directory: Place) -> str:
+def holder_in_words(directory: Place) -> str:
     """Who writes to ``directory`` now, in words; empty where no process does. Nothing is written to find out."""
     found = newest(directory)
     if found is None or found.ended or is_dead(found.owner) or time.time() - found.renewed > EXPIRE_SECONDS:
         return ""
-    return described(directory)
+    return lease_in_words(directory)
 
 
 def silent_seconds(directory: Place) -> float | None:

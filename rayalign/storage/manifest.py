@@ -133,12 +133,12 @@ def read_manifest(directory: Place) -> dict[str, Any] | None:
     """The manifest, or None where nothing was committed; raises :class:`TornDirectory` where it is damaged."""
     path = directory / MANIFEST
     try:
-        return parsed(path.read_bytes(), path)
+        return parse_manifest(path.read_bytes(), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def parsed(text: bytes, path: object) -> dict[str, Any]:
+def parse_manifest(text: bytes, path: object) -> dict[str, Any]:
     """What a manifest's ``text`` says; raises :class:`TornDirectory`, naming ``path``, where it is damaged."""
     try:
         manifest = json.loads(text)

@@ -8,7 +8,14 @@ def test_my_method():
 :class:`FakeScorer` and :class:`FakeJudge` stand in for what scores and compares replies: their answers are a table.
 """
 
-from rayalign.testing._batches import RandomGroup, prepared_groups, random_groups, random_round, scored_batch, without
+from rayalign.testing._batches import (
+    RandomGroup,
+    prepared_groups,
+    random_groups,
+    random_round,
+    scored_batch,
+    without,
+)
 from rayalign.testing._engine import check_engine
 from rayalign.testing._judge import FakeJudge, FakeScorer
 from rayalign.testing._method import check_method, step_loss, step_statistics

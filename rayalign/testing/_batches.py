@@ -121,7 +121,7 @@ def without(group: RandomGroup, missing: Sequence[int], fill: float) -> RandomGr
 def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored:
     """The groups as one micro-batch; it carries only the columns and statistics in ``needs``."""
     num_groups, num_candidates = len(groups), len(groups[0].real)
-    candidate_of = owners(groups)
+    candidate_of = owner_indices(groups)
     shape = {"num_groups": num_groups, "num_candidates": num_candidates}
 
     def tokens(name: str) -> Tensor:
@@ -157,7 +157,7 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
 def random_round(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Round:
     """The groups as a whole round, with the columns in ``needs`` that a round has before it is prepared."""
     return Round(
-        candidate_of=owners(groups),
+        candidate_of=owner_indices(groups),
         candidate_mask=torch.tensor([group.real for group in groups]),
         per_candidate=candidate_columns(groups, needs),
         per_token={
@@ -188,7 +188,7 @@ def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[Rando
     ]
 
 
-def owners(groups: Sequence[RandomGroup]) -> Tensor:
+def owner_indices(groups: Sequence[RandomGroup]) -> Tensor:
     """``candidate_of`` [N]."""
     num_candidates = len(groups[0].real)
     return torch.cat(

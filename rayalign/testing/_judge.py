@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rayalign.data.schema import Turns
-from rayalign.judge.base import Tally, refuse_missing
+from rayalign.judge.base import Tally, refuse_missing_verdicts
 from rayalign.judge.scored import ScorerJudge
 
 
@@ -26,7 +26,7 @@ class FakeScorer:
         self.seen += zip(prompts, replies, strict=True)
         values = [self.scores.get(reply, math.nan) for reply in replies]
         self.tally.add(calls=len(values), failures=sum(map(math.isnan, values)))
-        return refuse_missing(values, "the table has no such reply")
+        return refuse_missing_verdicts(values, "the table has no such reply")
 
 
 class FakeJudge:

@@ -21,10 +21,10 @@ from rayalign.report.card import MARK, Card, Figure, card_text
 from rayalign.report.columns import RATES, columns
 from rayalign.report.formatting import SHARE
 from rayalign.report.points import REFERENCE, EvaluationPoint
-from rayalign.report.statistics import Bootstrap, estimate, rate_estimate
+from rayalign.report.statistics import Bootstrap, estimate_mean, rate_estimate
 from rayalign.storage.manifest import write_durably
 from rayalign.storage.place import Place, place_of
-from rayalign.verbs.export import written
+from rayalign.verbs.export import write_output
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MOST_STAGES = 8
@@ -46,7 +46,7 @@ def model_card(directory: Place, out: Path | None) -> Place:
         raise UserError(f"{path} was not written by rayalign, and stays as it is; say --out another file, or remove it")
     text = card_text(card_of(run, step))
     if isinstance(path, Path):
-        written(path, text)
+        write_output(path, text)
     else:
         write_durably(path, text)
     return path
@@ -104,7 +104,10 @@ def card_of(run: Place, step: int | None) -> Card:
         num_prompts=len(point.length) if point else 0,
         num_samples=len(point.length[0]) if point else 0,
         temperature=configuration.get("evaluate", {}).get("sampling", {}).get("temperature", 1.0),
-        limits=(*limits(configuration, figures), *([TEXT_ONLY] if facts.get("export", {}).get("text_only") else [])),
+        limits=(
+            *model_limits(configuration, figures),
+            *([TEXT_ONLY] if facts.get("export", {}).get("text_only") else []),
+        ),
         facts=(
             ("seed", str(facts["seed"])),
             ("steps", str(facts["steps"])),
@@ -156,7 +159,7 @@ def data_lines(sources: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str
         parts = [f"{key} {value}" for key in ("config", "data_dir", "revision") if (value := source.get(key))]
         split = source.get("split") or ()
         named = [f"split {split if isinstance(split, str) else ', '.join(split)}"] if split else []
-        yield ", ".join([short(origin), *parts, *named])
+        yield ", ".join([path_tail(origin), *parts, *named])
     rows = [fact for fact in facts if "rows" in fact]
     if rows:
         yield (
@@ -168,7 +171,7 @@ def data_lines(sources: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str
             yield f"filtered: {fact['kept']:,} of {fact.get('rows', 0):,} rows kept"
 
 
-def short(value: str) -> str:
+def path_tail(value: str) -> str:
     """A path by its last part: the folders of the machine stay private."""
     place, colon, name = value.rpartition(":")
     if colon and place.endswith(".py"):
@@ -181,7 +184,7 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
-    return short(value) if isinstance(value, str) else value
+    return path_tail(value) if isinstance(value, str) else value
 
 
 def export_lines(export: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -214,7 +217,7 @@ def figures_of(point: EvaluationPoint, reference: EvaluationPoint | None) -> Ite
         needs = kind in ("win_rates", "lc_win_rates")
         if not label or (needs and reference is None) or (kind == "kl" and name not in MEASURED_KL):
             continue
-        measured = rate_estimate if kind in RATES else estimate
+        measured = rate_estimate if kind in RATES else estimate_mean
         yield Figure(
             label=label.format(name),
             kind=kind.rstrip("s") if kind != "length" else kind,
@@ -237,7 +240,7 @@ LABELS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def limits(configuration: Mapping[str, Any], figures: Sequence[Figure]) -> Iterator[str]:
+def model_limits(configuration: Mapping[str, Any], figures: Sequence[Figure]) -> Iterator[str]:
     if figures:
         yield (
             "One training run with one seed: how much another seed would change these numbers is not measured, and the"

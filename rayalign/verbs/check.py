@@ -23,17 +23,17 @@ from rayalign.data.tokenize_rows import (
     Shape,
     UndecidedRow,
     Unit,
-    fitted,
-    named_in,
-    parsed,
+    fit_to_method,
+    named_columns,
+    parse_unit_row,
     refuse_unread_variables,
-    shaped,
-    tokenized,
+    shape_group,
+    tokenize_examples,
 )
 from rayalign.errors import UserError
-from rayalign.report.formatting import kept, printable
-from rayalign.verbs.findings_table import table
-from rayalign.verbs.show import LEGEND, shown
+from rayalign.report.formatting import filter_sentence, printable
+from rayalign.verbs.findings_table import findings_table
+from rayalign.verbs.show import LEGEND, row_lines
 
 if TYPE_CHECKING:
     from rayalign.verbs.filter_preview import RowScores
@@ -127,13 +127,13 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
     """Count every row of a source into ``found``, and show the first ones."""
     left, named = how.show if how.chat and not how.as_json else 0, frozenset[str]()
     for unit, rows in source.chunks():
-        named |= named_in(rows, unit)
+        named |= named_columns(rows, unit)
         if how.chat is not None:
             refuse_unread_variables(unit, how.chat)
         examples = [_fitted(row, unit, source.shape) for row in rows]
         for row, example in zip(rows[:left], examples[:left], strict=True):
             assert how.chat is not None
-            for text in shown(row, example, how.chat, how.budget, completed=source.completed):
+            for text in row_lines(row, example, how.chat, how.budget, completed=source.completed):
                 console.print(text, soft_wrap=True)
         left = max(0, left - len(rows))
         bad = _count(examples, source, found, seen, how)
@@ -145,8 +145,8 @@ def _read(source: Checked, found: FileFindings, seen: Seen, how: Checking, conso
 
 
 def _fitted(row: Row, unit: Unit, shape: Shape | None) -> Example | BadRow | UndecidedRow:
-    example = parsed(row, unit)
-    return example if shape is None else fitted(example, shape)
+    example = parse_unit_row(row, unit)
+    return example if shape is None else fit_to_method(example, shape)
 
 
 def _count(
@@ -165,7 +165,7 @@ def _count(
     bad = [example for example in examples if isinstance(example, BadRow)]
     if how.chat is None:
         return bad
-    outcomes = tokenized(examples, how.chat, how.budget, completed=source.completed)
+    outcomes = tokenize_examples(examples, how.chat, how.budget, completed=source.completed)
     groups: list[Group] = []
     for example, outcome in zip(examples, outcomes, strict=True):
         if isinstance(example, Example) and not isinstance(outcome, UndecidedRow):
@@ -174,7 +174,7 @@ def _count(
         if isinstance(outcome, Tokenized):
             if source.refuse is not None:
                 source.refuse(outcome.group)
-            made = shaped(outcome.group, source.shape or "group", preference=outcome.example.preference)
+            made = shape_group(outcome.group, source.shape or "group", preference=outcome.example.preference)
             found.left_out += not made
             groups += made
     if how.scores is not None and source.is_scored:
@@ -186,7 +186,7 @@ def _prompts(sources: Sequence[Checked], unreadable: list[str]) -> Iterator[byte
     for source in sources:
         try:
             for unit, rows in source.chunks():
-                found = (parsed(row, unit) for row in rows)
+                found = (parse_unit_row(row, unit) for row in rows)
                 yield from (prompt_key(example) for example in found if isinstance(example, Example))
         except UserError as error:
             unreadable.append(str(error))
@@ -203,9 +203,9 @@ def _print(findings: Sequence[FileFindings], unreadable: Sequence[str], how: Che
         return
     for found in findings:
         console.print(Text(printable(found.source), style="italic"), soft_wrap=True)
-        console.print(table(found))
+        console.print(findings_table(found))
     if how.scores:
-        said = kept(**filtering) if filtering else "no row has a completion to score"
+        said = filter_sentence(**filtering) if filtering else "no row has a completion to score"
         console.print(f"filter {quantile:g} by {how.scores.name}: {said}", highlight=False, soft_wrap=True)
     for message in unreadable:
         console.print(Text(printable(message), style="red"), soft_wrap=True)

@@ -15,17 +15,18 @@ from rich.console import Console
 from rayalign.config.data import DataConfig, DataSource, TokenBudget
 from rayalign.config.load import importable, load_run
 from rayalign.config.method import resolve_method
+from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group
-from rayalign.data.json_rows import parsed
-from rayalign.data.origin import RowRange, find, is_pattern, matching
+from rayalign.data.json_rows import parse_json_row
+from rayalign.data.origin import RowRange, find_ranges, is_pattern, matching_files
 from rayalign.data.records import Row
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Unit, read_chunks
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, open_tokenizer
 from rayalign.errors import UserError
 from rayalign.imports import load_function
-from rayalign.run.reads import Read, needed_of_rows, reads, shape_of
+from rayalign.run.reads import Read, needed_of_rows, shape_of, sources_read
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.verbs.check import Checked, Checking, check
 from rayalign.verbs.options import block_of
@@ -68,7 +69,7 @@ def check_run(path: Path, overrides: Sequence[str], options: Options, console: C
         raise UserError(f"--{name} is of files; a run says it in its YAML, or behind it: {path} data.max_tokens=512")
     run = load_run(path, overrides)
     unfit = partial(refuse_group, readers=readers_of(run))
-    sources = [_of_run(read, run, options, refuse=partial(unfit, **_drawn(read, run))) for read in reads(run)]
+    sources = [_of_run(read, run, options, refuse=partial(unfit, **_drawn(read, run))) for read in sources_read(run)]
     how = Checking(
         chat=chat_of(run),
         budget=run.data,
@@ -125,7 +126,9 @@ def check_files(files: Sequence[str], options: Options, console: Console) -> int
         show=options.show,
         held_out=[_of_file(file, options) for file in _each(given.get("eval", ()))],
         quarantine=options.quarantine,
-        scores=_scores(ModelSpec(name=model)) if model is not None and quantile is not None else None,
+        scores=_scores(ModelSpec(config=ModelConfig(name=model)))
+        if model is not None and quantile is not None
+        else None,
         policy_logp_quantile=quantile,
         as_json=options.as_json,
     )
@@ -136,7 +139,7 @@ def _each(given: Sequence[str]) -> Iterator[str]:
     """Every path; of a pattern those that match, or itself where none does."""
     for path in given:
         try:
-            found = matching(path) if is_pattern(path) else [path]
+            found = matching_files(path) if is_pattern(path) else [path]
         except UserError:
             found = [path]
         yield from found
@@ -174,7 +177,7 @@ def _scores(spec: ModelSpec) -> RowScores:
 def _row(source: DataSource, line: int, row: Any) -> Row:
     """A row of a function, as JSON would hold it."""
     try:
-        return parsed(json.dumps(row).encode(), source=source.label, line=line)
+        return parse_json_row(json.dumps(row).encode(), source=source.label, line=line)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source.function!r}: row {line} cannot be written as JSON: {error}") from error
 
@@ -189,7 +192,7 @@ def _chunks(source: DataSource, data: DataConfig) -> Iterator[tuple[Unit, list[R
         while chunk := list(islice(made, CHUNK_ROWS)):
             yield unit, chunk
         return
-    for part in find(origin_of(source)):
+    for part in find_ranges(origin_of(source)):
         unit = unit_of(part, source, data)
         for chunk in read_chunks(unit):
             yield unit, chunk

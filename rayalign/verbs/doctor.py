@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def doctor(storage_path: str, *, start_ray: bool, as_json_text: bool, console: Console) -> int:
     """Print what is found; 1 when something is broken, else 0. Joins a running cluster, starts one only if asked to."""
-    findings = list(examine(storage_path, start_ray=start_ray))
+    findings = list(run_checks(storage_path, start_ray=start_ray))
     broken = num_broken(findings)
     if as_json_text:
         console.print_json(json.dumps(as_json(findings)))
@@ -32,7 +32,7 @@ def doctor(storage_path: str, *, start_ray: bool, as_json_text: bool, console: C
     return int(broken > 0)
 
 
-def examine(storage_path: str, *, start_ray: bool) -> Iterator[Finding]:
+def run_checks(storage_path: str, *, start_ray: bool) -> Iterator[Finding]:
     """Every check, in the order in which they are shown."""
     packages = list(check_packages())
     yield from packages
@@ -53,7 +53,7 @@ def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Clust
     """Ray is imported here and nowhere before; the second is None where no cluster was looked at."""
     fix = "start it, correct RAY_ADDRESS, or set RAY_ADDRESS=local to do without; with a token: RAY_AUTH_MODE=token"
     try:
-        from rayalign.runtime.nodes import address_to_join, examine
+        from rayalign.runtime.nodes import address_to_join, look_at_cluster
     except (ImportError, OSError) as error:
         found = f"Ray cannot be imported: {first_line(error)}"
         return Finding(name="cluster", state="broken", found=found, fix="pip install --force-reinstall ray"), None
@@ -61,7 +61,7 @@ def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Clust
         address = address_to_join()
         if address is None and not start_ray:
             return Finding(name="cluster", state="ok", found="none is running: a run starts Ray for itself"), None
-        cluster = examine(storage_path)
+        cluster = look_at_cluster(storage_path)
     except (UserError, RuntimeError, OSError) as error:  # Ray tells of other versions and of tokens by RuntimeError
         return Finding(name="cluster", state="broken", found=first_line(error), fix=fix), None
     return judge_cluster(cluster, address), cluster

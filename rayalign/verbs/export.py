@@ -45,7 +45,7 @@ def alpaca_eval(
         dict(zip(ALPACA_EVAL, (prompt, row[sample], who, name), strict=True))
         for prompt, row in zip(texts[name]["prompts"], replies, strict=True)
     ]
-    written(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write_output(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     return len(rows)
 
 
@@ -62,7 +62,7 @@ def evaluations(directory: Place) -> dict[int, Place]:
     return {int(path.stem.removeprefix("step_")): path for path in files}
 
 
-def written(out: Path, text: str) -> None:
+def write_output(out: Path, text: str) -> None:
     """The whole file or none; raises UserError where it cannot be written."""
     unfinished = out.with_name(f".{out.name}.partial")
     try:

@@ -19,8 +19,8 @@ from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.storage.manifest import TornDirectory
 from rayalign.storage.place import Place
-from rayalign.verbs.generate import write_rows
-from rayalign.verbs.stores import run_of, shape_of_store, store_manifest, tokenizer_of
+from rayalign.verbs.generate import write_dataset
+from rayalign.verbs.stores import run_json_of_store, shape_of_store, store_manifest, store_tokenizer
 from rayalign.verbs.trl import read_by_trl
 
 Row = dict[str, Any]
@@ -67,16 +67,16 @@ def trl_pairs(store: Place, out: Path, *, model: str | None) -> Exported:
             f"{store} holds {'single completions' if shape in ('one', 'labelled') else shape + 's'}, no pairs: name a "
             "round of a pairwise or a group method, or a store of pairs"
         )
-    run = run_of(store)
+    run = run_json_of_store(store)
     trusts = bool(run and run["configuration"]["model"].get("trust_remote_code"))
-    tokenizer = load_tokenizer(tokenizer_of(store, manifest, model), trust_remote_code=trusts)
+    tokenizer = load_tokenizer(store_tokenizer(store, manifest, model), trust_remote_code=trusts)
     left_out: Counter[str] = Counter()
     pairs = list(_pairs(store, shape, left_out))
     rows, notes = _readable(pairs, tokenizer, left_out)
     if not rows:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
         raise UserError(f"{store} holds no pair ({reasons or 'it is empty'})")
-    write_rows(out, rows)
+    write_dataset(out, rows)
     return Exported(rows=len(rows), left_out=left_out, notes=notes)
 
 
@@ -86,7 +86,7 @@ def _pairs(store: Place, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
     prompts = Prompts(opened)
     for index in np.argsort(opened.index.line, kind="stable").tolist():
         group = opened[index]
-        found = pair_of(group, shape)
+        found = chosen_and_rejected(group, shape)
         if isinstance(found, str):
             left_out[found] += 1
             continue
@@ -108,14 +108,14 @@ def _pairs(store: Place, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
 
 def _readable(pairs: Sequence[Pair], tokenizer: Any, left_out: Counter[str]) -> tuple[list[Row], Counter[str]]:
     """The rows in the form that TRL reads right of more pairs, and notes on them; the others are counted."""
-    forms: list[Callable[[Pair, Any], Row | None]] = [partial(as_turns, stripped=True), as_turns, as_texts]
+    forms: list[Callable[[Pair, Any], Row | None]] = [partial(trl_turns, stripped=True), trl_turns, trl_texts]
     best: tuple[list[Row], Counter[str]] = ([], Counter())
     for form in forms:
         rows: list[Row] = []
         notes: Counter[str] = Counter()
         for pair in pairs:
             row = form(pair, tokenizer)
-            found = None if row is None else compared(pair, row, tokenizer)
+            found = None if row is None else differences_in_trl(pair, row, tokenizer)
             if row is not None and found is not None:
                 rows.append(row)
                 notes.update(found)
@@ -126,7 +126,7 @@ def _readable(pairs: Sequence[Pair], tokenizer: Any, left_out: Counter[str]) -> 
     return best
 
 
-def as_turns(pair: Pair, tokenizer: Any, *, stripped: bool = False) -> Row | None:
+def trl_turns(pair: Pair, tokenizer: Any, *, stripped: bool = False) -> Row | None:
     """The pair as conversations, which TRL renders by the tokenizer's template; None without one.
 
     ``stripped``: without the white space around an answer, which may be the template's own.
@@ -149,7 +149,7 @@ def _turns(answer: Any) -> list[Row]:
     return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else [dict(turn) for turn in answer]
 
 
-def as_texts(pair: Pair, tokenizer: Any) -> Row:
+def trl_texts(pair: Pair, tokenizer: Any) -> Row:
     """The pair as texts that are rendered already; TRL puts the tokens in front that the tokenizer does."""
     lead = tokenizer("", add_special_tokens=True)["input_ids"]
     ids = pair.prompt_ids[len(lead) :] if lead and pair.prompt_ids[: len(lead)] == lead else pair.prompt_ids
@@ -166,7 +166,7 @@ def _finished(pair: Pair) -> Row:
     return {} if all(finished) else {"finished": finished}
 
 
-def compared(pair: Pair, row: Row, tokenizer: Any) -> list[str] | None:
+def differences_in_trl(pair: Pair, row: Row, tokenizer: Any) -> list[str] | None:
     """What to know of a row that TRL reads as the stored tokens; None where it reads others.
 
     A template may write something after an answer's end, such as a line end, which TRL keeps.
@@ -191,7 +191,7 @@ def compared(pair: Pair, row: Row, tokenizer: Any) -> list[str] | None:
     return notes if all(own.finished for own in pair.candidates) else [*notes, UNFINISHED]
 
 
-def pair_of(group: Group, shape: str) -> tuple[int, int] | str:
+def chosen_and_rejected(group: Group, shape: str) -> tuple[int, int] | str:
     """(chosen, rejected), or why there is none."""
     candidates = group.candidates
     if len(candidates) < 2:
@@ -228,7 +228,7 @@ def numbers_of(group: Group, pair: tuple[int, int]) -> Row:
     return numbers
 
 
-def told(exported: Exported, out: Place) -> Iterator[str]:
+def export_lines_of_trl(exported: Exported, out: Place) -> Iterator[str]:
     yield f"{exported.rows} pairs: {out}"
     for reason, count in exported.left_out.items():
         yield f"left out: {count} groups {reason}"

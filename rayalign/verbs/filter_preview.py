@@ -10,7 +10,7 @@ import torch
 
 from rayalign.config.training import OptimConfig
 from rayalign.data.group import Group
-from rayalign.data.select import likelihood, select
+from rayalign.data.select import likelihood, select_best
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.runtime.session import CPU_ROW_TOKENS
@@ -42,7 +42,7 @@ class RowScores:
         """As a run records what its filter did, over all files together; None without a row."""
         if not self.scores:
             return None
-        selection = select([np.array(self.scores)], quantile)
+        selection = select_best([np.array(self.scores)], quantile)
         return {
             "policy_logp_quantile": quantile,
             "threshold": selection.threshold,

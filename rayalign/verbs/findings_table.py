@@ -14,7 +14,7 @@ from rayalign.run.reads import COLUMN_FIELDS
 MOST_REASONS = 10
 
 
-def table(found: FileFindings) -> Table:
+def findings_table(found: FileFindings) -> Table:
     rows = Table(show_header=False, min_width=60)
     rows.add_row("rows", f"{found.good + found.bad:,}")
     rows.add_row("good", f"{found.good:,}")

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from rayalign.config.load import overridden, parse_run
+from rayalign.config.load import parse_run, read_overridden
 from rayalign.config.run import RunConfig
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import ANSWERS, Prompts
 from rayalign.data.tokenize_rows import Shape
 from rayalign.errors import UserError
 from rayalign.rounds.answers import written_back
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.run.identity import spec_digest
 from rayalign.run.model import chat_of, model_spec
 from rayalign.run.readers import refuse_unusable_models
@@ -58,24 +58,24 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
     refuse_unsupported(run)
     if draws:
         refuse_unusable_models(run, draws=True)
-    with connect(import_paths=[folder]) as session, Board(console) as board:
+    with connect(import_paths=[folder]) as session, ProgressBoard(console) as board:
         storage = session.storage(run.storage_path)
         stages = Stages(artifacts=Artifacts(root=storage / "artifacts", note=board.say), session=session)
         shape, _ = SHAPES[kind]
         sources = [prompt_store(source, run, stages, draws=draws) for source in run.data.train]
         stores = [made_store(source, run, stages, shape) for source in sources]
-        rows = [row for store in stores for row in rows_of(store, run)]
+        rows = [row for store in stores for row in generated_rows(store, run)]
     if kind == "pairs":
-        rows = [pair_of(row) for row in rows if len(row["completions"]) == 2]
+        rows = [pair_row(row) for row in rows if len(row["completions"]) == 2]
     if kind == "best":
         rows = [best_of(row) for row in rows if row["rewards"] != [None]]
-    write_rows(out, rows)
+    write_dataset(out, rows)
     console.print(f"{len(rows)} rows: {out}", highlight=False)
 
 
 def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kind: Kind = "all") -> RunConfig:
     """A run's YAML (or none) with the blocks that matter here; the others may be there and are not read."""
-    document = overridden(path, overrides)
+    document = read_overridden(path, overrides)
     data = {key: value for key, value in document.data.items() if key in BLOCKS}
     label = document.data.get("label", {}) if kind == "pairs" else {"name": "best" if kind == "best" else "rewards"}
     data |= {"method": SHAPES[kind][1], "label": {"name": label} if isinstance(label, str) else {**label}}
@@ -100,7 +100,7 @@ def made_store(prompts: Place, run: RunConfig, stages: Stages, shape: Shape) -> 
     return relabelled(run.relabelling, run, prompts, shape, stages, keep_unscored=True)
 
 
-def pair_of(row: Row) -> Row:
+def pair_row(row: Row) -> Row:
     """A labelled pair as ``chosen`` and ``rejected``; a prompt without a preference has no such row."""
     (chosen, rejected), (chosen_score, rejected_score) = row["completions"], row["rewards"]
     named = {"chosen": chosen, "rejected": rejected, "chosen_score": chosen_score, "rejected_score": rejected_score}
@@ -114,7 +114,7 @@ def best_of(row: Row) -> Row:
     return {"prompt": row["prompt"], **named, **{name: row[name] for name in KEPT if name in row}}
 
 
-def rows_of(store: Place, run: RunConfig) -> Iterator[Row]:
+def generated_rows(store: Place, run: RunConfig) -> Iterator[Row]:
     """One row per prompt, in the order of the source: K-way columns that ``data.train`` and TRL's tools understand.
 
     Log-probabilities belong to tokens: a completion whose text is not read back to those that were drawn has none.
@@ -140,21 +140,21 @@ def rows_of(store: Place, run: RunConfig) -> Iterator[Row]:
             **{name: said[name] for name in ("tools", "chat_template_kwargs") if name in said},
         }
         if scored:
-            made["rewards"] = numbers(group.per_candidate["reward"])
+            made["rewards"] = json_numbers(group.per_candidate["reward"])
         if drawing is not None:
             ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])
             parts = np.split(group.per_token["behavior_token_logp"].astype(np.float64), ends)[:-1]
             sums = [float(part.sum()) if kept else math.nan for part, kept in zip(parts, same, strict=True)]
-            made["behavior_logps"] = numbers(sums)
+            made["behavior_logps"] = json_numbers(sums)
         yield made | made_with
 
 
-def numbers(values: Any) -> list[float | None]:
+def json_numbers(values: Any) -> list[float | None]:
     """Plain numbers; null where there is none, as for a prompt that the scorer failed on."""
     return [None if math.isnan(value) else float(value) for value in values]
 
 
-def write_rows(out: Path, rows: list[Row]) -> None:
+def write_dataset(out: Path, rows: list[Row]) -> None:
     """The whole file or none."""
     partial = out.with_name(f".{out.name}.partial")
     try:

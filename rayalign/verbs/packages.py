@@ -69,7 +69,7 @@ def judge_packages(requirements: Iterable[Requirement], installed: Installed) ->
     plain = [item for item in requirements if applies(item)]
     whole = 0
     for item in plain:
-        problem = problem_of(item, installed)
+        problem = requirement_problem(item, installed)
         whole += problem is None
         if problem is not None:
             yield problem
@@ -92,14 +92,14 @@ def judge_extras(requirements: Sequence[Requirement], installed: Installed) -> I
             fix = f"for {used_by}: pip install 'rayalign[{extra}]'"
             yield Finding(name=name, state="note", found="not installed", fix=fix)
             continue
-        problems = [problem for item in needed if (problem := problem_of(item, installed, extra=extra))]
+        problems = [problem for item in needed if (problem := requirement_problem(item, installed, extra=extra))]
         yield from problems or [Finding(name=name, state="ok", found=installed(name) or "")]
 
 
 def judge_vllm(requirements: Iterable[Requirement], installed: Installed) -> Iterator[Finding]:
     """vLLM pins torch and transformers: where this environment has others, its actors need one of their own."""
     for item in requirements:
-        if item.name in NAMED and applies(item) and problem_of(item, installed) is not None:
+        if item.name in NAMED and applies(item) and requirement_problem(item, installed) is not None:
             yield Finding(
                 name="vllm",
                 state="warning",
@@ -112,7 +112,7 @@ def applies(item: Requirement, *, extra: str = "") -> bool:
     return item.marker is None or item.marker.evaluate({"extra": extra})
 
 
-def problem_of(item: Requirement, installed: Installed, *, extra: str = "") -> Finding | None:
+def requirement_problem(item: Requirement, installed: Installed, *, extra: str = "") -> Finding | None:
     """None where a version that the requirement allows is installed."""
     version = installed(item.name)
     fix = f"pip install '{f'rayalign[{extra}]' if extra else item}'"

@@ -15,20 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.group import Group, TokenIds
-from rayalign.data.origin import Origin, find
+from rayalign.data.origin import Origin, find_ranges
 from rayalign.data.records import BadRow
 from rayalign.data.schema import Example
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import Unit, fitted, parsed, read_chunks, shaped
+from rayalign.data.tokenize_rows import Unit, fit_to_method, parse_unit_row, read_chunks, shape_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.context import context_of, refuse_long_group, refuse_unknown_group, vocabulary_of
-from rayalign.engine.model.pretrained import ModelSpec, refuse_unusable, tokenizer_of
+from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import ScalarHead, written_as
 from rayalign.errors import UserError
-from rayalign.report.formatting import SHARE, interval, number, signed
-from rayalign.report.pairs import PairReport, Pairs, report
+from rayalign.report.formatting import SHARE, format_number, interval, signed
+from rayalign.report.pairs import PairReport, Pairs, report_pairs
 from rayalign.report.statistics import Estimate
 
 TOKENS_PER_MICRO_BATCH = 16_384
@@ -51,21 +52,21 @@ def evaluate_pairs(model: str, files: Sequence[str], budget: TokenBudget, *, as_
         UserError: the model has no trained scalar head, or a row is no pair or ranking, or is beyond what it reads.
     """
     judged = judge_pairs(model, files, budget)
-    found = report(judged.pairs)
+    found = report_pairs(judged.pairs)
     if as_json:
-        facts = {"model": model, "files": list(files), "cut_answers": judged.cut, **plain(asdict(found))}
+        facts = {"model": model, "files": list(files), "cut_answers": judged.cut, **nan_to_null(asdict(found))}
         console.print_json(json.dumps(facts, allow_nan=False))
         return
     cut = f"; {judged.cut} answers were cut at --max-tokens" if judged.cut else ""
     console.print(f"{model}: {found.pairs} pairs in {found.rows} rows{cut}", highlight=False, soft_wrap=True)
-    for table in tables(found):
+    for table in pair_tables(found):
         console.print(table)
 
 
 def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged:
     """The margins of every pair whose ranks differ; rows in which every answer ties have none."""
-    spec = ModelSpec(name=model, head=ScalarHead(), trained_head=True, field="evaluate")
-    skeleton, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
+    spec = ModelSpec(config=ModelConfig(name=model), head=ScalarHead(), trained_head=True, field="evaluate")
+    skeleton, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     context, vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
     head = written_as(skeleton.config) or ScalarHead()
     chat = make_chat(tokenizer, template=head.template, stop=head.stop)
@@ -85,7 +86,7 @@ def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged
             refuse_long_group(group, context, model, setting="--max-tokens")
             refuse_unknown_group(group, vocabulary, model, tokenizer)
         for group, scores in zip(groups, frozen.scores([as_read(group, chat) for group in groups]), strict=True):
-            columns += [(*pair, float(rows)) for pair in compare(group, scores.astype(np.float64))]
+            columns += [(*pair, float(rows)) for pair in pair_margins(group, scores.astype(np.float64))]
             rows += 1
         cut += cut_here
     if not columns:
@@ -96,9 +97,9 @@ def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged
 
 def read_rankings(files: Sequence[str], chat: Chat, budget: TokenBudget) -> Iterator[tuple[list[Group], int]]:
     """(groups with their ranks, answers that were cut), some hundred rows at a time; a bad row is an error."""
-    for unit in (Unit(path=part.path) for file in files for part in find(Origin(path=file))):
+    for unit in (Unit(path=part.path) for file in files for part in find_ranges(Origin(path=file))):
         for chunk in read_chunks(unit):
-            examples = [fitted(parsed(row, unit), "ranking") for row in chunk]
+            examples = [fit_to_method(parse_unit_row(row, unit), "ranking") for row in chunk]
             bad = next((own for own in examples if isinstance(own, BadRow)), None)
             if bad is not None:
                 raise UserError(f"--pairs: {bad}")
@@ -108,7 +109,7 @@ def read_rankings(files: Sequence[str], chat: Chat, budget: TokenBudget) -> Iter
                 if isinstance(outcome, BadRow):
                     raise UserError(f"--pairs: {outcome}")
                 assert isinstance(outcome, Tokenized)
-                groups += shaped(outcome.group, "ranking", preference=outcome.example.preference)
+                groups += shape_group(outcome.group, "ranking", preference=outcome.example.preference)
                 cut += sum(tokens > 0 for tokens in outcome.truncation.responses)
             yield groups, cut
 
@@ -127,7 +128,7 @@ def as_read(group: Group, chat: Chat) -> Group:
     )
 
 
-def compare(group: Group, scores: np.ndarray[Any, np.dtype[np.float64]]) -> Iterator[tuple[float, float]]:
+def pair_margins(group: Group, scores: np.ndarray[Any, np.dtype[np.float64]]) -> Iterator[tuple[float, float]]:
     """(margin, difference of lengths) of every pair of candidates whose ranks differ."""
     rank = group.per_candidate["rank"]
     for i, j in combinations(range(len(scores)), 2):
@@ -137,16 +138,16 @@ def compare(group: Group, scores: np.ndarray[Any, np.dtype[np.float64]]) -> Iter
             yield float(scores[better] - scores[other]), float(longer)
 
 
-def tables(found: PairReport) -> Iterator[Table]:
+def pair_tables(found: PairReport) -> Iterator[Table]:
     overall = Table(caption="interval: 95 %, rows resampled; ties count half; Brier of a coin: 0.25")
     for column in ("accuracy", "mean margin", "deviation", "Brier", "calibration error"):
         overall.add_column(column)
     overall.add_row(
-        with_interval(found.accuracy),
+        share_with_interval(found.accuracy),
         signed(found.margin_mean),
-        number(found.margin_deviation),
-        number(found.brier),
-        number(found.calibration_error),
+        format_number(found.margin_deviation),
+        format_number(found.brier),
+        format_number(found.calibration_error),
     )
     yield overall
     reliability = Table(title="calibration", caption="confidence: σ(|margin|), equally many pairs a line")
@@ -154,10 +155,10 @@ def tables(found: PairReport) -> Iterator[Table]:
         reliability.add_column(column)
     for own in found.reliability:
         reliability.add_row(
-            f"{number(own.lowest, SHARE)} – {number(own.highest, SHARE)}",
+            f"{format_number(own.lowest, SHARE)} – {format_number(own.highest, SHARE)}",
             str(own.pairs),
-            number(own.confidence, SHARE),
-            number(own.accuracy, SHARE),
+            format_number(own.confidence, SHARE),
+            format_number(own.accuracy, SHARE),
         )
     yield reliability
     lengths = Table(title="by length", caption="tokens of the preferred answer − tokens of the other, quartiles")
@@ -165,19 +166,19 @@ def tables(found: PairReport) -> Iterator[Table]:
         lengths.add_column(column)
     for bucket in found.by_length:
         lengths.add_row(
-            f"{bucket.lowest:+.0f} … {bucket.highest:+.0f}", str(bucket.pairs), with_interval(bucket.accuracy)
+            f"{bucket.lowest:+.0f} … {bucket.highest:+.0f}", str(bucket.pairs), share_with_interval(bucket.accuracy)
         )
     yield lengths
 
 
-def with_interval(found: Estimate) -> str:
-    return f"{number(found.mean, SHARE)} {interval(found, SHARE)}"
+def share_with_interval(found: Estimate) -> str:
+    return f"{format_number(found.mean, SHARE)} {interval(found, SHARE)}"
 
 
-def plain(value: Any) -> Any:
+def nan_to_null(value: Any) -> Any:
     """JSON has no NaN: null."""
     if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
+        return {name: nan_to_null(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [nan_to_null(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.formats import parse_row
 from rayalign.data.records import BadRow
@@ -45,7 +46,7 @@ class SampledModel:
     @classmethod
     def load(cls, name: str) -> SampledModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_policy(ModelSpec(name=name, field="sample"), device=device)
+        model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=name), field="sample"), device=device)
         chat = make_chat(tokenizer)
         return cls(
             name=name,
@@ -95,15 +96,15 @@ def sample(
     prompts = read_prompts(file)
     answers = [speaker.answers(prompts, params) for speaker in speakers]
     for place, prompt in enumerate(prompts):
-        table = Table(title=shown(prompt_text(prompt)), title_justify="left", title_style="bold", show_lines=True)
+        table = Table(title=table_text(prompt_text(prompt)), title_justify="left", title_style="bold", show_lines=True)
         for speaker in speakers:
-            table.add_column(shown(speaker.name), overflow="fold")
+            table.add_column(table_text(speaker.name), overflow="fold")
         for number in range(params.num_samples):
-            table.add_row(*(shown(own[place][number]) for own in answers))
+            table.add_row(*(table_text(own[place][number]) for own in answers))
         console.print(table)
 
 
-def shown(text: str) -> str:
+def table_text(text: str) -> str:
     """A text of data or a model, in a table."""
     return escape(printable(text))
 

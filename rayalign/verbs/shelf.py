@@ -15,9 +15,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from rayalign.errors import UserError
-from rayalign.report.status import facts_of, runs
+from rayalign.report.status import read_run_json, runs
 from rayalign.storage.artifacts import STAGE_VERSIONS, USED
-from rayalign.storage.lease import PREFIX, Held, forget, holder, lease
+from rayalign.storage.lease import PREFIX, Held, forget, holder_in_words, lease
 from rayalign.storage.manifest import MANIFEST, discard
 from rayalign.storage.place import Facts, ObjectPath, Place, below, listed
 
@@ -60,7 +60,14 @@ def ls(storage: Place, console: Console) -> None:
         stage, _, key = item.directory.name.partition("-")
         first, *others = item.users or [""]
         users = f"{first} and {len(others)} more" if others else first
-        table.add_row(stage, key, decimal(item.num_bytes), day(item.created), day(item.used), users or state(item))
+        table.add_row(
+            stage,
+            key,
+            decimal(item.num_bytes),
+            date_of(item.created),
+            date_of(item.used),
+            users or unused_stage_state(item),
+        )
     console.print(table)
     console.print(
         f"{len(found)} stages, {decimal(sum(item.num_bytes for item in found))}", highlight=False, soft_wrap=True
@@ -75,19 +82,21 @@ def gc(storage: Place, *, unused_for: str, dry_run: bool, console: Console) -> N
     Raises:
         UserError: there is no such folder, or ``unused_for`` is no time.
     """
-    folder, oldest = artifacts_folder(storage), time.time() - seconds(unused_for)
+    folder, oldest = artifacts_folder(storage), time.time() - parse_duration(unused_for)
     found = list(artifacts(folder))
     removed = []
     for item in found:
         if item.used > oldest:
             continue
-        kept = ", ".join(item.wanted_by) or holder(item.directory)
-        if kept or not (dry_run or remove(item.directory, oldest)):
+        kept = ", ".join(item.wanted_by) or holder_in_words(item.directory)
+        if kept or not (dry_run or remove_stage(item.directory, oldest)):
             console.print(f"kept {item.directory.name}: {kept or 'it is used again'}", highlight=False, soft_wrap=True)
             continue
         removed.append(item)
         word = "would remove" if dry_run else "removed"
-        facts = f"{decimal(item.num_bytes)}, last used {day(item.used)}{'' if item.committed else ', never finished'}"
+        facts = (
+            f"{decimal(item.num_bytes)}, last used {date_of(item.used)}{'' if item.committed else ', never finished'}"
+        )
         console.print(f"{word} {item.directory.name}: {facts}", highlight=False, soft_wrap=True)
     word = "would be removed" if dry_run else "removed"
     total = decimal(sum(item.num_bytes for item in removed))
@@ -117,7 +126,7 @@ def artifacts(folder: Place) -> Iterator[Artifact]:
     users = users_of(folder.parent)
     for directory in filter(is_stage, listed(folder, "*")):
         manifest = directory / MANIFEST
-        times = list(map(modified, (manifest, directory / USED)))
+        times = list(map(modified_time, (manifest, directory / USED)))
         committed = times[0] > 0
         files = files_in(directory)
         if not committed:
@@ -140,7 +149,7 @@ def users_of(storage: Place) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for run in runs(storage):
-        facts = facts_of(run / "run.json")
+        facts = read_run_json(run / "run.json")
         if "status" not in facts:
             raise UserError(f"{run / 'run.json'} cannot be read, so what its run uses is not known: remove it first")
         named = [*facts.get("stages", ()), *(Path(entry["store"]).name for entry in facts.get("data", ()))]
@@ -149,11 +158,11 @@ def users_of(storage: Place) -> dict[str, dict[str, str]]:
     return found
 
 
-def remove(directory: Place, oldest: float) -> bool:
+def remove_stage(directory: Place, oldest: float) -> bool:
     """Remove a stage under its lease, its manifest first; False where somebody writes to it or has just used it."""
     try:
         with lease(directory):
-            if max(map(modified, (directory / MANIFEST, directory / USED))) > oldest:
+            if max(map(modified_time, (directory / MANIFEST, directory / USED))) > oldest:
                 return False
             if isinstance(directory, ObjectPath):
                 discard(directory)  # this claim too: nothing is left that another one could wait for
@@ -172,7 +181,7 @@ def remove(directory: Place, oldest: float) -> bool:
     return True
 
 
-def seconds(text: str) -> float:
+def parse_duration(text: str) -> float:
     """``30d`` in seconds."""
     match = re.fullmatch(r"(\d+)([smhdw])", text)
     if match is None:
@@ -180,14 +189,14 @@ def seconds(text: str) -> float:
     return float(int(match[1]) * UNITS[match[2]])
 
 
-def state(item: Artifact) -> str:
+def unused_stage_state(item: Artifact) -> str:
     """What is said of a stage that no run names."""
     if item.committed:
         return "–"
-    return "being made" if holder(item.directory) else "never finished"
+    return "being made" if holder_in_words(item.directory) else "never finished"
 
 
-def modified(path: Place) -> float:
+def modified_time(path: Place) -> float:
     """0 where there is no such file."""
     try:
         return path.stat().st_mtime
@@ -213,5 +222,5 @@ def folder_times(directory: Place) -> list[float]:
     return [directory.stat().st_mtime] if isinstance(directory, Path) else []
 
 
-def day(when: float) -> str:
+def date_of(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))

@@ -28,7 +28,7 @@ Marked = tuple[str, str]
 """(role, text)."""
 
 
-def shown(
+def row_lines(
     row: Row, found: Example | BadRow | UndecidedRow, chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> Iterator[Text]:
     """The lines of one row."""
@@ -130,12 +130,12 @@ def _line(indent: str, marked: Sequence[Marked]) -> Text:
     line = Text(indent)
     for role, text in marked:
         line.append(f"[{role}] ", style="dim")
-        line.append(f"{_elided(printable(visible(text)))} ", style=STYLES[role])
+        line.append(f"{_elided(printable(visible_whitespace(text)))} ", style=STYLES[role])
     line.rstrip()
     return line
 
 
-def visible(text: str) -> str:
+def visible_whitespace(text: str) -> str:
     """Line ends and tabs as signs, so that a turn is one line."""
     return text.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥")
 

@@ -37,7 +37,7 @@ def shape_of_store(store: Place, manifest: Mapping[str, Any]) -> str:
     recorded = manifest["meta"].get("inputs", {}).get("shape")
     if recorded:
         return str(recorded)
-    run = run_of(store)
+    run = run_json_of_store(store)
     if run is None:
         raise UserError(f"{store}: what its groups are is not recorded; leave a round in the folder of its run")
     with importable(Path.cwd()):
@@ -45,7 +45,7 @@ def shape_of_store(store: Place, manifest: Mapping[str, Any]) -> str:
     return "pair" if candidates == "ranking" else candidates
 
 
-def run_of(store: Place) -> Mapping[str, Any] | None:
+def run_json_of_store(store: Place) -> Mapping[str, Any] | None:
     """``run.json`` of the run whose round this is."""
     rounds = (store.resolve() if isinstance(store, Path) else store).parent
     path = rounds.parent / "run.json"
@@ -55,9 +55,9 @@ def run_of(store: Place) -> Mapping[str, Any] | None:
     return facts
 
 
-def tokenizer_of(store: Place, manifest: Mapping[str, Any], model: str | None) -> Path:
+def store_tokenizer(store: Place, manifest: Mapping[str, Any], model: str | None) -> Path:
     """The folder of the model that reads these tokens; another one than the store was made with is refused."""
-    run = run_of(store)
+    run = run_json_of_store(store)
     if model is None and run is not None:
         model, revision = run["configuration"]["model"]["name"], run["configuration"]["model"].get("revision")
         return model_directory(model, revision)

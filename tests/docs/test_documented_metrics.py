@@ -26,7 +26,7 @@ from tiny_runs import (
     train_spec,
 )
 
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.methods import METHODS, WPOWeighting, compose, resolve
@@ -69,7 +69,7 @@ def one_step(name: str, model: Path, folder: Path) -> Scenario:
     size = {"one": 1, "pair": 2, "ranking": 3, "group": 3}[method.candidates]
     groups = synthetic_groups([size] * 4)
     if method.candidates == "ranking":
-        groups = [own for group in groups for own in ranked(group, by_reward=True)]
+        groups = [own for group in groups for own in rank_group(group, by_reward=True)]
     if "label" in method.needs:
         groups = labelled(synthetic_groups([2] * 2))
     stream = store(folder / "train", groups, reference=model, groups_per_step=4)

@@ -12,6 +12,7 @@ from tiny_runs import CPU, Scenario, objective, store, train_alone, train_spec
 from transformers import AutoModelForCausalLM
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
@@ -24,7 +25,7 @@ STEPS = 20
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """The lab's model with weights."""
-    loaded = load_policy(ModelSpec(name=str(one_file.LAB_MODEL), from_scratch=True), device=CPU)
+    loaded = load_policy(ModelSpec(config=ModelConfig(name=str(one_file.LAB_MODEL), from_scratch=True)), device=CPU)
     save_pretrained(*loaded, tmp_path / "model")
     return tmp_path / "model"
 

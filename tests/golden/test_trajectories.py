@@ -16,7 +16,7 @@ import torch
 import transformers
 from tiny_runs import Scenario, drawn, labelled, objective, run, save_tiny, store, synthetic_groups
 
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.methods import METHODS, WPOWeighting, compose, resolve
 
@@ -44,7 +44,7 @@ def scenario(case: str, model: Path, folder: Path) -> Scenario:
     sizes = {"one": [1], "pair": [2], "ranking": [2, 3, 4], "group": [2, 3, 4]}[method.candidates]
     groups = synthetic_groups(sizes * 24, seed=3)[:24]
     if method.candidates == "ranking":
-        groups = [own for group in groups for own in ranked(group, by_reward=True)]
+        groups = [own for group in groups for own in rank_group(group, by_reward=True)]
     if "label" in method.needs:
         groups = labelled(synthetic_groups([2] * 12, seed=3))
     streams = [store(folder / "train", groups, reference=model)]

@@ -12,7 +12,7 @@ from tiny_runs import save_tiny
 from workspaces import Finished, Workspace, rayalign
 
 from rayalign.config.compare import load_compare
-from rayalign.data.select import read_rows, rows_file, scores_of
+from rayalign.data.select import read_selected_rows, rows_file, scores_of
 from rayalign.data.store import TokenStore
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.job import make_job
@@ -128,7 +128,7 @@ def test_cells_share_their_filter_and_the_log_probs_beneath_it(printed: str, wor
     stages = sorted(path.name.partition("-")[0] for path in (workspace.storage / "artifacts").glob("*-*"))
     assert stages.count("filter") == 2 and stages.count("reference") == 6
     kept = [
-        [read_rows(rows_file(path, number)).tolist() for number in (0, 1)]
+        [read_selected_rows(rows_file(path, number)).tolist() for number in (0, 1)]
         for path in (workspace.storage / "artifacts").glob("filter-*")
     ]
     pairs = [store for store in run_json(workspace, "dpo-filter-0.7")["data"] if "kept" in store]

@@ -17,7 +17,7 @@ from held_runs import hold_file, submit_held, write_run
 from local_head import Head, local_head, run_json
 from workspaces import Workspace, make_workspace, metrics, num_rows, rayalign, wait_until, weights
 
-from rayalign.storage.lease import holder, newest
+from rayalign.storage.lease import holder_in_words, newest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -142,7 +142,7 @@ def test_a_stopped_job_goes_on_from_an_edited_checkout(
     assert status == "STOPPED", logs
     last = f"stopped: stopped after step {HELD + 1} of {STEPS}; the same command continues from there"
     assert logs.rstrip().endswith(last)
-    assert run_json(directory)["status"] == "stopped" and not holder(directory)
+    assert run_json(directory)["status"] == "stopped" and not holder_in_words(directory)
     assert newest_checkpoint(directory).startswith(f"step_{HELD + 1:06d}-")
     told = rayalign("status", directory)
     assert told.code == 0 and "stopped" in told.printed and f"{HELD + 1}/{STEPS}" in told.printed

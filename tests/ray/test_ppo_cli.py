@@ -14,6 +14,7 @@ from tiny_runs import save_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from workspaces import Workspace, kill_workers, metrics, num_rows, rayalign, wait_until, weights
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.runtime.session import Session
@@ -28,7 +29,9 @@ def inputs(workspace: Workspace) -> None:
     rows = [{"prompt": f"question {n}"} for n in range(16)]
     (workspace.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workspace.folder / "vowels.py").write_text(VOWELS)
-    reward_model, tokenizer = load_policy(ModelSpec(name=str(workspace.folder / "model"), head=ScalarHead(), seed=7))
+    reward_model, tokenizer = load_policy(
+        ModelSpec(config=ModelConfig(name=str(workspace.folder / "model")), head=ScalarHead(), seed=7)
+    )
     save_pretrained(reward_model, tokenizer, workspace.folder / "rm")
 
 

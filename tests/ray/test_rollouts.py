@@ -13,6 +13,8 @@ import ray
 import safetensors.numpy
 from workspaces import Workspace, metrics, rayalign, wait_until, weights
 
+from rayalign.config.candidates import Drawing
+from rayalign.config.policy import OnPolicyConfig, RolloutConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
@@ -277,8 +279,7 @@ def test_a_trainer_that_ends_leaves_another_its_weights(session: Session, tmp_pa
         most=1,
         least=0,
         share=Share(cpus=1, gpus=0, threads=1),
-        takes_turns=False,
-        python=None,
+        drawing=Drawing(policy=OnPolicyConfig(), rollout=RolloutConfig(engine="hf"), labelling=nothing),
         max_bad_fraction=0.0,
     )
     version = Weights(step=0, attempt="a", digest="0" * 64, directory=None, canary=(), num_bytes=0)

@@ -9,7 +9,7 @@ import pytest
 from causal_zoo import TYPES
 from family_cells import COLUMNS, Cell, row
 
-from rayalign.engine.model.loading import quiet
+from rayalign.engine.model.loading import quiet_transformers
 
 FEW = ("cohere2", "deepseek_v3", "jamba", "laguna", "llama4_text", "phimoe", "qwen3_next", "trocr")
 """What was wrong once, each in another way."""
@@ -20,7 +20,7 @@ RIGHT = {"load": 110, "LoRA": 100, "LoRA on experts": 35, "sampler": 100}
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "cache"))
-    with quiet():
+    with quiet_transformers():
         yield
 
 

@@ -13,7 +13,7 @@ from tiny_runs import save_tiny
 from workspaces import Workspace, metrics, rayalign
 
 from rayalign.errors import UserError
-from rayalign.rollout.engines import refuse_missing
+from rayalign.rollout.engines import refuse_missing_engine
 from rayalign.runtime.session import Session, connect
 
 PYTHON = os.environ.get("RAYALIGN_VLLM_PYTHON", "")
@@ -65,5 +65,5 @@ def test_weights_and_samples_cross_between_environments(workspace: Workspace, se
 
 def test_an_environment_that_cannot_serve_is_refused() -> None:
     with pytest.raises(UserError, match="has no vllm; install vllm there"):
-        refuse_missing("vllm", sys.executable)
-    refuse_missing("vllm", PYTHON)
+        refuse_missing_engine("vllm", sys.executable)
+    refuse_missing_engine("vllm", PYTHON)

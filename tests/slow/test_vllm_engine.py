@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tiny_runs import save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.canary import RESPONSE_TOKENS, canary_error, canary_logps
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
@@ -37,7 +37,7 @@ SHAPE = {
 
 
 def model_spec(directory: Path) -> ModelSpec:
-    return ModelSpec(name=str(directory), dtype="float32")
+    return ModelSpec(config=ModelConfig(name=str(directory), dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_prompt_that_does_not_fit_is_refused(sampler: VllmSampler, first: Path
 
 def test_weights_without_a_folder_are_refused(sampler: VllmSampler, first: Path) -> None:
     with pytest.raises(UserError, match="from_scratch"):
-        sampler.load(replace(model_spec(first), from_scratch=True))
+        sampler.load(model_spec(first).at(first, from_scratch=True))
 
 
 def test_generation_config_does_not_steer(first: Path, sampler: VllmSampler) -> None:

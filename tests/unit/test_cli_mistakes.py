@@ -10,8 +10,8 @@ import pytest
 from synthetic_comparison import few_cells
 from workspaces import rayalign
 
-from rayalign.errors import blocked
-from rayalign.report.points import ComparisonRecord, save
+from rayalign.errors import blocked_path_error
+from rayalign.report.points import ComparisonRecord, save_comparison
 
 FILES = {
     "file": b"x",
@@ -133,18 +133,20 @@ def test_doctor_says_what_is_wrong_with_the_storage(place: str, told: str) -> No
     ],
 )
 def test_a_report_that_cannot_be_written(folder: Path, out: str, told: str) -> None:
-    save(ComparisonRecord.model_validate(few_cells()), folder / "comparison")
+    save_comparison(ComparisonRecord.model_validate(few_cells()), folder / "comparison")
     (folder / "taken" / "report" / "results.json").mkdir(parents=True)
     done = rayalign("report", "comparison", "--out", out)
     assert (done.code, told in done.printed, "Traceback" in done.printed) == (2, True, False), done.printed
 
 
 def test_a_read_only_file_system_is_a_sentence() -> None:
-    told = blocked(OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/runs/x"))
+    told = blocked_path_error(OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/runs/x"))
     assert str(told) == (
         "/mnt/runs/x: Read-only file system: mount that file system for writing, or name another place"
     )
-    assert "give a shorter name" in str(blocked(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300)))
-    assert blocked(OSError(errno.EROFS, "of no path")) is None
-    assert blocked(FileNotFoundError(errno.ENOENT, "a bug", "x")) is None
-    assert blocked(ValueError("x")) is None
+    assert "give a shorter name" in str(
+        blocked_path_error(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300))
+    )
+    assert blocked_path_error(OSError(errno.EROFS, "of no path")) is None
+    assert blocked_path_error(FileNotFoundError(errno.ENOENT, "a bug", "x")) is None
+    assert blocked_path_error(ValueError("x")) is None

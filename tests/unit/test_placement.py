@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayalign.errors import UserError
-from rayalign.placement import Node, Share, elastic_share, guest, host, share
-from rayalign.runtime.elastic import fitting
+from rayalign.placement import Node, Share, elastic_share, even_share, guest_share, host_share
+from rayalign.runtime.elastic import num_fitting_node
 from rayalign.runtime.session import Session
 
 
@@ -49,7 +49,7 @@ def places(session: Session, each: Share) -> int:
     ],
 )
 def test_shares(nodes: list[tuple[float, float]], processes: int, expected: Share) -> None:
-    assert share(cluster(*nodes), processes) == expected
+    assert even_share(cluster(*nodes), processes) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_workers_never_share_a_gpu_with_an_actor_that_has_none() -> None:
 
 def test_what_fits_is_bounded_by_the_scarcest() -> None:
     free = {"CPU": 3.0, "GPU": 2.0}
-    assert fitting(Share(cpus=0.6, gpus=0, threads=1), free) == 5
-    assert fitting(Share(cpus=1, gpus=1, threads=1), free) == 2
-    assert fitting(Share(cpus=1, gpus=1, threads=1), {"CPU": 4.0}) == 0
+    assert num_fitting_node(Share(cpus=0.6, gpus=0, threads=1), free) == 5
+    assert num_fitting_node(Share(cpus=1, gpus=1, threads=1), free) == 2
+    assert num_fitting_node(Share(cpus=1, gpus=1, threads=1), {"CPU": 4.0}) == 0
 
 
 @given(
@@ -88,18 +88,18 @@ def test_what_fits_is_bounded_by_the_scarcest() -> None:
 )
 def test_all_processes_find_a_place(nodes: list[tuple[float, float]], processes: int) -> None:
     session = cluster(*nodes)
-    assert places(session, share(session, processes)) >= processes
+    assert places(session, even_share(session, processes)) >= processes
 
 
 def test_workers_of_one_run_do_not_share_a_gpu() -> None:
     with pytest.raises(UserError, match="4 processes need a GPU each, the cluster has 2: lower strategy.workers"):
-        share(cluster((16, 2)), 4, workers=4)
+        even_share(cluster((16, 2)), 4, workers=4)
 
 
 def test_more_processes_than_cores_can_take() -> None:
-    assert share(cluster((2, 0)), 20).cpus == 0.1
+    assert even_share(cluster((2, 0)), 20).cpus == 0.1
     with pytest.raises(UserError, match="21 processes .* more than 10 for each of the cluster's 2 CPUs"):
-        share(cluster((2, 0)), 21)
+        even_share(cluster((2, 0)), 21)
 
 
 def test_resources_name_gpus_only_where_there_are_some() -> None:
@@ -109,7 +109,7 @@ def test_resources_name_gpus_only_where_there_are_some() -> None:
 
 def test_a_worker_and_its_guest_fill_one_device_and_two_workers_never_do() -> None:
     each = Share(cpus=4, gpus=1, threads=4)
-    assert host(each) == Share(cpus=4, gpus=0.9, threads=4)
-    assert guest(each) == Share(cpus=0, gpus=0.1, threads=4)
-    assert guest(Share(cpus=2, gpus=0, threads=2)) == Share(cpus=0, gpus=0, threads=2)
-    assert places(cluster((8, 2)), host(each)) == 2
+    assert host_share(each) == Share(cpus=4, gpus=0.9, threads=4)
+    assert guest_share(each) == Share(cpus=0, gpus=0.1, threads=4)
+    assert guest_share(Share(cpus=2, gpus=0, threads=2)) == Share(cpus=0, gpus=0, threads=2)
+    assert places(cluster((8, 2)), host_share(each)) == 2

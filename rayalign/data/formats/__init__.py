@@ -5,7 +5,7 @@
 
 from rayalign.data.formats.base import Body, Format
 from rayalign.data.formats.detect import FORMATS, detect_format
-from rayalign.data.formats.names import ANSWERS, NUMBERS, best
+from rayalign.data.formats.names import ANSWERS, NUMBERS, first_known_name
 from rayalign.data.formats.parse import parse_row
 
-__all__ = ["ANSWERS", "FORMATS", "NUMBERS", "Body", "Format", "best", "detect_format", "parse_row"]
+__all__ = ["ANSWERS", "FORMATS", "NUMBERS", "Body", "Format", "detect_format", "first_known_name", "parse_row"]

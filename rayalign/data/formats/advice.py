@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from rayalign.data.formats.names import ANSWERS, PROMPTS, best
+from rayalign.data.formats.names import ANSWERS, PROMPTS, first_known_name
 from rayalign.data.schema import Fields
 
 _SIDES = ("chosen", "rejected")
@@ -17,7 +17,7 @@ def nothing_found(row: Fields, named: Collection[str]) -> str:
     if named:
         return f"no format has these columns: {listed}, and reads {', '.join(sorted(named))}, as `columns` names them"
     guessed = guess(row)
-    write = f"name them, such as {written(guessed)}" if guessed else f"name them, {_UNKNOWN}"
+    write = f"name them, such as {columns_as_yaml(guessed)}" if guessed else f"name them, {_UNKNOWN}"
     if guessed and (left := _left_out(row, guessed)):
         write += f" (which leaves out {', '.join(left)}: put what belongs together into one column)"
     if "text" in row:
@@ -27,7 +27,7 @@ def nothing_found(row: Fields, named: Collection[str]) -> str:
 
 def guess(row: Fields) -> dict[str, str]:
     """Our column → the one that could be meant; none where there is no prompt."""
-    prompt = best(row, PROMPTS)
+    prompt = first_known_name(row, PROMPTS)
     if prompt is None:
         return {}
     said = [name for name, value in row.items() if isinstance(value, str | list | dict)]
@@ -35,11 +35,11 @@ def guess(row: Fields) -> dict[str, str]:
     answers = {side: name for side, name in sides.items() if name is not None}
     if len(answers) == len(_SIDES):
         return {"prompt": prompt, **answers}
-    completion = best(row, ANSWERS)
+    completion = first_known_name(row, ANSWERS)
     return {"prompt": prompt, "completion": completion} if completion is not None else {"prompt": prompt}
 
 
-def written(columns: dict[str, str]) -> str:
+def columns_as_yaml(columns: dict[str, str]) -> str:
     """``columns`` as the YAML has it."""
     return f"columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}}"
 

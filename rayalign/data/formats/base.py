@@ -8,7 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from rayalign.data.formats.turns import said
+from rayalign.data.formats.turns import text_or_turns_said
 from rayalign.data.schema import (
     MISSING,
     Fields,
@@ -17,7 +17,7 @@ from rayalign.data.schema import (
     Turns,
     assistant,
     is_assistant,
-    number,
+    optional_number,
     required,
     user,
 )
@@ -126,20 +126,22 @@ def aligned(
         if all(isinstance(value, str) for value in candidates.values()):
             return prompt, tuple(candidates.values())
         prompt = user(prompt)
-    return prompt, tuple(after(prompt, value, name, may_be_empty=may_be_empty) for name, value in candidates.items())
+    return prompt, tuple(
+        turns_after_prompt(prompt, value, name, may_be_empty=may_be_empty) for name, value in candidates.items()
+    )
 
 
-def after(prompt: Turns, value: Texts, name: str, *, may_be_empty: bool = False) -> Turns:
+def turns_after_prompt(prompt: Turns, value: Texts, name: str, *, may_be_empty: bool = False) -> Turns:
     """A candidate as the turns that follow the prompt; a whole conversation loses the prompt that it repeats."""
     answer = assistant(value) if isinstance(value, str) else value
     if answer[: len(prompt)] == prompt:
         answer = answer[len(prompt) :]
     if not answer or not is_assistant(answer[0]):
         raise RowProblem(name, f"{name} must start with a turn of the assistant, or repeat the prompt before it")
-    return answered(answer, name, may_be_empty=may_be_empty)
+    return ending_in_answer(answer, name, may_be_empty=may_be_empty)
 
 
-def answered(answer: Turns, name: str, *, may_be_empty: bool = False) -> Turns:
+def ending_in_answer(answer: Turns, name: str, *, may_be_empty: bool = False) -> Turns:
     """Turns that end in an answer that says something; ``may_be_empty``: or nothing, as a sample that ended at once."""
     last = answer[-1]
     if not is_assistant(last):
@@ -163,19 +165,21 @@ def pair_columns(row: Fields, *, leaves_lone_scores: bool = False) -> dict[str, 
             continue
         if chosen in row or rejected in row:
             required(row, chosen), required(row, rejected)
-            scores = (number(row, chosen), number(row, rejected))
+            scores = (optional_number(row, chosen), optional_number(row, rejected))
             if columns.setdefault("reward", scores) != scores:
                 raise RowProblem(chosen, f"{chosen} and {SCORES[0][0]} differ: which are the scores is not certain")
     if "margin" in row:
-        columns["margin"] = (number(row, "margin"), MISSING)
+        columns["margin"] = (optional_number(row, "margin"), MISSING)
     if "soft_label" in row:
-        columns["soft_label"] = (number(row, "soft_label"), MISSING)
+        columns["soft_label"] = (optional_number(row, "soft_label"), MISSING)
         if not 0 <= columns["soft_label"][0] <= 1:
             raise RowProblem("soft_label", f"soft_label is {row['soft_label']}: a probability lies in [0, 1]")
     return columns
 
 
-def compared(prompt: Texts, answers: Mapping[str, Texts], *, better: int | None, rewards: Iterable[float] = ()) -> Body:
+def comparison_body(
+    prompt: Texts, answers: Mapping[str, Texts], *, better: int | None, rewards: Iterable[float] = ()
+) -> Body:
     """Two answers, of which ``better`` (0 or 1) is preferred; None: neither is."""
     prompt, (first, second) = aligned(prompt, answers)
     numbers = tuple(rewards)
@@ -187,7 +191,7 @@ def compared(prompt: Texts, answers: Mapping[str, Texts], *, better: int | None,
 
 def answer_of(row: Fields, name: str) -> Texts:
     """One answer; a single turn stands for a list of it."""
-    value = said(row, name)
+    value = text_or_turns_said(row, name)
     if not isinstance(value, str) and not is_assistant(value[0]):
         raise RowProblem(name, f"{name} starts with a turn of {value[0]['role']}: it must be the assistant's")
     return value

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rayalign.data.formats.base import Body, Format, Texts, compared, one_of
+from rayalign.data.formats.base import Body, Format, Texts, comparison_body, one_of
 from rayalign.data.formats.scored import helpsteer_prompt
-from rayalign.data.formats.turns import said
-from rayalign.data.schema import Fields, RowProblem, number, required, text
+from rayalign.data.formats.turns import text_or_turns_said
+from rayalign.data.schema import Fields, RowProblem, optional_number, required, required_text
 
 IDS = ("preferred", "better_response_id", "safer_response_id")
 STRENGTHS = ("preference_strength", "overall_preference", "preference")
@@ -26,18 +26,20 @@ ASK_SIGN = (
 def _helpsteer_preference(row: Fields) -> Body:
     """Negative: the first answer is better; positive: the second; zero: neither."""
     name = one_of(row, *STRENGTHS)
-    strength = number(row, name) if name in row else 0.0
+    strength = optional_number(row, name) if name in row else 0.0
     if not -3 <= strength <= 3:
         raise RowProblem(name, f"{name} is {row[name]!r}: it must lie between -3 (first) and 3 (second)")
     answers = _side_by_side(row, one_of(row, "response_1", "response1"), one_of(row, "response_2", "response2"))
     prompt = helpsteer_prompt(row, one_of(row, "prompt", "context"))
-    return compared(prompt, answers, better=int(strength > 0) if strength else None)
+    return comparison_body(prompt, answers, better=int(strength > 0) if strength else None)
 
 
 def _safe_rlhf(row: Fields) -> Body:
     name = "preferred" if "preferred" in row else one_of(row, *IDS)
-    return compared(
-        said(row, "prompt"), _side_by_side(row, "response_0", "response_1"), better=_place(row.get(name), name)
+    return comparison_body(
+        text_or_turns_said(row, "prompt"),
+        _side_by_side(row, "response_0", "response_1"),
+        better=_place(row.get(name), name),
     )
 
 
@@ -45,23 +47,23 @@ def _shp(row: Fields) -> Body:
     """``labels`` is 1 where A is preferred; scores are votes."""
     place = _place(row.get("labels"), "labels")
     scores = ("score_A", "score_B")
-    return compared(
-        text(row, "history"),
+    return comparison_body(
+        required_text(row, "history"),
         _side_by_side(row, "human_ref_A", "human_ref_B"),
         better=None if place is None else 1 - place,
-        rewards=[number(row, name) for name in scores] if all(name in row for name in scores) else (),
+        rewards=[optional_number(row, name) for name in scores] if all(name in row for name in scores) else (),
     )
 
 
 def _webgpt(row: Fields) -> Body:
     """The answer with the higher score is preferred; equal scores are a tie."""
     question = required(row, "question")
-    prompt = text(question, "full_text") if isinstance(question, dict) else text(row, "question")
-    scores = [number(row, name) for name in ("score_0", "score_1") if name in row]
+    prompt = required_text(question, "full_text") if isinstance(question, dict) else required_text(row, "question")
+    scores = [optional_number(row, name) for name in ("score_0", "score_1") if name in row]
     answers = _side_by_side(row, "answer_0", "answer_1")
     if len(scores) < 2 or scores[0] == scores[1]:
-        return compared(prompt, answers, better=None, rewards=scores if len(scores) == 2 else ())
-    return compared(prompt, answers, better=int(scores[1] > scores[0]), rewards=scores)
+        return comparison_body(prompt, answers, better=None, rewards=scores if len(scores) == 2 else ())
+    return comparison_body(prompt, answers, better=int(scores[1] > scores[0]), rewards=scores)
 
 
 def _tldr(row: Fields) -> Body:
@@ -73,7 +75,7 @@ def _tldr(row: Fields) -> Body:
         raise RowProblem("summaries", "summaries must be a list of two objects with a text")
     prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
     answers: dict[str, Texts] = {f"summaries[{place}].text": own["text"] for place, own in enumerate(summaries)}
-    return compared(prompt, answers, better=_place(row.get("choice"), "choice"))
+    return comparison_body(prompt, answers, better=_place(row.get("choice"), "choice"))
 
 
 def _has_text(value: Any) -> bool:
@@ -81,7 +83,7 @@ def _has_text(value: Any) -> bool:
 
 
 def _side_by_side(row: Fields, first: str, second: str) -> dict[str, Texts]:
-    return {name: said(row, name) for name in (first, second)}
+    return {name: text_or_turns_said(row, name) for name in (first, second)}
 
 
 def _place(value: Any, name: str) -> int | None:

@@ -10,7 +10,15 @@ from typing import Final
 from rayalign.data.formats.advice import nothing_found
 from rayalign.data.formats.base import Body, Format
 from rayalign.data.formats.compared import COMPARED
-from rayalign.data.formats.names import MARKER, MARKER_ALONE, MEDIA, PROMPTS, QUARANTINE, best, may_be_prompt
+from rayalign.data.formats.names import (
+    MARKER,
+    MARKER_ALONE,
+    MEDIA,
+    PROMPTS,
+    QUARANTINE,
+    first_known_name,
+    may_be_prompt,
+)
 from rayalign.data.formats.pairs import PAIRS
 from rayalign.data.formats.scored import SCORED
 from rayalign.data.formats.single import SINGLE
@@ -88,7 +96,7 @@ def refuse_uncertain_prompt(name: str, form: Format, row: Fields, unread: Collec
             f"\\n\\nAssistant:; mend them, or write format: {name} to take them as they are, without turns",
         )
     if others:
-        named = best(others, PROMPTS) or others[0]
+        named = first_known_name(others, PROMPTS) or others[0]
         raise RowProblem(
             named,
             f"{named} could be the prompt, or a part of it: write columns: {{prompt: {named}}}, or format: {name} to "

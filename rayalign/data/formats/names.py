@@ -65,7 +65,7 @@ def is_text_alone(row: Fields) -> bool:
     return not any(is_answer_like(name) or name.lower() in (*PROMPTS, *_BESIDE_TEXT) for name in others)
 
 
-def best(names: Iterable[str], known: tuple[str, ...]) -> str | None:
+def first_known_name(names: Iterable[str], known: tuple[str, ...]) -> str | None:
     """The name that stands first in ``known``; None where none does."""
     held = {name.lower(): name for name in names}
     return next((held[name] for name in known if name in held), None)

@@ -14,25 +14,25 @@ from rayalign.data.formats.base import (
     Texts,
     aligned,
     answer_of,
-    answered,
+    ending_in_answer,
     one_of,
     pair_columns,
 )
-from rayalign.data.formats.single import CONVERSATIONS, asked, instructed
-from rayalign.data.formats.turns import ROLES, said, turns_said
-from rayalign.data.schema import Fields, RowProblem, Turns, required, text
+from rayalign.data.formats.single import CONVERSATIONS, ending_in_question, instructed
+from rayalign.data.formats.turns import ROLES, text_or_turns_said, turns_said
+from rayalign.data.schema import Fields, RowProblem, Turns, required, required_text
 from rayalign.data.shared_prompt import is_transcript, split_texts, split_turns, transcript_turns
 
 QUESTIONS = ("question", "query", "input")
 
 
 def _preference(row: Fields) -> Body:
-    return _pair(said(row, "prompt"), row, drawn=FINISHED in row)
+    return _pair(text_or_turns_said(row, "prompt"), row, drawn=FINISHED in row)
 
 
 def _pair(prompt: Texts, row: Fields, *, drawn: bool = False, is_foreign: bool = False) -> Body:
     """Chosen and rejected after ``prompt``; turns that both share belong to the prompt."""
-    pair = {name: said(row, name, may_be_empty=drawn) for name in ("chosen", "rejected")}
+    pair = {name: text_or_turns_said(row, name, may_be_empty=drawn) for name in ("chosen", "rejected")}
     prompt, (chosen, rejected) = aligned(prompt, pair, may_be_empty=drawn)
     if not isinstance(prompt, str):
         prompt, chosen, rejected = split_turns((*prompt, *chosen), (*prompt, *rejected))
@@ -40,18 +40,18 @@ def _pair(prompt: Texts, row: Fields, *, drawn: bool = False, is_foreign: bool =
 
 
 def _implicit_preference(row: Fields) -> Body:
-    chosen, rejected = said(row, "chosen"), said(row, "rejected")
+    chosen, rejected = text_or_turns_said(row, "chosen"), text_or_turns_said(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = split_texts(chosen, rejected)
         pair = {"chosen": chosen, "rejected": rejected}
-        return Body(prompt, tuple(text(pair, name) for name in pair), pair_columns(row), continues=True)
+        return Body(prompt, tuple(required_text(pair, name) for name in pair), pair_columns(row), continues=True)
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise RowProblem("rejected", "chosen and rejected must both be texts or both be lists of turns")
     return _conversations(row, chosen, rejected)
 
 
 def _ultrafeedback(row: Fields) -> Body:
-    prompt = text(row, "prompt")
+    prompt = required_text(row, "prompt")
     body = _conversations(row, turns_said(row, "chosen"), turns_said(row, "rejected"))
     if not any(turn["content"].strip() == prompt.strip() for turn in body.prompt if isinstance(turn, Mapping)):
         raise RowProblem("prompt", "prompt is none of the turns that chosen and rejected share")
@@ -60,21 +60,21 @@ def _ultrafeedback(row: Fields) -> Body:
 
 def _conversations(row: Fields, chosen: Turns, rejected: Turns) -> Body:
     prompt, chosen, rejected = split_turns(chosen, rejected)
-    return Body(prompt, (answered(chosen, "chosen"), answered(rejected, "rejected")), pair_columns(row))
+    return Body(prompt, (ending_in_answer(chosen, "chosen"), ending_in_answer(rejected, "rejected")), pair_columns(row))
 
 
 def _hh(row: Fields) -> Body:
     """An empty last reply is a reply (annotators did prefer silence): its response is the end token alone."""
     chosen, rejected = (
-        transcript_turns(text(row, "chosen"), "chosen"),
-        transcript_turns(text(row, "rejected"), "rejected"),
+        transcript_turns(required_text(row, "chosen"), "chosen"),
+        transcript_turns(required_text(row, "rejected"), "rejected"),
     )
     prompt, chosen, rejected = split_turns(chosen, rejected)
     return Body(prompt, (chosen, rejected), pair_columns(row))
 
 
 def _orca(row: Fields) -> Body:
-    return _pair(said(row, one_of(row, *QUESTIONS)), row, is_foreign=True)
+    return _pair(text_or_turns_said(row, one_of(row, *QUESTIONS)), row, is_foreign=True)
 
 
 def _alpaca_preference(row: Fields) -> Body:
@@ -83,7 +83,7 @@ def _alpaca_preference(row: Fields) -> Body:
 
 def _conversation_preference(row: Fields) -> Body:
     """The conversation is the prompt; chosen and rejected are its next turn."""
-    prompt = asked(turns_said(row, name := one_of(row, *CONVERSATIONS)), name)
+    prompt = ending_in_question(turns_said(row, name := one_of(row, *CONVERSATIONS)), name)
     pair = {side: answer_of(row, side) for side in ("chosen", "rejected")}
     return Body(*aligned(prompt, pair), pair_columns(row))
 
@@ -92,7 +92,7 @@ def _openai_preference(row: Fields) -> Body:
     given = required(row, "input")
     if not isinstance(given, dict) or "messages" not in given:
         raise RowProblem("input", "input must be an object with messages")
-    prompt = asked(turns_said(given, "messages"), "input.messages")
+    prompt = ending_in_question(turns_said(given, "messages"), "input.messages")
     pair = {name: answer_of(row, name) for name in ("preferred_output", "non_preferred_output")}
     return Body(*aligned(prompt, pair), tools=given.get("tools") or None)
 

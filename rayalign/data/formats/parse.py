@@ -20,7 +20,7 @@ from rayalign.data.formats.system import system_of, with_system
 from rayalign.data.formats.tools import tools_of
 from rayalign.data.nulls import from_arrow, was_in_a_table
 from rayalign.data.records import BadRow, RawRow
-from rayalign.data.schema import Example, Fields, RowProblem, bad_row, finished
+from rayalign.data.schema import Example, Fields, RowProblem, bad_row, finished_flags
 from rayalign.data.schema import template_kwargs as row_kwargs
 from rayalign.errors import UserError
 
@@ -71,7 +71,7 @@ def parse_row(
 def _example(
     row: RawRow, format: str, columns: Mapping[str, str], system: str | None, defaults: Mapping[str, Any]
 ) -> Example:
-    fields = renamed(from_arrow(row.value) if was_in_a_table(row.value) else row.value, columns)
+    fields = rename_columns(from_arrow(row.value) if was_in_a_table(row.value) else row.value, columns)
     refuse_what_none_learns(fields.held)
     name = detect_format(fields.held, nulls=fields.nulls, named=columns) if format == "auto" else format
     form = FORMATS[name]
@@ -91,7 +91,7 @@ def _example(
         columns=body.columns,
         continues=body.continues,
         preference=body.preference,
-        finished=finished(fields.held, len(candidates)) if FINISHED in form.may else None,
+        finished=finished_flags(fields.held, len(candidates)) if FINISHED in form.may else None,
         tools=tools_of(fields.held, body.tools) if form.is_conversation else None,
         template_kwargs={**defaults, **row_kwargs(fields.held)} if form.is_conversation else {},
         unread=tuple(unread),
@@ -101,7 +101,7 @@ def _example(
     )
 
 
-def renamed(row: Fields, columns: Mapping[str, str]) -> Fielded:
+def rename_columns(row: Fields, columns: Mapping[str, str]) -> Fielded:
     """The row under our names; raises RowProblem where a column that a format needs under its new name is not there."""
     for ours, theirs in columns.items():
         if ours in NEEDED and row.get(theirs) is None:

@@ -13,7 +13,7 @@ ORDER = ("tool_result", "thinking", "text", "tool_use")
 """The order in which templates write the parts of one turn."""
 
 
-def from_parts(turn: Mapping[str, Any], place: str, name: str) -> Iterator[dict[str, Any]]:
+def turns_from_parts(turn: Mapping[str, Any], place: str, name: str) -> Iterator[dict[str, Any]]:
     """The same as turns with texts: every result of a tool becomes a turn of its own before the rest.
 
     Thoughts become ``reasoning_content`` and uses of tools ``tool_calls``. Raises RowProblem for what is no text, such

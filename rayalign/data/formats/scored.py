@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from rayalign.data.formats.base import FINISHED, Body, Format, Texts, aligned
-from rayalign.data.formats.turns import said
-from rayalign.data.schema import Fields, RowProblem, number, numbers, required, text
+from rayalign.data.formats.turns import text_or_turns_said
+from rayalign.data.schema import Fields, RowProblem, optional_number, optional_numbers, required, required_text
 
 _SPEAKER = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
@@ -20,13 +20,13 @@ def _ranked(row: Fields) -> Body:
         raise RowProblem("completions", "completions must be a list of at least one answer")
     named = {f"completions[{index}]": value for index, value in enumerate(completions)}
     try:
-        answers = {name: said(named, name, may_be_empty=True) for name in named}
-        prompt, candidates = aligned(said(row, "prompt"), answers, may_be_empty=True)
+        answers = {name: text_or_turns_said(named, name, may_be_empty=True) for name in named}
+        prompt, candidates = aligned(text_or_turns_said(row, "prompt"), answers, may_be_empty=True)
     except RowProblem as problem:
         raise RowProblem(problem.field.partition("[")[0], problem.reason) from problem
     found = {
-        "reward": numbers(row, "rewards", len(candidates)),
-        "behavior_logp": numbers(row, "behavior_logps", len(candidates)),
+        "reward": optional_numbers(row, "rewards", len(candidates)),
+        "behavior_logp": optional_numbers(row, "behavior_logps", len(candidates)),
     }
     columns = {name: values for name, values in found.items() if values is not None}
     if "reward" in columns:
@@ -36,15 +36,15 @@ def _ranked(row: Fields) -> Body:
 
 def _helpsteer(row: Fields) -> Body:
     """One answer with attributes; ``helpfulness`` is its reward, unless ``columns`` names another as ``reward``."""
-    prompt, answers = aligned(helpsteer_prompt(row, "prompt"), {"response": said(row, "response")})
+    prompt, answers = aligned(helpsteer_prompt(row, "prompt"), {"response": text_or_turns_said(row, "response")})
     score = "reward" if "reward" in row else "helpfulness"
     required(row, score)
-    return Body(prompt, answers, {"reward": (number(row, score),)}, preference="rewards")
+    return Body(prompt, answers, {"reward": (optional_number(row, score),)}, preference="rewards")
 
 
 def helpsteer_prompt(row: Fields, name: str) -> Texts:
     """A prompt as HelpSteer2 writes it: from the second turn on, ``<extra_id_1>`` and the speaker stand before each."""
-    prompt = said(row, name)
+    prompt = text_or_turns_said(row, name)
     if not isinstance(prompt, str) or not (pieces := _SPEAKER.split(prompt))[1:]:
         return prompt
     speakers = ["User", *pieces[1::2]]
@@ -58,12 +58,12 @@ def _nectar(row: Fields) -> Body:
     """Answers by their ``rank``, 1 is the best."""
     answers = sorted(_objects(row, "answers", "answer"), key=_rank)
     named: dict[str, Texts] = {f"answers[{place}].answer": own["answer"] for place, own in enumerate(answers)}
-    prompt, candidates = aligned(said(row, "prompt"), named)
+    prompt, candidates = aligned(text_or_turns_said(row, "prompt"), named)
     return Body(prompt, candidates, {"rank": tuple(_rank(own) - 1 for own in answers)}, preference="ranks")
 
 
 def _rank(answer: Mapping[str, Any]) -> float:
-    return number(answer, "rank")
+    return optional_number(answer, "rank")
 
 
 def _ultrafeedback_raw(row: Fields) -> Body:
@@ -72,7 +72,7 @@ def _ultrafeedback_raw(row: Fields) -> Body:
     named: dict[str, Texts] = {
         f"completions[{place}].response": own["response"] for place, own in enumerate(completions)
     }
-    prompt, candidates = aligned(text(row, "instruction"), named)
+    prompt, candidates = aligned(required_text(row, "instruction"), named)
     scores = [_score(own, place) for place, own in enumerate(completions)]
     return Body(prompt, candidates, {"reward": tuple(scores)}, preference="rewards")
 
@@ -80,7 +80,7 @@ def _ultrafeedback_raw(row: Fields) -> Body:
 def _score(completion: Mapping[str, Any], place: int) -> float:
     if completion.get("overall_score") is None:
         raise RowProblem("completions", f"completions[{place}] has no overall_score")
-    return number(completion, "overall_score")
+    return optional_number(completion, "overall_score")
 
 
 def _objects(row: Fields, name: str, key: str) -> list[Mapping[str, Any]]:

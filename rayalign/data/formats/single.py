@@ -7,10 +7,10 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
-from rayalign.data.formats.base import FINISHED, Body, Format, Texts, aligned, answered, never, one_of
+from rayalign.data.formats.base import FINISHED, Body, Format, Texts, aligned, ending_in_answer, never, one_of
 from rayalign.data.formats.names import is_text_alone
-from rayalign.data.formats.turns import said, turns_said
-from rayalign.data.schema import Fields, RowProblem, Turns, assistant, is_assistant, text, user
+from rayalign.data.formats.turns import text_or_turns_said, turns_said
+from rayalign.data.schema import Fields, RowProblem, Turns, assistant, is_assistant, required_text, user
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 LABELS = ("label", "kto_tag")
@@ -22,8 +22,8 @@ ASK_QUESTION = (
 
 def _prompt_completion(row: Fields) -> Body:
     drawn = FINISHED in row
-    completion = {"completion": said(row, "completion", may_be_empty=drawn)}
-    return Body(*aligned(said(row, "prompt"), completion, may_be_empty=drawn))
+    completion = {"completion": text_or_turns_said(row, "completion", may_be_empty=drawn)}
+    return Body(*aligned(text_or_turns_said(row, "prompt"), completion, may_be_empty=drawn))
 
 
 def _unpaired_preference(row: Fields) -> Body:
@@ -46,7 +46,7 @@ def _conversation(row: Fields, name: str) -> Body:
         raise RowProblem(name, f"{name} has no turn of the assistant: there is nothing to learn")
     if first == 0:
         raise RowProblem(name, f"{name} starts with the assistant: there is no prompt")
-    return Body(messages[:first], (answered(messages[first:], name),))
+    return Body(messages[:first], (ending_in_answer(messages[first:], name),))
 
 
 def _labelled_messages(row: Fields) -> Body:
@@ -57,7 +57,7 @@ def _labelled_messages(row: Fields) -> Body:
     answer = messages[last + 1 :]
     if last < 0 or not answer or not is_assistant(answer[0]):
         raise RowProblem(name, f"{name} must end in a turn of the assistant after one of the user: the label is its")
-    return _labelled(Body(messages[: last + 1], (answered(answer, name),)), row)
+    return _labelled(Body(messages[: last + 1], (ending_in_answer(answer, name),)), row)
 
 
 def _labelled(body: Body, row: Fields) -> Body:
@@ -71,28 +71,30 @@ def _labelled(body: Body, row: Fields) -> Body:
 
 
 def _alpaca(row: Fields) -> Body:
-    body = Body(*aligned(instructed(row), {"output": said(row, "output")}))
+    body = Body(*aligned(instructed(row), {"output": text_or_turns_said(row, "output")}))
     return _labelled(body, row) if any(name in row for name in LABELS) else body
 
 
 def _question_answer(row: Fields) -> Body:
     answer = one_of(row, "answer", "response")
-    return Body(*aligned(said(row, one_of(row, "question", "query")), {answer: said(row, answer)}))
+    return Body(
+        *aligned(text_or_turns_said(row, one_of(row, "question", "query")), {answer: text_or_turns_said(row, answer)})
+    )
 
 
 def _text(row: Fields) -> Body:
-    return Body("", (text(row, "text"),), continues=True)
+    return Body("", (required_text(row, "text"),), continues=True)
 
 
 def _prompt_only(row: Fields) -> Body:
-    return Body(said(row, "prompt"), ())
+    return Body(text_or_turns_said(row, "prompt"), ())
 
 
 def instructed(row: Fields) -> Texts:
     """An instruction, its input on the next line, after the earlier questions and answers in ``history``."""
-    prompt = text(row, "instruction")
+    prompt = required_text(row, "instruction")
     if row.get("input"):
-        prompt = f"{prompt}\n{text(row, 'input')}"
+        prompt = f"{prompt}\n{required_text(row, 'input')}"
     earlier = row.get("history", ())
     if not isinstance(earlier, list | tuple) or not all(_is_exchange(item) for item in earlier):
         raise RowProblem("history", "history must be a list of [question, answer]")
@@ -104,7 +106,7 @@ def _is_exchange(item: Any) -> bool:
     return isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, str) for part in item)
 
 
-def asked(turns: Turns, name: str) -> Turns:
+def ending_in_question(turns: Turns, name: str) -> Turns:
     """A conversation that waits for an answer."""
     if is_assistant(turns[-1]):
         raise RowProblem(name, f"{name} ends in a turn of the assistant, but the answers stand in other columns")

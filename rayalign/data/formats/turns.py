@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from rayalign.data.formats.encoded import decoded
-from rayalign.data.formats.parts import from_parts
+from rayalign.data.formats.parts import turns_from_parts
 from rayalign.data.schema import Fields, RowProblem, Turns, required, text_or_turns
 
 _NAMES = {
@@ -30,7 +30,7 @@ CALLS: Final = "function_call"
 """ShareGPT's turn of the assistant whose value is a call, or a list of calls, as JSON text."""
 
 
-def said(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
+def text_or_turns_said(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
     """A text, or turns in our form; a single turn stands for a list of it."""
     value = decoded(required(row, name), name)
     if isinstance(value, dict):
@@ -45,7 +45,7 @@ def said(row: Fields, name: str, *, may_be_empty: bool = False) -> str | Turns:
 
 def turns_said(row: Fields, name: str) -> Turns:
     """Turns in our form; raises RowProblem for a text."""
-    value = said(row, name)
+    value = text_or_turns_said(row, name)
     if isinstance(value, str):
         raise RowProblem(name, f"{name} must be a list of turns, not a text")
     return value
@@ -76,7 +76,7 @@ def our_turns(item: Any, place: str, name: str) -> Iterator[Any]:
     if "function_call" in turn:
         turn["tool_calls"] = _calls(turn.pop("function_call"), place, name)
     if isinstance(turn.get("content"), list):
-        yield from from_parts(turn, place, name)
+        yield from turns_from_parts(turn, place, name)
     else:
         yield turn
 

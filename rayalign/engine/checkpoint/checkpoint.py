@@ -185,7 +185,7 @@ def step_of(directory: Place) -> int:
 
 def refuse_other_run(directory: Place, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise :class:`IncompatibleCheckpoint` naming every setting in which two identities differ."""
-    changed = differences(theirs, ours)
+    changed = identity_differences(theirs, ours)
     if changed:
         raise IncompatibleCheckpoint(
             f"{directory} was written by another run: {'; '.join(changed)}. "
@@ -193,12 +193,12 @@ def refuse_other_run(directory: Place, theirs: Mapping[str, Any], ours: Mapping[
         )
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """``key: theirs there, ours here`` for every leaf of two nested mappings that is not the same as JSON.
 
     What is :data:`DESCRIBED` is told only beside another difference, which it may explain.
     """
-    there, here = dict(leaves(theirs)), dict(leaves(ours))
+    there, here = dict(identity_leaves(theirs)), dict(identity_leaves(ours))
     keys = sorted(there.keys() | here.keys())
     pairs = [(key, there.get(key, "nothing"), here.get(key, "nothing")) for key in keys]
     found = {key: f"{key}: {left} there, {right} here" for key, left, right in pairs if left != right}
@@ -206,15 +206,15 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     return list(found.values()) if decides else []
 
 
-def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
+def deciding_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity without what is :data:`DESCRIBED`."""
     return {key: value for key, value in identity.items() if key != DESCRIBED}
 
 
-def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def identity_leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from identity_leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value, sort_keys=True)
 

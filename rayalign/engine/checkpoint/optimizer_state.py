@@ -127,7 +127,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
         )
     saved = read_metadata(directory / METADATA).state_dict_metadata
     state: dict[int, dict[str, Tensor]] = {}
-    for number, parameter in enumerate(parameters_of(optimizer)):
+    for number, parameter in enumerate(optimized_parameters(optimizer)):
         own = [(key, known) for key, known in saved.items() if key.partition(".")[0] == str(number)]
         for key, known in own:
             assert isinstance(known, TensorStorageMetadata)
@@ -142,7 +142,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def optimized_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 

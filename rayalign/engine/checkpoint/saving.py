@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rayalign.engine.batches import Rounds
-from rayalign.engine.checkpoint.sending import copies, exportable
+from rayalign.engine.checkpoint.sending import copy_to_host, state_to_export
 from rayalign.engine.state import Run
 from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
@@ -114,7 +114,7 @@ def refuse_stopped(run: Run, writer: Writer, save: Callable[[], None]) -> None:
     raise Stopped(f"stopped after step {run.step} of {run.spec.steps}")
 
 
-def save(
+def save_checkpoint(
     run: Run,
     writer: Writer,
     rounds: Rounds | None,
@@ -131,22 +131,22 @@ def save(
     began = time.perf_counter()
     writer.wait()
     strategy, later = run.strategy, writer.asynchronous
-    state, adapter = exportable(run, copied=later)
+    state, adapter = state_to_export(run, copied=later)
     held = strategy.optimizer_state(run.optimizer)
     run.saved = run.step
     writer.submit(
         partial(
-            write,
+            write_checkpoint,
             run,
             directory=run.checkpointer.directory(run.step),
             step=run.step,
             wanted=sum(num_training_bytes(part.model) for part in (run, beside) if part is not None),
             state=state,
-            held=copies(held) if later else held,
+            held=copy_to_host(held) if later else held,
             group=writer.group,
             adapter=adapter,
             beside=beside.written(later) if beside is not None else None,
-            facts={**facts_of(run, rounds), **facts} if strategy.rank == 0 else {},
+            facts={**checkpoint_facts(run, rounds), **facts} if strategy.rank == 0 else {},
         )
     )
     if run.urgent:
@@ -154,7 +154,7 @@ def save(
     run.seconds_saving += time.perf_counter() - began
 
 
-def write(
+def write_checkpoint(
     run: Run,
     *,
     directory: Place,
@@ -187,18 +187,18 @@ def write(
             )
 
 
-def facts_of(run: Run, rounds: Rounds | None) -> dict[str, Any]:
+def checkpoint_facts(run: Run, rounds: Rounds | None) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run at its step."""
     return {
         "num_tokens": run.num_tokens,
         "skipped": (run.skipped_steps, run.skipped_in_a_row),
         "source": rounds.state(run.step) if rounds is not None else {},
-        "environment": environment(run.strategy),
+        "environment": numeric_environment(run.strategy),
         "metrics": measurements(run),
     }
 
 
-def environment(strategy: Strategy) -> dict[str, Any]:
+def numeric_environment(strategy: Strategy) -> dict[str, Any]:
     """What results depend on by rounding."""
     return {
         "strategy": strategy.config.name,

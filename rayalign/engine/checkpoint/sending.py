@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from rayalign.engine.batches import Rounds, State, Weights
 from rayalign.engine.canary import canary_logps
-from rayalign.engine.model.lora import ADAPTER, merged, write_adapter
+from rayalign.engine.model.lora import ADAPTER, state_with_adapter_merged, write_adapter
 from rayalign.engine.model.pretrained import is_renamed, save_pretrained, state_digest
 from rayalign.engine.state import Run
 from rayalign.storage.cache import working
@@ -26,7 +26,7 @@ def offer_weights(run: Run, rounds: Rounds | None) -> None:
     if rounds is None or not rounds.wants_weights(run.step):
         return
     began = time.perf_counter()
-    state, _ = exportable(run)
+    state, _ = state_to_export(run)
     canary = canary_logps(
         run.model,
         layout=run.layout,
@@ -58,31 +58,31 @@ def export_weights(run: Run, rounds: Rounds, state: State, canary: tuple[float, 
     return replace(weights, seconds_sending=time.perf_counter() - began)
 
 
-def exportable(run: Run, *, copied: bool = False) -> tuple[State, Callable[[Path], None]]:
+def state_to_export(run: Run, *, copied: bool = False) -> tuple[State, Callable[[Path], None]]:
     """The policy's whole state on rank 0, any adapter merged, and what writes that adapter into a model's folder.
 
     All ranks call this alike. ``copied``: in the host's memory, where no later step changes it.
     """
     state, spec = run.strategy.full_state(run.model), run.spec.model
     if copied and run.strategy.rank == 0:
-        state = copies(state, of=run.model)
-    if spec.lora is None or run.strategy.rank != 0:
+        state = copy_to_host(state, of=run.model)
+    if spec.config.lora is None or run.strategy.rank != 0:
         return state, lambda directory: None
-    write = partial(write_adapter, spec.lora, run.model, state, base=spec.name)
-    return merged(run.model, state), lambda directory: write(directory / ADAPTER)
+    write = partial(write_adapter, spec.config.lora, run.model, state, base=spec.name)
+    return state_with_adapter_merged(run.model, state), lambda directory: write(directory / ADAPTER)
 
 
-def copies(state: State, *, of: nn.Module | None = None) -> State:
+def copy_to_host(state: State, *, of: nn.Module | None = None) -> State:
     """``state`` in the host's memory; of what is tied there is one copy.
 
     Tensors there that share no memory with ``of`` are taken as they are.
     """
     owned = [*of.parameters(), *of.buffers()] if of is not None else []
-    theirs = {place_of(tensor)[0] for tensor in owned}
+    theirs = {memory_of(tensor)[0] for tensor in owned}
     made: dict[Any, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
-        place = place_of(tensor)
+        place = memory_of(tensor)
         if tensor.device.type == "cpu" and of is not None and place[0] not in theirs:
             return tensor
         if place not in made:
@@ -92,7 +92,7 @@ def copies(state: State, *, of: nn.Module | None = None) -> State:
     return {name: copy(tensor) for name, tensor in state.items()}
 
 
-def place_of(tensor: Tensor) -> tuple[Any, ...]:
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     """Which memory a tensor, or this rank's part of it, looks at, and how; parts without content are told by shape."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage().data_ptr(), local.storage_offset(), local.dtype, tensor.shape, local.stride()

@@ -67,7 +67,7 @@ def attention_kind(config: PretrainedConfig) -> AttentionKind:
     return CONCATENATED_ONLY
 
 
-def sees(
+def may_attend(
     batch: PackedBatch, reach: Reach, *, row: Int[Tensor, " *r"], q: Int[Tensor, " *q"], kv: Int[Tensor, " *kv"]
 ) -> Bool[Tensor, " *seen"]:
     """The rule: the token in column ``q`` of a row may look at the one in column ``kv``.
@@ -94,7 +94,7 @@ def additive_mask(batch: PackedBatch, reach: Reach, dtype: torch.dtype) -> Float
     device = batch.input_ids.device
     column = torch.arange(length, device=device)
     row = torch.arange(num_rows, device=device)[:, None, None]
-    visible = sees(batch, reach, row=row, q=column[:, None], kv=column[None, :])
+    visible = may_attend(batch, reach, row=row, q=column[:, None], kv=column[None, :])
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
@@ -103,7 +103,7 @@ def block_mask(batch: PackedBatch, reach: Reach) -> BlockMask:
     """The same rule for FlexAttention, which skips blocks of the row that no token sees."""
     num_rows, length = batch.input_ids.shape
     return create_block_mask(
-        lambda row, head, q, kv: sees(batch, reach, row=row, q=q, kv=kv),
+        lambda row, head, q, kv: may_attend(batch, reach, row=row, q=q, kv=kv),
         num_rows,
         None,
         length,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rayalign.errors import UserError
 
 
-def blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
+def transformer_blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The transformer blocks, as the family names them for Hugging Face."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     yield from (module for module in model.modules() if type(module).__name__ in names)
@@ -27,7 +27,7 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
     Raises:
         UserError: the model names no blocks, or there is no C++ compiler for the CPU's kernels.
     """
-    found = list(blocks(model))
+    found = list(transformer_blocks(model))
     if not found:
         raise UserError(
             f"model.compile: {model.config.model_type} models do not name their transformer blocks; remove it"

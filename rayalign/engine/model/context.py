@@ -42,7 +42,7 @@ def context_of(config: PretrainedConfig) -> Context | None:
     if name is None or getattr(text, "alibi", False) is True:
         return None
     positions = int(getattr(text, name))
-    found = [reach(rope, positions, name) for rope in ropes(text)]
+    found = [rope_reach(rope, positions, name) for rope in rope_settings(text)]
     return min(found or [Context(tokens=positions, reason=name)], key=lambda one: one.tokens)
 
 
@@ -53,7 +53,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return min(rows, other or rows)
 
 
-def ropes(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:
+def rope_settings(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:
     """The settings of every RoPE of a model: one, or one for each type of layer."""
     settings = getattr(config, "rope_parameters", None)
     if not isinstance(settings, MutableMapping):
@@ -62,7 +62,7 @@ def ropes(config: PretrainedConfig) -> Iterator[MutableMapping[str, Any]]:
     yield from nested or ([settings] if "rope_type" in settings else [])
 
 
-def reach(rope: Mapping[str, Any], positions: int, name: str) -> Context:
+def rope_reach(rope: Mapping[str, Any], positions: int, name: str) -> Context:
     """How far one RoPE goes."""
     kind, factor = rope["rope_type"], float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings")
@@ -85,7 +85,7 @@ def refuse_long_rows(store: TokenStore, context: Context | None, model: str, *, 
     """
     if context is None or not len(store):
         return
-    lengths = store.index.prompt_tokens + new_tokens if new_tokens else longest(store.index)
+    lengths = store.index.prompt_tokens + new_tokens if new_tokens else longest_sequences(store.index)
     beyond = int((lengths > context.tokens).sum())
     if not beyond:
         return
@@ -140,7 +140,7 @@ def too_long(
     )
 
 
-def longest(index: Index) -> Counts:
+def longest_sequences(index: Index) -> Counts:
     """The tokens of each group's longest sequence: the prompt with one of its candidates."""
     most = np.zeros(len(index), np.int64)
     np.maximum.at(most, np.repeat(np.arange(len(index)), index.num_candidates), index.candidate_tokens)

@@ -95,7 +95,7 @@ def weight_files(directory: Path, *, field: str = FIELD) -> list[Path]:
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise UserError(
-            f"{field}: {directory} lacks {len(absent)} of its {len(names)} files of weights: {some(absent)}; "
+            f"{field}: {directory} lacks {len(absent)} of its {len(names)} files of weights: {few(absent)}; "
             "copy or download the model again"
         )
     return [directory / name for name in names]
@@ -136,8 +136,8 @@ def read_json(path: Path, field: str = FIELD) -> dict[str, Any]:
 def model_digest(directory: Path) -> str:
     """SHA-256 of a model's weights, configuration and code, as files; of an adapter also those of its base."""
     if not is_adapter(directory):
-        return _files_digest(matching(directory, WEIGHT_FILES))
-    own = _files_digest(matching(directory, (*WEIGHT_FILES, ADAPTER_CONFIG)))
+        return _files_digest(matching_in_folder(directory, WEIGHT_FILES))
+    own = _files_digest(matching_in_folder(directory, (*WEIGHT_FILES, ADAPTER_CONFIG)))
     base = adapter_base(directory)
     return own if base == directory else hashlib.sha256(f"{own} {model_digest(base)}".encode()).hexdigest()
 
@@ -184,31 +184,31 @@ def tokenizer_directory(directory: Path, *, field: str = FIELD) -> Path:
     Raises:
         UserError: there is none.
     """
-    if any(matching(directory, VOCABULARIES)):
+    if any(matching_in_folder(directory, VOCABULARIES)):
         return directory
     base = weights_directory(directory, field=field)
-    if any(matching(base, VOCABULARIES)):
+    if any(matching_in_folder(base, VOCABULARIES)):
         return base
     raise UserError(f"{field}: {base} holds no tokenizer: save one there with tokenizer.save_pretrained")
 
 
 def refuse_pointers(directory: Path, *, field: str = FIELD) -> None:
     """Raise UserError where one of a tokenizer's files is a pointer of Git LFS."""
-    for path in matching(directory, TOKENIZER_FILES):
+    for path in matching_in_folder(directory, TOKENIZER_FILES):
         if _is_pointer(path):
             raise UserError(f"{field}: {path} {_POINTER}")
 
 
 def tokenizer_digest(directory: Path) -> str:
     """SHA-256 of a tokenizer's files, its chat template included."""
-    return _files_digest(matching(tokenizer_directory(directory), TOKENIZER_FILES))
+    return _files_digest(matching_in_folder(tokenizer_directory(directory), TOKENIZER_FILES))
 
 
-def matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
+def matching_in_folder(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
 
 
-def some(names: Iterable[object], most: int = 3) -> str:
+def few(names: Iterable[object], most: int = 3) -> str:
     """The first few of them, for a sentence."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")
@@ -249,7 +249,7 @@ def _instead_of_config(directory: Path) -> str:
         return f"it holds GGUF files. {_GGUF}"
     if any(directory.glob("consolidated*")) or (directory / "params.json").is_file():
         return "it holds weights as their authors trained them; name the model in Hugging Face layout"
-    inside = matching(directory, INSIDE)
+    inside = matching_in_folder(directory, INSIDE)
     if inside:
         return f"name the model inside it, such as {inside[-1].parent}"
     return "name a directory in Hugging Face layout"
@@ -265,7 +265,7 @@ def _instead_of_weights(directory: Path, field: str) -> str:
         return f"holds GGUF files. {_GGUF}"
     others = [path.name for path in sorted(directory.glob("*.safetensors"))]
     if others:
-        return f"holds {some(others)}, but neither {WEIGHTS} nor {INDEX}, by which a model's weights are found"
+        return f"holds {few(others)}, but neither {WEIGHTS} nor {INDEX}, by which a model's weights are found"
     scratch = ", or ask for random weights with model.from_scratch: true" if field == FIELD else ""
     return f"holds no weights (*.safetensors): name a trained model{scratch}"
 

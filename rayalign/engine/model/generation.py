@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rayalign.data.chat import Chat
 from rayalign.engine.model.folder import CONFIG, FIELD, read_json, weights_directory
-from rayalign.engine.model.loading import quiet
+from rayalign.engine.model.loading import quiet_transformers
 from rayalign.errors import UserError
 
 FILE = "generation_config.json"
@@ -38,23 +38,23 @@ def generation_config(directory: Path, model: PreTrainedModel, *, field: str = F
     path = generation_file(directory, field=field)
     told = model.generation_config.to_diff_dict() if path is None else read_json(path, field)
     facts = {name: value for name, value in told.items() if value is not None}
-    _, problem = settled(facts)
-    for change, candidate in repairs(facts):
-        found, refused = settled(candidate)
+    _, problem = load_settings(facts)
+    for change, candidate in repaired_settings(facts):
+        found, refused = load_settings(candidate)
         if found is not None and not refused:
             if problem:
-                tell(path or weights_directory(directory, field=field) / CONFIG, problem, change)
+                warn_of_repair(path or weights_directory(directory, field=field) / CONFIG, problem, change)
             return found
     raise AssertionError("a file of token ids alone is never refused")
 
 
 @functools.lru_cache(maxsize=64)
-def tell(path: Path, problem: str, change: str) -> None:
+def warn_of_repair(path: Path, problem: str, change: str) -> None:
     """Say it once in a process, which may load a model several times."""
     log.warning("%s contradicts itself (%s): %s", path, problem, change)
 
 
-def repairs(facts: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def repaired_settings(facts: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """(what is changed, the settings then), from none to all but the token ids."""
     yield "", facts
     ids = {name: facts[name] for name in TOKENS if is_token(facts.get(name))}
@@ -65,9 +65,9 @@ def repairs(facts: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]
     yield f"of its settings only {', '.join(ids) or 'none'} are kept", ids
 
 
-def settled(facts: Mapping[str, Any]) -> tuple[GenerationConfig | None, str]:
+def load_settings(facts: Mapping[str, Any]) -> tuple[GenerationConfig | None, str]:
     """The settings as transformers holds them, and why it would not save them; an empty text if it would."""
-    with quiet():
+    with quiet_transformers():
         try:
             found = GenerationConfig.from_dict(dict(facts))
             found.validate(strict=True)

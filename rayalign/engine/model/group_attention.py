@@ -90,15 +90,15 @@ def _within(
         q,
         k,
         v,
-        attn_mask=None if is_sequence else seen(sizes, window=window, chunk=chunk),
+        attn_mask=None if is_sequence else visible_tokens(sizes, window=window, chunk=chunk),
         is_causal=is_sequence,
         scale=scaling,
     )
     return output[0].transpose(0, 1)
 
 
-def seen(sizes: Sequence[int], *, window: int, chunk: int) -> Bool[Tensor, "n n"]:
-    """Which tokens see which, as :func:`.attention.sees` has it: a prompt of ``sizes[0]`` tokens and its candidates."""
+def visible_tokens(sizes: Sequence[int], *, window: int, chunk: int) -> Bool[Tensor, "n n"]:
+    """Which tokens see which, by the rule of :func:`.attention.may_attend`; the prompt has ``sizes[0]`` tokens."""
     prompt, tokens = sizes[0], sum(sizes)
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril_()
     for start, stop in pairwise(accumulate(sizes)):

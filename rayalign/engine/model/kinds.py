@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rayalign.engine.model.folder import CONFIG, FIELD, read_json, some
+from rayalign.engine.model.folder import CONFIG, FIELD, few, read_json
 from rayalign.errors import UserError, first_line
 
 KIND = "AutoModelForCausalLM"
@@ -75,7 +75,7 @@ def refuse_foreign_code(facts: Mapping[str, Any], directory: Path, *, trust_remo
         modules = sorted({str(value).rpartition("--")[2].partition(".")[0] for value in facts["auto_map"].values()})
         setting = "model.trust_remote_code" if field.startswith("model.") else "trust_remote_code"
         raise UserError(
-            f"{field}: {directory} is a model with code of its own ({some(f'{name}.py' for name in modules)}), which "
+            f"{field}: {directory} is a model with code of its own ({few(f'{name}.py' for name in modules)}), which "
             f"runs only if you say so: read it, then write {setting}: true"
         )
     if kind is None:
@@ -99,7 +99,7 @@ def refuse_no_language_model(config: PretrainedConfig, directory: Path, field: s
     masked = [name for name in names if name.endswith(MASKED)]
     if masked or getattr(config, "is_decoder", True) is False and _fills_gaps(config):
         raise UserError(
-            f"{field}: {directory} ({some(names or [config.model_type])}) reads a text in both directions and cannot "
+            f"{field}: {directory} ({few(names or [config.model_type])}) reads a text in both directions and cannot "
             "continue one; name a causal language model"
         )
 
@@ -156,7 +156,7 @@ def as_text(config: PretrainedConfig, directory: Path, *, text_only: bool, field
     else:
         remedy = f"transformers has no language model for that part ({text.model_type}); name a model of text alone"
     raise UserError(
-        f"{field}: {directory} is a {config.model_type} model of text and {some(others) or 'more'}, of which only the "
+        f"{field}: {directory} is a {config.model_type} model of text and {few(others) or 'more'}, of which only the "
         f"text part is a language model: {remedy}"
     )
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from rayalign.engine.model.folder import FIELD, Tensor, some, tensors_of, weight_files
+from rayalign.engine.model.folder import FIELD, Tensor, few, tensors_of, weight_files
 from rayalign.engine.model.scalar import HEAD, HEAD_WEIGHT
 from rayalign.errors import UserError, first_line
 
@@ -68,8 +68,8 @@ def load_weights(blank: PreTrainedModel, source: Source) -> PreTrainedModel:
         files = [safe_open(file, framework="pt") for file in weight_files(source.directory, field=source.field)]
         opened = [stack.enter_context(file) for file in files]
         tensors = {name: file.get_slice(name) for file in opened for name in file.offset_keys()}
-        model, found = matched(blank, of_part(part, tensors))
-    refuse(found, blank, source)
+        model, found = match_tensors(blank, tensors_of_part(part, tensors))
+    refuse_mismatch(found, blank, source)
     refuse_untied(model, blank, source)
     refuse_nonfinite(model, source.directory, field=source.field)
     return model
@@ -85,25 +85,25 @@ def refuse_unfit(blank: PreTrainedModel, source: Source) -> str | None:
     unknown = sorted({own.dtype for own in tensors.values()} - DTYPES.keys())
     if unknown:
         raise UserError(
-            f"{source.field}: {source.directory} holds tensors of type {some(unknown)}, which are quantised weights: "
+            f"{source.field}: {source.directory} holds tensors of type {few(unknown)}, which are quantised weights: "
             "name the model that they were made from"
         )
-    shapes = {name: like(own) for name, own in tensors.items()}
+    shapes = {name: empty_like(own) for name, own in tensors.items()}
     parts: tuple[str | None, ...] = (None, *PARTS) if source.text_only else (None,)
     attempts: list[tuple[Mismatch, str | None]] = []
     for part in parts:
         try:
-            attempts.append((matched(blank, of_part(part, shapes), place=META)[1], part))
+            attempts.append((match_tensors(blank, tensors_of_part(part, shapes), place=META)[1], part))
         except RuntimeError as error:
             absent = missing_experts(tensors)
-            told = f"it lacks {count(absent, 'tensor')} of its experts: {some(absent)}" if absent else first_line(error)
+            told = f"it lacks {plural(absent, 'tensor')} of its experts: {few(absent)}" if absent else first_line(error)
             raise UserError(
                 f"{source.field}: transformers cannot make a {type(blank).__name__} of the tensors in "
                 f"{source.directory} ({told}): copy, convert or save the model again"
             ) from error
     found, part = min(attempts, key=lambda attempt: len(attempt[0].missing))
-    refuse(found, blank, source)
-    refuse_whole_numbers(blank, source, of_part(part, shapes))
+    refuse_mismatch(found, blank, source)
+    refuse_whole_numbers(blank, source, tensors_of_part(part, shapes))
     return part
 
 
@@ -114,35 +114,35 @@ def refuse_whole_numbers(blank: PreTrainedModel, source: Source, shapes: Mapping
         return
     state = blank.state_dict()
     try:
-        found = matched(blank, {name: own for name, own in shapes.items() if name not in whole}, place=META)[1]
+        found = match_tensors(blank, {name: own for name, own in shapes.items() if name not in whole}, place=META)[1]
         used = [name for name in found.missing if name not in source.new and state[name].is_floating_point()]
     except RuntimeError:  # some of a layer's experts are left, and not others
         used = whole
     if used:
         raise UserError(
-            f"{source.field}: {source.directory} holds whole numbers for {count(used, 'tensor')}: {some(used)}. Such "
+            f"{source.field}: {source.directory} holds whole numbers for {plural(used, 'tensor')}: {few(used)}. Such "
             "weights are quantised: name the model that they were made from"
         )
 
 
-def made_of(blank: PreTrainedModel, source: Source, names: Collection[str]) -> frozenset[str]:
+def tensors_made_of(blank: PreTrainedModel, source: Source, names: Collection[str]) -> frozenset[str]:
     """The tensors of the model that are made of the given ones of the files, alone or with others."""
     part = refuse_unfit(blank, source)
     tensors = tensors_of(weight_files(source.directory, field=source.field), field=source.field)
-    shapes = of_part(part, {name: like(own) for name, own in tensors.items()})
+    shapes = tensors_of_part(part, {name: empty_like(own) for name, own in tensors.items()})
     others = {name: own for name, own in shapes.items() if name not in names}
     try:
-        before, after = (set(matched(blank, given, place=META)[1].missing) for given in (shapes, others))
+        before, after = (set(match_tensors(blank, given, place=META)[1].missing) for given in (shapes, others))
     except RuntimeError:  # some of a layer's experts are left, and not others: they become one tensor
         return frozenset()
     return frozenset(after - before)
 
 
-def matched(
+def match_tensors(
     blank: PreTrainedModel, tensors: Mapping[str, Any], *, place: torch.device | None = None
 ) -> tuple[PreTrainedModel, Mismatch]:
     """A model like ``blank`` with the given tensors, in ``place`` or the host's memory, and where they do not fit."""
-    with quiet():
+    with quiet_transformers():
         model, found = type(blank).from_pretrained(
             None,
             config=blank.config,
@@ -168,7 +168,7 @@ def is_mask(name: str, tensors: Mapping[str, Any]) -> bool:
     return name.endswith(".masked_bias") or (len(shape) == 4 and shape[0] == shape[1] == 1 < shape[2] == shape[3])
 
 
-def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
+def refuse_mismatch(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
     """Raise UserError for what does not fit, in one sentence with the remedy."""
     missing = [name for name in found.missing if name not in source.new]
     unexpected = list(found.unexpected)
@@ -181,7 +181,7 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
     total = len(blank.state_dict())
     if empty := [name for name, own, _ in found.other_shape if 0 in own]:
         raise UserError(
-            f"{where} holds {count(empty, 'tensor')} without content: {some(empty)}. They were saved while a strategy "
+            f"{where} holds {plural(empty, 'tensor')} without content: {few(empty)}. They were saved while a strategy "
             "such as ZeRO-3 or FSDP held their values elsewhere: gather them, and save the model again"
         )
     if found.other_shape:
@@ -199,7 +199,7 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
             + f", as in {found.unexpected[0]}. Save the model without what was wrapped around it, or rename them"
         )
     if missing == [HEAD_WEIGHT]:
-        also = f", which have {some(unexpected or found.unexpected)} instead" if found.unexpected else ""
+        also = f", which have {few(unexpected or found.unexpected)} instead" if found.unexpected else ""
         raise UserError(
             f"{where} has no trained scalar head: {HEAD_WEIGHT} is not in its files{also}. One that is drawn at random "
             "would give random scores: name a model for sequence classification that was trained, or rename its head"
@@ -210,14 +210,14 @@ def refuse(found: Mismatch, blank: PreTrainedModel, source: Source) -> None:
             "would be random: write true there if the model uses its embedding as head, or name a folder that has one"
         )
     if missing:
-        also = f"; it has {some(unexpected)} instead" if unexpected else ""
+        also = f"; it has {few(unexpected)} instead" if unexpected else ""
         raise UserError(
-            f"{where} lacks {len(missing)} of the {total} tensors of a {kind}, which would be random: {some(missing)}"
+            f"{where} lacks {len(missing)} of the {total} tensors of a {kind}, which would be random: {few(missing)}"
             f"{also}. Copy, convert or save the model again"
         )
     if unexpected:
         raise UserError(
-            f"{where} holds {count(unexpected, 'tensor')} that a {kind} has no place for: {some(unexpected)}. Either "
+            f"{where} holds {plural(unexpected, 'tensor')} that a {kind} has no place for: {few(unexpected)}. Either "
             "config.json belongs to another model, or they are of no use: then load the model with transformers and "
             "save it again"
         )
@@ -236,15 +236,15 @@ def refuse_untied(model: PreTrainedModel, blank: PreTrainedModel, source: Source
 
 def refuse_nonfinite(model: PreTrainedModel, directory: Path, *, field: str = FIELD) -> None:
     """Raise UserError where a weight is not a number, or infinite: it names the tensor."""
-    bad = [name for name, weight in model.named_parameters() if weight.numel() and not is_finite(weight)]
+    bad = [name for name, weight in model.named_parameters() if weight.numel() and not is_finite_tensor(weight)]
     if bad:
         raise UserError(
             f"{field}: {directory} holds weights that are no finite numbers, in {len(bad)} of its "
-            f"tensors: {some(bad)}. Whatever is computed with them is NaN; name another checkpoint of that model"
+            f"tensors: {few(bad)}. Whatever is computed with them is NaN; name another checkpoint of that model"
         )
 
 
-def is_finite(weight: torch.Tensor) -> bool:
+def is_finite_tensor(weight: torch.Tensor) -> bool:
     low, high = torch.aminmax(weight.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
@@ -275,7 +275,7 @@ def missing_experts(names: Collection[str]) -> list[str]:
     )
 
 
-def of_part(part: str | None, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def tensors_of_part(part: str | None, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of one part, by the names that they have in a model of that part alone.
 
     ``model.language_model.norm.weight`` and ``language_model.model.norm.weight`` are both ``model.norm.weight``.
@@ -290,7 +290,7 @@ def of_part(part: str | None, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def like(tensor: Tensor) -> torch.Tensor:
+def empty_like(tensor: Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=META)
 
 
@@ -298,12 +298,12 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a single number"
 
 
-def count(items: Collection[object], noun: str) -> str:
+def plural(items: Collection[object], noun: str) -> str:
     return f"{len(items)} {noun}{'s' if len(items) != 1 else ''}"
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' own report and its bar: what does not fit is an error here."""
     before, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

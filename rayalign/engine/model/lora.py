@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayalign.config.model import LoraConfig
 from rayalign.engine.model.scalar import HEAD, HEAD_WEIGHT, is_scalar
-from rayalign.engine.model.targets import adapter_targets, is_hijacked, shortened
+from rayalign.engine.model.targets import adapter_targets, is_hijacked, shorten_names
 from rayalign.errors import MissingExtra, UserError
 from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch
@@ -78,7 +78,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int, trained:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, holder, adapter_name=NAME, low_cpu_mem_usage=skeleton)
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         if lora.dropout:
             layer.lora_dropout[NAME] = GradientDropout(lora.dropout)
     if is_scalar(model):
@@ -117,12 +117,12 @@ def peft_config(
     )
 
 
-def is_trained(name: str) -> bool:
+def is_adapter_parameter(name: str) -> bool:
     """Whether a parameter of a model with an adapter is trained, and written as the adapter."""
     return ".lora_" in name or name == HEAD_WEIGHT
 
 
-def adapted(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """The layers that have an adapter, by name; none in a model that is trained whole.
 
     One around several fused tensors stands several times: ``experts`` and ``experts.base_layer``.
@@ -137,7 +137,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """The model as it was before the adapter. Peft's own switch would also change what has a gradient."""
-    layers = adapted(model).values()
+    layers = adapted_layers(model).values()
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -147,22 +147,25 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_with_adapter_merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state`` of ``model``, adapter included, as the model without an adapter that computes the same; float32."""
-    layers = {f"{plain(name)}.{parameter_of(layer)}": (name, layer) for name, layer in adapted(model).items()}
+    layers = {
+        f"{without_adapter_layer(name)}.{parameter_of(layer)}": (name, layer)
+        for name, layer in adapted_layers(model).items()
+    }
     whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if ".lora_" in key:
             continue
-        if plain(key) in layers:
-            name, layer = layers[plain(key)]
+        if without_adapter_layer(key) in layers:
+            name, layer = layers[without_adapter_layer(key)]
             A, B = (state[f"{name}.lora_{factor}.{NAME}.weight"] for factor in "AB")
-            tensor = tensor + layer.scaling[NAME] * product(layer, A, B)
-        whole[plain(key)] = tensor
+            tensor = tensor + layer.scaling[NAME] * adapter_product(layer, A, B)
+        whole[without_adapter_layer(key)] = tensor
     return whole
 
 
-def product(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+def adapter_product(layer: Any, A: Tensor, B: Tensor) -> Tensor:
     """B A as the layer holds its matrix; of experts one for each: A is [E·r, in] and B [out, r·E]."""
     if not is_of_experts(layer):
         return (B @ A).T if layer.fan_in_fan_out else B @ A
@@ -176,7 +179,7 @@ def is_of_experts(layer: Any) -> bool:
     return hasattr(layer, "parameter_name")
 
 
-def plain(name: str) -> str:
+def without_adapter_layer(name: str) -> str:
     """The name of a parameter or layer before an adapter was put around it."""
     return name.replace(".base_layer", "")
 
@@ -195,15 +198,19 @@ def write_adapter(
     the name of a layer for the experts that have it too, the layer's matrix is named as a parameter.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    changed = adapted(model)
+    changed = adapted_layers(model)
     layers = [name for name, layer in changed.items() if not is_of_experts(layer)]
-    experts = [f"{plain(name)}.{layer.parameter_name}" for name, layer in changed.items() if is_of_experts(layer)]
+    experts = [
+        f"{without_adapter_layer(name)}.{layer.parameter_name}"
+        for name, layer in changed.items()
+        if is_of_experts(layer)
+    ]
     apart = [name for name in layers if is_hijacked(model, name)]
     head = HEAD if is_scalar(model) else None
     config = peft_config(
         lora,
-        layers=shortened([name for name in layers if name not in apart], among=names_of_modules(model)),
-        parameters=shortened([*experts, *(f"{name}.weight" for name in apart)], among=names_of_parameters(model)),
+        layers=shorten_names([name for name in layers if name not in apart], among=names_of_modules(model)),
+        parameters=shorten_names([*experts, *(f"{name}.weight" for name in apart)], among=names_of_parameters(model)),
         transposed=any(layer.fan_in_fan_out for layer in changed.values()),
         head=head,
     )
@@ -213,17 +220,17 @@ def write_adapter(
     tensors = {
         PREFIX + key.replace(f".{NAME}.", "."): tensor.detach().cpu().contiguous()
         for key, tensor in state.items()
-        if is_trained(key)
+        if is_adapter_parameter(key)
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def names_of_modules(model: nn.Module) -> list[str]:
-    return [plain(name) for name, _ in model.named_modules() if ".lora_" not in name]
+    return [without_adapter_layer(name) for name, _ in model.named_modules() if ".lora_" not in name]
 
 
 def names_of_parameters(model: nn.Module) -> list[str]:
-    return [plain(name) for name, _ in model.named_parameters() if ".lora_" not in name]
+    return [without_adapter_layer(name) for name, _ in model.named_parameters() if ".lora_" not in name]
 
 
 @torch.no_grad()
@@ -231,7 +238,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Take the adapter's weights from ``folder``; its shape is the model's."""
     tensors = load_file(folder / WEIGHTS)
     for name, parameter in model.named_parameters():
-        if is_trained(name):
+        if is_adapter_parameter(name):
             parameter.copy_(tensors.pop(PREFIX + name.replace(f".{NAME}.", ".")))
     if tensors:
         raise UserError(f"model.lora: {folder} holds weights that the model has no layer for: {', '.join(tensors)}")

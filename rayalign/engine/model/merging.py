@@ -56,7 +56,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
         config.inference_mode = True
         tie = changed_tie(model, tensors, config)
         if tie is not None:
-            part(model)
+            untie(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is an error below
             adapted = peft.get_peft_model(model, config, adapter_name=NAME, low_cpu_mem_usage=skeleton)
@@ -75,7 +75,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path, *, field: str = FIELD
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
         raise UserError(f"{field}: peft cannot put the adapter in {directory} upon its base ({told})") from error
     if tie is not None:
-        settle(merged, tied=tie)
+        settle_tie(merged, tied=tie)
     if not skeleton:
         refuse_nonfinite(merged, directory, field=field)
     merged.requires_grad_(True)
@@ -107,18 +107,18 @@ def changed_tie(model: PreTrainedModel, tensors: Mapping[str, Tensor], config: A
     return len(both) == len(parts) and torch.equal(*both)
 
 
-def part(model: PreTrainedModel) -> None:
+def untie(model: PreTrainedModel) -> None:
     """Give the head a tensor of its own, equal to the embedding's: what changes one would change both."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
-def settle(model: PreTrainedModel, *, tied: bool) -> None:
+def settle_tie(model: PreTrainedModel, *, tied: bool) -> None:
     """Make embedding and head one tensor again, or have them saved as two."""
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     elif model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        part(model)
+        untie(model)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = tied
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 

@@ -48,7 +48,7 @@ def choose_layout(model: PreTrainedModel, *, device: torch.device | None = None)
         UserError: not even plain sequences give the log-probabilities that transformers gives, or it gives none.
     """
     differences: dict[str, float] = proven(
-        "parity", model, partial(measure, model, device=device), device=device or model.device
+        "parity", model, partial(measure_layouts, model, device=device), device=device or model.device
     )
     for layout in ("packed", "concatenated"):
         if differences.get(layout, float("inf")) <= TOLERANCE:
@@ -67,7 +67,7 @@ def choose_layout(model: PreTrainedModel, *, device: torch.device | None = None)
     )
 
 
-def measure(model: PreTrainedModel, *, device: torch.device | None = None) -> dict[str, float]:
+def measure_layouts(model: PreTrainedModel, *, device: torch.device | None = None) -> dict[str, float]:
     """Largest |Δ log-prob| of a token, in nats, or |Δ score|, for every layout that the family may use."""
     known = attention_kind(model.config).reach is not None
     layouts: tuple[Layout, ...] = ("packed", "concatenated") if known else ("concatenated",)

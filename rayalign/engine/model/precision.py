@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rayalign.engine.model.folder import FIELD, tensors_of, weight_files
-from rayalign.engine.model.loading import DTYPES, PARTS, of_part
+from rayalign.engine.model.loading import DTYPES, PARTS, tensors_of_part
 
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,5 +70,5 @@ def precision_of(directory: Path, wanted: SaveDtype, *, field: str = FIELD) -> P
     if default == "float32":
         return EXACT
     whole = {name for name, own in tensors.items() if own.dtype == "F32"}
-    named = (of_part(part, dict.fromkeys(whole)) for part in (None, *PARTS))  # a part may be loaded alone
+    named = (tensors_of_part(part, dict.fromkeys(whole)) for part in (None, *PARTS))  # a part may be loaded alone
     return Precision(default=default, exact=frozenset().union(*named))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.attention import FLEX, attention_kind
 from rayalign.engine.model.compiled import compile_blocks
 from rayalign.engine.model.folder import (
@@ -40,7 +40,7 @@ from rayalign.engine.model.folder import (
 from rayalign.engine.model.generation import generation_config
 from rayalign.engine.model.group_attention import GROUP_ATTENTION
 from rayalign.engine.model.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
-from rayalign.engine.model.loading import META, Source, load_weights, made_of, quiet, refuse_unfit
+from rayalign.engine.model.loading import META, Source, load_weights, quiet_transformers, refuse_unfit, tensors_made_of
 from rayalign.engine.model.lora import add_adapter
 from rayalign.engine.model.merging import brings_head, merge_adapter
 from rayalign.engine.model.precision import EXACT, Precision, SaveDtype, precision_of
@@ -53,46 +53,53 @@ from rayalign.engine.model.scalar import (
     set_one_output,
 )
 from rayalign.errors import UserError, first_line
+from rayalign.storage.place import Place
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Which model, and how it is held. Parameters are float32 always; ``dtype`` is what autocast computes in."""
+    """Which model, and how it is held.
 
-    name: str
-    """A directory in Hugging Face layout, or a Hub id."""
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    """Blocks are compiled where a gradient follows."""
-    from_scratch: bool = False
-    """``name`` holds a configuration and a tokenizer; the weights are drawn with ``seed``."""
+    Parameters are float32 always; ``config.dtype`` is what autocast computes in. What ``config`` says of weights that
+    are drawn, an adapter or compiled blocks is done as it says: a reference has a config without them.
+    """
+
+    config: ModelConfig
     seed: int = 0
+    """What new weights are drawn with: all of them, a head's or an adapter's."""
     head: ScalarHead | None = None
     """A scalar head in place of the vocabulary, drawn with ``seed`` unless ``name`` has one; None: a language model."""
-    lora: LoraConfig | None = None
-    """An adapter, drawn with ``seed``, that is trained instead of the weights, beside a whole ``head``."""
     adapter: Path | None = None
     """Folder of a trained adapter to resume from."""
     trained_head: bool = False
     """The head must be in the files: one that is drawn would measure nothing."""
-    text_only: bool = False
-    """For a model of texts and images: only the part for texts."""
     rounded: Precision = EXACT
     """Weights are what they will be once they were saved in this precision."""
     field: str = FIELD
     """The setting that names this model, for messages."""
 
+    @property
+    def name(self) -> str:
+        """A directory in Hugging Face layout, or a Hub id."""
+        return self.config.name
+
+    def directory(self) -> Path:
+        """Where its files are; raises UserError, naming ``field``, where it has none."""
+        return model_directory(self.config.name, self.config.revision, field=self.field)
+
+    def at(self, directory: Place, **changes: Any) -> ModelSpec:
+        """The same kind of model with the weights in ``directory``, and with ``changes`` of its config."""
+        own = {"name": str(directory), "revision": None, "from_scratch": False}
+        return replace(self, config=self.config.model_copy(update={**own, **changes}))
+
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
     """The dtype of autocast: ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
-    if spec.dtype == "auto":
+    if spec.config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.float32 if spec.dtype == "float32" else torch.bfloat16
+    return torch.float32 if spec.config.dtype == "float32" else torch.bfloat16
 
 
 def load_policy(
@@ -108,14 +115,14 @@ def load_policy(
     """
     device = device or CPU
     model = load_model(spec, device=device, place=place)
-    tokenizer = tokenizer_of(spec)
+    tokenizer = model_tokenizer(spec)
     if spec.head is not None:
         prepare_export(model, tokenizer, spec.head)
-    if spec.lora is not None:
-        add_adapter(model, spec.lora, seed=spec.seed, trained=spec.adapter)
-    if spec.gradient_checkpointing:
+    if spec.config.lora is not None:
+        add_adapter(model, spec.config.lora, seed=spec.seed, trained=spec.adapter)
+    if spec.config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if spec.compile:
+    if spec.config.compile:
         compile_blocks(model, device)
     return as_served(model.to(place or device)), tokenizer
 
@@ -133,19 +140,19 @@ def load_model(
             :mod:`rayalign.engine.model.folder`, :mod:`rayalign.engine.model.kinds` and
             :mod:`rayalign.engine.model.loading`.
     """
-    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    directory = spec.directory()
     device = device or CPU
     place = place or device
     model = blank_model(spec, directory, device)
     if place.type == "meta":
         pass
-    elif spec.from_scratch:
-        model = drawn(model, spec)
+    elif spec.config.from_scratch:
+        model = draw_weights(model, spec)
     else:
-        model = load_weights(model, source_of(spec, directory, model)).to(place)
+        model = load_weights(model, weights_source(spec, directory, model)).to(place)
     if spec.head is not None:
         finish_head(model, new=has_new_head(spec, directory), seed=spec.seed, field=spec.field)
-    if is_adapter(directory) and not spec.from_scratch:
+    if is_adapter(directory) and not spec.config.from_scratch:
         model = merge_adapter(model, directory, field=spec.field)
     if place.type != "meta" and spec.rounded != EXACT:
         spec.rounded.round(model)
@@ -161,28 +168,28 @@ def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
 
     Returns the skeleton.
     """
-    directory = model_directory(spec.name, spec.revision, field=spec.field)
-    if not spec.from_scratch:
+    directory = spec.directory()
+    if not spec.config.from_scratch:
         blank = blank_model(spec, directory, CPU)
-        refuse_unfit(blank, source_of(spec, directory, blank))
+        refuse_unfit(blank, weights_source(spec, directory, blank))
     return load_model(spec, place=META)
 
 
-def tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def model_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside a model; see :func:`load_tokenizer`."""
-    directory = model_directory(spec.name, spec.revision, field=spec.field)
-    return load_tokenizer(directory, trust_remote_code=spec.trust_remote_code, field=spec.field)
+    directory = spec.directory()
+    return load_tokenizer(directory, trust_remote_code=spec.config.trust_remote_code, field=spec.field)
 
 
 def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTrainedModel:
     """The model on the meta device, as it will compute on ``device``: without weights, whatever its files hold."""
     base = weights_directory(directory, field=spec.field)
-    config = read_config(base, trust_remote_code=spec.trust_remote_code, field=spec.field)
+    config = read_config(base, trust_remote_code=spec.config.trust_remote_code, field=spec.field)
     if spec.head is not None:
         set_one_output(config, base, field=spec.field)
     else:
         refuse_no_language_model(config, base, spec.field)
-        config = as_text(config, base, text_only=spec.text_only, field=spec.field)
+        config = as_text(config, base, text_only=spec.config.text_only, field=spec.field)
     silence_dropout(config)
     config.output_attentions, config.output_hidden_states, config.return_dict = False, False, True
     kind = AutoModelForSequenceClassification if spec.head is not None else AutoModelForCausalLM
@@ -192,7 +199,7 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
                 config,
                 dtype=torch.float32,
                 attn_implementation=_attention_implementation(config, device),
-                trust_remote_code=spec.trust_remote_code,
+                trust_remote_code=spec.config.trust_remote_code,
             )
     except FAILURES as error:
         told = f"{type(error).__name__}: {first_line(error)}"
@@ -203,7 +210,7 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
     return model
 
 
-def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
+def weights_source(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Source:
     """Where the weights of a model lie, and which of them may be new."""
     base = weights_directory(directory, field=spec.field)
     new = frozenset({HEAD_WEIGHT}) if spec.head is not None and has_new_head(spec, directory) else frozenset[str]()
@@ -211,24 +218,26 @@ def source_of(spec: ModelSpec, directory: Path, blank: PreTrainedModel) -> Sourc
         directory=base,
         field=spec.field,
         new=new,
-        text_only=spec.text_only,
+        text_only=spec.config.text_only,
         backbone=blank.base_model_prefix if spec.head is not None else None,
     )
 
 
 def kept_precision(spec: ModelSpec, wanted: SaveDtype) -> Precision:
     """In which precision a model that begins as ``spec`` is saved, by the names that its tensors have in memory."""
-    directory = model_directory(spec.name, spec.revision, field=spec.field)
+    directory = spec.directory()
     found = precision_of(weights_directory(directory, field=spec.field), wanted, field=spec.field)
     if not found.exact:
         return found
     blank = blank_model(spec, directory, CPU)
-    return replace(found, exact=found.exact | made_of(blank, source_of(spec, directory, blank), found.exact))
+    return replace(
+        found, exact=found.exact | tensors_made_of(blank, weights_source(spec, directory, blank), found.exact)
+    )
 
 
 def has_new_head(spec: ModelSpec, directory: Path) -> bool:
     """Whether a scalar head is drawn, since the folder holds a language model; an adapter may bring its own then."""
-    if spec.from_scratch:
+    if spec.config.from_scratch:
         return True
     base = weights_directory(directory, field=spec.field)
     if HEAD_WEIGHT in tensors_of(weight_files(base, field=spec.field), field=spec.field):
@@ -239,7 +248,7 @@ def has_new_head(spec: ModelSpec, directory: Path) -> bool:
     return not (spec.trained_head or is_classifier(facts.get("architectures")))
 
 
-def drawn(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
+def draw_weights(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
     """A model like ``blank`` with weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
@@ -308,7 +317,7 @@ def save_weights(
     precision: Precision = EXACT,
 ) -> None:
     """Write a model's weights and configuration."""
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(directory, state_dict=precision.cast(model.state_dict() if state is None else state))
     path = directory / CONFIG
     facts = {**read_json(path), "dtype": precision.default}  # transformers writes that of the parameters in memory

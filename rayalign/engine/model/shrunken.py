@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rayalign.engine.model.attention import attention_kind
-from rayalign.engine.model.context import ropes
+from rayalign.engine.model.context import rope_settings
 from rayalign.engine.model.kinds import FAILURES
 
 WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
@@ -44,7 +44,7 @@ def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreT
 
 def shorten_rope(config: PretrainedConfig) -> None:
     """Where RoPE changes with the position or the length of a text, have it do so early."""
-    for rope in ropes(config):
+    for rope in rope_settings(config):
         if rope["rope_type"] == "dynamic":
             config.max_position_embeddings = POSITIONS
         if rope.get("original_max_position_embeddings"):
@@ -69,27 +69,27 @@ def miniature(model: PreTrainedModel) -> PreTrainedModel | None:
 
     Unlike :func:`shrunken` it need not read texts as the family is known to: it shows what becomes of its tensors.
     """
-    if size(model) <= MOST_PARAMETERS:
-        return randomised(lambda: like(model, copy.deepcopy(model.config)), CPU)
+    if num_parameters(model) <= MOST_PARAMETERS:
+        return randomised(lambda: randomly_initialised(model, copy.deepcopy(model.config)), CPU)
     for make in (smaller, fewer_layers):
         try:
             config = make(copy.deepcopy(model.config))
             with torch.device("meta"):
-                fits = size(like(model, config)) <= MOST_PARAMETERS
+                fits = num_parameters(randomly_initialised(model, config)) <= MOST_PARAMETERS
             if fits:
-                return randomised(partial(like, model, config), CPU)
+                return randomised(partial(randomly_initialised, model, config), CPU)
         except FAILURES:
             continue  # the family does not come in that shape
     return None
 
 
-def like(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+def randomly_initialised(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     made: PreTrainedModel = type(model)(config).float()
     made.generation_config = GenerationConfig()  # not the one that is made of this configuration: it may be invalid
     return made
 
 
-def size(model: PreTrainedModel) -> int:
+def num_parameters(model: PreTrainedModel) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -43,17 +43,17 @@ class Targets:
 
     def sentence(self) -> str:
         """What has an adapter and what has none, for logs."""
-        told = f"model.lora: an adapter on {len(self.layers)} linear layers ({kinds(self.layers)})"
+        told = f"model.lora: an adapter on {len(self.layers)} linear layers ({ends(self.layers)})"
         if self.experts:
-            told += f" and {len(self.experts)} tensors of fused experts ({kinds(self.experts)})"
+            told += f" and {len(self.experts)} tensors of fused experts ({ends(self.experts)})"
         if self.plain_experts:
             told += (
-                f"; none on {len(self.plain_experts)} tensors of fused experts ({kinds(self.plain_experts)}), which "
+                f"; none on {len(self.plain_experts)} tensors of fused experts ({ends(self.plain_experts)}), which "
                 "get one if model.lora.target_modules names them"
             )
         if self.plain_layers:
             told += (
-                f"; none on {len(self.plain_layers)} layers ({kinds(self.plain_layers)}) whose weights the model takes "
+                f"; none on {len(self.plain_layers)} layers ({ends(self.plain_layers)}) whose weights the model takes "
                 "past an adapter"
             )
         return told
@@ -66,19 +66,19 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] = ()) -> Targe
         UserError: a name fits nothing that can have an adapter.
     """
     layers, experts, bypassed = linear_layers(model), fused_experts(model), bypassed_layers(model)
-    missing = [target for target in wanted if not chosen((target,), (*layers, *experts))]
+    missing = [target for target in wanted if not matching_names((target,), (*layers, *experts))]
     if missing:
-        also = f", and experts' tensors, which are {kinds(experts)}" if experts else ""
+        also = f", and experts' tensors, which are {ends(experts)}" if experts else ""
         raise UserError(
             f"model.lora.target_modules: {', '.join(missing)}: an adapter goes onto linear layers of the blocks, which "
-            f"are {kinds(layers)}{also}"
+            f"are {ends(layers)}{also}"
         )
     if wanted:
-        return Targets(layers=tuple(chosen(wanted, layers)), experts=tuple(chosen(wanted, experts)))
+        return Targets(layers=tuple(matching_names(wanted, layers)), experts=tuple(matching_names(wanted, experts)))
     return Targets(layers=tuple(layers), experts=(), plain_experts=tuple(experts), plain_layers=tuple(bypassed))
 
 
-def chosen(wanted: Sequence[str], names: Collection[str]) -> list[str]:
+def matching_names(wanted: Sequence[str], names: Collection[str]) -> list[str]:
     """The names that end in one of those that are wanted; a tensor called weight goes by its layer's name."""
     return [
         name
@@ -122,11 +122,13 @@ def bypassed_layers(model: PreTrainedModel) -> list[str]:
             source = source_of_class(type(owner).__module__, type(owner).__qualname__)
             mixer = hasattr(owner, "A_log") and hasattr(owner, "D")
             taken = {own for own in TAKEN.findall(source) if mixer or f"self.{own}(" not in source}
-            found += [f"{name}.{own}" for own, layer in layers.items() if own in taken or not answers(layer)]
+            found += [
+                f"{name}.{own}" for own, layer in layers.items() if own in taken or not maps_vector_to_vector(layer)
+            ]
     return found
 
 
-def answers(layer: nn.Module) -> bool:
+def maps_vector_to_vector(layer: nn.Module) -> bool:
     """Whether a linear layer, whatever its class makes of it, gives a vector for a vector."""
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -175,15 +177,15 @@ def is_hijacked(model: PreTrainedModel, name: str) -> bool:
     return set(config.target_modules or ()) != set(before or ())
 
 
-def shortened(names: Sequence[str], *, among: Sequence[str]) -> list[str]:
+def shorten_names(names: Sequence[str], *, among: Sequence[str]) -> list[str]:
     """The last parts of the names, where these fit nothing else ``among``; else the names as they are."""
-    ends = sorted(
+    tails = sorted(
         {name.rpartition(".")[2] if not name.endswith(".weight") else ".".join(name.split(".")[-2:]) for name in names}
     )
-    fitting = [name for name in among if any(f".{name}".endswith(f".{end}") for end in ends)]
-    return ends if set(fitting) == set(names) else list(names)
+    fitting = [name for name in among if any(f".{name}".endswith(f".{end}") for end in tails)]
+    return tails if set(fitting) == set(names) else list(names)
 
 
-def kinds(names: Collection[str]) -> str:
+def ends(names: Collection[str]) -> str:
     """The last parts of names, each once."""
     return ", ".join(sorted(Counter(name.removesuffix(".weight").rpartition(".")[2] for name in names)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from transformers import (
 
 from rayalign.engine.model.folder import FIELD
 from rayalign.engine.model.kinds import computing
-from rayalign.engine.model.loading import Source, load_weights, quiet
-from rayalign.engine.model.lora import adapted, add_adapter, merged, write_adapter
+from rayalign.engine.model.loading import Source, load_weights, quiet_transformers
+from rayalign.engine.model.lora import adapted_layers, add_adapter, state_with_adapter_merged, write_adapter
 from rayalign.engine.model.pretrained import ModelSpec, blank_model, save_weights
 from rayalign.engine.model.proofs import proven
 from rayalign.engine.model.scalar import is_scalar
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class ExportTrial:
     """What the export of a family showed."""
 
     difference: float | None
@@ -55,7 +55,7 @@ class Trial:
         return self.adapter_difference is not None and self.adapter_difference <= TOLERANCE
 
 
-def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Trial:
+def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> ExportTrial:
     """Save, load and compare a small random model of the class, configuration and adapter that ``spec`` would export.
 
     ``model`` may be a skeleton. The result is kept: see :mod:`rayalign.engine.model.proofs`. The tokenizer and the
@@ -64,50 +64,52 @@ def try_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec:
     Raises:
         UserError: what is saved is not what was trained, or cannot be loaded.
     """
-    lora = spec.lora.model_dump() if spec.lora is not None else None
-    kept = proven("export", model, lambda: asdict(measured(model, spec)), device=CPU, on=[lora, spec.head is not None])
-    trial = Trial(**kept)
+    lora = spec.config.lora.model_dump() if spec.config.lora is not None else None
+    kept = proven(
+        "export", model, lambda: asdict(measure_export(model, spec)), device=CPU, on=[lora, spec.head is not None]
+    )
+    trial = ExportTrial(**kept)
     if trial.problem or (trial.difference is not None and not trial.difference <= TOLERANCE):
         how = f"it cannot be loaded: {trial.problem}" if trial.problem else f"logits differ by {trial.difference:.2g}"
-        what = "an adapter on a" if spec.lora else "a"
+        what = "an adapter on a" if spec.config.lora else "a"
         raise UserError(
             f"{spec.field}: {what} {model.config.model_type} model is another one once it is saved and loaded again "
             f"({how}), so that its training would be lost; "
-            + ("name other model.lora.target_modules, or train without" if spec.lora else "name another model")
+            + ("name other model.lora.target_modules, or train without" if spec.config.lora else "name another model")
         )
     try_tokenizer(model, tokenizer, spec.field)
     return trial
 
 
-def measured(model: PreTrainedModel, spec: ModelSpec) -> Trial:
+def measure_export(model: PreTrainedModel, spec: ModelSpec) -> ExportTrial:
     """The trial of a family, on a small model."""
     small = miniature(model)
     if small is None:
-        return Trial(difference=None)
-    with tempfile.TemporaryDirectory() as folder, quiet(), torch.no_grad():
+        return ExportTrial(difference=None)
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers(), torch.no_grad():
         base = Path(folder, "base")
         save_weights(small, base)
-        if spec.lora is not None:
-            add_adapter(small, spec.lora.model_copy(update={"dropout": 0.0}), seed=0)
+        if spec.config.lora is not None:
+            add_adapter(small, spec.config.lora.model_copy(update={"dropout": 0.0}), seed=0)
             draw_adapter(small)
         state = small.state_dict()
         with computing(model.config, spec.field):
-            expected = answer(small)
+            expected = outputs_on_probe(small)
         try:
-            save_weights(small, Path(folder, "final"), state=merged(small, state))
-            difference = distance(answer(reloaded(Path(folder, "final"), spec)), expected)
+            save_weights(small, Path(folder, "final"), state=state_with_adapter_merged(small, state))
+            difference = largest_difference(outputs_on_probe(reload_saved(Path(folder, "final"), spec)), expected)
         except (UserError, RuntimeError, ValueError, KeyError, OSError) as error:
-            return Trial(difference=None, problem=first_line(error).replace(f"{FIELD}: {folder}/", ""))
+            return ExportTrial(difference=None, problem=first_line(error).replace(f"{FIELD}: {folder}/", ""))
         adapter = None
-        if spec.lora is not None:
-            write_adapter(spec.lora, small, state, Path(folder, "adapter"), base=str(base))
+        if spec.config.lora is not None:
+            write_adapter(spec.config.lora, small, state, Path(folder, "adapter"), base=str(base))
             adapter = adapter_distance(Path(folder, "adapter"), base, expected, scalar=is_scalar(small))
-    return Trial(difference=difference, adapter_difference=adapter)
+    return ExportTrial(difference=difference, adapter_difference=adapter)
 
 
-def reloaded(directory: Path, spec: ModelSpec) -> PreTrainedModel:
+def reload_saved(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     """What was saved, as a run that begins with it loads it."""
-    saved = replace(spec, name=str(directory), text_only=False, lora=None, from_scratch=False, revision=None)
+    saved = spec.at(directory, text_only=False, lora=None)
     blank = blank_model(saved, directory, CPU)
     return load_weights(blank, Source(directory=directory)).eval()
 
@@ -123,7 +125,7 @@ def adapter_distance(directory: Path, base: Path, expected: Tensor, *, scalar: b
             warnings.simplefilter("ignore")
             model = kind.from_pretrained(base, dtype=torch.float32, attn_implementation="eager", **options)
             found = peft.PeftModel.from_pretrained(model, directory).eval()
-            return distance(answer(found.get_base_model()), expected)
+            return largest_difference(outputs_on_probe(found.get_base_model()), expected)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError):
         return None
 
@@ -132,13 +134,13 @@ def adapter_distance(directory: Path, base: Path, expected: Tensor, *, scalar: b
 def draw_adapter(model: PreTrainedModel) -> None:
     """Weights for an adapter that does something."""
     generator = torch.Generator().manual_seed(0)
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         for factor in (layer.lora_A, layer.lora_B):
             for part in factor.values():
                 part.weight.copy_(0.2 * torch.randn(part.weight.shape, generator=generator))
 
 
-def answer(model: PreTrainedModel) -> Tensor:
+def outputs_on_probe(model: PreTrainedModel) -> Tensor:
     """Logits, or scores, at every token of one fixed text."""
     ids = torch.arange(1, 1 + TOKENS)[None] * 3 % min(VOCABULARY, model.get_input_embeddings().num_embeddings)
     if is_scalar(model):
@@ -148,13 +150,13 @@ def answer(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def largest_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
 
 
 def try_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, field: str) -> None:
     """Raise UserError where a tokenizer is another one once it is saved, or the generation settings cannot be saved."""
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         try:
             tokenizer.save_pretrained(folder)
             again = AutoTokenizer.from_pretrained(folder)
@@ -162,7 +164,7 @@ def try_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fi
                 model.generation_config.save_pretrained(folder)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{field}: the tokenizer cannot be saved and loaded again: {first_line(error)}") from error
-    changed = [name for name in SAME if told(tokenizer, name) != told(again, name)]
+    changed = [name for name in SAME if tokenizer_answer(tokenizer, name) != tokenizer_answer(again, name)]
     if changed:
         raise UserError(
             f"{field}: the tokenizer is another one once it is saved and loaded again ({', '.join(changed)} differ): "
@@ -170,6 +172,6 @@ def try_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fi
         )
 
 
-def told(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+def tokenizer_answer(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
     found = getattr(tokenizer, name)
     return found() if callable(found) else found

@@ -51,7 +51,7 @@ class DeepSpeed:
     def wrap(
         self, policy: RootModule, optim: OptimConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        deepspeed = imported()
+        deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         config = with_buckets(
             zero_config(self.config, optim, self.file, bfloat16=compute_dtype == torch.bfloat16),
@@ -69,14 +69,14 @@ class DeepSpeed:
         return Engine(engine), cast(torch.optim.Optimizer, ZeroOptimizer(engine))
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
-        engine_of(module).backward(loss, scale_wrt_gas=False)
+        deepspeed_engine(module).backward(loss, scale_wrt_gas=False)
 
     def forward_context(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
         """DeepSpeed averages, clips and updates in one call; it updates nothing where the norm is not finite."""
-        engine = engine_of(module)
+        engine = deepspeed_engine(module)
         engine.step()
         return torch.as_tensor(engine.get_global_grad_norm())
 
@@ -94,7 +94,7 @@ class DeepSpeed:
         for name, tensor in model.state_dict().items():
             found = parameters.get(name, tensor)
             if id(found) not in copies:
-                with gathered(found):
+                with gather_parameter(found):
                     copies[id(found)] = found.detach().cpu().clone() if self.rank == 0 else torch.empty(0)
             state[name] = copies[id(found)]
         return state
@@ -187,7 +187,7 @@ def zero_of(optimizer: Any) -> ZeroOptimizer:
     return optimizer
 
 
-def engine_of(module: nn.Module) -> Any:
+def deepspeed_engine(module: nn.Module) -> Any:
     assert isinstance(module, Engine)
     return module.engine
 
@@ -198,11 +198,11 @@ def head_parameters(policy: RootModule) -> list[Tensor]:
     return list(head.parameters())
 
 
-def gathered(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def gather_parameter(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """While the block runs, every rank holds all of a parameter."""
     if not hasattr(tensor, "ds_id"):
         return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = imported().zero.GatheredParameters([tensor])
+    context: contextlib.AbstractContextManager[Any] = import_deepspeed().zero.GatheredParameters([tensor])
     return context
 
 
@@ -212,7 +212,7 @@ def refuse_missing_deepspeed() -> None:
         raise MissingExtra("deepspeed", "deepspeed")
 
 
-def imported() -> Any:
+def import_deepspeed() -> Any:
     refuse_missing_deepspeed()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed

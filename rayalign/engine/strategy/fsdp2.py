@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayalign.config.training import OptimConfig, StrategyConfig
 from rayalign.engine.batches import State
 from rayalign.engine.checkpoint.optimizer_state import Held, load_state, named_state, save_state
-from rayalign.engine.model.compiled import blocks
+from rayalign.engine.model.compiled import transformer_blocks
 from rayalign.engine.model.forward import RootModule
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.optimizer import make_optimizer
@@ -118,7 +118,7 @@ class FSDP2:
         offload = CPUOffloadPolicy() if self.config.cpu_offload and self.device.type == "cuda" else OffloadPolicy()
         options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload}
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in blocks(policy.model):
+        for block in transformer_blocks(policy.model):
             reshard = self.config.reshard_after_forward
             if compute_dtype == torch.float32:
                 fully_shard(block, reshard_after_forward=reshard, mp_policy=exact, **options)

@@ -37,7 +37,7 @@ def zero_config(strategy: StrategyConfig, optim: OptimConfig, file: str | None, 
     user = user_config(file)
     ours = own_config(strategy, optim, bfloat16=bfloat16)
     problems = [f"remove {key}: {why}" for key, why in ELSEWHERE.items() if key in user]
-    mine, theirs = dict(leaves(ours)), dict(leaves(user))
+    mine, theirs = dict(zero_settings(ours)), dict(zero_settings(user))
     problems += [
         f"{'.'.join(path)} is {theirs[path]!r} there and {value!r} by the YAML; remove it from the file"
         for path, value in mine.items()
@@ -52,7 +52,7 @@ def zero_config(strategy: StrategyConfig, optim: OptimConfig, file: str | None, 
         problems.append("zero_optimization.stage: stages 2 and 3 are run; for neither write strategy: ddp")
     if problems:
         raise UserError(f"strategy.config: {'; '.join(problems)}")
-    merged = overlaid(user, ours)
+    merged = overlay_settings(user, ours)
     merged["zero_optimization"].setdefault("stage", 2)
     return merged
 
@@ -114,17 +114,19 @@ def own_config(strategy: StrategyConfig, optim: OptimConfig, *, bfloat16: bool) 
     return config
 
 
-def leaves(block: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def zero_settings(block: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in block.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*path, key))
+            yield from zero_settings(value, (*path, key))
         elif not isinstance(value, Mapping):
             yield (*path, key), value
 
 
-def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlay_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(below)
     for key, value in above.items():
         under = below.get(key)
-        both[key] = overlaid(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+        both[key] = (
+            overlay_settings(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+        )
     return both

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from kuberay_rules import operator_errors, schema_errors, strict_schema
 
-from rayalign.placement import Node, share
+from rayalign.placement import Node, even_share
 from rayalign.runtime.session import Session
 
 REPOSITORY = Path(__file__).parents[3]
@@ -164,7 +164,7 @@ def test_an_actor_fits_a_rollout_pod() -> None:
         )
     )
     head = Node(id="head", name="head", cpus=0, gpus=0)
-    each = share(Session(started_here=False, nodes=(head, trainer, trainer)), 2, workers=2)
+    each = even_share(Session(started_here=False, nodes=(head, trainer, trainer)), 2, workers=2)
     assert (each.cpus, each.gpus) == (trainer.cpus, 1.0)
     assert rollout.cpus >= each.cpus and rollout.gpus >= each.gpus
 

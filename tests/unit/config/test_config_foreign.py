@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rayalign.config import ConfigError, RunConfig, load_run
-from rayalign.config.foreign import advice, answered, table
+from rayalign.config.foreign import answers_within, foreign_advice, foreign_table
 from rayalign.methods import METHODS as OURS
 from rayalign.methods import resolve
 
@@ -40,7 +40,7 @@ SCHEMA = {*fields(RunConfig), *PARAMETERS}
 
 
 def test_every_answer_that_is_a_field_names_one_of_ours() -> None:
-    known = table()
+    known = foreign_table()
     named = {answer.ours for answer in known.answers.values()} | {answer.ours for _, answer in known.patterns}
     assert named - {""} - SCHEMA == set()
 
@@ -56,7 +56,7 @@ def test_every_answer_says_something_and_no_key_stands_twice() -> None:
 
 def test_values_that_a_sentence_tells_to_write_are_values_of_ours() -> None:
     """Of every ``block.key: value`` in a sentence, such as model.dtype: bfloat16."""
-    known = table()
+    known = foreign_table()
     said = {answer.say for answer in (*known.answers.values(), *(answer for _, answer in known.patterns))}
     examples = {(key, value) for text in said for key, value in re.findall(r"\b(\w+\.\w+): (\w+)", text)}
     examples |= {(key, value) for text in said for key, value in re.findall(r"\b(\w+\.\w+): \w+ or (\w+)", text)}
@@ -75,7 +75,7 @@ def test_values_that_a_sentence_tells_to_write_are_values_of_ours() -> None:
 
 
 def test_foreign_names_of_methods_are_not_ours_and_lead_to_ours() -> None:
-    known = table()
+    known = foreign_table()
     assert (known.methods.keys() | known.unknown_methods) & set(OURS) == set()
     assert known.methods.keys() & known.unknown_methods == set()
     named = {name for said in known.methods.values() for name in re.findall(r"[a-z_]+", said)}
@@ -109,13 +109,13 @@ def test_every_key_of_trl_is_answered() -> None:
     keys = trl_keys()
     assert len(keys) > 200
     ours = {key for key in keys if key in RunConfig.model_fields}
-    assert ours == {"seed", "optim"} and "optim" in table().blocks
-    assert [key for key in keys if key not in ours and advice((key,), None) is None] == []
+    assert ours == {"seed", "optim"} and "optim" in foreign_table().blocks
+    assert [key for key in keys if key not in ours and foreign_advice((key,), None) is None] == []
 
 
 @pytest.mark.parametrize("key", ["label_smoothing_factor", "no_such_key", "polcy"])
 def test_a_key_that_nobody_has_has_no_advice(key: str) -> None:
-    assert (advice((key,), None) is None) == (key != "label_smoothing_factor")
+    assert (foreign_advice((key,), None) is None) == (key != "label_smoothing_factor")
 
 
 # Whole files.
@@ -203,25 +203,25 @@ def test_no_list_of_keys_is_repeated(tmp_path: Path) -> None:
     ],
 )
 def test_an_answer(path: tuple[str | int, ...], value: object, said: str) -> None:
-    found = advice(path, value)
+    found = foreign_advice(path, value)
     assert found is not None and found.startswith(said)
 
 
 def test_a_slip_in_a_block_of_ours_is_not_taken_for_another_trainers_key() -> None:
-    assert advice(("optim", "rl"), "1e-6") is None  # axolotl's rl stands at the top
-    assert advice(("no_such_key",), 1) is None
-    assert advice(("optim", "weight_decay"), 0.1) is None  # where it is
+    assert foreign_advice(("optim", "rl"), "1e-6") is None  # axolotl's rl stands at the top
+    assert foreign_advice(("no_such_key",), 1) is None
+    assert foreign_advice(("optim", "weight_decay"), 0.1) is None  # where it is
 
 
 def test_blocks_without_an_answer_are_looked_into() -> None:
     value = {"actor": {"optim": {"lr": 1, "foo": 2}}, "model": {"path": "m"}}
-    found = dict(answered(("actor_rollout_ref",), value))
+    found = dict(answers_within(("actor_rollout_ref",), value))
     assert found == {
         ("actor_rollout_ref", "actor", "optim", "lr"): "did you mean optim.lr?",
         ("actor_rollout_ref", "actor", "optim", "foo"): None,
         ("actor_rollout_ref", "model", "path"): "did you mean model.name?",
     }
-    assert answered(("mine",), {"a": {"b": 1}}) == [(("mine",), None)]
+    assert answers_within(("mine",), {"a": {"b": 1}}) == [(("mine",), None)]
 
 
 FALSE_FRIENDS = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rayalign.config import ConfigError, RunConfig, diff, dump, load_run, to_yaml
 from rayalign.config.data import Format
-from rayalign.config.document import Document, override, read_document
+from rayalign.config.document import Document, apply_overrides, read_document
 from rayalign.data.formats import FORMATS
 
 OFFLINE = ["model.name=gpt2", "data.train=pairs.jsonl", "method.name=dpo"]
@@ -246,7 +246,7 @@ def _as_overrides(tree: dict[str, Any], prefix: str = "") -> list[str]:
 @given(TREES)
 def test_overrides_rebuild_any_tree(tree: dict[str, Any]) -> None:
     empty = Document(data={}, directory=Path())
-    assert override(empty, _as_overrides(tree)).data == tree
+    assert apply_overrides(empty, _as_overrides(tree)).data == tree
     assert empty.data == {}
 
 
@@ -254,12 +254,12 @@ def test_overriding_leaves_the_document_alone(tmp_path: Path) -> None:
     path = tmp_path / "doc.yaml"
     path.write_text("a: {b: [1, 2]}\n")
     document = read_document(path)
-    changed = override(document, ["a.b.0=5"])
+    changed = apply_overrides(document, ["a.b.0=5"])
     assert (document.data, changed.data) == ({"a": {"b": [1, 2]}}, {"a": {"b": [5, 2]}})
     assert changed.place(("a", "b", 0)).where == "command line"
     assert changed.place(("a", "b", 1)).where == f"{path}:1"
     with pytest.raises(ConfigError, match=r"command line: a\.b\.2: a\.b has the items 0 to 1"):
-        override(document, ["a.b.2=5"])
+        apply_overrides(document, ["a.b.2=5"])
 
 
 def test_an_interpreter_is_named_by_its_link(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rayalign.data.formats import FORMATS, parse_row
 from rayalign.data.records import BadRow, RawRow
 from rayalign.data.schema import Example
 from rayalign.data.tables import read_rows
-from rayalign.data.tokenize_rows import Shape, UndecidedRow, fitted
+from rayalign.data.tokenize_rows import Shape, UndecidedRow, fit_to_method
 
 CASES = pytest.mark.parametrize("known", KNOWN.values(), ids=KNOWN.keys())
 FOUND = {name: known for name, known in KNOWN.items() if not known.is_named and not known.renamed}
@@ -191,7 +191,7 @@ def test_no_row_is_so_odd_that_it_ends_a_run() -> None:
             row[column] = changed(row.get(column), draw)
         format = draw.choice(["auto", known.format, draw.choice(list(FORMATS))])
         found = parse_row(RawRow(source="f", line=1, value=row), format=format, system=draw.choice([None, "S"]))
-        outcomes |= {type(fitted(found, shape)) for shape in shapes}
+        outcomes |= {type(fit_to_method(found, shape)) for shape in shapes}
     assert outcomes == {Example, BadRow, UndecidedRow}
 
 

@@ -18,7 +18,7 @@ import pytest
 from file_server import FileServer, serving
 
 from rayalign.data.content import content_key
-from rayalign.data.origin import Origin, RowRange, find
+from rayalign.data.origin import Origin, RowRange, find_ranges
 from rayalign.data.records import RawRow
 from rayalign.data.tables import read_rows
 from rayalign.errors import MissingExtra, UserError
@@ -39,7 +39,7 @@ def write(path: Path, *prompts: str) -> Path:
 
 def prompts(path: Path | str, **fields: Any) -> list[str]:
     """The prompts of all rows that an origin names."""
-    return [prompt for part in find(Origin(path=str(path), **fields)) for prompt in of_part(part)]
+    return [prompt for part in find_ranges(Origin(path=str(path), **fields)) for prompt in of_part(part)]
 
 
 def of_part(part: RowRange) -> list[str]:
@@ -49,7 +49,7 @@ def of_part(part: RowRange) -> list[str]:
 
 def refusal(path: Path | str, **fields: Any) -> str:
     with pytest.raises(UserError) as caught:
-        find(Origin(path=str(path), **fields))
+        find_ranges(Origin(path=str(path), **fields))
     return str(caught.value)
 
 
@@ -207,7 +207,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "a")
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(MissingExtra, match=r"pip install 'rayalign\[hub\]'"):
-        find(Origin(path=str(tmp_path)))
+        find_ranges(Origin(path=str(tmp_path)))
 
 
 # What is elsewhere.
@@ -307,13 +307,14 @@ def test_keys_of_other_file_systems_change_with_the_file() -> None:
 HUB = """
 import json
 from rayalign.data.content import content_key
-from rayalign.data.origin import Origin, find
+from rayalign.data.origin import Origin, find_ranges
 from rayalign.data.tables import read_rows
 from rayalign.errors import UserError
 
 def tried(**fields):
     try:
-        return [[part.path, [row.value["prompt"] for row in read_rows(part.path)]] for part in find(Origin(**fields))]
+        parts = find_ranges(Origin(**fields))
+        return [[part.path, [row.value["prompt"] for row in read_rows(part.path)]] for part in parts]
     except UserError as error:
         return str(error)
 
@@ -350,8 +351,8 @@ def test_datasets_of_the_hub_are_read_at_a_commit(server: FileServer, tmp_path: 
 
 OFFLINE = """
 import json
-from rayalign.data.origin import Origin, find
-print(json.dumps([part.path for part in find(Origin(path="org/pairs"))]))
+from rayalign.data.origin import Origin, find_ranges
+print(json.dumps([part.path for part in find_ranges(Origin(path="org/pairs"))]))
 """
 
 

@@ -11,7 +11,7 @@ from tiny_tokenizers import CHATML, byte_level
 
 from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
-from rayalign.data.rank import places
+from rayalign.data.rank import places_of_scores
 from rayalign.data.records import RawRow
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize_rows import ShardReport, Unit, prepare_chunk
@@ -34,8 +34,8 @@ def prepared(directory: Path, rows: list[dict[str, Any]]) -> ShardReport:
     [([0.5, 3.0, -1.0], [1, 0, 2]), ([1.0, 1.0, 0.0, 2.0], [1, 1, 3, 0]), ([2.0, 2.0], [0, 0])],
 )
 def test_a_place_counts_those_above(rewards: list[float], expected: list[int]) -> None:
-    assert places(rewards).tolist() == expected
-    assert places(rewards).dtype == np.float32
+    assert places_of_scores(rewards).tolist() == expected
+    assert places_of_scores(rewards).dtype == np.float32
 
 
 def test_pairs_and_rankings_of_one_file(tmp_path: Path) -> None:

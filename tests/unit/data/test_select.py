@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_groups import random_groups
 
-from rayalign.data.select import likelihood, read_rows, rows_file, scores_of, select, write_rows
+from rayalign.data.select import likelihood, read_selected_rows, rows_file, scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.errors import UserError
@@ -48,25 +48,25 @@ TEN = np.array([-3.0, -1.0, -9.0, -4.0, -2.0, -10.0, -5.0, -7.0, -6.0, -8.0])
     ],
 )
 def test_the_highest_scores_are_kept(quantile: float, rows: list[int], threshold: float) -> None:
-    selection = select([TEN], quantile)
+    selection = select_best([TEN], quantile)
     assert (selection.kept[0].tolist(), selection.threshold) == (rows, threshold)
 
 
 def test_the_readmes_numbers() -> None:
-    (kept,) = select([np.linspace(-3.0, -0.5, 2312)], 0.7).kept
+    (kept,) = select_best([np.linspace(-3.0, -0.5, 2312)], 0.7).kept
     assert len(kept) == 694
 
 
 def test_all_that_tie_with_the_threshold_are_kept() -> None:
     tied = np.array([-1.0, -2.0, -2.0, -2.0, -3.0, -3.0, -4.0, -5.0, -5.0, -6.0])
-    assert select([tied], 0.8).kept[0].tolist() == [0, 1, 2, 3]
-    assert select([tied], 0.9).kept[0].tolist() == [0]
-    assert len(select([np.full(7, -1.5)], 0.99).kept[0]) == 7
-    assert select([np.array([-2.0])], 0.5).kept[0].tolist() == [0]
+    assert select_best([tied], 0.8).kept[0].tolist() == [0, 1, 2, 3]
+    assert select_best([tied], 0.9).kept[0].tolist() == [0]
+    assert len(select_best([np.full(7, -1.5)], 0.99).kept[0]) == 7
+    assert select_best([np.array([-2.0])], 0.5).kept[0].tolist() == [0]
 
 
 def test_one_threshold_holds_for_all_stores() -> None:
-    selection = select([np.array([-1.0, -8.0, -2.0]), np.array([-9.0, -7.0]), np.array([-3.0])], 0.5)
+    selection = select_best([np.array([-1.0, -8.0, -2.0]), np.array([-9.0, -7.0]), np.array([-3.0])], 0.5)
     assert selection.threshold == -3.0
     assert [rows.tolist() for rows in selection.kept] == [[0, 2], [], [0]]
 
@@ -75,7 +75,7 @@ def test_one_threshold_holds_for_all_stores() -> None:
 @given(st.lists(st.integers(-6, 0), min_size=1, max_size=40), st.integers(1, 99), st.randoms())
 def test_selection_is_a_function_of_the_scores_alone(values: list[int], percent: int, random: object) -> None:
     scores = np.array(values, np.float64)
-    selection = select([scores], percent / 100)
+    selection = select_best([scores], percent / 100)
     kept = set(selection.kept[0].tolist())
     wanted = -(-(100 - percent) * len(values) // 100)
     above = [row for row, value in enumerate(values) if value > selection.threshold]
@@ -83,22 +83,22 @@ def test_selection_is_a_function_of_the_scores_alone(values: list[int], percent:
     assert kept == {row for row, value in enumerate(values) if value >= selection.threshold}
     shuffled = list(range(len(values)))
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    (other,) = select([scores[shuffled]], percent / 100).kept
+    (other,) = select_best([scores[shuffled]], percent / 100).kept
     assert {shuffled[row] for row in other.tolist()} == kept
     split = len(values) // 2
-    first, second = select([scores[:split], scores[split:]], percent / 100).kept
+    first, second = select_best([scores[:split], scores[split:]], percent / 100).kept
     assert {*first.tolist(), *(row + split for row in second.tolist())} == kept
 
 
 @pytest.mark.parametrize("quantile", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_no_other_quantile(quantile: float) -> None:
     with pytest.raises(ValueError, match="is outside"):
-        select([TEN], quantile)
+        select_best([TEN], quantile)
 
 
 def test_nothing_to_select_from() -> None:
     with pytest.raises(ValueError, match="there is no score"):
-        select([np.empty(0)], 0.5)
+        select_best([np.empty(0)], 0.5)
 
 
 def scored_store(folder: Path, per_group: list[float], num_candidates: list[int]) -> TokenStore:
@@ -132,14 +132,14 @@ def test_a_log_prob_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_come_back_and_a_damaged_file_does_not(tmp_path: Path) -> None:
-    write_rows(tmp_path, select([TEN, np.array([-11.0])], 0.7))
+    write_selected_rows(tmp_path, select_best([TEN, np.array([-11.0])], 0.7))
     with pytest.raises(TornDirectory, match="never committed"):
-        read_rows(rows_file(tmp_path, 0))
+        read_selected_rows(rows_file(tmp_path, 0))
     commit(tmp_path, {})
-    rows = read_rows(rows_file(tmp_path, 0))
+    rows = read_selected_rows(rows_file(tmp_path, 0))
     assert (rows.tolist(), rows.dtype) == ([0, 1, 3, 4], np.int64)  # ⌈0.3 · 11⌉
-    assert read_rows(rows_file(tmp_path, 1)).tolist() == []
+    assert read_selected_rows(rows_file(tmp_path, 1)).tolist() == []
     content = rows_file(tmp_path, 0).read_bytes()
     rows_file(tmp_path, 0).write_bytes(content[:-8] + (5).to_bytes(8, "little"))
     with pytest.raises(TornDirectory, match="does not have the digest"):
-        read_rows(rows_file(tmp_path, 0))
+        read_selected_rows(rows_file(tmp_path, 0))

@@ -143,7 +143,7 @@ def test_tables_are_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytes
             most.append(batch.num_rows)
             self.rows = real(batch)
 
-    monkeypatch.setattr("rayalign.data.tables.rows_of", lambda batch: Batch(batch).rows)
+    monkeypatch.setattr("rayalign.data.tables.batch_rows", lambda batch: Batch(batch).rows)
     for name in ("rows.parquet", "rows.arrow"):
         assert [row["prompt"] for row in values(str(tmp_path / name))] == [str(number) for number in range(count)]
     assert max(most) == BATCH_ROWS and len(most) == 8

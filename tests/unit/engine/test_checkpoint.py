@@ -14,12 +14,13 @@ import torch
 from tiny_models import tiny
 from tiny_tokenizers import byte_level
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import BestConfig, OptimConfig
 from rayalign.engine.checkpoint.checkpoint import (
     Checkpoint,
     Checkpointer,
     IncompatibleCheckpoint,
-    differences,
+    identity_differences,
     step_of,
 )
 from rayalign.engine.checkpoint.optimizer_state import (
@@ -128,8 +129,11 @@ def test_another_configuration_is_refused_with_what_differs(root: Path) -> None:
 
 
 def test_differences_are_those_of_json() -> None:
-    assert differences({"a": {"b": [1, 2]}, "c": None}, {"a": {"b": (1, 2)}, "c": None}) == []
-    assert differences({"a": {}}, {"a": {"b": True}}) == ["a: {} there, nothing here", "a.b: nothing there, true here"]
+    assert identity_differences({"a": {"b": [1, 2]}, "c": None}, {"a": {"b": (1, 2)}, "c": None}) == []
+    assert identity_differences({"a": {}}, {"a": {"b": True}}) == [
+        "a: {} there, nothing here",
+        "a.b: nothing there, true here",
+    ]
 
 
 def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
         model = tiny(name)
         optimizer = stepped(model)
         directory = save(checkpointer(tmp_path / name), 1, model, optimizer)
-        loaded, _ = load_policy(ModelSpec(name=str(directory)))
+        loaded, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()), name
         restored = make_optimizer(loaded, OPTIM)

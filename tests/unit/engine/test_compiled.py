@@ -215,7 +215,7 @@ def test_what_has_no_gradient_is_not_compiled(tmp_path: Path) -> None:
 def test_a_compiled_model_has_the_same_names_and_digest(tmp_path: Path) -> None:
     scenario = scenario_of(tmp_path, compile=True)
     model, _ = load_policy(scenario.model_spec)
-    plain, _ = load_policy(replace(scenario.model_spec, compile=False))
+    plain, _ = load_policy(replace(scenario, compile=False).model_spec)
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert list(model.state_dict()) == list(plain.state_dict())
     assert weights_digest(model) == weights_digest(plain)

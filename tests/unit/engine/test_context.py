@@ -17,7 +17,7 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.engine.model import parity
 from rayalign.engine.model.context import Context, context_of, refuse_long_rows, refuse_unknown_tokens
-from rayalign.engine.model.parity import choose_layout, measure
+from rayalign.engine.model.parity import choose_layout, measure_layouts
 from rayalign.errors import UserError
 
 LONGROPE = {
@@ -65,7 +65,7 @@ def test_log_probs_depend_on_no_other_sequence_up_to_there(
     assert choose_layout(model) == "packed"
     monkeypatch.setattr(parity, "context_of", lambda config: None)
     depends = rope["rope_type"] in ("dynamic", "longrope")
-    assert (max(measure(model).values()) > 1e-2) is depends
+    assert (max(measure_layouts(model).values()) > 1e-2) is depends
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tiny_runs import (
 )
 
 from rayalign.config.training import StrategyConfig
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.engine.batches import StreamWork
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.strategy.base import make_strategy
@@ -56,7 +56,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     weighted = store(folder / "weighted", pairs, reference=calm)
     plain = store(folder / "plain", pairs)
     ragged = store(folder / "ragged", synthetic_groups([2, 3, 4] * 6, seed=1), reference=model)
-    ordered = [own for group in synthetic_groups([2, 3, 4] * 6, seed=1) for own in ranked(group, by_reward=True)]
+    ordered = [own for group in synthetic_groups([2, 3, 4] * 6, seed=1) for own in rank_group(group, by_reward=True)]
     rankings = store(folder / "rankings", ordered)
     examples = store(folder / "examples", labelled(pairs), reference=model, groups_per_step=8)
     desk = store(folder / "desk", synthetic_groups([1] * 10, seed=2), name="desk", groups_per_step=3)

@@ -11,6 +11,7 @@ import torch
 from tiny_runs import CPU, save_tiny, synthetic_groups
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.model import ModelConfig
 from rayalign.data.group import Group
 from rayalign.data.micro_batches import PlanError
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
@@ -30,7 +31,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ScoringSpec:
     """A family that reads packed rows, and one that reads whole sequences only."""
     directory = save_tiny(tmp_path_factory.mktemp("frozen") / request.param, request.param)
-    return ScoringSpec(model=ModelSpec(name=str(directory)), tokens_per_micro_batch=120, row_tokens=60)
+    return ScoringSpec(
+        model=ModelSpec(config=ModelConfig(name=str(directory))), tokens_per_micro_batch=120, row_tokens=60
+    )
 
 
 def plain(spec: ScoringSpec, groups: Sequence[Group], *, temperature: float = 1.0) -> list[np.ndarray]:

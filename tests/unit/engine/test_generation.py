@@ -13,6 +13,7 @@ from tiny_runs import save_tiny
 from tiny_tokenizers import CHATML, byte_level
 from transformers import GenerationConfig
 
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.engine.model.generation import FILE, end_ids
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
@@ -50,7 +51,7 @@ def test_a_contradictory_file_is_mended_when_the_model_is_loaded(
     directory = shutil.copytree(llama, tmp_path / "model")
     (directory / FILE).write_text(json.dumps(given))
     with caplog.at_level(logging.WARNING):
-        model, tokenizer = load_policy(ModelSpec(name=str(directory)))
+        model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
     assert told in caplog.text and str(directory / FILE) in caplog.text
     save_pretrained(model, tokenizer, tmp_path / "final")
     found = json.loads((tmp_path / "final" / FILE).read_text())
@@ -61,7 +62,7 @@ def test_a_good_file_stays_as_it_is(llama: Path, tmp_path: Path, caplog: pytest.
     directory = shutil.copytree(llama, tmp_path / "model")
     given = {"eos_token_id": [4, 1], "temperature": 0.6, "do_sample": True, "max_new_tokens": 7}
     (directory / FILE).write_text(json.dumps(given))
-    model, tokenizer = load_policy(ModelSpec(name=str(directory)))
+    model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
     save_pretrained(model, tokenizer, tmp_path / "final")
     assert given.items() <= json.loads((tmp_path / "final" / FILE).read_text()).items()
     assert caplog.text == ""
@@ -73,7 +74,7 @@ def test_a_file_that_is_no_json_is_named(llama: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(llama, tmp_path / "model")
     (directory / FILE).write_text('{"eos_token_id": ')
     with pytest.raises(UserError, match=r"generation_config.json is not valid JSON"):
-        load_policy(ModelSpec(name=str(directory)))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
 
 
 def test_every_token_that_ends_a_response(llama: Path, tmp_path: Path) -> None:

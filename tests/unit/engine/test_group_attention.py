@@ -13,7 +13,7 @@ from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
 from rayalign.engine.model.attention import Reach, additive_mask, attention_kind
 from rayalign.engine.model.forward import Policy
-from rayalign.engine.model.group_attention import GROUP_ATTENTION, branch_runs, seen
+from rayalign.engine.model.group_attention import GROUP_ATTENTION, branch_runs, visible_tokens
 from rayalign.types import PackedBatch
 
 GROUPS = random_groups((1, 2, 4, 2), vocabulary=VOCABULARY, prompt_tokens=(WINDOW - 1, 2 * WINDOW))
@@ -54,7 +54,7 @@ def test_the_rule_is_that_of_the_dense_mask(reach: Reach, row_tokens: int | None
         while runs and runs[0][1] > 0:
             sizes.append(runs.pop(0)[0])
         block = slice(column, column + sum(sizes))
-        found[row, block, block] = seen(sizes, window=window, chunk=chunk)
+        found[row, block, block] = visible_tokens(sizes, window=window, chunk=chunk)
         at += sum(sizes)
     assert torch.equal(found, allowed)
 

@@ -27,7 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
+from rayalign.config.model import ModelConfig
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, model_tokenizer, refuse_unusable
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
 
@@ -232,7 +233,7 @@ def test_what_a_folder_lacks_is_said_before_a_weight_is_read(case: str, llama: P
     edit, message = REFUSED[case]
     directory = shutil.copytree(llama, tmp_path / "model")
     edit(directory)
-    spec = ModelSpec(name=str(directory), field="model.reference")
+    spec = ModelSpec(config=ModelConfig(name=str(directory)), field="model.reference")
     for attempt in (refuse_unusable, load_policy):
         with pytest.raises(UserError, match=message) as error:
             attempt(spec)
@@ -244,11 +245,11 @@ def test_a_head_that_is_no_copy_of_the_embedding_it_is_tied_to(tmp_path: Path) -
     """Transformers would untie them with a warning, and serving engines read one of the two."""
     directory = save_tiny(tmp_path / "model", "llama_tied")
     tensors(lambda found: {**found, "lm_head.weight": 1 + found["model.embed_tokens.weight"]})(directory)
-    refuse_unusable(ModelSpec(name=str(directory)))
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory))))
     with pytest.raises(UserError, match=r"lm_head.weight and model.embed_tokens.weight, which differ .*: false there"):
-        load_policy(ModelSpec(name=str(directory)))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
     configuration(tie_word_embeddings=False)(directory)
-    model, _ = load_policy(ModelSpec(name=str(directory)))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
     assert torch.equal(model.lm_head.weight, 1 + model.model.embed_tokens.weight)
 
 
@@ -261,25 +262,25 @@ def test_weights_that_are_no_numbers_are_named(value: float, llama: Path, tmp_pa
         return found
 
     tensors(spoil)(directory)
-    refuse_unusable(ModelSpec(name=str(directory)))
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory))))
     with pytest.raises(UserError, match=rf"no finite numbers, in 1 of its tensors: {UP}"):
-        load_policy(ModelSpec(name=str(directory)))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
 
 
 def test_a_tokenizer_that_is_not_there(llama: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(llama, tmp_path / "model")
     content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json")(directory)
     with pytest.raises(UserError, match=r"tokenizer.json is a pointer of Git LFS"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(config=ModelConfig(name=str(directory))))
     shutil.copy(llama / "tokenizer.json", directory)
     content(lambda data: b"version https://git-lfs.github.com/spec/v1\n", "chat_template.jinja")(directory)
     with pytest.raises(UserError, match=r"chat_template.jinja is a pointer of Git LFS"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(config=ModelConfig(name=str(directory))))
     for file in directory.glob("tokenizer*"):
         file.unlink()
     assert any(directory.glob("chat_template*"))
     with pytest.raises(UserError, match=r"holds no tokenizer: save one there"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(config=ModelConfig(name=str(directory))))
 
 
 def test_a_tokenizer_that_writes_control_tokens_as_words(llama: Path, tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_tokenizer_that_writes_control_tokens_as_words(llama: Path, tmp_path: 
     path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
     assert len(AutoTokenizer.from_pretrained(directory)("<|im_end|>")["input_ids"]) > 1
     with pytest.raises(UserError, match=r"says split_special_tokens: true, .*: remove that from tokenizer_config.json"):
-        tokenizer_of(ModelSpec(name=str(directory)))
+        model_tokenizer(ModelSpec(config=ModelConfig(name=str(directory))))
 
 
 HARMLESS: dict[str, Edit] = {
@@ -317,17 +318,19 @@ def test_what_transformers_declares_of_no_account_loads(case: str, llama: Path, 
     expected = tiny("llama", vocab_size=330)
     if case == "bfloat16":
         expected = expected.bfloat16().float()
-    assert weights_digest(load_policy(ModelSpec(name=str(directory)))[0]) == weights_digest(expected)
+    assert weights_digest(load_policy(ModelSpec(config=ModelConfig(name=str(directory))))[0]) == weights_digest(
+        expected
+    )
 
 
 def test_tied_heads_and_heads_for_several_tokens_need_no_tensor(tmp_path: Path) -> None:
     tied = save_tiny(tmp_path / "tied", "llama_tied")
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
-    refuse_unusable(ModelSpec(name=str(tied)))
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(tied))))
     more = save_animal(tmp_path / "more", "deepseek_v3")
     with_tensor("model.layers.61.eh_proj.weight", 1.0)(more)  # DeepSeek-V3's own second head
-    refuse_unusable(ModelSpec(name=str(more)))
-    load_policy(ModelSpec(name=str(more)))
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(more))))
+    load_policy(ModelSpec(config=ModelConfig(name=str(more))))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
@@ -339,7 +342,7 @@ def test_one_expert_less_is_noticed(family: str, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=rf"experts\.(gate_up_proj|down_proj)|lacks 1 tensor of its experts: {names[0]}"
     ):
-        refuse_unusable(ModelSpec(name=str(directory)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory))))
 
 
 def saved(model: Any, directory: Path) -> Path:
@@ -352,30 +355,30 @@ def test_models_that_do_not_continue_texts_are_refused(tmp_path: Path) -> None:
     t5 = T5Config(vocab_size=330, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     directory = saved(T5ForConditionalGeneration(t5), tmp_path / "t5")
     with pytest.raises(UserError, match=r"an encoder and a decoder \(t5\); name one that only decodes"):
-        refuse_unusable(ModelSpec(name=str(directory)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory))))
     bert = BertConfig(vocab_size=330, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     directory = saved(BertForMaskedLM(bert), tmp_path / "bert")
     with pytest.raises(UserError, match=r"\(BertForMaskedLM\) reads a text in both directions"):
-        refuse_unusable(ModelSpec(name=str(directory)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory))))
 
 
 def test_files_and_folders_of_other_formats_are_named(tmp_path: Path) -> None:
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"is a file: GGUF is llama.cpp's format of quantised weights"):
-        refuse_unusable(ModelSpec(name=str(tmp_path / "model-q4.gguf")))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(tmp_path / "model-q4.gguf"))))
     with pytest.raises(UserError, match=r"has no config.json: it holds GGUF files"):
-        refuse_unusable(ModelSpec(name=str(tmp_path)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(tmp_path))))
     meta = tmp_path / "meta"
     meta.mkdir()
     (meta / "params.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no config.json: it holds weights as their authors trained them"):
-        refuse_unusable(ModelSpec(name=str(meta)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(meta))))
     for inside in ("checkpoint-100/config.json", "snapshots/0123/config.json", "dpo/adapter_config.json"):
         path = tmp_path / inside.replace("/", "-") / inside
         path.parent.mkdir(parents=True)
         path.write_text("{}")
         with pytest.raises(UserError, match=f"has no config.json: name the model inside it, such as {path.parent}"):
-            refuse_unusable(ModelSpec(name=str(tmp_path / inside.replace("/", "-"))))
+            refuse_unusable(ModelSpec(config=ModelConfig(name=str(tmp_path / inside.replace("/", "-")))))
 
 
 # Scalar heads
@@ -390,7 +393,7 @@ def scalar(directory: Path, *, labels: int = 1) -> Path:
 
 
 def test_a_trained_head_must_be_in_the_files(llama: Path, tmp_path: Path) -> None:
-    spec = ModelSpec(name=str(scalar(tmp_path / "rm")), head=ScalarHead(), trained_head=True)
+    spec = ModelSpec(config=ModelConfig(name=str(scalar(tmp_path / "rm"))), head=ScalarHead(), trained_head=True)
     head = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
     assert torch.equal(load_policy(spec)[0].score.weight, head)
     with_tensor("score.bias", 1.0)(tmp_path / "rm")
@@ -402,25 +405,27 @@ def test_a_trained_head_must_be_in_the_files(llama: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=message):
         refuse_unusable(spec)
     with pytest.raises(UserError, match=message):  # the folder says that it is a classifier
-        load_policy(ModelSpec(name=spec.name, head=ScalarHead()))
+        load_policy(ModelSpec(config=ModelConfig(name=spec.name), head=ScalarHead()))
     with pytest.raises(UserError, match=r"has no trained scalar head: score.weight is not in its files"):
-        refuse_unusable(ModelSpec(name=str(llama), head=ScalarHead(), trained_head=True))
-    load_policy(ModelSpec(name=str(llama), head=ScalarHead()))  # asked for: a new head on a language model
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(llama)), head=ScalarHead(), trained_head=True))
+    load_policy(
+        ModelSpec(config=ModelConfig(name=str(llama)), head=ScalarHead())
+    )  # asked for: a new head on a language model
 
 
 def test_heads_of_other_kinds_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 2 outputs; a reward model has one"):
-        refuse_unusable(ModelSpec(name=str(scalar(tmp_path / "two", labels=2)), head=ScalarHead()))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(scalar(tmp_path / "two", labels=2))), head=ScalarHead()))
     config = LlamaConfig(
         vocab_size=330, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
     )  # fmt: skip
     directory = saved(AutoModelForTokenClassification.from_config(config), tmp_path / "prm")
     with pytest.raises(UserError, match="is a LlamaForTokenClassification; a reward model is one for sequence"):
-        refuse_unusable(ModelSpec(name=str(directory), head=ScalarHead(), trained_head=True))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory)), head=ScalarHead(), trained_head=True))
 
 
 def test_a_backbone_lacks_nothing_under_a_new_head(llama: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(llama, tmp_path / "model")
     tensors(lambda found: {name: tensor for name, tensor in found.items() if name != UP})(directory)
     with pytest.raises(UserError, match=rf"lacks 1 of the 21 tensors of a LlamaForSequenceClassification.*{UP}"):
-        load_policy(ModelSpec(name=str(directory), head=ScalarHead()))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory)), head=ScalarHead()))

@@ -40,7 +40,7 @@ from rayalign.data.rows import Layout
 from rayalign.engine.batches import StreamWork
 from rayalign.engine.checkpoint.checkpoint import IncompatibleCheckpoint, step_of
 from rayalign.engine.first_step import PolicyMismatch, check_initial_logratio
-from rayalign.engine.loop import train
+from rayalign.engine.loop import train_policy
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.step import NonFiniteStep
@@ -277,7 +277,7 @@ def test_step_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(dpo:
     spec = train_spec(tmp_path / "run", dpo)
     name = poisoned_group(dpo, 5)
     with pytest.raises(NonFiniteStep) as caught:
-        train(spec, Poisoned(dpo, {5}), SINGLE)
+        train_policy(spec, Poisoned(dpo, {5}), SINGLE)
     folder = spec.directory / "nonfinite" / "step_000006"
     assert str(caught.value).startswith("step 6: loss nan, gradient norm ")
     assert f"; the loss is not finite on {name}. Nothing of this step is kept" in str(caught.value)
@@ -301,23 +301,23 @@ def test_a_step_that_is_skipped_changes_nothing_and_is_counted(dpo: Scenario, tm
     """The weights after it are those before it, and a restart goes on counting."""
     spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}, checkpoint_every=1, checkpoint_keep=12)
     with pytest.raises(Interrupted):
-        train(spec, Poisoned(dpo, {3, 6, 7}), SINGLE, on_step=interrupt_after(9))
+        train_policy(spec, Poisoned(dpo, {3, 6, 7}), SINGLE, on_step=interrupt_after(9))
     before, after = (checkpoint_of(spec.directory, step) for step in (3, 4))
     assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()
-    train(spec, Poisoned(dpo, {3, 6, 7}), SINGLE)
+    train_policy(spec, Poisoned(dpo, {3, 6, 7}), SINGLE)
     found = rows(spec.directory)
     assert [row["skipped_steps"] for row in found] == [0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3]
     assert [row["step"] for row in found if row["loss"] is None] == [4, 7, 8]
     straight = replace(spec, directory=tmp_path / "straight")
-    train(straight, Poisoned(dpo, {3, 6, 7}), SINGLE)
+    train_policy(straight, Poisoned(dpo, {3, 6, 7}), SINGLE)
     assert_same_end(straight.directory, spec.directory)
 
 
 def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip", "max_skipped_in_a_row": 2})
-    train(replace(spec, directory=tmp_path / "two"), Poisoned(dpo, {3, 4, 6, 7}), SINGLE)
+    train_policy(replace(spec, directory=tmp_path / "two"), Poisoned(dpo, {3, 4, 6, 7}), SINGLE)
     with pytest.raises(NonFiniteStep, match="step 6: .*after 2 that were skipped, which optim.max_skipped_in_a_row"):
-        train(spec, Poisoned(dpo, {3, 4, 5}), SINGLE)
+        train_policy(spec, Poisoned(dpo, {3, 4, 5}), SINGLE)
     assert [row["step"] for row in rows(spec.directory)] == [1, 2, 3, 4, 5]
     assert (spec.directory / "nonfinite" / "step_000006" / "rank_0.json").exists()
 
@@ -325,9 +325,9 @@ def test_too_many_skips_in_a_row_end_the_run(dpo: Scenario, tmp_path: Path) -> N
 def test_a_stop_during_a_skipped_step_costs_no_other_step(dpo: Scenario, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"})
     with pytest.raises(Stopped, match="stopped after step 4 of 12"):
-        train(spec, Poisoned(dpo, {3}), SINGLE, stop=asked_in(4, spec.directory))
+        train_policy(spec, Poisoned(dpo, {3}), SINGLE, stop=asked_in(4, spec.directory))
     assert [row["loss"] is None for row in rows(spec.directory)] == [False, False, False, True]
-    train(spec, Poisoned(dpo, {3}), SINGLE)
+    train_policy(spec, Poisoned(dpo, {3}), SINGLE)
     assert len(rows(spec.directory)) == STEPS
 
 
@@ -335,10 +335,10 @@ def skipping_worker(rank: int, folder: Path, dpo: Scenario) -> None:
     strategy = join(rank, 2, folder / "meeting-point")
     for name in ("ddp", "fsdp2"):
         spec = train_spec(folder / name, dpo, optim={"on_nonfinite": "skip"}, check_initial_logratio=False)
-        train(spec, Poisoned(dpo, {3}, rank=rank, world_size=2), make_strategy(name, torch.device("cpu")))
+        train_policy(spec, Poisoned(dpo, {3}, rank=rank, world_size=2), make_strategy(name, torch.device("cpu")))
     stopping = train_spec(folder / "stopped", dpo)
     with pytest.raises(NonFiniteStep) as caught:
-        train(stopping, Poisoned(dpo, {3}, rank=rank, world_size=2), strategy)
+        train_policy(stopping, Poisoned(dpo, {3}, rank=rank, world_size=2), strategy)
     (folder / f"said-{rank}").write_text(str(caught.value))
     dist.destroy_process_group()
 
@@ -489,12 +489,12 @@ def test_a_stop_before_the_first_step_and_one_in_the_last(scenario: Scenario, wh
 def resuming_worker(rank: int, folder: Path, spec: TrainSpec, scenario: Scenario) -> None:
     """A straight run, and one that is stopped in its sixth step: rank 0 alone is asked."""
     strategy, make = join(rank, 2, folder / "meeting-point"), source_maker(scenario, rank, 2)
-    train(replace(spec, directory=folder / "straight"), make, strategy)
+    train_policy(replace(spec, directory=folder / "straight"), make, strategy)
     other = replace(spec, directory=folder / "resumed")
     asked = asked_in(6, other.directory)
     with pytest.raises(Stopped, match="after step 6 of 12"):
-        train(other, make, strategy, stop=lambda: rank == 0 and asked())
-    train(other, make, strategy)
+        train_policy(other, make, strategy, stop=lambda: rank == 0 and asked())
+    train_policy(other, make, strategy)
     dist.destroy_process_group()
 
 
@@ -517,7 +517,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
 ) -> None:
     directory = tmp_path / "run"
     spec = train_spec(directory, scenario, checkpoint_every=STEPS, checkpoint_keep=9)
-    train(spec, source_maker(scenario), SINGLE, notices=Notice())
+    train_policy(spec, source_maker(scenario), SINGLE, notices=Notice())
     assert [step_of(path) for path in sorted((directory / "checkpoints").glob("step_*"))] == [5, STEPS]
     said = [record.getMessage() for record in caplog.records if "takes back" in record.getMessage()]
     assert said == ["run: the cluster takes back the node of worker 0; saves step 5 and goes on"]
@@ -527,7 +527,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
 
 def test_a_notice_in_a_skipped_step_saves_that_step(dpo: Scenario, tmp_path: Path) -> None:
     spec = train_spec(tmp_path / "run", dpo, optim={"on_nonfinite": "skip"}, checkpoint_every=STEPS, checkpoint_keep=9)
-    train(spec, Poisoned(dpo, {4}), SINGLE, notices=Notice())
+    train_policy(spec, Poisoned(dpo, {4}), SINGLE, notices=Notice())
     assert [row["step"] for row in rows(spec.directory) if row["loss"] is None] == [5]
     assert [step_of(path) for path in sorted((spec.directory / "checkpoints").glob("step_*"))] == [5, STEPS]
 

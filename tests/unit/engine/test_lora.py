@@ -33,10 +33,10 @@ from tiny_tokenizers import CHATML, byte_level
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rayalign.config.model import LoraConfig
-from rayalign.data.rank import ranked
+from rayalign.config.model import LoraConfig, ModelConfig
+from rayalign.data.rank import rank_group
 from rayalign.engine.model.forward import Policy, ScalarModel
-from rayalign.engine.model.lora import ADAPTER, adapted, adapter_off, merged
+from rayalign.engine.model.lora import ADAPTER, adapted_layers, adapter_off, state_with_adapter_merged
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.strategy.base import make_strategy
@@ -83,29 +83,29 @@ def logps(model: PreTrainedModel) -> Tensor:
 
 def trained(path: Path, lora: LoraConfig = LORA) -> PreTrainedModel:
     """A model with an adapter that does something."""
-    model, _ = load_policy(ModelSpec(name=str(path), lora=lora))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(path), lora=lora)))
     torch.manual_seed(0)
-    for layer in adapted(model).values():
+    for layer in adapted_layers(model).values():
         layer.lora_B["default"].weight.data.normal_(std=0.3)
     return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_adapter_changes_nothing(family: str, models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models[family])))
-    model, _ = load_policy(ModelSpec(name=str(models[family]), lora=LORA))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family]))))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family]), lora=LORA)))
     assert torch.equal(logps(model), logps(base))
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    assert not any("lm_head" in name for name in adapted(model))
+    assert not any("lm_head" in name for name in adapted_layers(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_weights_compute_the_same_under_the_names_of_the_base(family: str, models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models[family])))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family]))))
     model = trained(models[family])
     expected = logps(model)
     assert (expected - logps(base)).abs().max() > 0.05
-    state = merged(model, model.state_dict())
+    state = state_with_adapter_merged(model, model.state_dict())
     assert list(state) == list(base.state_dict())
     base.load_state_dict(state)
     assert torch.allclose(logps(base), expected, atol=2e-5)
@@ -115,15 +115,15 @@ def test_the_merge_by_hand(models: dict[str, Path]) -> None:
     model = trained(models["llama_tied"], LoraConfig(rank=2, alpha=6.0, target_modules=("q_proj",)))
     layer = model.model.layers[0].self_attn.q_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    state = merged(model, model.state_dict())
-    assert A.shape[0] == 2 and len(adapted(model)) == 2
+    state = state_with_adapter_merged(model, model.state_dict())
+    assert A.shape[0] == 2 and len(adapted_layers(model)) == 2
     assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + 3.0 * (B @ A))
     assert state["model.embed_tokens.weight"].data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
 @torch.no_grad()
 def test_off_is_the_model_before_the_adapter(models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models["gpt2"])))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models["gpt2"]))))
     model = trained(models["gpt2"])
     before = logps(model)
     with adapter_off(model):
@@ -136,7 +136,7 @@ def test_off_is_the_model_before_the_adapter(models: dict[str, Path]) -> None:
 def test_layers_that_cannot_be_adapted_are_named(target: str, models: dict[str, Path]) -> None:
     lora = LORA.model_copy(update={"target_modules": ("q_proj", target)})
     with pytest.raises(UserError, match=f"model.lora.target_modules: {target}: .* blocks, which are down_proj, "):
-        load_policy(ModelSpec(name=str(models["llama_tied"]), lora=lora))
+        load_policy(ModelSpec(config=ModelConfig(name=str(models["llama_tied"]), lora=lora)))
 
 
 def test_only_the_adapter_is_trained(scenario: Scenario) -> None:
@@ -144,7 +144,7 @@ def test_only_the_adapter_is_trained(scenario: Scenario) -> None:
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert optimized == {id(parameter) for name, parameter in policy.named_parameters() if ".lora_" in name}
     trajectory = run(scenario)
-    base, _ = load_policy(ModelSpec(name=str(scenario.model)))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(scenario.model))))
     for name, weight in base.state_dict().items():
         held = trajectory.weights.get(name)
         held = trajectory.weights[name.replace(".weight", ".base_layer.weight")] if held is None else held
@@ -177,7 +177,7 @@ def test_a_reference_in_place_is_the_one_in_the_data(method: str, scenario: Scen
 def test_dropout_is_of_gradients_only(scenario: Scenario) -> None:
     dropped = replace(scenario, lora=LORA.model_copy(update={"dropout": 0.5}))
     runner, policy, optimizer = prepared(dropped, SINGLE)
-    for layer in adapted(policy.model).values():
+    for layer in adapted_layers(policy.model).values():
         layer.lora_B["default"].weight.data.normal_(std=0.3)
     assert torch.equal(logps(policy.model), logps(policy.model))
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def rankings(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     tokenizer = byte_level(template=CHATML, eos="<|im_end|>")
     tokenizer.pad_token = "<|im_end|>"
     save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, folder / "padded")
-    groups = [own for group in synthetic_groups([2, 3] * 6) for own in ranked(group, by_reward=True)]
+    groups = [own for group in synthetic_groups([2, 3] * 6) for own in rank_group(group, by_reward=True)]
     pairs = store(folder / "pairs", groups)
     main = objective("reward_model", center=0.01)
     bases = {name: models[name] for name in HEADED} | {"padded": folder / "padded"}
@@ -262,16 +262,21 @@ def rankings(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("family", HEADED)
 def test_a_new_adapter_changes_no_reward(family: str, models: dict[str, Path]) -> None:
-    base, _ = load_policy(ModelSpec(name=str(models[family]), head=ScalarHead(), seed=3))
-    model, _ = load_policy(ModelSpec(name=str(models[family]), head=ScalarHead(), seed=3, lora=LORA))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(models[family])), head=ScalarHead(), seed=3))
+    model, _ = load_policy(
+        ModelSpec(config=ModelConfig(name=str(models[family]), lora=LORA), head=ScalarHead(), seed=3)
+    )
     assert torch.equal(rewards(model), rewards(base))
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in names and all(".lora_" in name for name in names - {"score.weight"})
-    assert adapted(model) and "score" not in adapted(model)
+    assert adapted_layers(model) and "score" not in adapted_layers(model)
     with pytest.raises(UserError, match="model.lora.target_modules: score: an adapter goes onto linear layers of the"):
         load_policy(
             ModelSpec(
-                name=str(models[family]), head=ScalarHead(), lora=LORA.model_copy(update={"target_modules": ("score",)})
+                config=ModelConfig(
+                    name=str(models[family]), lora=LORA.model_copy(update={"target_modules": ("score",)})
+                ),
+                head=ScalarHead(),
             )
         )
 
@@ -319,7 +324,7 @@ def test_a_trained_reward_model_goes_on_with_an_adapter(rankings: dict[str, Scen
     """From the head that it has."""
     scenario = rankings["llama_tied"]
     first = train_alone(train_spec(tmp_path / "first", replace(scenario, lora=None)), replace(scenario, lora=None))
-    model, _ = load_policy(ModelSpec(name=str(first), head=ScalarHead(), seed=9, lora=LORA))
-    base, _ = load_policy(ModelSpec(name=str(first), head=ScalarHead()))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(first), lora=LORA), head=ScalarHead(), seed=9))
+    base, _ = load_policy(ModelSpec(config=ModelConfig(name=str(first)), head=ScalarHead()))
     assert torch.equal(rewards(model), rewards(base))
     assert torch.equal(base.score.weight, AutoModelForSequenceClassification.from_pretrained(first).score.weight)

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rayalign.config import model as config
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.folder import model_digest
 from rayalign.engine.model.loading import META
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, save_pretrained
@@ -88,8 +89,8 @@ def test_the_model_is_what_peft_makes_of_it(kind: str, bases: dict[str, Path], t
     base = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
     before = logits(base)
     expected = logits(PeftModel.from_pretrained(base, folder))
-    refuse_unusable(ModelSpec(name=str(folder)))
-    model, tokenizer = load_policy(ModelSpec(name=str(folder)))
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
+    model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(folder))))
     assert type(model) is type(AutoModelForCausalLM.from_pretrained(bases[family]))
     assert (expected - before).abs().max() > 0.05
     assert torch.allclose(logits(model), expected, atol=5e-5)
@@ -98,7 +99,7 @@ def test_the_model_is_what_peft_makes_of_it(kind: str, bases: dict[str, Path], t
     assert torch.allclose(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)), expected, atol=5e-5
     )
-    skeleton, _ = load_policy(ModelSpec(name=str(folder)), place=META)
+    skeleton, _ = load_policy(ModelSpec(config=ModelConfig(name=str(folder))), place=META)
     assert [*skeleton.state_dict()] == [*model.state_dict()] and skeleton.config.to_dict() == model.config.to_dict()
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert tokenizer.get_vocab() == byte_level(template=CHATML).get_vocab()  # the base's
@@ -106,11 +107,13 @@ def test_the_model_is_what_peft_makes_of_it(kind: str, bases: dict[str, Path], t
 
 def test_a_base_beside_its_adapter_is_not_looked_for_elsewhere(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = adapter(bases["llama"], shutil.copytree(bases["llama"], tmp_path / "both"), target_modules=["q_proj"])
-    expected, _ = load_policy(ModelSpec(name=str(folder)))
+    expected, _ = load_policy(ModelSpec(config=ModelConfig(name=str(folder))))
     rename(folder, base="/nowhere")
-    model, _ = load_policy(ModelSpec(name=str(folder)))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(folder))))
     assert torch.equal(logits(model), logits(expected))
-    assert not torch.equal(logits(model), logits(load_policy(ModelSpec(name=str(bases["llama"])))[0]))
+    assert not torch.equal(
+        logits(model), logits(load_policy(ModelSpec(config=ModelConfig(name=str(bases["llama"]))))[0])
+    )
 
 
 def rename(folder: Path, *, base: object) -> None:
@@ -122,9 +125,9 @@ def rename(folder: Path, *, base: object) -> None:
 def test_a_relative_base_lies_beside_the_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = adapter(bases["llama"], tmp_path / "adapters" / "one", target_modules=["q_proj"])
     shutil.copytree(bases["llama"], tmp_path / "base")
-    expected = logits(load_policy(ModelSpec(name=str(folder)))[0])
+    expected = logits(load_policy(ModelSpec(config=ModelConfig(name=str(folder))))[0])
     rename(folder, base="../../base")
-    assert torch.equal(logits(load_policy(ModelSpec(name=str(folder)))[0]), expected)
+    assert torch.equal(logits(load_policy(ModelSpec(config=ModelConfig(name=str(folder))))[0]), expected)
     digest = model_digest(folder)
     (tmp_path / "base" / "config.json").write_text((tmp_path / "base" / "config.json").read_text() + " ")
     assert model_digest(folder) != digest
@@ -143,7 +146,7 @@ def test_an_adapter_with_further_tokens_grows_its_base(bases: dict[str, Path], t
     draw(model)
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    loaded, known = load_policy(ModelSpec(name=str(tmp_path / "adapter")))
+    loaded, known = load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path / "adapter"))))
     assert loaded.get_input_embeddings().num_embeddings == len(known) == len(tokenizer)
     assert torch.allclose(logits(loaded), logits(model), atol=2e-5)
 
@@ -153,7 +156,7 @@ def test_a_reward_models_adapter_brings_its_head(bases: dict[str, Path], tmp_pat
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
     draw(model)
     model.save_pretrained(tmp_path / "adapter")
-    spec = ModelSpec(name=str(tmp_path / "adapter"), head=ScalarHead(), trained_head=True, seed=7)
+    spec = ModelSpec(config=ModelConfig(name=str(tmp_path / "adapter")), head=ScalarHead(), trained_head=True, seed=7)
     loaded, _ = load_policy(spec)
     head = model.base_model.model.score.modules_to_save["default"].weight
     assert torch.equal(loaded.score.weight, head)
@@ -179,9 +182,11 @@ def test_adapters_on_single_experts(bases: dict[str, Path], tmp_path: Path) -> N
     ).save_pretrained(folder)
     save_file(layers, folder / "adapter_model.safetensors")
     byte_level(template=CHATML).save_pretrained(folder)
-    refuse_unusable(ModelSpec(name=str(folder)))
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     expected = logits(AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32))
-    torch.testing.assert_close(logits(load_policy(ModelSpec(name=str(folder)))[0]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(load_policy(ModelSpec(config=ModelConfig(name=str(folder))))[0]), expected, atol=1e-5, rtol=0
+    )
     path = folder / "adapter_config.json"
     saved = json.loads(path.read_text())
     for setting in ({"use_rslora": True}, {"alpha_pattern": dict.fromkeys(names, 4)}):
@@ -189,40 +194,40 @@ def test_adapters_on_single_experts(bases: dict[str, Path], tmp_path: Path) -> N
         with pytest.raises(
             UserError, match=rf"adapter on single experts with (use_rslora|{next(iter(setting))}), which"
         ):
-            refuse_unusable(ModelSpec(name=str(folder)))
+            refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
 
 
 def test_what_is_no_adapter_of_this_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     rename(folder, base="/nowhere/model")
     with pytest.raises(UserError, match=r"no directory /nowhere/model.* is an adapter, and its adapter_config"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     rename(folder, base=5)
     with pytest.raises(UserError, match=r"adapter_config.json does not say base_model_name_or_path: write it there"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     rename(folder, base=str(bases["gpt2"]))
     with pytest.raises(UserError, match=r"peft cannot put the adapter in .* upon its base \(.*q_proj.*\)"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     rename(folder, base=str(bases["llama"]))
     file = folder / "adapter_model.safetensors"
     found = load_file(file)
     name = sorted(found)[0]
     save_file({other: tensor for other, tensor in found.items() if other != name}, file)
     with pytest.raises(UserError, match=r"does not fit its base: it lacks 1 tensors, such as .*lora_A"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     save_file({**found, name.replace("q_proj", "z_proj"): found[name].clone()}, file)
     with pytest.raises(UserError, match=r"holds 1 tensors without a place, such as .*z_proj"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     save_file({**found, name: torch.full_like(found[name], torch.nan)}, file)
     with pytest.raises(UserError, match=r"adapter holds weights that are no finite numbers, in 1 of its tensors: .*q_"):
-        load_policy(ModelSpec(name=str(folder)))
+        load_policy(ModelSpec(config=ModelConfig(name=str(folder))))
     configuration = folder / "adapter_config.json"
     configuration.write_text(json.dumps({**json.loads(configuration.read_text()), "megatron_config": {"a": 1}}))
     with pytest.raises(UserError, match=r"peft cannot put the adapter in .* \(ModuleNotFoundError: .*megatron"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
     file.rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match=r"holds a pickled adapter"):
-        refuse_unusable(ModelSpec(name=str(folder)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(folder))))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +247,10 @@ def test_other_kinds_that_peft_can_merge(config: PeftConfig, bases: dict[str, Pa
     model.save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(bases["llama"], dtype=torch.float32)
     expected = logits(PeftModel.from_pretrained(base, tmp_path))
-    refuse_unusable(ModelSpec(name=str(tmp_path)))
-    assert torch.allclose(logits(load_policy(ModelSpec(name=str(tmp_path)))[0]), expected, atol=2e-5)
+    refuse_unusable(ModelSpec(config=ModelConfig(name=str(tmp_path))))
+    assert torch.allclose(
+        logits(load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path))))[0]), expected, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,21 +265,21 @@ def test_a_lora_that_is_no_sum_of_matrices(
 ) -> None:
     folder = adapter(bases["llama"], tmp_path / "adapter", r=2, target_modules=["q_proj"], **settings)
     with pytest.raises(UserError, match=message):
-        load_policy(ModelSpec(name=str(folder)))
+        load_policy(ModelSpec(config=ModelConfig(name=str(folder))))
 
 
 def test_an_adapter_upon_an_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     first = adapter(bases["llama"], tmp_path / "first", r=2, target_modules=["q_proj"])
     rename(shutil.copytree(first, tmp_path / "second"), base=str(first))
     with pytest.raises(UserError, match=r"second is an adapter whose base, .*first, is an adapter too: merge that one"):
-        refuse_unusable(ModelSpec(name=str(tmp_path / "second")))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(tmp_path / "second"))))
 
 
 def test_a_prompt_that_was_learned_is_no_part_of_the_weights(bases: dict[str, Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"an adapter of type PROMPT_TUNING, which cannot become a part"):
-        refuse_unusable(ModelSpec(name=str(tmp_path)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(tmp_path))))
 
 
 def test_a_run_begins_as_the_merged_model_and_saves_it_whole(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -283,8 +290,8 @@ def test_a_run_begins_as_the_merged_model_and_saves_it_whole(bases: dict[str, Pa
     scenario = Scenario(model=start, streams=(pairs,), objectives=(objective("dpo"),), lr=1e-2, steps=2, lora=lora)
     spec = train_spec(tmp_path / "run", scenario, check_initial_logratio=True, export_adapter=False)
     final = train_alone(spec, scenario)
-    trained, _ = load_policy(ModelSpec(name=str(final)))
-    merged, _ = load_policy(ModelSpec(name=str(start)))
+    trained, _ = load_policy(ModelSpec(config=ModelConfig(name=str(final))))
+    merged, _ = load_policy(ModelSpec(config=ModelConfig(name=str(start))))
     assert not (final / "adapter").exists()
     assert (logits(trained) - logits(merged)).abs().max() > 1e-3
     assert sorted(load_file(final / "model.safetensors")) == sorted(load_file(bases["llama"] / "model.safetensors"))

@@ -12,6 +12,7 @@ from tiny_models import tiny, weights_digest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.folder import model_digest, model_directory, tokenizer_digest
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, load_policy, save_pretrained
 from rayalign.errors import UserError
@@ -43,7 +44,7 @@ def test_what_is_saved_loads_with_plain_transformers(directory: Path) -> None:
 
 
 def test_policy_is_float32_without_dropout_while_training(directory: Path) -> None:
-    model, loaded_tokenizer = load_policy(ModelSpec(name=str(directory), dtype="bfloat16"))
+    model, loaded_tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(directory), dtype="bfloat16")))
     assert not any(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert loaded_tokenizer.eos_token == "<eos>"
@@ -54,18 +55,18 @@ def test_policy_is_float32_without_dropout_while_training(directory: Path) -> No
 
 def test_bfloat16_weights_are_loaded_as_float32(tmp_path: Path) -> None:
     save_pretrained(tiny("llama").bfloat16(), tokenizer(), tmp_path)
-    model, _ = load_policy(ModelSpec(name=str(tmp_path)))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path))))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_softcapped_attention_is_not_left_to_sdpa(tmp_path: Path) -> None:
     save_pretrained(tiny("gemma2"), tokenizer(), tmp_path)
-    model, _ = load_policy(ModelSpec(name=str(tmp_path)))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path))))
     assert model.config._attn_implementation == "eager"
 
 
 def test_gradient_checkpointing_is_switched_on(directory: Path) -> None:
-    model, _ = load_policy(ModelSpec(name=str(directory), gradient_checkpointing=True))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory), gradient_checkpointing=True)))
     assert model.is_gradient_checkpointing
 
 
@@ -74,7 +75,7 @@ def test_from_scratch_depends_on_the_seed_only(directory: Path) -> None:
         weights.unlink()
     before = torch.get_rng_state()
     digests = [
-        weights_digest(load_policy(ModelSpec(name=str(directory), from_scratch=True, seed=seed))[0])
+        weights_digest(load_policy(ModelSpec(config=ModelConfig(name=str(directory), from_scratch=True), seed=seed))[0])
         for seed in (0, 0, 1)
     ]
     assert digests[0] == digests[1] != digests[2]
@@ -91,7 +92,7 @@ def test_from_scratch_depends_on_the_seed_only(directory: Path) -> None:
     ],
 )
 def test_compute_dtype(dtype: str, device: str, expected: torch.dtype) -> None:
-    assert compute_dtype(ModelSpec(name="m", dtype=dtype), torch.device(device)) == expected  # type: ignore[arg-type]
+    assert compute_dtype(ModelSpec(config=ModelConfig(name="m", dtype=dtype)), torch.device(device)) == expected  # type: ignore[arg-type]
 
 
 def remove(pattern: str) -> Callable[[Path], None]:
@@ -118,7 +119,7 @@ def pickle_weights(directory: Path) -> None:
 def test_incomplete_directories_are_named(directory: Path, edit: Callable[[Path], None], message: str) -> None:
     edit(directory)
     with pytest.raises(UserError, match=message) as error:
-        load_policy(ModelSpec(name=str(directory)))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
     assert str(directory) in str(error.value)
 
 

@@ -12,10 +12,11 @@ from causal_zoo import save_animal
 from tiny_models import tiny
 from transformers import PreTrainedModel
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model import parity
 from rayalign.engine.model.attention import AttentionKind, Reach
-from rayalign.engine.model.parity import choose_layout, measure
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
+from rayalign.engine.model.parity import choose_layout, measure_layouts
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, model_tokenizer, refuse_unusable
 from rayalign.engine.model.trial import try_export
 from rayalign.errors import UserError
 
@@ -37,7 +38,7 @@ def pretend_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_windowed", "gemma3", "qwen3_windowed"])
 def test_known_families_are_packed(name: str) -> None:
     model = tiny(name)
-    assert max(measure(model).values()) < 1e-5
+    assert max(measure_layouts(model).values()) < 1e-5
     assert choose_layout(model) == "packed"
 
 
@@ -56,7 +57,7 @@ def test_every_layer_type_is_proven() -> None:
 
 @pytest.mark.parametrize("name", ["bloom", "mamba"])
 def test_other_families_are_concatenated(name: str) -> None:
-    assert set(measure(tiny(name))) == {"concatenated"}
+    assert set(measure_layouts(tiny(name))) == {"concatenated"}
     assert choose_layout(tiny(name)) == "concatenated"
 
 
@@ -80,10 +81,10 @@ def test_a_family_that_changes_its_logits_is_refused() -> None:
 
 def test_a_configuration_that_computes_nothing_is_a_sentence(tmp_path: Path) -> None:
     """More experts per token than there are: it can be made and loaded, and transformers fails with its first text."""
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "mixtral", num_experts_per_tok=9)))
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "mixtral", num_experts_per_tok=9))))
     message = r"a mixtral model of this configuration computes nothing \(RuntimeError: .*\): a value in its config.json"
     with pytest.raises(UserError, match=message):
-        try_export(refuse_unusable(spec), tokenizer_of(spec), spec)
+        try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
     with pytest.raises(UserError, match=message):
         choose_layout(load_policy(spec)[0])
 
@@ -93,9 +94,9 @@ def test_the_proof_is_kept_per_configuration(cache: Path, monkeypatch: pytest.Mo
 
     def counted(model: PreTrainedModel, **place: torch.device | None) -> dict[str, float]:
         measured.append(model.config.model_type)
-        return measure(model, **place)
+        return measure_layouts(model, **place)
 
-    monkeypatch.setattr(parity, "measure", counted)
+    monkeypatch.setattr(parity, "measure_layouts", counted)
     for name in ("llama", "llama", "olmo2", "llama"):
         choose_layout(tiny(name))
     assert measured == ["llama", "olmo2"]

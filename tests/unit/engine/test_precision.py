@@ -17,6 +17,7 @@ from tiny_runs import save_tiny
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import OptimConfig
 from rayalign.data.group import Group
 from rayalign.engine.first_step import LOGRATIO_LIMITS, check_initial_logratio
@@ -44,7 +45,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scored(directory: Path, *, dtype: str = "float32", temperature: float = 1.0) -> list[Group]:
     """The groups with log-probs of the model in ``directory`` as their reference."""
     spec = ScoringSpec(
-        model=ModelSpec(name=str(directory), dtype=dtype),
+        model=ModelSpec(config=ModelConfig(name=str(directory), dtype=dtype)),
         tokens_per_micro_batch=100_000,
         row_tokens=None,
         logit_temperature=temperature,
@@ -57,7 +58,7 @@ def runner(
     directory: Path, *, method: Method | None = None, dtype: torch.dtype = torch.float32, **config: Any
 ) -> Runner:
     method = method or resolve("dpo")
-    model, _ = load_policy(ModelSpec(name=str(directory)))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory))))
     return Runner(
         module=Policy(model),
         objectives={MAIN_STREAM: Objective(stream=MAIN_STREAM, method=method, config=method.config(**config))},
@@ -114,7 +115,7 @@ def test_reference_and_policy_agree_at_step_0_in_either_precision(directory: Pat
 def test_gradient_checkpointing_saves_less_for_the_backward_pass(directory: Path) -> None:
     saved = {}
     for checkpointing in (False, True):
-        model, _ = load_policy(ModelSpec(name=str(directory), gradient_checkpointing=checkpointing))
+        model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory), gradient_checkpointing=checkpointing)))
         policy, seen = Policy(model), set()
 
         def keep(tensor: Tensor, seen: set[tuple[int, int]] = seen) -> Tensor:
@@ -147,7 +148,7 @@ def test_a_configuration_with_dropout_trains_without(family: str, dropout: tuple
     noisy = tiny(family, vocab_size=300, **dict.fromkeys(dropout, 0.1)).train()
     ids = torch.arange(20)[None]
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
-    model, _ = load_policy(ModelSpec(name=str(tmp_path)))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path))))
     policy = Policy(model)
     assert policy.training
     first, second = policy(packed(GROUPS)).token_logp, policy(packed(GROUPS)).token_logp

@@ -14,6 +14,7 @@ from tiny_runs import Scenario, objective, save_tiny, store, synthetic_groups, t
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.precision import EXACT, Precision, precision_of
 from rayalign.engine.model.pretrained import ModelSpec, kept_precision, load_policy, save_pretrained
 
@@ -43,7 +44,7 @@ def test_tensors_that_have_other_names_in_memory(tmp_path: Path) -> None:
     file = directory / "model.safetensors"
     found = {name: own if ".gate." in name else own.bfloat16() for name, own in load_file(file).items()}
     save_file(found, file, metadata={"format": "pt"})
-    spec = ModelSpec(name=str(directory))
+    spec = ModelSpec(config=ModelConfig(name=str(directory)))
     precision = kept_precision(spec, "auto")
     assert {"model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"} < precision.exact
     save_pretrained(*load_policy(spec), tmp_path / "final", precision=precision)
@@ -69,9 +70,11 @@ def test_final_is_saved_so_and_checkpoints_are_float32(mixed: Path, tmp_path: Pa
     assert json.loads((checkpoint / "config.json").read_text())["dtype"] == "float32"
     assert all(torch.equal(saved[name], tensor.to(saved[name].dtype)) for name, tensor in exact.items())
     # A checkpoint that is measured has the weights of the saved model.
-    rounded, _ = load_policy(ModelSpec(name=str(checkpoint), rounded=spec.saved))
-    assert weights_digest(rounded) == weights_digest(load_policy(ModelSpec(name=str(final)))[0])
-    assert weights_digest(rounded) != weights_digest(load_policy(ModelSpec(name=str(checkpoint)))[0])
+    rounded, _ = load_policy(ModelSpec(config=ModelConfig(name=str(checkpoint)), rounded=spec.saved))
+    assert weights_digest(rounded) == weights_digest(load_policy(ModelSpec(config=ModelConfig(name=str(final))))[0])
+    assert weights_digest(rounded) != weights_digest(
+        load_policy(ModelSpec(config=ModelConfig(name=str(checkpoint))))[0]
+    )
 
 
 def test_what_is_tied_stays_one_tensor(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rayalign.engine.checkpoint import saving
 from rayalign.engine.checkpoint.checkpoint import step_of
 from rayalign.engine.checkpoint.optimizer_state import named_state
 from rayalign.engine.checkpoint.saving import Writer
-from rayalign.engine.checkpoint.sending import copies
+from rayalign.engine.checkpoint.sending import copy_to_host
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.optimizer import make_optimizer
 from rayalign.engine.state import TrainSpec
@@ -84,10 +84,10 @@ class Late:
     """Lets no file of a checkpoint be written before training is a step further."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.write = saving.write
+        self.write = saving.write_checkpoint
         self.done = {step: threading.Event() for step in range(1, STEPS + 1)}
         self.written: list[int] = []
-        monkeypatch.setattr(saving, "write", self.later)
+        monkeypatch.setattr(saving, "write_checkpoint", self.later)
 
     def later(self, run: Any, *, step: int, **arguments: Any) -> None:
         assert self.done[min(step + 1, STEPS)].wait(DEADLINE_SECONDS)
@@ -128,7 +128,7 @@ def test_an_adapter_that_is_written_later(scenario: Scenario, tmp_path: Path, mo
 def test_copies_follow_no_change_and_keep_ties() -> None:
     model = tiny("llama_tied")
     state = model.state_dict()
-    copied = copies(state, of=model)
+    copied = copy_to_host(state, of=model)
     before = {name: tensor.clone() for name, tensor in state.items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,7 +137,7 @@ def test_copies_follow_no_change_and_keep_ties() -> None:
     assert not torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
     assert copied["lm_head.weight"].data_ptr() == copied["model.embed_tokens.weight"].data_ptr()
     alone = {"own": torch.ones(3)}
-    assert copies(alone, of=model)["own"] is alone["own"] and copies(alone)["own"] is not alone["own"]
+    assert copy_to_host(alone, of=model)["own"] is alone["own"] and copy_to_host(alone)["own"] is not alone["own"]
 
 
 def test_copies_of_parts_without_content_keep_their_shapes(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_copies_of_parts_without_content_keep_their_shapes(tmp_path: Path) -> No
             name: DTensor.from_local(torch.zeros(0, 4), mesh, [Shard(0)], run_check=False, shape=shape, stride=(4, 1))
             for name, shape in whole.items()
         }
-        assert {name: tensor.shape for name, tensor in copies(held).items()} == whole
+        assert {name: tensor.shape for name, tensor in copy_to_host(held).items()} == whole
     finally:
         dist.destroy_process_group()
 
@@ -165,7 +165,7 @@ def test_copies_of_an_optimizer() -> None:
         optimizer.step()
 
     step()
-    copied = copies(named_state(optimizer))
+    copied = copy_to_host(named_state(optimizer))
     step()
     # One step with gradient 1: the first moment is 1 - beta1.
     firsts = [tensor for name, tensor in copied.items() if name.endswith(".exp_avg")]

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Candidate, Group
 from rayalign.data.micro_batches import StepCounts
@@ -212,7 +213,8 @@ def state_at_end(model: PreTrainedModel, group: Group, k: int) -> Tensor:
 
 
 def spec(directory: Path, **fields: Any) -> ModelSpec:
-    return ModelSpec(name=str(directory), **{"head": ScalarHead(), **fields})
+    config = ModelConfig(name=str(directory), from_scratch=fields.pop("from_scratch", False))
+    return ModelSpec(config=config, **{"head": ScalarHead(), **fields})
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ def test_a_new_head_is_normal_and_depends_on_the_seed_only(causal: Path) -> None
 
 
 def test_the_backbone_is_the_language_models(causal: Path) -> None:
-    policy, reward = load_policy(ModelSpec(name=str(causal)))[0], load_policy(spec(causal))[0]
+    policy, reward = load_policy(ModelSpec(config=ModelConfig(name=str(causal))))[0], load_policy(spec(causal))[0]
     assert isinstance(root_module(reward, layout="packed"), ScalarModel)
     assert isinstance(root_module(policy, layout="packed"), Policy)
     theirs, ours = policy.model.state_dict(), reward.model.state_dict()
@@ -253,7 +255,7 @@ def test_a_saved_head_is_loaded_again_whatever_the_seed(causal: Path, tmp_path: 
 def test_the_wrong_kind_of_model_is_named(causal: Path, tmp_path: Path) -> None:
     save_pretrained(*load_policy(spec(causal)), tmp_path / "rm")
     with pytest.raises(UserError, match="has no LM head; name a causal language model"):
-        load_policy(ModelSpec(name=str(tmp_path / "rm")))
+        load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path / "rm"))))
     config = copy.deepcopy(tiny("llama", vocab_size=330).config)
     config.num_labels = 3
     save_pretrained(AutoModelForSequenceClassification.from_config(config), byte_level(), tmp_path / "three")

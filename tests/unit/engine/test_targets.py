@@ -10,13 +10,13 @@ from causal_zoo import animal, save_animal
 from tiny_models import tiny
 from tiny_runs import save_tiny
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.engine.model import trial
-from rayalign.engine.model.lora import adapted, merged
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable, tokenizer_of
+from rayalign.engine.model.lora import adapted_layers, state_with_adapter_merged
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, model_tokenizer, refuse_unusable
 from rayalign.engine.model.shrunken import miniature
-from rayalign.engine.model.targets import adapter_targets, fused_experts, kinds, shortened
-from rayalign.engine.model.trial import Trial, try_export
+from rayalign.engine.model.targets import adapter_targets, ends, fused_experts, shorten_names
+from rayalign.engine.model.trial import ExportTrial, try_export
 from rayalign.errors import UserError
 
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -53,8 +53,8 @@ def test_by_itself_every_linear_layer_that_the_model_calls(family: str) -> None:
         model = animal(family)
     layers, left_out = DEFAULT[family]
     found = adapter_targets(model)
-    assert found.experts == () and kinds((*found.plain_experts, *found.plain_layers)) == left_out
-    assert not layers or sorted(kinds(found.layers).split(", ")) == sorted(set(layers.split(", ")))
+    assert found.experts == () and ends((*found.plain_experts, *found.plain_layers)) == left_out
+    assert not layers or sorted(ends(found.layers).split(", ")) == sorted(set(layers.split(", ")))
     assert not any("lm_head" in name for name in found.layers)
 
 
@@ -76,30 +76,30 @@ def test_dropout_has_no_place_on_experts(tmp_path: Path) -> None:
     directory = save_animal(tmp_path / "model", "qwen3_moe")
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1, target_modules=("q_proj", "gate_up_proj"))
     with pytest.raises(UserError, match=r"model.lora.dropout: 0.1: .* fused experts \(.*gate_up_proj\) have none"):
-        load_policy(ModelSpec(name=str(directory), lora=lora))
+        load_policy(ModelSpec(config=ModelConfig(name=str(directory), lora=lora)))
 
 
 def test_the_merge_of_an_expert_by_hand(tmp_path: Path) -> None:
     """W_e + (α / r) B_e A_e, where A holds the rows of expert e together and B its columns in turn."""
     directory = save_animal(tmp_path / "model", "qwen3_moe")
     lora = LoraConfig(rank=2, alpha=6.0, target_modules=("experts.down_proj",))
-    model, _ = load_policy(ModelSpec(name=str(directory), lora=lora))
+    model, _ = load_policy(ModelSpec(config=ModelConfig(name=str(directory), lora=lora)))
     layer = model.model.layers[0].mlp.experts
     torch.manual_seed(0)
     layer.lora_B["default"].weight.data.normal_()
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     base = layer.base_layer.down_proj
-    found = merged(model, model.state_dict())["model.layers.0.mlp.experts.down_proj"]
+    found = state_with_adapter_merged(model, model.state_dict())["model.layers.0.mlp.experts.down_proj"]
     for expert in range(4):
         own = base[expert] + 3.0 * B[:, expert::4] @ A[2 * expert : 2 * expert + 2]
         assert torch.allclose(found[expert], own, atol=1e-6)
-    assert len(adapted(model)) == 2
+    assert len(adapted_layers(model)) == 2
 
 
 def test_short_names_only_where_they_fit_nothing_else() -> None:
-    assert shortened(["a.0.q", "a.1.q", "a.0.k"], among=["a.0.q", "a.1.q", "a.0.k", "a.1.v"]) == ["k", "q"]
-    assert shortened(["a.0.q"], among=["a.0.q", "vision.q"]) == ["a.0.q"]
-    assert shortened(["a.0.up.weight", "a.1.up.weight"], among=["a.0.up.weight", "a.1.up.weight"]) == ["up.weight"]
+    assert shorten_names(["a.0.q", "a.1.q", "a.0.k"], among=["a.0.q", "a.1.q", "a.0.k", "a.1.v"]) == ["k", "q"]
+    assert shorten_names(["a.0.q"], among=["a.0.q", "vision.q"]) == ["a.0.q"]
+    assert shorten_names(["a.0.up.weight", "a.1.up.weight"], among=["a.0.up.weight", "a.1.up.weight"]) == ["up.weight"]
 
 
 # The trial
@@ -109,8 +109,8 @@ def test_short_names_only_where_they_fit_nothing_else() -> None:
 def test_what_will_be_saved_is_saved_before_the_first_step(
     family: str, lora: LoraConfig | None, tmp_path: Path
 ) -> None:
-    spec = ModelSpec(name=str(save_tiny(tmp_path / "model", family)), lora=lora)
-    found = try_export(refuse_unusable(spec), tokenizer_of(spec), spec)
+    spec = ModelSpec(config=ModelConfig(name=str(save_tiny(tmp_path / "model", family)), lora=lora))
+    found = try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
     assert found.difference is not None and found.difference < 1e-4 and not found.problem
     assert found.writes_adapter is (lora is not None)
 
@@ -118,45 +118,51 @@ def test_what_will_be_saved_is_saved_before_the_first_step(
 def test_a_trial_is_kept_by_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[ModelSpec] = []
 
-    def counted(model: object, spec: ModelSpec) -> Trial:
+    def counted(model: object, spec: ModelSpec) -> ExportTrial:
         measured.append(spec)
-        return Trial(difference=0.0)
+        return ExportTrial(difference=0.0)
 
-    monkeypatch.setattr(trial, "measured", counted)
+    monkeypatch.setattr(trial, "measure_export", counted)
     for name in ("one", "two"):
         for lora in (None, LORA):
-            spec = ModelSpec(name=str(save_animal(tmp_path / name, "llama")), lora=lora)
-            try_export(refuse_unusable(spec), tokenizer_of(spec), spec)
-    assert [spec.lora for spec in measured] == [None, LORA]
+            spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / name, "llama")), lora=lora))
+            try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
+    assert [spec.config.lora for spec in measured] == [None, LORA]
 
 
 def test_an_export_that_loses_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of adapters on fused experts did, whose tensors kept peft's names."""
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "llama")), lora=LORA)
-    skeleton, tokenizer = refuse_unusable(spec), tokenizer_of(spec)
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "llama")), lora=LORA))
+    skeleton, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     monkeypatch.setattr(
-        trial, "merged", lambda model, state: {n: t for n, t in merged(model, state).items() if "up_" not in n}
+        trial,
+        "state_with_adapter_merged",
+        lambda model, state: {n: t for n, t in state_with_adapter_merged(model, state).items() if "up_" not in n},
     )
     with pytest.raises(
         UserError, match=r"an adapter on a llama model is another one once .* cannot be loaded: .*lacks 2 of"
     ):
         try_export(skeleton, tokenizer, spec)
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(trial, "merged", lambda model, state: {n: 1.1 * t for n, t in merged(model, state).items()})
+    monkeypatch.setattr(
+        trial,
+        "state_with_adapter_merged",
+        lambda model, state: {n: 1.1 * t for n, t in state_with_adapter_merged(model, state).items()},
+    )
     with pytest.raises(UserError, match=r"logits differ by .*; name other model.lora.target_modules, or train without"):
         try_export(skeleton, tokenizer, spec)
 
 
 def test_an_adapter_that_peft_reads_otherwise_is_not_written(tmp_path: Path) -> None:
     """Peft 0.21 renames laguna's shared experts twice on the way in."""
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "laguna")), lora=LORA)
-    found = try_export(refuse_unusable(spec), tokenizer_of(spec), spec)
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "laguna")), lora=LORA))
+    found = try_export(refuse_unusable(spec), model_tokenizer(spec), spec)
     assert found.difference is not None and found.difference < 1e-4 and not found.writes_adapter
 
 
 def test_a_tokenizer_that_does_not_survive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ModelSpec(name=str(save_animal(tmp_path / "model", "llama")))
-    tokenizer = tokenizer_of(spec)
+    spec = ModelSpec(config=ModelConfig(name=str(save_animal(tmp_path / "model", "llama"))))
+    tokenizer = model_tokenizer(spec)
     monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: {"a": id(self)})
     with pytest.raises(UserError, match=r"the tokenizer is another one once it is saved .* \(get_vocab differ"):
         try_export(refuse_unusable(spec), tokenizer, spec)

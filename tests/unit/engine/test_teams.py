@@ -41,9 +41,9 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.config.training import CheckpointConfig, StrategyConfig
-from rayalign.data.rank import ranked
+from rayalign.data.rank import rank_group
 from rayalign.engine.metrics import read_metrics
 from rayalign.engine.model.lora import ADAPTER as ADAPTER_FOLDER
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, state_digest
@@ -92,7 +92,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
     small = {"tokens_per_micro_batch": 40, "row_tokens": 40}
     bare = replace(stored, columns=((),))
     ordered = store(
-        folder / "ordered", [own for group in pairs for own in ranked(group, by_reward=True)], groups_per_step=4
+        folder / "ordered", [own for group in pairs for own in rank_group(group, by_reward=True)], groups_per_step=4
     )
     return {
         "dpo": Scenario(model=model, streams=(stored,), objectives=(objective("dpo"),), **small),
@@ -210,11 +210,14 @@ CHANGES = [
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> dict[str, ModelSpec]:
-    files = {name: ModelSpec(name=str(save_tiny(folder / name, family))) for name, family in LOADED.items()}
+    files = {
+        name: ModelSpec(config=ModelConfig(name=str(save_tiny(folder / name, family))))
+        for name, family in LOADED.items()
+    }
     llama = save_tiny(folder / "llama")
     return files | {
-        "scratch": ModelSpec(name=str(llama), from_scratch=True, seed=5),
-        "reward model": ModelSpec(name=str(llama), head=ScalarHead(), seed=3),
+        "scratch": ModelSpec(config=ModelConfig(name=str(llama), from_scratch=True), seed=5),
+        "reward model": ModelSpec(config=ModelConfig(name=str(llama)), head=ScalarHead(), seed=3),
     }
 
 
@@ -233,7 +236,7 @@ def adapting(folder: Path, resumed: Scenario) -> dict[str, Scenario]:
     """DPO of an adapter, beside a reference in place; and a reward model's adapter, beside its head."""
     bare = replace(resumed.streams[0], columns=((),))
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1)
-    pairs = [own for group in synthetic_groups([2] * 10) for own in ranked(group, by_reward=True)]
+    pairs = [own for group in synthetic_groups([2] * 10) for own in rank_group(group, by_reward=True)]
     ordered = store(folder / "resumed-ordered", pairs, groups_per_step=4)
     dpo = replace(resumed, streams=(bare,), objectives=(objective("dpo"),), lora=lora, reference_in_place=True)
     rewards = replace(resumed, streams=(ordered,), objectives=(objective("reward_model"),), lora=lora)

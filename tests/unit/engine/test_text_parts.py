@@ -24,7 +24,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, refuse_unusable
 from rayalign.errors import UserError
 
@@ -87,15 +87,15 @@ def test_a_part_is_not_taken_without_a_word(make: Callable[[], PreTrainedModel],
         r"write model\.text_only: true" if make is qwen3_5 else r"no language model for that part \(qwen2_5_vl_text"
     )
     with pytest.raises(UserError, match=rf"model of text and vision, of which only the text part .*: .*{remedy}"):
-        refuse_unusable(ModelSpec(name=str(directory)))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory))))
     with pytest.raises(UserError, match=r"name a model of text alone"):  # where no such setting exists
-        refuse_unusable(ModelSpec(name=str(directory), field="sample"))
+        refuse_unusable(ModelSpec(config=ModelConfig(name=str(directory)), field="sample"))
 
 
 @pytest.mark.parametrize(("make", "kind"), [(qwen3_5, "qwen3_5_text"), (gemma3, "gemma3_text")])
 def test_the_part_for_texts_computes_what_the_whole_does(make: Callable[[], PreTrainedModel], kind: str, saved) -> None:
     directory, whole = saved(make)
-    spec = ModelSpec(name=str(directory), text_only=True)
+    spec = ModelSpec(config=ModelConfig(name=str(directory), text_only=True))
     assert refuse_unusable(spec).config.model_type == kind
     model, _ = load_policy(spec)
     assert torch.allclose(logits(model), logits(whole), atol=1e-5)
@@ -127,4 +127,4 @@ def test_a_run_of_the_part_for_texts_saves_that_part(saved, tmp_path: Path) -> N
     reloaded, found = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
     assert not any(found.values()) and reloaded.config.model_type == "qwen3_5_text"
     assert not torch.equal(logits(reloaded), logits(whole))
-    assert refuse_unusable(ModelSpec(name=str(final))).config.model_type == "qwen3_5_text"
+    assert refuse_unusable(ModelSpec(config=ModelConfig(name=str(final)))).config.model_type == "qwen3_5_text"

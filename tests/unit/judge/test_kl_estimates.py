@@ -12,6 +12,7 @@ from tiny_runs import CPU, save_tiny
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.head import HeadForm, HeadInput, token_divergence
 from rayalign.engine.model.pretrained import ModelSpec, save_pretrained
@@ -34,7 +35,10 @@ def sharp(directory: Path, seed: int, vocabulary: int | None = None) -> Path:
 
 def frozen(directory: Path) -> FrozenModel:
     return FrozenModel(
-        ScoringSpec(model=ModelSpec(name=str(directory)), tokens_per_micro_batch=400, row_tokens=200), CPU
+        ScoringSpec(
+            model=ModelSpec(config=ModelConfig(name=str(directory))), tokens_per_micro_batch=400, row_tokens=200
+        ),
+        CPU,
     )
 
 

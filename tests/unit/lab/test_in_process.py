@@ -13,6 +13,7 @@ from lab.rl import REINFORCEMENT
 from tiny_rollouts import SCORER
 
 from rayalign.config.compare import started_from
+from rayalign.config.model import ModelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
@@ -25,7 +26,9 @@ from rayalign.storage.manifest import read_manifest
 def initial(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The lab's model with weights, untrained."""
     folder = tmp_path_factory.mktemp("lab") / "model"
-    save_pretrained(*load_policy(ModelSpec(name=str(FOLDER), from_scratch=True), device=CPU), folder)
+    save_pretrained(
+        *load_policy(ModelSpec(config=ModelConfig(name=str(FOLDER), from_scratch=True)), device=CPU), folder
+    )
     return str(folder)
 
 

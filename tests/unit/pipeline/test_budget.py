@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from rayalign.comparison.budget import Budget, Ending, reached
+from rayalign.comparison.budget import Budget, Ending, limit_reached
 from rayalign.comparison.cells import measure_cell, stopped_cell, train_cell
 from rayalign.comparison.compare import refuse_unfinished
 from rayalign.comparison.evaluate import Evaluation
@@ -20,7 +20,7 @@ from rayalign.config.budget import BudgetConfig
 from rayalign.config.compare import Cell
 from rayalign.config.run import RunConfig
 from rayalign.errors import Stopped, UserError
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.runtime.trainer import Trainer
 from rayalign.runtime.worker import TrainJob
 from rayalign.stop import StopRequest
@@ -50,10 +50,10 @@ def write_rows(directory: Path, *rows: tuple[int, float, int]) -> None:
 
 def test_the_first_limit_that_is_reached_counts() -> None:
     used = {"device_hours": 1.25, "seconds": 900.0, "tokens_trained": 12_000}
-    assert reached(BudgetConfig(device_hours=1.5, seconds=901, tokens_trained=12_001), used) == ""
-    assert reached(BudgetConfig(tokens_trained=12_000), used) == "tokens_trained: 12,000 of 12,000"
-    assert reached(BudgetConfig(seconds=600, tokens_trained=5), used) == "seconds: 900 of 600.0"
-    assert reached(BudgetConfig(device_hours=1), used) == "device_hours: 1.250 of 1.0"
+    assert limit_reached(BudgetConfig(device_hours=1.5, seconds=901, tokens_trained=12_001), used) == ""
+    assert limit_reached(BudgetConfig(tokens_trained=12_000), used) == "tokens_trained: 12,000 of 12,000"
+    assert limit_reached(BudgetConfig(seconds=600, tokens_trained=5), used) == "seconds: 900 of 600.0"
+    assert limit_reached(BudgetConfig(device_hours=1), used) == "device_hours: 1.250 of 1.0"
 
 
 def test_use_is_summed_over_runs_from_their_rows(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_without_a_budget_nothing_ends(tmp_path: Path) -> None:
     assert not budget.asked and not budget.meters
 
 
-def board() -> Board:
-    return Board(Console(file=StringIO()))
+def board() -> ProgressBoard:
+    return ProgressBoard(Console(file=StringIO()))
 
 
 def cell(directory: Path, identity: str = "dpo") -> CellResult:

@@ -22,7 +22,7 @@ from rayalign.config.budget import BudgetConfig
 from rayalign.config.compare import Cell
 from rayalign.config.run import RunConfig
 from rayalign.errors import Stopped, UserError
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.runtime.worker import TrainJob
 from rayalign.stop import StopRequest
 from rayalign.storage.manifest import commit
@@ -52,7 +52,7 @@ def ready(folder: Path, name: str) -> CellResult:
 def test_one_failed_cell_does_not_lose_the_others(
     parallel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_job(run: RunConfig, job: TrainJob, trainer: Any, board: Board) -> Path:
+    def run_job(run: RunConfig, job: TrainJob, trainer: Any, board: ProgressBoard) -> Path:
         if job.run == "breaks":
             raise UserError("step 3: loss nan")
         checkpoint = job.spec.directory / "checkpoints" / "step_000004-aabc"
@@ -67,9 +67,9 @@ def test_one_failed_cell_does_not_lose_the_others(
             return (f"points of {directory.name}",)
 
     monkeypatch.setattr(cells, "run_job", run_job)
-    board, evaluation = Board(Console(file=StringIO())), cast(Evaluation, Measures())
+    board, evaluation = ProgressBoard(Console(file=StringIO())), cast(Evaluation, Measures())
     prepared = [ready(tmp_path, name) for name in NAMES]
-    with cells.training(prepared, parallel, board, Ending(StopRequest(), Budget(None))) as trained:
+    with cells.train_cells(prepared, parallel, board, Ending(StopRequest(), Budget(None))) as trained:
         results = [cells.measure_cell(cell.result(), evaluation, board) for cell in trained]
     assert [result.cell.id for result in results] == list(NAMES)
     assert [result.failure for result in results] == [
@@ -98,7 +98,7 @@ def test_trials_that_train_are_saved_before_the_others_are_given_up(
                 waited.set()
             super().shutdown(wait, cancel_futures=cancel_futures)
 
-    def run_job(run: RunConfig, job: TrainJob, trainer: Any, board: Board) -> Path:
+    def run_job(run: RunConfig, job: TrainJob, trainer: Any, board: ProgressBoard) -> Path:
         if job.run == "first":
             assert begun.wait(60)
             if by == "budget":
@@ -112,7 +112,7 @@ def test_trials_that_train_are_saved_before_the_others_are_given_up(
 
     def trials() -> Generator[CellResult]:
         items = [ready(tmp_path, name) for name in ("first", "second")]
-        with cells.training(items, 2, Board(Console(file=StringIO())), ending) as trained:
+        with cells.train_cells(items, 2, ProgressBoard(Console(file=StringIO())), ending) as trained:
             yield from (whole_trial(cell.result(), ending.budget) for cell in trained)
 
     monkeypatch.setattr(cells, "ThreadPoolExecutor", Waits)

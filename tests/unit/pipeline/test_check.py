@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from workspaces import rayalign
 
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.select import likelihood
 from rayalign.data.tokenize import Tokenized, rows_to_groups
@@ -309,7 +310,7 @@ def test_what_a_filter_would_keep_is_said(tmp_path: Path) -> None:
         for outcome in rows_to_groups(next(read_chunks(Unit(path=str(path)))), chat, TokenBudget())
         if isinstance(outcome, Tokenized)
     ]
-    spec = ScoringSpec(model=ModelSpec(name=weights), tokens_per_micro_batch=4096, row_tokens=256)
+    spec = ScoringSpec(model=ModelSpec(config=ModelConfig(name=weights)), tokens_per_micro_batch=4096, row_tokens=256)
     columns = FrozenModel(spec, torch.device("cpu")).token_logps(groups)
     scores = [
         likelihood(column, [candidate.num_predicted for candidate in group.candidates])

@@ -15,6 +15,7 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workspaces import rayalign
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import WRITTEN, ScalarHead
 
@@ -35,7 +36,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path / "cache"))
     save_tiny(tmp_path / "causal")
-    save_pretrained(*load_policy(ModelSpec(name=str(tmp_path / "causal"), head=ScalarHead())), tmp_path / "rm")
+    save_pretrained(
+        *load_policy(ModelSpec(config=ModelConfig(name=str(tmp_path / "causal")), head=ScalarHead())), tmp_path / "rm"
+    )
     return tmp_path
 
 

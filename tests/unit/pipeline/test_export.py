@@ -21,7 +21,7 @@ from rayalign.data.schema import Example
 from rayalign.data.shard import write_shard
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
-from rayalign.data.tokenize_rows import Shape, shaped
+from rayalign.data.tokenize_rows import Shape, shape_group
 from rayalign.engine.model.folder import tokenizer_digest
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
@@ -128,7 +128,7 @@ def make_store(folder: Path, rows: list[dict[str, Any]], shape: Shape, *, templa
     groups: list[Group] = []
     for example, outcome in zip(examples, to_groups(examples, chat, TokenBudget()), strict=True):  # type: ignore[arg-type]
         assert isinstance(outcome, Tokenized), outcome
-        groups += shaped(outcome.group, shape, preference=example.preference)  # type: ignore[union-attr]
+        groups += shape_group(outcome.group, shape, preference=example.preference)  # type: ignore[union-attr]
     directory = folder / f"tokens-{shape}"
     prompts = [example.prompt for example in examples]  # type: ignore[union-attr]
     shard = write_shard(directory, "shard", groups, prompts=prompts)

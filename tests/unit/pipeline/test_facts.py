@@ -11,8 +11,8 @@ from rayalign.config.data import DataSource
 from rayalign.data.records import BadRow
 from rayalign.data.tokenize_rows import ShardReport
 from rayalign.errors import UserError
-from rayalign.run.facts import refuse_absent_columns, summary, warning
-from rayalign.runtime.datasets import Preparation
+from rayalign.run.facts import preparation_counts, refuse_absent_columns, warning
+from rayalign.runtime.datasets import StorePreparation
 
 
 def report(**fields: Any) -> ShardReport:
@@ -33,11 +33,11 @@ def report(**fields: Any) -> ShardReport:
     return ShardReport(**given | fields)
 
 
-FOUND = Preparation(reports=(report(), report(unread=Counter(rating=1, mood=4))), bytes_by_node={})
+FOUND = StorePreparation(reports=(report(), report(unread=Counter(rating=1, mood=4))), bytes_by_node={})
 
 
 def test_counts_of_all_chunks_add_up() -> None:
-    facts = summary(FOUND)
+    facts = preparation_counts(FOUND)
     assert {name: facts[name] for name in ("rows", "bad", "dropped", "undecided")} == {
         "rows": 8,
         "bad": 2,
@@ -52,7 +52,7 @@ def test_counts_of_all_chunks_add_up() -> None:
 
 
 def test_a_warning_names_what_was_not_read_and_nothing_else() -> None:
-    facts = summary(FOUND)
+    facts = preparation_counts(FOUND)
     assert warning("pairs", facts) == (
         "warning: pairs: not read: mood (4 of 8 rows), rating (3 of 8 rows); name what is meant with `columns`"
     )

@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from rayalign.config import load_run
 from rayalign.data.group import Group
-from rayalign.data.select import read_rows, rows_file
+from rayalign.data.select import read_selected_rows, rows_file
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.placement import Node
-from rayalign.report.formatting import kept
+from rayalign.report.formatting import filter_sentence
 from rayalign.rounds.stored import drawn_rows, order_of
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.reference import LOG_PROBS
 from rayalign.run.stages import Stages, filter_facts
-from rayalign.run.streams import filtered as filtered_stream
+from rayalign.run.streams import keep_filtered as filtered_stream
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
@@ -83,12 +83,12 @@ def test_what_is_kept_is_what_a_plain_forward_finds_likeliest(
     gap = scores[likeliest[-1]] - sorted(scores)[21 - 8]
     assert gap > 1e-4  # or rounding might decide
     directory = filtered(stages, stream)
-    assert read_rows(rows_file(directory, 0)).tolist() == sorted(likeliest)
+    assert read_selected_rows(rows_file(directory, 0)).tolist() == sorted(likeliest)
     facts = filter_facts(directory)
     threshold = facts.pop("threshold")
     assert facts == {"policy_logp_quantile": 0.7, "kept": 7, "of": 21, "unit": "pairs"}
     assert threshold == pytest.approx(scores[likeliest[-1]], abs=1e-5)
-    assert kept(threshold=-1.2345, **facts) == "kept 7 of 21 pairs, threshold −1.23 nats per token"
+    assert filter_sentence(threshold=-1.2345, **facts) == "kept 7 of 21 pairs, threshold −1.23 nats per token"
 
 
 def test_it_is_made_once_for_equal_log_probs(stages: Stages, stream: StoredStream, model: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_two_stores_are_held_to_one_threshold(stages: Stages, model: Path, tmp_p
         weights=(1.0, 3.0),
     )
     directory = filtered(stages, both)
-    rows = [2 * row + n for n in (0, 1) for row in read_rows(rows_file(directory, n)).tolist()]
+    rows = [2 * row + n for n in (0, 1) for row in read_selected_rows(rows_file(directory, n)).tolist()]
     scores = plain_scores(model, GROUPS)
     assert sorted(rows) == sorted(sorted(range(21), key=lambda row: -scores[row])[:7])
 

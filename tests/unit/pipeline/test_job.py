@@ -21,14 +21,14 @@ from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
-from rayalign.placement import Node, Share, share
+from rayalign.placement import Node, Share, even_share
 from rayalign.run.identity import run_identity
-from rayalign.run.job import critic_spec, refuse_unsaved_best
+from rayalign.run.job import make_critic_spec, refuse_unsaved_best
 from rayalign.run.model import model_spec
 from rayalign.run.readers import refuse_unusable_models
-from rayalign.run.resolve import resolve
+from rayalign.run.resolve import resolve_run
 from rayalign.run.rollouts import preparation, prompts_of, round_plan
-from rayalign.run.streams import num_steps, require_columns
+from rayalign.run.streams import require_columns, steps_of_stream
 from rayalign.runtime.session import Session
 
 METHOD = """
@@ -65,11 +65,11 @@ def test_rollouts_on_nodes_of_their_own_leave_those_that_are_there_to_training()
     )
     settings = [*ON_POLICY, "data_policy=on_policy", "method=dpo", "strategy={name: ddp, workers: 2}"]
     run = load_run(None, [*settings, "rollout.actors=[0, 8]", "rollout.placement=separate"])
-    assert resolve(run, session).processes == 2
-    assert share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
-    counted = resolve(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session).processes
+    assert resolve_run(run, session).processes == 2
+    assert even_share(session, 2, workers=2) == Share(cpus=12.0, gpus=1.0, threads=12)
+    counted = resolve_run(load_run(None, [*settings, "rollout.actors=[0, 8]"]), session).processes
     with pytest.raises(UserError, match=r"3 processes need a GPU each, the cluster has 2: .*placement: separate"):
-        share(session, counted, workers=2)
+        even_share(session, counted, workers=2)
 
 
 def test_an_epoch_of_prompts_takes_as_many_steps_as_there_are_passes(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_an_epoch_of_prompts_takes_as_many_steps_as_there_are_passes(tmp_path: P
     stream = prompts_of([path], weights=[1.0], groups_per_step=4)
     for policy, steps in (("on_policy", 6), ("{name: on_policy, refresh_every: 3, passes: 3}", 18)):
         settings = [f"data_policy={policy}", "optim.epochs=2", "optim.groups_per_step=4", "method=rloo"]
-        assert num_steps(load_run(None, [*ON_POLICY, *settings]), stream) == steps
+        assert steps_of_stream(load_run(None, [*ON_POLICY, *settings]), stream) == steps
 
 
 def test_a_run_of_ones_own_method_is_another_run_when_its_code_changes(tmp_path: Path) -> None:
@@ -217,11 +217,11 @@ PPO = [
 def test_a_critic_starts_from_the_policy_or_from_its_own_folder_and_has_a_rate_of_its_own(tmp_path: Path) -> None:
     policy, other = (save_tiny(tmp_path / name) for name in ("policy", "other"))
     null = load_run(None, [*PPO, f"model.name={policy}", "model.from_scratch=true", "seed=5"])
-    spec = critic_spec(null)
-    assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.from_scratch
+    spec = make_critic_spec(null)
+    assert spec.model == replace(model_spec(null), head=ScalarHead()) and spec.model.config.from_scratch
     assert spec.optim == null.optim.model_copy(update={"lr": 9e-6})
     run = load_run(None, [*PPO, f"model.name={policy}", f"critic={{model: {other}, lr: 1e-4}}", "data.stop=<|end|>"])
-    spec = critic_spec(run)
+    spec = make_critic_spec(run)
     assert spec.model.name == str(other) and spec.model.head == ScalarHead(stop="<|end|>")
     assert spec.optim == run.optim.model_copy(update={"lr": 1e-4})
     # Other weights of the critic are another run.

@@ -17,13 +17,13 @@ from tiny_tokenizers import LLAMA3, byte_level
 
 from rayalign.comparison.evaluate import (
     Evaluation,
-    answers_told,
+    answer_remarks,
     evaluation_digest,
     evaluation_spec,
     points_table,
     refuse_broken_scorers,
 )
-from rayalign.comparison.record import assumptions, judge_of
+from rayalign.comparison.record import assumptions, judge_measure
 from rayalign.config import load_compare, load_run
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
@@ -88,12 +88,12 @@ class InThisProcess:
 
 
 def evaluation_of(folder: Path, *settings: str) -> Evaluation:
-    run = load_run(folder / "run.yaml", settings)
-    assert run.evaluate is not None
+    evaluated = load_run(folder / "run.yaml", settings).evaluated
+    assert evaluated is not None
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
-    spec = evaluation_spec(run, Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session))
+    spec = evaluation_spec(evaluated, Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session))
     pool: Any = InThisProcess(Evaluator(spec))
-    return Evaluation(spec=spec, config=run.evaluate, digest=evaluation_digest(spec), evaluators=pool)
+    return Evaluation(spec=spec, config=evaluated.evaluate, digest=evaluation_digest(spec), evaluators=pool)
 
 
 def judge_at(endpoint: Endpoint, *, role: str = "judge") -> str:
@@ -272,7 +272,7 @@ def test_the_table_has_the_judges_win_rate_and_says_what_was_asked(folder: Path)
     shown = points_table(run.evaluate, {"2": (point,)})
     (column,) = [column for column in shown.columns if column.header == "win rate, judged by vowels"]
     assert list(column.cells)[0].startswith("0.833 [")
-    assert list(answers_told({"2": (point,)})) == [
+    assert list(answer_remarks({"2": (point,)})) == [
         "step 2, prompts: judge vowels: 4 replies, 8 calls, 1 failures, 1 ties, 0 disagreements, 1 missing"
     ]
 
@@ -315,4 +315,4 @@ def test_a_judge_is_explained(folder: Path) -> None:
     asked = load_run(folder / "run.yaml", [judge_text("api_key_env: KEY")])
     for run, words in ((rule, "Counts vowels. As judge: the reply with the higher score wins"), (asked, "both orders")):
         assert run.evaluate is not None and run.evaluate.judge is not None
-        assert words in judge_of(run.evaluate.judge).description
+        assert words in judge_measure(run.evaluate.judge).description

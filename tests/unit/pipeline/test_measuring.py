@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import save_tiny
 
 from rayalign.comparison.compare import common_evaluation
-from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, measured_by, refuse_broken_scorers
+from rayalign.comparison.evaluate import evaluation_digest, evaluation_spec, instrument_digests, refuse_broken_scorers
 from rayalign.comparison.record import assumptions, entry_labels
 from rayalign.config import load_compare, load_run
 from rayalign.errors import UserError
@@ -46,7 +46,9 @@ def folder(tmp_path: Path) -> Path:
 def spec_of(folder: Path, *settings: str) -> EvaluationSpec:
     session = Session(started_here=True, nodes=(Node(id="", name="", cpus=1, gpus=0),))
     stages = Stages(artifacts=Artifacts(root=folder / "artifacts"), session=session)
-    return evaluation_spec(load_run(folder / "run.yaml", settings), stages)
+    evaluated = load_run(folder / "run.yaml", settings).evaluated
+    assert evaluated is not None
+    return evaluation_spec(evaluated, stages)
 
 
 def test_kl_is_measured_at_temperature_1_whatever_the_loss_divides_by(folder: Path) -> None:
@@ -72,10 +74,10 @@ def test_numbers_are_kept_until_what_they_depend_on_changes(folder: Path) -> Non
 
 
 def test_what_differs_between_two_measurements_is_named(folder: Path) -> None:
-    first = measured_by(spec_of(folder))
+    first = instrument_digests(spec_of(folder))
 
     def changed(*settings: str) -> list[str]:
-        return [key for key, digest in measured_by(spec_of(folder, *settings)).items() if digest != first[key]]
+        return [key for key, digest in instrument_digests(spec_of(folder, *settings)).items() if digest != first[key]]
 
     assert changed("evaluate.every=7", "optim.lr=1e-3", "method=ipo") == []
     assert changed("seed=1") == ["sampling"]

@@ -17,6 +17,7 @@ from rayalign.data.records import RawRow
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
+from rayalign.judge.measure import Prompt
 from rayalign.placement import Node
 from rayalign.run.stages import Stages
 from rayalign.runtime.session import Session
@@ -41,11 +42,16 @@ def stages(tmp_path: Path) -> Stages:
     return Stages(artifacts=Artifacts(root=tmp_path / "artifacts"), session=session)
 
 
+def sets_of(run: RunConfig, stages: Stages) -> dict[str, tuple[Prompt, ...]]:
+    assert run.evaluated is not None
+    return prompt_sets(run.evaluated, stages)
+
+
 def test_prompts_are_tokenized_as_training_does(tmp_path: Path, stages: Stages) -> None:
     rows = pairs(0, 4)
     path = write(tmp_path / "pairs.jsonl", rows)
     run = run_with(f"data.train={path}", f"data.eval={path}", "evaluate.every=1")
-    [(label, prompts)] = prompt_sets(run, stages).items()
+    [(label, prompts)] = sets_of(run, stages).items()
     raw = [RawRow(source=path, line=line, value=row) for line, row in enumerate(rows, 1)]
     trained = rows_to_groups(
         raw, make_chat(load_tokenizer(LAB_MODEL)), TokenBudget(max_prompt_tokens=128, max_tokens=256)
@@ -68,16 +74,16 @@ def test_a_bad_prompt_is_an_error_with_its_line(tmp_path: Path, stages: Stages) 
     path = write(tmp_path / "prompts.jsonl", [{"prompt": "hello"}, {"prompt": 3}])
     run = run_with(f"data.train={path}", f"evaluate.prompts={path}")
     with pytest.raises(UserError, match=r"prompts.jsonl:2: prompt must be a text or a list of turns, not a number"):
-        prompt_sets(run, stages)
+        sets_of(run, stages)
 
 
 def test_sets_are_named_after_their_files(tmp_path: Path, stages: Stages) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": "hello ,"}]) for name in ("shop", "travel")]
     run = run_with(f"data.train={paths[0]}", f"evaluate.prompts=[{', '.join(paths)}]")
-    assert list(prompt_sets(run, stages)) == ["shop", "travel"]
+    assert list(sets_of(run, stages)) == ["shop", "travel"]
     twice = run_with(f"data.train={paths[0]}", f"evaluate.prompts=[{paths[0]}, {paths[0]}]")
     with pytest.raises(UserError, match="two sets have the same name"):
-        prompt_sets(twice, stages)
+        sets_of(twice, stages)
 
 
 def test_a_conversation_reads_as_a_transcript(tmp_path: Path, stages: Stages) -> None:
@@ -95,4 +101,4 @@ def test_a_conversation_reads_as_a_transcript(tmp_path: Path, stages: Stages) ->
 def test_prompts_need_not_come_as_the_rows_that_are_trained_on(tmp_path: Path, stages: Stages) -> None:
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
     run = run_with("data.train=t.jsonl", "data.format=preference", f"evaluate.prompts={prompts}")
-    assert [prompt.text for prompt in prompt_sets(run, stages)["prompts"]] == ["Why?"]
+    assert [prompt.text for prompt in sets_of(run, stages)["prompts"]] == ["Why?"]

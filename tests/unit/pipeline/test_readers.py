@@ -30,7 +30,7 @@ from rayalign.judge.measure import Prompt
 from rayalign.run.model import stop_ids
 from rayalign.run.readers import (
     export_facts,
-    export_told,
+    export_sentences,
     refuse_long_questions,
     refuse_unanswerable,
     refuse_unreadable,
@@ -156,9 +156,10 @@ def test_what_no_model_of_the_run_reads_is_refused_by_its_row(llama: Path, tmp_p
     assert drawing.rollout is not None
     with pytest.raises(UserError, match=r"rollout.max_new_tokens are 30, more than the 40 that .*tiny reads"):
         refuse_unanswerable(tmp_path / "rows", drawing, drawing.rollout)
-    run = configured(tmp_path / "tiny", MEASURED)
+    evaluated = configured(tmp_path / "tiny", MEASURED).evaluated
+    assert evaluated is not None
     with pytest.raises(UserError, match=r"evaluate.prompts: a prompt of 30 tokens and \d+ new ones .* context of 40"):
-        refuse_long_questions((Prompt(prompt="Why?", ids=tuple(range(30))),), run)
+        refuse_long_questions((Prompt(prompt="Why?", ids=tuple(range(30))),), evaluated)
 
 
 # What is saved
@@ -173,7 +174,7 @@ def adapter_of(base: Path, directory: Path) -> Path:
 def test_of_a_plain_model_only_its_end_tokens_are_said(llama: Path) -> None:
     run = configured(llama)
     assert export_facts(run) == {"dtype": "float32", "end_tokens": ["<|im_end|>", "</s>"]}
-    assert [*export_told(run)] == ["samples stop at <|im_end|>, </s>; training appends the first"]
+    assert [*export_sentences(run)] == ["samples stop at <|im_end|>, </s>; training appends the first"]
 
 
 def test_what_is_not_as_expected_is_said(llama: Path, tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_what_is_not_as_expected_is_said(llama: Path, tmp_path: Path) -> None:
     (half / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
     run = configured(half)
     assert stop_ids(run) == (4, 1, 0)
-    assert [*export_told(run)] == [
+    assert [*export_sentences(run)] == [
         "final/ will be saved in bfloat16, as the model's own files are; checkpoints are float32",
         "samples stop at <|im_end|>, </s>, <s>; training appends the first",
     ]
@@ -202,7 +203,7 @@ def test_an_adapter_on_an_adapter_is_merged(llama: Path, tmp_path: Path) -> None
 
 def test_experts_without_an_adapter_are_said(tmp_path: Path) -> None:
     model = save_animal(tmp_path / "moe", "mixtral")
-    assert [*export_told(configured(model, model={"lora": {"rank": 2}}))][1:] == [
+    assert [*export_sentences(configured(model, model={"lora": {"rank": 2}}))][1:] == [
         "model.lora: an adapter on 8 linear layers (k_proj, o_proj, q_proj, v_proj); none on 4 tensors of fused "
         "experts (down_proj, gate_up_proj), which get one if model.lora.target_modules names them"
     ]

@@ -15,7 +15,7 @@ from rayalign.errors import UserError
 from rayalign.storage.artifacts import USED, Artifacts
 from rayalign.storage.lease import identity, lease
 from rayalign.storage.manifest import commit
-from rayalign.verbs.shelf import artifacts, gc, ls, seconds
+from rayalign.verbs.shelf import artifacts, gc, ls, parse_duration
 
 DAY = 86400.0
 
@@ -129,10 +129,10 @@ def test_a_run_that_cannot_be_read_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_times() -> None:
-    assert [seconds(text) for text in ("90s", "5m", "12h", "30d", "2w")] == [90, 300, 43200, 30 * DAY, 14 * DAY]
+    assert [parse_duration(text) for text in ("90s", "5m", "12h", "30d", "2w")] == [90, 300, 43200, 30 * DAY, 14 * DAY]
     for text in ("30", "d", "1.5h", "-1d", "30 days"):
         with pytest.raises(UserError, match="write a number and one of s, m, h, d, w, such as 30d"):
-            seconds(text)
+            parse_duration(text)
 
 
 def test_the_list_says_what_is_there_and_for_whom(tmp_path: Path) -> None:

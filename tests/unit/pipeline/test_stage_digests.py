@@ -11,13 +11,15 @@ import pytest
 import torch
 from lab.world import pairs
 
+from rayalign.config.candidates import Labelling
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.config.policy import LabelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import RawRow
-from rayalign.data.select import rows_file, scores_of, select, write_rows
+from rayalign.data.select import rows_file, scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize_rows import Unit, prepare_chunk
@@ -25,8 +27,8 @@ from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
 from rayalign.methods import resolve
-from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkSpec
-from rayalign.rounds.columns import Preparation, prepare_columns
+from rayalign.rounds.chunk import ChunkMaker, ChunkSpec, PromptChunk
+from rayalign.rounds.columns import RoundPreparation, prepare_columns
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.reference import LOG_PROBS
 from rayalign.storage.artifacts import STAGE_VERSIONS
@@ -88,7 +90,9 @@ def test_mismatched(tmp_path: Path) -> None:
 
 def test_reference(store: TokenStore) -> None:
     spec = ScoringSpec(
-        model=ModelSpec(name=str(LAB_MODEL), from_scratch=True, seed=0), tokens_per_micro_batch=2048, row_tokens=256
+        model=ModelSpec(config=ModelConfig(name=str(LAB_MODEL), from_scratch=True), seed=0),
+        tokens_per_micro_batch=2048,
+        row_tokens=256,
     )
     columns = FrozenModel(spec, torch.device("cpu")).token_logps([store[index] for index in range(len(store))])
     sums = [float(column.sum(dtype=np.float64)) for column in columns]
@@ -103,9 +107,9 @@ def test_filter(store: TokenStore, tmp_path: Path) -> None:
     ]
     shard = write_column_shard(tmp_path / "logps", "0", first=0, per_token={LOG_PROBS: columns})
     laid = commit_columns(tmp_path / "logps", store, [shard], meta={})
-    selection = select([scores_of(laid, column=LOG_PROBS, own_candidates=None)], 0.7)
+    selection = select_best([scores_of(laid, column=LOG_PROBS, own_candidates=None)], 0.7)
     assert (selection.threshold, selection.kept[0].tolist()) == (-3 / 8, [0, 2, 5])
-    write_rows(tmp_path / "filter", selection)
+    write_selected_rows(tmp_path / "filter", selection)
     assert file_digest(rows_file(tmp_path / "filter", 0)) == KEPT_DIGEST
 
 
@@ -121,7 +125,7 @@ def test_prepared(tmp_path: Path) -> None:
     ]
     drawn = commit_store(tmp_path / "drawn", [write_shard(tmp_path / "drawn", "0", groups)], meta={})
     method = resolve("reinforce_pp")
-    preparation = Preparation(method=method, config=method.config(kl_coef=0), key="")
+    preparation = RoundPreparation(method=method, config=method.config(kl_coef=0), key="")
     made = prepare_columns(drawn, tmp_path / "prepared", preparation)
     advantages = np.concatenate([made[row].per_token["advantage"] for row in range(len(made))])
     assert (len(advantages), float(advantages.mean())) == (PAIR_TOKENS, pytest.approx(0, abs=1e-6))
@@ -136,7 +140,7 @@ def make_groups(directory: Path) -> list[Group]:
 def test_rollouts(tmp_path: Path) -> None:
     """Of stored completions, scored and labelled again: what is drawn depends on rounding."""
     prompts = make_store(tmp_path / "prompts", "prompt")
-    model = ModelSpec(name=str(LAB_MODEL), from_scratch=True, seed=0)
+    model = ModelSpec(config=ModelConfig(name=str(LAB_MODEL), from_scratch=True), seed=0)
     stream = StoredStream(
         name="prompts",
         stores=(tmp_path / "prompts",),
@@ -153,11 +157,12 @@ def test_rollouts(tmp_path: Path) -> None:
         engine="none",
         sampling=None,
         keep_stored=True,
-        scorer=RuleScorerConfig(function="lab.world:oracle"),
-        label=LabelConfig(name="bradley_terry", scale=0.1),
+        labelling=Labelling(
+            scorer=RuleScorerConfig(function="lab.world:oracle"), label=LabelConfig(name="bradley_terry", scale=0.1)
+        ),
         shape="pair",
         needs_reference=False,
     )
-    chunk = Chunk(name="0", positions=range(len(prompts)), directory=tmp_path / "rollouts", weights=None)
+    chunk = PromptChunk(name="0", positions=range(len(prompts)), directory=tmp_path / "rollouts", weights=None)
     report = ChunkMaker()((spec, chunk))
     assert commit_store(tmp_path / "rollouts", [report.shard], meta={}).digest == ROLLOUTS_DIGEST

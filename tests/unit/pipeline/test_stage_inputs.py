@@ -31,7 +31,7 @@ def stages_of(folder: Path) -> Stages:
 def test_the_manifest_of_made_rows_has_no_secret(tmp_path: Path) -> None:
     (tmp_path / "maker.py").write_text("def rows(api_key, n):\n    yield {'prompt': 'a'}\n")
     source = DataSource(function=f"{tmp_path}/maker.py:rows", arguments={"api_key": "sk-planted", "n": 3})
-    made = stages_of(tmp_path).rows(source)
+    made = stages_of(tmp_path).rows(f"{tmp_path}/maker.py:rows", source)
     assert json.loads((made.parent / "MANIFEST.json").read_text())["inputs"]["arguments"] == {
         "api_key": "(redacted)",
         "n": 3,
@@ -84,7 +84,9 @@ def test_a_version_makes_rows_again(tmp_path: Path) -> None:
     """Of what a function reads besides its own file, which nothing else could tell."""
     (tmp_path / "maker.py").write_text("def rows():\n    yield {'prompt': 'a'}\n")
     made = [
-        stages_of(tmp_path).rows(DataSource(function=f"{tmp_path}/maker.py:rows", version=version))
+        stages_of(tmp_path).rows(
+            f"{tmp_path}/maker.py:rows", DataSource(function=f"{tmp_path}/maker.py:rows", version=version)
+        )
         for version in (None, 1, "2024-05-01", 1)
     ]
     assert len({*made}) == 3 and made[1] == made[3]
@@ -108,7 +110,9 @@ def test_a_folder_with_brackets_is_no_pattern(tmp_path: Path) -> None:
 def test_a_maker_of_rows_that_fails_says_where(tmp_path: Path, source: dict[str, object], message: str) -> None:
     (tmp_path / "maker.py").write_text("def rows(n=1):\n    yield {'prompt': 'a'}\n    yield {'prompt': {1, 2}}\n")
     with pytest.raises(UserError, match=message):
-        stages_of(tmp_path).rows(DataSource(function=f"{tmp_path}/maker.py:rows", **source))  # type: ignore[arg-type]
+        stages_of(tmp_path).rows(
+            f"{tmp_path}/maker.py:rows", DataSource(function=f"{tmp_path}/maker.py:rows", **source)
+        )  # type: ignore[arg-type]
 
 
 def test_fresh_makes_a_stage_from_nothing_and_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_runs import save_tiny
 
 from rayalign.comparison.compare import compare
-from rayalign.comparison.forecast import estimate, read_pilot
+from rayalign.comparison.forecast import estimate_step_time, read_pilot
 from rayalign.comparison.plan import Plan, Planned, plan, stage_state
 from rayalign.config import load_compare, load_run
 from rayalign.config.dump import dump
@@ -21,7 +21,7 @@ from rayalign.data.chat import make_chat
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import Tokenized, rows_to_groups
-from rayalign.data.tokenize_rows import Unit, read_chunks, shaped
+from rayalign.data.tokenize_rows import Unit, read_chunks, shape_group
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.placement import Node
@@ -73,7 +73,8 @@ def write(folder: Path, **parts: object) -> Path:
 
 def planned(folder: Path, *, fresh: frozenset[str] = frozenset(), **parts: object) -> Planned:
     comparison = load_compare(write(folder, **parts))
-    evaluated = next(cell.run for cell in comparison.cells if cell.run is not None)
+    evaluated = next(cell.run.evaluated for cell in comparison.cells if cell.run is not None)
+    assert evaluated is not None
     return plan(comparison, evaluated, Plan(root=folder / "runs" / "artifacts", fresh=fresh), SESSION)
 
 
@@ -94,7 +95,7 @@ def make_tokens(folder: Path, **parts: object) -> TokenStore:
             group
             for outcome in rows_to_groups(rows, chat, run.data)
             if isinstance(outcome, Tokenized)
-            for group in shaped(outcome.group, "pair")
+            for group in shape_group(outcome.group, "pair")
         ]
         commit_store(directory, [write_shard(directory, "0000000000", groups)], meta={})
 
@@ -256,18 +257,18 @@ def test_a_pilot_says_how_long_a_step_takes(folder: Path) -> None:
     pilot_run(folder, "other-shape", [50.0], "method=sft")
     pilots = read_pilot(folder / "pilot")
     run = load_run(folder / "run.yaml")
-    found = estimate(run, pilots, workers=1, threads=1)
+    found = estimate_step_time(run, pilots, workers=1, threads=1)
     assert found is not None
     assert (found.seconds_per_step, found.differences) == (3.0, ())  # the median of 2, 2, 4 and 9
     slower = load_run(folder / "run.yaml", ["optim.groups_per_step=32"])
-    found = estimate(slower, pilots, workers=2, threads=1)
+    found = estimate_step_time(slower, pilots, workers=2, threads=1)
     assert found is not None
     assert found.differences == (
         "optim.groups_per_step: 64 → 32",
         "workers: 1 → 2",
         "optim.groups_per_step: 2 → 32",
     )
-    assert estimate(load_run(folder / "run.yaml", ["method=kto"]), pilots, workers=1, threads=1) is None
+    assert estimate_step_time(load_run(folder / "run.yaml", ["method=kto"]), pilots, workers=1, threads=1) is None
 
 
 def test_time_and_money_are_steps_times_the_pilots_seconds(folder: Path) -> None:

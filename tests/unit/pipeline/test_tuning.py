@@ -13,15 +13,24 @@ from rich.console import Console
 
 from rayalign.comparison import tuning
 from rayalign.comparison.record import CellResult
-from rayalign.comparison.tuning import Outcome, TrialResult, mean, pick, settle, trial_cells, trials_table
+from rayalign.comparison.tuning import (
+    Outcome,
+    TrialResult,
+    mean_over_prompts,
+    pick_trial,
+    settle_cells,
+    trial_cells,
+    trials_table,
+)
 from rayalign.config import Comparison, load_compare
 from rayalign.config.compare import Cell
-from rayalign.config.scoring import RuleScorerConfig
+from rayalign.config.run import EvaluatedRun
+from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig
 from rayalign.errors import Stopped
 from rayalign.judge.evaluator import EvaluationSpec
 from rayalign.judge.measure import Prompt
 from rayalign.rollout.base import SamplingParams
-from rayalign.run.display import Board
+from rayalign.run.display import ProgressBoard
 from rayalign.run.stages import Stages
 
 YAML = """\
@@ -56,7 +65,7 @@ def outcome(comparison: Comparison, *numbers: tuple[float, float, str]) -> Outco
         for result, (score, kl, failure) in zip(results, numbers, strict=True)
     ]
     assert comparison.tune is not None
-    return pick(own, [measures[index : index + 2] for index in (0, 2, 4)], comparison.tune, SPEC)
+    return pick_trial(own, [measures[index : index + 2] for index in (0, 2, 4)], comparison.tune, SPEC)
 
 
 def test_the_highest_mean_over_the_tuning_seeds_is_picked(comparison: Comparison) -> None:
@@ -85,8 +94,8 @@ def test_a_trial_that_drifts_or_fails_is_told_and_not_picked(comparison: Compari
 def test_cells_whose_trials_all_failed_fail_with_every_reason(comparison: Comparison) -> None:
     found = outcome(comparison, *[(math.nan, 1.0, "no room")] * 4, *[(1.0, 6.0, "")] * 2)
     assert found.picked is None
-    board = Board(Console(file=StringIO()))
-    cells, lost = settle(comparison.cells, [found], board)
+    board = ProgressBoard(Console(file=StringIO()))
+    cells, lost = settle_cells(comparison.cells, [found], board)
     assert [cell.id for cell in cells] == ["dpo__seed-0", "dpo__seed-1"] == list(lost)
     failure = lost["dpo__seed-1"].failure
     assert failure.startswith("none of its 3 trials can be picked: ")
@@ -95,21 +104,21 @@ def test_cells_whose_trials_all_failed_fail_with_every_reason(comparison: Compar
 
 def test_cells_are_trained_with_what_was_picked_and_without_tuning_as_they_are(comparison: Comparison) -> None:
     found = outcome(comparison, *[(0.1, 1.0, "")] * 4, *[(0.2, 1.0, "")] * 2)
-    board = Board(Console(file=StringIO()))
-    cells, lost = settle(comparison.cells, [found], board)
+    board = ProgressBoard(Console(file=StringIO()))
+    cells, lost = settle_cells(comparison.cells, [found], board)
     assert not lost and found.picked is not None
     assert [(cell.run.optim.lr, cell.run.seed) for cell in cells if cell.run] == [
         (found.picked.values["optim.lr"], 0),
         (found.picked.values["optim.lr"], 1),
     ]
-    assert settle(comparison.cells, [], board) == (list(comparison.cells), {})
+    assert settle_cells(comparison.cells, [], board) == (list(comparison.cells), {})
 
 
 def test_what_is_picked_later_is_trained_in_another_folder(comparison: Comparison) -> None:
     """With more trials another one may win; ids, by which reports name cells, stay."""
-    board = Board(Console(file=StringIO()))
+    board = ProgressBoard(Console(file=StringIO()))
     found = [
-        settle(comparison.cells, [outcome(comparison, *[(score, 1.0, "") for score in scores])], board)[0]
+        settle_cells(comparison.cells, [outcome(comparison, *[(score, 1.0, "") for score in scores])], board)[0]
         for scores in ((0.3, 0.3, 0.2, 0.2, 0.1, 0.1), (0.1, 0.1, 0.2, 0.2, 0.1, 0.1))
     ]
     first, second = (trial.values["optim.lr"] for trial in comparison.tuning[0].trials[:2])
@@ -130,8 +139,8 @@ def test_trials_are_listed_before_anything_starts(comparison: Comparison) -> Non
 
 
 def test_a_mean_is_over_prompts_that_have_a_value() -> None:
-    assert mean(((1.0, 3.0), (None, None), (None, 5.0))) == 3.5
-    assert math.isnan(mean(((None,),)))
+    assert mean_over_prompts(((1.0, 3.0), (None, None), (None, 5.0))) == 3.5
+    assert math.isnan(mean_over_prompts(((None,),)))
 
 
 def test_a_stop_while_a_trial_is_measured_ends_the_training_of_the_others(
@@ -151,9 +160,10 @@ def test_a_stop_while_a_trial_is_measured_ends_the_training_of_the_others(
         raise Stopped("stopped")
 
     monkeypatch.setattr(tuning, "selecting_spec", lambda *arguments: SPEC)
-    monkeypatch.setattr(tuning, "measured", measured)
-    board, stages = Board(Console(file=StringIO())), cast(Stages, None)
-    run = comparison.trial_runs[0]
+    monkeypatch.setattr(tuning, "measure_trial", measured)
+    board, stages = ProgressBoard(Console(file=StringIO())), cast(Stages, None)
+    evaluated = EvaluatedRun(run=comparison.trial_runs[0], evaluate=EvaluateConfig())
+    assert comparison.tune is not None
     with pytest.raises(Stopped):
-        tuning.tune(comparison, run, stages, train, board)
+        tuning.tune(comparison, comparison.tune, evaluated, stages, train, board)
     assert events == ["training ended"]

@@ -11,7 +11,7 @@ from synthetic_comparison import few_cells, make_comparison, seeded
 from rayalign.report import figures
 from rayalign.report.estimates import summarize
 from rayalign.report.points import ComparisonRecord
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 from rayalign.report.statistics import Bootstrap
 from rayalign.report.svg import THEME
 
@@ -19,7 +19,7 @@ from rayalign.report.svg import THEME
 @pytest.fixture(scope="module", params=["single", "seeded"])
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     given = few_cells() if request.param == "single" else seeded(few_cells(), seeds=2)
-    return render(ComparisonRecord.model_validate(given), tmp_path_factory.mktemp("page")).read_text()
+    return render_report(ComparisonRecord.model_validate(given), tmp_path_factory.mktemp("page")).read_text()
 
 
 def test_every_drawing_has_a_title_and_a_description(page: str) -> None:
@@ -88,11 +88,11 @@ def test_a_checkpoint_had_cost_the_share_of_its_step() -> None:
         for one in summarize(make_comparison(num_prompts=4), Bootstrap(resamples=20)).entries
         if one.label == "ipo, off"
     ]
-    assert figures.last_step(entry) == 100
+    assert figures.last_entry_step(entry) == 100
     assert [figures.COST_AXES[1].amount(entry.cost) * step / 100 for step in (20, 50, 100)] == [320, 800, 1600]
 
 
 def test_files_of_drawings_are_whole_by_themselves(tmp_path: Path) -> None:
-    report = render(ComparisonRecord.model_validate(few_cells()), tmp_path).parent
+    report = render_report(ComparisonRecord.model_validate(few_cells()), tmp_path).parent
     names = {path.stem for path in report.glob("*.svg")}
     assert {"frontier-oracle", "cost-seconds-audit2", "length", "curve-loss"} <= names

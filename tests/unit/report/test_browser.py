@@ -12,7 +12,7 @@ from synthetic_comparison import comparison_input, few_cells, seeded
 
 from rayalign.report.merge import merge
 from rayalign.report.points import ComparisonRecord
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -50,7 +50,7 @@ def oracle_column(document: str) -> list[float]:
 
 
 def test_the_page_loads_without_a_complaint_and_sorts_on_a_click(tmp_path: Path) -> None:
-    report = render(ComparisonRecord.model_validate(few_cells()), tmp_path)
+    report = render_report(ComparisonRecord.model_validate(few_cells()), tmp_path)
     _, log = opened(report, tmp_path / "profile")
     assert "CONSOLE" not in log
 
@@ -75,7 +75,7 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int, shape: str
     comparison = ComparisonRecord.model_validate(given)
     if shape == "merged":
         comparison = merge([("a", comparison), ("b", comparison)])
-    page = render(comparison, tmp_path)
+    page = render_report(comparison, tmp_path)
     text = page.read_text().replace("<details>", "<details open>")
     page.write_text(
         re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"<script>{MEASURE}</script></body>")

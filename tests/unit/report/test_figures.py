@@ -10,7 +10,7 @@ from synthetic_comparison import comparison_input, few_cells, make_comparison
 
 from rayalign.report.entries import entries_of
 from rayalign.report.estimates import summarize
-from rayalign.report.figures import draw_all, styles, trailing_mean
+from rayalign.report.figures import draw_all, entry_styles, trailing_mean
 from rayalign.report.points import ComparisonRecord
 from rayalign.report.statistics import Bootstrap
 from rayalign.report.svg import THEME, inline, standalone
@@ -69,7 +69,7 @@ def test_a_small_kl_keeps_a_linear_axis() -> None:
 
 
 def test_twelve_cells_are_told_apart_without_colour() -> None:
-    look = styles(entries_of(make_comparison(num_prompts=4).cells))
+    look = entry_styles(entries_of(make_comparison(num_prompts=4).cells))
     assert len({(style.symbol, style.line) for style in look.values()}) == 12
     assert look["dpo-off_policy"].color == look["dpo-on_policy"].color
     assert look["dpo-off_policy"].line != look["dpo-on_policy"].line
@@ -78,7 +78,7 @@ def test_twelve_cells_are_told_apart_without_colour() -> None:
 def test_cells_that_differ_in_neither_method_nor_policy_get_their_own_look() -> None:
     given = comparison_input(num_prompts=4)
     given["cells"][1]["data_policy"] = "off_policy"
-    look = styles(entries_of(ComparisonRecord.model_validate(given).cells))
+    look = entry_styles(entries_of(ComparisonRecord.model_validate(given).cells))
     assert len({(style.symbol, style.color, style.line) for style in look.values()}) == 12
 
 

@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from rayalign.report.formatting import count, indented, interval, markdown, number, signed_interval, single
+from rayalign.report.formatting import (
+    format_count,
+    format_number,
+    format_optional,
+    indented,
+    interval,
+    markdown,
+    signed_interval,
+)
 from rayalign.report.statistics import Estimate
 
 
@@ -25,7 +33,7 @@ from rayalign.report.statistics import Estimate
     ],
 )
 def test_number(value: float, unit: str, text: str) -> None:
-    assert number(value, unit) == text
+    assert format_number(value, unit) == text
 
 
 def test_intervals() -> None:
@@ -37,11 +45,20 @@ def test_intervals() -> None:
 
 def test_counts() -> None:
     values = (0, 1600, 9999, 12_340, 310_000, 1_200_000, 2.5e9, None)
-    assert [count(value) for value in values] == ["0", "1600", "9999", "12.3 k", "310 k", "1.20 M", "2.50 G", "–"]
+    assert [format_count(value) for value in values] == [
+        "0",
+        "1600",
+        "9999",
+        "12.3 k",
+        "310 k",
+        "1.20 M",
+        "2.50 G",
+        "–",
+    ]
 
 
 def test_one_reply() -> None:
-    assert (single(None), single(0.25)) == ("–", "0.250")
+    assert (format_optional(None), format_optional(0.25)) == ("–", "0.250")
 
 
 def test_markdown_text_is_inert() -> None:

@@ -9,7 +9,7 @@ import pytest
 from synthetic_comparison import few_cells, seeded
 
 from rayalign.report.entries import entries_of
-from rayalign.report.matrix import by_pair, contests
+from rayalign.report.matrix import contests, contests_by_pair
 from rayalign.report.points import REFERENCE, ComparisonRecord
 from rayalign.report.statistics import Bootstrap
 
@@ -18,7 +18,7 @@ QUICK = Bootstrap(resamples=200)
 
 def table(given: dict[str, Any]) -> Any:
     comparison = ComparisonRecord.model_validate(given)
-    return by_pair(list(contests(comparison, entries_of(comparison.cells), QUICK)))
+    return contests_by_pair(list(contests(comparison, entries_of(comparison.cells), QUICK)))
 
 
 def test_a_share_is_that_of_all_pairings_of_a_prompt() -> None:

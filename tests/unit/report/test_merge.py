@@ -12,9 +12,9 @@ from synthetic_comparison import few_cells, seeded
 from rayalign.cli import main
 from rayalign.errors import UserError
 from rayalign.report.estimates import summarize
-from rayalign.report.merge import differing, merge, merge_folders
-from rayalign.report.points import ComparisonRecord, load, save
-from rayalign.report.render import render
+from rayalign.report.merge import measured_differences, merge, merge_folders
+from rayalign.report.points import ComparisonRecord, load_comparison, save_comparison
+from rayalign.report.render import render_report
 from rayalign.report.statistics import Bootstrap
 
 MEASURED = {"reference": "r", "prompts": "p", "scorers": "s", "package": "v"}
@@ -67,7 +67,7 @@ def test_beside_tuned_cells_the_others_are_called_untuned(tmp_path: Path) -> Non
     tuning = {"label": "dpo, off", "cells": [few_cells()["cells"][0]["id"]], "asked": 2, "seeds": [9],
               "scorer": "oracle", "prompt_set": "shop", "num_prompts": 2}  # fmt: skip
     first = comparison("one", tuning=[tuning])
-    page = render(merge([("a", first), ("b", comparison("two", cells=renamed(few_cells(), "-b")))]), tmp_path)
+    page = render_report(merge([("a", first), ("b", comparison("two", cells=renamed(few_cells(), "-b")))]), tmp_path)
     for text in (page.read_text(), page.with_name("report.md").read_text()):
         assert "Untuned: dpo, on, orpo, off, dpo, off-b, dpo, on-b, orpo, off-b." in text
 
@@ -90,7 +90,7 @@ def test_another_measurement_is_named(change: dict[str, Any], reason: list[str])
         for point in [*given["reference"], *(point for cell in given["cells"] for point in cell["points"])]:
             point["diagnostics"] = {}
     other = ComparisonRecord.model_validate(given | {"name": "other", "measured": MEASURED} | change)
-    assert differing(comparison("one"), other) == reason
+    assert measured_differences(comparison("one"), other) == reason
     with pytest.raises(UserError, match=rf"nothing to merge: other \(b\) differs from one in {reason[0]}"):
         merge([("a", comparison("one")), ("b", other)])
 
@@ -98,21 +98,21 @@ def test_another_measurement_is_named(change: dict[str, Any], reason: list[str])
 def test_other_prompts_are_named_and_older_files_are_judged_by_the_references_numbers() -> None:
     given = few_cells()
     given["prompt_sets"][0]["prompts"][0] = "Another one?"
-    assert differing(comparison("one"), ComparisonRecord.model_validate(given | {"measured": MEASURED})) == [
+    assert measured_differences(comparison("one"), ComparisonRecord.model_validate(given | {"measured": MEASURED})) == [
         "the prompts"
     ]
     old = comparison("old", measured={})
-    assert differing(comparison("one"), old) == []
+    assert measured_differences(comparison("one"), old) == []
     moved = few_cells()
     moved["reference"][0]["scores"]["oracle"][0][0] = 0.123
-    assert differing(old, ComparisonRecord.model_validate(moved)) == ["the numbers of the reference"]
+    assert measured_differences(old, ComparisonRecord.model_validate(moved)) == ["the numbers of the reference"]
 
 
 def test_the_command_line_merges_what_it_can_and_names_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, measured in (("one", MEASURED), ("two", MEASURED), ("three", MEASURED | {"reference": "x"})):
-        save(comparison(name, measured=measured), tmp_path / name)
+        save_comparison(comparison(name, measured=measured), tmp_path / name)
     folders = [str(tmp_path / name) for name in ("one", "two", "three")]
     monkeypatch.setattr("sys.argv", ["rayalign", "report", *folders, "--out", str(tmp_path / "all")])
     with pytest.raises(SystemExit) as end:
@@ -125,12 +125,12 @@ def test_the_command_line_merges_what_it_can_and_names_the_rest(
     for text in ((report / "report.html").read_text(), (report / "report.md").read_text()):
         assert "Merged of 2 comparisons that were measured alike: one, two." in text
         assert "which differs from one in the reference model" in text
-    assert load(tmp_path / "all").parts[0].name == "one"
+    assert load_comparison(tmp_path / "all").parts[0].name == "one"
 
 
 def test_folders_are_distinct_and_the_report_has_its_own(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        save(comparison(name), tmp_path / name)
+        save_comparison(comparison(name), tmp_path / name)
     one, two = tmp_path / "one", tmp_path / "two"
     with pytest.raises(UserError, match="a folder is given twice"):
         merge_folders([one, tmp_path / "two" / ".." / "one"], tmp_path / "all")

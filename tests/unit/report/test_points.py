@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from synthetic_comparison import against_another, comparison_input, judged, make_comparison
 
 from rayalign.errors import UserError
-from rayalign.report.points import ComparisonRecord, load, save
+from rayalign.report.points import ComparisonRecord, load_comparison, save_comparison
 
 
 def small() -> dict[str, Any]:
@@ -23,14 +23,14 @@ def test_round_trip_keeps_every_number(tmp_path: Path) -> None:
     given = small()
     given["reference"][0]["scores"]["oracle"] = [[0.1 + 0.2, math.nan], [None, 1e-300], [1 / 3, 2.0]]
     comparison = ComparisonRecord.model_validate(given)
-    save(comparison, tmp_path)
-    assert load(tmp_path) == comparison
+    save_comparison(comparison, tmp_path)
+    assert load_comparison(tmp_path) == comparison
     assert comparison.reference[0].scores["oracle"] == ((0.1 + 0.2, None), (None, 1e-300), (1 / 3, 2.0))
 
 
 def test_saving_leaves_one_file(tmp_path: Path) -> None:
-    save(make_comparison(num_prompts=3), tmp_path / "new")
-    save(make_comparison(num_prompts=4), tmp_path / "new")
+    save_comparison(make_comparison(num_prompts=3), tmp_path / "new")
+    save_comparison(make_comparison(num_prompts=4), tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["comparison.json"]
 
 
@@ -123,8 +123,8 @@ def test_what_does_not_fit_is_refused_with_its_place(spoil: Any, message: str) -
 
 def test_loading_names_file_and_field(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(f"{tmp_path} holds no comparison.json")):
-        load(tmp_path)
-    path = save(make_comparison(num_prompts=3), tmp_path)
+        load_comparison(tmp_path)
+    path = save_comparison(make_comparison(num_prompts=3), tmp_path)
     path.write_text(path.read_text().replace('"seed":7', '"seed":"seven"'))
     with pytest.raises(UserError, match=re.escape(f"{path}: sampling.seed: ")):
-        load(tmp_path)
+        load_comparison(tmp_path)

@@ -13,7 +13,7 @@ from rayalign.report.replication import two_level
 from rayalign.report.statistics import (
     Bootstrap,
     Estimate,
-    estimate,
+    estimate_mean,
     is_rate,
     rate_estimate,
     rate_interval,
@@ -59,7 +59,7 @@ def test_percentiles_of_the_bootstrap_do_not_cover_there() -> None:
     """What was there before: of sixty prompts with 1 %, more than half of the samples have no failure at all."""
 
     def share(random: Random) -> Estimate:
-        return estimate((random.random(60) < 0.01).astype(float), QUICK)
+        return estimate_mean((random.random(60) < 0.01).astype(float), QUICK)
 
     assert covers(share, 0.01, runs=200) < 0.6
 

@@ -14,8 +14,8 @@ import pytest
 from synthetic_comparison import against_another, few_cells, judged, make_comparison
 
 from rayalign.report.estimates import summarize
-from rayalign.report.points import ComparisonRecord, load, save
-from rayalign.report.render import limits, render
+from rayalign.report.points import ComparisonRecord, load_comparison, save_comparison
+from rayalign.report.render import comparison_limits, render_report
 from rayalign.report.results_json import results_json
 
 HEAD = "interval over prompts, one training run"
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return render(make_comparison(num_prompts=6), tmp_path_factory.mktemp("compared")).parent
+    return render_report(make_comparison(num_prompts=6), tmp_path_factory.mktemp("compared")).parent
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_markup_in_any_text_is_inert(tmp_path: Path) -> None:
         poisoned |= {"base", "value", "commands", "unit", "git_revision", "CPU", "torch", "finished"}
         return value + hostile if isinstance(value, str) and key in poisoned else value
 
-    report = render(ComparisonRecord.model_validate(poison(few_cells())), tmp_path)
+    report = render_report(ComparisonRecord.model_validate(poison(few_cells())), tmp_path)
     page = Page(report.read_text())
     assert len(page.scripts) == 1 and "alert" not in page.scripts[0]
     assert not page.all("img")
@@ -155,7 +155,7 @@ def test_a_cell_that_the_budget_stopped_is_shown_with_its_numbers_and_where_it_w
     stopped = whole.cells[0].model_copy(
         update={"status": "stopped", "reason": "stopped at step 40 of 100: budget", "entry": ""}
     )
-    folder = render(whole.model_copy(update={"cells": (stopped, *whole.cells[1:])}), tmp_path).parent
+    folder = render_report(whole.model_copy(update={"cells": (stopped, *whole.cells[1:])}), tmp_path).parent
     page = Page((folder / "report.html").read_text())
     assert f"{stopped.label} (stopped)" in " ".join(page.text.split())
     assert "stopped at step 40 of 100: budget" in page.text
@@ -197,9 +197,9 @@ def test_results_are_stable_bytes_apart_from_times_and_provenance() -> None:
 
 def test_the_report_comes_back_from_the_saved_points(tmp_path: Path) -> None:
     comparison = ComparisonRecord.model_validate(few_cells())
-    first = render(comparison, tmp_path / "a").parent
-    save(comparison, tmp_path / "b")
-    again = render(load(tmp_path / "b"), tmp_path / "b").parent
+    first = render_report(comparison, tmp_path / "a").parent
+    save_comparison(comparison, tmp_path / "b")
+    again = render_report(load_comparison(tmp_path / "b"), tmp_path / "b").parent
     for path in first.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
 
@@ -209,7 +209,7 @@ def test_what_a_filter_kept_stands_in_page_text_and_results(tmp_path: Path) -> N
     given["cells"][0]["filter"] = {
         "policy_logp_quantile": 0.7, "threshold": -1.234, "kept": 694, "of": 2312, "unit": "pairs"
     }  # fmt: skip
-    report = render(ComparisonRecord.model_validate(given), tmp_path)
+    report = render_report(ComparisonRecord.model_validate(given), tmp_path)
     sentence = "kept 694 of 2,312 pairs, threshold −1.23 nats per token"
     page = Page(report.read_text())
     assert page.text.count(sentence) == 1
@@ -241,7 +241,7 @@ def test_another_sampling_temperature_is_not_called_the_policy() -> None:
     given = few_cells()
     given["sampling"]["temperature"] = 0.7
     comparison = ComparisonRecord.model_validate(given)
-    words = " ".join(limits(comparison, summarize(comparison)))
+    words = " ".join(comparison_limits(comparison, summarize(comparison)))
     assert "temperature 0.7, top-p 1, which is not the policy itself: the number is not its KL" in words
 
 
@@ -251,7 +251,7 @@ def test_missing_values_and_single_prompts_are_shown_as_missing(tmp_path: Path) 
         point["replies"] = point["replies"][:1]
     for point in given["cells"][0]["points"]:
         point["scores"]["audit2"] = [[None]]
-    report = render(ComparisonRecord.model_validate(given), tmp_path)
+    report = render_report(ComparisonRecord.model_validate(given), tmp_path)
     results = json.loads(report.with_name("results.json").read_text())
     (point,) = [
         p for p in results["points"] if (p["cell"], p["prompt_set"], p["step"]) == ("dpo-off_policy", "shop", 20)
@@ -267,7 +267,7 @@ def cells_of(row: str) -> list[str]:
 
 
 def test_a_judge_has_a_column_a_row_of_costs_and_its_limits(tmp_path: Path) -> None:
-    report = render(ComparisonRecord.model_validate(judged(few_cells())), tmp_path)
+    report = render_report(ComparisonRecord.model_validate(judged(few_cells())), tmp_path)
     text, markdown = Page(report.read_text()).text, report.with_name("report.md").read_text()
     results = json.loads(report.with_name("results.json").read_text())
     (point,) = [
@@ -307,7 +307,7 @@ def test_without_a_judge_nothing_is_said_of_one(folder: Path, page: Page) -> Non
 
 
 def test_another_baseline_stands_in_the_tables_and_is_what_wins_are_against(tmp_path: Path) -> None:
-    report = render(ComparisonRecord.model_validate(against_another(few_cells())), tmp_path)
+    report = render_report(ComparisonRecord.model_validate(against_another(few_cells())), tmp_path)
     page, markdown = Page(report.read_text()), report.with_name("report.md").read_text()
     assert "pairings with last year's that the cell wins" in page.text
     head, _, reference, baseline, *_ = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -323,15 +323,15 @@ def test_another_baseline_stands_in_the_tables_and_is_what_wins_are_against(tmp_
 
 def test_a_judged_comparison_comes_back_from_its_file(tmp_path: Path) -> None:
     comparison = ComparisonRecord.model_validate(against_another(few_cells()))
-    save(comparison, tmp_path)
-    assert load(tmp_path) == comparison
+    save_comparison(comparison, tmp_path)
+    assert load_comparison(tmp_path) == comparison
     judged_one = ComparisonRecord.model_validate(judged(few_cells()))
-    save(judged_one, tmp_path)
-    assert load(tmp_path) == judged_one
+    save_comparison(judged_one, tmp_path)
+    assert load_comparison(tmp_path) == judged_one
 
 
 def test_a_cell_may_be_called_baseline(tmp_path: Path) -> None:
     given = few_cells()
     given["cells"][0] |= {"id": "baseline", "label": "baseline"}
-    page = Page(render(ComparisonRecord.model_validate(given), tmp_path).read_text())
+    page = Page(render_report(ComparisonRecord.model_validate(given), tmp_path).read_text())
     assert "(baseline)" not in page.text and page.text.count("0.5by definition") == 16

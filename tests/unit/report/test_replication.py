@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rayalign.report.differences import Contender, differences
+from rayalign.report.differences import Contender, entry_differences
 from rayalign.report.replication import Difference, Replicated, detectable, difference, holm, replicated, two_level
-from rayalign.report.statistics import Bootstrap, Estimate, Matrix, estimate, quantile, two_sided_p
+from rayalign.report.statistics import Bootstrap, Estimate, Matrix, estimate_mean, quantile, two_sided_p
 
 QUICK = Bootstrap(resamples=300)
 SEED_SPREAD, PROMPT_SPREAD, NOISE = 0.1, 0.3, 0.4
@@ -37,11 +37,11 @@ def nominal(share: float, runs: int) -> bool:
 
 
 def prompts_only(values: Matrix) -> Estimate:
-    return estimate(values.mean(axis=0), QUICK)
+    return estimate_mean(values.mean(axis=0), QUICK)
 
 
 def one_seed_as_all(values: Matrix) -> Estimate:
-    return estimate(values[0], QUICK)
+    return estimate_mean(values[0], QUICK)
 
 
 def nested(values: Matrix) -> Estimate:
@@ -74,7 +74,7 @@ def test_the_standard_error_is_that_of_the_two_way_design() -> None:
 
 def test_one_seed_is_the_interval_over_prompts() -> None:
     values = np.random.default_rng(0).normal(size=(1, 30))
-    assert two_level(values, Bootstrap()) == estimate(values[0], Bootstrap())
+    assert two_level(values, Bootstrap()) == estimate_mean(values[0], Bootstrap())
 
 
 def test_two_equal_seeds_still_have_the_width_of_the_prompts() -> None:
@@ -138,7 +138,7 @@ def test_where_nothing_varies_nothing_is_told_apart() -> None:
         Contender(entry=name, scorer="s", step=1, replicated=replicated(np.full((2, 5), value), QUICK))
         for name, value in (("a", 0.0), ("b", 1.0))
     )
-    (row,) = differences([a, b], QUICK)
+    (row,) = entry_differences([a, b], QUICK)
     assert (row.found.mean, row.adjusted_p, row.better) == (-1.0, 1.0, "")
     assert math.isnan(row.detectable)
 
@@ -173,7 +173,7 @@ def reports_with_a_better_entry(runs: int) -> float:
             )
             for index in range(9)
         ]
-        found += any(row.better for row in differences(entries, bootstrap))
+        found += any(row.better for row in entry_differences(entries, bootstrap))
     return found / runs
 
 
@@ -195,7 +195,7 @@ def test_a_large_difference_is_found_and_named_in_either_order() -> None:
         return Contender(entry=name, scorer="s", step=3, replicated=replicated(values, QUICK, stream=stream))
 
     good, plain, bad = contender("good", 1.0, 0), contender("plain", 0.0, 1), contender("bad", -1.0, 2)
-    rows = differences([plain, good, bad], QUICK)
+    rows = entry_differences([plain, good, bad], QUICK)
     assert [(row.entry, row.other, row.better) for row in rows] == [
         ("plain", "good", "good"), ("plain", "bad", "plain"), ("good", "bad", "good")
     ]  # fmt: skip
@@ -206,5 +206,5 @@ def test_a_large_difference_is_found_and_named_in_either_order() -> None:
 def test_an_entry_without_a_variance_between_seeds_is_compared_with_nothing() -> None:
     alone = Contender(entry="a", scorer="s", step=1, replicated=replicated(np.ones((1, 3)), QUICK))
     pair = Contender(entry="b", scorer="s", step=1, replicated=replicated(np.ones((2, 3)), QUICK))
-    assert differences([alone, pair], QUICK) == ()
+    assert entry_differences([alone, pair], QUICK) == ()
     assert isinstance(alone.replicated, Replicated) and math.isnan(alone.replicated.seeds)

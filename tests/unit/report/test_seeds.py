@@ -14,7 +14,7 @@ from synthetic_comparison import few_cells, seeded
 
 from rayalign.report.estimates import summarize
 from rayalign.report.points import ComparisonRecord
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 from rayalign.report.replication import two_level
 from rayalign.report.statistics import Bootstrap, half_of, in_half
 from rayalign.report.summary import Summary
@@ -120,7 +120,7 @@ def better(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(given: dict[str, Any], folder: Path) -> tuple[str, str, dict[str, Any]]:
-    page = render(ComparisonRecord.model_validate(given), folder)
+    page = render_report(ComparisonRecord.model_validate(given), folder)
     results = json.loads(page.with_name("results.json").read_text())
     return page.read_text(), page.with_name("report.md").read_text(), results
 

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from rayalign.errors import UserError
-from rayalign.report.status import table
+from rayalign.report.status import status_table
 
 
 def shown(folder: Path) -> str:
     console = Console(file=io.StringIO(), width=240)
-    console.print(table(folder))
+    console.print(status_table(folder))
     assert isinstance(console.file, io.StringIO)
     return " ".join(console.file.getvalue().split())
 
@@ -55,4 +55,4 @@ def test_a_running_one_says_speed_time_left_checkpoint_and_failures(tmp_path: Pa
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run: name a folder below which"):
-        table(tmp_path)
+        status_table(tmp_path)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from synthetic_comparison import few_cells
 
 from rayalign.report.points import ComparisonRecord
-from rayalign.report.render import render
+from rayalign.report.render import render_report
 
 PICKED = {"label": "optim.lr=1e-06", "values": {"optim.lr": "1e-06"}, "status": "done", "step": 100,
           "score": 0.71, "kl": 2.5, "cost": {"tokens_trained": 1000, "device_seconds": 3.0}}  # fmt: skip
@@ -43,7 +43,7 @@ def sections(text: str, mark: str) -> str:
 
 
 def test_trials_stand_in_page_text_and_results(tmp_path: Path) -> None:
-    page = render(ComparisonRecord.model_validate(tuned()), tmp_path)
+    page = render_report(ComparisonRecord.model_validate(tuned()), tmp_path)
     results = json.loads(page.with_name("results.json").read_text())
     first, second = results["tuning"]
     assert (first["picked"], first["trials"][1]["score"], first["trials"][1]["cost"]["tokens_trained"]) == (
@@ -69,7 +69,7 @@ def test_trials_stand_in_page_text_and_results(tmp_path: Path) -> None:
 
 
 def test_without_trials_the_report_says_untuned(tmp_path: Path) -> None:
-    page = render(ComparisonRecord.model_validate(few_cells()), tmp_path)
+    page = render_report(ComparisonRecord.model_validate(few_cells()), tmp_path)
     assert json.loads(page.with_name("results.json").read_text())["tuning"] == []
     for text in (page.read_text(), page.with_name("report.md").read_text()):
         assert "Untuned: every configuration ran with the settings that its YAML gives it" in text

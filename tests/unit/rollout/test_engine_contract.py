@@ -12,6 +12,7 @@ from tiny_models import tiny
 from tiny_runs import save_tiny
 from torch import Tensor
 
+from rayalign.config.model import ModelConfig
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.rollout.base import Completion, SamplingParams
@@ -36,7 +37,7 @@ def test_the_embedded_engine(family: str) -> None:
 
 def test_the_embedded_engine_around_a_checkpoint(tmp_path: Path) -> None:
     """As a rollout pool holds it: loaded through the training forward's loader."""
-    spec = ModelSpec(name=str(save_tiny(tmp_path)))
+    spec = ModelSpec(config=ModelConfig(name=str(save_tiny(tmp_path))))
     sampler = HfSampler(ScoringSpec(model=spec, tokens_per_micro_batch=512, row_tokens=None), torch.device("cpu"))
     sampler.load(spec)
     model = sampler.policy.policy.model

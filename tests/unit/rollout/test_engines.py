@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 from rayalign.errors import UserError
-from rayalign.rollout.engines import refuse_missing
+from rayalign.rollout.engines import refuse_missing_engine
 
 
 def test_this_environment_can_serve_itself() -> None:
-    refuse_missing("hf", sys.executable)
+    refuse_missing_engine("hf", sys.executable)
 
 
 def test_what_is_no_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"rollout.python: {tmp_path}/none is no Python that answers"):
-        refuse_missing("hf", f"{tmp_path}/none")
+        refuse_missing_engine("hf", f"{tmp_path}/none")
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 0\n")
     silent.chmod(0o755)
     with pytest.raises(UserError, match="is no Python that answers"):
-        refuse_missing("hf", str(silent))
+        refuse_missing_engine("hf", str(silent))
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_another_environment_must_match(tmp_path: Path, answer: str, message: st
     python.write_text(f"#!/bin/sh\necho '{answer}'\n")
     python.chmod(0o755)
     with pytest.raises(UserError, match=message):
-        refuse_missing("hf", str(python))
+        refuse_missing_engine("hf", str(python))

@@ -32,6 +32,7 @@ from tiny_rollouts import InProcess, OnPolicyRun
 from tiny_runs import objective, store, synthetic_groups, train_with_critic
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rayalign.config.model import ModelConfig
 from rayalign.config.training import OptimConfig
 from rayalign.data.store import TokenStore
 from rayalign.engine.checkpoint.checkpoint import step_of
@@ -40,9 +41,9 @@ from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.state import CriticSpec
 from rayalign.engine.step import NonFiniteStep
 from rayalign.errors import Stopped
-from rayalign.rounds.columns import Preparation, prepare_columns
+from rayalign.rounds.columns import RoundPreparation, prepare_columns
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.service import serving
+from rayalign.rounds.service import serve_rounds
 from rayalign.storage.manifest import read_manifest, verify
 
 
@@ -253,7 +254,7 @@ def test_a_notice_is_answered_once_before_skipped_steps(
     limit = stopped.scenario.objectives[0].config.model_dump()["target_kl"]
     run = ppo(tmp_path, model, file, plan=THRICE, target_kl=limit)
     spec = run.spec(checkpoint_every=12, checkpoint_keep=9, checkpoint_at=())
-    with serving(run.job, InProcess(), run.notes.append):
+    with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(spec, run.scenario, notices=Notice())
     assert sorted(step_of(path) for path in (run.directory / "checkpoints").glob("step_*")) == [4, 12]
 
@@ -276,14 +277,16 @@ def test_a_stop_survives_a_kill(stopped: OnPolicyRun, tmp_path: Path, model: Pat
 
 
 def test_a_critic_starts_from_a_reward_models_folder(tmp_path: Path, model: Path, file: Path) -> None:
-    reward_model, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead(), seed=5))
+    reward_model, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(model)), head=ScalarHead(), seed=5))
     with torch.no_grad():
         reward_model.score.weight.mul_(0.5)
     save_pretrained(reward_model, tokenizer, tmp_path / "rm")
     run = ppo(tmp_path / "run", model, file, plan=replace(PLAN, steps=1))
     spec = run.spec()
-    critic = CriticSpec(model=ModelSpec(name=str(tmp_path / "rm"), head=ScalarHead()), optim=spec.optim)
-    with serving(run.job, InProcess(), run.notes.append):
+    critic = CriticSpec(
+        model=ModelSpec(config=ModelConfig(name=str(tmp_path / "rm")), head=ScalarHead()), optim=spec.optim
+    )
+    with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
     store = opened(run, 0)
     for group in (store[row] for row in range(len(store))):
@@ -317,28 +320,30 @@ def test_further_data_train_the_policy_and_not_the_critic(tmp_path: Path, model:
 def test_where_the_critics_gradient_is_not_finite_neither_model_moves(tmp_path: Path, model: Path, file: Path) -> None:
     run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
     spec = run.spec(checkpoint_every=1)
-    broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
+    broken, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(model)), head=ScalarHead()))
     with torch.no_grad():
         broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
-        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
+        model=ModelSpec(config=ModelConfig(name=str(tmp_path / "broken")), head=ScalarHead()),
+        optim=OptimConfig(lr=1e-3, warmup=0),
     )
-    with pytest.raises(NonFiniteStep, match="step 1: loss"), serving(run.job, InProcess(), run.notes.append):
+    with pytest.raises(NonFiniteStep, match="step 1: loss"), serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(replace(spec, critic=critic), run.scenario)
     assert rows(run) == [] and not (tmp_path / "checkpoints").exists()
 
 
 def test_where_the_critic_is_not_finite_both_models_skip(tmp_path: Path, model: Path, file: Path) -> None:
     run = ppo(tmp_path, model, file, plan=replace(PLAN, steps=2))
-    broken, tokenizer = load_policy(ModelSpec(name=str(model), head=ScalarHead()))
+    broken, tokenizer = load_policy(ModelSpec(config=ModelConfig(name=str(model)), head=ScalarHead()))
     with torch.no_grad():
         broken.score.weight.fill_(3e38)  # finite, and what it computes is not
     save_pretrained(broken, tokenizer, tmp_path / "broken")
     critic = CriticSpec(
-        model=ModelSpec(name=str(tmp_path / "broken"), head=ScalarHead()), optim=OptimConfig(lr=1e-3, warmup=0)
+        model=ModelSpec(config=ModelConfig(name=str(tmp_path / "broken")), head=ScalarHead()),
+        optim=OptimConfig(lr=1e-3, warmup=0),
     )
-    with serving(run.job, InProcess(), run.notes.append):
+    with serve_rounds(run.job, InProcess(), run.notes.append):
         train_with_critic(run.spec(critic=critic, optim={"on_nonfinite": "skip"}), run.scenario)
     assert [row["skipped_steps"] for row in rows(run)] == [1, 2]
     start, end = (load_file(path / "model.safetensors") for path in (model, tmp_path / "final"))
@@ -350,7 +355,7 @@ def test_columns_name_the_values_that_they_were_made_with(tmp_path: Path, traine
     path = trained.rounds()[0]
     drawn = TokenStore.open(path)
     main = trained.scenario.objectives[0]
-    preparation = Preparation(method=main.method, config=main.config, key="")
+    preparation = RoundPreparation(method=main.method, config=main.config, key="")
     [overlay] = columns(trained, path)
     said = [drawn.with_columns(overlay)[row].per_token for row in range(len(drawn))]
     values = torch.from_numpy(np.concatenate([group["old_value"] for group in said]))

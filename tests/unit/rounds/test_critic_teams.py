@@ -33,7 +33,7 @@ from rayalign.config.training import StrategyConfig
 from rayalign.engine.model.lora import ADAPTER
 from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
-from rayalign.rounds.service import serving
+from rayalign.rounds.service import serve_rounds
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def part_of_a_run(strategy: Strategy, run: OnPolicyRun, changes: Mapping[str, An
 
     with contextlib.ExitStack() as stack:
         if strategy.rank == 0:
-            stack.enter_context(serving(run.job, InProcess(), run.notes.append))
+            stack.enter_context(serve_rounds(run.job, InProcess(), run.notes.append))
         with contextlib.suppress(Stopped):
             train_with_critic(run.spec(**changes), run.scenario, strategy, stop=stop)
 

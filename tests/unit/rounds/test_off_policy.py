@@ -12,7 +12,7 @@ import torch
 from tiny_runs import store, synthetic_groups
 
 from rayalign.data.micro_batches import PlanError
-from rayalign.data.select import Selection, rows_file, write_rows
+from rayalign.data.select import Selection, rows_file, write_selected_rows
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import StoreMismatch, TokenStore, commit_columns
 from rayalign.engine.batches import StreamWork
@@ -97,7 +97,7 @@ def test_facts_of_a_step_are_of_all_workers(spec: SourceSpec) -> None:
 
 def keep(folder: Path, *rows: list[int]) -> tuple[Path, ...]:
     """A committed selection of these rows of every store."""
-    write_rows(folder, Selection(threshold=0.0, kept=tuple(np.array(own, np.int64) for own in rows)))
+    write_selected_rows(folder, Selection(threshold=0.0, kept=tuple(np.array(own, np.int64) for own in rows)))
     commit(folder, {})
     return tuple(rows_file(folder, number) for number in range(len(rows)))
 

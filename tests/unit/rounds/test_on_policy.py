@@ -26,7 +26,7 @@ from rayalign.engine.canary import RESPONSE_TOKENS
 from rayalign.engine.frozen import FrozenModel
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import Stopped, UserError
-from rayalign.rounds.chunk import Chunk, ChunkMaker, refuse_broken_weights
+from rayalign.rounds.chunk import ChunkMaker, PromptChunk, refuse_broken_weights
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.stored import StoredGroups
 from rayalign.rounds.workers import ItemKilled, PoolClosed
@@ -129,7 +129,7 @@ def test_a_stop_does_not_wait_for_a_round(undisturbed: OnPolicyRun, tmp_path: Pa
     """The second round is never drawn; the next attempt asks for it again, with weights of its own."""
     run, asked = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan), threading.Event()
 
-    def leave(chunk: Chunk) -> None:
+    def leave(chunk: PromptChunk) -> None:
         if chunk.directory.name.startswith("round_000001"):
             asked.set()
             raise PoolClosed
@@ -171,7 +171,7 @@ def test_a_killed_pool_draws_the_same_round_again(tmp_path: Path, undisturbed: O
     """Whatever a process left of its chunk, the chunk that is made again is the same bit for bit."""
     store = undisturbed.rounds()[0]
     spec = undisturbed.job.spec
-    chunk = Chunk(name="0000000000", positions=range(0, 8), directory=tmp_path, weights=None)
+    chunk = PromptChunk(name="0000000000", positions=range(0, 8), directory=tmp_path, weights=None)
     report = ChunkMaker()((spec, chunk))
     made = {path.name: path.read_bytes() for path in tmp_path.glob("0000000000.*")}
     assert made["0000000000.tokens"] == (store / "0000000000.tokens").read_bytes()
@@ -189,10 +189,10 @@ def read_manifest_files(directory: Path) -> dict[str, str]:
 
 def test_other_weights_are_refused(tmp_path: Path, model: Path, file: Path) -> None:
     """A folder that holds another step's weights, and weights that were damaged on the way."""
-    seen: list[Chunk] = []
+    seen: list[PromptChunk] = []
     run = OnPolicyRun(tmp_path / "run", model, file, plan=replace(PLAN, steps=4))
 
-    def keep(chunk: Chunk) -> None:
+    def keep(chunk: PromptChunk) -> None:
         if chunk.weights is not None and not seen:
             shutil.copytree(chunk.weights.directory, tmp_path / "kept")
             seen.append(replace(chunk, weights=replace(chunk.weights, directory=tmp_path / "kept")))
@@ -255,7 +255,7 @@ def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: 
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
     scorer = RuleScorerConfig(function=f"{SCORER}:poisoned")
     spec = chunk_spec(model, prompts, scorer=scorer)
-    report = ChunkMaker()((spec, Chunk(name="0", positions=range(4), directory=tmp_path / "out", weights=None)))
+    report = ChunkMaker()((spec, PromptChunk(name="0", positions=range(4), directory=tmp_path / "out", weights=None)))
     (failure,) = report.quarantined
     assert (Path(failure["file"]).name, failure["line"]) == ("prompts.jsonl", 3)
     assert "ZeroDivisionError: the user's own mistake" in failure["reason"]
@@ -265,7 +265,7 @@ def test_a_prompt_that_the_scorer_fails_on_is_told_and_trains_nothing(tmp_path: 
     alone = [row for row in range(4) if not store[row].candidates]
     assert [store.index.line[row] for row in alone] == [3]
     spec = replace(spec, keep_unscored=True)
-    report = ChunkMaker()((spec, Chunk(name="0", positions=range(4), directory=tmp_path / "kept", weights=None)))
+    report = ChunkMaker()((spec, PromptChunk(name="0", positions=range(4), directory=tmp_path / "kept", weights=None)))
     kept = commit_store(tmp_path / "kept", [report.shard], meta={})[alone[0]]
     assert len(kept.candidates) == 3 and np.isnan(kept.per_candidate["reward"]).all()
 
@@ -278,7 +278,7 @@ def test_a_prompt_that_kills_every_process_is_found_and_left_alone(
     method = objective({"pair": "dpo", "group": "rloo", "one": "sft", "labelled": "kto"}[shape])
     run = OnPolicyRun(tmp_path, model, file, plan=undisturbed.plan, shape=shape, method=method, max_bad_fraction=0.25)
 
-    def die(chunk: Chunk) -> None:
+    def die(chunk: PromptChunk) -> None:
         if {1, 6} & set(chunk.positions) - set(chunk.fatal):
             raise ItemKilled("rollouts: a process died")
 
@@ -295,7 +295,7 @@ def test_a_prompt_that_kills_every_process_is_found_and_left_alone(
 def test_what_no_single_prompt_is_to_blame_for_ends_the_run(tmp_path: Path, model: Path, file: Path) -> None:
     run = OnPolicyRun(tmp_path, model, file, plan=PLAN)
 
-    def die(chunk: Chunk) -> None:
+    def die(chunk: PromptChunk) -> None:
         if len(chunk.positions) > 4:  # as when memory runs out
             raise ItemKilled("rollouts: a process died in each of 4 attempts")
 
@@ -306,7 +306,7 @@ def test_what_no_single_prompt_is_to_blame_for_ends_the_run(tmp_path: Path, mode
 def test_too_many_prompts_without_completions_end_the_run(tmp_path: Path, model: Path, file: Path) -> None:
     run = OnPolicyRun(tmp_path, model, file, plan=PLAN)
 
-    def die(chunk: Chunk) -> None:
+    def die(chunk: PromptChunk) -> None:
         if 3 in chunk.positions and 3 not in chunk.fatal:
             raise ItemKilled("rollouts: a process died")
 
@@ -339,7 +339,7 @@ def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model
     """WPO's published mixture: the policy's own samples and a stored one, the same scorer for all."""
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
     spec = chunk_spec(model, prompts, keep_stored=True, label=LabelConfig(name="wpo", threshold=0.5, gap=0.1))
-    report = ChunkMaker()((spec, Chunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
+    report = ChunkMaker()((spec, PromptChunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
     assert report.scorer_calls == 10 * (3 + 2) and report.completions == 30
     assert report.labels == 10  # "aeiou 3" scores 5/7, "xyz" nothing
     store = commit_store(tmp_path / "out", [report.shard], meta={})
@@ -353,7 +353,7 @@ def test_stored_and_fresh_candidates_are_labelled_together(tmp_path: Path, model
 def test_stored_candidates_can_be_labelled_again(tmp_path: Path, model: Path, file: Path) -> None:
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
     spec = chunk_spec(model, prompts, sampling=None, engine="none", keep_stored=True, needs_reference=False)
-    report = ChunkMaker()((spec, Chunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
+    report = ChunkMaker()((spec, PromptChunk(name="0", positions=range(10), directory=tmp_path / "out", weights=None)))
     assert (report.completions, report.scorer_calls, report.labels) == (0, 20, 10)
     assert report.reward_sum == pytest.approx(10 * 5 / 7)
 
@@ -361,7 +361,7 @@ def test_stored_candidates_can_be_labelled_again(tmp_path: Path, model: Path, fi
 def test_labelled_examples_carry_another_prompts_completion(tmp_path: Path, model: Path, file: Path) -> None:
     prompts = prompt_stream(tmp_path, file, groups_per_step=4)
     spec = chunk_spec(model, prompts, shape="labelled")
-    report = ChunkMaker()((spec, Chunk(name="0", positions=range(6), directory=tmp_path / "out", weights=None)))
+    report = ChunkMaker()((spec, PromptChunk(name="0", positions=range(6), directory=tmp_path / "out", weights=None)))
     store = commit_store(tmp_path / "out", [report.shard], meta={})
     groups = [store[row] for row in range(6)]
     for row, group in enumerate(groups):

@@ -22,7 +22,7 @@ from rayalign.data.store import commit_store
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
-from rayalign.rounds.chunk import Chunk, ChunkMaker, ChunkReport
+from rayalign.rounds.chunk import ChunkMaker, ChunkReport, PromptChunk
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.streams import StoredStream
 
@@ -49,7 +49,7 @@ def poisoned_prompts(folder: Path, *, places: tuple[int, ...], count: int = 8) -
 def made(folder: Path, model: Path, scorer: ScorerConfig, *, most_bad: int | None = None) -> ChunkReport:
     """The chunk of eight prompts of which the third is poison."""
     prompts = prompt_stream(folder, poisoned_prompts(folder, places=(2,)), groups_per_step=4)
-    chunk = Chunk(name="0", positions=range(8), directory=folder / "out", weights=None, most_bad=most_bad)
+    chunk = PromptChunk(name="0", positions=range(8), directory=folder / "out", weights=None, most_bad=most_bad)
     report = ChunkMaker()((chunk_spec(model, prompts, scorer=scorer, needs_reference=False), chunk))
     assert report is not None
     return report
@@ -167,7 +167,7 @@ def test_a_scorer_sees_whole_thoughts_and_special_tokens(tmp_path: Path) -> None
         keep_stored=True,
         needs_reference=False,
     )
-    ChunkMaker()((spec, Chunk(name="0", positions=range(1), directory=tmp_path / "out", weights=None)))
+    ChunkMaker()((spec, PromptChunk(name="0", positions=range(1), directory=tmp_path / "out", weights=None)))
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
         ["what colour?", "<think>\nthe sky</think> is blue"],
         ["what colour?", "<think>\n it is</think>\nso<|im_end|> and"],

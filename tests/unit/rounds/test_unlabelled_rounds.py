@@ -11,12 +11,12 @@ import pytest
 from tiny_rollouts import SCORER, InProcess, OnPolicyRun
 from tiny_runs import objective
 
-from rayalign.config.policy import LabelConfig
+from rayalign.config.policy import LabelConfig, OnPolicyConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.metrics import read_metrics
 from rayalign.errors import UserError
 from rayalign.rollout.base import SamplingParams
-from rayalign.rounds.chunk import Chunk
+from rayalign.rounds.chunk import PromptChunk
 from rayalign.rounds.ledger import Ledger
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.service import Unlabelled
@@ -60,7 +60,8 @@ def test_three_rounds_in_a_row_end_the_run(tmp_path: Path, model: Path, file: Pa
     assert not (refused / MANIFEST).exists()  # or its steps would be done
     if method != "sft":  # whose completions are their own label
         assert [row["grad_norm"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 0.0]
-    run.job = replace(run.job, max_unlabelled=9)  # as the message says; the round that was drawn is not drawn again
+    patient = replace(run.job.drawing, policy=OnPolicyConfig(max_unlabelled_rounds=9))
+    run.job = replace(run.job, drawing=patient)  # as the message says; the round that was drawn is not drawn again
     pool = InProcess()
     with pytest.raises(UserError, match="round 5/5: .* in 5 rounds in a row"):
         run.train(pool)
@@ -92,7 +93,7 @@ def test_rewards_that_come_late_let_the_run_go_on(tmp_path: Path, model: Path, f
     run = make(tmp_path, model, file, "grpo", scorer=scorer("lucky"), plan=replace(PLAN, steps=4))
     luck = tmp_path / "luck.txt"
 
-    def draw(chunk: Chunk) -> None:
+    def draw(chunk: PromptChunk) -> None:
         luck.write_text("1" if chunk.positions.start == 2 * PLAN.groups_per_step else "0")
 
     with pytest.MonkeyPatch.context() as patch:

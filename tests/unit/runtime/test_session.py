@@ -10,7 +10,7 @@ import pytest
 
 from rayalign.errors import UserError
 from rayalign.placement import Node
-from rayalign.runtime.session import DEFAULTS, Session, connect, environment, running_cluster
+from rayalign.runtime.session import DEFAULTS, Session, connect, inherited_environment, running_cluster
 from rayalign.storage.place import ObjectPath, place_of
 
 NODE = Node(id="a", name="a", cpus=2, gpus=0)
@@ -56,7 +56,7 @@ def test_environment_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "7")
     monkeypatch.setenv("PYTHONPATH", "mine")
     before = dict(os.environ)
-    with environment([tmp_path]):
+    with inherited_environment([tmp_path]):
         assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}mine"
         assert os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "7"
         assert os.environ.keys() >= DEFAULTS.keys()
@@ -87,9 +87,7 @@ def test_an_object_store_is_tried_before_a_run(tmp_path: Path, monkeypatch: pyte
     assert CLUSTER.storage(address) == place_of(address)
     assert not list((tmp_path / "runs").iterdir())
     monkeypatch.setattr(ObjectPath, "create", lambda self, data: True)
-    with pytest.raises(
-        UserError, match="creates an object that exists .it ignores If-None-Match"
-    ):
+    with pytest.raises(UserError, match="creates an object that exists .it ignores If-None-Match"):
         CLUSTER.storage(address)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from rayalign.storage import lease as module
-from rayalign.storage.lease import PREFIX, Held, claims, holder, identity, lease, newest
+from rayalign.storage.lease import PREFIX, Held, claims, holder_in_words, identity, lease, newest
 from rayalign.storage.place import Place, create, place_of, write_whole
 
 ELSEWHERE = {"token": "theirs", "host": "another-machine", "pid": 1, "since": "2026-01-01 00:00:00 UTC"}
@@ -176,9 +176,9 @@ def test_a_number_that_was_taken_over_is_never_used_again(directory: Place) -> N
     write(directory, ELSEWHERE, number=7, age=OLD)
     with lease(directory):
         pass
-    assert [claim.name for claim in claims(directory)] == [".lease-000008"] and holder(directory) == ""
+    assert [claim.name for claim in claims(directory)] == [".lease-000008"] and holder_in_words(directory) == ""
     write(directory, ELSEWHERE, number=7)  # its renewal
-    assert holder(directory) == ""
+    assert holder_in_words(directory) == ""
     with lease(directory):
         assert [claim.name for claim in claims(directory)] == [".lease-000009"]
 
