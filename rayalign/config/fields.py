@@ -62,6 +62,9 @@ class Block(BaseModel):
         return sorted(key for key in self.unused() if getattr(self, key) != fields[key].default)
 
 
+OBJECT_STORES = ("s3://", "gs://", "file://")
+
+
 def as_named(value: object) -> object:
     """``dpo`` is short for ``{name: dpo}``; a boolean is kept as a name, so that the error can explain it."""
     return {"name": value} if isinstance(value, str | bool) else value
@@ -166,8 +169,8 @@ def _parse_count(value: object) -> object:
 
 
 def without_folder(value: str) -> str:
-    """The last part of an absolute path; any other value as it is."""
-    return Path(value).name if Path(value).is_absolute() else value
+    """The last part of an absolute path, or of one on an object store; any other value as it is."""
+    return Path(value).name if Path(value).is_absolute() or value.startswith(OBJECT_STORES) else value
 
 
 def _dump_path(value: str, info: SerializationInfo) -> str:
