@@ -27,7 +27,7 @@ from pydantic import (
 from rayalign.config.suffixes import data_suffix
 from rayalign.methods._fields import refuse_odd_numbers
 
-"""By scheme: what may stand after the question mark."""
+OBJECT_STORES = ("s3://", "gs://", "file://")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 _FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|[^:]+\.py):[A-Za-z_][\w.]*")
 
@@ -60,9 +60,6 @@ class Block(BaseModel):
         """Those of them that are not at their defaults."""
         fields = type(self).model_fields
         return sorted(key for key in self.unused() if getattr(self, key) != fields[key].default)
-
-
-OBJECT_STORES = ("s3://", "gs://", "file://")
 
 
 def as_named(value: object) -> object:

@@ -93,5 +93,5 @@ class RemoteNotes:
             return False
 
     def end(self) -> None:
-        """End the table: whoever looks into it finds it gone."""
+        """End the table: workers that look into it find it gone."""
         ray.kill(self.actor)
