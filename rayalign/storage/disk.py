@@ -8,13 +8,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rayalign.errors import UserError
 from rayalign.storage.place import ObjectPath, Place, remove
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No space left on the device, in the quota, or in the largest file that this process may write."""
@@ -82,5 +82,7 @@ def num_training_bytes(model: nn.Module) -> int:
 
 def save_object(value: Any, path: Path) -> None:
     """``torch.save`` through Python's file, whose errors have a number."""
+    import torch
+
     with path.open("wb") as file:
         torch.save(value, file)
