@@ -109,8 +109,15 @@ class WorkerGroup:
                 raise NotBegun("stopped before it began")
             concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
             if self.ended.done() and (final := self.mailbox.answered(number)) is None:
-                raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")
+                raise self.ended.exception() or self.unanswered(job)
         return final
+
+    def unanswered(self, job: TrainJob) -> Exception:
+        """Why the workers ended as if they had nothing to do; a mailbox that is lost is worth another attempt."""
+        if not self.notes.is_there():
+            lost: Exception = ray.exceptions.RayActorError(error_msg=f"the mailbox of {job.run} died")
+            return lost
+        return RuntimeError(f"the workers of {job.run} ended without an answer")
 
     def close(self) -> None:
         """End the workers, which have nothing to do, and free what they reserved."""

@@ -75,21 +75,21 @@ class RemoteNotes:
     def read(self, name: str) -> bytes | None:
         try:
             content: bytes | None = ray.get(self.actor.read.remote(name), timeout=SECONDS)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:
             return None
         return content
 
     def names(self) -> list[str]:
         try:
             found: list[str] = ray.get(self.actor.names.remote(), timeout=SECONDS)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:
             return []
         return found
 
     def is_there(self) -> bool:
         try:
             return bool(ray.get(self.actor.is_there.remote(), timeout=SECONDS))
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:
             return False
 
     def end(self) -> None:
