@@ -5,6 +5,11 @@ On a folder used as a store (``file://``) always, and on a real S3 server where 
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -125,3 +130,43 @@ def test_a_newest_checkpoint_that_is_not_whole_is_skipped(
     found = checkpointer_of(spec, attempt="").newest()
     assert found is not None and found.step == 4
     assert "skipping a checkpoint that is not whole" in caplog.text
+
+
+PROGRAM = """
+import pickle, sys
+from tiny_runs import train_alone
+spec, scenario = pickle.load(open(sys.argv[1], "rb"))
+train_alone(spec, scenario, on_step=lambda row: print(row["step"], flush=True))
+"""
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_loses_and_repeats_nothing(
+    objects: ObjectPath, scenario: Scenario, whole: TrainSpec, tmp_path: Path
+) -> None:
+    """Ten kills after the second step of a start: while a checkpoint is written, sent and committed."""
+    spec = on(objects / "run", scenario)
+    job = tmp_path / "job"
+    job.write_bytes(pickle.dumps((spec, scenario)))
+    paths = os.pathsep.join([str(FIXTURES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+
+    def started(number: int) -> subprocess.Popen[str]:
+        own = {**environment, cache.ROOT_VARIABLE: str(tmp_path / f"node-{number}")}
+        command = [sys.executable, "-c", PROGRAM, str(job)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own)
+
+    for number in range(10):
+        with started(number) as process:
+            assert process.stdout is not None
+            for _ in range(2):
+                process.stdout.readline()
+            time.sleep(0.03 * number)  # which moment it is, is left to chance
+            process.kill()
+    with started(10) as last:
+        _, told = last.communicate(timeout=300)
+    assert last.returncode == 0, told
+    assert losses(spec) == losses(whole)
+    final = (spec.directory / "final" / "model.safetensors").read_bytes()
+    assert final == (whole.directory / "final" / "model.safetensors").read_bytes()
