@@ -1,20 +1,19 @@
-"""Check the prose of pages and docstrings: ``python -m docs.prose [PATH …]``; ``--write`` lowers the known counts.
+"""Check the prose of pages and docstrings: ``python -m docs.prose [PATH …]``.
 
-Three things are counted: words of ``prose.yaml``, docstrings that begin with "Of", and sentences of more than 25 words.
-``prose_known.json`` holds the counts that a page or a room still has. A count may fall and must not rise.
+It finds words of ``prose.yaml``, docstrings that begin with "Of", and sentences of more than 25 words.
 """
 
 from __future__ import annotations
 
 import ast
 import io
-import json
 import re
 import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -22,19 +21,21 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 RULES = Path(__file__).with_name("prose.yaml")
-KNOWN = Path(__file__).with_name("prose_known.json")
 PATHS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs", "examples", "cluster", "rayalign")
 READ = (".md", ".jinja", ".py")
 GENERATED = ("docs/reference/cli.md", "docs/reference/configuration.md", "docs/reference/dependencies.md")
 """Pages whose text comes from the code, where it is checked."""
+DATA = ("examples/lab/world.py",)
+"""Modules whose strings are data for a model, not words for a reader."""
 
 Kind = Literal["word", "of", "long"]
 _FENCE = re.compile(r"^\s*(`{3,})\w*$")
 _BLOCK = re.compile(r"^\s*(?:[-*]|\d+\.|#{1,6}|>)\s+")
-_CODE = re.compile(r"`+[^`]*`+|\$[^$]*\$")
+_CODE = re.compile(r"`+[^`]*`+|\$[^$]*\$|\{\{.*?\}\}")
+_BLOCK_END = re.compile(r"</(?:p|h\d|t[hd]|tr|li|d[td]|div|summary|button|small)>")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _NOT_TEXT = re.compile(r"<!--.*?-->|\{#.*?#\}|\{%.*?%\}|<(?:script|style)\b.*?</(?:script|style)>|<[^>]+>", re.DOTALL)
-_END = re.compile(r"(?<=[.!?])[)\"'*_”]*\s+(?=[^\sa-zα-ω])")
+_END = re.compile(r"(?<=[.!?])[)\"'*_”]*\s+(?=[^\sa-zα-ω])|¶")
 _WORD = re.compile(r"[^\W_]")
 _SECTION = re.compile(r"^(Raises|Args|Returns|Yields|Example|Examples):$")
 
@@ -79,7 +80,7 @@ def load_rules(path: Path = RULES) -> Rules:
 
 def page_texts(source: str) -> Iterator[Text]:
     """The paragraphs, list items and table cells of Markdown; fenced blocks and comments are left out."""
-    source = _NOT_TEXT.sub(lambda found: "\n" * found[0].count("\n"), source)
+    source = _NOT_TEXT.sub(lambda found: "\n" * found[0].count("\n"), _BLOCK_END.sub("¶", source))
     gathered: list[str] = []
     start, fence = 0, ""
     for number, line in enumerate([*source.splitlines(), ""], start=1):
@@ -100,8 +101,8 @@ def page_texts(source: str) -> Iterator[Text]:
         gathered.append(_BLOCK.sub("", line).strip())
 
 
-def code_texts(source: str) -> Iterator[Text]:
-    """The docstrings, comments and sentences in strings of Python."""
+def code_texts(source: str, *, with_strings: bool = True) -> Iterator[Text]:
+    """The docstrings and comments of Python, and the sentences in its strings."""
     tree = ast.parse(source)
     docstrings = {id(node.value): node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -109,7 +110,7 @@ def code_texts(source: str) -> Iterator[Text]:
             continue
         if id(node) in docstrings:
             yield from docstring_texts(node.value, node.lineno)
-        elif len(node.value.split()) > 2:
+        elif with_strings and len(node.value.split()) > 2:
             yield Text(node.lineno, node.value, is_sentence=False)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -131,7 +132,10 @@ def docstring_texts(text: str, line: int) -> Iterator[Text]:
 def texts(path: Path) -> Iterator[Text]:
     """What people read of a page, a template or a module."""
     source = path.read_text(encoding="utf-8")
-    yield from code_texts(source) if path.suffix == ".py" else page_texts(source)
+    if path.suffix == ".py":
+        yield from code_texts(source, with_strings=not path.as_posix().endswith(DATA))
+    else:
+        yield from page_texts(source)
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -166,51 +170,16 @@ def files(paths: Iterable[Path]) -> Iterator[Path]:
                 yield own
 
 
-def unit(path: Path) -> str:
-    """What shares one count: a page, all modules of a room of ``rayalign``, or those that are in no room."""
-    parts = path.relative_to(ROOT).parts
-    if parts[0] != "rayalign":
-        return "/".join(parts)
-    return "/".join(parts[:2]) if len(parts) > 2 else "rayalign"
-
-
-def counts(findings: Iterable[Finding]) -> dict[str, dict[Kind, int]]:
-    """Unit → kind → number of offences, without zeros."""
-    found: dict[str, Counter[Kind]] = {}
-    for own in findings:
-        found.setdefault(unit(own.path), Counter())[own.kind] += 1
-    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
-
-
-def excess(findings: Sequence[Finding], known: Mapping[str, Mapping[Kind, int]]) -> list[str]:
-    """A line for every offence of a kind of which a unit has more than is known, and how many more."""
-    lines = []
-    for name, kinds in counts(findings).items():
-        for kind, number in kinds.items():
-            allowed = known.get(name, {}).get(kind, 0)
-            if number > allowed:
-                lines += [str(own) for own in findings if unit(own.path) == name and own.kind == kind]
-                lines.append(f"{name}: {number} × {kind}, {allowed} known (docs/prose_known.json)")
-    return lines
-
-
 def main(arguments: Sequence[str]) -> int:
-    """1 where a count has risen, and every offence of that kind is printed with its line."""
-    named = [Path(own).resolve() for own in arguments if not own.startswith("-")]
+    """Print every offence with its line; 1 where there is one."""
+    paths = [Path(own).resolve() for own in arguments] or [ROOT / own for own in PATHS]
     rules = load_rules()
-    findings = [own for path in files(named or [ROOT / own for own in PATHS]) for own in check(path, rules)]
-    if named:
-        print(*findings, sep="\n")
-    known = json.loads(KNOWN.read_text(encoding="utf-8")) if KNOWN.exists() else {}
-    if "--write" in arguments:
-        KNOWN.write_text(json.dumps(counts(findings), indent=1) + "\n", encoding="utf-8")
-        return 0
-    lines = excess(findings, known)
-    if not named:
-        print(*lines, sep="\n")
+    findings = list(chain.from_iterable(check(path, rules) for path in files(paths)))
+    for finding in findings:
+        print(finding)
     total = Counter(own.kind for own in findings)
     print(f"prose: {total['word']} words of the list, {total['of']} × Of, {total['long']} long sentences")
-    return int(bool(lines))
+    return int(bool(findings))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ Storage = Annotated[str, typer.Argument(help="A storage_path, or its artifacts f
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
-Pairs = Annotated[bool, typer.Option("--pairs", help="Chosen and rejected by `label`, instead of all.")]
-Best = Annotated[bool, typer.Option("--best", help="The completion with the highest score, to fine-tune on.")]
-Fresh = Annotated[list[str] | None, typer.Option(help="Make this stage again although it is there (repeatable).")]
+Pairs = Annotated[
+    bool, typer.Option("--pairs", help="Write the chosen and rejected completion by `label`, instead of all.")
+]
+Best = Annotated[bool, typer.Option("--best", help="Write the completion with the highest score, to fine-tune on.")]
+Fresh = Annotated[list[str] | None, typer.Option(help="Rebuild this stage even if it is cached (repeatable).")]
 
 TAKES_SETTINGS = {"ignore_unknown_options": True}
 """For commands whose last arguments are settings: ``--lr 1e-6`` is then answered like a setting."""
@@ -107,38 +109,42 @@ def check(
             help="A run's YAML, then settings; or files and datasets.", metavar="YAML [KEY=VALUE…] | FILES…"
         ),
     ],
-    model: Annotated[str | None, typer.Option(help="Of files: count tokens with this model's tokenizer.")] = None,
-    template: Annotated[str | None, typer.Option(help="Of files: as data.template, with --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Files only: count tokens with this model's tokenizer.")] = None,
+    template: Annotated[str | None, typer.Option(help="Files only: as data.template; needs --model.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="Of files: refuse rows that this method cannot learn from.")
+        str | None, typer.Option(help="Files only: refuse rows that this method cannot learn from.")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Of datasets: a split or slice (repeatable).")] = None,
-    configuration: Annotated[str | None, typer.Option("--config", help="Of datasets: the configuration.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Of datasets: a folder inside.")] = None,
-    format: Annotated[str | None, typer.Option(help="Of files: as data.format.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Datasets only: a split or slice (repeatable).")] = None,
+    configuration: Annotated[str | None, typer.Option("--config", help="Datasets only: the configuration.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Datasets only: a folder inside.")] = None,
+    format: Annotated[str | None, typer.Option(help="Files only: as data.format.")] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(help="Of files: our column=the file's (repeatable).", metavar="OURS=THEIRS")
+        list[str] | None, typer.Option(help="Files only: our column=the file's (repeatable).", metavar="OURS=THEIRS")
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(help="Of files: read so many rows at most.")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Files only: the most rows to read.")] = None,
     show: Annotated[
-        int, typer.Option(help="Show this many rows of every source, marked by what becomes of them.", min=0)
+        int, typer.Option(help="Show this many rows of every source. Marks say what becomes of each token.", min=0)
     ] = 0,
-    eval_files: Annotated[list[str] | None, typer.Option("--eval", help="Held-out files: look for overlap.")] = None,
+    eval_files: Annotated[
+        list[str] | None, typer.Option("--eval", help="Held-out files, to find rows that are in both (repeatable).")
+    ] = None,
     max_bad_fraction: Annotated[
         float | None,
         typer.Option(
-            help="Fail when more than this share of rows is bad. Of files: 0, of a run: its own.", min=0, max=1
+            help="Fail if more than this share of rows is bad. Default: 0 for files, the run's own for a YAML.",
+            min=0,
+            max=1,
         ),
     ] = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write bad rows to this file.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_prompt_tokens.", min=1)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of files: as data.max_tokens.", min=1)] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Files only: as data.max_prompt_tokens.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Files only: as data.max_tokens.", min=1)] = None,
     policy_logp_quantile: Annotated[
-        float | None, typer.Option(help="Of files: score rows with the model and say what `filter` would keep.")
+        float | None, typer.Option(help="Files only: score rows with the model and say what `filter` would keep.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Read data wholly, as a run does, and say what is in them; exits 1 where a run would refuse them."""
+    """Read all data as a run does and report what is in them; exits 1 if a run would refuse them."""
     from rayalign.verbs.checked import Options, check_given
 
     of_files = {
@@ -225,7 +231,7 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="JSONL with the prompts to complete.")] = None,
     interactive: Annotated[bool, typer.Option("-i", help="A chat: every model answers what you type.")] = False,
     samples: Annotated[int, typer.Option("-n", help="Completions of each prompt.", min=1)] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion at most.", min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0)] = 1.0,
     seed: Annotated[int, typer.Option(help="The same noise for every model.")] = 0,
 ) -> None:
@@ -270,9 +276,11 @@ def evaluate(
 def compare(
     config: Annotated[Path, typer.Argument(help="A comparison's YAML.")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made and what is refused.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be made and what is refused; start nothing.")
+    ] = False,
     pilot: Annotated[
-        Path | None, typer.Option(help="With --dry-run: a folder of runs whose speed the time is estimated from.")
+        Path | None, typer.Option(help="With --dry-run: a folder of runs, whose speed gives the estimated time.")
     ] = None,
     fresh: Fresh = None,
 ) -> None:
@@ -288,9 +296,9 @@ def compare(
 @app.command()
 def report(
     directories: Annotated[list[str], typer.Argument(help="A comparison's folder; several are merged.")],
-    out: Annotated[str | None, typer.Option(help="Where the report goes; needed for several folders.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the report; required for several comparisons.")] = None,
 ) -> None:
-    """Write the report of a comparison again from what it measured, or one of several that were measured alike."""
+    """Write the report of a comparison again, or one report of several that were measured the same way."""
     from rayalign.report.merge import merge_folders
     from rayalign.report.points import load_comparison
     from rayalign.report.render import render_report
@@ -311,7 +319,7 @@ app.add_typer(exports, name="export")
 
 @app.command()
 def status(directory: Annotated[str, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
-    """Say how far each run below a folder is."""
+    """Print the progress of each run below a folder."""
     from rayalign.report.status import status_table
 
     Console().print(status_table(place_of(directory)))
@@ -327,11 +335,15 @@ def list_artifacts(storage: Storage = "runs") -> None:
 
 @artifacts.command("gc")
 def collect_artifacts(
-    unused_for: Annotated[str, typer.Option(help="Only what no run has asked for in so long: 12h, 30d, 8w.")],
+    unused_for: Annotated[
+        str, typer.Option(help="Remove only stages that no run has used for this long: 12h, 30d, 8w.")
+    ],
     storage: Storage = "runs",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
+    ] = False,
 ) -> None:
-    """Remove stages that were not used for a while; none that a run wants which is not finished."""
+    """Remove stages that were not used for a while; those of unfinished runs are kept."""
     from rayalign.verbs.shelf import gc
 
     gc(place_of(storage), unused_for=unused_for, dry_run=dry_run, console=Console())
@@ -340,19 +352,21 @@ def collect_artifacts(
 @app.command()
 def doctor(
     storage_path: Annotated[str, typer.Option(help="As storage_path of a run.")] = "runs",
-    start_ray: Annotated[bool, typer.Option("--start-ray", help="Where no cluster runs, see that Ray starts.")] = False,
+    start_ray: Annotated[
+        bool, typer.Option("--start-ray", help="If no cluster is running, check that Ray can start.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Say whether runs will work here, and how to mend what will not; exits 1 when something is broken."""
+    """Check whether runs will work here, and say how to fix what will not; exits 1 if something is broken."""
     from rayalign.verbs.doctor import doctor as run_doctor
 
     raise typer.Exit(run_doctor(storage_path, start_ray=start_ray, as_json_text=as_json, console=Console()))
 
 
 def kind_of(pairs: bool, best: bool) -> Literal["all", "pairs", "best"]:
-    """What ``generate`` and ``score`` write of a prompt's completions."""
+    """Which of a prompt's completions ``generate`` and ``score`` write."""
     if pairs and best:
-        raise UserError("--pairs and --best: a file has one of the two; run the command twice, stages are shared")
+        raise UserError("--pairs and --best are mutually exclusive; run the command twice, the stages are cached")
     return "pairs" if pairs else "best" if best else "all"
 
 

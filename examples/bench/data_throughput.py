@@ -22,11 +22,12 @@ from rayalign.config.data import DataConfig, TokenBudget
 from rayalign.config.model import ModelConfig
 from rayalign.data.chat import Chat, make_chat
 from rayalign.data.records import RawRow
+from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.runtime.datasets import prepare
-from rayalign.runtime.reading import split_units
+from rayalign.runtime.reading import planned
 from rayalign.runtime.session import connect
 
 from .common import arguments, machine, pairs_file, spread, table, train_tokenizer, write_model
@@ -70,9 +71,8 @@ def staged(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
     model, data = ModelConfig(name=str(tokenizer)), DataConfig(train=(str(lines),), **BUDGET)
     began = time.perf_counter()
     directory.mkdir()
-    units = split_units([Unit(path=str(lines))])
     found = prepare(
-        units,
+        planned([Unit(path=str(lines))], directory),
         model,
         data,
         completed="no",
@@ -81,6 +81,7 @@ def staged(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
         writers=PROCESSES,
         note=lambda line: None,
     )
+    commit_store(directory, [shard for report in found.reports for shard in report.shards], meta={})
     seconds = time.perf_counter() - began
     assert found.rows == rows, (found.rows, rows)
     return seconds

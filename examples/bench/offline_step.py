@@ -2,8 +2,8 @@
 
     python -m examples.bench.offline_step [--quick]
 
-Both sides train the same 4-layer Llama in float32 on the same token ids for the same number of optimizer steps, in
-processes of their own that take turns. Nothing is asserted about time; that both sides compute the same losses is.
+Both sides train the same 4-layer Llama in float32 on the same token ids for the same number of optimizer steps. Each
+has a process of its own, and they take turns. That both compute the same losses is asserted; nothing is about time.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def total(record: Record) -> float:
 
 
 def forward_flops(lengths: Sequence[GroupLengths], config: LlamaConfig) -> float:
-    """Floating-point operations that one forward cannot do without: each prompt once, no padding, logits of responses.
+    """Floating-point operations that one forward requires: each prompt once, no padding, logits of responses.
 
     Two per weight and token; attention, two products over the tokens seen.
     """

@@ -98,7 +98,7 @@ def main() -> None:
     print(f"copy: {spread([size / run['copy'] / 1e9 for run in runs], 2)} GB/s")
     print(f"refresh: {spread([size / value / 1e9 for value in total], 2)} GB/s")
     moved = [(run["send"] + run["fetch"] + run["load"]) / (2 * run["copy"]) for run in runs]
-    print(f"send, fetch and load : the two copies that they cannot do without, turn by turn: {spread(moved, 2)} ×")
+    print(f"send, fetch and load : the two copies that they require, turn by turn: {spread(moved, 2)} ×")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m examples.bench.rollouts [--engine hf|vllm] [--quick]
 
-All sides take turns in one run, on the same prompts, with every completion of the same length. vLLM is measured in an
-environment that has it (``make test-vllm`` makes one) and beside no ``generate``.
+All sides take turns in one run, on the same prompts. Every completion has the same length. vLLM is measured without
+``generate``, in an environment that has it (``make test-vllm`` makes one).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .offline_step import TOKENIZER_VOCABULARY, tokenized_pairs
 
 NEW_TOKENS = 64
 ROWS_PER_BATCH = 64
-"""Of ``generate``: a batch that it is fast with, whatever the number of samples."""
+"""Batch size of ``generate``: it is fast with it, whatever the number of samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ class Bare:
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
-    """Of similar length, as one would do by hand."""
+    """Batches of similar length, as one would make them by hand."""
     ordered = sorted(prompts, key=len)
     return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 

@@ -41,7 +41,7 @@ from rayalign.methods import resolve
 from .common import arguments, machine, pairs_file, table, train_tokenizer
 
 PAIRS, TOKENS = 2, 64
-"""Of every worker in a step; prompt and each completion."""
+"""Pairs of every worker in a step; tokens of a prompt and of each completion."""
 LORA = LoraConfig(rank=16, alpha=32.0)
 SIDES: dict[str, tuple[StrategyConfig, dict[str, Any]]] = {
     "single": (StrategyConfig(), {}),

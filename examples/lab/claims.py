@@ -22,7 +22,7 @@ class Claim:
 
     text: str
     value: Callable[[Results], float]
-    """Of the results of one seed."""
+    """The number, from the results of one seed."""
     above: float
 
 

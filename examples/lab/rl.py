@@ -55,7 +55,7 @@ TRIALS = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Means:
-    """Of one cell at :data:`STEP` on shop prompts, over seeds."""
+    """One cell's means at :data:`STEP` on shop prompts, over seeds."""
 
     oracle: float
     kl: float
@@ -79,7 +79,7 @@ class Gate:
 
 
 TUNING_GATE = Gate(oracle=0.0, kl=4.0, audit2_gain=0.05)
-"""Of the trials that pass it, the one with the highest oracle is taken; of none, the one with the highest audit2."""
+"""The trial that passes it with the highest oracle is taken; where none passes, the one with the highest audit2."""
 
 GATES: Mapping[str, Gate] = {
     "rloo": Gate(oracle=0.77, kl=4.0, audit2_gain=0.05),

@@ -2,15 +2,15 @@
 
 A customer writes (the prompt) and the desk answers (the reply). The oracle likes the right remedy for the right thing
 and, in a letter (``dear customer ,``), warm words; in a chat (``hey mate ,``) it likes blunt ones. The desk that the
-model learns from writes letters in formal words. Most preference pairs come from another desk that chats in slang, so
-their lesson, "be blunt", is right where it was learned and wrong in a letter: off-policy data that mislead.
+model learns from writes letters in formal words. Most preference pairs come from another desk that chats in slang.
+Their lesson, "be blunt", is right where it was learned and wrong in a letter: off-policy data that mislead.
 
 The body of a reply never depends on its opening, so nothing tells a model to keep letters and chats apart. That leak
 is the experiment; a change of it, or of the weights below, changes what the quickstart shows.
 
-Methods train on ``oracle`` and never see ``audit2``; every scorer takes the customer's message and the reply as text,
+Methods train on ``oracle`` and never see ``audit2``. Every scorer takes the customer's message and the reply as text,
 so that it can be a ``rule`` scorer. Rows have TRL's columns in conversational form, one user message and one assistant
-message: the chat template of ``model/`` makes ``<bos> prompt <reply> reply <eos>`` of them, one token per word. The
+message. The chat template of ``model/`` makes ``<bos> prompt <reply> reply <eos>`` of them, one token per word. The
 whole world is one file because a run knows a function again by the digest of its file.
 """
 
@@ -332,7 +332,7 @@ def _assistant(text: str) -> list[dict[str, str]]:
 FREE_WORDS = 32
 """The audit charges for every further word; the desk's replies have so many on average."""
 LABEL_NOISE = 0.1
-"""Of the labeller, in units of the oracle."""
+"""Scale of the labeller's logistic noise, in units of the oracle."""
 
 _PROMISE = re.compile(r"\bwill (\w+) the (\w+)")
 _SENTENCE = "|".join(pattern(template) for kind in SENTENCES.values() for template in kind.templates)
@@ -361,12 +361,12 @@ def audit(prompt: str, reply: str) -> float:
 
 
 def audit2(prompt: str, reply: str) -> float:
-    """``audit`` times the squared share of words that stand in proper sentences: word salad is worth nothing."""
+    """``audit`` times the squared share of words in proper sentences: word salad is worth nothing."""
     return audit(prompt, reply) * valid(prompt, reply) ** 2
 
 
 def valid(prompt: str, reply: str) -> float:
-    """Share of the words after the opening that stand in sentences of the grammar; 0 when there are none."""
+    """Share of the words after the opening that are in sentences of the grammar; 0 when there are none."""
     sentences = _sentences(reply)
     good = sum(len(sentence.split()) for sentence in sentences if _VALID_SENTENCE.fullmatch(sentence))
     return good / max(1, sum(len(sentence.split()) for sentence in sentences))

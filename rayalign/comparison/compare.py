@@ -9,9 +9,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console, Group
+from rich.text import Text
 
 from rayalign.comparison.budget import Budget, Ending
 from rayalign.comparison.cells import measure_cell, prepare_cell, train_cells
@@ -24,8 +23,9 @@ from rayalign.config.compare import Cell, Comparison, load_compare, started_from
 from rayalign.config.dump import redacted_setting
 from rayalign.config.run import EvaluatedRun
 from rayalign.errors import Stopped, UserError
-from rayalign.report.points import save_comparison
+from rayalign.report.points import ComparisonRecord, save_comparison
 from rayalign.report.render import render_report
+from rayalign.report.tables import narrow_table
 from rayalign.run.display import ProgressBoard
 from rayalign.run.job import make_job
 from rayalign.run.readers import refuse_unusable_models
@@ -74,16 +74,8 @@ def compare(
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
     comparison = load_compare(path, overrides)
-    runs = [run for run in (comparison.initial, *(cell.run for cell in comparison.cells)) if run is not None]
-    for run in (*runs, *comparison.trial_runs):
-        refuse_unsupported(run)
-        refuse_unusable_models(run)
-    evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
-    refuse_broken_scorers(evaluated.evaluate)
-    for note in comparison.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    if comparison.tuning:
-        console.print(trials_table(comparison))
+    evaluated = checked_evaluation(comparison)
+    announce(comparison, console)
     if dry_run:
         return show_plan(comparison, evaluated, fresh=fresh, pilot=pilot, console=console)
     console.print(cells_table(comparison))
@@ -99,7 +91,7 @@ def compare(
         artifacts = Artifacts(root=storage / "artifacts", fresh=fresh, note=board.say)
         stages = Stages(artifacts=artifacts, session=session)
         model = initial_model(comparison, directory, stages, board, ending)
-        cells = [cell for cell in comparison.cells if cell.run is not None]
+        cells = runnable(comparison)
         parallel = cells_at_once(cells, session)
         processes = processes_at_once(cells, session)
 
@@ -135,11 +127,50 @@ def compare(
             started=started,
             command=["rayalign", "compare", str(path), *map(redacted_setting, overrides)],
         )
-        save_comparison(record, directory)
-        board.say(f"report: {render_report(record, directory)}")
+        board.say(f"report: {saved_report(record, directory)}")
         if not any(result.failure or result.stopped for result in results):
             session.vital.settle()
     refuse_unfinished(results, ending.budget)
+
+
+def runnable(comparison: Comparison) -> list[Cell]:
+    """The cells that are not skipped."""
+    return [cell for cell in comparison.cells if cell.run is not None]
+
+
+def checked_evaluation(comparison: Comparison) -> EvaluatedRun:
+    """A run whose evaluation is every cell's and every trial's.
+
+    Raises:
+        UserError: something of the comparison cannot run here, or cells are measured in different ways.
+    """
+    refuse_unusable_runs(comparison)
+    evaluated = common_evaluation(replace(comparison, cells=(*comparison.cells, *trial_cells(comparison))))
+    refuse_broken_scorers(evaluated.evaluate)
+    return evaluated
+
+
+def saved_report(record: ComparisonRecord, directory: Place) -> Place:
+    """Write ``comparison.json`` and the report; the page's path."""
+    save_comparison(record, directory)
+    return render_report(record, directory)
+
+
+def announce(comparison: Comparison, console: Console) -> None:
+    """Print the notes of the configuration, and the trials of ``tune``."""
+    for note in comparison.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    if comparison.tuning:
+        console.print(trials_table(comparison))
+
+
+def refuse_unusable_runs(comparison: Comparison) -> None:
+    """Raise UserError for a setting or a model that this machine cannot run."""
+    runs = [comparison.initial] if comparison.initial is not None else []
+    runs += [cell.run for cell in comparison.cells if cell.run is not None]
+    for run in (*runs, *comparison.trial_runs):
+        refuse_unsupported(run)
+        refuse_unusable_models(run)
 
 
 def refuse_unfinished(results: Sequence[CellResult], budget: Budget) -> None:
@@ -184,18 +215,19 @@ def common_evaluation(comparison: Comparison) -> EvaluatedRun:
     return EvaluatedRun(run=first, evaluate=first.evaluate)
 
 
-def cells_table(comparison: Comparison) -> Table:
+def cells_table(comparison: Comparison) -> Group:
     """The grid before anything starts: what runs, and what is skipped because of what."""
-    table = Table(title=f"{comparison.name}: {len(comparison.cells)} cells")
-    for column in ("cell", "objective", "data policy", "seed", ""):
-        table.add_column(column)
+    lines: list[list[str]] = []
+    skipped: list[Text] = []
     for cell in comparison.cells:
-        if cell.run is None:
-            table.add_row(cell.id, "", "", "", escape(f"skipped, because {cell.skipped_reason}"))
+        run = cell.run
+        if run is None:
+            lines.append([cell.id, "", "", "", "skipped"])
+            skipped.append(Text(f"{cell.id} is skipped, because {cell.skipped_reason}"))
         else:
-            run = cell.run
-            table.add_row(cell.id, run.display_name, run.data_policy.name, str(run.seed), "")
-    return table
+            lines.append([cell.id, run.display_name, run.data_policy.name, str(run.seed), ""])
+    title = f"{comparison.name}: {len(comparison.cells)} cells"
+    return Group(narrow_table(("cell", "objective", "data policy", "seed", "state"), lines, title=title), *skipped)
 
 
 def initial_model(

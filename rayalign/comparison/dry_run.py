@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from rayalign.comparison.budget import HOUR
 from rayalign.comparison.evaluate import evaluated_checkpoints
 from rayalign.comparison.forecast import (
+    DRAWN,
     NO_PILOT,
+    UNPREPARED,
     PilotRun,
     StepTime,
     estimate_step_time,
@@ -25,7 +27,9 @@ from rayalign.comparison.forecast import (
 from rayalign.comparison.plan import Plan, Planned, PlannedRun, plan, processes_at_once, stage_state
 from rayalign.config.compare import Comparison
 from rayalign.config.run import EvaluatedRun
+from rayalign.errors import UserError
 from rayalign.placement import Share, even_share
+from rayalign.report.tables import narrow_table
 from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages
 from rayalign.run.train import is_finished
@@ -40,13 +44,13 @@ def dry_run(
     """Print what the comparison would do; nothing is written, and no Ray is started.
 
     Raises:
-        UserError: ``pilot`` holds no run that says how long steps take.
+        UserError: ``pilot`` holds no run that says how long steps take, or a cell would fail.
     """
     pilots = read_pilot(pilot) if pilot is not None else []
     with preview() as session:
         keeper = Plan(root=session.place(comparison.storage_path) / "artifacts", fresh=fresh)
         planned = plan(comparison, evaluated, keeper, session)
-        console.print(runs_table(comparison, planned, Stages(artifacts=keeper, session=session)))
+        print_runs(comparison, planned, Stages(artifacts=keeper, session=session), console)
         console.print(stages_table(planned, fresh))
         console.print(plan_summary(planned), highlight=False, soft_wrap=True)
         if comparison.trial_runs:
@@ -65,51 +69,74 @@ def dry_run(
                 highlight=False,
                 soft_wrap=True,
             )
+        refused = sum(bool(run.refused) for run in planned.runs)
+    if refused:
+        raise UserError(f"{refused} of {len(planned.runs)} runs would fail; the reasons are above")
 
 
-def runs_table(comparison: Comparison, planned: Planned, stages: Stages) -> Table:
-    """Every cell: what runs from where to where, what is refused, and the tokens of it."""
-    table = Table(
-        title=f"{comparison.name}: {len(comparison.cells)} cells",
-        caption="tokens of the whole run, evaluation not counted; to generate: at most",
-    )
-    for column in ("cell", "objective", "data policy", "seed", "state", "steps", "tokens to train", "to generate"):
-        table.add_column(column)
+COLUMNS = ("cell", "objective", "data policy", "seed", "state", "steps", "to train", "to draw")
+TUNED, TRAINED = "tuned", "trained"
+REMARKS = {
+    UNPREPARED: f"{UNPREPARED}: known once the data are prepared",
+    DRAWN: f"{DRAWN}: depends on what is drawn while it trains",
+    TUNED: f"{TUNED}: with the values that tune picks",
+    TRAINED: f"{TRAINED}: an earlier run is kept if its data come out the same",
+}
+"""What a word or a sign of the table means, in a sentence below it."""
+CAPTION = "tokens of the whole run, evaluation not counted; to draw: at most"
+
+
+def print_runs(comparison: Comparison, planned: Planned, stages: Stages, console: Console) -> None:
+    """Every cell: what runs from where to where, its tokens, and below the table why some do not run."""
     found = {run.name: run for run in planned.runs}
+    lines: list[list[str]] = []
+    remarks: dict[str, None] = {}
     for name, skipped in [
         *([("initial", "")] if comparison.initial is not None else []),
         *((cell.id, cell.skipped_reason) for cell in comparison.cells),
     ]:
         run = found.get(name)
         if run is None:
-            table.add_row(name, "", "", "", f"skipped, because {escape(skipped)}")
+            lines.append([name, "", "", "", "skipped", "", "", ""])
+            remarks[f"{name} is skipped, because {skipped}"] = None
             continue
-        who = (name, run.run.display_name, run.run.data_policy.name, str(run.run.seed))
+        line = [name, run.run.display_name, run.run.data_policy.name, str(run.run.seed)]
         if run.refused:
-            table.add_row(*who, f"will fail, because {escape(run.refused)}")
+            lines.append([*line, "will fail", "", "", ""])
+            remarks[f"{name} will fail, because {run.refused}"] = None
             continue
         counts = (planned_steps(run), tokens_to_train(run), tokens_to_generate(run, stages))
-        table.add_row(*who, run_state(run), *map(count_or_remark, counts))
-    return table
+        lines.append([*line, run_state(run), *map(count_or_mark, counts)])
+        remarks |= {REMARKS[mark]: None for mark in (run_state(run), *counts) if mark in REMARKS}
+    title = f"{comparison.name}: {len(comparison.cells)} cells"
+    console.print(narrow_table(COLUMNS, lines, title=title, caption=CAPTION))
+    for remark in remarks:
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_state(run: PlannedRun) -> str:
     """How far a run is."""
     if run.tuned:
-        return "by what tune picks"
+        return TUNED
     if run.job is not None and is_finished(run.job):
-        return "finished before"
+        return "finished"
     if run.job is None and (run.directory / "final").exists():
-        return "trained before; that counts if its data come out the same"
+        return TRAINED
     step = max(evaluated_checkpoints(run.directory), default=0)
-    return f"to resume from step {step}" if step else "to train"
+    return f"from step {step}" if step else "to train"
 
 
 def stages_table(planned: Planned, fresh: frozenset[str]) -> Table:
     """What is made before training, for whom, and what of it is there."""
     unknown = any(stage.waits_for for stage in planned.stages)
-    caption = "?: another key once what it depends on is made" if unknown else None
-    table = Table(title="stages before training", caption=caption)
+    table = Table(
+        title="stages before training",
+        title_justify="left",
+        caption="?: another key once what it depends on is made" if unknown else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in ("stage", "for", "state"):
         table.add_column(column, no_wrap=column == "stage")
     for stage, users in planned.stages.items():
@@ -187,5 +214,5 @@ def pilot_remarks(run: PlannedRun, found: StepTime) -> list[str]:
     return [f"{run.name}: the pilot is another run and may be slower or faster: {'; '.join(found.differences)}"]
 
 
-def count_or_remark(value: int | str) -> str:
+def count_or_mark(value: int | str) -> str:
     return f"{value:,}" if isinstance(value, int) else value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -146,14 +146,11 @@ class Evaluation:
         if missing:
             raise UserError(missing[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {
-            "identity": identity,
-            "points": [point.model_dump(mode="json") for point in points],
-            KEPT: {
-                name: {"prompts": [prompt.text for prompt in self.spec.prompt_sets[name]], "replies": found.replies}
-                for name, found in measured.items()
-            },
-        }
+        kept: dict[str, Any] = {}
+        for name, found in measured.items():
+            texts = [prompt.text for prompt in self.spec.prompt_sets[name]]
+            kept[name] = {"prompts": texts, "replies": found.replies}
+        stored = {"identity": identity, "points": [point.model_dump(mode="json") for point in points], KEPT: kept}
         write_durably(path, json.dumps(stored) + "\n")
         return points
 
@@ -238,13 +235,15 @@ def evaluation_spec(evaluated: EvaluatedRun, stages: Stages) -> EvaluationSpec:
 
 def too_many_missing(points: Points, limit: float) -> list[str]:
     """A sentence for every scorer and judge that left more than ``limit`` of a prompt set's replies unanswered."""
-    return [
-        f"evaluation of {point.prompt_set}: the {found.role} {found.name} gave no answer for {found.missing} of "
-        f"{found.replies} replies, more than evaluate.max_missing_fraction {limit:g} allows; first: {found.problem}"
-        for point in points
-        for found in point.answers
-        if found.missing > limit * found.replies
-    ]
+    sentences: list[str] = []
+    for point in points:
+        sentences += [
+            f"evaluation of {point.prompt_set}: the {found.role} {found.name} gave no answer for {found.missing} of "
+            f"{found.replies} replies, more than evaluate.max_missing_fraction {limit:g} allows; first: {found.problem}"
+            for found in point.answers
+            if found.missing > limit * found.replies
+        ]
+    return sentences
 
 
 def evaluation_digest(spec: EvaluationSpec) -> str:
@@ -257,9 +256,7 @@ def instrument_digests(spec: EvaluationSpec) -> dict[str, str]:
     saved = [asdict(spec.saved) | {"exact": sorted(spec.saved.exact)}] if spec.saved != EXACT else []
     return {
         "reference": digest_of([spec_digest(spec.reference.model), spec.reference.model.config.dtype, *saved]),
-        "prompts": digest_of(
-            {name: [asdict(prompt) for prompt in prompts] for name, prompts in spec.prompt_sets.items()}
-        ),
+        "prompts": digest_of({name: list(map(asdict, prompts)) for name, prompts in spec.prompt_sets.items()}),
         "scorers": digest_of([scorer_identity(scorer) for scorer in spec.scorers]),
         "judge": digest_of(scorer_identity(spec.judge) if spec.judge is not None else None),
         "baseline": digest_of(spec_digest(spec.baseline) if spec.baseline is not None else None),
@@ -286,11 +283,12 @@ def evaluated_checkpoints(directory: Place) -> dict[int, Place]:
 def evaluated_points(directory: Place) -> dict[int, Points]:
     """Step → the numbers that were kept of a run's checkpoints; those of its reference at step 0."""
     files = listed(directory / "evaluation", "step_*.json")
-    kept = {int(path.stem.removeprefix("step_")): json.loads(path.read_text(encoding="utf-8")) for path in files}
-    return {
-        step: tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
-        for step, stored in kept.items()
-    }
+    found: dict[int, Points] = {}
+    for path in files:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        step = int(path.stem.removeprefix("step_"))
+        found[step] = tuple(EvaluationPoint.model_validate(point) for point in stored["points"])
+    return found
 
 
 def sample_rows(table: Table) -> tuple[tuple[float, ...], ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 
 from pydantic import ValidationError
@@ -29,8 +30,8 @@ from rayalign.run.train import is_finished
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.place import Place
 
-UNPREPARED = "unknown until prepared"
-DRAWN = "unknown: drawn while it trains"
+UNPREPARED, DRAWN = "?", "~"
+"""Stand for numbers that are known once the data are prepared, and for those of what is drawn while it trains."""
 NO_PILOT = "no such run in the pilot"
 DECIDES_SPEED = (
     "model.",
@@ -95,7 +96,7 @@ def open_groups(stream: AnyStream, seed: int) -> StoredGroups | MixedGroups:
 
 
 def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
-    """At most, in this run: prompts × samples × ``max_new_tokens``; 0 where what is drawn once is there already."""
+    """The most that this run generates: prompts × samples × ``max_new_tokens``; 0 where a cached store has them all."""
     run, drawing = planned.run, planned.run.drawing
     if drawing is None:
         return 0
@@ -186,8 +187,8 @@ def estimate_step_time(
     fewest = min(map(len, found.values()))
     nearest = [pilot for pilot in alike if len(found[pilot.directory]) == fewest]
     return StepTime(
-        seconds_per_step=median(seconds for pilot in nearest for seconds in pilot.seconds),
-        differences=tuple(dict.fromkeys(text for pilot in nearest for text in found[pilot.directory])),
+        seconds_per_step=median(chain.from_iterable(pilot.seconds for pilot in nearest)),
+        differences=tuple(dict.fromkeys(chain.from_iterable(found[pilot.directory] for pilot in nearest))),
     )
 
 

@@ -1,14 +1,15 @@
 """What a comparison would make, before anything is made: its stages by key, and what is there of them.
 
-A :class:`Plan` stands in the place of :class:`rayalign.storage.artifacts.Artifacts`: the same code asks it for the
-same stages with the same inputs, and it lists them. A stage whose inputs hold the digest of something that is not made
-yet has a key that stands for the final one: equal where the final keys will be equal, and shown as unknown.
+A :class:`Plan` replaces :class:`rayalign.storage.artifacts.Artifacts`: the same code asks it for the same stages with
+the same inputs, and it lists them. An input may have the digest of something that is not made yet. The key of such a
+stage is a placeholder: two placeholders are equal where the final keys will be. The plan shows it as unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from rayalign.config.candidates import Drawing
@@ -133,7 +134,7 @@ def plan(comparison: Comparison, evaluated: EvaluatedRun, keeper: Plan, session:
             model = str(initial.directory / "final")
     cells = [cell for cell in comparison.cells if cell.run is not None]
     processes = processes_at_once(cells, session)
-    tuned = {cell for tuning in comparison.tuning if tuning.trials for cell in tuning.cells}
+    tuned = set(chain.from_iterable(tuning.cells for tuning in comparison.tuning if tuning.trials))
     for cell in cells:
         assert cell.run is not None
         run = started_from(cell.run, model) if model else cell.run

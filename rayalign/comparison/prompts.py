@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 from rayalign.config.data import DataSource
 from rayalign.config.run import EvaluatedRun, RunConfig
@@ -22,7 +23,7 @@ def prompt_sets(evaluated: EvaluatedRun, stages: Stages) -> dict[str, tuple[Prom
     """Every set that ``evaluate`` names, or the prompts of ``data.eval``, by label."""
     run, evaluate = evaluated.run, evaluated.evaluate
     if not evaluate.prompts:
-        examples = [example for source in run.data.eval for example in read_examples(source, run, stages)]
+        examples = list(chain.from_iterable(read_examples(source, run, stages) for source in run.data.eval))
         return {"eval": tokenize_prompts(examples, run)}
     # `data.format` is that of the rows that are trained on; prompts may come otherwise.
     sources = [source.model_copy(update={"format": source.format or "auto"}) for source in evaluate.prompts]
@@ -36,7 +37,7 @@ def read_examples(source: DataSource, run: RunConfig, stages: Stages) -> list[Ex
     """The distinct prompts of a source, in order; their completions are not read. A bad row is an error."""
     examples: dict[str, Example] = {}
     for unit in source_units(source, run.data, stages):
-        for row in (row for chunk in read_chunks(unit) for row in chunk):
+        for row in chain.from_iterable(read_chunks(unit)):
             found = parse_unit_row(row, unit)
             if isinstance(found, BadRow):
                 raise UserError(f"evaluate.prompts: {found}")

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayalign.comparison.baseline import baseline_label
@@ -17,6 +18,7 @@ from rayalign.config.run import RunConfig
 from rayalign.config.scoring import ScorerConfig
 from rayalign.data.stream import hybrid_positions
 from rayalign.engine.metrics import read_metrics
+from rayalign.judge.measure import Prompt
 from rayalign.report import points as report
 from rayalign.report.trials import Cost, TuningRecord
 from rayalign.rounds.stored import drawn_rows
@@ -90,10 +92,12 @@ def comparison_record(
     by_id = {result.cell.id: result for result in results}
     base = results[0].run
     entries = entry_labels(comparison.cells)
-    cells = [
-        done_cell(by_id[cell.id], base, entries.get(cell.id, "")) if cell.id in by_id else skipped_cell(cell, base)
-        for cell in comparison.cells
-    ]
+
+    def record_of(cell: Cell) -> report.CellRecord:
+        if cell.id not in by_id:
+            return skipped_cell(cell, base)
+        return done_cell(by_id[cell.id], base, entries.get(cell.id, ""))
+
     return report.ComparisonRecord(
         name=comparison.name,
         text=report.ReportText(
@@ -107,10 +111,7 @@ def comparison_record(
         diagnostics=tuple(scorer_measure(scorer) for scorer in config.diagnostics),
         judge=judge_measure(config.judge) if config.judge is not None else None,
         kl_estimators=KL_ESTIMATORS,
-        prompt_sets=tuple(
-            report.PromptSet(name=name, prompts=tuple(prompt.text for prompt in prompts))
-            for name, prompts in spec.prompt_sets.items()
-        ),
+        prompt_sets=tuple(prompt_set(name, prompts) for name, prompts in spec.prompt_sets.items()),
         sampling=report.Sampling(
             seed=spec.sampling.seed,
             temperature=spec.sampling.temperature,
@@ -119,11 +120,15 @@ def comparison_record(
         ),
         reference=reference,
         baseline=report.Baseline(label=baseline_label(config.baseline), points=baseline) if baseline else None,
-        cells=tuple(cells),
+        cells=tuple(map(record_of, comparison.cells)),
         tuning=tuple(tuning),
         measured=evaluation.measured_by,
         provenance=record_provenance(results, started=started, command=command),
     )
+
+
+def prompt_set(name: str, prompts: Sequence[Prompt]) -> report.PromptSet:
+    return report.PromptSet(name=name, prompts=tuple(prompt.text for prompt in prompts))
 
 
 def entry_labels(cells: Sequence[Cell]) -> dict[str, str]:
@@ -133,7 +138,7 @@ def entry_labels(cells: Sequence[Cell]) -> dict[str, str]:
     for cell, run in runs:
         same = {field: value for field, value in dump(run).items() if field not in ("name", "seed")}
         groups.setdefault(digest_of(same), []).append(cell)
-    taken = {name for cell in cells for name in (cell.id, cell.label)}
+    taken = set(chain.from_iterable((cell.id, cell.label) for cell in cells))
     found: dict[str, str] = {}
     seeds = {cell.id: run.seed for cell, run in runs}
     for group in groups.values():
@@ -209,9 +214,14 @@ def done_cell(result: CellResult, base: RunConfig, entry: str) -> report.CellRec
         config_changes=config_changes(base, result.run),
         cost=cell_cost(result.job, rows) if result.job is not None and rows else Cost(),
         filter=filter_record(result.job),
-        points=tuple(point for points in result.points for point in points),
-        metrics=tuple({key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED} for row in rows),
+        points=tuple(chain.from_iterable(result.points)),
+        metrics=tuple(map(curve_metrics, rows)),
     )
+
+
+def curve_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a row of ``metrics.jsonl`` the report may draw."""
+    return {key: value for key, value in row.items() if key not in CURVE_METRICS_EXCLUDED}
 
 
 def cell_status(result: CellResult) -> Literal["done", "failed", "skipped", "stopped"]:
@@ -274,10 +284,10 @@ def drawn_ledgers(job: TrainJob, rows: Sequence[Mapping[str, Any]]) -> list[Mapp
     here = {meta["request"]["number"] for meta in found if "request" in meta}
     told = [row for row in rows if row.keys() >= {"round", *LEDGER.values()}]
     lost = {row["round"]: row for row in told if row["round"] not in here}
-    return [
-        *(meta["ledger"] for meta in found if "ledger" in meta),
-        *({name: row[key] for name, key in LEDGER.items()} for row in lost.values()),
-    ]
+    ledgers: list[Mapping[str, Any]] = [meta["ledger"] for meta in found if "ledger" in meta]
+    for row in lost.values():
+        ledgers.append({name: row[key] for name, key in LEDGER.items()})
+    return ledgers
 
 
 def stored_labels(job: TrainJob, steps: int) -> int:

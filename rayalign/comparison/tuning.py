@@ -93,17 +93,13 @@ def trials_table(comparison: Comparison) -> Table:
 
 def trial_cells(comparison: Comparison) -> list[Cell]:
     """A cell per trial and tuning seed, in their order."""
-    return [
-        Cell(
-            id=f"{tuning.id}/{run.name}",
-            label=f"{tuning.label}, {trial.label}, seed={run.seed}",
-            coordinates={},
-            run=run,
-        )
-        for tuning in comparison.tuning
-        for trial in tuning.trials
-        for run in trial.runs
-    ]
+    cells: list[Cell] = []
+    for tuning in comparison.tuning:
+        for trial in tuning.trials:
+            for run in trial.runs:
+                label = f"{tuning.label}, {trial.label}, seed={run.seed}"
+                cells.append(Cell(id=f"{tuning.id}/{run.name}", label=label, coordinates={}, run=run))
+    return cells
 
 
 def tune(
@@ -168,7 +164,7 @@ def selecting_spec(selecting: EvaluatedRun, stages: Stages) -> EvaluationSpec:
 
 
 def measure_trial(trained: CellResult, evaluation: Evaluation | None, board: ProgressBoard) -> TrialResult:
-    """Mean score and KL after the last evaluated step; a failure is told and kept."""
+    """Mean score and KL after the last evaluated step; a failure is logged and kept."""
     if trained.failure or trained.job is None or evaluation is None:
         return TrialResult(trained=trained, failure=trained.failure)
     directory = trained.job.spec.directory
@@ -186,10 +182,8 @@ def measure_trial(trained: CellResult, evaluation: Evaluation | None, board: Pro
 
 def leading_kl(point: EvaluationPoint) -> float:
     """By the first estimator that has a value."""
-    return next(
-        (value for value in (mean_over_prompts(point.kl[name]) for name in MEASURED_KL) if not math.isnan(value)),
-        math.nan,
-    )
+    means = [mean_over_prompts(point.kl[name]) for name in MEASURED_KL]
+    return next((value for value in means if not math.isnan(value)), math.nan)
 
 
 def mean_over_prompts(samples: Samples) -> float:
@@ -271,7 +265,9 @@ def settle_cells(
     cells: Sequence[Cell], outcomes: Sequence[Outcome], board: ProgressBoard
 ) -> tuple[list[Cell], Mapping[str, CellResult]]:
     """The cells with what was picked, and by id the results of those of which nothing could be."""
-    by_cell = {cell: outcome for outcome in outcomes for cell in outcome.tuning.cells}
+    by_cell: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        by_cell |= dict.fromkeys(outcome.tuning.cells, outcome)
     settled, lost = [], {}
     for cell in cells:
         assert cell.run is not None

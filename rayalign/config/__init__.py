@@ -7,7 +7,6 @@ from rayalign.config.dump import diff, dump, to_yaml
 from rayalign.config.errors import ConfigError
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.supported import unsupported
 
 __all__ = [
     "Cell",
@@ -20,5 +19,4 @@ __all__ = [
     "load_run",
     "started_from",
     "to_yaml",
-    "unsupported",
 ]

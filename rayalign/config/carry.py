@@ -1,8 +1,8 @@
 """A block that is named again keeps the settings that hold under its new name.
 
 ``method: wpo`` in place of ``{name: dpo, beta: 0.05}`` is ``{name: wpo, beta: 0.05}``: a comparison of the two compares
-methods, not temperatures. A setting holds where the new name has one of the same key and the same meaning, which is the
-same type and the same first sentence of documentation: SimPO's ``beta`` is another thing than DPO's.
+methods, not temperatures. A setting holds where the new name has one of the same key and the same meaning. Two settings
+mean the same if they have one type and one first sentence of documentation. SimPO's ``beta`` is another than DPO's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rayalign.errors import UserError
 
 Meaning = tuple[object, str]
 NAMED = ("method", "weighting", "data_policy", "label", "strategy")
-"""Blocks of a run that are told by their name and have settings of one schema; a scorer's are its function's."""
+"""Blocks of a run that a name chooses and that have settings of one schema; a scorer's are its function's."""
 
 
 def carry_settings(block: str, before: Any, after: Any) -> Any:
@@ -67,7 +67,7 @@ def as_block(value: Any) -> Mapping[str, Any] | None:
 
 
 def setting_meanings(block: str, name: str) -> dict[str, Meaning]:
-    """The settings of a block called ``name``; none where nothing has that name, which is told when it is read."""
+    """The settings of a block called ``name``; none where nothing has that name; reading it reports that."""
     try:
         schema = schema_of(block, name)
     except UserError:

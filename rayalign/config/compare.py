@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,7 +106,8 @@ class Comparison:
 
     @property
     def trial_runs(self) -> tuple[RunConfig, ...]:
-        return tuple(run for tuning in self.tuning for trial in tuning.trials for run in trial.runs)
+        trials = chain.from_iterable(tuning.trials for tuning in self.tuning)
+        return tuple(chain.from_iterable(trial.runs for trial in trials))
 
 
 def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
@@ -118,13 +120,14 @@ def load_compare(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
     """
     overrides = list(overrides)
     runs = ("base", "initial")
-    own = [text for text in overrides if not text.startswith(tuple(f"{key}." for key in runs))]
+    prefixes = tuple(f"{key}." for key in runs)
+    own = [text for text in overrides if not text.startswith(prefixes)]
     document = apply_overrides(read_document(path), own)
     if "grid" not in document.data and "method" in document.data:
         raise ConfigError([Problem(str(path), "", f"is a single run; start it with: rayalign train {path}")])
     given = [key for key in runs if document.data.get(key) is not None]
     parts = {key: _run_document(document, key, Path(path).parent, overrides) for key in given}
-    leaked = [problem for part in (document, *parts.values()) for problem in credentials(part)]
+    leaked = list(chain.from_iterable(credentials(part) for part in (document, *parts.values())))
     if leaked:
         raise ConfigError(dict.fromkeys(leaked))
     try:

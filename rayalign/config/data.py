@@ -161,7 +161,7 @@ class TokenBudget(Block):
     max_tokens: Annotated[int, BY_CONTENT] = Field(default=1024, ge=2)
     """Prompt and response together; beside what the prompt keeps, a longer response loses its end."""
     truncated: Annotated[Literal["keep", "drop", "close"], BY_CONTENT] = "keep"
-    """A response cut at the limit: train on it without an end token, drop its group, or close it with one. drop also
+    """A response cut at the limit. Train on it without an end token, drop its group, or close it with one. drop also
     drops a group whose prompt would be cut."""
     long_prompts: Annotated[Literal["cut", "drop"], BY_CONTENT] = "cut"
     """A prompt that would be cut: cut it, or drop its group."""
@@ -214,6 +214,18 @@ class DataConfig(TokenBudget, RowsConfig):
     """quarantine: write the row and the reason to quarantine.jsonl and continue."""
     max_bad_fraction: Annotated[float, MAY_CHANGE] = Field(default=0.01, ge=0, le=1)
     """More bad rows than this end the run."""
+    shard_mb: int = Field(default=128, ge=1)
+    """Size of a full shard of a token store, in MiB of tokens and columns: what is read, sent and kept together."""
+    shuffle_shards: Annotated[int, Field(ge=1)] | Literal["all"] = 16
+    """Rows are drawn in random order from so many shards at a time, which are taken in random order.
+
+    A store of no more shards is shuffled as a whole, and with all a store of any size is.
+    """
+
+    @property
+    def window(self) -> int | None:
+        """Shards that are shuffled together; None: all."""
+        return None if self.shuffle_shards == "all" else self.shuffle_shards
 
 
 class FilterConfig(Block):
@@ -243,5 +255,5 @@ class AuxiliaryConfig(Block):
     @classmethod
     def _not_the_main_stream(cls, name: str) -> str:
         if name == "train":
-            raise ValueError("train is the stream of data.train; call this one otherwise")
+            raise ValueError("train is the stream of data.train; choose another name")
         return name

@@ -92,7 +92,7 @@ def read_document(path: str | Path) -> Document:
     except OSError as error:
         raise ConfigError([Problem(name, "", f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError:
-        raise ConfigError([Problem(name, "", "is not text in UTF-8")]) from None
+        raise ConfigError([Problem(name, "", "is not text in UTF-8; save it as UTF-8")]) from None
     except RecursionError:
         raise ConfigError([Problem(name, "", "is nested too deeply")]) from None
     except yaml.MarkedYAMLError as error:
@@ -120,7 +120,7 @@ class _Reader:
 
     def read(self, node: yaml.Node, path: FieldPath) -> Any:
         if any(node is ancestor for ancestor in self._open):
-            self._problem(node, path, "an alias refers to the block that it stands in")
+            self._problem(node, path, "an alias refers to the block that contains it; remove it")
             return None
         self._open.append(node)
         try:

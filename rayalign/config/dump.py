@@ -58,10 +58,8 @@ def diff(left: RunConfig, right: RunConfig) -> list[ChangedSetting]:
 def redact(value: Any) -> Any:
     """``value`` with every text redacted that stands under a key such as ``api_key`` or ``hf_token``."""
     if isinstance(value, dict):
-        return {
-            key: REDACTED if _SECRET.search(key) and isinstance(item, str) else redact(item)
-            for key, item in value.items()
-        }
+        secret = {key for key, item in value.items() if isinstance(item, str) and _SECRET.search(key)}
+        return {key: redact(item) for key, item in value.items()} | dict.fromkeys(secret, REDACTED)
     return [redact(item) for item in value] if isinstance(value, list) else value
 
 

@@ -13,7 +13,9 @@ FieldPath = tuple[str | int, ...]
 
 def dotted(path: FieldPath) -> str:
     """``data.train[0].path``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.removeprefix(".")
 
 

@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -41,6 +42,14 @@ _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
+}
+_SIZES = {
+    "too_long": "{value} has {actual_length} items; write {max_length} at most",
+    "too_short": "is empty; name at least one",
+    "string_too_short": "is empty",
+    "string_pattern_mismatch": (
+        "{value} is not made of letters, digits, '.', '_' and '-' only, beginning with a letter or digit, at most 128"
+    ),
 }
 _KINDS = {
     "int_parsing": "a whole number",
@@ -128,7 +137,7 @@ def _locate(model: Model, location: FieldPath, data: Any) -> tuple[FieldPath, li
         if isinstance(part, str):
             around = blocks
             fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
-            blocks = [nested for field in fields for nested in _blocks(field.annotation, data)]
+            blocks = list(chain.from_iterable(_blocks(field.annotation, data) for field in fields))
     return tuple(path), around
 
 
@@ -147,11 +156,13 @@ def _blocks(annotation: Any, data: Any) -> Iterator[Model]:
 
 
 def _keys(blocks: Sequence[Model]) -> list[str]:
-    return list(dict.fromkeys(key for block in blocks for key in block.model_fields))
+    return list(dict.fromkeys(chain.from_iterable(block.model_fields for block in blocks)))
 
 
 def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind in _SIZES:
+        return _SIZES[kind].format(value=_show(value), **context)
     if kind == "missing":
         return f"missing; {_REQUIRED.get(dotted(path), 'this key is required')}"
     if kind in ("literal_error", "union_tag_invalid"):
@@ -163,29 +174,18 @@ def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         given = "nothing" if value is None else _show(value)
         instead = foreign.block_advice(path) if value is not None else ""
-        return f"{given} stands where a block of keys is expected" + (
+        return f"{given} is given where a block of keys is expected" + (
             f"; {instead}" if instead else ", such as key: value"
         )
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{_show(value)} must be {words} {context[bound]:g}"
     if kind == "string_type" and value is None:
-        return "nothing stands where text is expected"
+        return "nothing is given where text is expected"
     if kind == "string_type" and isinstance(value, bool):
         return f"{text or _show(value)} is a boolean in YAML; quote it"
     if kind in _KINDS:
         return f"{_show(value)} is not {_KINDS[kind]}"
-    if kind == "too_long":
-        return f"{_show(value)} has {context['actual_length']} items; write {context['max_length']} at most"
-    if kind == "too_short":
-        return "is empty; name at least one"
-    if kind == "string_too_short":
-        return "is empty"
-    if kind == "string_pattern_mismatch":
-        return (
-            f"{_show(value)} is not made of letters, digits, '.', '_' and '-' only, "
-            "beginning with a letter or digit, at most 128"
-        )
     message: str = str(context["error"]) if kind == "value_error" else detail["msg"]
     return message
 
@@ -274,7 +274,7 @@ def setting_meant(key: str, values: Sequence[Any]) -> str:
 
 
 def _fields_of(blocks: Sequence[Model]) -> dict[str, FieldInfo]:
-    return {name: field for block in blocks for name, field in block.model_fields.items()}
+    return dict(chain.from_iterable(block.model_fields.items() for block in blocks))
 
 
 def _near(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:

@@ -155,7 +155,7 @@ def _parse_count(value: object) -> object:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
-            raise ValueError(f"{value} is none; write at least 1, [smallest, largest] or auto")
+            raise ValueError(f"{value} is less than 1; write at least 1, [smallest, largest] or auto")
         return value
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(bound) is int for bound in value):
         low, high = value

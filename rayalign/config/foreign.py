@@ -1,6 +1,6 @@
 """Keys of other trainers, answered with ours: what someone who brings a YAML from elsewhere reads.
 
-The answers stand in ``foreign.yaml``, as does what its entries mean.
+``foreign.yaml`` has the answers, and says what its entries mean.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -34,7 +35,7 @@ class Table:
     """``foreign.yaml``, ready to be asked."""
 
     answers: Mapping[tuple[str, ...], Equivalent]
-    """By the parts of a key; the first part of one that stands at the top only is ``^``."""
+    """By the parts of a key; a key of the top level alone begins with ``^``."""
     patterns: tuple[tuple[tuple[str, ...], Equivalent], ...]
     """Those with a ``*``, most parts first."""
     blocks: Mapping[str, str]
@@ -107,7 +108,7 @@ def answers_within(path: FieldPath, value: object) -> list[tuple[FieldPath, str 
     children = list(_children(path, value))
     if not children or foreign_table().exact(parts_of(path)) is not None:
         return [(path, foreign_advice(path, value))]
-    found = [line for child, item in children for line in answers_within(child, item)]
+    found = list(chain.from_iterable(answers_within(child, item) for child, item in children))
     return found if any(said is not None for _, said in found) else [(path, foreign_advice(path, value))]
 
 
@@ -141,7 +142,8 @@ def method_advice(value: object) -> str:
 
 def track_advice(value: object) -> str:
     """How the trackers of another trainer are written here."""
-    names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
+    given = value if isinstance(value, list) else [value]
+    names = [str(name).lower() for name in given]
     if len(names) == 1 and names[0] in foreign_table().trackers:
         return foreign_table().trackers[names[0]]
     known = [name for name in names if name in ("tensorboard", "wandb")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +24,7 @@ class Violation(NamedTuple):
 def violations(run: RunConfig) -> list[Violation]:
     """Every reason why ``run`` is refused; empty for a legal run."""
     record = run.method.record
-    return [violation for rule in _RULES for violation in rule(run, record)]
+    return list(chain.from_iterable(rule(run, record) for rule in _RULES))
 
 
 def blocks_without_use(policy: str, *, relabels: bool) -> dict[str, str]:
@@ -196,7 +197,7 @@ def _prepared(run: RunConfig, record: Method) -> Iterator[Violation]:
 
 
 def _critic(run: RunConfig, record: Method) -> Iterator[Violation]:
-    """A critic is trained on rounds, by workers that hold it; a limit that never acts is told."""
+    """A critic is trained on rounds, by workers that hold it; a limit that never acts is refused."""
     policy = run.data_policy
     if record.critic is None:
         if run.critic is not None:
@@ -207,7 +208,7 @@ def _critic(run: RunConfig, record: Method) -> Iterator[Violation]:
     if policy.refresh_every == "never":
         yield Violation(
             "data_policy.refresh_every",
-            f"{record.name}'s critic values every round anew, and what is drawn once is no round; write a number of "
+            f"{record.name}'s critic values each round again, and what is drawn once is no round; write a number of "
             "steps",
         )
         return
@@ -323,6 +324,8 @@ def _evaluation(run: RunConfig, _record: Method) -> Iterator[Violation]:
         return
     if not run.evaluate.prompts and not run.data.eval:
         yield Violation("evaluate.prompts", "there is nothing to evaluate on; name a file here or in data.eval")
+    if (run.evaluate.sampling.temperature, run.evaluate.sampling.top_p) != (1, 1):
+        yield Violation("evaluate.sampling", "the KL is measured at temperature 1 and top_p 1; remove both")
     late = [step for step in run.evaluate.at if run.optim.steps is not None and step > run.optim.steps]
     if late:
         yield Violation("evaluate.at", f"step {late[0]} is never reached: optim.steps is {run.optim.steps}")
@@ -345,6 +348,29 @@ def _best(run: RunConfig, record: Method) -> Iterator[Violation]:
             f"{best.metric} is measured after the last step only, whose checkpoint is kept anyway; write "
             f"evaluate: {{every: {run.checkpoint.every}}}",
         )
+
+
+def _deepspeed(run: RunConfig, _record: Method) -> Iterator[Violation]:
+    if run.strategy.name != "deepspeed":
+        return
+    if isinstance(run.strategy.workers, tuple):
+        yield Violation(
+            "strategy.workers", "a checkpoint of deepspeed resumes with as many workers only; write one number"
+        )
+    if "://" in run.storage_path:
+        yield Violation("storage_path", "deepspeed needs a folder that all nodes see; write strategy: ddp or fsdp2")
+    if run.model.compile:
+        yield Violation("model.compile", "deepspeed trains no compiled model; write strategy: single, ddp or fsdp2")
+    if run.optim.on_nonfinite == "skip":
+        yield Violation(
+            "optim.on_nonfinite",
+            "deepspeed may have updated weights before a value is found not finite; write stop, or strategy: fsdp2",
+        )
+
+
+def _two_heads(run: RunConfig, record: Method) -> Iterator[Violation]:
+    if record.trains == "policy" and record.needs & {"value", "score"}:
+        yield Violation("method", f"{record.name} needs a scalar head beside the policy's log-probabilities")
 
 
 _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
@@ -370,4 +396,6 @@ _RULES: tuple[Callable[[RunConfig, Method], Iterator[Violation]], ...] = (
     _weights,
     _evaluation,
     _best,
+    _deepspeed,
+    _two_heads,
 )

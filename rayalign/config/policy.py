@@ -143,7 +143,7 @@ class RolloutConfig(Block):
     placement: Annotated[Literal["auto", "separate", "shared"], MAY_CHANGE] = "auto"
     """Devices of its own, or those of the training workers in turn; auto shares GPUs only where they are too few.
 
-    separate with actors: [0, n] leaves the nodes that are there to training: an autoscaler adds nodes for actors."""
+    separate with actors: [0, n] leaves the present nodes to training: an autoscaler adds nodes for actors."""
     tensor_parallel: Annotated[int, MAY_CHANGE] = Field(default=1, ge=1)
     """Devices of one actor, which hold one copy of the weights together."""
     gpu_memory_utilization: Annotated[float | None, MAY_CHANGE] = Field(default=None, gt=0, le=1)

@@ -36,7 +36,7 @@ class Identity(NamedTuple):
 def identity(run: RunConfig) -> Identity:
     """The settings of ``run`` that a resumed run must share, and those that explain its data and models.
 
-    Of paths only the last part is told: a job that is submitted again works in another copy of the folder.
+    A path is recorded by its last part only: a job that is submitted again works in another copy of the folder.
     """
     run = with_defaults_spelled_out(run)
     found: dict[Any, dict[str, Any]] = {None: {}, BY_CONTENT: {}, MAY_CHANGE: {}}

@@ -97,8 +97,8 @@ class LlmScorerConfig(Block):
     timeout_seconds: Annotated[float, MAY_CHANGE] = Field(default=120.0, gt=0, le=86_400)
     """Limit of one call to the endpoint."""
     retry_seconds: Annotated[float, MAY_CHANGE] = Field(default=600.0, ge=0, le=86_400)
-    """How long a call is made again while the endpoint is busy or does not answer; an endpoint that has never answered
-    gets a minute of it."""
+    """How long a call is retried while the endpoint is busy or does not answer. An endpoint that has never answered
+    gets one minute."""
     concurrency: Annotated[int, MAY_CHANGE] = Field(default=8, ge=1, le=1_000)
     """Calls to the endpoint at once, of each process that scores."""
     template: str | None = None

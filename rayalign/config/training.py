@@ -100,8 +100,8 @@ class StrategyConfig(Block):
     sync_every_micro_batch: bool = False
     """fsdp2: gradients stay sharded between micro-batches, instead of being averaged once per step; slower."""
     timeout_seconds: float = Field(default=600, ge=1)
-    """A worker that is silent for so long is given up, and another attempt continues from the newest checkpoint; must
-    exceed what one worker needs alone: to load the model, to write a checkpoint."""
+    """A worker that is silent for this long is given up, and another attempt resumes from the newest checkpoint. It
+    must exceed what one worker needs alone: to load the model, to write a checkpoint."""
     zero_stage: Literal[2, 3] | None = None
     """deepspeed: 2 shards gradients and optimizer state, 3 parameters too; null: what config says, else 2."""
     config: InputPath | None = None
@@ -157,8 +157,8 @@ class CheckpointConfig(Block):
     asynchronous: bool = False
     """true: training waits only until its state is copied into the host's memory; a thread writes the files."""
     restart_optimizer: bool = False
-    """true: resume from the weights with a new optimizer where its state cannot be read: from or to deepspeed, or by
-    other workers of it; false refuses."""
+    """true: resume from the weights with a new optimizer where its state cannot be read. That is so between deepspeed
+    and other strategies, and for another number of deepspeed's workers. false refuses."""
     best: BestConfig | None = None
     """{metric: eval_loss, mode: min}: the best one is kept beside the newest, and checkpoints/best.json names it."""
 

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -168,10 +169,12 @@ def _tuning(
     """``used`` collects (setting, place of a value) of what some configuration takes, ``refused`` why one does not."""
     cell, run, entries = group[0]
     own = [entry for entry in entries if entry.axis != "seed"]
+    changes = list(chain.from_iterable(entry.changes for entry in own))
     left_out: list[LeftOut] = []
     choices: list[list[tuple[str, Any]]] = []
     for key, values in tune.over.items():
-        if any(_sets(change, tuple(key.split("."))) for entry in own for change in entry.changes):
+        place = tuple(key.split("."))
+        if any(_sets(change, place) for change in changes):
             left_out.append(LeftOut(what=key, reason="the grid's entry sets it"))
             refused.setdefault(key, "is set by every entry of the grid that could take it; remove it here or there")
             continue

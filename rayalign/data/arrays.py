@@ -30,7 +30,7 @@ def array_rows(chunks: Iterator[bytes], source: str, *, max_row_bytes: int) -> I
         yield check_row(value, written, source=source, line=number)
     text.skip("]")
     if text.peek():
-        raise UserError(f"{source}: something stands after the end of the JSON array")
+        raise UserError(f"{source}: text follows the end of the JSON array; remove it")
 
 
 class _Text:

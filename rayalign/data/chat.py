@@ -1,7 +1,7 @@
 """A tokenizer and how conversations are written in its tokens: the only place that knows both.
 
-The text of an example comes from :mod:`rayalign.data.render`; a candidate's text is tokenized apart from the prompt,
-exactly as a rollout continues the prompt's token ids.
+The text of an example comes from :mod:`rayalign.data.render`. A candidate's text is tokenized apart from the prompt, as
+a rollout continues the prompt's token ids.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Chat:
         unique = list(dict.fromkeys(texts))
         plain = [text for text in unique if SHIELD not in text]
         ids = dict(zip(plain, _encode(self.tokenizer, plain), strict=True))
-        return {text: ids[text] if text in ids else self._encode_shielded(text) for text in unique}
+        ids |= {text: self._encode_shielded(text) for text in unique if SHIELD in text}
+        return {text: ids[text] for text in unique}
 
     def encode_after(self, text: str) -> list[int]:
         """Token ids of a text that stands after another, without the space that some tokenizers put before every text.

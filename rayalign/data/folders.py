@@ -1,7 +1,7 @@
 """Datasets as files: a folder, what ``save_to_disk`` wrote, or a dataset of the Hub at one commit.
 
-The ``datasets`` library says which files belong to which configuration and split; they are read one by one, as rows of
-their own, so that files of unequal columns do not meet in one table.
+The ``datasets`` library says which files belong to which configuration and split. Each file is read by itself, so that
+files of unequal columns do not meet in one table.
 """
 
 from __future__ import annotations

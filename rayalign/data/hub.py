@@ -24,7 +24,7 @@ def hub_folder(name: str, revision: str | None) -> str:
         info = HfApi().dataset_info(name, revision=revision, timeout=SECONDS)
     except GatedRepoError as error:
         raise UserError(
-            f"{name}: access to this dataset must be asked for on the Hub; then log in with: hf auth login"
+            f"{name}: the dataset is gated; request access to it on the Hub, then log in with: hf auth login"
         ) from error
     except HFValidationError as error:
         raise UserError(f"{name}: there is no such file or folder here") from error

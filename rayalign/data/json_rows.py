@@ -28,7 +28,7 @@ def parse_json_row(data: bytes, *, source: str, line: int, ended: bool = True) -
 
 
 def check_row(value: Any, written: str, *, source: str, line: int) -> Row:
-    """A value as a row, an object whose texts are text; ``written`` is how it stands in the file."""
+    """A value as a row, an object whose texts are text; ``written`` is its text in the file."""
     reason = ""
     if not isinstance(value, dict):
         reason = f"a row must be one JSON object, not a {type(value).__name__}"

@@ -1,6 +1,6 @@
 """Lines of JSON, read byte for byte: local, remote or compressed, in bounded memory, whole or by ranges.
 
-A line ends at ``\\n`` and nowhere else (U+2028, U+0085 and form feeds are data), and every line that is not blank
+A line ends at ``\\n`` and nowhere else: U+2028, U+0085 and form feeds are data. Every line that is not blank
 becomes one row or one bad row: accepted + bad = lines. A file that breaks off keeps the lines before the break. A file
 that is one JSON array gives its items as rows.
 """

@@ -28,7 +28,7 @@ _THOUGHT_WORDS = frozenset({*THOUGHT_TAGS, *THOUGHT_TAGS.values()})
 
 
 class Mark(NamedTuple):
-    """A made-up word that stands in the place of words."""
+    """A made-up word that replaces words."""
 
     text: str
     turn: int
@@ -157,10 +157,11 @@ class Marks:
         """The content with a mark for every stretch between tags that the template, or a thought, may know."""
         parts = self.tags.split(turn["content"])
         beside = "the words beside the tool call of" if turn.get("tool_calls") else ""
-        return "".join(
-            part if index % 2 or not part.strip() else marker.put(place, beside or _kind(parts, index))
-            for index, part in enumerate(parts)
-        ).strip()
+        marked = ""
+        for index, part in enumerate(parts):
+            is_tag = index % 2 == 1
+            marked += part if is_tag or not part.strip() else marker.put(place, beside or _kind(parts, index))
+        return marked.strip()
 
 
 def _plain_outline(turn: Message) -> str:
@@ -211,7 +212,7 @@ def _told(mark: Mark, turns: Turns) -> str:
 
 
 def refuse_other_words(turns: Turns, text: str, tags: re.Pattern[str]) -> None:
-    """Raise :class:`RowProblem` unless every text that is said stands in ``text`` as it is, or as JSON.
+    """Raise :class:`RowProblem` unless ``text`` contains every text that is said, as it is or as JSON.
 
     Marks have told that this structure is written; a template may still do something to certain words. What a history
     drops of earlier answers is left aside.
@@ -232,7 +233,7 @@ def _as_json(word: str) -> str:
 
 
 def _is_written(argument: str, text: str) -> bool:
-    """Whether the argument of a call stands in a text: as JSON, or word by word, since notations of calls differ."""
+    """Whether a text contains the argument of a call: as JSON, or word by word, since notations of calls differ."""
     return _as_json(argument) in text or all(run in text for run in re.findall(r"[A-Za-z0-9]+", argument))
 
 

@@ -92,7 +92,8 @@ def plan_step(
         if tokens > tokens_per_micro_batch:
             raise PlanError(_too_large(describe(slot), tokens, tokens_per_micro_batch))
     by_length = sorted(alone, key=lambda slot: (-alone[slot], slot))
-    tokens_of = [lengths[slot].packed if layout == "packed" else lengths[slot].concatenated for slot in by_length]
+    ordered = [lengths[slot] for slot in by_length]
+    tokens_of = [own.packed for own in ordered] if layout == "packed" else [own.concatenated for own in ordered]
     parts = _fill(by_length, tokens_of, cost, bound=tokens_per_micro_batch)
     per_worker = math.ceil(len(parts) / num_workers)
     low = max(alone[by_length[0]], math.ceil(sum(tokens_of) / (per_worker * num_workers)))
@@ -109,16 +110,17 @@ def plan_step(
 
 def check_budget(store: TokenStore, *, tokens_per_micro_batch: int, row_tokens: int | None, layout: Layout) -> None:
     """Raises PlanError naming the groups of a store that no micro-batch could hold, before any step is planned."""
-    suspects = np.flatnonzero(store.index.num_candidates * store.index.packed_tokens > tokens_per_micro_batch)
-    too_large = []
-    for group in suspects.tolist():
-        rows, length = rows_needed([store.lengths(group)], row_tokens=row_tokens, layout=layout)
-        if rows * length > tokens_per_micro_batch:
-            too_large.append((rows * length, store.index.name(group)))
-    if too_large:
-        tokens, name = max(too_large)
-        others = f" ({len(too_large)} groups are too large; this is the largest)" if len(too_large) > 1 else ""
-        raise PlanError(_too_large(name, tokens, tokens_per_micro_batch) + others)
+    count, most, largest = 0, tokens_per_micro_batch, 0
+    for piece in store.index.pieces():
+        suspects = np.flatnonzero(piece.num_candidates * piece.packed_tokens > tokens_per_micro_batch)
+        for group in (piece.first + suspects).tolist():
+            rows, length = rows_needed([store.lengths(group)], row_tokens=row_tokens, layout=layout)
+            count += rows * length > tokens_per_micro_batch
+            if rows * length > most:
+                most, largest = rows * length, group
+    if count:
+        others = f" ({count} groups are too large; this is the largest)" if count > 1 else ""
+        raise PlanError(_too_large(store.index.name(largest), most, tokens_per_micro_batch) + others)
 
 
 class _Part(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from rayalign.data.schema import Fields
@@ -19,7 +20,7 @@ def was_in_a_table(row: Fields) -> bool:
     That is a turn of a user or a tool without calls that has ``tool_calls: null``, or a tool with a parameter that is
     null in place of its schema.
     """
-    return any(_is_filled(item) for value in row.values() for item in _objects(value))
+    return any(map(_is_filled, chain.from_iterable(map(_objects, row.values()))))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,11 +87,10 @@ def pack(
     exists = np.zeros((len(groups), num_candidates), dtype=np.bool_)
     for b, group in enumerate(groups):
         exists[b, : len(group.candidates)] = True
-    per_token = {name: _token_column(name, groups) for name in _names(group.per_token for group in groups)}
-    per_candidate = {
-        name: _candidate_column(name, groups, num_candidates)
-        for name in _names(group.per_candidate for group in groups)
-    }
+    token_names = _names(group.per_token for group in groups)
+    candidate_names = _names(group.per_candidate for group in groups)
+    per_token = {name: _token_column(name, groups) for name in token_names}
+    per_candidate = {name: _candidate_column(name, groups, num_candidates) for name in candidate_names}
     for name, total in SUMMED_COLUMNS.items():
         if name in per_token:
             sums = _segment_sums(per_token[name], candidate_of, exists)
@@ -159,7 +159,8 @@ def _predictions(
     predict_from[first_tokens] = [piece.follows for piece in answers]
     target_ids = np.concatenate([piece.ids for piece in answers]).astype(np.int64)
     owners = np.array([piece.group * num_candidates + piece.branch - 1 for piece in answers])
-    mask = np.concatenate([candidate.mask for group in groups for candidate in group.candidates])
+    candidates = chain.from_iterable(group.candidates for group in groups)
+    mask = np.concatenate([candidate.mask for candidate in candidates])
     return predict_from[mask], target_ids[mask], np.repeat(owners, lengths)[mask]
 
 
@@ -170,7 +171,7 @@ def _ranges(lengths: Indices) -> Indices:
 
 
 def _names(columns: Iterable[Mapping[str, Column]]) -> list[str]:
-    return sorted({name for mapping in columns for name in mapping})
+    return sorted(set(chain.from_iterable(columns)))
 
 
 def _candidate_column(name: str, groups: Sequence[Group], num_candidates: int) -> NDArray[np.float32]:

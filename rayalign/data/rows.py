@@ -1,9 +1,10 @@
-"""Which tokens stand in which row: the arithmetic that the packer and the plan share."""
+"""Which tokens are in which row: the arithmetic that the packer and the plan share."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from rayalign.data.group import GroupLengths
@@ -32,20 +33,20 @@ def arrange(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: 
     (recurrent layers, ALiBi) read it as an ordinary right-padded sequence.
     """
     if layout == "concatenated":
-        return [
-            [RowBlock(group, (candidate,), length.prompt + tokens)]
-            for group, length in enumerate(lengths)
-            for candidate, tokens in enumerate(length.candidates)
-        ]
+        alone: list[list[RowBlock]] = []
+        for group, length in enumerate(lengths):
+            for candidate, tokens in enumerate(length.candidates):
+                alone.append([RowBlock(group, (candidate,), length.prompt + tokens)])
+        return alone
     if row_tokens is None:
         return [[_whole(group, length) for group, length in enumerate(lengths)]]
     room = max(row_tokens, *(length.prompt + max(length.candidates) for length in lengths))
-    blocks = [block for group, length in enumerate(lengths) for block in _spread(group, length, room)]
+    blocks = list(chain.from_iterable(_spread(group, length, room) for group, length in enumerate(lengths)))
     sizes = [block.tokens for block in blocks]
     rows = _first_fit_decreasing(sizes, room)
     even = _evened(sizes, len(rows))
-    shorter = min(rows, even, key=lambda rows: max(sum(sizes[i] for i in row) for row in rows))
-    return [[blocks[i] for i in row] for row in shorter]
+    candidates = [_chosen(blocks, rows), _chosen(blocks, even)]
+    return min(candidates, key=_longest)
 
 
 def rows_needed(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layout: Layout) -> tuple[int, int]:
@@ -55,7 +56,24 @@ def rows_needed(lengths: Sequence[GroupLengths], *, row_tokens: int | None, layo
 
 def row_shape(rows: Sequence[Sequence[RowBlock]]) -> tuple[int, int]:
     """(R, L): the number of rows and the tokens of the longest one."""
-    return len(rows), max(sum(block.tokens for block in row) for row in rows)
+    return len(rows), _longest(rows)
+
+
+def _longest(rows: Sequence[Sequence[RowBlock]]) -> int:
+    """Tokens of the longest row."""
+    return max(map(_num_tokens, rows))
+
+
+def _num_tokens(row: Sequence[RowBlock]) -> int:
+    return sum(block.tokens for block in row)
+
+
+def _chosen(blocks: Sequence[RowBlock], rows: Sequence[Sequence[int]]) -> list[list[RowBlock]]:
+    """The rows of blocks that rows of indices name."""
+    found = []
+    for row in rows:
+        found.append([blocks[i] for i in row])
+    return found
 
 
 def _whole(group: int, length: GroupLengths) -> RowBlock:
@@ -67,10 +85,11 @@ def _spread(group: int, length: GroupLengths, room: int) -> list[RowBlock]:
     if length.packed <= room:
         return [_whole(group, length)]
     shares = _first_fit_decreasing(length.candidates, room - length.prompt)
-    return [
-        RowBlock(group, tuple(sorted(share)), length.prompt + sum(length.candidates[k] for k in share))
-        for share in shares
-    ]
+    spread = []
+    for share in shares:
+        tokens = length.prompt + sum(length.candidates[k] for k in share)
+        spread.append(RowBlock(group, tuple(sorted(share)), tokens))
+    return spread
 
 
 def _first_fit_decreasing(sizes: Sequence[int], room: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """An answer as it is said: what follows the generation prompt, where it ends, and what is done where nothing follows.
 
-Of the turns up to an answer, ``G`` is the rendering of those before it with the generation prompt, and ``S`` that of
-all of them. Most templates make ``S`` begin with ``G``.
+``G`` is the rendering of the turns before an answer, with the generation prompt. ``S`` is that of the turns up to and
+with the answer. Most templates make ``S`` begin with ``G``.
 """
 
 from __future__ import annotations
@@ -213,7 +213,11 @@ def _without_what_is_dropped(turns: Turns) -> Iterator[Turns]:
 
     That is thoughts and the words beside a tool call (gpt-oss), or the system's words (Mistral v0.3).
     """
-    yield tuple(_without_thoughts(turn) if is_assistant(turn) else turn for turn in turns)
+    thoughtless = list(turns)
+    for place, turn in enumerate(turns):
+        if is_assistant(turn):
+            thoughtless[place] = _without_thoughts(turn)
+    yield tuple(thoughtless)
     if spoken := tuple(turn for turn in turns if turn["role"] != "system"):
         yield spoken
 

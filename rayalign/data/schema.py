@@ -56,7 +56,7 @@ class Example:
     continues: bool = False
     """The candidates carry on the prompt's text: never wrapped as turns, whatever the template."""
     drawn: bool = False
-    """Its words are a model's or somebody's at a prompt, of no file: whatever stands in them is words."""
+    """True for words of a model, or of a user at a prompt, and not of a file: markup in them is words."""
     finished: tuple[bool, ...] | None = None
     """For every candidate: False where it was cut off and has no end token; None: all are finished."""
     preference: Preference = "stored"
@@ -131,9 +131,11 @@ def optional_numbers(row: Fields, name: str, count: int) -> tuple[float, ...] | 
     if not isinstance(value, list | tuple) or len(value) != count:
         found = f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {json_kind(value)}"
         raise RowProblem(name, f"{name} must be a list of {count} numbers, one per completion, not {found}")
-    return tuple(
-        MISSING if item is None else _finite(item, f"{name}[{index}]", name) for index, item in enumerate(value)
-    )
+    given = [MISSING] * count
+    for index, item in enumerate(value):
+        if item is not None:
+            given[index] = _finite(item, f"{name}[{index}]", name)
+    return tuple(given)
 
 
 def finished_flags(row: Fields, count: int) -> tuple[bool, ...] | None:

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from rayalign.data.group import Group
+from rayalign.data.index import Piece, offsets
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 from rayalign.storage.cache import fetched, whole, working
@@ -49,15 +49,24 @@ def likelihood(token_logp: Sequence[float] | NDArray[np.float32], num_predicted:
     return float(np.mean(means))
 
 
+def likelihoods(piece: Piece, token_logp: NDArray[np.float32], own_candidates: int | None) -> Scores:
+    """[groups] :func:`likelihood` of each group of ``piece``, of its first ``own_candidates``; None counts all."""
+    lengths = piece.candidate_predicted
+    means = np.add.reduceat(token_logp.astype(np.float64), offsets(lengths)[:-1]) / lengths
+    counted = piece.place < (own_candidates if own_candidates is not None else len(lengths))
+    owner = piece.owner[counted]
+    return np.bincount(owner, means[counted], len(piece)) / np.bincount(owner, minlength=len(piece))
+
+
 def scores_of(store: TokenStore, *, column: str, own_candidates: int | None) -> Scores:
-    """:func:`likelihood` of every group, from the log-probs in the per-token ``column``.
+    """:func:`likelihoods` of every group, from the log-probs in the per-token ``column``.
 
     ``own_candidates`` is how many of a group's completions count, from the first one on; None counts all.
 
     Raises:
         UserError: the policy has no finite log-prob for a completion; the message names file and line.
     """
-    scores = np.array([_score(store[row], column, own_candidates) for row in range(len(store))], np.float64)
+    scores = np.concatenate([np.empty(0), *(likelihoods(*part, own_candidates) for part in store.column(column))])
     broken = np.flatnonzero(~np.isfinite(scores))
     if len(broken):
         raise UserError(
@@ -103,8 +112,3 @@ def read_selected_rows(path: Place) -> Rows:
     whole(path.parent)
     rows: Rows = np.load(fetched(path.parent) / path.name).astype(np.int64)
     return rows
-
-
-def _score(group: Group, column: str, own_candidates: int | None) -> float:
-    predicted = [candidate.num_predicted for candidate in group.candidates[:own_candidates]]
-    return likelihood(group.per_token[column], predicted)

@@ -62,7 +62,7 @@ _WORD_OF_ASSISTANT = re.compile(r"(?:^|[\s>])(?:assistant|gpt|bot|ai|output|答)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlTokens:
-    """The special tokens of a tokenizer, and how one of its rendered conversations is told from plain text."""
+    """The special tokens of a tokenizer, and how one of its rendered conversations differs from plain text."""
 
     special: re.Pattern[str] | None
     """Every special token; None where there is none."""

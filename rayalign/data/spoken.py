@@ -92,10 +92,11 @@ def shared_prompt_and_spans(
     starts = [own.spans[0].start for own in spoken if own.spans[0].turn == first]
     if not starts or len(prompt) != min(starts):
         return prompt, [own.spans for own in spoken]
-    begun = [
-        (own.spans[0]._replace(start=len(prompt)), *own.spans[1:]) if own.spans[0].turn == first else own.spans
-        for own in spoken
-    ]
+    begun: list[tuple[Span, ...]] = []
+    for own in spoken:
+        head, *rest = own.spans
+        head = head._replace(start=len(prompt)) if head.turn == first else head
+        begun.append((head, *rest))
     return prompt, begun
 
 

@@ -1,26 +1,37 @@
 """The token store: groups of token ids on disk, read one at a time without reading the rest.
 
-A store is a committed directory of shards (:mod:`rayalign.data.shard`). Columns that are made later, such as reference
-log-probabilities, lie in directories of their own and are laid over the store that they were made for.
+A store is a committed directory of shards (:mod:`rayalign.data.shard`) and one index of them. Columns that are made
+later, such as reference log-probabilities, lie in directories of their own. They are laid over the store that they were
+made for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayalign.data.group import Column, Group, GroupLengths
-from rayalign.data.index import Index, offsets, read_index
-from rayalign.data.layer import Layer
-from rayalign.data.shard import ShardInfo, decode_tokens, finished_shards
-from rayalign.storage.cache import fetched
-from rayalign.storage.manifest import TornDirectory, commit, read_manifest
+from rayalign.data.index import NAME, PIECE, Index, Piece, open_index, write_index
+from rayalign.data.layer import Layer, OpenFiles, column_layer, make_layer
+from rayalign.data.merge import joined, runs
+from rayalign.data.shard import (
+    SAID,
+    SHARD_BYTES,
+    TOKENS,
+    ShardInfo,
+    decode_tokens,
+    files_of,
+    is_complete,
+)
+from rayalign.storage.cache import fetched, gathered
+from rayalign.storage.manifest import TornDirectory, commit, file_facts, read_manifest
 from rayalign.storage.manifest import verify as verify_files
 from rayalign.storage.place import Place, place_of
 
@@ -40,6 +51,7 @@ class TokenStore:
     index: Index
     tokens: Layer
     columns: tuple[Layer, ...]
+    files: OpenFiles = field(repr=False)
 
     @classmethod
     def open(cls, directory: Place | str, *, verify: bool = False) -> TokenStore:
@@ -62,7 +74,8 @@ class TokenStore:
         manifest = _manifest(directory, verify=verify)
         if manifest["store"] != self.digest:
             raise StoreMismatch(f"{where} was made for store {manifest['store']}, not for {self.digest}")
-        return replace(self, columns=(*self.columns, _column_layer(directory, _shards(manifest), self.index)))
+        layer = column_layer(directory, _shards(manifest), self.index, self.files)
+        return replace(self, columns=(*self.columns, layer))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -71,43 +84,99 @@ class TokenStore:
         """Raises IndexError outside the store, TornDirectory where a record is damaged."""
         if not 0 <= group < len(self):
             raise IndexError(f"group {group} is outside a store of {len(self)}")
-        lengths = self.lengths(group)
-        finished = self.index.candidate_finished[self.index.candidates(group)].tolist()
-        prompt_ids, candidates = decode_tokens(self.tokens.read(group), lengths, finished)
+        entry = self.index.entry(group)
+        read = self.tokens.read(group, entry)
+        assert read is not None, "every shard has tokens"
+        prompt_ids, candidates = decode_tokens(read[1], entry.lengths, entry.finished)
         per_candidate: dict[str, Column] = {}
         per_token: dict[str, Column] = {}
         for layer in self.columns:
-            shard = layer.shards[layer.shard_of(group)]
-            values = layer.read(group).view(np.float32)
-            split = len(shard.per_candidate) * len(candidates)
-            per_candidate |= _named(shard.per_candidate, values[:split])
-            per_token |= _named(shard.per_token, values[split:])
+            if (found := layer.read(group, entry)) is not None:
+                shard, values = found[0], found[1].view(np.float32).copy()
+                split = len(shard.per_candidate) * len(candidates)
+                per_candidate |= _named(shard.per_candidate, values[:split])
+                per_token |= _named(shard.per_token, values[split:])
         return Group(
             prompt_ids=prompt_ids,
             candidates=candidates,
             per_candidate=per_candidate,
             per_token=per_token,
-            source=self.index.sources[self.index.source[group]],
-            line=int(self.index.line[group]),
+            source=self.index.source(group),
+            line=int(self.index.arrays["line"][group]),
         )
 
     def lengths(self, group: int) -> GroupLengths:
         """Numbers of tokens, without reading the group."""
-        return self.index.lengths(group)
+        return self.index.entry(group).lengths
+
+    def said(self, group: int) -> bytes:
+        """What the row of a group says, as JSON; raises TornDirectory where the store was made without."""
+        number = self.tokens.shard_of(group)
+        shard, start = self.tokens.shards[number], self.tokens.starts[number]
+        if not shard.has(SAID):
+            raise TornDirectory(f"{self.tokens.directory} has no prompts: make the store again with --fresh tokens")
+        entry = self.index.entry(group)
+        first = entry.before.said - start.said
+        return self.files[self.tokens.directory / f"{shard.name}{SAID}"][first : first + entry.said_bytes].tobytes()
+
+    def column(self, name: str) -> Iterator[tuple[Piece, Column]]:
+        """A column of all groups, some at a time: float32 over their candidates, or tokens; NaN = missing.
+
+        Raises:
+            TornDirectory: a record is damaged.
+        """
+        per_token = name in self.token_columns
+        firsts = {shard.first for shard in self.column_shards}
+        for groups in self._pieces(firsts):
+            piece = self.index.piece(groups)
+            before = self.index.before(groups.start)
+            values = np.full(len(piece.candidate_tokens) if not per_token else piece.num_predicted.sum(), np.nan, "f4")
+            for layer in self.columns:
+                found = layer.column(name, layer.shard_of(groups.start), piece, before)
+                values = values if found is None else found
+            yield piece, values
+
+    def prompts(self) -> Iterator[bytes]:
+        """The tokens of every prompt as they are stored: equal for equal prompts.
+
+        Raises:
+            TornDirectory: a record is damaged.
+        """
+        firsts = {shard.first for shard in self.tokens.shards}
+        for groups in self._pieces(firsts):
+            yield from self.tokens.prompts(self.index.piece(groups), self.index.before(groups.start))
+
+    def _pieces(self, firsts: Collection[int]) -> Iterator[range]:
+        """All groups in order, in ranges that fit into memory and do not cross ``firsts`` of shards."""
+        ends = sorted({*firsts, *range(0, len(self), PIECE), len(self)})
+        return (range(start, stop) for start, stop in zip(ends, ends[1:], strict=False))
 
     @property
     def column_names(self) -> frozenset[str]:
         """Columns that every shard carries."""
-        per_layer = (
-            frozenset[str].intersection(*(frozenset(s.per_candidate + s.per_token) for s in layer.shards))
-            for layer in self.columns
-            if layer.shards
-        )
-        return frozenset[str]().union(*per_layer)
+        found: set[str] = set()
+        for layer in self.columns:
+            named = [{*shard.per_candidate, *shard.per_token} for shard in layer.shards]
+            found |= set.intersection(*named) if named else set()
+        return frozenset(found)
+
+    @property
+    def token_columns(self) -> frozenset[str]:
+        """Columns that have one number per predicted token in some shard."""
+        return frozenset(chain.from_iterable(shard.per_token for shard in self.column_shards))
+
+    @property
+    def column_shards(self) -> list[ShardInfo]:
+        """Those of all layers."""
+        return list(chain.from_iterable(layer.shards for layer in self.columns))
 
     def nbytes(self, groups: Sequence[int]) -> int:
         """Bytes that reading these groups touches."""
-        return sum(layer.nbytes(groups) for layer in (self.tokens, *self.columns))
+        total = 0
+        for group in groups:
+            entry = self.index.entry(group)
+            total += sum(layer.nbytes(group, entry) for layer in (self.tokens, *self.columns))
+        return total
 
     @property
     def bytes_read(self) -> int:
@@ -115,21 +184,38 @@ class TokenStore:
         return sum(layer.bytes_read for layer in (self.tokens, *self.columns))
 
 
-def commit_store(directory: Place, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any]) -> TokenStore:
+def commit_store(
+    directory: Place, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
+) -> TokenStore:
     """Make the shards one store, in the order given; the manifest is the commit.
 
-    ``meta`` is plain JSON about how the store was made; it is no part of the digest. Raises TornDirectory where a shard
-    is not complete in ``directory``.
+    Shards far below ``shard_bytes`` are joined. ``meta`` is plain JSON about how the store was made; it is no part of
+    the digest. Raises TornDirectory where a shard is not complete in ``directory``.
     """
-    _check_complete(directory, shards)
-    first = offsets(np.array([shard.groups for shard in shards], np.int64)).tolist()
-    placed = [replace(shard, first=start) for shard, start in zip(shards, first[:-1], strict=True)]
-    _commit(directory, placed, meta=meta)
+    with gathered(directory) as local:
+        _commit_store(local, shards, meta=meta, shard_bytes=shard_bytes)
     return TokenStore.open(directory)
 
 
+def _commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int) -> None:
+    _check_complete(directory, shards)
+    sources = write_index(directory, shards)
+    first = 0
+    placed = []
+    for shard in shards:
+        placed.append(replace(shard, first=first))
+        first += shard.groups
+    index = {NAME: file_facts(directory / NAME)}
+    _commit(directory, placed, index, shard_bytes=shard_bytes, meta=meta, sources=sources)
+
+
 def commit_columns(
-    directory: Place, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any]
+    directory: Place,
+    store: TokenStore,
+    shards: Iterable[ShardInfo],
+    *,
+    meta: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
 ) -> TokenStore:
     """Make column shards one set of columns for ``store`` and return the store with them.
 
@@ -137,6 +223,14 @@ def commit_columns(
         StoreMismatch: the shards leave out groups of the store or cover some twice.
         TornDirectory: a shard is not complete in ``directory``, or its columns have other lengths than the groups.
     """
+    with gathered(directory) as local:
+        _commit_columns(local, store, shards, meta=meta, shard_bytes=shard_bytes)
+    return store.with_columns(directory)
+
+
+def _commit_columns(
+    directory: Path, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int
+) -> None:
     ordered = sorted(shards, key=lambda shard: shard.first)
     _check_complete(directory, ordered)
     covered = 0
@@ -146,28 +240,35 @@ def commit_columns(
         covered += shard.groups
     if covered != len(store):
         raise StoreMismatch(f"{directory}: the columns cover {covered} groups of a store of {len(store)}")
-    if isinstance(directory, Path):
-        _column_layer(directory, ordered, store.index)
-    _commit(directory, ordered, meta=meta, store=store.digest)
-    return store.with_columns(directory)
+    column_layer(directory, ordered, store.index, store.files)
+    _commit(directory, ordered, {}, shard_bytes=shard_bytes, meta=meta, store=store.digest)
 
 
-def _check_complete(directory: Place, shards: Sequence[ShardInfo]) -> None:
-    finished = finished_shards(directory)
+def _check_complete(directory: Path, shards: Sequence[ShardInfo]) -> None:
     for shard in shards:
-        if finished.get(shard.name) != shard:
+        if not is_complete(directory, shard):
             raise TornDirectory(f"{directory}: shard {shard.name!r} is not complete")
 
 
-def _commit(directory: Place, shards: Sequence[ShardInfo], **facts: Any) -> None:
-    content = [
-        [shard.groups, shard.per_candidate, shard.per_token, [shard.files[name] for name in sorted(shard.files)]]
-        for shard in shards
-    ]
-    digest = hashlib.sha256(json.dumps([content, facts.get("store")]).encode()).hexdigest()
+def _commit(
+    directory: Path, shards: Sequence[ShardInfo], index: Mapping[str, Any], *, shard_bytes: int, **facts: Any
+) -> None:
+    together = enumerate(runs(shards, shard_bytes))
+    final = [joined(directory, f"shard-{number:06d}", run) for number, run in together]
+    kept, passing = dict(index), set(chain.from_iterable(map(files_of, shards)))
+    content = []
+    for shard in final:
+        kept |= shard.files
+        digests = [own["sha256"] for own in shard.files.values()]
+        content.append([shard.groups, shard.per_candidate, shard.per_token, digests])
+    passing -= kept.keys()
+    digest = hashlib.sha256(json.dumps([content, index, facts.get("store")]).encode()).hexdigest()
     for leftover in directory.glob(".*.tmp"):
         leftover.unlink()
-    commit(directory, {"digest": digest, "shards": [asdict(shard) for shard in shards], **facts})
+    manifest = {"digest": digest, "shards": [asdict(shard) for shard in final], **facts}
+    commit(directory, manifest, known=kept, passing=passing)
+    for name in passing:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _manifest(directory: Place, *, verify: bool = False) -> dict[str, Any]:
@@ -183,31 +284,15 @@ def _shards(manifest: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
 
 def _open(directory: Path, manifest: Mapping[str, Any]) -> TokenStore:
     shards = _shards(manifest)
-    index = read_index(directory, shards)
-    tokens = Layer(
-        shards=shards,
-        paths=tuple(directory / f"{shard.name}.tokens" for shard in shards),
-        offsets=offsets(index.packed_tokens + 1),
-    )
+    index = open_index(directory, manifest["sources"], manifest["files"][NAME]["bytes"])
+    files = OpenFiles()
     return TokenStore(
         digest=manifest["digest"],
         meta=manifest["meta"],
         index=index,
-        tokens=tokens,
-        columns=(_column_layer(directory, shards, index),),
-    )
-
-
-def _column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index) -> Layer:
-    sizes = np.ones(len(index), np.int64)  # the checksum
-    for shard in shards:
-        own = slice(shard.first, shard.first + shard.groups)
-        sizes[own] += len(shard.per_candidate) * index.num_candidates[own]
-        sizes[own] += len(shard.per_token) * index.num_predicted[own]
-    return Layer(
-        shards=tuple(shards),
-        paths=tuple(directory / f"{shard.name}.columns" for shard in shards),
-        offsets=offsets(sizes),
+        tokens=make_layer(directory, TOKENS, shards, index, files),
+        columns=(column_layer(directory, shards, index, files),),
+        files=files,
     )
 
 

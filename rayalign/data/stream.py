@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
 
 from rayalign.errors import UserError
 
@@ -34,6 +38,8 @@ class Stream:
     weights: tuple[float, ...]
     groups_per_step: int
     seed: int
+    orders: tuple[SourceOrder, ...] = ()
+    """One per source; none: :func:`order` of all its rows."""
 
     def __post_init__(self) -> None:
         if not self.sizes:
@@ -77,6 +83,8 @@ class Stream:
             taken = slot * draws // remaining
             if (slot + 1) * draws // remaining > taken:
                 own_epoch, index = divmod(epoch * draws + taken, self.sizes[source])
+                if self.orders:
+                    return source, self.orders[source](own_epoch, index)
                 return source, order(self.seed, f"{self.name}/{source}", own_epoch, self.sizes[source])(index)
             slot -= taken
             remaining -= draws
@@ -91,6 +99,47 @@ def hybrid_positions(step: int, *, groups_per_step: int, fresh_fraction: float) 
     fraction = Fraction(fresh_fraction).limit_denominator(10**6)
     start, stop = (math.floor(s * groups_per_step * fraction) for s in (step, step + 1))
     return range(start, stop), range(step * groups_per_step - start, (step + 1) * groups_per_step - stop)
+
+
+class SourceOrder(Protocol):
+    """In which order the rows of a source are visited."""
+
+    def __call__(self, epoch: int, index: int, /) -> int:
+        """The row at place ``index`` of an epoch."""
+        ...
+
+
+class WindowedOrder:
+    """Shards in random order, ``window`` at a time, whose rows are shuffled together.
+
+    A pure function of seed, epoch and place, in memory that grows with shards and not with rows. So a worker needs the
+    shards of one window at a time. With as many shards as one window has, it is :func:`order` of all rows.
+    """
+
+    def __init__(self, seed: int, name: str, parts: Sequence[int], window: int | None) -> None:
+        self.seed = seed
+        self.name = name
+        self.window = len(parts) if window is None else window
+        self.parts = np.array(parts, np.int64)
+        self.firsts = np.cumsum(self.parts) - self.parts
+        self._epoch = -1
+        self._shards = self._ends = np.empty(0, np.int64)
+
+    def __call__(self, epoch: int, index: int, /) -> int:
+        if len(self.parts) <= self.window:
+            return order(self.seed, self.name, epoch, int(self.parts.sum()))(index)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            visit = order(self.seed, f"{self.name}/shards", epoch, len(self.parts))
+            self._shards = np.array([visit(place) for place in range(len(self.parts))])
+            self._ends = np.cumsum(self.parts[self._shards])
+        number = int(np.searchsorted(self._ends, index, side="right")) // self.window
+        own = self._shards[number * self.window : (number + 1) * self.window]
+        begin = int(self._ends[number * self.window - 1]) if number else 0
+        ends = np.cumsum(self.parts[own])
+        inner = order(self.seed, f"{self.name}/window {number}", epoch, int(ends[-1]))(index - begin)
+        place = int(np.searchsorted(ends, inner, side="right"))
+        return int(self.firsts[own[place]]) + inner - (int(ends[place - 1]) if place else 0)
 
 
 _ROUNDS = 8

@@ -8,7 +8,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import pyarrow
@@ -31,8 +31,10 @@ _DAMAGED = (pyarrow.ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.
 _TRUTHS = {"true": True, "false": False}
 
 
-def read_rows(path: str, *, numbers: frozenset[str] = frozenset()) -> Iterator[Row]:
-    """Every row of a file, by its suffix.
+def read_rows(
+    path: str, *, numbers: frozenset[str] = frozenset(), first: int = 0, last: int | None = None
+) -> Iterator[Row]:
+    """The rows [first, last) of a file, by its suffix; ``last`` None is its end.
 
     Args:
         numbers: columns of a CSV file that hold numbers or truth values; every other cell is a text.
@@ -41,11 +43,11 @@ def read_rows(path: str, *, numbers: frozenset[str] = frozenset()) -> Iterator[R
         UserError: the file cannot be opened, or is none of the kinds that are read.
     """
     kind = suffix_of(path).kind
-    if kind in LINES:
-        return read_lines(path)
     if kind in PARQUET:
-        return read_parquet(path)
-    return read_arrow(path) if kind in ARROW else read_csv(path, numbers=numbers)
+        return read_parquet(path, first=first, last=last)
+    if kind in LINES:
+        return islice(read_lines(path), first, last)
+    return islice(read_arrow(path) if kind in ARROW else read_csv(path, numbers=numbers), first, last)
 
 
 def count_rows(path: str, *, most: int | None = None) -> int:
@@ -57,14 +59,51 @@ def count_rows(path: str, *, most: int | None = None) -> int:
     return sum(1 for _ in islice(read_rows(path), most))
 
 
-def read_parquet(path: str) -> Iterator[Row]:
-    """The rows of a Parquet file."""
+def read_parquet(path: str, *, first: int = 0, last: int | None = None) -> Iterator[Row]:
+    """The rows [first, last) of a Parquet file; row groups outside are not read."""
+    with open_raw(path) as stream, _saying(path, "a Parquet"):
+        file = pyarrow.parquet.ParquetFile(stream)
+        ends = row_group_ends(file.metadata)
+        if not ends or not ends[-1]:
+            raise EmptyFile(path)
+        stop = ends[-1] if last is None else last
+        groups = [number for number, end in enumerate(ends) if end > first and ([0, *ends][number]) < stop]
+        if not groups:
+            return
+        begin = [0, *ends][groups[0]]
 
-    def batches(stream: Any) -> Iterator[pyarrow.RecordBatch]:
-        return iter(pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS, use_threads=False))
+        def batches() -> Iterator[pyarrow.RecordBatch]:
+            return iter(file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, use_threads=False))
 
-    with open_raw(path) as stream:
-        yield from _batched(path, "a Parquet", lambda: batches(stream))
+        yield from islice(_batched(path, "a Parquet", batches, begin=begin), first - begin, stop - begin)
+
+
+def row_group_ends(metadata: Any) -> list[int]:
+    """Where the row groups of a Parquet file end, in rows."""
+    return list(accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)))
+
+
+def row_ranges(path: str, range_bytes: int) -> list[tuple[int, int]]:
+    """Rows [first, last) of a Parquet file: whole row groups of about ``range_bytes`` together, as they are in memory.
+
+    Raises UserError where it is no Parquet file.
+    """
+    with open_raw(path) as stream, _saying(path, "a Parquet"):
+        metadata = pyarrow.parquet.ParquetFile(stream).metadata
+        ends = row_group_ends(metadata)
+        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    found: list[tuple[int, int]] = []
+    size = range_bytes
+    for first, last, own in zip([0, *ends], ends, sizes, strict=False):
+        if first == last:
+            continue
+        if size + own > range_bytes:
+            found.append((first, last))
+            size = own
+        else:
+            found[-1] = (found[-1][0], last)
+            size += own
+    return found
 
 
 def read_arrow(path: str) -> Iterator[Row]:
@@ -88,8 +127,10 @@ def _validated(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     return batch
 
 
-def _batched(path: str, kind: str, batches: Callable[[], Iterator[pyarrow.RecordBatch]]) -> Iterator[Row]:
-    line = 0
+def _batched(
+    path: str, kind: str, batches: Callable[[], Iterator[pyarrow.RecordBatch]], *, begin: int = 0
+) -> Iterator[Row]:
+    line = begin
     with _saying(path, kind):
         for batch in batches():
             for start in range(0, batch.num_rows, BATCH_ROWS):
@@ -172,7 +213,7 @@ def _csv(stream: Any, path: str, *, names: Iterable[str], refuse: Callable[[Any]
 
 
 def _with_numbers(row: Mapping[str, Any], numbers: frozenset[str]) -> dict[str, Any]:
-    return {name: _number(value) if name in numbers else value for name, value in row.items()}
+    return {**row, **{name: _number(value) for name, value in row.items() if name in numbers}}
 
 
 def _number(text: Any) -> Any:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayalign.data.group import Candidate, Group
 from rayalign.data.schema import Example, Turns
-from rayalign.data.shard import PROMPTS, Said
+from rayalign.data.shard import Said
 from rayalign.data.shared_prompt import prompt_text
 from rayalign.data.store import TokenStore
 from rayalign.storage.manifest import TornDirectory
 
-SHARDS_IN_MEMORY = 8
 ANSWERS = "answers"
 
 
@@ -53,14 +50,13 @@ def _is_plain(answer: str | Turns) -> bool:
 
 
 class Prompts:
-    """By row of the store; a shard's prompts are read together and a few shards are remembered.
+    """By row of the store.
 
-    Raises TornDirectory where the store has no prompts, as one that was written by an earlier release.
+    Raises TornDirectory where the store has no prompts, or what a row says is damaged.
     """
 
     def __init__(self, store: TokenStore) -> None:
-        self.tokens = store.tokens
-        self._shard = lru_cache(maxsize=SHARDS_IN_MEMORY)(read_said)
+        self.store = store
 
     def __getitem__(self, row: int) -> str | Turns:
         prompt: str | Turns = self.said(row)["prompt"]
@@ -68,8 +64,10 @@ class Prompts:
 
     def said(self, row: int) -> Mapping[str, Any]:
         """``prompt``, and where the row has them ``tools``, ``chat_template_kwargs`` and ``answers``."""
-        number = self.tokens.shard_of(row)
-        found = self._shard(self.tokens.paths[number].with_suffix(PROMPTS))[row - self.tokens.shards[number].first]
+        try:
+            found: Said = json.loads(self.store.said(row))
+        except ValueError as error:
+            raise TornDirectory(f"{self.store.index.name(row)}: what the row says is damaged: {error}") from error
         return found if isinstance(found, Mapping) else {"prompt": found}
 
     def again(self, row: int, stored: Group, made: Group) -> Said:
@@ -84,10 +82,3 @@ class Prompts:
     def text(self, row: int) -> str:
         """What a scorer reads."""
         return prompt_text(self[row])
-
-
-def read_said(path: Path) -> Sequence[Said]:
-    if not path.is_file():
-        raise TornDirectory(f"{path} is missing: make the store again with --fresh tokens")
-    rows: list[Said] = json.loads(path.read_text(encoding="utf-8"))
-    return rows

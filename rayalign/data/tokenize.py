@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -58,9 +59,16 @@ def rows_to_groups(
     columns: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
     """One outcome per row, in order: the whole way from what a reader yields to token ids."""
-    parsed = [row if isinstance(row, BadRow) else parse_row(row, format=format, columns=columns) for row in rows]
-    outcomes = iter(to_groups([item for item in parsed if isinstance(item, Example)], chat, budget))
-    return [item if isinstance(item, BadRow) else next(outcomes) for item in parsed]
+    outcomes: dict[int, Outcome] = {}
+    examples: dict[int, Example] = {}
+    for place, row in enumerate(rows):
+        found = row if isinstance(row, BadRow) else parse_row(row, format=format, columns=columns)
+        if isinstance(found, Example):
+            examples[place] = found
+        else:
+            outcomes[place] = found
+    outcomes |= zip(examples, to_groups(list(examples.values()), chat, budget), strict=True)
+    return [outcomes[place] for place in range(len(rows))]
 
 
 def to_group(example: Example, chat: Chat, budget: TokenBudget) -> Group | DroppedRow | BadRow:
@@ -74,12 +82,15 @@ def to_groups(
 ) -> list[Outcome]:
     """One outcome per example, in order. All texts are tokenized in one call, which uses every core."""
     rendered = [_render(example, chat, completed) for example in examples]
-    texts = (text for item in rendered if isinstance(item, Rendered) for text in _texts(item, chat))
+    texts = chain.from_iterable(_texts(item, chat) for item in rendered if isinstance(item, Rendered))
     ids = chat.encode(texts)
-    return [
-        item if isinstance(item, BadRow) else _outcome(item, ids, chat, budget, completed=completed)
-        for item in rendered
-    ]
+    outcomes: list[Outcome] = []
+    for item in rendered:
+        if isinstance(item, Rendered):
+            outcomes.append(_outcome(item, ids, chat, budget, completed=completed))
+        else:
+            outcomes.append(item)
+    return outcomes
 
 
 def _render(example: Example, chat: Chat, completed: Completed) -> Rendered | BadRow:

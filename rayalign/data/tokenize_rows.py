@@ -1,10 +1,11 @@
-"""From a unit of input to one shard of a token store: the pure work of one preparation task."""
+"""From a unit of input to shards of a token store: the pure work of one preparation task."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,9 @@ from rayalign.data.formats import ANSWERS, NUMBERS, first_known_name, parse_row
 from rayalign.data.group import Group
 from rayalign.data.lines import ByteRange, read_range
 from rayalign.data.rank import rank_group
-from rayalign.data.records import BadRow, RawRow, Row
+from rayalign.data.records import BadRow, RawRow, Row, append_quarantine
 from rayalign.data.schema import Example, Preference
-from rayalign.data.shard import Said, ShardInfo, write_shard
+from rayalign.data.shard import SHARD_BYTES, Said, ShardInfo, ShardWriter
 from rayalign.data.tables import read_rows
 from rayalign.data.texts import kept_answers, said_to_keep
 from rayalign.data.tokenize import DroppedRow, Outcome, Tokenized, to_groups
@@ -30,6 +31,9 @@ Shape = Literal["one", "pair", "ranking", "group", "labelled", "prompt"]
 alone."""
 
 CHUNK_ROWS = 512
+SHOWN_BAD_ROWS = 5
+BAD_ROWS = "bad.jsonl"
+"""Ending of a unit's file of bad rows. Its name begins with a dot, since it goes when the store is committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +61,18 @@ class UndecidedRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardReport:
-    """What became of one chunk of rows: good + bad + dropped = rows.
+class UnitReport:
+    """What became of the rows of one unit: good + bad + dropped = rows.
 
     Dropped are good rows that the settings leave out, and comparisons in which nothing is preferred.
     """
 
-    shard: ShardInfo | None
-    """None when no row of the chunk is good."""
+    shards: tuple[ShardInfo, ...]
+    """None where no row is good."""
     rows: int
-    bad: tuple[BadRow, ...]
+    bad: int
+    bad_rows: tuple[BadRow, ...]
+    """The first of them."""
     dropped: int
     undecided: int
     """Dropped rows in which no answer is preferred."""
@@ -82,14 +88,27 @@ class ShardReport:
     named: frozenset[str]
     """The file's columns that ``columns`` names and some row has."""
 
+    def to_json(self) -> str:
+        plain = {own.name: getattr(self, own.name) for own in fields(self)} | {"named": sorted(self.named)}
+        plain |= {"shards": list(map(asdict, self.shards)), "bad_rows": list(map(asdict, self.bad_rows))}
+        return json.dumps(plain, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> UnitReport:
+        known = json.loads(text)
+        known |= {name: Counter(known[name]) for name in ("formats", "unread", "metadata")}
+        known["shards"] = tuple(map(ShardInfo.from_json, known["shards"]))
+        known["bad_rows"] = tuple(BadRow(**row) for row in known["bad_rows"])
+        return cls(**known | {"named": frozenset(known["named"])})
+
 
 def read_chunks(unit: Unit) -> Iterator[list[Row]]:
     """The unit's rows, :data:`CHUNK_ROWS` at a time."""
     if unit.byte_range is not None:
         rows = read_range(unit.byte_range)
     else:
-        rows = read_rows(unit.path, numbers=frozenset(unit.columns.get(name, name) for name in NUMBERS))
-    rows = islice(rows, unit.first, unit.last)
+        numbers = frozenset(unit.columns.get(name, name) for name in NUMBERS)
+        rows = read_rows(unit.path, numbers=numbers, first=unit.first, last=unit.last)
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield chunk
 
@@ -117,12 +136,115 @@ def tokenize_examples(
     found: Sequence[Example | BadRow | UndecidedRow], chat: Chat, budget: TokenBudget, *, completed: Completed
 ) -> list[Outcome | UndecidedRow]:
     """One outcome per row, in order."""
-    outcomes = iter(to_groups([item for item in found if isinstance(item, Example)], chat, budget, completed=completed))
-    return [next(outcomes) if isinstance(item, Example) else item for item in found]
+    examples = {place: item for place, item in enumerate(found) if isinstance(item, Example)}
+    outcomes: dict[int, Outcome | UndecidedRow] = {
+        place: item for place, item in enumerate(found) if not isinstance(item, Example)
+    }
+    outcomes |= zip(examples, to_groups(list(examples.values()), chat, budget, completed=completed), strict=True)
+    return [outcomes[place] for place in range(len(found))]
 
 
-def prepare_chunk(
-    rows: Sequence[Row],
+@dataclass(slots=True)
+class Counted:
+    """Numbers of a unit's rows while they are read."""
+
+    rows: int = 0
+    bad: int = 0
+    dropped: int = 0
+    undecided: int = 0
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    bad_rows: list[BadRow] = field(default_factory=list)
+    rules: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    metadata: Counter[str] = field(default_factory=Counter)
+    named: set[str] = field(default_factory=set)
+
+    def count(self, rows: Sequence[Row], unit: Unit, examples: Sequence[Example | BadRow]) -> None:
+        good = [example for example in examples if isinstance(example, Example)]
+        self.rows += len(rows)
+        self.formats.update(example.format for example in good)
+        self.unread.update(chain.from_iterable(example.unread for example in good))
+        self.metadata.update(chain.from_iterable(example.metadata for example in good))
+        self.named |= named_columns(rows, unit)
+
+    def refuse(self, bad: Sequence[BadRow]) -> None:
+        self.bad += len(bad)
+        self.bad_rows += bad[: SHOWN_BAD_ROWS - len(self.bad_rows)]
+
+    def report(self, shards: tuple[ShardInfo, ...]) -> UnitReport:
+        return UnitReport(
+            shards=shards,
+            rows=self.rows,
+            bad=self.bad,
+            bad_rows=tuple(self.bad_rows),
+            dropped=self.dropped + self.undecided,
+            undecided=self.undecided,
+            truncated_prompts=self.truncated_prompts,
+            truncated_responses=self.truncated_responses,
+            rules=dict(sorted(self.rules.items())),
+            formats=self.formats,
+            unread=self.unread,
+            metadata=self.metadata,
+            named=frozenset(self.named),
+        )
+
+
+class UnitWriter:
+    """Parses, tokenizes and writes the rows of a unit, chunk by chunk, as shards whose names begin with ``name``.
+
+    Bad rows are written to ``.<name>.bad.jsonl``. Memory is bounded by one chunk and the index of a shard.
+
+    Raises:
+        UserError: the unit sets a variable that the chat template does not read.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        chat: Chat,
+        budget: TokenBudget,
+        *,
+        completed: Completed,
+        shape: Shape,
+        directory: Path,
+        name: str,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        refuse_unread_variables(unit, chat)
+        self.unit = unit
+        self.chat = chat
+        self.budget = budget
+        self.completed: Completed = completed
+        self.shape: Shape = shape
+        self.shards = ShardWriter(directory, name, shard_bytes=shard_bytes)
+        self.quarantine = directory / f".{name}.{BAD_ROWS}"
+        self.quarantine.unlink(missing_ok=True)
+        self.counted = Counted()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        examples = [parse_unit_row(row, self.unit) for row in rows]
+        outcomes = tokenize_examples(
+            [fit_to_method(example, self.shape) for example in examples],
+            self.chat,
+            self.budget,
+            completed=self.completed,
+        )
+        groups, said = made_of(outcomes, self.shape, self.chat, self.counted)
+        if groups:
+            self.shards.append(groups, said)
+        bad = [outcome for outcome in outcomes if isinstance(outcome, BadRow)]
+        self.counted.count(rows, self.unit, examples)
+        self.counted.refuse(bad)
+        append_quarantine(self.quarantine, bad)
+
+    def close(self) -> UnitReport:
+        return self.counted.report(self.shards.close())
+
+
+def prepare_rows(
+    chunks: Iterable[Sequence[Row]],
     chat: Chat,
     budget: TokenBudget,
     *,
@@ -131,50 +253,35 @@ def prepare_chunk(
     shape: Shape,
     directory: Path,
     name: str,
-) -> ShardReport:
-    """Parse, tokenize and write one chunk as shard ``name``.
+) -> UnitReport:
+    """Write all ``chunks`` of a unit: see :class:`UnitWriter`."""
+    writer = UnitWriter(unit, chat, budget, completed=completed, shape=shape, directory=directory, name=name)
+    for rows in chunks:
+        writer.add(rows)
+    return writer.close()
 
-    Raises:
-        UserError: the unit sets a variable that the chat template does not read.
-    """
-    refuse_unread_variables(unit, chat)
-    examples = [parse_unit_row(row, unit) for row in rows]
-    outcomes = tokenize_examples(
-        [fit_to_method(example, shape) for example in examples], chat, budget, completed=completed
-    )
+
+def made_of(
+    outcomes: Sequence[Outcome | UndecidedRow], shape: Shape, chat: Chat, counted: Counted
+) -> tuple[list[Group], list[Said]]:
+    """The groups of good rows, shaped for the method, and what their rows say; the others are counted."""
     groups: list[Group] = []
     prompts: list[Said] = []
-    rules: Counter[str] = Counter()
-    cut_prompts = cut_responses = undecided = dropped = 0
     for outcome in outcomes:
-        if isinstance(outcome, Tokenized):
-            cut_prompts += outcome.truncation.prompt > 0
-            cut_responses += sum(cut > 0 for cut in outcome.truncation.responses)
-            rules.update(outcome.rules)
-            made = shape_group(outcome.group, shape, preference=outcome.example.preference)
-            undecided += not made
-            groups.extend(made)
-            for group in made:
-                answers = kept_answers(outcome.example, outcome.group, group)
-                prompts.append(said_to_keep(outcome.example, chat.speaker.template.variables, answers))
-        else:
-            dropped += isinstance(outcome, DroppedRow)
-            undecided += isinstance(outcome, UndecidedRow)
-    good = [example for example in examples if isinstance(example, Example)]
-    return ShardReport(
-        shard=write_shard(directory, name, groups, prompts=prompts) if groups else None,
-        rows=len(rows),
-        bad=tuple(outcome for outcome in outcomes if isinstance(outcome, BadRow)),
-        dropped=dropped + undecided,
-        undecided=undecided,
-        truncated_prompts=cut_prompts,
-        truncated_responses=cut_responses,
-        rules=dict(sorted(rules.items())),
-        formats=Counter(example.format for example in good),
-        unread=Counter(chain.from_iterable(example.unread for example in good)),
-        metadata=Counter(chain.from_iterable(example.metadata for example in good)),
-        named=named_columns(rows, unit),
-    )
+        if not isinstance(outcome, Tokenized):
+            counted.dropped += isinstance(outcome, DroppedRow)
+            counted.undecided += isinstance(outcome, UndecidedRow)
+            continue
+        counted.truncated_prompts += outcome.truncation.prompt > 0
+        counted.truncated_responses += sum(cut > 0 for cut in outcome.truncation.responses)
+        counted.rules.update(outcome.rules)
+        made = shape_group(outcome.group, shape, preference=outcome.example.preference)
+        counted.undecided += not made
+        groups.extend(made)
+        for group in made:
+            answers = kept_answers(outcome.example, outcome.group, group)
+            prompts.append(said_to_keep(outcome.example, chat.speaker.template.variables, answers))
+    return groups, prompts
 
 
 def refuse_unread_variables(unit: Unit, chat: Chat) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from rayalign.data.group import Group
 from rayalign.data.schema import MISSING
+from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 
 _OF_THE_PAIR = frozenset({"margin", "soft_label"})
@@ -43,18 +45,15 @@ class Mismatched:
     :func:`other_prompts`. Their numbers are missing: they were of another prompt. A view that reads the groups beneath
     it on demand and depends on their order alone, so that every worker sees the same, however many there are. An answer
     without a label gives and gets no completion.
+
+    Args:
+        groups: labelled answers.
+        partners: what :func:`other_prompts` says of them; None: it is asked.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, partners: NDArray[np.int64] | None = None) -> None:
         self.groups = groups
-        prompts: dict[bytes, int] = {}
-        prompt_of, labels = np.zeros(len(groups), np.int64), np.full(len(groups), MISSING)
-        for index in range(len(groups)):
-            group = groups[index]
-            prompt_of[index] = prompts.setdefault(_digest(group), len(prompts))
-            if "label" in group.per_candidate:
-                labels[index] = group.per_candidate["label"][0]
-        self.partners = other_prompts(prompt_of, labels)
+        self.partners = partners_of(groups) if partners is None else partners
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -74,6 +73,29 @@ class Mismatched:
             },
             per_token={name: np.concatenate([values, missing]) for name, values in group.per_token.items()},
         )
+
+
+def partners_of(groups: Groups) -> NDArray[np.int64]:
+    """:func:`other_prompts` of labelled answers; raises UserError where a group is none."""
+    every = [groups[index] for index in range(len(groups))]
+    labels = [group.per_candidate.get("label", [MISSING])[0] for group in every]
+    return other_prompts(numbered(map(_own_prompt, every), len(every)), np.array(labels, np.float64))
+
+
+def partners_in(store: TokenStore) -> NDArray[np.int64]:
+    """The same of a store, whose groups are not read for it one by one."""
+    for piece in store.index.pieces():
+        if (piece.num_candidates != 1).any():
+            _own_prompt(store[piece.first + int((piece.num_candidates != 1).argmax())])
+    labels = [np.full(0, MISSING), *(values for _, values in store.column("label"))]
+    return other_prompts(numbered(store.prompts(), len(store)), np.concatenate(labels).astype(np.float64))
+
+
+def numbered(prompts: Iterable[bytes], count: int) -> NDArray[np.int64]:
+    """[count] a number for each distinct prompt, in the order of their first places."""
+    known: dict[bytes, int] = {}
+    digests = (hashlib.blake2b(prompt, digest_size=16).digest() for prompt in prompts)
+    return np.fromiter((known.setdefault(digest, len(known)) for digest in digests), np.int64, count)
 
 
 def other_prompts(prompt_of: NDArray[np.int64], labels: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -105,11 +127,11 @@ def other_prompts(prompt_of: NDArray[np.int64], labels: NDArray[np.floating]) ->
     return partners
 
 
-def _digest(group: Group) -> bytes:
+def _own_prompt(group: Group) -> bytes:
     if len(group.candidates) != 1:
         found = f"{len(group.candidates)} candidates"
         raise UserError(f"{group.source}:{group.line}: a labelled answer stands alone, but here are {found}")
-    return hashlib.blake2b(group.prompt_ids.tobytes(), digest_size=16).digest()
+    return group.prompt_ids.tobytes()
 
 
 def _single(group: Group, candidate: int, *, label: float) -> Group:

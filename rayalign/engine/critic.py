@@ -1,8 +1,8 @@
 """The steps of a method with a critic: a second model, which values every token, learns beside the policy.
 
 The critic lives in the training workers and reads the micro-batches that the policy reads. When a round is opened, and
-before the first step on it, it values all tokens of the round; the method prepares the round with these values, and
-they are committed beside it, so that every worker and every restart trains on the same numbers. A new attempt that
+before the first step on it, the critic values all its tokens. The method prepares the round with these values. They are
+committed with it, so that every worker and every restart trains on the same numbers. A new attempt that
 opens a round again values it again: the version of the values names the step and the attempt.
 
 Policy and critic have an optimizer each, and their gradients are clipped apart; the strategy spreads both over the

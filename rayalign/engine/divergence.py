@@ -10,7 +10,7 @@ import torch
 
 from rayalign.data.group import Column, Group
 from rayalign.data.rows import Layout
-from rayalign.engine.frozen import FrozenModel
+from rayalign.engine.frozen import FrozenModel, num_predicted
 from rayalign.engine.model.forward import Policy
 from rayalign.engine.model.head import token_divergence
 
@@ -20,7 +20,7 @@ class Divergence:
     """Values of one group's predicted tokens, candidate after candidate; nats, float32, at temperature 1."""
 
     log_ratio: Column
-    """log π − log π_ref of the token that stands there: its sum over a reply drawn from π is k1."""
+    """log π − log π_ref of the token at that place: its sum over a reply drawn from π is k1."""
     kl: Column
     """KL(π‖π_ref) of the next-token distributions, exact over the vocabulary: its sum is the Rao–Blackwellised
     estimator. NaN where the two heads differ in vocabulary."""
@@ -43,7 +43,7 @@ def divergences(policy: FrozenModel, reference: FrozenModel, groups: Sequence[Gr
             own = policy.policy.head_input(batch)
             other = own if reference is policy else reference.policy.head_input(batch)
             tokens = token_divergence(own, other, batch.target_ids)
-        ends = np.cumsum([sum(candidate.num_predicted for candidate in groups[slot].candidates) for slot in slots])
+        ends = np.cumsum([num_predicted(groups[slot]) for slot in slots])
         log_ratios = np.split((tokens.logp - tokens.ref_logp).float().cpu().numpy(), ends[:-1])
         exact = np.split(tokens.kl.float().cpu().numpy(), ends[:-1])
         for slot, log_ratio, kl in zip(slots, log_ratios, exact, strict=True):

@@ -45,6 +45,11 @@ def computed_with(model: PreTrainedModel, layout: Layout, dtype: torch.dtype, de
     }
 
 
+def num_predicted(group: Group) -> int:
+    """Predicted tokens of all candidates."""
+    return sum(candidate.num_predicted for candidate in group.candidates)
+
+
 class FrozenModel:
     """A frozen model that scores groups."""
 
@@ -66,7 +71,7 @@ class FrozenModel:
         """For every group, float32 log-probabilities (nats) of its predicted tokens, candidate after candidate."""
         columns: list[Column] = [np.empty(0, np.float32)] * len(groups)
         for slots, scores in self._forward(groups, frozenset()):
-            ends = np.cumsum([sum(candidate.num_predicted for candidate in groups[slot].candidates) for slot in slots])
+            ends = np.cumsum([num_predicted(groups[slot]) for slot in slots])
             parts = np.split(scores.token_logp.float().cpu().numpy(), ends[:-1])
             for slot, part in zip(slots, parts, strict=True):
                 columns[slot] = part

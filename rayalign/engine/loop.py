@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def train_policy(
         IncompatibleCheckpoint: the directory holds another run.
         PolicyMismatch: reference log-probs are not the initial policy's, though they should be.
         NonFiniteStep: the loss or its gradient is NaN or infinite, and ``spec`` says to stop, or it happened too often.
-        UserError: the disk is full, or no row has the metric by which the best checkpoint is told.
+        UserError: the disk is full, or no row has the metric of the best checkpoint.
     """
     run, resumed = begin_training(spec, strategy, stop, notices)
     pad_id = int(run.tokenizer.pad_token_id or 0)
@@ -167,8 +168,8 @@ def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Place,
         if not run.spec.checkpoint.restart_optimizer:
             raise
         log.warning(
-            "%s goes on from the weights of %s alone: its optimizer starts afresh, as checkpoint.restart_optimizer "
-            "asks (%s), so that the curve is not that of an uninterrupted run",
+            "%s resumes from the weights of %s alone, with a new optimizer, as checkpoint.restart_optimizer asks (%s). "
+            "The curve is not that of an uninterrupted run",
             run.spec.directory.name, directory.name, error,
         )  # fmt: skip
 
@@ -225,7 +226,7 @@ def train_one_step(
     said = run.notices.heard() if result.ask else None
     run.urgent = said is not None
     if run.urgent:
-        log.warning("%s: %s; saves step %d and goes on", spec.directory.name, said, run.step)
+        log.warning("%s: %s; saves step %d and continues", spec.directory.name, said, run.step)
     step_tokens = sum(part.num_tokens for part in work)
     run.num_tokens += step_tokens
     row: dict[str, Any] = {
@@ -238,7 +239,7 @@ def train_one_step(
         "step_tokens": step_tokens,
         "workers": run.strategy.world_size,
         **result.metrics,
-        **{name: value for part in work for name, value in part.facts.items()},
+        **dict(chain.from_iterable(part.facts.items() for part in work)),
         "padding_share": padding_share(work),
         "seconds": time.perf_counter() - began,
         "seconds_waiting_for_data": waited,
@@ -269,8 +270,9 @@ def wait_for_groups(run: Run, rounds: Rounds | None) -> bool:
 
 def padding_share(work: Sequence[StreamWork]) -> float:
     """Share of this worker's row cells that hold no token."""
-    cells = sum(batch.group_ids.numel() for part in work for batch in part.micro_batches)
-    empty = sum(int((batch.group_ids == PADDING_GROUP).sum()) for part in work for batch in part.micro_batches)
+    batches = list(chain.from_iterable(part.micro_batches for part in work))
+    cells = sum(batch.group_ids.numel() for batch in batches)
+    empty = sum(int((batch.group_ids == PADDING_GROUP).sum()) for batch in batches)
     return empty / max(1, cells)
 
 

@@ -52,7 +52,8 @@ class MetricsFile:
         self.sent = time.monotonic()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        finite = {name: None if is_non_finite(value) else value for name, value in row.items()}
+        not_finite = [name for name, value in row.items() if is_non_finite(value)]
+        finite = {**row, **dict.fromkeys(not_finite)}
         self.file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         if isinstance(self.path, Path) or time.monotonic() - self.sent > SEND_SECONDS:
             self.flush()

@@ -1,7 +1,7 @@
 """What a step that is not finite leaves: its groups in files, so that somebody can look at them.
 
-Every worker writes its part into ``nonfinite/step_000006/rank_0.json`` of the run's folder: names, token ids, columns
-and, where the method's terms can be told apart, the loss of every group.
+Every worker writes its part into ``nonfinite/step_000006/rank_0.json`` of the run's folder: names, token ids, columns.
+Where the method's terms belong to single groups, the loss of every group is there too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ NAMED_GROUPS = 8
 
 
 def skip_step(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> StepResult:
-    """Go on without a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
+    """Skip a step that is not finite; raises ``error`` with its groups where the run is to stop instead."""
     run.skipped_steps += 1
     run.skipped_in_a_row += 1
     before, most = run.skipped_in_a_row - 1, run.spec.optim.max_skipped_in_a_row
@@ -49,7 +50,7 @@ def with_groups(
     """``error`` with what there is to know, its groups on the disk. Every worker calls this, and all say the same."""
     strategy, folder = runner.strategy, directory / FOLDER / f"step_{step + 1:06d}"
     groups = describe_groups(runner, work, step)
-    broken = [group["group"] for group in groups if any(isinstance(loss, str) for loss in group["losses"].values())]
+    broken = [group["group"] for group in groups if str in map(type, group["losses"].values())]
     facts = {
         "step": step + 1,
         "loss": json_loss(error.loss),
@@ -61,7 +62,7 @@ def with_groups(
     write_durably(folder / f"rank_{strategy.rank}.json", json.dumps(facts) + "\n")
     strategy.all_sum(torch.zeros(1, device=strategy.device))  # all files are there
     parts = [json.loads((folder / f"rank_{rank}.json").read_text("utf-8")) for rank in range(strategy.world_size)]
-    suspects = [name for part in parts for name in part["suspects"]]
+    suspects = list(chain.from_iterable(part["suspects"] for part in parts))
     return NonFiniteStep(
         f"{error}; {name_suspects(suspects)}. Nothing of this step is kept. Its groups, with token ids and losses, are "
         f"in {folder}. Look at these data, write optim.on_nonfinite: skip to continue without such steps, or start a "
@@ -108,10 +109,8 @@ def describe_groups(runner: Runner, work: Sequence[StreamWork], step: int) -> li
 def group_contents(batch: PackedBatch, group: int) -> dict[str, Any]:
     """Token ids of a group's prompt and candidates, and its columns [K]."""
     own = batch.group_ids == group
-    row = int(own.any(dim=1).nonzero()[0])  # the prompt stands in every row that has one of its candidates
-    columns = {
-        name: [json_loss(float(value)) for value in column[group]] for name, column in batch.per_candidate.items()
-    }
+    row = int(own.any(dim=1).nonzero()[0])  # every row that has one of its candidates has the prompt
+    columns = {name: list(map(json_loss, column[group].tolist())) for name, column in batch.per_candidate.items()}
     return {
         "prompt_ids": batch.input_ids[row][own[row] & (batch.branch_ids[row] == 0)].tolist(),
         "candidates": [

@@ -93,7 +93,9 @@ class Runner:
         optimizer.zero_grad(set_to_none=True)
         tally = StepSums()
         losses: list[Tensor] = []
-        jobs = [(part, batch) for part in work for batch in part.micro_batches]
+        jobs: list[tuple[StreamWork, PackedBatch]] = []
+        for part in work:
+            jobs += [(part, batch) for batch in part.micro_batches]
         for number, (part, batch) in enumerate(jobs):
             last = number == len(jobs) - 1
             objective = self.objectives[part.stream]
@@ -114,12 +116,15 @@ class Runner:
         tally.finite = math.isfinite(grad_norm)
         loss_value, metrics = tally.reduce(self.strategy)
         if not (math.isfinite(loss_value) and tally.finite):
-            suspects = [job for job, loss in zip(jobs, losses, strict=True) if not loss.isfinite()]
+            suspects: list[str] = []
+            for (part, batch), loss in zip(jobs, losses, strict=True):
+                if not loss.isfinite():
+                    suspects += [part.describe(int(place)) for place in batch.group_index]
             raise NonFiniteStep(
                 f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}",
                 loss=loss_value,
                 grad_norm=grad_norm,
-                suspects=[part.describe(int(place)) for part, batch in suspects for place in batch.group_index],
+                suspects=suspects,
                 stop=tally.stop,
                 ask=tally.ask,
             )

@@ -1,8 +1,8 @@
 """Advantages of group and actor-critic policy gradients. Nothing here carries a gradient.
 
 Group functions compare the K candidates of one prompt. A group whose rewards are all equal says nothing, so its
-advantages are exactly 0: in float32 a constant reward of 7.77 has a "standard deviation" of rounding errors, and
-dividing by it gives advantages near 1.
+advantages are exactly 0. In float32 a constant reward of 7.77 has a "standard deviation" of rounding errors, and a
+division by it would give advantages near 1.
 """
 
 from __future__ import annotations

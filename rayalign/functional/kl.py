@@ -1,8 +1,8 @@
 """Estimators of KL(π‖π_ref), per token, in nats.
 
-Each is unbiased or nearly so as a *number* under tokens drawn from π, but as a *loss* they differ: the gradient of k1
-is zero in expectation, that of k2 is ∇KL(π‖π_ref), that of k3 is ∇KL(π_ref‖π). Hence k1 belongs in a reward and k2 or
-k3 in a loss. Nothing is clamped. Source: Schulman, "Approximating KL divergence" (2020).
+Each is unbiased or nearly so as a *number* under tokens drawn from π. As a *loss* they differ: the expected gradient
+of k1 is zero, that of k2 is ∇KL(π‖π_ref), that of k3 is ∇KL(π_ref‖π). Hence k1 belongs in a reward and k2 or k3 in a
+loss. Nothing is clamped. Source: Schulman, "Approximating KL divergence" (2020).
 """
 
 from __future__ import annotations

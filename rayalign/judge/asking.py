@@ -56,7 +56,7 @@ class Questionnaire:
     """One question for every row, in the words of a template.
 
     Args:
-        field: the block that the template stands in, for errors: ``scorer`` or ``judge``.
+        field: the block that has the template, for errors: ``scorer`` or ``judge``.
         shown: variables that the template must show; it may use ``prompt`` too.
 
     Raises:

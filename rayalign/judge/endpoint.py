@@ -95,7 +95,7 @@ class Endpoint:
         self.taken: dict[str, str | None] = {}
         """Parameters that the endpoint refuses → what it takes in their place."""
         self.insisted: dict[str, float] = {}
-        """Parameters that it does not do without, although it takes one value only."""
+        """Parameters that it requires, although it takes one value only."""
         self.lock = threading.Lock()
         self.opener = urllib.request.build_opener(StayHere)
         self._key()

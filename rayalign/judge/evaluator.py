@@ -74,6 +74,7 @@ class Evaluator:
                 }
             )
         policy = self._model(subject)
+        opponents = loaded.opponents if subject != spec.baseline else {}
         return {
             name: measure_policy(
                 policy,
@@ -83,7 +84,7 @@ class Evaluator:
                 loaded.scorers,
                 tokenizer=loaded.tokenizer,
                 judge=loaded.judge,
-                opponent=None if subject == spec.baseline else loaded.opponents.get(name),
+                opponent=opponents.get(name),
             )
             for name, prompts in spec.prompt_sets.items()
         }

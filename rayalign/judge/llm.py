@@ -80,11 +80,9 @@ class LlmJudge:
         """See :class:`rayalign.judge.base.Judge`."""
         pairs = list(zip(map(prompt_text, prompts), first, second, strict=True))
         different = [place for place, (_, one, other) in enumerate(pairs) if one != other]
-        rows = [
-            {"prompt": pairs[place][0], "first": pairs[place][shown], "second": pairs[place][3 - shown]}
-            for shown in (1, 2)
-            for place in different
-        ]
+        asked = [pairs[place] for place in different]
+        rows = [{"prompt": prompt, "first": one, "second": other} for prompt, one, other in asked]
+        rows += [{"prompt": prompt, "first": other, "second": one} for prompt, one, other in asked]
         answers = self.questions.answers(rows, verdict)
         here, there = answers.values[: len(different)], answers.values[len(different) :]
         values = [0.5] * len(pairs)

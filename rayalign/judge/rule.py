@@ -19,7 +19,7 @@ EXCERPT = 80
 
 
 def no_score(prompt: str, reply: str) -> float:
-    """Prefers nothing: stands in where completions are wanted without scores."""
+    """Prefer nothing: the scorer of completions that need no scores."""
     return 0.0
 
 

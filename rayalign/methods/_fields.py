@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
@@ -54,14 +55,14 @@ def _odd_number(value: Any) -> tuple[str, str] | None:
 
 
 def _takes_numbers_only(annotation: Any) -> bool:
-    """Whether numbers stand in a type, and no booleans."""
+    """Whether a type has numbers and no booleans."""
     kinds = set(_kinds(annotation))
     return bool(kinds & {int, float}) and bool not in kinds
 
 
 def _kinds(annotation: Any) -> list[Any]:
     arguments = get_args(annotation)
-    return [kind for argument in arguments for kind in _kinds(argument)] if arguments else [annotation]
+    return list(chain.from_iterable(_kinds(argument) for argument in arguments)) if arguments else [annotation]
 
 
 LabelSmoothing = Annotated[float, AfterValidator(_share_of_flipped_labels)]

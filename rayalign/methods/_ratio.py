@@ -1,8 +1,8 @@
 """What policy gradients on rounds share: parameters of the importance ratio ρ = π/μ, and what they log.
 
 μ is the policy that drew the tokens, as the engine that drew them recorded it (``behavior_token_logp``). The trainer's
-own log-probabilities from before the round's first step are not kept, so ρ holds two things at once: how far the policy
-has moved since the round was drawn, and how much engine and trainer differ on the same weights. With ``refresh_every:
+own log-probabilities from before the round's first step are not kept. So ρ holds two things: the policy's change
+since the round was drawn, and the difference of engine and trainer on the same weights. With ``refresh_every:
 1`` and one pass nothing has moved, and ``{clip: null, importance_cap: C}`` is truncated importance sampling exactly
 (Yao et al. 2025; the truncation is that of IMPALA, arXiv:1802.01561). In longer rounds the same weight min(ρ, C) bounds
 both together, as in CISPO (arXiv:2506.13585).

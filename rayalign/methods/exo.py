@@ -2,8 +2,8 @@
 
 Ji et al. 2024, arXiv:2402.00856. ``exo_pref`` learns from pairs, ``exo_rw`` from scored groups of any size. Nothing is
 detached: the policy's own probabilities weigh the candidates and carry gradient. In ``exo_rw`` the effective
-temperature is the product β_r · β_π, and equal rewards are a label: the target is the reference's own preference, so
-that the gradient is zero at the reference and leads back to it elsewhere.
+temperature is the product β_r · β_π. Equal rewards are a label: the target is the reference's own preference. The
+gradient is then zero at the reference and leads back to it elsewhere.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class EXORewardConfig(MethodConfig):
     def _no_contradiction(self) -> EXORewardConfig:
         if self.behavior == "assume_reference" and self.behavior_correction == "on":
             raise ValueError(
-                "behavior_correction: on wants behavior log-probabilities for every candidate and behavior: "
-                "assume_reference does without; use behavior_correction: auto"
+                "behavior_correction: on needs behavior log-probabilities for every candidate, which behavior: "
+                "assume_reference does not read; use behavior_correction: auto"
             )
         return self
 

@@ -1,7 +1,7 @@
 """KTO: unpaired examples, each desirable or undesirable, against a common estimate of the KL to the reference.
 
 Ethayarajh et al. 2024, arXiv:2402.01306. Candidate 0 is the example; candidate 1 is another prompt's completion, on
-which the KL is estimated: the mismatched completions are the examples' own, desirable and undesirable, set beside other
+which the KL is estimated. The mismatched completions are the examples' own, desirable and undesirable, joined to other
 prompts (:mod:`rayalign.data.unpair`). The estimate is taken over the whole step: micro-batches and workers do not
 change it. An example without a label counts nowhere.
 """

@@ -113,8 +113,8 @@ class Method:
     candidates: Literal["one", "pair", "ranking", "group"] = "pair"
     """``ranking``: two or more in an order, stored as a pair or as completions with rewards."""
     trains: Literal["policy", "scalar"] = "policy"
-    """What the parameters are of: a language model, or a backbone with a scalar head, which has no log-probabilities
-    and whose forward answers the needs ``value`` and ``score``."""
+    """What is trained: a language model, or a backbone with a scalar head. The latter has no log-probabilities; its
+    forward answers the needs ``value`` and ``score``."""
     data_policies: frozenset[DataPolicy] = frozenset({"off_policy", "on_policy", "hybrid"})
     paper: str = ""
     """Where the equation stands, for the documentation and the report."""

@@ -2,8 +2,8 @@
 
 Jiang et al. 2023, arXiv:2312.16430 (not *Mixed* Preference Optimization). The preference term needs no reference; all
 protection from drift comes from auxiliary data: log-likelihood of samples of the reference, and of pre-training text.
-No public implementation by the authors exists; the form below follows the published abstract and its derivation: the
-preference as a reward in {0, 1}, importance-sampled from the labelled choice.
+No public implementation by the authors exists. The form below follows the published abstract and its derivation: the
+preference is a reward in {0, 1}, importance-sampled from the labelled choice.
 """
 
 from __future__ import annotations

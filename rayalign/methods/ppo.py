@@ -8,9 +8,9 @@ was when the round was opened, the head's value *before* each token,
     policy  L = mean over tokens of max(−A_t ρ_t, −A_t clip(ρ_t)),     A whitened over the round, ρ_t = π/μ
     critic  L = mean over tokens of ½ max((V' − returns)², (clip(V', V ± value_clip) − returns)²)
 
-A completion ends with its last token, the end token where it has one: V after it is 0, and the score stands there. One
-that ran into the limit ends there too, since what was scored is what there is. Policy and critic are two models with
-two optimizers, so there is no coefficient between their losses.
+A completion ends with its last token, the end token where it has one: V after it is 0, and the score is given there.
+One that ran into the limit ends there too, since what was scored is what there is. Policy and critic are two models
+with two optimizers, so there is no coefficient between their losses.
 """
 
 from __future__ import annotations

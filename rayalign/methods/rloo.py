@@ -5,7 +5,7 @@ Ahmadian et al. 2024, arXiv:2402.14740. For K candidates y_1 … y_K ~ μ of one
     R'_k = R_k − kl_coef · Σ_t (log μ(y_k,t) − log π_ref(y_k,t)),     A_k = R'_k − mean_{j≠k} R'_j
     L = mean_k max(−A_k ρ_k, −A_k clip(ρ_k)),     ρ_k = π(y_k)/μ(y_k) of the whole sequence
 
-At π = μ the gradient is −mean_k A_k ∇ log π(y_k), the paper's; the ratio makes further steps on a round sound, as in
+At π = μ the gradient is −mean_k A_k ∇ log π(y_k), the paper's. The ratio makes further steps on a round sound, as in
 TRL, whose defaults these are. The KL is constant: it is the behavior policy's, at sampling.
 """
 

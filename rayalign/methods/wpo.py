@@ -1,9 +1,10 @@
 """WPO: weigh each pair by how likely the current policy is to write it, so that stored data act like its own samples.
 
-Zhou et al. 2024, arXiv:2406.11827. The weight is a constant to the gradient, comes from the same forward as the loss,
-at temperature 1, and is averaged over a response's tokens. The method ``wpo`` is DPO with that weight, its parameters
-and defaults included: the two differ in the weight alone. With any other pairwise method, and with KTO, the weight
-composes (:func:`rayalign.methods.compose`). The paper trains with β = 0.01, which its recipes in ``examples/`` set.
+Zhou et al. 2024, arXiv:2406.11827. The weight is a constant to the gradient. It comes from the same forward as the
+loss, at temperature 1, and is averaged over a response's tokens. The method ``wpo`` is DPO with that weight, its
+parameters and defaults included: the two differ in the weight alone. With any other pairwise method, and with KTO, the
+weight composes (:func:`rayalign.methods.compose`). The paper trains with β = 0.01, which its recipes in ``examples/``
+set.
 """
 
 from __future__ import annotations

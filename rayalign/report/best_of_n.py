@@ -1,7 +1,7 @@
 """Best of n: what the reference scores when the best of n of its replies is kept. The yardstick that needs no training.
 
-Its score is estimated without bias from the S ≥ n samples that were drawn anyway, and its KL to the reference is known
-in closed form, so that it stands on the same frontier as trained policies.
+Its score is estimated without bias from the S ≥ n samples that were drawn anyway. Its KL to the reference is known in
+closed form. So it is a point of the same frontier as trained policies.
 """
 
 from __future__ import annotations
@@ -36,20 +36,17 @@ def best_of_n(
     """
     samples = len(reference.length[0])
     sizes = [2**power for power in range(samples.bit_length())] if samples > 1 else []
-    return tuple(
-        BestOfN(
-            prompt_set=reference.prompt_set,
-            n=n,
-            kl_bound=kl_bound(n),
-            scores={
-                name: (rate_estimate if name in shares and is_rate(as_array(values)) else estimate_mean)(
-                    expected_best(as_array(values), n), bootstrap
-                )
-                for name, values in reference.scores.items()
-            },
-        )
-        for n in sizes
-    )
+    rates = {name for name in shares if name in reference.scores and is_rate(as_array(reference.scores[name]))}
+
+    def score(name: str, n: int) -> Estimate:
+        best = expected_best(as_array(reference.scores[name]), n)
+        return rate_estimate(best, bootstrap) if name in rates else estimate_mean(best, bootstrap)
+
+    found = []
+    for n in sizes:
+        scores = {name: score(name, n) for name in reference.scores}
+        found.append(BestOfN(prompt_set=reference.prompt_set, n=n, kl_bound=kl_bound(n), scores=scores))
+    return tuple(found)
 
 
 def kl_bound(n: int) -> float:

@@ -48,8 +48,10 @@ def entry_differences(contenders: Sequence[Contender], bootstrap: Bootstrap) -> 
     ]
     found = [difference(a.replicated, b.replicated, bootstrap) for a, b in pairs]
     adjusted = holm([one.p for one in found])
-    return tuple(
-        EntryDifference(
+    rows = []
+    for (a, b), one, p in zip(pairs, found, adjusted, strict=True):
+        better = a.entry if one.mean > 0 else b.entry
+        row = EntryDifference(
             entry=a.entry,
             other=b.entry,
             scorer=a.scorer,
@@ -58,7 +60,7 @@ def entry_differences(contenders: Sequence[Contender], bootstrap: Bootstrap) -> 
             found=one,
             adjusted_p=p,
             detectable=detectable(one, len(pairs)),
-            better="" if p >= ALPHA else a.entry if one.mean > 0 else b.entry,
+            better=better if p < ALPHA else "",
         )
-        for (a, b), one, p in zip(pairs, found, adjusted, strict=True)
-    )
+        rows.append(row)
+    return tuple(rows)

@@ -45,6 +45,10 @@ class Entry:
         return any(cell.points for cell in self.cells)
 
     @property
+    def cell_ids(self) -> tuple[str, ...]:
+        return tuple(cell.id for cell in self.cells)
+
+    @property
     def filter(self) -> Filter | None:
         return self.cells[0].filter
 
@@ -57,10 +61,10 @@ class Entry:
         seconds = [cost.device_seconds for cost in done if cost.device_seconds is not None]
         return Cost(
             device_seconds=fmean(seconds) if seconds else None,
-            **{
-                field: round(fmean(getattr(cost, field) for cost in done))
-                for field in ("tokens_trained", "tokens_generated", "labels_used", "scorer_calls")
-            },
+            tokens_trained=round(fmean(cost.tokens_trained for cost in done)),
+            tokens_generated=round(fmean(cost.tokens_generated for cost in done)),
+            labels_used=round(fmean(cost.labels_used for cost in done)),
+            scorer_calls=round(fmean(cost.scorer_calls for cost in done)),
         )
 
 
@@ -69,12 +73,15 @@ def entries_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:
     groups: dict[str, list[CellRecord]] = {}
     for cell in cells:
         groups.setdefault(f"entry {cell.entry}" if cell.entry else f"cell {cell.id}", []).append(cell)
-    return tuple(
-        Entry(id=group[0].id, label=group[0].label, cells=tuple(group))
-        if len(group) == 1
-        else Entry(id=group[0].entry, label=group[0].entry, cells=tuple(group))
-        for group in groups.values()
-    )
+    return tuple(_entry(group) for group in groups.values())
+
+
+def _entry(cells: Sequence[CellRecord]) -> Entry:
+    """One cell keeps its own id and label."""
+    first = cells[0]
+    if len(cells) == 1:
+        return Entry(id=first.id, label=first.label, cells=(first,))
+    return Entry(id=first.entry, label=first.entry, cells=tuple(cells))
 
 
 def runs_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:

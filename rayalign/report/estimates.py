@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,15 @@ from rayalign.report.frontier import (
     seed_crossings,
 )
 from rayalign.report.matrix import contests
-from rayalign.report.points import BASELINE, REFERENCE, AnswerCounts, ComparisonRecord, EvaluationPoint, PromptSet
+from rayalign.report.points import (
+    BASELINE,
+    REFERENCE,
+    AnswerCounts,
+    CellRecord,
+    ComparisonRecord,
+    EvaluationPoint,
+    PromptSet,
+)
 from rayalign.report.replication import replicated, resampled_means, seed_draws, two_level
 from rayalign.report.statistics import Bootstrap, Estimate, Matrix, in_half, is_rate, prompt_draws
 from rayalign.report.summary import AnswersSummary, AtKl, Chosen, EntryAtKl, PointSummary, Summary
@@ -38,18 +48,18 @@ def summarize(comparison: ComparisonRecord, bootstrap: Bootstrap | None = None) 
     entries = entries_of(comparison.cells)
     parts = [_summarize_set(comparison, entries, index, bootstrap) for index in range(len(comparison.reference))]
     shares = shares_of(comparison)
-    best = tuple(row for reference in comparison.reference for row in best_of_n(reference, bootstrap, shares))
+    best = tuple(chain.from_iterable(best_of_n(reference, bootstrap, shares) for reference in comparison.reference))
     cells = [REFERENCE, BASELINE, *(cell.id for cell in comparison.cells)]
     rows = [REFERENCE, BASELINE, *(entry.id for entry in entries)]
     return Summary(
         bootstrap=bootstrap,
         entries=entries,
-        points=_in_order([point for part in parts for point in part.points], cells),
-        entry_points=_in_order([point for part in parts for point in part.entry_points], rows),
-        at_kl=tuple(row for part in parts for row in part.at_kl),
-        entries_at_kl=tuple(row for part in parts for row in part.entries_at_kl),
+        points=_in_order(list(chain.from_iterable(part.points for part in parts)), cells),
+        entry_points=_in_order(list(chain.from_iterable(part.entry_points for part in parts)), rows),
+        at_kl=tuple(chain.from_iterable(part.at_kl for part in parts)),
+        entries_at_kl=tuple(chain.from_iterable(part.entries_at_kl for part in parts)),
         differences=parts[0].differences,
-        chosen=tuple(row for part in parts for row in part.chosen),
+        chosen=tuple(chain.from_iterable(part.chosen for part in parts)),
         answers=tuple(_answers(comparison)),
         best_of_n=best,
         contests=tuple(contests(comparison, entries, bootstrap)),
@@ -112,14 +122,14 @@ def _summarize_set(
     others = [start]
     if comparison.baseline:
         others.append(Row(id=BASELINE, stream=0, step=baseline.step, runs=(of(BASELINE, baseline),), of_seeds=1))
-    runs = {
-        cell.id: [of(cell.id, point) for point in cell.points if point.prompt_set == prompts.name]
-        for cell in comparison.cells
-    }
-    rows = [row for place, entry in enumerate(entries) for row in _rows(entry, place, runs)]
-    cell_rows = [
-        Row(id=run.cell, stream=0, step=run.step, runs=(run,), of_seeds=1) for path in runs.values() for run in path
-    ]
+
+    def path(cell: CellRecord) -> list[Columns]:
+        return [of(cell.id, point) for point in cell.points if point.prompt_set == prompts.name]
+
+    runs = {cell.id: path(cell) for cell in comparison.cells}
+    rows = list(chain.from_iterable(_rows(entry, place, runs) for place, entry in enumerate(entries)))
+    measured = chain.from_iterable(runs.values())
+    cell_rows = [Row(id=run.cell, stream=0, step=run.step, runs=(run,), of_seeds=1) for run in measured]
 
     def summarized(rows: Sequence[Row]) -> list[PointSummary]:
         points = [_point(prompts.name, row, bootstrap, shares) for row in rows]
@@ -127,18 +137,13 @@ def _summarize_set(
 
     points = summarized([*others, *cell_rows])
     entry_points = points if all(entry.num_seeds == 1 for entry in entries) else summarized([*others, *rows])
-    paths = {cell.id: [points[0], *(point for point in points if point.cell == cell.id)] for cell in comparison.cells}
-    at_kl = [
-        AtKl(
-            cell=cell,
-            prompt_set=prompts.name,
-            level=level,
-            crossings={name: score_at_kl(_frontier_points(estimator, path, name), level) for name in scorers},
-        )
-        for cell, path in paths.items()
-        if len(path) > 1
-        for level in sorted(comparison.text.kl_levels)
-    ]
+    at_kl: list[AtKl] = []
+    for cell in comparison.cells:
+        own = [point for point in points if point.cell == cell.id]
+        paths = {name: _frontier_points(estimator, [points[0], *own], name) for name in scorers}
+        for level in sorted(comparison.text.kl_levels) if own else ():
+            crossings = {name: score_at_kl(found, level) for name, found in paths.items()}
+            at_kl.append(AtKl(cell=cell.id, prompt_set=prompts.name, level=level, crossings=crossings))
     return SetSummary(
         points=points,
         entry_points=entry_points,
@@ -164,6 +169,7 @@ def _last(rows: Sequence[Row]) -> list[Row]:
 
 
 def _contenders(rows: Sequence[Row], scorers: Sequence[str], bootstrap: Bootstrap) -> list[Contender]:
+    several = [row for row in _last(rows) if len(row.runs) > 1]
     return [
         Contender(
             entry=row.id,
@@ -171,26 +177,20 @@ def _contenders(rows: Sequence[Row], scorers: Sequence[str], bootstrap: Bootstra
             step=row.step,
             replicated=replicated(row.matrix(("scores", name)), bootstrap, stream=row.stream),
         )
-        for name in scorers
-        for row in _last(rows)
-        if len(row.runs) > 1
+        for name, row in product(scorers, several)
     ]
 
 
 def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Sequence[str]) -> Iterator[EntryAtKl]:
-    found = {(row.cell, row.level): row for row in at_kl}
+    found = {(row.cell, row.level): row.crossings for row in at_kl}
     for entry in entries:
         cells = [cell.id for cell in entry.cells]
         for level in dict.fromkeys(row.level for row in at_kl if row.cell in cells):
-            rows = [found.get((cell, level)) for cell in cells]
-            yield EntryAtKl(
-                entry=entry.id,
-                prompt_set=at_kl[0].prompt_set,
-                level=level,
-                crossings={
-                    name: seed_crossings([row.crossings[name] if row else None for row in rows]) for name in scorers
-                },
-            )
+            reached = [found.get((cell, level), {}) for cell in cells]
+            crossings = {}
+            for name in scorers:
+                crossings[name] = seed_crossings([own.get(name) for own in reached])
+            yield EntryAtKl(entry=entry.id, prompt_set=at_kl[0].prompt_set, level=level, crossings=crossings)
 
 
 def _chosen(
@@ -239,10 +239,12 @@ def _answers(comparison: ComparisonRecord) -> Iterator[AnswersSummary]:
     cells = [(cell.id, cell.points) for cell in comparison.cells]
     for cell, points in ((REFERENCE, comparison.reference), *baseline, *cells):
         found: dict[tuple[str, str], list[AnswerCounts]] = {}
-        for answers in (answers for point in points for answers in point.answers):
+        for answers in chain.from_iterable(point.answers for point in points):
             found.setdefault((answers.role, answers.name), []).append(answers)
         for (role, name), parts in found.items():
-            sums = {key: sum(getattr(part, key) for part in parts) for key in COUNTS}
+            sums: Counter[str] = Counter()
+            for part in parts:
+                sums.update({key: getattr(part, key) for key in COUNTS})
             problem = next((part.problem for part in parts if part.problem), "")
             yield AnswersSummary(cell=cell, role=role, name=name, problem=problem, **sums)
 
@@ -307,11 +309,9 @@ def _mark_front(
     kl = resampled("kl", estimator)
     fronts = {name: pareto(_frontier_points(estimator, points, name)) for name in scorers}
     shares = {name: pareto_frequency(kl, resampled("scores", name)) for name in scorers}
-    return [
-        replace(
-            point,
-            on_front=tuple(name for name, members in fronts.items() if members[index]),
-            front_frequency={name: share[index] for name, share in shares.items()},
-        )
-        for index, point in enumerate(points)
-    ]
+    marked = []
+    for index, point in enumerate(points):
+        on_front = tuple(name for name, members in fronts.items() if members[index])
+        frequency = {name: share[index] for name, share in shares.items()}
+        marked.append(replace(point, on_front=on_front, front_frequency=frequency))
+    return marked

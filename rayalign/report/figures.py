@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 
 from rayalign.report.entries import Entry
@@ -49,18 +50,17 @@ def entry_styles(entries: Sequence[Entry]) -> dict[str, Style]:
     Where two entries would look alike, one colour and marker per entry. All cells of an entry share its style.
     """
     looks = [(entry.display_name, entry.data_policy) for entry in entries]
-    keys = [entry.display_name if len(set(looks)) == len(looks) else entry.id for entry in entries]
+    differ = len(set(looks)) == len(looks)
+    names = [entry.display_name for entry in entries]
+    keys = names if differ else [entry.id for entry in entries]
     index = {key: position for position, key in enumerate(dict.fromkeys(keys))}
-    return {
-        name: Style(
-            color=index[key] % len(PALETTE),
-            marker=MARKERS[index[key] % len(MARKERS)][0],
-            symbol=MARKERS[index[key] % len(MARKERS)][1],
-            line=LINES.get(entry.data_policy, "-."),
-        )
-        for entry, key in zip(entries, keys, strict=True)
-        for name in (entry.id, *(cell.id for cell in entry.cells))
-    }
+    found: dict[str, Style] = {}
+    for entry, key in zip(entries, keys, strict=True):
+        marker, symbol = MARKERS[index[key] % len(MARKERS)]
+        line = LINES.get(entry.data_policy, "-.")
+        style = Style(color=index[key] % len(PALETTE), marker=marker, symbol=symbol, line=line)
+        found |= dict.fromkeys([entry.id, *(cell.id for cell in entry.cells)], style)
+    return found
 
 
 def draw_all(comparison: ComparisonRecord, summary: Summary) -> dict[str, str]:
@@ -110,7 +110,8 @@ def _frontier(comparison: ComparisonRecord, summary: Summary, reference: PointSu
 
 def cost_axes(summary: Summary) -> list[CostAxis]:
     """Those along which anything was spent."""
-    return [axis for axis in COST_AXES if any(axis.amount(entry.cost) for entry in summary.entries if entry.measured)]
+    costs = [entry.cost for entry in summary.entries if entry.measured]
+    return [axis for axis in COST_AXES if any(map(axis.amount, costs))]
 
 
 def _against_cost(
@@ -134,9 +135,11 @@ def _against_cost(
 
 def last_entry_step(entry: Entry) -> int:
     """Number of its runs: trained where that is known, else measured."""
-    logged = [row.get("step") for cell in entry.cells for row in cell.metrics]
+    rows = chain.from_iterable(cell.metrics for cell in entry.cells)
+    logged = [row.get("step") for row in rows]
     trained = [int(step) for step in logged if step is not None]
-    return max([*trained, *(point.step for cell in entry.cells for point in cell.points)])
+    points = chain.from_iterable(cell.points for cell in entry.cells)
+    return max([*trained, *(point.step for point in points)])
 
 
 def _best_of_n(summary: Summary, prompt_set: str, scorer: Measure) -> Yardstick | None:

@@ -72,11 +72,16 @@ def policy_in_words(name: str) -> str:
     return name.replace("_", "-")
 
 
-def markdown(text: str) -> str:
-    """Text that is inert and stays on its line in a Markdown table."""
+def escaped(text: str) -> str:
+    """Text that is inert in Markdown; of brackets only those that would make a link are escaped."""
     for raw, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(raw, safe)
-    return " ".join(re.sub(r"[\\|`*\[]", r"\\\g<0>", text).split())
+    return re.sub(r"[\\|`*]|\](?=[(\[:])|^\s*[#+-](?=[#\s])", r"\\\g<0>", text)
+
+
+def markdown(text: str) -> str:
+    """Text that is inert and stays on its line in a Markdown table."""
+    return " ".join(escaped(text).split())
 
 
 def printable(text: str) -> str:

@@ -40,10 +40,11 @@ def pareto(points: Sequence[FrontierPoint]) -> list[bool]:
 
     A point with a missing value is not on the front and dominates nothing.
     """
-    return [
-        not math.isnan(point.kl + point.score) and not any(_dominates(other, point) for other in points)
-        for point in points
-    ]
+    return [_is_on_front(point, points) for point in points]
+
+
+def _is_on_front(point: FrontierPoint, points: Sequence[FrontierPoint]) -> bool:
+    return not math.isnan(point.kl + point.score) and not any(_dominates(other, point) for other in points)
 
 
 def _dominates(a: FrontierPoint, b: FrontierPoint) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def contests(comparison: ComparisonRecord, entries: Sequence[Entry], bootstrap: 
 
 def last_points(entry: Entry, prompt_set: str) -> list[EvaluationPoint]:
     """One per seed that reached the last step which any did."""
-    points = [point for cell in entry.cells for point in cell.points if point.prompt_set == prompt_set]
+    measured = chain.from_iterable(cell.points for cell in entry.cells)
+    points = [point for point in measured if point.prompt_set == prompt_set]
     step = max((point.step for point in points), default=0)
     return [point for point in points if point.step == step]
 

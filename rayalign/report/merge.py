@@ -1,8 +1,9 @@
-"""Several comparisons → one, where they were measured alike; of the others, why they were not."""
+"""Several comparisons → one, where they were measured the same way; of the others, why they were not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from rayalign.errors import UserError
@@ -85,21 +86,25 @@ def merge(comparisons: Sequence[tuple[str, ComparisonRecord]]) -> ComparisonReco
         raise UserError(
             "nothing to merge: "
             + "; ".join(reasons)
-            + ". Measure them alike, with the same evaluate block, model and version, or report each by itself"
+            + ". Measure them the same way, with the same evaluate block, model and version, or report each by itself"
         )
     parts = named_apart([comparison for _, comparison in alike])
-    cells = [cell for _, part in parts for cell in part.cells]
+    cells = list(chain.from_iterable(part.cells for _, part in parts))
     return first.model_copy(
         update={
             "name": " + ".join(name for name, _ in parts),
             "text": merged_text([part for _, part in parts]),
             "cells": tuple(cells),
-            "tuning": tuple(tuning for _, part in parts for tuning in part.tuning),
+            "tuning": tuple(chain.from_iterable(part.tuning for _, part in parts)),
             "provenance": merged_provenance([part for _, part in parts]),
-            "parts": tuple(MergedPart(name=name, cells=tuple(cell.id for cell in part.cells)) for name, part in parts),
+            "parts": tuple(merged_part(name, part) for name, part in parts),
             "left_out": tuple(left_out),
         }
     )
+
+
+def merged_part(name: str, part: ComparisonRecord) -> MergedPart:
+    return MergedPart(name=name, cells=tuple(cell.id for cell in part.cells))
 
 
 def measured_differences(first: ComparisonRecord, other: ComparisonRecord) -> list[str]:
@@ -113,11 +118,12 @@ def measured_differences(first: ComparisonRecord, other: ComparisonRecord) -> li
     if first.measured and other.measured:
         keys = dict.fromkeys([*first.measured, *other.measured])
         return [DIGESTS.get(key, key) for key in keys if first.measured.get(key) != other.measured.get(key)]
-    numbers = [
-        [(point.scores, point.kl, point.length, point.verdicts) for point in comparison.reference]
-        for comparison in (first, other)
-    ]
-    return [] if numbers[0] == numbers[1] else ["the numbers of the reference"]
+    same = reference_numbers(first) == reference_numbers(other)
+    return [] if same else ["the numbers of the reference"]
+
+
+def reference_numbers(comparison: ComparisonRecord) -> list[tuple[object, ...]]:
+    return [(point.scores, point.kl, point.length, point.verdicts) for point in comparison.reference]
 
 
 def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, ComparisonRecord]]:
@@ -126,16 +132,16 @@ def named_apart(comparisons: Sequence[ComparisonRecord]) -> list[tuple[str, Comp
     for comparison in comparisons:
         taken = sum(name == comparison.name or name.startswith(f"{comparison.name} (") for name in names)
         names.append(f"{comparison.name} ({taken + 1})" if taken else comparison.name)
-    everywhere = [
-        text
-        for comparison in comparisons
-        for text in {text for cell in comparison.cells for text in (cell.id, cell.label, cell.entry) if text}
-    ]
-    clash = len(set(everywhere)) < len(everywhere)
-    return [
-        (name, prefix_names(comparison, name) if clash else comparison)
-        for name, comparison in zip(names, comparisons, strict=True)
-    ]
+    everywhere = list(chain.from_iterable(map(names_of_cells, comparisons)))
+    if len(set(everywhere)) == len(everywhere):
+        return list(zip(names, comparisons, strict=True))
+    return [(name, prefix_names(comparison, name)) for name, comparison in zip(names, comparisons, strict=True)]
+
+
+def names_of_cells(comparison: ComparisonRecord) -> set[str]:
+    """Every id, label and entry of its cells."""
+    names = chain.from_iterable((cell.id, cell.label, cell.entry) for cell in comparison.cells)
+    return set(names) - {""}
 
 
 def prefix_names(comparison: ComparisonRecord, name: str) -> ComparisonRecord:
@@ -169,7 +175,7 @@ def merged_text(parts: Sequence[ComparisonRecord]) -> ReportText:
         title=" + ".join(dict.fromkeys(text.title for text in texts)),
         opening=distinct_texts(text.opening for text in texts),
         caveats=distinct_texts(text.caveats for text in texts),
-        kl_levels=tuple(sorted({level for text in texts for level in text.kl_levels})),
+        kl_levels=tuple(sorted(set(chain.from_iterable(text.kl_levels for text in texts)))),
         curves=distinct_texts(text.curves for text in texts),
     )
 
@@ -182,8 +188,8 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
         commands=distinct_texts(origin.commands for origin in origins),
         git_revision=", ".join(dict.fromkeys(origin.git_revision for origin in origins if origin.git_revision)),
         versions=side_by_side([origin.versions for origin in origins]),
-        config_digests={cell: digest for origin in origins for cell, digest in origin.config_digests.items()},
-        seeds={cell: seed for origin in origins for cell, seed in origin.seeds.items()},
+        config_digests=dict(chain.from_iterable(origin.config_digests.items() for origin in origins)),
+        seeds=dict(chain.from_iterable(origin.seeds.items() for origin in origins)),
         machine=side_by_side([origin.machine for origin in origins]),
         started=min(times, default=""),
         finished=max((origin.finished for origin in origins), default=""),
@@ -191,10 +197,13 @@ def merged_provenance(parts: Sequence[ComparisonRecord]) -> Provenance:
 
 
 def side_by_side(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    keys = distinct_texts(facts)
-    return {key: ", ".join(dict.fromkeys(fact[key] for fact in facts if key in fact)) for key in keys}
+    found: dict[str, str] = {}
+    for key in distinct_texts(facts):
+        values = dict.fromkeys(fact[key] for fact in facts if key in fact)
+        found[key] = ", ".join(values)
+    return found
 
 
 def distinct_texts(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """In the order of their first appearance."""
-    return tuple(dict.fromkeys(text for group in groups for text in group))
+    return tuple(dict.fromkeys(chain.from_iterable(groups)))

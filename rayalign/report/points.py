@@ -5,7 +5,7 @@ A comparison builds a :class:`ComparisonRecord` and calls :func:`save_comparison
 of scorers, KL estimators and diagnostics are data.
 
 The unit of replication is the training seed: cells that name the same ``entry`` differ in nothing else. A point holds
-P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``; ``None``
+P prompts x S samples of every quantity as P rows of S numbers, in the order of the prompt set's ``prompts``. ``None``
 (or NaN) is a missing value, never 0.
 """
 
@@ -33,9 +33,16 @@ BASELINE = "(baseline)"
 def _matrix(rows: tuple[tuple[float | None, ...], ...]) -> tuple[tuple[float | None, ...], ...]:
     if len({len(row) for row in rows}) > 1:
         raise ValueError("every prompt needs the same number of samples; a missing one is null")
-    if any(value is not None and math.isinf(value) for row in rows for value in row):
+    return tuple(tuple(map(_finite, row)) for row in rows)
+
+
+def _finite(value: float | None) -> float | None:
+    """NaN as None."""
+    if value is None or math.isnan(value):
+        return None
+    if math.isinf(value):
         raise ValueError("an infinite value has no mean; a missing one is null")
-    return tuple(tuple(None if value is None or math.isnan(value) else value for value in row) for row in rows)
+    return value
 
 
 Samples = Annotated[tuple[tuple[float | None, ...], ...], Field(min_length=1), AfterValidator(_matrix)]
@@ -69,7 +76,7 @@ class PromptSet(Record):
 
 
 class Reply(Record):
-    """The text of one sample; its numbers stand in the point at ``[prompt][sample]``."""
+    """The text of one sample; its numbers are in the point at ``[prompt][sample]``."""
 
     prompt: int = Field(ge=0)
     sample: int = Field(ge=0)
@@ -174,8 +181,7 @@ class CellRecord(Record):
     data_policy: str
     seed: int
     entry: str = ""
-    """What the tables call all cells that differ from this one in their seed only, in this one too; empty: there are
-    none, and the cell stands for itself."""
+    """The name in tables of this cell and those that differ from it in the seed only; empty where there are none."""
     status: Literal["done", "failed", "skipped", "stopped"]
     """A stopped cell was trained and measured up to some step before its last."""
     reason: str = ""
@@ -184,7 +190,7 @@ class CellRecord(Record):
     cost: Cost = Cost()
     filter: Filter | None = None
     points: tuple[EvaluationPoint, ...] = ()
-    """In ascending step per prompt set; step 0 is the reference's and stands in ``ComparisonRecord.reference``."""
+    """In ascending step per prompt set; step 0 is the reference's and is in ``ComparisonRecord.reference``."""
     metrics: tuple[Mapping[str, float | None], ...] = ()
     """Rows of ``metrics.jsonl``, each with ``step``; keys are training metrics such as ``rewards/accuracies``."""
 
@@ -237,7 +243,7 @@ class MergedPart(Record):
 
     name: str
     cells: tuple[str, ...]
-    """Ids of its cells; their configurations are told apart from the first of them."""
+    """Ids of its cells; the report says how each configuration differs from the first."""
 
 
 class Baseline(Record):
@@ -366,8 +372,7 @@ def load_comparison(directory: Place) -> ComparisonRecord:
         raise UserError(f"{path} is no text in UTF-8: run `rayalign compare` again") from error
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'the whole'}: {problem['msg']}"
-            for problem in error.errors()[:5]
+            f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}" for problem in error.errors()[:5]
         )
         raise UserError(f"{path}: {problems}. Run `rayalign compare` again, or repair the field.") from error
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
-from rayalign.report import figures, formatting
+from rayalign.report import figures
 from rayalign.report import svg as drawing
 from rayalign.report.entries import runs_of
 from rayalign.report.estimates import summarize
+from rayalign.report.markdown import page_markdown
 from rayalign.report.matrix import contests_by_pair
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, write_text
 from rayalign.report.results_json import results_json
 from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
+from rayalign.report.templates import environment
 from rayalign.report.trials import TuningRecord
 from rayalign.storage.place import Place
 
@@ -35,18 +38,19 @@ def render_report(comparison: ComparisonRecord, directory: Place) -> Place:
     for stem, svg in drawings.items():
         write_text(folder / f"{stem}.svg", drawing.standalone(svg))
     write_text(folder / "results.json", results_json(comparison, summary))
-    for name in ("report.md", "report.html"):
-        write_text(folder / name, render_text(name, comparison, summary, drawings))
+    write_text(folder / "report.md", page_markdown(page_html(comparison, summary, dict.fromkeys(drawings, ""))))
+    inline = {stem: drawing.inline(svg) for stem, svg in drawings.items()}
+    write_text(folder / "report.html", page_html(comparison, summary, inline))
     return folder / "report.html"
 
 
-def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawings: dict[str, str]) -> str:
-    """The text of ``report.html`` or ``report.md``."""
-    environment = _environment()
-    script = _source(environment, "report.js")
+def page_html(comparison: ComparisonRecord, summary: Summary, drawings: Mapping[str, str]) -> str:
+    """The text of ``report.html`` with ``drawings``: file stem → inline SVG."""
+    templates = environment()
+    script = _source(templates, "report.js")
     judges = (comparison.judge,) if comparison.judge else ()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(f"{name}.jinja").render(
+    return templates.get_template("report.html.jinja").render(
         comparison=comparison,
         summary=summary,
         cells={cell.id: cell for cell in comparison.cells},
@@ -56,7 +60,7 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
         measures=(*comparison.scorers, *judges, *comparison.kl_estimators, *comparison.diagnostics),
         last_points={prompts.name: summary.last(prompts.name) for prompts in comparison.prompt_sets},
         styles=figures.entry_styles(summary.entries),
-        drawings={stem: Markup(drawing.inline(svg)) for stem, svg in drawings.items()},
+        drawings={stem: Markup(svg) for stem, svg in drawings.items()},
         prompt_samples=list(prompt_samples(comparison)),
         limits=comparison_limits(comparison, summary),
         tunings=tunings(comparison),
@@ -68,7 +72,7 @@ def render_text(name: str, comparison: ComparisonRecord, summary: Summary, drawi
         opponent=BASELINE if comparison.baseline else REFERENCE,
         names={REFERENCE: REFERENCE, BASELINE: f"{comparison.opponent} (baseline)"},
         theme=drawing.THEME,
-        style=Markup(_source(environment, "report.css")),
+        style=Markup(_source(templates, "report.css")),
         script=Markup(script),
         script_digest=digest,
     )
@@ -155,13 +159,12 @@ def tunings(comparison: ComparisonRecord) -> list[list[TuningRecord]]:
 
 
 def untuned(comparison: ComparisonRecord, summary: Summary) -> list[str]:
-    """Configurations that stand beside tuned ones without trials of their own, as in a merged report."""
-    tried = {cell for tuning in comparison.tuning for cell in tuning.cells}
-    return [
-        entry.label
-        for entry in summary.entries
-        if tried and entry.measured and not any(cell.id in tried for cell in entry.cells)
-    ]
+    """Configurations without trials of their own where others are tuned, as in a merged report."""
+    tried = set(chain.from_iterable(tuning.cells for tuning in comparison.tuning))
+    if not tried:
+        return []
+    measured = [entry for entry in summary.entries if entry.measured]
+    return [entry.label for entry in measured if tried.isdisjoint(entry.cell_ids)]
 
 
 def judging_caveats(comparison: ComparisonRecord, summary: Summary) -> Iterator[str]:
@@ -176,7 +179,7 @@ def judging_caveats(comparison: ComparisonRecord, summary: Summary) -> Iterator[
     for row in summary.answers:
         totals.setdefault((row.role, row.name), []).append(row)
     for (role, name), rows in totals.items():
-        missing, replies = (sum(getattr(row, key) for row in rows) for key in ("missing", "replies"))
+        missing, replies = sum(row.missing for row in rows), sum(row.replies for row in rows)
         if missing:
             reason = next(row.problem for row in rows if row.missing)
             yield (
@@ -185,20 +188,6 @@ def judging_caveats(comparison: ComparisonRecord, summary: Summary) -> Iterator[
             )
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rayalign", "report"),
-        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= formatting.FILTERS
-    environment.filters["kept"] = lambda filtered: formatting.filter_sentence(**filtered.model_dump())
-    return environment
-
-
-def _source(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+def _source(templates: Environment, name: str) -> str:
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]

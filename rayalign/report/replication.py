@@ -1,14 +1,14 @@
 """Intervals over training seeds and prompts, and differences between what was trained with several seeds.
 
 The unit of replication is the training seed. Every seed of every entry answers the same prompts, so the two factors
-cross: one resample draws S − 1 of the S seeds with replacement (Rao and Wu 1988: one fewer makes the variance
-unbiased) and, for whatever is compared, one set of prompts that all seeds share. Prompts drawn again for each seed
+cross. One resample draws S − 1 of the S seeds with replacement (Rao and Wu 1988: one fewer makes the variance
+unbiased). It draws one set of prompts that all seeds share, for all that is compared. Prompts drawn again for each seed
 would take S seeds for S times as many prompts.
 
-Resampling both factors counts what is neither seed nor prompt, above all the chance in a reply, three times; two of
-them are taken off again (Owen 2007, *The pigeonhole bootstrap*). Percentiles of so few seeds cover far too little, so
-an interval is mean ± t · standard error, with S − 1 degrees of freedom; a rate's has the same ingredients and ends in
-[0, 1].
+Resampling both factors counts three times what is neither seed nor prompt, above all the chance in a reply. Two of the
+three are taken off again (Owen 2007, *The pigeonhole bootstrap*). Percentiles of so few seeds cover far too little. So
+an interval is mean ± t · standard error, with S − 1 degrees of freedom. A rate's is made of the same numbers and ends
+in [0, 1].
 """
 
 from __future__ import annotations

@@ -53,11 +53,11 @@ null. Numbers carry six significant digits. Everything but ``times`` and ``prove
 measurements alone.
 
 Version 4 added ``tuning``, ``contests``, ``measured``, ``parts`` and ``left_out``; everything else is as in version
-3. Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl`` and ``chosen``, the fields
-``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency`` of a point, and
-``entry`` of a cell; the first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` go by it. ``points`` are of
-single runs, as before. Version 2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the
-points of a baseline; what version 1 had, means what it meant.
+3. Version 3 added ``entries``, ``entry_points``, ``differences``, ``entries_at_kl``, ``chosen`` and a cell's ``entry``.
+A point got ``num_seeds``, ``of_seeds``, ``lc_win_rates``, ``lc_judged``, ``kl_per_token`` and ``front_frequency``. The
+first KL estimator is ``kl_rb`` now, and fronts and ``at_kl`` use it. ``points`` are of single runs, as before. Version
+2 added ``baseline``, ``answers``, ``points[].judged``, ``measures.judge`` and the points of a baseline; what version 1
+had, means what it meant.
 """
 
 from __future__ import annotations
@@ -107,10 +107,7 @@ def results_json(comparison: ComparisonRecord, summary: Summary) -> str:
             cell.model_dump(exclude={"points": True, "metrics": True, "cost": {"device_seconds": True}})
             for cell in comparison.cells
         ],
-        "entries": [
-            {"id": entry.id, "label": entry.label, "cells": [cell.id for cell in entry.cells]}
-            for entry in summary.entries
-        ],
+        "entries": [{"id": entry.id, "label": entry.label, "cells": list(entry.cell_ids)} for entry in summary.entries],
         "tuning": [
             tuning.model_dump(exclude={"trials": {"__all__": {"cost": {"device_seconds"}}}})
             for tuning in comparison.tuning

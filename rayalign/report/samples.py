@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from rayalign.report.formatting import format_count, format_optional
 from rayalign.report.points import BASELINE, REFERENCE, ComparisonRecord, EvaluationPoint
@@ -40,12 +41,13 @@ def prompt_samples(comparison: ComparisonRecord) -> Iterator[PromptSamples]:
         for cell in comparison.cells:
             points = [point for point in cell.points if point.prompt_set == prompts.name]
             sources += [(cell.id, point) for point in points[-1:]]
-        keys = dict.fromkeys((reply.prompt, reply.sample) for _, point in sources for reply in point.replies)
+        replies = chain.from_iterable(point.replies for _, point in sources)
+        keys = dict.fromkeys((reply.prompt, reply.sample) for reply in replies)
         for key in keys:
             yield PromptSamples(
                 prompt_set=prompts.name,
                 prompt=prompts.prompts[key[0]],
-                rows=tuple(row for cell, point in sources for row in _rows(comparison, cell, point, key)),
+                rows=tuple(chain.from_iterable(_rows(comparison, cell, point, key) for cell, point in sources)),
             )
 
 

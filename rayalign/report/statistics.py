@@ -1,7 +1,7 @@
 """Means with intervals. The unit is the prompt: samples are averaged inside a prompt, then prompts are resampled.
 
-A rate, whose values lie in [0, 1], has an interval of its own, which lies there too and has a width where all prompts
-agree (:func:`rate_interval`).
+A rate, whose values lie in [0, 1], has an interval of its own (:func:`rate_interval`). It lies in [0, 1] too, and has a
+width where all prompts agree.
 
 An interval from here answers "what if other prompts of the same kind had been asked?" It says nothing about another
 training seed: a cell is one run, and runs vary more than prompts do. Several seeds: :mod:`rayalign.report.replication`.
@@ -96,7 +96,7 @@ def rate_interval(mean: float, variance: float, *, n: float, df: float, level: f
 
 
 def is_rate(values: Matrix | Vector) -> bool:
-    """Whether all values that are there lie in [0, 1]."""
+    """Whether all values that are not missing lie in [0, 1]."""
     present = values[~np.isnan(values)]
     return bool(((present >= 0) & (present <= 1)).all())
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from rayalign.errors import UserError
-from rayalign.report.formatting import printable
+from rayalign.report.formatting import MISSING, printable
+from rayalign.report.tables import narrow_table
 from rayalign.storage.lease import silent_seconds
 from rayalign.storage.manifest import MANIFEST
 from rayalign.storage.place import ObjectPath, Place, below
@@ -19,43 +20,50 @@ from rayalign.storage.place import ObjectPath, Place, below
 TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0
 """A living process renews its lease far more often."""
+SHOWN_TIME = slice(len("2026-"), len("2026-01-31 12:34"))
+"""What a table shows of a time."""
+
+
+COLUMNS = ("run", "status", "step", "loss", "tokens/s", "left", "saved", "attempts", "updated")
 
 
 def status_table(directory: Place) -> RenderableType:
     """One line per run, and below why attempts of unfinished ones failed; raises UserError where there is no run."""
-    found = Table(title=str(directory))
-    for column in ("run", "status", "step", "loss", "tokens/s", "left", "checkpoint", "attempt", "failures", "updated"):
-        found.add_column(column)
+    lines: list[list[str]] = []
     told: list[Text] = []
     for run in runs(directory):
         facts = read_run_json(run / "run.json")
-        rows = last_rows(run / "metrics.jsonl")
-        row = rows[-1] if rows else {}
-        name, status, failures = (
-            below(run, directory.parent),
-            status_of(run, facts),
-            facts.get("failures", []),
-        )
-        step, steps = row.get("step", 0), facts.get("steps")
-        speed, pace = tokens_per_second(rows), seconds_per_step(rows)
-        left = clock_text((steps - step) * pace) if status == "running" and steps and pace else "–"
-        found.add_row(
-            name,
-            status,
-            f"{step}/{steps if steps is not None else '?'}",
-            f"{row['loss']:.4f}" if row.get("loss") is not None else "–",
-            f"{speed:,.0f}" if speed else "–",
-            left,
-            newest_checkpoint(run),
-            str(facts.get("attempts", "–")),
-            str(len(failures)),
-            facts.get("updated", ""),
-        )
-        if status != "finished":
-            told += [Text(printable(f"{name}: {failure}")) for failure in failures]
-    if not found.row_count:
+        name = below(run, directory) if run != directory else name_of(directory)
+        lines.append([name, *state_of(run, facts)])
+        if lines[-1][1] != "finished":
+            told += [Text(printable(f"{name}: {failure}")) for failure in facts.get("failures", [])]
+    if not lines:
         raise UserError(f"{directory} holds no run: name a folder below which `rayalign train` wrote a run.json")
-    return Group(found, *told)
+    return Group(narrow_table(COLUMNS, lines, title=str(directory)), *told)
+
+
+def name_of(place: Place) -> str:
+    """The last part of its whole address."""
+    return (place.resolve() if isinstance(place, Path) else place).name
+
+
+def state_of(run: Place, facts: Mapping[str, Any]) -> list[str]:
+    """The cells of a run's line, but its name."""
+    rows = last_rows(run / "metrics.jsonl")
+    row = rows[-1] if rows else {}
+    status = status_of(run, facts)
+    step, steps, attempts = row.get("step", 0), facts.get("steps"), facts.get("attempts", 1)
+    speed, pace = tokens_per_second(rows), seconds_per_step(rows)
+    return [
+        status,
+        f"{step}/{steps if steps is not None else '?'}",
+        f"{row['loss']:.4f}" if row.get("loss") is not None else MISSING,
+        f"{speed:,.0f}" if speed else MISSING,
+        clock_text((steps - step) * pace) if status == "running" and steps and pace else MISSING,
+        newest_checkpoint(run),
+        str(attempts) if attempts > 1 else MISSING,
+        str(facts.get("updated", ""))[SHOWN_TIME],
+    ]
 
 
 def runs(directory: Place) -> Iterator[Place]:
@@ -115,7 +123,7 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float:
 def newest_checkpoint(run: Place) -> str:
     """The step of the newest committed one."""
     steps = [path.parent.name[5:].partition("-")[0] for path in run.glob(f"checkpoints/step_*/{MANIFEST}")]
-    return f"step {max(map(int, steps))}" if steps else "–"
+    return str(max(map(int, steps))) if steps else MISSING
 
 
 def clock_text(seconds: float) -> str:

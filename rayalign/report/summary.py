@@ -25,7 +25,7 @@ class PointSummary:
     prompt_set: str
     step: int
     num_samples: int
-    """Samples per prompt; the number of prompts stands in every estimate."""
+    """Samples per prompt; every estimate has the number of prompts."""
     num_seeds: int
     """Training runs that were measured at this step: with more than one, intervals are over them and prompts."""
     of_seeds: int
@@ -51,7 +51,7 @@ class PointSummary:
     on_front: tuple[str, ...] = ()
     """Scorers under which no other point of the prompt set dominates this one (point estimates)."""
     front_frequency: Mapping[str, float] = field(default_factory=dict)
-    """By scorer: the share of the resamples in which that is so."""
+    """By scorer: the share of the resamples in which the point is on the front."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Lines as SVG text: the same input gives the same bytes, and nothing in it points outside the file.
 
-Colours are CSS variables with the light palette as fallback, so that one drawing serves the page in both colour schemes
-and stands alone as a file.
+Colours are CSS variables with the light palette as fallback. So one drawing serves the page in both colour schemes, and
+is complete as a file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -116,7 +117,7 @@ def line_chart(
         if start is not None:
             axes.plot(*start, marker="o", markersize=7, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
             axes.annotate(REFERENCE, start, textcoords="offset points", xytext=(7, -11), color=INK)
-        largest_x = max((_mean(x) for line in series for x in line.x), default=0.0)
+        largest_x = max(map(_mean, chain.from_iterable(line.x for line in series)), default=0.0)
         if log_from is not None and largest_x > log_from:
             axes.set_xscale("symlog", linthresh=1)
             ticks = [tick for tick in LOG_TICKS if tick <= 1.2 * largest_x]

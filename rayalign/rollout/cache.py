@@ -54,5 +54,7 @@ def keep_cache_rows(cache: DynamicCache | None, rows: Tensor) -> None:
 def make_cache(config: PretrainedConfig) -> DynamicCache:
     """An empty cache for a model of ``config``; layers of other kinds than plain ones are transformers' own."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[place] = RoomyLayer()
     return cache

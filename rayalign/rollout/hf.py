@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -162,7 +163,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _noise(keys: Sequence[int], params: SamplingParams) -> Tensor:
     """Float64 uniforms [len(keys) · num_samples, max_new_tokens]."""
-    sample_keys = [sample_key(params.seed, key, sample) for key in keys for sample in range(params.num_samples)]
+    samples = product(keys, range(params.num_samples))
+    sample_keys = [sample_key(params.seed, key, sample) for key, sample in samples]
     return torch.from_numpy(np.stack([uniforms(key, params.max_new_tokens) for key in sample_keys]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class VllmSampler:
             raise ValueError(f"prompt {empty[0]} has no tokens: there is nothing to continue")
         self._refuse_long(prompts, params)
         self._wake()
-        wanted = [(index, sample) for index in range(len(prompts)) for sample in range(params.num_samples)]
+        wanted = list(product(range(len(prompts)), range(params.num_samples)))
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompts[index])} for index, _ in wanted],
             [vllm_params(params, seed=sample_key(params.seed, keys[index], sample)) for index, sample in wanted],

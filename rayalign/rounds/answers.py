@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,7 @@ def stored_candidates(drawn: Drawn) -> tuple[Answer, ...]:
 def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float], found: Labelled) -> Group:
     """The kept candidates in order, with their rewards, labels and behavior log-probabilities."""
     kept = [answers[k] for k in found.kept]
-    rewards = [scores[k] if scores else np.nan for k in found.kept]
+    rewards = [scores[k] for k in found.kept] if scores else [math.nan] * len(kept)
     name, _, line = drawn.name.rpartition(":")
     return Group(
         prompt_ids=drawn.read().prompt_ids,
@@ -76,7 +78,7 @@ def make_group(drawn: Drawn, answers: Sequence[Answer], scores: Sequence[float],
             "behavior_logp": column([answer.behavior_total for answer in kept]),
             **({"rank": column(found.rank)} if found.rank else {}),
         },
-        per_token={"behavior_token_logp": column([value for answer in kept for value in answer.behavior])},
+        per_token={"behavior_token_logp": column(list(chain.from_iterable(answer.behavior for answer in kept)))},
         source=name,
         line=int(line),
     )
@@ -94,10 +96,10 @@ def written_back(group: Group, said: Mapping[str, Any], chat: Chat) -> tuple[lis
     ]
     stripped = [text.strip() for text in whole]
     plainly, exactly = (read_back(group, said, texts, chat) for texts in (stripped, whole))
-    texts = [
-        text if exact and not plain else short
-        for short, text, plain, exact in zip(stripped, whole, plainly, exactly, strict=True)
-    ]
+    texts = list(stripped)
+    for place, (plain, exact) in enumerate(zip(plainly, exactly, strict=True)):
+        if exact and not plain:
+            texts[place] = whole[place]
     return texts, [plain or exact for plain, exact in zip(plainly, exactly, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """A few prompts → finished groups: complete, score, label, look up the reference, write one shard. No Ray here.
 
 The unit of work of a rollout pool. What a chunk holds depends on its positions, on the weights it names and on seeds
-alone, so that a chunk which died with its process is simply made again.
+alone. So a chunk that died with its process is made again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from rayalign.rounds.label import Labelled, label, label_key, own_rule
 from rayalign.rounds.stored import Drawn, StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.rounds.weights import WeightChannel
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import read_manifest
 from rayalign.storage.place import Place
 
@@ -78,7 +80,7 @@ class PromptChunk:
     most_bad: int | None = None
     """Prompts that may stay without scores: after one more the rest is not tried. None: all of them."""
     fatal: tuple[int, ...] = ()
-    """Positions whose prompts killed every process that touched them: they are told, and left alone."""
+    """Positions whose prompts killed every process that touched them: they are recorded as bad, and not drawn."""
 
     @property
     def in_words(self) -> str:
@@ -147,10 +149,10 @@ class ChunkMaker:
         healthy = [at not in chunk.fatal for at in chunk.positions]
         fresh = self._complete(spec, chunk, drawn)
         generated = time.monotonic()
-        stored = [
-            stored_candidates(group) if spec.keep_stored and lives else ()
-            for group, lives in zip(drawn, healthy, strict=True)
-        ]
+        stored: list[tuple[Answer, ...]] = [()] * len(drawn)
+        for place, (group, lives) in enumerate(zip(drawn, healthy, strict=True)):
+            if spec.keep_stored and lives:
+                stored[place] = stored_candidates(group)
         candidates = [(*old, *new) for old, new in zip(stored, fresh, strict=True)]
         quarantined = [
             bad_prompt(group, prompt, "every process that worked on it died")
@@ -165,13 +167,18 @@ class ChunkMaker:
         ]
         rewarded = [own for own in scores if own]
         # Fresh candidates stand last; where nothing is drawn, the stored ones are looked at.
-        counted = [own[len(old) if new else 0 :] for own, old, new in zip(scores, stored, fresh, strict=True) if own]
+        counted: list[Sequence[float]] = []
+        for own, old, new in zip(scores, stored, fresh, strict=True):
+            counted.append(own[len(old) :] if new else own)
+        answers = list(chain.from_iterable(fresh))
+        with working(chunk.directory) as folder:
+            shard = write_shard(folder, chunk.name, groups, prompts=said)
         return ChunkReport(
-            shard=write_shard(chunk.directory, chunk.name, groups, prompts=said),
+            shard=shard,
             prompts=len(drawn),
-            completions=sum(map(len, fresh)),
-            tokens_generated=sum(len(answer.ids) for answers in fresh for answer in answers),
-            finished=sum(answer.finished for answers in fresh for answer in answers),
+            completions=len(answers),
+            tokens_generated=sum(len(answer.ids) for answer in answers),
+            finished=sum(answer.finished for answer in answers),
             scorer_calls=sum(map(len, candidates)),
             labels=sum(found.preferred for found in labelled),
             distinguishing=sum(
@@ -184,7 +191,7 @@ class ChunkMaker:
             refreshes=int(refreshed),
             seconds_refreshing=loaded - began if refreshed else 0.0,
             quarantined=tuple(quarantined),
-            remarks=tuple(line for said in (self.scorer, self.rule) for line in remarks_of(said)),
+            remarks=tuple(chain.from_iterable(remarks_of(said) for said in (self.scorer, self.rule))),
         )
 
     def _groups(
@@ -196,24 +203,21 @@ class ChunkMaker:
         scores: Sequence[Sequence[float]],
     ) -> tuple[list[Group], list[Labelled]]:
         """The groups as the method takes them, and the label of each."""
-        labelled = [
-            label(
-                own,
-                [len(answer.ids) for answer in answers],
-                spec.labelling.label,
-                shape=spec.shape,
-                key=label_key(spec.seed, at),
-                own=self.rule,
-            )
-            if own
-            else Labelled(kept=tuple(range(len(answers))) if spec.keep_unscored else (), preferred=False)
-            for own, answers, at in zip(scores, candidates, chunk.positions, strict=True)
-        ]
+        labelled: list[Labelled] = []
+        for own, answers, at in zip(scores, candidates, chunk.positions, strict=True):
+            if not own:
+                kept = range(len(answers) if spec.keep_unscored else 0)
+                labelled.append(Labelled(kept=tuple(kept), preferred=False))
+                continue
+            lengths = [len(answer.ids) for answer in answers]
+            key = label_key(spec.seed, at)
+            labelled.append(label(own, lengths, spec.labelling.label, shape=spec.shape, key=key, own=self.rule))
         made = [make_group(*parts) for parts in zip(drawn, candidates, scores, labelled, strict=True)]
         if spec.shape == "labelled":
-            examples = Mismatched([group for group in made if group.candidates])
-            numbered = iter(range(len(examples)))
-            made = [examples[next(numbered)] if group.candidates else group for group in made]
+            places = [place for place, group in enumerate(made) if group.candidates]
+            examples = Mismatched([made[place] for place in places])
+            for number, place in enumerate(places):
+                made[place] = examples[number]
         if spec.needs_reference:
             columns = self.reference.token_logps(made)
             made = [
@@ -273,7 +277,7 @@ class ChunkMaker:
         candidates: Sequence[Sequence[Answer]],
         quarantined: list[dict[str, Any]],
     ) -> list[list[float]]:
-        """Every prompt's scores, none where the scorer failed on it; such prompts are told, not fatal.
+        """Every prompt's scores, none where the scorer failed on it; such prompts are quarantined.
 
         Raises:
             UserError: they are more than the chunk allows.
@@ -332,7 +336,7 @@ def policy_spec(spec: ChunkSpec, weights: Weights | None) -> ModelSpec:
     """The model to draw from; raises UserError where the folder holds other weights than those asked for."""
     if weights is None:
         return spec.policy
-    assert weights.directory is not None, "whoever neither sends weights nor writes them has none"
+    assert weights.directory is not None, "weights that are not sent are in a folder"
     manifest = read_manifest(weights.directory)
     if manifest is None or manifest["digest"] != weights.digest:
         raise UserError(f"{weights.directory} does not hold the weights of step {weights.step} that were asked for")

@@ -150,7 +150,7 @@ class RoundsClient:
             rank=self.rank,
             world_size=self.world_size,
         )
-        tokens = torch.from_numpy(store.index.num_predicted)
+        tokens = torch.from_numpy(store.index.whole().num_predicted)
         return RoundWork(
             micro_batches=packer.pack(
                 [Drawn(store, row) for row in rows], positions=rows, num_candidates=self.num_candidates

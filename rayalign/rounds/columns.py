@@ -11,6 +11,7 @@ from torch import Tensor
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.methods.method import PREPARED, Method, MethodConfig
+from rayalign.storage.cache import working
 from rayalign.storage.place import Place
 from rayalign.types import Round
 
@@ -38,7 +39,7 @@ def prepare_columns(
     """
     method, config = preparation.method, preparation.config
     needs = method.needed_of_round(config)
-    lengths = store.index.num_predicted.tolist()
+    lengths = store.index.whole().num_predicted.tolist()
     assert method.round_prepare is not None
     prepared = read_round(store, needs)
     if old_value is not None:
@@ -53,11 +54,12 @@ def prepare_columns(
             )
     if old_value is not None:
         made = {**made, "old_value": old_value}
-    per_token = {
-        name: [part.numpy() for part in torch.split_with_sizes(column.float(), lengths)]
-        for name, column in made.items()
-    }
-    shard = write_column_shard(directory, "prepared", first=0, per_token=per_token)
+    per_token = {}
+    for name, column in made.items():
+        parts = torch.split_with_sizes(column.float(), lengths)
+        per_token[name] = [part.numpy() for part in parts]
+    with working(directory) as folder:
+        shard = write_column_shard(folder, "prepared", first=0, per_token=per_token)
     facts = critic_facts(made["old_value"], made["return"]) if old_value is not None and "return" in made else {}
     meta = {"method": method.name, "parameters": config.model_dump(mode="json"), "facts": facts}
     return commit_columns(directory, store, [shard], meta=meta)
@@ -77,18 +79,18 @@ def critic_facts(value: Tensor, returns: Tensor) -> dict[str, float]:
 
 def read_round(store: TokenStore, needs: frozenset[str]) -> Round:
     """The columns in ``needs`` of every group of ``store``."""
-    index = store.index
-    num_candidates = int(index.num_candidates.max(initial=1))
-    mask = np.arange(num_candidates) < index.num_candidates[:, None]
-    groups = [store[row] for row in range(len(store))]
+    index = store.index.whole()
+    mask = np.arange(int(index.num_candidates.max(initial=1))) < index.num_candidates[:, None]
     owners = np.repeat(np.flatnonzero(mask), index.candidate_predicted)
+    of_tokens = store.token_columns
     per_candidate, per_token = {}, {}
     for name in sorted(needs & store.column_names):
-        if all(name in group.per_token for group in groups):
-            per_token[name] = as_float64(np.concatenate([group.per_token[name] for group in groups]))
+        values = np.concatenate([np.empty(0, np.float32), *(part for _, part in store.column(name))])
+        if name in of_tokens:
+            per_token[name] = as_float64(values)
         else:
             column = np.full(mask.shape, np.nan)
-            column[mask] = np.concatenate([group.per_candidate[name] for group in groups])
+            column[mask] = values
             per_candidate[name] = as_float64(column)
     return Round(
         candidate_of=torch.from_numpy(owners),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from rayalign.data.tokenize_rows import Shape
@@ -34,7 +35,10 @@ class Ledger:
     @classmethod
     def of(cls, reports: Sequence[dict[str, Any]]) -> Ledger:
         own = ("quarantined", "rewards")
-        sums = {name: sum(report[name] for report in reports) for name in cls.__slots__ if name not in own}
+        sums = {}
+        for name in cls.__slots__:
+            if name not in own:
+                sums[name] = sum(report[name] for report in reports)
         bounds = [report["rewards"] for report in reports if report["rewards"] is not None]
         return cls(
             **sums,
@@ -89,7 +93,7 @@ def nothing_learned(ledgers: Sequence[Ledger], *, scorer: str, rule: str, shape:
 
 
 def bad_prompts(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [failure for report in reports for failure in report["quarantined"]]
+    return list(chain.from_iterable(report["quarantined"] for report in reports))
 
 
 def bad_prompts_sentence(reports: Sequence[dict[str, Any]], more: str = "") -> str:

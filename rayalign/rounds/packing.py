@@ -24,7 +24,7 @@ class Packer:
     world_size: int
 
     def pack(self, drawn: Sequence[Drawn], *, positions: Sequence[int], num_candidates: int) -> tuple[PackedBatch, ...]:
-        """This worker's part of ``drawn``, which stand at ``positions``; every worker has as many micro-batches.
+        """This worker's part of ``drawn``, which have ``positions``; every worker has as many micro-batches.
 
         Raises PlanError where a group is too large for a micro-batch, naming its file and line.
         """
@@ -36,8 +36,9 @@ class Packer:
             layout=self.layout,
             describe=lambda slot: drawn[slot].name,
         )
-        return tuple(
-            pack(
+        packed = []
+        for micro in plan[self.rank]:
+            batch = pack(
                 [drawn[slot].read() for slot in micro.slots],
                 positions=[positions[slot] for slot in micro.slots],
                 num_candidates=num_candidates,
@@ -46,5 +47,5 @@ class Packer:
                 layout=self.layout,
                 dummy=micro.dummy,
             )
-            for micro in plan[self.rank]
-        )
+            packed.append(batch)
+        return tuple(packed)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rayalign.data.group import Group, GroupLengths
 from rayalign.data.select import Rows, read_selected_rows
 from rayalign.data.store import TokenStore
-from rayalign.data.stream import Stream
+from rayalign.data.stream import Stream, WindowedOrder
 from rayalign.rounds.streams import StoredStream
 
 
@@ -37,7 +39,7 @@ class StoredGroups:
     def __init__(self, stream: StoredStream, seed: int) -> None:
         self.stores = open_stores(stream)
         self.kept = kept_rows(stream, self.stores)
-        self.order = order_of(stream, self.kept, seed)
+        self.order = order_of(stream, self.stores, self.kept, seed)
 
     def of_step(self, step: int) -> list[Drawn]:
         """The groups of ``step``."""
@@ -57,20 +59,39 @@ def kept_rows(stream: StoredStream, stores: Sequence[TokenStore]) -> tuple[Rows 
     return tuple(map(read_selected_rows, stream.kept)) or tuple(range(len(store)) for store in stores)
 
 
-def order_of(stream: StoredStream, kept: Sequence[Rows | range], seed: int) -> Stream:
-    """Which of the kept rows stands at which position."""
+def order_of(stream: StoredStream, stores: Sequence[TokenStore], kept: Sequence[Rows | range], seed: int) -> Stream:
+    """Which of the kept rows has which position."""
+    orders = (
+        WindowedOrder(seed, f"{stream.name}/{number}", rows_by_shard(store, rows), stream.window)
+        for number, (store, rows) in enumerate(zip(stores, kept, strict=True))
+    )
     return Stream(
         name=stream.name,
         sizes=tuple(map(len, kept)),
         weights=stream.weights,
         groups_per_step=stream.groups_per_step,
         seed=seed,
+        orders=tuple(orders),
     )
+
+
+def rows_by_shard(store: TokenStore, rows: Rows | range) -> list[int]:
+    """How many of ``rows`` lie in each shard."""
+    firsts = [shard.first for shard in store.tokens.shards] + [len(store)]
+    ends = firsts if isinstance(rows, range) else np.searchsorted(rows, firsts)
+    sizes: list[int] = np.diff(ends).tolist()
+    return sizes
 
 
 def drawn_rows(stream: StoredStream) -> tuple[Rows | range, ...]:
     """:func:`kept_rows` of a stream that is not open."""
     return kept_rows(stream, [TokenStore.open(store) for store in stream.stores])
+
+
+def opened_order(stream: StoredStream, seed: int) -> Stream:
+    """:func:`order_of` a stream that is not open."""
+    stores = [TokenStore.open(store) for store in stream.stores]
+    return order_of(stream, stores, kept_rows(stream, stores), seed)
 
 
 def open_stores(stream: StoredStream) -> tuple[TokenStore, ...]:

@@ -23,6 +23,8 @@ class StoredStream:
     """K of the stream's batches; groups with fewer are masked."""
     kept: tuple[Place, ...] = ()
     """One file of rows per store (:mod:`rayalign.data.select`), which alone are drawn; none: every row is."""
+    window: int | None = None
+    """Shards of a store that are shuffled together; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ LINE_EVERY_SECONDS = 5.0
 class ProgressBoard:
     """Shows each run's steps, loss, tokens/s and time left; ``row`` takes rows of ``metrics.jsonl`` as they come.
 
-    ``seen`` is told of the same rows, with the name of their run.
+    ``seen`` gets the same rows, with the name of their run.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ def preparation_counts(found: StorePreparation) -> dict[str, Any]:
     reports = found.reports
     return {
         "rows": found.rows,
-        "bad": len(found.bad),
+        "bad": found.bad,
         "dropped": sum(report.dropped for report in reports),
         "undecided": sum(report.undecided for report in reports),
         "truncated_prompts": sum(report.truncated_prompts for report in reports),
@@ -25,8 +25,8 @@ def preparation_counts(found: StorePreparation) -> dict[str, Any]:
         "formats": plain_counts(sum((report.formats for report in reports), Counter())),
         "not_read": plain_counts(sum((report.unread for report in reports), Counter())),
         "metadata_not_read": plain_counts(sum((report.metadata for report in reports), Counter())),
-        "shards": sum(report.shard is not None for report in reports),
-        "bytes_by_node": found.bytes_by_node,
+        "units": len(reports),
+        "rows_by_node": found.rows_by_node,
     }
 
 

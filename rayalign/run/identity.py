@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,22 @@ UNTRAINED = f"{PENDING}initial"
 """Stands for the digests of a model that the ``initial`` run has not trained yet; only plans meet it."""
 
 
+def store_digests(stream: AnyStream) -> list[str]:
+    """Digests of the committed stores that a stream reads."""
+    stores = chain.from_iterable(part.stores for part in stored_parts(stream))
+    return [TokenStore.open(store).digest for store in stores]
+
+
 def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]:
     """What decides which model the run ends in: another identity does not continue its checkpoints.
 
-    What stands below :data:`~rayalign.engine.checkpoint.checkpoint.DESCRIBED` explains the digests and decides nothing.
+    Keys of :data:`~rayalign.engine.checkpoint.checkpoint.DESCRIBED` explain the digests and decide nothing.
     """
     settings = resume.identity(run)
     identity = {
         "configuration": settings.decides,
         DESCRIBED: settings.described,
-        "data": digest_of(
-            [
-                [TokenStore.open(store).digest for part in stored_parts(stream) for store in part.stores]
-                for stream in streams
-            ]
-        ),
+        "data": digest_of([store_digests(stream) for stream in streams]),
         "model": spec_digest(model_spec(run)),
         "package": __version__,
     }
@@ -53,7 +55,8 @@ def run_identity(run: RunConfig, streams: Sequence[AnyStream]) -> dict[str, Any]
         identity["method_source"] = source_digest(run.method.name)
     if run.method.record.critic is not None:
         identity["critic"] = spec_digest(critic_model(run))
-    kept = [file for stream in streams for part in stored_parts(stream) for file in part.kept]
+    parts = chain.from_iterable(stored_parts(stream) for stream in streams)
+    kept = list(chain.from_iterable(part.kept for part in parts))
     if kept:
         identity["kept"] = digest_of([file_digest(file) for file in kept])
     scorer = scorer_content(run.scorer) if run.scorer is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from rayalign.config.run import RunConfig
@@ -93,10 +94,9 @@ def make_job(run: RunConfig, directory: Place, stages: Stages, *, processes: int
 
 def reference_made(stream: AnyStream) -> dict[str, str] | None:
     """With what the reference log-probs of stored groups were computed; None where all groups are drawn in rounds."""
-    found = [
-        scoring_environment(columns) for part in stored_parts(stream) for over in part.columns for columns in over[:1]
-    ]
-    return found[0] if found else None
+    over = chain.from_iterable(part.columns for part in stored_parts(stream))
+    first = next((columns[0] for columns in over if columns), None)
+    return scoring_environment(first) if first is not None else None
 
 
 def rollout_job(rounds: DrawnRounds, run: RunConfig, share: Share, *, actors: tuple[int, int]) -> RolloutJob:
@@ -158,7 +158,7 @@ def zero_file(run: RunConfig) -> str | None:
 
 
 def refuse_unsaved_best(run: RunConfig, steps: int) -> None:
-    """Raise UserError where the best checkpoint is told by a metric that no saved step but the last has."""
+    """Raise UserError where no saved step but the last has the metric of the best checkpoint."""
     best = run.checkpoint.best
     if best is None:
         return

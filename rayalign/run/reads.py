@@ -30,7 +30,7 @@ class Read:
     """One source of a run, and what is read of it."""
 
     field: str
-    """Where the source stands in the configuration."""
+    """Where the configuration names the source."""
     source: DataSource
     shape: Shape
     needs: frozenset[str] = frozenset()
@@ -97,7 +97,7 @@ def needed_of_rows(method: Method, config: Any) -> frozenset[str]:
 
 
 def needed_columns(method: Method, config: Any) -> frozenset[str]:
-    """Numbers of rows that the method cannot do without."""
+    """Numbers of rows that the method requires."""
     needed = {*COLUMN_FIELDS} & method.needed(config)
     if getattr(config, "behavior", "") == "assume_reference":
         needed -= {"behavior_logp"}

@@ -15,6 +15,7 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.placement import even_share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import committed
 from rayalign.storage.place import Place
 
@@ -22,7 +23,8 @@ LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""
 MADE = "computed_with"
 """A manifest's key for what log-probs depend on besides model and data."""
-GROUPS_PER_SHARD = 256
+GROUPS_PER_SHARD, MOST_GROUPS, MOST_SHARDS = 256, 8192, 1024
+"""Groups of a shard at least and at most; between the two, a store has so many shards."""
 SHARDS_PER_SCORER = 4
 """Below this a further scorer costs more to start than it saves."""
 START_SECONDS = 3600.0
@@ -41,7 +43,8 @@ class ShardScorer:
     def __call__(self, groups: range) -> dict[str, str]:
         """Score them; returns with what that was computed."""
         columns = self.model.token_logps([self.store[index] for index in groups])
-        write_column_shard(self.directory, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
+        with working(self.directory) as folder:
+            write_column_shard(folder, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
         return self.model.facts()
 
 
@@ -63,8 +66,8 @@ def score_store(
     Shards that an interrupted run finished are kept.
     """
     opened = TokenStore.open(store)
-    starts = range(0, len(opened), GROUPS_PER_SHARD)
-    shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
+    size = min(max(GROUPS_PER_SHARD, len(opened) // MOST_SHARDS), MOST_GROUPS)
+    shards = [range(first, min(first + size, len(opened))) for first in range(0, len(opened), size)]
 
     finished = finished_shards(directory)
     missing = [shard for shard in shards if shard_name(shard) not in finished]

@@ -29,7 +29,7 @@ class Resolved:
     processes: int
     """Processes that are busy while the run trains: its workers, and the actors that draw for them."""
     engine: EngineOptions
-    """What a rollout engine is told beside its model."""
+    """What a rollout engine gets beside its model."""
 
     def shares(self, session: Session, processes: int) -> Shares:
         """What the run's processes get where ``processes``, its own and others', run at the same time.
@@ -84,7 +84,7 @@ def takes_turns(run: RunConfig, rollout: RolloutConfig, session: Session, *, wor
 def busy_processes(rollout: RolloutConfig | None, *, workers: int, actors: tuple[int, int], turns: bool) -> int:
     """Workers and actors that run at the same time.
 
-    Actors with nodes of their own that are none yet leave the nodes that are there to the workers.
+    Actors with nodes of their own that are none yet leave the present nodes to the workers.
     """
     fewest, most = actors
     if rollout is None or most == 0 or (fewest == 0 and rollout.placement == "separate"):

@@ -49,17 +49,18 @@ def prompt_stream(drawing: Drawing, run: RunConfig, stages: Stages) -> StoredStr
     sources = drawing.prompts(run.data.train)
     stores = [prompt_store(source, run, stages, draws=True) for source in sources]
     weights = [source.weight for source in sources]
-    return prompts_of(stores, weights=weights, groups_per_step=run.optim.groups_per_step)
+    return prompts_of(stores, weights=weights, groups_per_step=run.optim.groups_per_step, window=run.data.window)
 
 
-def prompts_of(stores: list[Place], *, weights: list[float], groups_per_step: int) -> StoredStream:
+def prompts_of(stores: list[Place], *, weights: list[float], groups_per_step: int, window: int | None) -> StoredStream:
     return StoredStream(
         name="prompts",
         stores=tuple(stores),
         columns=((),) * len(stores),
         weights=tuple(weights),
         groups_per_step=groups_per_step,
-        num_candidates=max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores),
+        num_candidates=max(TokenStore.open(store).index.most_candidates for store in stores),
+        window=window,
     )
 
 
@@ -143,10 +144,11 @@ def relabelled(
     labelling: Labelling, run: RunConfig, store: Place, shape: Shape, stages: Stages, *, keep_unscored: bool = False
 ) -> Place:
     """Stored completions, scored and labelled like fresh ones: ``label.relabel``."""
-    prompts = prompts_of([store], weights=[1.0], groups_per_step=1)
-    lonely = [row for row, count in enumerate(TokenStore.open(store).index.num_candidates) if count < 1]
-    if lonely:
-        raise UserError(f"label.relabel: {TokenStore.open(store).index.name(lonely[0])} has no completion to label")
+    prompts = prompts_of([store], weights=[1.0], groups_per_step=1, window=run.data.window)
+    index = TokenStore.open(store).index
+    counts = index.arrays["num_candidates"]
+    if not counts.all():
+        raise UserError(f"label.relabel: {index.name(int(counts.argmin()))} has no completion to label")
     spec = stored_spec(labelling, run, prompts, shape, stages, keep_unscored=keep_unscored)
     return rollout_stage(spec, run, stages)
 

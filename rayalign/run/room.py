@@ -46,10 +46,10 @@ def refuse_large_rounds(drawing: Drawing, stream: RoundStream, source: SourceSpe
     told = ""
     for path in stream.prompts.stores:
         store = TokenStore.open(path)
-        prompts = store.index.prompt_tokens
-        prompt, longest = int(prompts.max()), drawing.rollout.max_new_tokens
+        row = store.index.longest_prompt()
+        prompt, longest = store.lengths(row).prompt, drawing.rollout.max_new_tokens
         if drawing.policy.keeps_stored:
-            longest = max(longest, int(store.index.candidate_tokens.max(initial=0)))
+            longest = max(longest, *(int(piece.candidate_tokens.max(initial=0)) for piece in store.index.pieces()))
         candidates = (longest,) * stream.num_candidates
         lengths = GroupLengths(prompt=prompt, candidates=candidates, predicted=candidates)
         rows, length = rows_needed([lengths], row_tokens=source.row_tokens, layout=layout)
@@ -57,7 +57,7 @@ def refuse_large_rounds(drawing: Drawing, stream: RoundStream, source: SourceSpe
             tokens = rows * length
             told = (
                 f"{stream.num_candidates} completions of up to {longest} tokens for the prompt of {prompt} at "
-                f"{store.index.name(int(prompts.argmax()))}"
+                f"{store.index.name(row)}"
             )
     if tokens > limit:
         fewer = "rollout.samples, " if stream.num_candidates > 2 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ from rayalign.config.run import RunConfig
 from rayalign.data.budget import Completed
 from rayalign.data.content import content_key, without_query
 from rayalign.data.origin import Origin, RowRange, find_ranges
-from rayalign.data.records import append_quarantine
+from rayalign.data.records import QUARANTINE
 from rayalign.data.render import RULES
 from rayalign.data.select import scores_of, select_best, write_selected_rows
-from rayalign.data.shard import write_shard
+from rayalign.data.shard import FileWriter, finished_shards
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize_rows import CHUNK_ROWS, Shape, Unit
-from rayalign.data.unpair import Mismatched
+from rayalign.data.tokenize_rows import BAD_ROWS, SHOWN_BAD_ROWS, Shape, Unit
 from rayalign.engine.frozen import ScoringSpec
 from rayalign.errors import UserError
 from rayalign.imports import load_function, source_digest
@@ -35,14 +35,14 @@ from rayalign.run.model import scoring_spec
 from rayalign.run.reference import LOG_PROBS, score_store
 from rayalign.run.units import origin_of, rows_made, unit_of
 from rayalign.runtime.datasets import StorePreparation, prepare
-from rayalign.runtime.reading import split_units
+from rayalign.runtime.mismatched import PARTNERS, write_mismatched
+from rayalign.runtime.reading import planned
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
 from rayalign.storage.cache import working
 from rayalign.storage.manifest import commit, committed, read_manifest
-from rayalign.storage.place import EXTRAS, Place, place_of
+from rayalign.storage.place import EXTRAS, Place, listed, place_of
 
-SHOWN_BAD_ROWS = 5
 BUDGET = set(TokenBudget.model_fields)
 BYTES_PER_WRITER = 2 << 20
 """Below this a second tokenizing process costs more to start than it saves."""
@@ -90,30 +90,31 @@ class Stages:
             "settings": {**run.data.model_dump(include=BUDGET), "completed": completed},
             "shape": shape,
             "bad": [run.data.on_bad_row, run.data.max_bad_fraction],
+            "shard_mb": run.data.shard_mb,
         }
 
         def build(directory: Place) -> None:
-            (directory / "quarantine.jsonl").unlink(missing_ok=True)
-            writers = num_writers(units, int(self.session.num_cpus))
             found = prepare(
-                split_units(units),
+                parts := planned(units, directory),
                 run.model,
                 run.data,
                 completed=completed,
                 shape=shape,
                 directory=directory,
-                writers=writers,
+                writers=num_writers(parts, int(self.session.num_cpus)),
                 note=self.artifacts.note,
             )
-            with working(directory) as folder:
-                append_quarantine(folder / "quarantine.jsonl", found.bad)
+            collect_quarantine(directory)
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
-            shards = [report.shard for report in found.reports if report.shard is not None]
+            shards = list(chain.from_iterable(report.shards for report in found.reports))
             facts = {"source": source.label, "files": files_of(units)} | preparation_counts(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
-            commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts})
+            shard_bytes = run.data.shard_mb << 20
+            commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts}, shard_bytes=shard_bytes)
+            for path in directory.glob(".*.*json*"):
+                path.unlink(missing_ok=True)
 
         directory = self.artifacts.stage("tokens", inputs, build)
         manifest = read_manifest(directory)
@@ -127,13 +128,11 @@ class Stages:
         inputs = {"store": self.digest(store)}
 
         def build(directory: Place) -> None:
-            groups = Mismatched(TokenStore.open(store))
-            bounds = [range(first, min(first + CHUNK_ROWS, len(groups))) for first in range(0, len(groups), CHUNK_ROWS)]
-            shards = [
-                write_shard(directory, f"{indices.start:010d}", [groups[index] for index in indices])
-                for indices in bounds
-            ]
+            actors = max(1, int(self.session.num_cpus))
+            write_mismatched(store, directory, actors=actors, note=self.artifacts.note)
+            shards = list(finished_shards(directory).values())
             commit_store(directory, shards, meta={"inputs": inputs})
+            (directory / PARTNERS).unlink(missing_ok=True)
 
         return self.artifacts.stage("mismatched", inputs, build)
 
@@ -242,11 +241,11 @@ def folder_of(path: str) -> Place:
 
 
 def num_writers(units: list[Unit], num_cpus: int) -> int:
-    """Tokenizing processes that are worth starting; a dataset's size is not known, so it gets one per core."""
-    paths = [Path(unit.path) for unit in units]
+    """Tokenizing processes that are worth starting."""
+    paths = {Path(unit.path) for unit in units}
     if not all(path.is_file() for path in paths):
-        return max(1, num_cpus)
-    return max(1, min(num_cpus, sum(path.stat().st_size for path in paths) // BYTES_PER_WRITER))
+        return max(1, min(num_cpus, len(units)))
+    return max(1, min(num_cpus, len(units), sum(path.stat().st_size for path in paths) // BYTES_PER_WRITER))
 
 
 def input_digest(unit: Unit) -> str:
@@ -260,17 +259,31 @@ def files_of(units: Sequence[Unit]) -> list[str]:
     return [without_query(unit.path) for unit in units]
 
 
+def collect_quarantine(directory: Place) -> None:
+    """One file of the bad rows of all units, in their order."""
+    parts = listed(directory, f".*.{BAD_ROWS}")
+    if not parts:
+        return
+    with working(directory) as folder:
+        target = FileWriter(folder / QUARANTINE)
+        for path in parts:
+            target.write(path.read_bytes())
+        target.finish()
+
+
 def refuse_bad_rows(found: StorePreparation, data: DataConfig, directory: Place) -> None:
     """Raise UserError when too many rows are bad, or none is left; the first few are named."""
-    if not found.bad and any(report.shard for report in found.reports):
+    is_empty = not any(report.shards for report in found.reports)
+    if not found.bad and not is_empty:
         return
-    share = len(found.bad) / max(1, found.rows)
-    named = "\n".join(f"  {row}" for row in found.bad[:SHOWN_BAD_ROWS])
-    listed = f"{len(found.bad)} of {found.rows} rows are bad ({share:.2%}); all are in {directory / 'quarantine.jsonl'}"
+    share = found.bad / max(1, found.rows)
+    shown = islice(chain.from_iterable(report.bad_rows for report in found.reports), SHOWN_BAD_ROWS)
+    named = "\n".join(f"  {row}" for row in shown)
+    listed = f"{found.bad} of {found.rows} rows are bad ({share:.2%}); all are in {directory / QUARANTINE}"
     if data.on_bad_row == "fail" or share > data.max_bad_fraction:
         limit = (
             "data.on_bad_row: fail" if data.on_bad_row == "fail" else f"data.max_bad_fraction {data.max_bad_fraction:g}"
         )
         raise UserError(f"{listed}, more than {limit} allows:\n{named}")
-    if not any(report.shard for report in found.reports):
+    if is_empty:
         raise UserError(f"no row is left to train on: {listed}\n{named}")

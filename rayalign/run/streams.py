@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from rayalign.errors import UserError
 from rayalign.report.formatting import filter_sentence
 from rayalign.rounds.chunk import ChunkSpec
 from rayalign.rounds.plan import RoundPlan
-from rayalign.rounds.stored import drawn_rows, order_of
+from rayalign.rounds.stored import opened_order
 from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, SourceSpec, StoredStream
 from rayalign.run.model import model_spec, scoring_spec
 from rayalign.run.readers import refuse_unreadable
@@ -207,52 +208,59 @@ def main_stream_over(
         weights=tuple(weights),
         groups_per_step=groups_per_step,
         num_candidates=most_candidates(stores),
+        window=run.data.window,
     )
 
 
 def most_candidates(stores: Sequence[Place]) -> int:
-    return max(int(TokenStore.open(store).index.num_candidates.max()) for store in stores)
+    return max(TokenStore.open(store).index.most_candidates for store in stores)
 
 
 def require_columns(run: RunConfig, source: str, store: TokenStore, *, among: Iterable[str] = COLUMN_FIELDS) -> None:
-    """Raises UserError where rows lack a number that the method cannot do without; a NaN loss would say it later."""
+    """Raises UserError where rows lack a number that the method requires; a NaN loss would say it later."""
     method = run.trained_method
     for name in sorted({*among} & needed_columns(method, run.method.config)):
-        lacking = range(len(store)) if name not in store.column_names else groups_without(name, store)
-        if lacking:
+        count, first = (len(store), 0) if name not in store.column_names else lacking(name, store)
+        if count:
             raise UserError(
-                f"{source}: {method.name} needs {COLUMN_FIELDS[name]}. {len(lacking)} of {len(store)} rows lack it, "
-                f"first {store.index.name(lacking[0])}"
+                f"{source}: {method.name} needs {COLUMN_FIELDS[name]}. {count} of {len(store)} rows lack it, "
+                f"first {store.index.name(first)}"
             )
 
 
-def groups_without(name: str, store: TokenStore) -> list[int]:
-    """Groups in which a candidate lacks the column ``name``; a mismatched completion has no label and needs none."""
-    told = slice(0, 1) if name == "label" else slice(None)
-    return [group for group in range(len(store)) if np.isnan(store[group].per_candidate[name][told]).any()]
+def lacking(name: str, store: TokenStore) -> tuple[int, int]:
+    """In how many groups a candidate lacks the column ``name``, and the first of them.
+
+    A mismatched completion has no label and needs none.
+    """
+    count, first = 0, len(store)
+    for piece, values in store.column(name):
+        without = np.isnan(values) & ((piece.place == 0) | (name != "label"))
+        missing = np.bincount(piece.owner[without], minlength=len(piece)) > 0
+        count += int(missing.sum())
+        if missing.any():
+            first = min(first, piece.first + int(missing.argmax()))
+    return count, first
 
 
 def auxiliary_streams(run: RunConfig, stages: Stages) -> list[StoredStream]:
     """One stream of single completions per entry of ``auxiliary``."""
-    made = {
-        auxiliary.name: tuple(
-            stages.tokens(with_format(source, auxiliary.term), run, "one") for source in auxiliary.data
-        )
-        for auxiliary in run.auxiliary or ()
-    }
-    for store in (store for stores in made.values() for store in stores):
-        refuse_unreadable(store, run)
-    return [
-        StoredStream(
+    streams = []
+    for auxiliary in run.auxiliary or ():
+        sources = [with_format(source, auxiliary.term) for source in auxiliary.data]
+        stream = StoredStream(
             name=auxiliary.name,
-            stores=made[auxiliary.name],
+            stores=tuple(stages.tokens(source, run, "one") for source in sources),
             columns=((),) * len(auxiliary.data),
             weights=tuple(source.weight for source in auxiliary.data),
             groups_per_step=auxiliary.groups_per_step,
             num_candidates=1,
+            window=run.data.window,
         )
-        for auxiliary in run.auxiliary or ()
-    ]
+        streams.append(stream)
+    for store in chain.from_iterable(stream.stores for stream in streams):
+        refuse_unreadable(store, run)
+    return streams
 
 
 def held_out(run: RunConfig, source: SourceSpec, stages: Stages) -> SourceSpec:
@@ -272,4 +280,4 @@ def steps_of_stream(run: RunConfig, stream: StoredStream) -> int:
     if run.optim.steps is not None:
         return run.optim.steps
     passes = run.drawing.policy.passes if run.drawing is not None else 1
-    return order_of(stream, drawn_rows(stream), run.seed).num_steps(run.optim.epochs or 1.0) * passes
+    return opened_order(stream, run.seed).num_steps(run.optim.epochs or 1.0) * passes

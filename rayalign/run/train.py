@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from rich.console import Console
 from rayalign.config.dump import dump
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
-from rayalign.config.supported import unsupported
 from rayalign.engine.checkpoint.checkpoint import identity_differences
 from rayalign.engine.model.lora import refuse_missing_peft
 from rayalign.engine.strategy.deepspeed import refuse_missing_deepspeed
@@ -122,9 +122,6 @@ def say_of_run(run: str, board: ProgressBoard, line: str) -> None:
 
 
 def refuse_unsupported(run: RunConfig) -> None:
-    reasons = unsupported(run)
-    if reasons:
-        raise UserError("; ".join(reasons))
     if run.model.lora is not None:
         refuse_missing_peft()
     if run.strategy.name == "deepspeed":
@@ -147,7 +144,7 @@ def import_folder(path: Path | None) -> Path:
 
 
 def refuse_obstacles(directory: Place) -> None:
-    """Raise UserError where a file stands in the place of one of the run's folders, or a folder in that of a file."""
+    """Raise UserError where a file has the name of one of the run's folders, or a folder that of a file."""
     for name in FOLDERS:
         if (directory / name).exists() and not (directory / name).is_dir():
             raise UserError(f"{directory / name} is a file, and the run needs a folder there: remove or rename it")
@@ -183,7 +180,7 @@ class History:
 
     @classmethod
     def of(cls, job: TrainJob) -> History:
-        """Goes on from the run's own ``run.json``; a command that left no last word was lost."""
+        """Continue the run's own ``run.json``; a command that left no last word was lost."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = job.spec.directory / "run.json"
         before = read_run_json(path) if path.exists() else {}
@@ -253,12 +250,11 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
     Of a store that a filter has chosen from, also what it kept of it, and what the filter did to all of them.
     """
     manifests = {store: read_manifest(store) for store in stores_of(job)}
-    chosen = {
-        store: {"kept": len(rows), "filter": filter_facts(file.parent)}
-        for part in stored_streams(job)
-        if part.kept
-        for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True)
-    }
+    chosen: dict[Place, dict[str, Any]] = {}
+    for part in stored_streams(job):
+        if part.kept:
+            for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True):
+                chosen[store] = {"kept": len(rows), "filter": filter_facts(file.parent)}
     return [
         {
             "store": str(store),
@@ -272,16 +268,16 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
 
 
 def stored_streams(job: TrainJob) -> list[StoredStream]:
-    return [part for stream in job.source.streams for part in stored_parts(stream)]
+    return list(chain.from_iterable(stored_parts(stream) for stream in job.source.streams))
 
 
 def filter_of(job: TrainJob) -> dict[str, Any] | None:
     """What the run's filter did; None where it has none."""
-    files = [file for part in stored_streams(job) for file in part.kept]
+    files = list(chain.from_iterable(part.kept for part in stored_streams(job)))
     return filter_facts(files[0].parent) if files else None
 
 
 def stores_of(job: TrainJob) -> list[Place]:
     """Every committed store that a run has read: of groups, of prompts, and its rounds so far."""
     rounds = listed(job.rollouts.folder, "round_*") if job.rollouts is not None else []
-    return list(dict.fromkeys([*(store for part in stored_streams(job) for store in part.stores), *rounds]))
+    return list(dict.fromkeys([*chain.from_iterable(part.stores for part in stored_streams(job)), *rounds]))

@@ -1,13 +1,14 @@
-"""Preparation as Ray Data stages: units of input → chunks of rows → shards of token ids.
+"""Preparation as a stage of Ray Data: units of input → shards of token ids.
 
 Ray Data moves the work, not the truth: what a run trains on is the committed store, and rows are counted at the end.
+A unit whose report is written is not prepared again, so that a lost process costs the units that it had begun.
 """
 
 from __future__ import annotations
 
-import pickle
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -16,43 +17,42 @@ from rayalign.config.data import DataConfig
 from rayalign.config.model import ModelConfig
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.records import BadRow
-from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk
+from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, UnitWriter, read_chunks
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
-from rayalign.errors import UserError
 from rayalign.runtime.failures import retry_lost_actors
-from rayalign.runtime.reading import CPUS, RowChunk, read_unit
+from rayalign.runtime.reading import CPUS
 from rayalign.runtime.stage import apply_to_items, dataset_of_items
 from rayalign.storage.cache import working
-from rayalign.storage.place import Place
+from rayalign.storage.place import Place, write_whole
+
+REPORT = "report.json"
+TELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorePreparation:
     """What preparation found: rows = groups' rows + bad + dropped."""
 
-    reports: tuple[ShardReport, ...]
-    bytes_by_node: dict[str, int]
-    """Bytes of input that the tasks on each node were given."""
+    reports: tuple[UnitReport, ...]
+    rows_by_node: dict[str, int]
+    """Rows that each node has read in this attempt."""
 
     @property
     def rows(self) -> int:
         return sum(report.rows for report in self.reports)
 
     @property
-    def bad(self) -> tuple[BadRow, ...]:
-        return tuple(row for report in self.reports for row in report.bad)
+    def bad(self) -> int:
+        return sum(report.bad for report in self.reports)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenChunk:
-    """What one worker made of a chunk."""
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Rows that a process has prepared since it told last."""
 
-    name: str
-    report: ShardReport
     node: str
-    num_bytes: int
+    rows: int
 
 
 def load_chat(model: ModelConfig, data: DataConfig) -> Chat:
@@ -67,38 +67,38 @@ def load_chat(model: ModelConfig, data: DataConfig) -> Chat:
     )
 
 
-class ChunkWriter:
-    """One worker of the tokenization stage; loads the tokenizer once."""
+class Preparer:
+    """One process of the stage; loads the tokenizer once."""
 
     def __init__(
         self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Place
     ) -> None:
         self.chat = load_chat(model, data)
-        self.budget = data
+        self.data = data
         self.completed: Completed = completed
         self.shape: Shape = shape
         self.directory = directory
+        self.node = ray.get_runtime_context().get_node_id()
 
-    def __call__(self, chunk: RowChunk | UserError) -> WrittenChunk:
-        if isinstance(chunk, UserError):
-            raise chunk
+    def __call__(self, item: tuple[str, Unit]) -> Iterator[Progress]:
+        """Prepare a unit; its report, written last, says that it is done."""
+        name, unit = item
         with working(self.directory) as folder:
-            report = prepare_chunk(
-                chunk.rows,
+            writer = UnitWriter(
+                unit,
                 self.chat,
-                self.budget,
+                self.data,
                 completed=self.completed,
-                unit=chunk.unit,
                 shape=self.shape,
                 directory=folder,
-                name=chunk.name,
+                name=name,
+                shard_bytes=self.data.shard_mb << 20,
             )
-        return WrittenChunk(
-            name=chunk.name,
-            report=report,
-            node=ray.get_runtime_context().get_node_id(),
-            num_bytes=len(pickle.dumps(chunk.rows)),
-        )
+            for rows in read_chunks(unit):
+                writer.add(rows)
+                yield Progress(self.node, len(rows))
+            report = writer.close()
+        write_whole(report_path(self.directory, name), report.to_json().encode())
 
 
 def prepare(
@@ -112,18 +112,27 @@ def prepare(
     writers: int,
     note: Callable[[str], None],
 ) -> StorePreparation:
-    """Write the shards of every unit below ``directory``, in ``writers`` actors; the caller commits them.
+    """Write the shards of every unit below ``directory``, in ``writers`` processes; the caller commits them.
 
-    Raises UserError where a unit cannot be read or the tokenizer cannot be used.
+    Raises:
+        UserError: a unit cannot be read, or the tokenizer cannot be used.
+        ItemKilled: processes died again and again, and no unit was finished meanwhile.
     """
+    names = {f"{number:06d}": unit for number, unit in enumerate(units)}
+    rows_by_node: Counter[str] = Counter()
 
-    def write() -> list[WrittenChunk]:
-        chunks = dataset_of_items(list(enumerate(units))).flat_map(read_unit, num_cpus=CPUS)
-        chunks.context.target_max_block_size = 1  # every chunk is a block of its own, which any worker may take
-        return apply_to_items(
+    def finished() -> int:
+        return sum(report_path(directory, name).is_file() for name in names)
+
+    def write() -> None:
+        missing = [(name, unit) for name, unit in names.items() if not report_path(directory, name).is_file()]
+        if not missing:
+            return
+        said = time.monotonic()
+        for told in apply_to_items(
             "tokens",
-            chunks,
-            ChunkWriter,
+            dataset_of_items(missing),
+            Preparer,
             model,
             data,
             completed,
@@ -131,12 +140,16 @@ def prepare(
             directory,
             actors=writers,
             cpus=CPUS,
-            done=lambda count: note(f"tokens: {count} shards so far"),
-        )
+        ):
+            rows_by_node[told.node] += told.rows
+            if time.monotonic() - said >= TELL_SECONDS:
+                note(f"tokens: {rows_by_node.total():,} rows so far")
+                said = time.monotonic()
 
-    written = retry_lost_actors("tokens", write, what="tokenization")
-    bytes_by_node: Counter[str] = Counter()
-    for shard in written:
-        bytes_by_node[shard.node] += shard.num_bytes
-    ordered = sorted(written, key=lambda shard: shard.name)
-    return StorePreparation(reports=tuple(shard.report for shard in ordered), bytes_by_node=dict(bytes_by_node))
+    retry_lost_actors("tokens", write, what="tokenization", progress=finished)
+    reports = [UnitReport.from_json(report_path(directory, name).read_text(encoding="utf-8")) for name in names]
+    return StorePreparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
+
+
+def report_path(directory: Place, name: str) -> Place:
+    return directory / f".{name}.{REPORT}"

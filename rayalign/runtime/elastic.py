@@ -1,4 +1,4 @@
-"""Elastic runs: as many workers as find room, from the fewest to the most that the run may have.
+"""Elastic runs: as many workers as fit, from the fewest to the most that the run may have.
 
 A run resumes with another number of workers from a checkpoint; the groups of its steps stay the same.
 """
@@ -53,7 +53,7 @@ def wait_for_workers(job: TrainJob, *, taken: int, stop: Stop) -> int:
     """How many workers ``job`` begins with, ``taken`` of the places being for others.
 
     Raises:
-        UserError: not even the fewest find room within a day.
+        UserError: not even the fewest fit within a day.
         Stopped: that was asked for meanwhile.
     """
     assert job.fewest is not None

@@ -51,23 +51,34 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def retry_lost_actors(name: str, attempt: Callable[[], T], *, what: str, attempts: int = MAX_ATTEMPTS) -> T:
+def retry_lost_actors(
+    name: str,
+    attempt: Callable[[], T],
+    *,
+    what: str,
+    attempts: int = MAX_ATTEMPTS,
+    progress: Callable[[], int] = int,
+) -> T:
     """The result of ``attempt``, which is made again when an actor died of it.
 
+    ``progress`` counts what is finished for good: losses are counted from the last attempt that finished something.
+
     Raises:
-        ItemKilled: actors died in all ``attempts`` at ``what``, as they do when memory runs out.
+        ItemKilled: actors died in ``attempts`` attempts in a row at ``what``, as they do when memory runs out.
     """
-    for number in range(1, attempts + 1):
+    losses, done = 0, progress()
+    while True:
         try:
             return attempt()
         except ray.exceptions.RayActorError as error:
-            if number == attempts:
+            reached = progress()
+            losses, done = (losses if reached == done else 0) + 1, reached
+            if losses == attempts:
                 raise ItemKilled(
-                    f"{name}: a process died in each of {number} attempts at {what}, as it does when memory runs out: "
+                    f"{name}: a process died in each of {losses} attempts at {what}, as it does when memory runs out: "
                     f"{first_line(error)}"
                 ) from error
             log.warning("%s: a process died (%s); doing its work again", name, first_line(error))
-    raise AssertionError("unreachable: the loop returns or raises")
 
 
 def is_lost(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ GAUGES = {
     "kl": ("KL(policy, reference), nats per token", ("kl/ref_k3", "kl/ref_k1")),
     "margin": ("Reward of the chosen minus the rejected", ("rewards/margins",)),
 }
-"""Name, with ``rayalign_`` before it → description, and the keys of a row of which the first that is there counts."""
+"""Name, with ``rayalign_`` before it → description, and the keys of a row in order of preference."""
 
 
 class Gauges:

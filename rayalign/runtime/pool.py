@@ -21,7 +21,7 @@ from rayalign.runtime.failures import retry_lost_actors, root_cause
 Actor: TypeAlias = ray.actor.ActorHandle
 
 START_SECONDS = 600.0
-"""That a pool waits for its first actor, unless it is told otherwise."""
+"""How long a pool waits for its first actor, by default."""
 ITEM_SECONDS = 3600.0
 IDLE_SECONDS = 60.0
 POLL_SECONDS = 0.02

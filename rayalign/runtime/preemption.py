@@ -13,7 +13,7 @@ ASK_SECONDS = 2.0
 
 @dataclass(slots=True)
 class DrainNotices:
-    """One worker's ears: a node is told of once. See :class:`rayalign.engine.state.Notices`."""
+    """One worker's ears: each node is reported once. See :class:`rayalign.engine.state.Notices`."""
 
     asked: float = float("-inf")
     known: frozenset[str] = frozenset()

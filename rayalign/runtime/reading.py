@@ -1,61 +1,83 @@
-"""Reading as a Ray Data task: units of input → chunks of rows. No tensors here: such a task starts in a second."""
+"""Which pieces of their input preparing processes take: large files in parts, each of which is repeated alone."""
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 
 import ray
 
-from rayalign.config.suffixes import LINES
+from rayalign.config.suffixes import LINES, PARQUET
 from rayalign.data.files import suffix_of
 from rayalign.data.lines import ByteRange, count_lines, is_whole, number_ranges, plan_ranges, size_of
-from rayalign.data.records import Row
-from rayalign.data.tokenize_rows import Unit, read_chunks
-from rayalign.errors import UserError
-from rayalign.runtime.stage import pickle_item
+from rayalign.data.tables import row_ranges
+from rayalign.data.tokenize_rows import Unit
+from rayalign.storage.place import Place, write_whole
 
-RANGE_BYTES = 64 << 20
-CPUS = 0.5
-"""Cores of each preparing process, so that readers and writers fit on one core together."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowChunk:
-    """Consecutive rows of one unit."""
-
-    name: str
-    """Sorts as the input is ordered."""
-    unit: Unit
-    rows: list[Row]
+LEAST_BYTES = 1 << 20
+MOST_BYTES = 128 << 20
+MOST_UNITS = 64
+"""Into so many parts the input is cut where that makes parts between these sizes."""
+UNITS = ".units.json"
+CPUS = 1.0
+"""Cores of each preparing process."""
 
 
-def read_unit(row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
-    """A unit → its chunks, or the error that ends them."""
-    ordinal, unit = pickle.loads(row["item"])
-    try:
-        for number, rows in enumerate(read_chunks(unit)):
-            yield pickle_item(RowChunk(name=f"{ordinal:05d}-{number:06d}", unit=unit, rows=rows))
-    except UserError as error:
-        yield pickle_item(error)
+def planned(units: Iterable[Unit], directory: Place) -> list[Unit]:
+    """The parts of ``units``, as they were cut when an interrupted preparation of ``directory`` began."""
+    path = directory / UNITS
+    if path.is_file():
+        return [restored(value) for value in json.loads(path.read_text(encoding="utf-8"))]
+    cut = split_units(list(units))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps([asdict(unit) for unit in cut]).encode())
+    return cut
 
 
-def split_units(units: Iterable[Unit], *, range_bytes: int = RANGE_BYTES) -> list[Unit]:
-    """Large files of lines cut into ranges that different workers read, each knowing its first line's number."""
+def restored(value: dict[str, object]) -> Unit:
+    byte_range = value.pop("byte_range")
+    found = Unit(**value)  # type: ignore[arg-type]  # it was written from a Unit
+    return replace(found, byte_range=ByteRange(**byte_range)) if isinstance(byte_range, dict) else found
+
+
+def split_units(units: list[Unit], *, range_bytes: int | None = None) -> list[Unit]:
+    """Files that can be cut, in parts; each part of a file of lines knows its first line's number.
+
+    The parts depend on the input alone, not on the machine: so do the shards that are made of them.
+    """
+    if range_bytes is None:
+        total = sum(num_bytes(unit) for unit in units)
+        range_bytes = min(max(total // MOST_UNITS, LEAST_BYTES), MOST_BYTES)
     split: list[Unit] = []
     for unit in units:
-        split.extend(replace(unit, byte_range=byte_range) for byte_range in unit_ranges(unit, range_bytes))
+        split.extend(parts_of(unit, range_bytes))
     return split
 
 
-def unit_ranges(unit: Unit, range_bytes: int) -> tuple[ByteRange | None, ...]:
-    """The ranges of a unit's file; None alone where it is read as a whole."""
-    counted = unit.first > 0 or unit.last is not None
-    if counted or suffix_of(unit.path).kind not in LINES or is_whole(unit.path):
-        return (None,)
-    return file_ranges(unit.path, range_bytes)
+def num_bytes(unit: Unit) -> int:
+    """Bytes of a unit that can be cut; 0 of another."""
+    return size_of(unit.path) if is_cut(unit) else 0
+
+
+def is_cut(unit: Unit) -> bool:
+    """Whether parts of the file can be read alone; one of which only some rows are meant is left whole."""
+    kind = suffix_of(unit.path).kind
+    some = unit.first > 0 or unit.last is not None
+    return not some and (kind in PARQUET or (kind in LINES and not is_whole(unit.path)))
+
+
+def parts_of(unit: Unit, range_bytes: int) -> Iterator[Unit]:
+    if not is_cut(unit):
+        yield unit
+    elif suffix_of(unit.path).kind in PARQUET:
+        ranges = row_ranges(unit.path, range_bytes)
+        yield from (replace(unit, first=first, last=last) for first, last in ranges)
+        if not ranges:  # its reader says that it is empty
+            yield unit
+    else:
+        yield from (replace(unit, byte_range=own) for own in file_ranges(unit.path, range_bytes))
 
 
 def file_ranges(path: str, range_bytes: int) -> tuple[ByteRange, ...]:

@@ -145,7 +145,7 @@ def connect(*, import_paths: Sequence[Path] = ()) -> Iterator[Session]:
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"the Ray cluster at {address} does not answer ({first_line(error)}): start it, correct RAY_ADDRESS, "
-                "or set RAY_ADDRESS=local to do without"
+                "or set RAY_ADDRESS=local to start one here"
             ) from error
         except OSError as error:  # a socket's path has 107 bytes at most
             raise UserError(

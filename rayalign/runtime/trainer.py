@@ -83,7 +83,7 @@ class Trainer:
             self.rollouts = None
 
     def fit(self, job: TrainJob, lost: Callable[[str], None] = lambda reason: None) -> Place:
-        """Train to the end and return the exported directory; ``lost`` is told of every attempt that was lost.
+        """Train to the end and return the exported directory; ``lost`` gets the reason of every lost attempt.
 
         A lost worker, node or controller is answered by another attempt, which continues from the newest whole
         checkpoint; an error of the run itself (bad data, a NaN loss, the user's own code) ends it at once.
@@ -163,7 +163,7 @@ class Trainer:
         return replace(job, rollouts=replace(job.rollouts, board=self.board_name))
 
     def sized(self, job: TrainJob) -> TrainJob:
-        """The job with the number of workers that it has now: those that are there, or as many as find room."""
+        """The job with the number of workers that it has now: as configured, or as many as fit."""
         if job.fewest is None:
             return job
         if self.group is not None:

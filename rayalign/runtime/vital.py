@@ -1,7 +1,7 @@
 """The processes without which Ray is none: where we started it and one of them ends, the command says so and ends too.
 
 Left alone, training would continue for a minute after the death of Ray's GCS. Ray's C++ would then end the process
-with a line of its own. The death of a raylet is told by pages of its log.
+with a line of its own. Ray reports the death of a raylet by pages of its log.
 """
 
 from __future__ import annotations
@@ -94,9 +94,8 @@ class Vital:
                         ends.register(number, select.POLLIN)
                         self.watched[number] = child
                         self._say(f"{child.pid} {VITAL[child.name]} {child.logs}")
-            ended = [
-                self.watched[number] for number, _ in ends.poll(1000 * (SOON_SECONDS if starting else LOOK_SECONDS))
-            ]
+            wait_seconds = SOON_SECONDS if starting else LOOK_SECONDS
+            ended = [self.watched[number] for number, _ in ends.poll(1000 * wait_seconds)]
             if ended and not self.released.is_set():
                 # The witness ends the GCS where the raylet has ended: that is no news.
                 self._leave(next((child for child in ended if child.name == "raylet"), ended[0]))

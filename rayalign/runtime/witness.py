@@ -3,9 +3,9 @@
 Ray's C++ ends a process that uses its object store as soon as the raylet's sockets close: before Python can print.
 This file runs alone, by ``python -I -S``: it imports the standard library only.
 
-Its standard input has a line ``<process id> <title> <folder of logs>`` per process of Ray. A line ``stopping`` says
-that the command was asked to end, and ``told`` that it has said what there is to say. The end of the input without
-``told`` is the command's own end.
+Its standard input has a line ``<process id> <title> <folder of logs>`` per process of Ray. The line ``stopping`` says
+that the command was asked to end, and ``told`` that it has said what there is to say. The input's end without ``told``
+is the command's own end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stages addressed by their content: what was made from equal inputs is made once.
 
 A stage lives in ``artifacts/<stage>-<key>/`` and counts when its manifest is there. Its key is a digest of the stage's
-name and version, the digests of its inputs and the part of the configuration that it reads; versions of libraries are
+name and version, the digests of its inputs and the part of the configuration that it reads. Versions of libraries are
 recorded in the manifest, not hashed.
 """
 
@@ -20,7 +20,7 @@ from rayalign.storage.lease import lease
 from rayalign.storage.manifest import MANIFEST, file_digest, is_content
 from rayalign.storage.place import Place, StorageFailed, write_whole
 
-STAGE_VERSIONS = {"rows": 1, "tokens": 3, "mismatched": 2, "reference": 1, "filter": 1, "rollouts": 3, "prepared": 1}
+STAGE_VERSIONS = {"rows": 1, "tokens": 4, "mismatched": 3, "reference": 1, "filter": 1, "rollouts": 4, "prepared": 1}
 """Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
 
 PENDING = "\0pending:"

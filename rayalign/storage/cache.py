@@ -43,6 +43,8 @@ RECENT_SECONDS = 600.0
 STALE_SECONDS = 86400.0
 """What a process that died has left is removed when it is so old."""
 PARTIAL = ".partial-"
+OF_THE_MOMENT = (".lease-", ".clock-", SENT, MANIFEST)
+"""Begin the names of objects that belong to no content."""
 TRANSFERS = 8
 """Files of one folder that are fetched or sent at a time."""
 
@@ -214,6 +216,44 @@ def working(directory: Place) -> Iterator[Path]:
         send_folder(scratch, directory)
     finally:
         remove_any(scratch)
+
+
+@contextlib.contextmanager
+def gathered(directory: Place) -> Iterator[Path]:
+    """All that several nodes have sent to ``directory``, in a folder of this node that is committed in the block.
+
+    On a disk the folder itself. Else what was committed is sent, its manifest last, and what it left out goes. Every
+    byte passes through this node.
+    """
+    if isinstance(directory, Path):
+        yield directory
+        return
+    scratch = node_cache().root / f"{PARTIAL}{uuid.uuid4().hex}"
+    scratch.mkdir(parents=True)
+    names = [name for name in directory.objects() if not name.startswith(OF_THE_MOMENT)]
+
+    def fetch(name: str) -> tuple[int, int]:
+        (directory / name).fetch(scratch / name)
+        return written_as(scratch / name)
+
+    try:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            before = dict(zip(names, pool.map(fetch, names), strict=True))
+            yield scratch
+            kept = committed(scratch)["files"]
+            new = [name for name in kept if before.get(name) != written_as(scratch / name)]
+            list(pool.map(lambda name: (directory / name).send(scratch / name), new))
+        for name in before.keys() - kept.keys():
+            (directory / name).unlink(missing_ok=True)
+        (directory / MANIFEST).send(scratch / MANIFEST)
+    finally:
+        remove_any(scratch)
+
+
+def written_as(path: Path) -> tuple[int, int]:
+    """Differs once a file is written again."""
+    facts = path.stat()
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def send_folder(source: Path, directory: ObjectPath) -> None:

@@ -76,8 +76,11 @@ def free_bytes(path: Path) -> int:
 
 def num_training_bytes(model: nn.Module) -> int:
     """About what a checkpoint of ``model`` takes, however its parameters are spread over workers."""
-    sizes = ((getattr(own, "ds_numel", own.numel()), own) for own in model.parameters())
-    return sum(4 * size * (TRAINED_COPIES if own.requires_grad else 1) for size, own in sizes)
+    num_bytes = 0
+    for own in model.parameters():
+        copies = TRAINED_COPIES if own.requires_grad else 1
+        num_bytes += 4 * copies * getattr(own, "ds_numel", own.numel())
+    return num_bytes
 
 
 def save_object(value: Any, path: Path) -> None:

@@ -5,7 +5,7 @@ from rayalign.testing import check_method
 def test_my_method():
     check_method(METHOD)
 
-:class:`FakeScorer` and :class:`FakeJudge` stand in for what scores and compares replies: their answers are a table.
+:class:`FakeScorer` and :class:`FakeJudge` replace what scores and compares replies: their answers are a table.
 """
 
 from rayalign.testing._batches import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -100,13 +101,16 @@ def without(group: RandomGroup, missing: Sequence[int], fill: float) -> RandomGr
     """The group in which the ``missing`` candidates do not exist and every number of theirs is ``fill``."""
 
     def tokens(columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.full_like(values, fill).requires_grad_(values.requires_grad) if k in missing else values
-            for k, values in enumerate(columns)
-        )
+        changed = list(columns)
+        for k in set(missing) & set(range(len(columns))):
+            changed[k] = torch.full_like(columns[k], fill).requires_grad_(columns[k].requires_grad)
+        return tuple(changed)
 
     def column(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(fill if k in missing else value for k, value in enumerate(values))
+        changed = list(values)
+        for k in set(missing) & set(range(len(values))):
+            changed[k] = fill
+        return tuple(changed)
 
     return replace(
         group,
@@ -124,10 +128,7 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
     candidate_of = owner_indices(groups)
     shape = {"num_groups": num_groups, "num_candidates": num_candidates}
 
-    def tokens(name: str) -> Tensor:
-        return torch.cat([values for group in groups for values in group.per_token[name]])
-
-    token_logp = torch.cat([values for group in groups for values in group.token_logp])
+    token_logp = torch.cat(list(chain.from_iterable(group.token_logp for group in groups)))
     real = torch.tensor([group.real for group in groups])
     nothing = torch.zeros((0, 0), dtype=torch.long)
     batch = PackedBatch(
@@ -142,13 +143,13 @@ def scored_batch(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Scored
         candidate_mask=real,
         group_index=torch.tensor([group.index for group in groups]),
         per_candidate=candidate_columns(groups, needs),
-        per_token={name: tokens(name) for name in PER_TOKEN if name in needs},
+        per_token={name: token_column(groups, name) for name in PER_TOKEN if name in needs},
     )
     scores = Scores(
         token_logp=token_logp,
         logp=sum_per_candidate(token_logp, candidate_of, **shape),
         length=count_per_candidate(candidate_of, **shape) * real,
-        **{name: tokens(name) for name in TOKEN_STATISTICS if name in needs},
+        **{name: token_column(groups, name) for name in TOKEN_STATISTICS if name in needs},
         score=torch.stack([torch.stack(group.score) for group in groups]) if "score" in needs else None,
     )
     return Scored(batch=batch, scores=scores, needs=needs)
@@ -160,13 +161,14 @@ def random_round(groups: Sequence[RandomGroup], needs: frozenset[str]) -> Round:
         candidate_of=owner_indices(groups),
         candidate_mask=torch.tensor([group.real for group in groups]),
         per_candidate=candidate_columns(groups, needs),
-        per_token={
-            name: torch.cat([values for group in groups for values in group.per_token[name]])
-            for name in PER_TOKEN
-            if name in needs - PREPARED
-        },
+        per_token={name: token_column(groups, name) for name in PER_TOKEN if name in needs - PREPARED},
         needs=needs,
     )
+
+
+def token_column(groups: Sequence[RandomGroup], name: str) -> Tensor:
+    """[N], candidate after candidate."""
+    return torch.cat(list(chain.from_iterable(group.per_token[name] for group in groups)))
 
 
 def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[RandomGroup]) -> list[RandomGroup]:
@@ -174,35 +176,25 @@ def prepared_groups(method: Method, config: MethodConfig, groups: Sequence[Rando
     if method.round_prepare is None:
         return list(groups)
     made = method.round_prepare(random_round(groups, method.needed_of_round(config)), config)
-    lengths = [len(values) for group in groups for values in group.token_logp]
+    lengths = list(map(len, chain.from_iterable(group.token_logp for group in groups)))
     parts = {name: iter(torch.split_with_sizes(column, lengths)) for name, column in made.items()}
-    return [
-        replace(
-            group,
-            per_token={
-                **group.per_token,
-                **{name: tuple(next(part) for _ in group.token_logp) for name, part in parts.items()},
-            },
-        )
-        for group in groups
-    ]
+    prepared = []
+    for group in groups:
+        own = {name: tuple(islice(part, len(group.token_logp))) for name, part in parts.items()}
+        prepared.append(replace(group, per_token={**group.per_token, **own}))
+    return prepared
 
 
 def owner_indices(groups: Sequence[RandomGroup]) -> Tensor:
     """``candidate_of`` [N]."""
-    num_candidates = len(groups[0].real)
-    return torch.cat(
-        [
-            torch.full((len(values),), b * num_candidates + k)
-            for b, group in enumerate(groups)
-            for k, values in enumerate(group.token_logp)
-        ]
-    )
+    lengths = list(map(len, chain.from_iterable(group.token_logp for group in groups)))
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
 def candidate_columns(groups: Sequence[RandomGroup], needs: frozenset[str]) -> dict[str, Tensor]:
-    return {
-        name: torch.tensor([group.per_candidate[name] for group in groups], dtype=torch.float64)
-        for name in PER_CANDIDATE
-        if name in needs
-    }
+    found = {}
+    for name in PER_CANDIDATE:
+        if name in needs:
+            rows = [group.per_candidate[name] for group in groups]
+            found[name] = torch.tensor(rows, dtype=torch.float64)
+    return found

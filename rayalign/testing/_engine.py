@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def _check_draws(engine: RolloutEngine, prompts: Sequence[Sequence[int]]) -> Non
     params = replace(PARAMS, seed=3)
     first = engine.generate(prompts, params, keys=range(10, 10 + len(prompts)))
     order = [(found.prompt_index, found.sample_index) for found in first]
-    assert order == [(index, sample) for index in range(len(prompts)) for sample in range(SAMPLES)], "order of results"
+    assert order == list(product(range(len(prompts)), range(SAMPLES))), "order of results"
     again = engine.generate(prompts, params, keys=range(10, 10 + len(prompts)))
     assert [found.token_ids for found in again] == [found.token_ids for found in first], "equal calls draw alike"
     (alone,) = [engine.generate(prompts[1:2], params, keys=[11])]

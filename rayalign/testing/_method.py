@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import get_args
 
 import torch
@@ -87,6 +88,11 @@ def step_loss(method: Method, config: MethodConfig, micro_batches: Sequence[Scor
     return total
 
 
+def num_tokens(group: RandomGroup) -> int:
+    """Tokens of all candidates."""
+    return sum(map(len, group.token_logp))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trial:
     method: Method
@@ -137,7 +143,7 @@ class _Trial:
         )
         for name, column in made.items():
             label = f"round_prepare's {name!r}"
-            shape = (sum(len(values) for group in groups for values in group.token_logp),)
+            shape = (sum(map(num_tokens, groups)),)
             self.require(column.shape == shape, f"{label} must have one number per token, {shape}: {column.shape}")
             self.require(not column.requires_grad, f"{label} carries a gradient")
             self.require(bool(torch.isfinite(column).all()), f"{label} is not finite")
@@ -162,7 +168,7 @@ class _Trial:
 
     def by_group(self, groups: Sequence[RandomGroup]) -> dict[str, list[Tensor]]:
         """What ``round_prepare`` makes, one tensor per group."""
-        lengths = [sum(len(values) for values in group.token_logp) for group in groups]
+        lengths = list(map(num_tokens, groups))
         return {name: list(torch.split_with_sizes(column, lengths)) for name, column in self.prepare(groups).items()}
 
     def check_terms(self, groups: Sequence[RandomGroup]) -> None:
@@ -281,21 +287,17 @@ class _Trial:
         return float(step_loss(self.method, self.config, batches, statistics).detach())
 
     def leaves(self, groups: Sequence[RandomGroup]) -> list[Tensor]:
-        leaves = [values for group in groups for values in group.token_logp]
+        leaves = list(chain.from_iterable(group.token_logp for group in groups))
         if "value" in self.method.needed(self.config):
-            leaves += [values for group in groups for values in group.per_token["value"]]
+            leaves += list(chain.from_iterable(group.per_token["value"] for group in groups))
         if "score" in self.method.needed(self.config):
-            leaves += [score for group in groups for score in group.score]
+            leaves += list(chain.from_iterable(group.score for group in groups))
         return leaves
 
     def gradients(self, loss: Tensor, groups: Sequence[RandomGroup]) -> list[Tensor]:
         self.require(loss.requires_grad, "has no gradient: its value does not depend on scored.scores")
         leaves = self.leaves(groups)
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return [
-            torch.zeros_like(leaf) if gradient is None else gradient
-            for leaf, gradient in zip(leaves, gradients, strict=True)
-        ]
+        return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
     def require(self, holds: bool, sentence: str) -> None:
         if not holds:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from rayalign.comparison.evaluate import MEASURED_KL, Points, evaluated_points
 from rayalign.config.dump import redact
@@ -85,17 +86,24 @@ def card_of(run: Place, step: int | None) -> Card:
     figures = tuple(figures_of(*measured)) if measured else ()
     point = measured[0] if measured else None
     policy = configuration.get("data_policy", {}).get("name", "off_policy")
+    pipeline_tag = "text-generation" if trains == "policy" else "text-classification"
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        base_model=hub_base,
+        tags=["rayalign", name, policy.replace("_", "-"), "alignment"],
+        datasets=list(dict.fromkeys(source["path"] for source in sources if is_hub(source.get("path")))) or None,
+        model_name=facts["name"],
+        eval_results=eval_results(figures, pipeline_tag, point.prompt_set if point else "") or None,
+    )
     return Card(
         name=facts["name"],
         base=base,
-        hub_base=hub_base,
         method=name,
         paper=paper,
         data_policy=policy,
         version=facts["versions"]["rayalign"],
-        pipeline_tag="text-generation" if trains == "policy" else "text-classification",
-        tags=("rayalign", name, policy.replace("_", "-"), "alignment"),
-        datasets=tuple(dict.fromkeys(source["path"] for source in sources if is_hub(source.get("path")))),
+        metadata=metadata,
         data=tuple(data_lines(sources, facts.get("data", []))),
         figures=figures,
         step=step or 0,
@@ -119,6 +127,22 @@ def card_of(run: Place, step: int | None) -> Card:
         ),
         configuration=yaml.safe_dump(without_folders(configuration), sort_keys=False, allow_unicode=True).rstrip(),
     )
+
+
+def eval_results(figures: Sequence[Figure], task: str, prompt_set: str) -> list[EvalResult]:
+    """The figures as the Hub reads them, to six digits; what is missing is left out."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="prompts",
+            dataset_name=prompt_set,
+            metric_type=figure.kind,
+            metric_name=figure.label,
+            metric_value=float(f"{figure.value.mean:.6g}"),
+        )
+        for figure in figures
+        if not np.isnan(figure.value.mean)
+    ]
 
 
 def method_facts(configuration: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -51,7 +51,7 @@ def run_checks(storage_path: str, *, start_ray: bool) -> Iterator[Finding]:
 
 def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Cluster | None]:
     """Ray is imported here and nowhere before; the second is None where no cluster was looked at."""
-    fix = "start it, correct RAY_ADDRESS, or set RAY_ADDRESS=local to do without; with a token: RAY_AUTH_MODE=token"
+    fix = "start it, correct RAY_ADDRESS, or set RAY_ADDRESS=local to start one here; with a token: RAY_AUTH_MODE=token"
     try:
         from rayalign.runtime.nodes import address_to_join, look_at_cluster
     except (ImportError, OSError) as error:
@@ -68,7 +68,7 @@ def check_cluster(storage_path: str, *, start_ray: bool) -> tuple[Finding, Clust
 
 
 def judge_cluster(cluster: Cluster, address: str | None) -> Finding:
-    cpus, gpus = (sum(getattr(node, kind) for node in cluster.nodes) for kind in ("cpus", "gpus"))
+    cpus, gpus = sum(node.cpus for node in cluster.nodes), sum(node.gpus for node in cluster.nodes)
     num = len(cluster.nodes)
     where = "started here and stopped again" if cluster.started_here else f"at {address}"
     found = f"{where}: {num} node{'s' * (num != 1)}, {cpus:g} CPUs, {gpus:g} GPUs"

@@ -84,7 +84,7 @@ def _pairs(store: Place, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
     """The pairs in the order of their lines; what is none is counted."""
     opened = TokenStore.open(store)
     prompts = Prompts(opened)
-    for index in np.argsort(opened.index.line, kind="stable").tolist():
+    for index in np.argsort(opened.index.arrays["line"], kind="stable").tolist():
         group = opened[index]
         found = chosen_and_rejected(group, shape)
         if isinstance(found, str):
@@ -154,8 +154,7 @@ def trl_texts(pair: Pair, tokenizer: Any) -> Row:
     lead = tokenizer("", add_special_tokens=True)["input_ids"]
     ids = pair.prompt_ids[len(lead) :] if lead and pair.prompt_ids[: len(lead)] == lead else pair.prompt_ids
     texts = [tokenizer.decode(own.ids.tolist(), skip_special_tokens=False) for own in pair.candidates]
-    eos = str(tokenizer.eos_token or "")
-    chosen, rejected = (text.removesuffix(eos) if eos else text for text in texts)  # TRL adds it
+    chosen, rejected = (text.removesuffix(str(tokenizer.eos_token or "")) for text in texts)  # TRL adds it
     prompt = tokenizer.decode(ids, skip_special_tokens=False)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _finished(pair) | pair.numbers
 

@@ -44,4 +44,7 @@ def findings_table(found: FileFindings) -> Table:
 
 def _counted(columns: Mapping[str, int], rows: int) -> str:
     """Names of columns; of those that not every row has, in how many they stand."""
-    return ", ".join(name if count == rows else f"{name} ({count:,})" for name, count in columns.items())
+    names = []
+    for name, count in columns.items():
+        names.append(name if count == rows else f"{name} ({count:,})")
+    return ", ".join(names)

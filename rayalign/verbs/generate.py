@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ def generate(path: Path | None, overrides: list[str], *, out: Path, draws: bool,
         shape, _ = SHAPES[kind]
         sources = [prompt_store(source, run, stages, draws=draws) for source in run.data.train]
         stores = [made_store(source, run, stages, shape) for source in sources]
-        rows = [row for store in stores for row in generated_rows(store, run)]
+        rows = list(chain.from_iterable(generated_rows(store, run) for store in stores))
     if kind == "pairs":
         rows = [pair_row(row) for row in rows if len(row["completions"]) == 2]
     if kind == "best":
@@ -93,7 +94,7 @@ def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kin
 def made_store(prompts: Place, run: RunConfig, stages: Stages, shape: Shape) -> Place:
     """Completions of prompts, scored: drawn from the policy, or those that the prompts are stored with."""
     if run.drawing is not None:
-        stream = prompts_of([prompts], weights=[1.0], groups_per_step=1)
+        stream = prompts_of([prompts], weights=[1.0], groups_per_step=1, window=run.data.window)
         return drawn_once(run.drawing, run, stream, shape, stages, keep_unscored=True)
     if run.relabelling is None:
         raise UserError("scorer: name what gives completions their rewards, such as scorer: {name: rule, function: …}")
@@ -129,7 +130,7 @@ def generated_rows(store: Place, run: RunConfig) -> Iterator[Row]:
             name: value for name, value in asdict(sampling(drawing.rollout, run)).items() if name not in ("stop_ids",)
         }
         made_with = {"model": spec_digest(model_spec(run)), "sampling": kept}
-    for row in np.argsort(opened.index.line, kind="stable").tolist():
+    for row in np.argsort(opened.index.arrays["line"], kind="stable").tolist():
         group, said = opened[row], prompts.said(row)
         texts, same = written_back(group, said, chat)
         answers = said.get(ANSWERS) or [None] * len(texts)
@@ -144,14 +145,17 @@ def generated_rows(store: Place, run: RunConfig) -> Iterator[Row]:
         if drawing is not None:
             ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])
             parts = np.split(group.per_token["behavior_token_logp"].astype(np.float64), ends)[:-1]
-            sums = [float(part.sum()) if kept else math.nan for part, kept in zip(parts, same, strict=True)]
-            made["behavior_logps"] = json_numbers(sums)
+            sums = np.array([part.sum() for part in parts])
+            made["behavior_logps"] = json_numbers(np.where(same, sums, math.nan))
         yield made | made_with
 
 
 def json_numbers(values: Any) -> list[float | None]:
     """Plain numbers; null where there is none, as for a prompt that the scorer failed on."""
-    return [None if math.isnan(value) else float(value) for value in values]
+    found: list[float | None] = []
+    for value in values:
+        found.append(None if math.isnan(value) else float(value))
+    return found
 
 
 def write_dataset(out: Path, rows: list[Row]) -> None:

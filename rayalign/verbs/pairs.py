@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,8 @@ def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged
 
 def read_rankings(files: Sequence[str], chat: Chat, budget: TokenBudget) -> Iterator[tuple[list[Group], int]]:
     """(groups with their ranks, answers that were cut), some hundred rows at a time; a bad row is an error."""
-    for unit in (Unit(path=part.path) for file in files for part in find_ranges(Origin(path=file))):
+    for part in chain.from_iterable(find_ranges(Origin(path=file)) for file in files):
+        unit = Unit(path=part.path)
         for chunk in read_chunks(unit):
             examples = [fit_to_method(parse_unit_row(row, unit), "ranking") for row in chunk]
             bad = next((own for own in examples if isinstance(own, BadRow)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class SampledModel:
     ) -> list[list[str]]:
         """Texts by prompt and sample; a prompt's noise depends on its place alone, so that every model has the same.
 
-        ``typed``: the prompts are of no file, and whatever stands in them is words.
+        ``typed``: the prompts are of no file, and markup in them is words.
         """
         examples = [Example(format="prompt_only", prompt=prompt, candidates=(), drawn=typed) for prompt in prompts]
         ids = []
@@ -130,7 +131,7 @@ def read_prompts(file: Path) -> list[str | Turns]:
     """The prompts of a file of rows; a bad row is an error."""
     found: list[str | Turns] = []
     unit = Unit(path=str(file))
-    for row in (row for chunk in read_chunks(unit) for row in chunk):
+    for row in chain.from_iterable(read_chunks(unit)):
         example = row if isinstance(row, BadRow) else parse_row(row, format="auto", columns={})
         if isinstance(example, BadRow):
             raise UserError(f"--prompts: {example}")

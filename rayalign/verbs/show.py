@@ -69,8 +69,14 @@ def _roles(ids: Sequence[int], mask: Sequence[bool], *, kept: int, special: froz
     """What becomes of every token of an answer; a token that is no word ends a stretch that is learned."""
     following = [*mask[1:], False]
     ends = [own and not after and token in special for token, own, after in zip(ids, mask, following, strict=True)]
-    learned = ["end" if end else "trained" if own else "seen" for own, end in zip(mask, ends, strict=True)]
+    learned = [_role(own, end) for own, end in zip(mask, ends, strict=True)]
     return [*learned[:kept], *("cut" for _ in learned[kept:])]
+
+
+def _role(is_learned: bool, is_end: bool) -> str:
+    if is_end:
+        return "end"
+    return "trained" if is_learned else "seen"
 
 
 def _names(example: Example) -> list[str]:
@@ -82,7 +88,9 @@ def _names(example: Example) -> list[str]:
     names = [f"answer {place + 1}" for place in range(count)] if count > 1 else ["answer"] * count
     if count == 2 and example.preference == "stored":
         names = ["chosen", "rejected"]
-    return [f"{name} (reward {rewards[place]:g})" if rewards else name for place, name in enumerate(names)]
+    if not rewards:
+        return names
+    return [f"{name} (reward {reward:g})" for name, reward in zip(names, rewards, strict=True)]
 
 
 def _prompt(full: Tokenized, cut: Tokenized, chat: Chat) -> Iterator[list[Marked]]:
@@ -90,7 +98,9 @@ def _prompt(full: Tokenized, cut: Tokenized, chat: Chat) -> Iterator[list[Marked
     ids = full.group.prompt_ids.tolist()
     first = int(bool(ids) and ids[0] == chat.tokenizer.bos_token_id)
     gone = range(first, first + cut.truncation.prompt)
-    roles = ["cut" if place in gone else "prompt" for place in range(len(ids))]
+    roles = ["prompt"] * len(ids)
+    for place in gone:
+        roles[place] = "cut"
     begin = 0
     for end in [*_turn_ends(ids, chat), len(ids)]:
         if begin < end:
@@ -115,7 +125,7 @@ def _runs(ids: Sequence[int], roles: Sequence[str], chat: Chat) -> Iterator[Mark
 
 
 def _turns(marked: Iterator[Marked]) -> Iterator[list[Marked]]:
-    """An answer and its end token stand in one line."""
+    """An answer and its end token are in one line."""
     line: list[Marked] = []
     for role, text in marked:
         if line and role != "end":

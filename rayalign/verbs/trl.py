@@ -17,7 +17,7 @@ def read_by_trl(row: Mapping[str, Any], tokenizer: Any) -> TrlRow:
     """The tokens of a row as TRL 1.16's ``DPOTrainer`` makes them: the completion begins where renderings part."""
     if isinstance(row["prompt"], str):
         eos = tokenizer.eos_token
-        answers = [row[name] if row[name].endswith(eos) else row[name] + eos for name in ("chosen", "rejected")]
+        answers = [row[name].removesuffix(eos) + eos for name in ("chosen", "rejected")]
         prompt = tokenizer(row["prompt"])["input_ids"]
         wholes = [tokenizer(row["prompt"] + answer)["input_ids"] for answer in answers]
     else:

@@ -31,6 +31,13 @@ def test_the_picture_is_the_contract() -> None:
     assert [{name for name in names if name} for names in drawn] == layers()
 
 
+def test_every_path_that_the_page_names_exists() -> None:
+    """``data/store.py`` is below ``rayalign``, ``examples/dpo_in_one_file.py`` below the repository."""
+    named = set(re.findall(r"`(?:rayalign/)?((?:\w+/)+(?:\w+\.py)?|\w+\.py)`", PAGE.read_text(encoding="utf-8")))
+    assert len(named) > 40
+    assert {path for path in named if not any((root / path).exists() for root in (PACKAGE, REPOSITORY))} == set()
+
+
 @pytest.mark.parametrize("room", ROOMS, ids=page_id)
 def test_a_room_says_what_is_in_it(room: Path) -> None:
     lines = (room / "README.md").read_text(encoding="utf-8").splitlines()

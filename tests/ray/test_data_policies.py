@@ -50,7 +50,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
         for method in ("rloo", "reinforce_pp", "grpo", "ppo")
         for policy in ("off", "groups", "candidates")
     },
-    ("ppo", "once"): "values every round anew",
+    ("ppo", "once"): "values each round again",
 }
 
 

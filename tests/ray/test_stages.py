@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ from bad_inputs import BAD_INPUTS, line
 from workspaces import Workspace, kill_workers, rayalign, wait_until
 
 from rayalign.config.load import load_run
-from rayalign.data.store import TokenStore
+from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.run import reference
+from rayalign.run import stages as stages_module
 from rayalign.run.model import scoring_spec
 from rayalign.run.stages import Stages
+from rayalign.runtime import reading
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Artifacts
 
@@ -51,6 +56,7 @@ def test_reference_goes_on_after_its_process_was_killed(
     workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "GROUPS_PER_SHARD", 4)
+    monkeypatch.setattr(reference, "commit_columns", partial(commit_columns, shard_bytes=1))
     spec = scoring_spec(load_run(workspace.run("stages")), session)
     kept: dict[str, int] = {}
 
@@ -71,21 +77,70 @@ def test_reference_goes_on_after_its_process_was_killed(
     assert all(np.isfinite(whole[index].per_token["ref_token_logp"]).all() for index in range(len(whole)))
 
 
+class Interrupted(Exception):
+    pass
+
+
 @pytest.mark.slow
 def test_only_missing_shards_are_scored(
     workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "GROUPS_PER_SHARD", 50)
     spec = scoring_spec(load_run(workspace.run("stages")), session)
-    reference.score_store(store, tmp_path, spec, session=session, facts={}, note=lambda line: None)
+
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise Interrupted
+
+    def score() -> None:
+        reference.score_store(store, tmp_path, spec, session=session, facts={}, note=lambda line: None)
+
+    monkeypatch.setattr(reference, "commit_columns", interrupted)
+    with pytest.raises(Interrupted):
+        score()
     before, content = modified(tmp_path), shard_bytes(tmp_path)
-    (tmp_path / "MANIFEST.json").unlink()
     (tmp_path / "0000000050.columns").write_bytes(b"torn")
     (tmp_path / "0000000150.shard.json").unlink()
-    reference.score_store(store, tmp_path, spec, session=session, facts={}, note=lambda line: None)
+    monkeypatch.setattr(reference, "commit_columns", partial(commit_columns, shard_bytes=1))
+    score()
     after = modified(tmp_path)
     assert {name for name in after if after[name] != before[name]} == {"0000000050.columns", "0000000150.columns"}
     assert shard_bytes(tmp_path) == content
+
+
+def test_preparation_repeats_what_its_dead_process_had_begun_and_nothing_else(
+    workspace: Workspace, stages: Stages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reading, "LEAST_BYTES", 1 << 14)
+    rows = (workspace.folder / "pairs.jsonl").read_text().splitlines()
+    (workspace.folder / "many.jsonl").write_text("".join(f"{row}\n" for row in rows * 8))
+    run = load_run(workspace.run("many", data={"train": ["many.jsonl"], "max_prompt_tokens": 48, "max_tokens": 96}))
+    undisturbed = stages.tokens(run.data.train[0], run, "pair")
+    others = replace(stages, artifacts=Artifacts(root=tmp_path, note=lambda line: None))
+    kept: dict[str, int] = {}
+
+    def kill() -> None:
+        wait_until(lambda: len(list(tmp_path.glob("tokens-*/.*.report.json"))) >= 4, "4 reports")
+        kill_workers("MapWorker")
+        kept.update({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("tokens-*/.*.report.json")})
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        reports: dict[str, int] = {}
+
+        def commit(directory: Path, *arguments: Any, **more: Any) -> TokenStore:
+            reports.update({path.name: path.stat().st_mtime_ns for path in directory.glob(".*.report.json")})
+            return commit_store(directory, *arguments, **more)
+
+        patch.setattr(stages_module, "commit_store", commit)
+        directory = others.tokens(run.data.train[0], run, "pair")
+    killer.join()
+    assert 4 <= len(kept) < len(reports)
+    assert {name: reports[name] for name in kept} == kept
+    assert TokenStore.open(directory).digest == TokenStore.open(undisturbed).digest
+    facts = TokenStore.open(directory).meta["preparation"]
+    assert facts["rows"] == 8 * len(rows) and facts["units"] == len(reports)
+    assert not [path for path in directory.iterdir() if path.name.startswith(".") and path.name != ".used"]
 
 
 @pytest.mark.slow

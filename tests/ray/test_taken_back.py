@@ -22,7 +22,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> dict[str
 
 def saved_step(facts: dict[str, Any]) -> int:
     """The step of the one line that tells of the notice."""
-    said = r"the cluster takes back the node of worker \d in \d+ s; saves step (\d+) and goes on"
+    said = r"the cluster takes back the node of worker \d in \d+ s; saves step (\d+) and continues"
     (step,) = re.findall(said, facts["log"])
     return int(step)
 

@@ -128,8 +128,8 @@ def test_doctor_says_what_is_wrong_with_the_storage(place: str, told: str) -> No
 @pytest.mark.parametrize(
     ("out", "told"),
     [
-        ("file", "file/report: Not a directory: a file stands where a folder is expected"),
-        ("taken", "taken/report/results.json: Is a directory: a folder stands where a file is expected"),
+        ("file", "file/report: Not a directory: a file is where a folder is expected"),
+        ("taken", "taken/report/results.json: Is a directory: a folder is where a file is expected"),
     ],
 )
 def test_a_report_that_cannot_be_written(folder: Path, out: str, told: str) -> None:

@@ -1,5 +1,5 @@
-"""The reward is log of an optimum with two bumps over the reference, on a grid; the policy is one Gaussian, which has
-no two bumps. EXO on rewards and DPO on rewards learn it from groups of K samples of the reference. In a restricted
+"""On a grid, the reward is the log of an optimum with two bumps over the reference. The policy is one Gaussian, which
+has no two bumps. EXO on rewards and DPO on rewards learn it from groups of K samples of the reference. In a restricted
 family the reverse KL to the optimum is smallest at one bump (*mode-seeking*), the forward KL at a wide Gaussian over
 both. A seed changes the samples alone. Reverse KL is KL(π‖π\\*), forward KL is KL(π\\*‖π); E[r] − KL(π‖π_ref) is minus
 the reverse KL.
@@ -126,7 +126,7 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
 
 
 READING = (
-    "EXO takes the larger bump from K = 8 on and is nearer to the optimum, in reverse KL, from K = 4 on; DPO on "
+    "EXO takes the larger bump from K = 8 on and is nearer to the optimum, in reverse KL, from K = 4 on. DPO on "
     "rewards stays wide, which is the better forward KL. With pairs, K = 2, the order is the other way round: "
     "what EXO on rewards promises needs groups."
 )

@@ -173,11 +173,10 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
 
 
 READING = (
-    "EXO's gradient turns towards that of the RL objective as K grows, and at K = 64 it is nearer to it than that "
-    "of DPO on rewards on every seed. How many candidates that takes depends on the world: there are seeds where "
-    "sixteen are not enough for a cosine of 0.99, and with pairs DPO's gradient is the nearer one. On the "
-    "policy's own samples, corrected by their behavior log-probs, EXO is RLOO times (K − 1)/K, at any K and to "
-    "rounding."
+    "EXO's gradient turns towards that of the RL objective as K grows. At K = 64 it is nearer to it than that of "
+    "DPO on rewards, on every seed. How many candidates that takes depends on the world: on some seeds sixteen "
+    "are not enough for a cosine of 0.99. With pairs DPO's gradient is the nearer one. On the policy's own "
+    "samples, corrected by their behavior log-probs, EXO is RLOO times (K − 1)/K, at any K and to rounding."
 )
 EXPERIMENT = Experiment(
     name="e2",

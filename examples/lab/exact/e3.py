@@ -1,8 +1,8 @@
 """Twelve prompts, sixteen one-token replies, one tanh network for all prompts. Deterministic preferences (the higher
-reward is chosen) exist for six prompts; nothing is said of the other six, which is where a policy is *held out*. The
-reference stream is 64 samples of the reference on every prompt, drawn once, added as likelihood with weight 0.3. It is
-MPO's only protection from drift, so the honest control is DPO with the same stream; with β = 0.5 its first gradient is
-as large as MPO's. Everything is full batch; a seed changes reference, rewards, pairs and stream.
+reward is chosen) exist for six prompts. The other six have none; on them a policy is *held out*. The reference stream
+is 64 samples of the reference on every prompt, drawn once, added as likelihood with weight 0.3. It is MPO's only
+protection from drift, so the honest control is DPO with the same stream. With β = 0.5 its first gradient is as large
+as MPO's. Everything is full batch; a seed changes reference, rewards, pairs and stream.
 """
 
 from __future__ import annotations
@@ -191,9 +191,9 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
 
 READING = (
     "Whatever has no stream drifts on prompts that its pairs say nothing of; IPO too, though its margin has come "
-    "to rest. Whatever has the stream stays. That is the stream's doing and not that of MPO's term: DPO with the "
-    "same stream stays as near, and with a first gradient of equal size it is not shown to gain less. The stream "
-    "costs reward on the trained prompts."
+    "to rest. Whatever has the stream stays. The stream does that, not MPO's term: DPO with the same stream stays "
+    "as near. With a first gradient of equal size it is not shown to gain less. The stream costs reward on the "
+    "trained prompts."
 )
 EXPERIMENT = Experiment(
     name="e3",

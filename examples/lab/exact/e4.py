@@ -1,7 +1,7 @@
 """All 216 sequences of three tokens out of six, for six prompts; the policy is a tanh network over prompt and prefix.
 Stored pairs were drawn from another random network, far from the reference, and are labelled by the reward. *once*
-draws as many pairs from the reference before training, *hybrid* takes half of every batch from the store and half from
-the policy, *online* draws every batch from the policy. WPO's weights are those of the product: detached, cut at 1 as a
+draws as many pairs from the reference before training. *hybrid* takes half of every batch from the store and half from
+the policy. *online* draws every batch from the policy. WPO's weights are those of the product: detached, cut at 1 as a
 product, not normalised. A seed changes networks, reward and data.
 """
 
@@ -106,8 +106,8 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
 READING = (
     "Pairs drawn from the policy at every step beat all else here, and half of them beats none. Pairs drawn once "
     "from the reference are not shown to be better than the other writer's. WPO's weight is not shown to help "
-    "where no part of the data misleads; nor do leaving its alignment out or weighing one side alone make a "
-    "difference that these seeds can show."
+    "where no part of the data misleads. Without its alignment, or with the weight on one side alone, these seeds "
+    "show no difference."
 )
 EXPERIMENT = Experiment(
     name="e4",

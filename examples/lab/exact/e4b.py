@@ -186,7 +186,7 @@ def draw(figure: Figure, seeds: Sequence[Measured]) -> None:
 
 
 READING = (
-    "Where a part of the data misleads, the weight helps at every share of it, its permuted control does not keep "
+    "Where a part of the data misleads, the weight helps at every share of it. Its permuted control does not keep "
     "up, and the cosine of the first gradient says why. It does not replace fresh samples: online pairs do more, "
     "and half of them beats none. That one alignment is better than another is not shown, nor which way the "
     "reward goes in the last hundred steps."

@@ -1,8 +1,8 @@
 """One deterministic pair among eight replies, a tabular policy that begins at the reference, Adam on the whole batch.
 The margin is how far log π(chosen) − log π(rejected) has moved. Where a finite optimum exists it is known: logit(1 −
-ε)/β for cDPO and EXO on pairs, 1/(2τ) for IPO, 1/β for hinge; MPO with the reference's likelihood as regulariser has
-the fixed point π(y) = π_ref(y) ± (τ/λ) s(h) s(−h), λ being the regulariser's weight. A seed changes the reference and
-the pair, which in a tabular policy the margins of methods with a reference do not feel: their seeds agree to rounding.
+ε)/β for cDPO and EXO on pairs, 1/(2τ) for IPO, 1/β for hinge. MPO with the reference's likelihood as regulariser, of
+weight λ, has the fixed point π(y) = π_ref(y) ± (τ/λ) s(h) s(−h). A seed changes the reference and the pair. In a
+tabular policy the margins of methods with a reference do not depend on these: their seeds agree to rounding.
 """
 
 from __future__ import annotations

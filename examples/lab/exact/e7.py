@@ -1,10 +1,10 @@
-"""All 216 sequences of three tokens out of six, for six prompts, and a policy that cannot say everything: next-token
-logits are linear in sixteen parameters shared by all prompts, and half of the reward's variance is not. Every method
+"""All 216 sequences of three tokens out of six, for six prompts, and a policy that cannot say everything. Next-token
+logits are linear in sixteen parameters shared by all prompts; half of the reward's variance is not. Every method
 starts at the reference and is traced in (KL, E[r]). No policy at all may lie above the frontier, the largest E[r] that
-a KL allows, which is that of π\\*_β for some β: a point above it would mean that a reward or a KL is computed wrongly.
-The objective of all but DPO is E[r] − 0.3 KL. *efficiency* is the gain in E[r] over the frontier's gain at the same KL.
-PPO's critic is a table. RLOO, GRPO and PPO draw from the policy, the others from the reference; all see 48 sequences a
-step. A seed changes features, reference, reward and samples. Best of n is in closed form.
+a KL allows. It is that of π\\*_β for some β. A point above it would mean that a reward or a KL is computed wrongly.
+The objective of all but DPO is E[r] − 0.3 KL. *efficiency* is the gain in E[r] over the frontier's gain at the same
+KL. PPO's critic is a table. RLOO, GRPO and PPO draw from the policy, the others from the reference; all see 48
+sequences a step. A seed changes features, reference, reward and samples. Best of n is in closed form.
 """
 
 from __future__ import annotations

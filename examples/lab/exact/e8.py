@@ -1,9 +1,9 @@
-"""How concentrated WPO's weights of the policy's own samples are, by alignment: an ideal weight would treat all of them
-alike. 64 prompts of three tokens each; each prompt's next-token logits are normal with a scale of its own between 0.5
-and 4, so that some prompts are nearly uniform and some nearly certain, and tokens do not depend on each other. Then
-mean and deviation of exp(mean over tokens of log weight) over all prompts and samples factor over tokens, and are exact
-without a sample even for a vocabulary of 2000. Concentration is the coefficient of variation, sd/mean; the sd alone is
-of weights of different size.
+"""How concentrated WPO's weights of the policy's own samples are, by alignment: an ideal weight would treat all of
+them alike. There are 64 prompts of three tokens each. Each prompt's next-token logits are normal with a scale of its
+own between 0.5 and 4. So some prompts are nearly uniform and some nearly certain. Tokens do not depend on each other.
+Then mean and deviation of exp(mean over tokens of log weight) factor over tokens. They are exact without a sample,
+even for a vocabulary of 2000. Concentration is the coefficient of variation, sd/mean; the sd alone is of weights of
+different size.
 """
 
 from __future__ import annotations

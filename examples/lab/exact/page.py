@@ -34,8 +34,8 @@ python -m examples.lab.exact                       # all, on seeds 10 to 14: wri
 python -m examples.lab.exact e1 e7 --seeds 20 21   # some of them, into runs/lab-exact
 ```
 
-A claim *holds* if it is true on every seed and with the whole 95 % t interval over seeds, is *contradicted* if the
-interval lies on the other side, and is *not shown* otherwise. Claims and thresholds were committed before these seeds
+A claim *holds* if it is true on every seed and with the whole 95 % t interval over seeds. It is *contradicted* if the
+interval lies on the other side, and *not shown* otherwise. Claims and thresholds were committed before these seeds
 were run; the worlds were made with other seeds. Some claims were written because a reader may expect them, not because
 the trials promised them. Intervals are over seeds of one kind of world, each at one setting, and many claims share
 their runs. This page is written by the program.
@@ -48,7 +48,7 @@ class Run:
 
     seeds: Mapping[int, Measured]
     seconds: float
-    """Of processor time."""
+    """Processor time."""
 
 
 def write(folder: Path, runs: Mapping[str, Run]) -> None:

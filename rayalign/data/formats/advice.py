@@ -31,8 +31,11 @@ def guess(row: Fields) -> dict[str, str]:
     if prompt is None:
         return {}
     said = [name for name, value in row.items() if isinstance(value, str | list | dict)]
-    sides = {side: next((name for name in said if side in name.lower()), None) for side in _SIDES}
-    answers = {side: name for side, name in sides.items() if name is not None}
+    answers: dict[str, str] = {}
+    for side in _SIDES:
+        meant = [name for name in said if side in name.lower()]
+        if meant:
+            answers[side] = meant[0]
     if len(answers) == len(_SIDES):
         return {"prompt": prompt, **answers}
     completion = first_known_name(row, ANSWERS)

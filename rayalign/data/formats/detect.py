@@ -33,7 +33,7 @@ def detect_format(row: Fields, *, nulls: frozenset[str] = frozenset(), named: Co
 
     Args:
         row: the columns that hold something.
-        nulls: columns that are there and hold nothing.
+        nulls: columns that exist and hold nothing.
         named: columns that ``columns`` names: only formats that read all of them count.
 
     Raises:

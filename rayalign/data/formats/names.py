@@ -36,7 +36,7 @@ NUMBERS: Final = (
 MEDIA: Final = re.compile(r"(image|video|audio)s?(_(path|file|url|uri|byte|data)s?)?|pixel_values")
 """Columns of what is no text."""
 MARKER: Final = re.compile(r"<(image|video|audio)>")
-"""Stands in a text where a picture is shown."""
+"""Marks the place of a picture in a text."""
 MARKER_ALONE: Final = re.compile(r"\A<(image|video|audio)>[ \t]*\n|\n[ \t]*<(image|video|audio)>\Z")
 """The same in the first or last line, where nothing else can be meant."""
 QUARANTINE: Final = frozenset({"file", "line", "reason", "field", "excerpt"})

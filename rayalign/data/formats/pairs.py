@@ -164,7 +164,7 @@ PAIRS: Mapping[str, Format] = MappingProxyType(
             guesses_prompt=True,
         ),
         "orca": Format(
-            says="The prompt is the question, or what stands in its place (Orca and Intel pairs).",
+            says="The prompt is the question, or what replaces it (Orca and Intel pairs).",
             read=_orca,
             needs=("|".join(QUESTIONS), "chosen", "rejected"),
             may=OF_PAIRS,

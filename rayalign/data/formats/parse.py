@@ -36,7 +36,7 @@ class Fielded:
     held: Mapping[str, Any]
     """Columns that hold something."""
     nulls: frozenset[str]
-    """Columns that are there and hold nothing."""
+    """Columns that exist and hold nothing."""
     replaced: frozenset[str]
     """The file's columns whose name `columns` gives to another."""
 

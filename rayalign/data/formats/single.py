@@ -109,7 +109,9 @@ def _is_exchange(item: Any) -> bool:
 def ending_in_question(turns: Turns, name: str) -> Turns:
     """A conversation that waits for an answer."""
     if is_assistant(turns[-1]):
-        raise RowProblem(name, f"{name} ends in a turn of the assistant, but the answers stand in other columns")
+        raise RowProblem(
+            name, f"{name} ends in a turn of the assistant, but other columns hold the answers; remove that turn"
+        )
     return turns
 
 

@@ -32,14 +32,21 @@ def with_system(
     """
     if not isinstance(prompt, str) and prompt[0]["role"] in ROLES:
         if own is not None and own.strip() != prompt[0]["content"].strip():
-            raise RowProblem("system", "system stands beside turns that begin with another system turn; remove one")
+            raise RowProblem("system", "system is given, and the turns begin with another system turn; remove one")
         return prompt, candidates
     text = own or default
     if not text:
         return prompt, candidates
     if isinstance(prompt, str) and (turns := asked_transcript(prompt)):
-        answers = tuple(assistant(answer.strip()) if isinstance(answer, str) else answer for answer in candidates)
+        answers = tuple(_answer(answer, strip=True) for answer in candidates)
     else:
         turns = user(prompt) if isinstance(prompt, str) else prompt
-        answers = tuple(assistant(answer) if isinstance(answer, str) else answer for answer in candidates)
+        answers = tuple(_answer(answer) for answer in candidates)
     return ({"role": "system", "content": text}, *turns), answers
+
+
+def _answer(answer: Texts, *, strip: bool = False) -> Texts:
+    """A text as a turn of the assistant; turns as they are."""
+    if not isinstance(answer, str):
+        return answer
+    return assistant(answer.strip() if strip else answer)

@@ -15,16 +15,22 @@ from rayalign.data.formats.encoded import decoded
 from rayalign.data.formats.parts import turns_from_parts
 from rayalign.data.schema import Fields, RowProblem, Turns, required, text_or_turns
 
-_NAMES = {
-    "user": ("human", "prompter"),
-    "assistant": ("gpt", "chatgpt", "chatbot", "bot", "model", "ai"),
-    "system": (),
-    "developer": (),
-    "tool": ("function", "function_response", "observation", "ipython"),
+_OTHER_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "chatbot": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+    "ipython": "tool",
 }
-ROLES: Final[Mapping[str, str]] = MappingProxyType(
-    {name: ours for ours, theirs in _NAMES.items() for name in (ours, *theirs)}
-)
+_OURS = ("user", "assistant", "system", "developer", "tool")
+ROLES: Final[Mapping[str, str]] = MappingProxyType({name: name for name in _OURS} | _OTHER_NAMES)
 """A role's name, in small letters → ours."""
 CALLS: Final = "function_call"
 """ShareGPT's turn of the assistant whose value is a call, or a list of calls, as JSON text."""
@@ -82,9 +88,13 @@ def our_turns(item: Any, place: str, name: str) -> Iterator[Any]:
 
 
 def _with_names(turns: list[Any]) -> list[Any]:
-    """Results of tools with the tool's name, where only the call's id stands beside them."""
+    """Results of tools with the tool's name, where they have only the call's id."""
     called = dict(chain.from_iterable(_called(turn) for turn in turns if isinstance(turn, dict)))
-    return [_named(turn, called) if isinstance(turn, dict) else turn for turn in turns]
+    named = list(turns)
+    for place, turn in enumerate(turns):
+        if isinstance(turn, dict):
+            named[place] = _named(turn, called)
+    return named
 
 
 def _called(turn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

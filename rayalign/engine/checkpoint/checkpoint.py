@@ -1,9 +1,9 @@
 """What a checkpoint holds, how it is committed, and which one a run continues from.
 
-``checkpoints/step_000100-a<attempt>/`` is a Hugging Face model directory (safetensors, tokenizer, generation config)
-with the optimizer's state beside the weights, and is loaded as any other model is. Every stream's position, the
-learning rate and the random state are functions of the step, so the step is all that they need. Two attempts never
-write into one directory: the attempt is in its name.
+``checkpoints/step_000100-a<attempt>/`` is a Hugging Face model directory (safetensors, tokenizer, generation config).
+It is loaded as any other. The optimizer's state is beside the weights. Every stream's position, the learning rate and
+the random state are functions of the step, so the step is all that they need. Two attempts never write into one
+directory: the attempt is in its name.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def refuse_other_run(directory: Place, theirs: Mapping[str, Any], ours: Mapping[
 def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """``key: theirs there, ours here`` for every leaf of two nested mappings that is not the same as JSON.
 
-    What is :data:`DESCRIBED` is told only beside another difference, which it may explain.
+    What is :data:`DESCRIBED` is reported only with another difference, which it may explain.
     """
     there, here = dict(identity_leaves(theirs)), dict(identity_leaves(ours))
     keys = sorted(there.keys() | here.keys())

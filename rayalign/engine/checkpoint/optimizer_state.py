@@ -1,8 +1,8 @@
 """An optimizer's state in files that any strategy and any number of workers read back: torch's distributed checkpoint.
 
 Each worker writes what it alone holds, ``trainer/__0_0.distcp`` and so on, and ``trainer/.metadata`` says where every
-part of every tensor lies. Parameters are numbered in the optimizer's order, which is the same under every strategy, so
-that a run may resume under another one, or with other workers.
+part of every tensor lies. Parameters are numbered in the optimizer's order, which is the same under every strategy. So
+a run may resume under another strategy, or with other workers.
 
 Tensors are read with ``weights_only=True``. ``.metadata`` is a pickle by torch's design: nothing but what torch writes
 there is unpickled, and the checkpoint's digests were verified before.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,15 @@ class UnreadableOptimizer(UserError):
 
 def named_state(optimizer: torch.optim.Optimizer) -> Held:
     """The tensors themselves, not copies."""
-    return {
-        f"{number}.{name}": value
-        for number, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
+    return _named(optimizer.state_dict()["state"])
+
+
+def _named(state: Mapping[int, Mapping[str, Tensor]]) -> Held:
+    """Number of the parameter, a dot and the name of its tensor → the tensor."""
+    held: dict[str, Tensor] = {}
+    for number, own in state.items():
+        held |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+    return held
 
 
 def save_state(held: Held, directory: Path, *, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
@@ -122,7 +127,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
             "stage that wrote it. Continue with those"
         )
         raise UnreadableOptimizer(
-            f"{directory} holds {what}; or go on from the weights alone, with an optimizer that starts afresh: "
+            f"{directory} holds {what}; or resume from the weights alone, with a new optimizer: "
             "checkpoint.restart_optimizer=true"
         )
     saved = read_metadata(directory / METADATA).state_dict_metadata
@@ -132,7 +137,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
         for key, known in own:
             assert isinstance(known, TensorStorageMetadata)
             state.setdefault(number, {})[key.partition(".")[2]] = room_of(known, parameter)
-    wanted = {f"{number}.{name}": tensor for number, own in state.items() for name, tensor in own.items()}
+    wanted = _named(state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -143,7 +148,7 @@ def load_state(optimizer: torch.optim.Optimizer, directory: Path) -> None:
 
 
 def optimized_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def room_of(saved: TensorStorageMetadata, parameter: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def copy_to_host(state: State, *, of: nn.Module | None = None) -> State:
 
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Which memory a tensor, or this rank's part of it, looks at, and how; parts without content are told by shape."""
+    """Which memory a tensor, or this rank's part of it, views, and how; parts without content are compared by shape."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage().data_ptr(), local.storage_offset(), local.dtype, tensor.shape, local.stride()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rayalign.data.group import Group
-from rayalign.data.index import Counts, Index
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 
@@ -85,15 +84,16 @@ def refuse_long_rows(store: TokenStore, context: Context | None, model: str, *, 
     """
     if context is None or not len(store):
         return
-    lengths = store.index.prompt_tokens + new_tokens if new_tokens else longest_sequences(store.index)
-    beyond = int((lengths > context.tokens).sum())
+    beyond, worst, row = 0, 0, 0
+    for piece in store.index.pieces():
+        lengths = piece.prompt_tokens + new_tokens if new_tokens else piece.longest
+        beyond += int((lengths > context.tokens).sum())
+        if lengths.max() > worst:
+            worst, row = int(lengths.max()), piece.first + int(lengths.argmax())
     if not beyond:
         return
-    row = int(lengths.argmax())
     others = f" ({beyond} rows are too long; this is the longest)" if beyond > 1 else ""
-    raise too_long(
-        store.index.name(row), int(lengths[row]) - new_tokens, context, model, new_tokens=new_tokens, others=others
-    )
+    raise too_long(store.index.name(row), worst - new_tokens, context, model, new_tokens=new_tokens, others=others)
 
 
 def refuse_long_group(
@@ -140,13 +140,6 @@ def too_long(
     )
 
 
-def longest_sequences(index: Index) -> Counts:
-    """The tokens of each group's longest sequence: the prompt with one of its candidates."""
-    most = np.zeros(len(index), np.int64)
-    np.maximum.at(most, np.repeat(np.arange(len(index)), index.num_candidates), index.candidate_tokens)
-    return index.prompt_tokens + most
-
-
 def refuse_unknown_tokens(store: TokenStore, vocabulary: int, model: str, tokenizer: Any) -> None:
     """Raise UserError where a row has a token that ``model``'s embedding of ``vocabulary`` rows does not have.
 
@@ -162,7 +155,7 @@ def refuse_unknown_group(group: Group, vocabulary: int, model: str, tokenizer: A
     """The same of one row, which goes by its source and line."""
     parts = [group.prompt_ids, *(own.ids for own in group.candidates)]
     if max(int(part.max(initial=0)) for part in parts) >= vocabulary:
-        ids = [token for part in parts for token in part.tolist()]
+        ids = list(chain.from_iterable(part.tolist() for part in parts))
         refuse_unknown_ids(ids, vocabulary, model, tokenizer, name=name or f"{group.source}:{group.line}")
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,8 @@ def tokenizer_digest(directory: Path) -> str:
 
 
 def matching_in_folder(directory: Path, patterns: Sequence[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+    found = chain.from_iterable(directory.glob(pattern) for pattern in patterns)
+    return sorted({path for path in found if path.is_file()})
 
 
 def few(names: Iterable[object], most: int = 3) -> str:
@@ -233,7 +235,7 @@ def _from_hub(name: str, revision: str | None, field: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{field}: {name!r} is no directory here and could not be had from the Hugging Face Hub ({reason}): "
+            f"{field}: {name!r} is no directory here and could not be fetched from the Hugging Face Hub ({reason}): "
             "check the spelling and the network, or download the model and name its directory"
         ) from error
 

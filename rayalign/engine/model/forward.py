@@ -138,7 +138,7 @@ def hidden_states(model: PreTrainedModel, attention: AttentionKind, batch: Packe
 def last_positions(batch: PackedBatch) -> Int[Tensor, "B K"]:
     """Flat position (row * L + column) of each candidate's last token; 0 where there is no candidate.
 
-    A candidate stands in one row as a whole, in order, so its last token is the one furthest on.
+    A candidate is in one row as a whole, in order, so its last token has the largest position.
     """
     B, K = batch.candidate_mask.shape
     groups, branches = batch.group_ids.flatten(), batch.branch_ids.flatten()

@@ -27,7 +27,7 @@ _PADDING = -1
 
 
 def branch_runs(batch: PackedBatch, *, window: int | None, chunk: int | None) -> Int[Tensor, "1 1 lines 2"]:
-    """What :func:`attend` is told in the place of a mask; transformers passes on whatever has four axes.
+    """What :func:`attend` gets instead of a mask; transformers passes on whatever has four axes.
 
     The first line is (window, chunk), 0 where there is none. Every other is a run of columns of one branch, in the
     order of rows and columns: (number of columns, branch id, or -1 on padding).
@@ -60,16 +60,18 @@ def attend(
         return output, None
     (window, chunk), *runs = attention_mask[0, 0].tolist()
     starts = [index for index, (_, branch) in enumerate(runs) if branch <= 0]
-    blocks = [[size for size, _ in runs[start:stop]] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    sizes_of_runs = [size for size, _ in runs]
+    blocks = [sizes_of_runs[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    totals = [sum(sizes) for sizes in blocks]
     repeats = getattr(module, "num_key_value_groups", 1)
     queries, keys, values = (
-        tensor.transpose(1, 2).flatten(0, 1).split([sum(sizes) for sizes in blocks])
+        tensor.transpose(1, 2).flatten(0, 1).split(totals)
         for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
     )
-    outputs = [
-        torch.zeros_like(q) if runs[start][1] == _PADDING else _within(q, k, v, sizes, (window, chunk), scaling)
-        for start, sizes, q, k, v in zip(starts, blocks, queries, keys, values, strict=True)
-    ]
+    outputs = []
+    for start, sizes, q, k, v in zip(starts, blocks, queries, keys, values, strict=True):
+        is_padding = runs[start][1] == _PADDING
+        outputs.append(torch.zeros_like(q) if is_padding else _within(q, k, v, sizes, (window, chunk), scaling))
     num_rows, heads, length, width = query.shape
     return torch.cat(outputs).view(num_rows, length, heads, width), None
 

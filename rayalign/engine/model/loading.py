@@ -1,8 +1,8 @@
 """The one way in which weights get into a model: each tensor has its place in the files, or nothing is loaded.
 
 Transformers matches the tensors of the files with those of the model, renamed and fused as each family needs it. Before
-any is read, it does so with tensors that have a shape and no content; what would be missing, left over or of another
-shape is then known. Transformers alone would draw what is missing at random, and say so in a warning.
+any is read, it matches tensors that have a shape and no content. So it is known what would be missing, left over or of
+another shape. Transformers alone would draw what is missing at random, and say so in a warning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The files that a model's weights come from, and which of them it may do without."""
+    """The files that a model's weights come from, and which of them are optional."""
 
     directory: Path
     field: str = FIELD
@@ -67,7 +67,9 @@ def load_weights(blank: PreTrainedModel, source: Source) -> PreTrainedModel:
     with contextlib.ExitStack() as stack:
         files = [safe_open(file, framework="pt") for file in weight_files(source.directory, field=source.field)]
         opened = [stack.enter_context(file) for file in files]
-        tensors = {name: file.get_slice(name) for file in opened for name in file.offset_keys()}
+        tensors: dict[str, Any] = {}
+        for file in opened:
+            tensors |= {name: file.get_slice(name) for name in file.offset_keys()}
         model, found = match_tensors(blank, tensors_of_part(part, tensors))
     refuse_mismatch(found, blank, source)
     refuse_untied(model, blank, source)
@@ -195,7 +197,7 @@ def refuse_mismatch(found: Mismatch, blank: PreTrainedModel, source: Source) -> 
         old, new = renamed
         raise UserError(
             f"{where}: {len(missing)} of the {total} tensors of a {kind} have other names in the files: "
-            + (f"{new!r} stands before them" if new else f"{old!r} is missing before them")
+            + (f"{new!r} precedes them" if new else f"{old!r} is missing before them")
             + f", as in {found.unexpected[0]}. Save the model without what was wrapped around it, or rename them"
         )
     if missing == [HEAD_WEIGHT]:
@@ -250,7 +252,7 @@ def is_finite_tensor(weight: torch.Tensor) -> bool:
 
 
 def common_change(missing: Collection[str], unexpected: Collection[str]) -> tuple[str, str] | None:
-    """(what the names of the missing tensors begin with, what stands there instead in the unexpected ones), if so."""
+    """(what the names of the missing tensors begin with, what replaces it in the unexpected ones); None without one."""
     left, name = set(unexpected), min(missing)
     for wrapper in sorted(other.removesuffix(name) for other in left if other.endswith(f".{name}")):
         if all(f"{wrapper}{other}" in left for other in missing):
@@ -267,12 +269,12 @@ def missing_experts(names: Collection[str]) -> list[str]:
     for name in names:
         if match := EXPERT.fullmatch(name):
             found.setdefault(match[1], {}).setdefault(match[3], set()).add(match[2])
-    return sorted(
-        f"{layer}{expert}{rest}"
-        for layer, parts in found.items()
-        for rest, own in parts.items()
-        for expert in set().union(*parts.values()) - own
-    )
+    missing: list[str] = []
+    for layer, parts in found.items():
+        experts = set().union(*parts.values())
+        for rest, own in parts.items():
+            missing += [f"{layer}{expert}{rest}" for expert in experts - own]
+    return sorted(missing)
 
 
 def tensors_of_part(part: str | None, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W x + (α / r) B A x, of which only A and B are trained.
 
 Peft puts the layers into the model, which stays of its own class. What samples, scores or loads the model gets W +
-(α / r) B A as one matrix; the adapter alone is written beside it, in peft's layout. A scalar head is small, and new as
-a rule: it is trained whole, and written as a part of the adapter.
+(α / r) B A as one matrix. The adapter alone is also written, in peft's layout. A scalar head is small and mostly new:
+it is trained whole, and written as a part of the adapter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A folder that holds an adapter is the model that its base becomes with it: W + (α / r) B A, as one matrix.
 
-So a run that starts there trains the whole of that model, or a new adapter upon it (``model.lora``), and its reference
-is that model too.
+A run that starts from such a folder trains the whole of that model, or a new adapter upon it (``model.lora``). That
+model is its reference too.
 """
 
 from __future__ import annotations
@@ -93,12 +93,10 @@ def changed_tie(model: PreTrainedModel, tensors: Mapping[str, Tensor], config: A
     parts = [name for name, module in model.named_modules() if module is head or module is embedding]
     whole = {part: f"{PREFIX}{part}.weight" for part in parts}
     saved = tuple(config.modules_to_save or ()) if hasattr(config, "modules_to_save") else ()
-    own = [
-        name
-        for part in parts
-        for name in tensors
-        if name.startswith(f"{PREFIX}{part}.") and (name != whole[part] or part.endswith(saved))
-    ]
+    own: list[str] = []
+    for part in parts:
+        named = [name for name in tensors if name.startswith(f"{PREFIX}{part}.")]
+        own += named if part.endswith(saved) else [name for name in named if name != whole[part]]
     if not own:
         return None
     if getattr(config, "ensure_weight_tying", False) or all(".token_adapter." in name for name in own):
@@ -158,7 +156,7 @@ def refuse_other_tensors(adapted: Any, tensors: Mapping[str, Tensor], directory:
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     skeleton = next(adapted.parameters()).device.type == "meta"
-    given = {name: tensor.to("meta") if skeleton else tensor for name, tensor in tensors.items()}
+    given = {name: tensor.to("meta") for name, tensor in tensors.items()} if skeleton else dict(tensors)
     found = peft.set_peft_model_state_dict(adapted, given, adapter_name=NAME, low_cpu_mem_usage=skeleton)
     expected = peft.get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
     fused = convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config[NAME], given, NAME)
@@ -177,8 +175,10 @@ def refuse_other_tensors(adapted: Any, tensors: Mapping[str, Tensor], directory:
 
 
 def refuse_other_scales(directory: Path, field: str) -> None:
-    """Raise UserError for an adapter on single experts with a setting by which peft would give their fusion a scale of
-    its own: peft doubles the rank of what it fuses, and counts patterns by it."""
+    """Raise UserError for an adapter on single experts whose scale peft would change by fusing them.
+
+    Peft doubles the rank of what it fuses, and counts patterns by it.
+    """
     facts = read_json(directory / ADAPTER_CONFIG, field)
     if found := [name for name in OF_RANKS if facts.get(name)]:
         raise UserError(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
 
 
 def model_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model; see :func:`load_tokenizer`."""
+    """The tokenizer of a model's folder; see :func:`load_tokenizer`."""
     directory = spec.directory()
     return load_tokenizer(directory, trust_remote_code=spec.config.trust_remote_code, field=spec.field)
 
@@ -259,7 +260,7 @@ def draw_weights(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model, or beside the base of an adapter.
+    """The tokenizer of a model's folder, or of the folder of an adapter's base.
 
     Raises:
         UserError: there is none, transformers refuses it, or it writes control tokens as words.
@@ -353,7 +354,8 @@ def freeze_other_parts(model: PreTrainedModel) -> None:
     if not is_composite(model.config):
         return
     parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-    read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    used = chain.from_iterable(part.parameters() for part in parts if part is not None)
+    read = {id(parameter) for parameter in used}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in read)
 

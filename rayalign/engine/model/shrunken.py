@@ -102,8 +102,8 @@ def fewer_layers(config: PretrainedConfig) -> PretrainedConfig:
             continue
         facts = own.to_dict()
         lists = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) == total}
-        told = [tuple(str(value[layer]) for value in lists.values()) for layer in range(total)]
-        kept = sorted({told.index(kind) for kind in set(told)})
+        kinds = list(zip(*(map(str, value) for value in lists.values()), strict=True)) or [()] * total
+        kept = sorted({kinds.index(kind) for kind in set(kinds)})
         kept = kept if len(kept) > 1 else list(range(min(2, total)))
         for name, value in lists.items():
             setattr(own, name, [value[layer] for layer in kept])

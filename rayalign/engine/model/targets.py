@@ -80,11 +80,8 @@ def adapter_targets(model: PreTrainedModel, wanted: Sequence[str] = ()) -> Targe
 
 def matching_names(wanted: Sequence[str], names: Collection[str]) -> list[str]:
     """The names that end in one of those that are wanted; a tensor called weight goes by its layer's name."""
-    return [
-        name
-        for name in names
-        if any(f".{name.removesuffix('.weight')}".endswith(f".{target.removesuffix('.weight')}") for target in wanted)
-    ]
+    ends = tuple(f".{target.removesuffix('.weight')}" for target in wanted)
+    return [name for name in names if f".{name.removesuffix('.weight')}".endswith(ends)]
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -100,13 +97,12 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def fused_experts(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The parameters that hold the matrices of several experts, by name."""
-    return {
-        f"{name}.{own}": parameter
-        for name, module in text_modules(model)
-        if "expert" in f"{name} {type(module).__name__}".lower()
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
-    }
+    found: dict[str, nn.Parameter] = {}
+    for name, module in text_modules(model):
+        if "expert" in f"{name} {type(module).__name__}".lower():
+            own = module.named_parameters(recurse=False)
+            found |= {f"{name}.{key}": parameter for key, parameter in own if parameter.ndim == 3}
+    return found
 
 
 def bypassed_layers(model: PreTrainedModel) -> list[str]:
@@ -179,11 +175,15 @@ def is_hijacked(model: PreTrainedModel, name: str) -> bool:
 
 def shorten_names(names: Sequence[str], *, among: Sequence[str]) -> list[str]:
     """The last parts of the names, where these fit nothing else ``among``; else the names as they are."""
-    tails = sorted(
-        {name.rpartition(".")[2] if not name.endswith(".weight") else ".".join(name.split(".")[-2:]) for name in names}
-    )
-    fitting = [name for name in among if any(f".{name}".endswith(f".{end}") for end in tails)]
-    return tails if set(fitting) == set(names) else list(names)
+    ends = sorted({last_part(name) for name in names})
+    dotted = tuple(f".{end}" for end in ends)
+    fitting = [name for name in among if f".{name}".endswith(dotted)]
+    return ends if set(fitting) == set(names) else list(names)
+
+
+def last_part(name: str) -> str:
+    """A layer's own name, or a tensor's; ``weight`` with its layer's."""
+    return ".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.rpartition(".")[2]
 
 
 def ends(names: Collection[str]) -> str:

@@ -167,12 +167,10 @@ class ZeroOptimizer:
 
     def state(self) -> Held:
         """The stage, and AdamW's state by number of the partition and name."""
-        named = {
-            f"{number}.{name}": value
-            for number, part in enumerate(self.partitions)
-            for name, value in self.zero.optimizer.state[part].items()
-        }
-        return {STAGE: torch.tensor(self.stage), **named}
+        held = {STAGE: torch.tensor(self.stage)}
+        for number, part in enumerate(self.partitions):
+            held |= {f"{number}.{name}": value for name, value in self.zero.optimizer.state[part].items()}
+        return held
 
     def load(self, held: Held) -> None:
         for number, part in enumerate(self.partitions):
@@ -225,6 +223,6 @@ def refuse_other_parts(directory: Path, wanted: str) -> None:
     held = sorted(path.name for path in (directory / FOLDER).iterdir())
     raise UnreadableOptimizer(
         f"{directory} holds the optimizer as {', '.join(held)}, which {wanted} cannot read: DeepSpeed's parts fit the "
-        "workers and the stage that wrote them, and no other strategy. Continue with what wrote them; or go on from "
-        "the weights alone, with an optimizer that starts afresh: checkpoint.restart_optimizer=true"
+        "workers and the stage that wrote them, and no other strategy. Continue with what wrote them; or resume from "
+        "the weights alone, with a new optimizer: checkpoint.restart_optimizer=true"
     )

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the run's own settings, and the user's JSON for everything that they leave open."""
+"""DeepSpeed's settings: the run's own settings, and the user's JSON for everything that they leave open."""
 
 from __future__ import annotations
 
@@ -89,8 +89,13 @@ def user_config(text: str | None) -> dict[str, Any]:
 
 
 def without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
-    cleaned = {key: without_auto(value) if isinstance(value, Mapping) else value for key, value in block.items()}
-    return {key: value for key, value in cleaned.items() if value != "auto" and not (value == {} and block[key] != {})}
+    cleaned: dict[str, Any] = {}
+    for key, value in block.items():
+        left = without_auto(value) if isinstance(value, Mapping) else value
+        is_emptied = left == {} and value != {}
+        if left != "auto" and not is_emptied:
+            cleaned[key] = left
+    return cleaned
 
 
 def own_config(strategy: StrategyConfig, optim: OptimConfig, *, bfloat16: bool) -> dict[str, Any]:

@@ -321,8 +321,8 @@ def test_a_malformed_grid_is_refused(tmp_path: Path, text: str, messages: list[s
     ("base", "messages"),
     [
         ("base: {}\n", ["model: missing", "data: missing", "method: missing"]),
-        ("base: null\n", ["compare.yaml:1: base: nothing stands where a block of keys is expected"]),
-        ("base: 3\n", ["compare.yaml:1: base: 3 stands where a block of keys is expected"]),
+        ("base: null\n", ["compare.yaml:1: base: nothing is given where a block of keys is expected"]),
+        ("base: 3\n", ["compare.yaml:1: base: 3 is given where a block of keys is expected"]),
         ("base: none.yaml\n", ["none.yaml: cannot be read: No such file or directory"]),
     ],
 )

@@ -18,7 +18,6 @@ from rayalign.config import load_compare, load_run
 from rayalign.config.dump import dump
 from rayalign.config.resume import identity
 from rayalign.config.run import RunConfig
-from rayalign.config.supported import unsupported
 from rayalign.errors import UserError
 
 TRIES = 2
@@ -101,7 +100,6 @@ def path(tmp_path: Path) -> Path:
 def answered(path: Path | None, overrides: list[str] | None = None) -> None:
     with contextlib.suppress(UserError):
         run = load_run(path, overrides or [])
-        unsupported(run)
         dump(run)
         identity(run)
 

@@ -83,7 +83,7 @@ def test_a_date_that_is_none() -> None:
         ),
         (
             "method: dpo\nreference: other",
-            "reference: 'other' stands where a block of keys is expected; another reference model is model.reference",
+            "reference: 'other' is given where a block of keys is expected; another reference model is model.reference",
         ),
         ("method: dpo\nbeta: 0.1", "beta: unknown key; did you mean method.beta?"),
         ("method: dpo\nloss_type: exo_pair", "loss_type: unknown key; write method: {name: exo_pref}"),
@@ -92,7 +92,7 @@ def test_a_date_that_is_none() -> None:
             "method: dpo\nuse_weighting: true",
             "use_weighting: unknown key; write weighting: {name: wpo}, or method: wpo",
         ),
-        ("method: dpo\noptim:", "optim: nothing stands where a block of keys is expected, such as key: value"),
+        ("method: dpo\noptim:", "optim: nothing is given where a block of keys is expected, such as key: value"),
         ("method: dpo\noptim: {steps: 2, epochs: 1}", "optim: give steps or epochs, not both"),
         (
             "method: dpo\noptim: {warmup: 2.5}",
@@ -106,7 +106,7 @@ def test_a_date_that_is_none() -> None:
         ),
         (
             "method: dpo\nstrategy: {name: ddp, workers: 0}",
-            "strategy.workers: 0 is none; write at least 1, [smallest, largest] or auto",
+            "strategy.workers: 0 is less than 1; write at least 1, [smallest, largest] or auto",
         ),
         (
             "method: dpo\nstrategy: {name: ddp, workers: [8, 2]}",
@@ -142,7 +142,7 @@ def test_a_date_that_is_none() -> None:
         ),
         (
             "method: dpo\noptim: adamw_torch",
-            "optim: 'adamw_torch' stands where a block of keys is expected; the optimizer is AdamW in float32: write "
+            "optim: 'adamw_torch' is given where a block of keys is expected; the optimizer is AdamW in float32: write "
             "optim: {lr: …, betas: […], eps: …, weight_decay: …}",
         ),
         ("method: {name: grpo}\nbeta: 0.1", "beta: unknown key; did you mean method.kl_coef?"),
@@ -170,7 +170,7 @@ def test_one_mistake(refused: Refused, line: str, message: str) -> None:
         ),
         (
             "model: gpt2\ndata: {train: a.jsonl}\nmethod: dpo\n",
-            "run.yaml:1: model: 'gpt2' stands where a block of keys is expected; write model: {name: path-or-hub-id}",
+            "run.yaml:1: model: 'gpt2' is given where a block of keys is expected; write model: {name: path-or-hub-id}",
         ),
         (
             "model: {name: a}\ndata: {train: []}\nmethod: dpo\n",
@@ -198,7 +198,7 @@ def test_one_mistake(refused: Refused, line: str, message: str) -> None:
         ("model: [\n", "run.yaml:2: is not valid YAML: expected the node content, but found '<stream end>'"),
         ("seed: 1\nmodel: {name: a}\nseed: 2\n", "run.yaml:3: seed: written twice, first in line 1; remove one"),
         ("on: 1\n", "run.yaml:1: on: is no text in YAML; quote the key"),
-        ("a: &x {b: *x}\n", "run.yaml:1: a.b: an alias refers to the block that it stands in"),
+        ("a: &x {b: *x}\n", "run.yaml:1: a.b: an alias refers to the block that contains it; remove it"),
         ("grid: {}\n", "run.yaml: is a comparison; start it with: rayalign compare run.yaml"),
     ],
 )

@@ -13,7 +13,7 @@ from rayalign.config.data import TokenBudget
 from rayalign.data.chat import make_chat
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize_rows import Shape, ShardReport, Unit, prepare_chunk, read_chunks
+from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, prepare_rows, read_chunks
 from rayalign.errors import UserError
 
 CHAT = make_chat(tiny.byte_level(template=tiny.CHATML))
@@ -21,20 +21,20 @@ TIE = {"prompt": "Q", "response_1": "A", "response_2": "B", "preference_strength
 PAIR = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 
 
-def prepared(folder: Path, shape: Shape, *rows: dict[str, Any], **fields: Any) -> ShardReport:
+def prepared(folder: Path, shape: Shape, *rows: dict[str, Any], **fields: Any) -> UnitReport:
     raw = [RawRow(source="f", line=line, value=row) for line, row in enumerate(rows, start=1)]
     unit = Unit(path="f.jsonl", **fields)
-    return prepare_chunk(raw, CHAT, TokenBudget(), unit=unit, shape=shape, directory=folder, name="0")
+    return prepare_rows([raw], CHAT, TokenBudget(), unit=unit, shape=shape, directory=folder, name="0")
 
 
 def test_every_row_is_good_bad_or_dropped_and_what_was_not_read_is_counted(tmp_path: Path) -> None:
     rows = [{**PAIR, "id": 1, "mood": "good"}, {**TIE, "mood": "bad"}, {"prompt": "Q", "answer": "A"}, PAIR]
     report = prepared(tmp_path, "pair", *rows)
-    assert (report.rows, len(report.bad), report.dropped, report.undecided) == (4, 1, 1, 1)
-    assert report.shard is not None and report.shard.groups == 2
+    assert (report.rows, report.bad, report.dropped, report.undecided) == (4, 1, 1, 1)
+    assert report.shards and report.shards[0].groups == 2
     assert report.formats == {"preference": 2, "helpsteer_preference": 1, "prompt_only": 1}
     assert (report.unread, report.metadata) == ({"mood": 2, "answer": 1}, {"id": 1})
-    assert "not read: answer" in report.bad[0].reason
+    assert "not read: answer" in report.bad_rows[0].reason
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_a_tie_is_left_out_where_preferences_are_learned(
 ) -> None:
     report = prepared(tmp_path, shape, TIE)
     assert report.undecided == report.dropped == undecided and not report.bad
-    assert (report.shard.groups if report.shard else 0) == groups
+    assert sum(shard.groups for shard in report.shards) == groups
 
 
 def test_ranks_of_the_data_are_the_order_that_is_learned(tmp_path: Path) -> None:
     answers = [{"answer": text, "rank": rank} for text, rank in (("B", 2), ("A", 1), ("C", 2), ("D", 4))]
     report = prepared(tmp_path, "ranking", {"prompt": "Q", "answers": answers})
-    assert report.shard is not None
-    group = commit_store(tmp_path, [report.shard], meta={})[0]
+    assert report.shards
+    group = commit_store(tmp_path, report.shards, meta={})[0]
     assert group.per_candidate["rank"].tolist() == [0, 1, 1, 3]
     assert [CHAT.tokenizer.decode(own.ids[:1]) for own in group.candidates] == ["A", "B", "C", "D"]
     tied = [{"answer": text, "rank": 1} for text in "AB"]
@@ -63,8 +63,8 @@ def test_ranks_of_the_data_are_the_order_that_is_learned(tmp_path: Path) -> None
 def test_the_better_answer_is_chosen_wherever_it_stands(tmp_path: Path) -> None:
     rows = [{**TIE, "preference_strength": strength} for strength in (-2, 3)]
     report = prepared(tmp_path, "pair", *rows)
-    assert report.shard is not None
-    store: TokenStore = commit_store(tmp_path, [report.shard], meta={})
+    assert report.shards
+    store: TokenStore = commit_store(tmp_path, report.shards, meta={})
     chosen = [CHAT.tokenizer.decode(store[row].candidates[0].ids[:1]) for row in range(2)]
     assert chosen == ["A", "B"]
 

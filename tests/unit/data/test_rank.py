@@ -14,12 +14,12 @@ from rayalign.data.chat import make_chat
 from rayalign.data.rank import places_of_scores
 from rayalign.data.records import RawRow
 from rayalign.data.store import commit_store
-from rayalign.data.tokenize_rows import ShardReport, Unit, prepare_chunk
+from rayalign.data.tokenize_rows import Unit, UnitReport, prepare_rows
 
 
-def prepared(directory: Path, rows: list[dict[str, Any]]) -> ShardReport:
-    return prepare_chunk(
-        [RawRow(source="rows.jsonl", line=line, value=row) for line, row in enumerate(rows, start=1)],
+def prepared(directory: Path, rows: list[dict[str, Any]]) -> UnitReport:
+    return prepare_rows(
+        [[RawRow(source="rows.jsonl", line=line, value=row) for line, row in enumerate(rows, start=1)]],
         make_chat(byte_level(template=CHATML)),
         TokenBudget(),
         unit=Unit(path="rows.jsonl"),
@@ -50,10 +50,10 @@ def test_pairs_and_rankings_of_one_file(tmp_path: Path) -> None:
             {"prompt": "a", "completion": "b"},
         ],
     )
-    assert (report.rows, report.dropped, len(report.bad)) == (5, 1, 2)
+    assert (report.rows, report.dropped, report.bad) == (5, 1, 2)
     assert [bad.line for bad in report.bad] == [4, 5]
-    assert "without `rewards` does not say which is preferred" in report.bad[0].reason
-    assert report.shard is not None
-    store = commit_store(tmp_path, [report.shard], meta={})
+    assert "without `rewards` does not say which is preferred" in report.bad_rows[0].reason
+    assert report.shards
+    store = commit_store(tmp_path, report.shards, meta={})
     assert [store[index].per_candidate["rank"].tolist() for index in range(len(store))] == [[0, 1], [1, 0, 1]]
     assert store[0].per_candidate["margin"][0] == 0.5 and np.isnan(store[1].per_candidate["margin"]).all()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayalign.data.stream import Stream, hybrid_positions, order
+from rayalign.data.stream import Stream, WindowedOrder, hybrid_positions, order
 from rayalign.errors import UserError
 
 
@@ -141,3 +142,26 @@ def test_hybrid_does_not_round_away_a_decimal_fraction():
     for fraction in (0.1, 0.3, 0.7, 1 / 3):
         fresh, _ = hybrid_positions(2999, groups_per_step=10, fresh_fraction=fraction)
         assert fresh.stop == round(30_000 * fraction)
+
+
+def test_a_windowed_order_visits_every_row_once_and_few_shards_at_a_time() -> None:
+    parts, window = (7, 3, 12, 5, 9, 1, 4), 2
+    ordered = WindowedOrder(3, "pairs/0", parts, window)
+    shard_of = np.repeat(np.arange(len(parts)), parts)
+    visited = [[ordered(epoch, index) for index in range(sum(parts))] for epoch in (0, 1)]
+    for rows in visited:
+        assert sorted(rows) == list(range(sum(parts)))
+        seen = list(dict.fromkeys(shard_of[rows].tolist()))
+        windows = [set(seen[first : first + window]) for first in range(0, len(seen), window)]
+        sizes = [sum(parts[shard] for shard in own) for own in windows]
+        ends = np.cumsum(sizes)
+        for own, begin, end in zip(windows, ends - sizes, ends, strict=True):
+            assert set(shard_of[rows[begin:end]].tolist()) == own
+    assert visited[0] != visited[1]
+    assert [ordered(0, index) for index in range(sum(parts))] == visited[0], "a pure function of epoch and place"
+
+
+@pytest.mark.parametrize("window", [None, 3, 8])
+def test_a_store_of_no_more_shards_than_a_window_is_shuffled_as_a_whole(window: int | None) -> None:
+    ordered, whole = WindowedOrder(5, "pairs/0", (4, 8, 6), window), order(5, "pairs/0", 2, 18)
+    assert [ordered(2, index) for index in range(18)] == [whole(index) for index in range(18)]

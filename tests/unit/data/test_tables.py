@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "one object": ("rows.json", b'{\n "prompt": "Q"\n}\n', "is one JSON object over several lines"),
     "an array that breaks off": ("rows.json", b'[{"a": 1}, {"a"', "item 2 of the JSON array"),
     "an array without commas": ("rows.json", b'[{"a": 1} {"a": 2}]', "before item 2, not ','"),
-    "an array and more": ("rows.json", b'[{"a": 1}] {}', "something stands after the end"),
+    "an array and more": ("rows.json", b'[{"a": 1}] {}', "text follows the end"),
     "twice the same name": ("rows.csv", b"prompt,prompt\n1,2\n", "names 'prompt' twice"),
     "damaged bytes": ("rows.jsonl.zst", zstd(b"{}\n")[:-3], "cannot be read to its end"),
     "no zst": ("rows.jsonl.zst", b"no more", "cannot be read to its end"),

@@ -92,7 +92,7 @@ def test_rows_that_are_too_long_are_named(store: TokenStore) -> None:
 
 
 def test_prompts_leave_room_for_their_completions(store: TokenStore) -> None:
-    longest = int(store.index.prompt_tokens.max())
+    longest = int(store.index.whole().prompt_tokens.max())
     refuse_long_rows(store, Context(tokens=longest + 8, reason="n_positions"), "m", new_tokens=8)
     with pytest.raises(UserError, match=rf"rollout.max_new_tokens are 9, more than the {longest + 8} that m reads"):
         refuse_long_rows(store, Context(tokens=longest + 8, reason="n_positions"), "m", new_tokens=9)

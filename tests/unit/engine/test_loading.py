@@ -119,10 +119,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     ),
     "saved from DDP": (
         renamed("module.{}".format),
-        r"21 of the 21 .* 'module\.' stands before them, as in module\.lm_head",
+        r"21 of the 21 .* 'module\.' precedes them, as in module\.lm_head",
     ),
-    "saved from torch.compile": (renamed("_orig_mod.{}".format), r"'_orig_mod\.' stands before them"),
-    "saved as a part of something": (renamed("actor.{}".format), r"'actor\.' stands before them, as in actor\.lm_head"),
+    "saved from torch.compile": (renamed("_orig_mod.{}".format), r"'_orig_mod\.' precedes them"),
+    "saved as a part of something": (renamed("actor.{}".format), r"'actor\.' precedes them, as in actor\.lm_head"),
     "saved while ZeRO-3 held it": (
         tensors(lambda found: {**found, UP: torch.empty(0)}),
         rf"holds 1 tensor without content: {UP}\. .*ZeRO-3",

@@ -520,7 +520,7 @@ def test_a_notice_saves_its_step_and_changes_nothing_else(
     train_policy(spec, source_maker(scenario), SINGLE, notices=Notice())
     assert [step_of(path) for path in sorted((directory / "checkpoints").glob("step_*"))] == [5, STEPS]
     said = [record.getMessage() for record in caplog.records if "takes back" in record.getMessage()]
-    assert said == ["run: the cluster takes back the node of worker 0; saves step 5 and goes on"]
+    assert said == ["run: the cluster takes back the node of worker 0; saves step 5 and continues"]
     assert rows(directory) == rows(whole)
     assert_same_end(directory, whole)
 

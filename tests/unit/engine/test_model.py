@@ -132,7 +132,7 @@ def test_missing_directories_are_named(name: str) -> None:
 def test_a_hub_model_without_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match="'nobody/nothing' is no directory here and could not be had .* name its directory"
+        UserError, match="'nobody/nothing' is no directory here and could not be fetched .* name its directory"
     ):
         model_directory("nobody/nothing")
 

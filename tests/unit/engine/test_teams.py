@@ -294,8 +294,6 @@ def pair(
         directory = folder / f"{before}-{after}"
         tasks[f"{directory.name} 1"] = Task(TEAMS[before], whole_run, (spec_of(directory, resumed, STEPS), resumed))
         tasks[f"{directory.name} 2"] = Task(TEAMS[after], refused_run, (spec_of(directory, resumed), resumed))
-    for before, after in REFUSED:
-        directory = folder / f"{before}-{after}"
         weights_alone = saved(spec_of(directory, resumed), restart_optimizer=True)
         tasks[f"{directory.name} 3"] = Task(TEAMS[after], whole_run, (weights_alone, resumed))
     for name in TEAMS:

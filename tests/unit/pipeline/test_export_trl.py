@@ -19,7 +19,7 @@ from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.records import RawRow
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize_rows import Unit, prepare_chunk
+from rayalign.data.tokenize_rows import Unit, prepare_rows
 from rayalign.engine.model.folder import tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.verbs.export_trl import Exported, trl_pairs
@@ -122,10 +122,10 @@ def exported(
     chat = make_chat(tokenizer)
     given = [RawRow(source="rows.jsonl", line=line, value=row) for line, row in enumerate(rows, start=1)]
     unit = Unit(path="rows.jsonl")
-    report = prepare_chunk(given, chat, settings, unit=unit, shape="pair", directory=directory, name="0")
-    assert report.shard is not None and not report.bad, report.bad
+    report = prepare_rows([given], chat, settings, unit=unit, shape="pair", directory=directory, name="0")
+    assert report.shards and not report.bad, report.bad
     meta = {"inputs": {"shape": "pair", "tokenizer": tokenizer_digest(model)}}
-    commit_store(directory, [report.shard], meta=meta)
+    commit_store(directory, report.shards, meta=meta)
     found = trl_pairs(directory, folder / "pairs.jsonl", model=str(model))
     store = TokenStore.open(directory)
     written = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]

@@ -9,17 +9,18 @@ import pytest
 
 from rayalign.config.data import DataSource
 from rayalign.data.records import BadRow
-from rayalign.data.tokenize_rows import ShardReport
+from rayalign.data.tokenize_rows import UnitReport
 from rayalign.errors import UserError
 from rayalign.run.facts import preparation_counts, refuse_absent_columns, warning
 from rayalign.runtime.datasets import StorePreparation
 
 
-def report(**fields: Any) -> ShardReport:
+def report(**fields: Any) -> UnitReport:
     given: dict[str, Any] = {
-        "shard": None,
+        "shards": (),
         "rows": 4,
-        "bad": (BadRow(source="f", line=1, reason="r"),),
+        "bad": 1,
+        "bad_rows": (BadRow(source="f", line=1, reason="r"),),
         "dropped": 2,
         "undecided": 1,
         "truncated_prompts": 1,
@@ -30,10 +31,10 @@ def report(**fields: Any) -> ShardReport:
         "metadata": Counter(id=4),
         "named": frozenset({"instructions"}),
     }
-    return ShardReport(**given | fields)
+    return UnitReport(**given | fields)
 
 
-FOUND = StorePreparation(reports=(report(), report(unread=Counter(rating=1, mood=4))), bytes_by_node={})
+FOUND = StorePreparation(reports=(report(), report(unread=Counter(rating=1, mood=4))), rows_by_node={})
 
 
 def test_counts_of_all_chunks_add_up() -> None:

@@ -23,7 +23,7 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
 from rayalign.placement import Node
 from rayalign.report.formatting import filter_sentence
-from rayalign.rounds.stored import drawn_rows, order_of
+from rayalign.rounds.stored import drawn_rows, opened_order
 from rayalign.rounds.streams import StoredStream
 from rayalign.run.reference import LOG_PROBS
 from rayalign.run.stages import Stages, filter_facts
@@ -159,10 +159,9 @@ def chosen(stages: Stages, stream: StoredStream) -> StoredStream:
 
 def test_an_epoch_is_one_of_the_kept_pairs(stages: Stages, stream: StoredStream) -> None:
     ours = chosen(stages, stream)
-    (rows,) = drawn_rows(ours)
-    order = order_of(ours, (rows,), seed=0)
+    order = opened_order(ours, seed=0)
     assert (order.sizes, order.num_steps(1), order.num_steps(4)) == ((7,), 2, 7)
-    assert order_of(stream, drawn_rows(stream), seed=0).num_steps(1) == 6
+    assert opened_order(stream, seed=0).num_steps(1) == 6
 
 
 class Interrupted(Exception):

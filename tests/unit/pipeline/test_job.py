@@ -17,7 +17,7 @@ from rayalign.config.training import BestConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
-from rayalign.data.tokenize_rows import Shape, Unit, prepare_chunk, read_chunks
+from rayalign.data.tokenize_rows import Shape, Unit, prepare_rows, read_chunks
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.errors import UserError
@@ -167,9 +167,9 @@ def ranked_store(folder: Path, rows: list[dict[str, object]], shape: Shape = "gr
     unit = Unit(path=str(path))
     chat, settings = make_chat(byte_level(template=CHATML)), TokenBudget(max_prompt_tokens=20, max_tokens=40)
     [chunk] = read_chunks(unit)
-    report = prepare_chunk(chunk, chat, settings, unit=unit, shape=shape, directory=folder / "store", name="0")
-    assert report.shard is not None and not report.bad
-    return commit_store(folder / "store", [report.shard], meta={})
+    report = prepare_rows([chunk], chat, settings, unit=unit, shape=shape, directory=folder / "store", name="0")
+    assert report.shards and not report.bad
+    return commit_store(folder / "store", report.shards, meta={})
 
 
 WHOLE: dict[str, object] = {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2], "behavior_logps": [-1, -2]}

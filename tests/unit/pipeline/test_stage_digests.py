@@ -22,7 +22,7 @@ from rayalign.data.records import RawRow
 from rayalign.data.select import rows_file, scores_of, select_best, write_selected_rows
 from rayalign.data.shard import write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store
-from rayalign.data.tokenize_rows import Unit, prepare_chunk
+from rayalign.data.tokenize_rows import Unit, prepare_rows
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
@@ -36,9 +36,9 @@ from rayalign.storage.manifest import file_digest
 
 LAB_MODEL = Path(__file__).parents[3] / "examples" / "lab" / "model"
 PAIR_TOKENS = 610
-PAIRS_DIGEST = "516dd521e329d510f736c1580451737ba98e47b3deeda4c1f5b8726b0a3e6a67"
-MISMATCHED_DIGEST = "ace757158acfa7ea2c03b9a99e27ccfd24fe738e9193530e8894885e101780d3"
-ROLLOUTS_DIGEST = "4946d52b056661d2e11e01df0503836c95cbb7aba823c48cec11991f998539c8"
+PAIRS_DIGEST = "cee27f6b77dcb6f24bc934c0249bc0884decf366c84f58a1d70750f6a8690282"
+MISMATCHED_DIGEST = "711373d87d3ed16d1f58638fab4c5a4f27897f69553dfcc089afeafbaee11427"
+ROLLOUTS_DIGEST = "596075ba1577d614e53732d919b99c1de172583500bde018352b20d748857a6d"
 KEPT_DIGEST = "016ea80753a452098e1aca0455891159cedc5fb301b3dc2c8ce0167dbf916048"
 FIRST_ADVANTAGES = [-1.612147, 0.1041002, 1.8203475]
 REFERENCE_SUMS = [-363.333, -529.203, -397.2, -482.58, -443.572, -462.938, -483.505, -381.774]
@@ -51,8 +51,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def make_store(directory: Path, shape: str) -> TokenStore:
     rows = [RawRow(source="pairs.jsonl", line=line, value=row) for line, row in enumerate(pairs(0, 8), start=1)]
-    report = prepare_chunk(
-        rows,
+    report = prepare_rows(
+        [rows],
         make_chat(load_tokenizer(LAB_MODEL)),
         TokenBudget(max_prompt_tokens=128, max_tokens=256),
         unit=Unit(path="pairs.jsonl"),
@@ -60,24 +60,24 @@ def make_store(directory: Path, shape: str) -> TokenStore:
         directory=directory,
         name="00000-000000",
     )
-    assert report.shard is not None
-    return commit_store(directory, [report.shard], meta={})
+    assert report.shards
+    return commit_store(directory, report.shards, meta={})
 
 
 def test_every_stage_is_pinned() -> None:
     assert STAGE_VERSIONS == {
         "rows": 1,
-        "tokens": 3,
-        "mismatched": 2,
+        "tokens": 4,
+        "mismatched": 3,
         "reference": 1,
         "filter": 1,
-        "rollouts": 3,
+        "rollouts": 4,
         "prepared": 1,
     }
 
 
 def test_tokens(store: TokenStore) -> None:
-    assert (len(store), int(store.index.num_predicted.sum())) == (8, PAIR_TOKENS)
+    assert (len(store), int(store.index.whole().num_predicted.sum())) == (8, PAIR_TOKENS)
     assert store.digest == PAIRS_DIGEST
 
 
@@ -103,7 +103,7 @@ def test_filter(store: TokenStore, tmp_path: Path) -> None:
     """Of log-probs that no mean rounds: eighths, −(1 + 5 · row mod 8)/8 at every token of a row."""
     columns = [
         np.full(num_predicted, -(1 + 5 * row % 8) / 8, np.float32)
-        for row, num_predicted in enumerate(store.index.num_predicted.tolist())
+        for row, num_predicted in enumerate(store.index.whole().num_predicted.tolist())
     ]
     shard = write_column_shard(tmp_path / "logps", "0", first=0, per_token={LOG_PROBS: columns})
     laid = commit_columns(tmp_path / "logps", store, [shard], meta={})

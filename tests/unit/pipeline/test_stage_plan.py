@@ -183,6 +183,14 @@ def shown(folder: Path, *overrides: str, pilot: Path | None = None, **parts: obj
     return text.getvalue()
 
 
+def refused_plan(folder: Path, **parts: object) -> str:
+    """What is printed of a plan that ends in an error."""
+    path, text = write(folder, **parts), StringIO()
+    with pytest.raises(UserError, match="1 of . runs would fail; the reasons are above"):
+        compare(path, (), dry_run=True, fresh=frozenset(), console=Console(file=text, width=80))
+    return text.getvalue()
+
+
 def test_what_is_drawn_has_a_bound_and_what_is_unknown_is_said(folder: Path) -> None:
     grid = {
         "data_policy": [
@@ -191,16 +199,14 @@ def test_what_is_drawn_has_a_bound_and_what_is_unknown_is_said(folder: Path) -> 
             {"name": "on_policy", "refresh_every": "never", "as": "once"},
         ]
     }
-    lines = {
-        line.split("│")[1].strip(): line
-        for line in shown(folder, base=BASE | DRAWS, grid=grid).splitlines()
-        if "│" in line
-    }
-    cells = {name: [part.strip() for part in line.split("│")[6:9]] for name, line in lines.items()}
-    assert cells["off_policy"] == ["5", "unknown until prepared", "0"]
+    printed = shown(folder, base=BASE | DRAWS, grid=grid)
+    lines = [line.split() for line in printed.splitlines() if "to train" in line]
+    cells = {words[0]: words[-3:] for words in lines}
+    assert cells["off_policy"] == ["5", "?", "0"]
     # 5 steps of 2 prompts, 3 samples of at most 8 tokens
-    assert cells["on"] == ["5", "unknown: drawn while it trains", "240"]
-    assert cells["once"] == ["5", "unknown until prepared", "unknown until prepared"]
+    assert cells["on"] == ["5", "~", "240"]
+    assert cells["once"] == ["5", "?", "?"]
+    assert "?: known once the data are prepared" in printed and "~: depends on what is drawn" in printed
     assert not (folder / "runs").exists()
 
 
@@ -217,7 +223,7 @@ def test_before_the_initial_run_nothing_of_its_model_has_a_key(folder: Path) -> 
 
 def test_what_would_fail_is_said_with_its_reason(folder: Path) -> None:
     grid = {"data.train": [["pairs.jsonl"], ["absent*.jsonl"]]}
-    assert "will fail, because no file matches" in shown(folder, grid=grid)
+    assert "will fail, because no file matches" in refused_plan(folder, grid=grid)
     with pytest.raises(UserError, match="--fresh tokens2: there is no such stage"):
         compare(write(folder, grid=grid), [], dry_run=True, fresh=frozenset({"tokens2"}), console=Console())
 
@@ -229,9 +235,9 @@ def test_of_cells_that_tune_settles_nothing_is_said_to_be_there_or_to_fail(folde
     final = folder / "runs" / "planned" / "cells" / "simpo" / "final"
     final.mkdir(parents=True)
     commit(final, {"identity": {"optim": "another"}})
-    assert "will fail" in shown(folder, grid=grid)
+    assert "will fail" in refused_plan(folder, grid=grid)
     printed = shown(folder, grid=grid, tune={"over": {"optim.lr": [1e-5, 1e-6]}, "trials": 2, "seeds": [7, 8]})
-    assert "will fail" not in printed and "by what tune picks" in printed
+    assert "will fail" not in printed and "tuned: with the values that tune picks" in printed
     assert "tune: its 4 runs are counted neither in stages nor in tokens and hours" in printed
 
 

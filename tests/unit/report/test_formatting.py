@@ -62,5 +62,7 @@ def test_one_reply() -> None:
 
 
 def test_markdown_text_is_inert() -> None:
-    assert markdown("a | <b>\n`c` [d](e)") == "a \\| &lt;b&gt; \\`c\\` \\[d](e)"
+    assert markdown("a | <b>\n`c` [d](e)") == "a \\| &lt;b&gt; \\`c\\` [d\\](e)"
+    assert markdown("[d][e] and [0.1, 0.2]") == "[d\\][e] and [0.1, 0.2]"
+    assert markdown("# a - b") == "\\# a - b" and markdown("- c") == "\\- c" and markdown("-1") == "-1"
     assert indented("<b>\n# x") == "    <b>\n    # x"

@@ -123,7 +123,7 @@ def test_the_command_line_merges_what_it_can_and_names_the_rest(
     results = json.loads((report / "results.json").read_text())
     assert [part["name"] for part in results["parts"]] == ["one", "two"] and len(results["cells"]) == 8
     for text in ((report / "report.html").read_text(), (report / "report.md").read_text()):
-        assert "Merged of 2 comparisons that were measured alike: one, two." in text
+        assert "Merged of 2 comparisons that were measured the same way: one, two." in text
         assert "which differs from one in the reference model" in text
     assert load_comparison(tmp_path / "all").parts[0].name == "one"
 

@@ -159,7 +159,7 @@ def test_a_cell_that_the_budget_stopped_is_shown_with_its_numbers_and_where_it_w
     page = Page((folder / "report.html").read_text())
     assert f"{stopped.label} (stopped)" in " ".join(page.text.split())
     assert "stopped at step 40 of 100: budget" in page.text
-    assert "stopped: stopped at step 40 of 100: budget" in (folder / "report.md").read_text()
+    assert "| stopped | stopped at step 40 of 100: budget |" in (folder / "report.md").read_text()
     found = json.loads((folder / "results.json").read_text())
     assert [cell["status"] for cell in found["cells"] if cell["id"] == stopped.id] == ["stopped"]
     assert [point for point in found["points"] if point["cell"] == stopped.id]
@@ -214,7 +214,7 @@ def test_what_a_filter_kept_stands_in_page_text_and_results(tmp_path: Path) -> N
     page = Page(report.read_text())
     assert page.text.count(sentence) == 1
     said = "was trained on the stored data that the initial policy is likeliest to write"
-    assert f"- **dpo, off** {said}: {sentence}.\n" in report.with_name("report.md").read_text()
+    assert f"\ndpo, off {said}: {sentence}.\n" in report.with_name("report.md").read_text()
     cells = json.loads(report.with_name("results.json").read_text())["cells"]
     assert [cell["filter"] for cell in cells] == [given["cells"][0]["filter"], None, None, None]
 
@@ -280,9 +280,9 @@ def test_a_judge_has_a_column_a_row_of_costs_and_its_limits(tmp_path: Path) -> N
     assert text.count("win ratejudged by careful") == 4
     head, _, *rows = [line for line in markdown.splitlines() if line.startswith("|")]
     shown = dict(zip(cells_of(head), cells_of(rows[1]), strict=True))
-    assert shown["win rate, judged by careful"].startswith(f"{rate['mean']:.3f} [{rate['low']:.3f}, ")
+    assert shown["win rate (judged by careful)"].startswith(f"{rate['mean']:.3f} [{rate['low']:.3f}, ")
     assert (
-        dict(zip(cells_of(head), cells_of(rows[0]), strict=True))["win rate, judged by careful"] == "0.5 by definition"
+        dict(zip(cells_of(head), cells_of(rows[0]), strict=True))["win rate (judged by careful)"] == "0.5 by definition"
     )
 
     asked = [row for row in results["answers"] if row["cell"] == "dpo-off_policy"]
@@ -314,7 +314,7 @@ def test_another_baseline_stands_in_the_tables_and_is_what_wins_are_against(tmp_
     names = cells_of(head)
     assert "0.5 by definition" not in reference
     assert cells_of(baseline)[0] == "last year's (baseline)"
-    assert cells_of(baseline)[names.index("win rate, oracle")] == "0.5 by definition"
+    assert cells_of(baseline)[names.index("win rate (under oracle)")] == "0.5 by definition"
     assert page.text.count("0.5by definition") == 16  # two scorers, two rates, two prompt sets, two tables
     assert json.loads(report.with_name("results.json").read_text())["baseline"] == "last year's"
     samples = page.text[page.text.index("Samples\nThe same prompt") :]

@@ -133,7 +133,7 @@ def test_the_files_say_seeds_and_call_better_what_the_table_says(tmp_path: Path)
         assert "dpo, on is better" in text and "Holm-adjusted over all 6 differences" in text
         assert "dpo, off is better" not in text and "not told apart" in text
         assert "not reached" in text and "of 3 seeds" in text
-    assert "| dpo, on | on-policy | 3 of 3 | 100 |" in markdown
+    assert "| dpo, on (on-policy; 3 of 3 seeds) | 100 |" in markdown
     assert "orpo, off (3 of 3 seeds failed)" in markdown
     assert "every training run by itself" in html
     assert results["interval"]["unit"] == "training seed and prompt"
@@ -166,7 +166,7 @@ def test_one_seed_is_called_better_nowhere(tmp_path: Path) -> None:
     html, markdown, results = written(better(mixed), tmp_path / "mixed")
     assert {row["entry"] for row in results["differences"]} == {"dpo, off"}
     assert "1 of 1 seeds: interval over prompts" in html
-    assert "| dpo, on, seed=0 | on-policy | 1 of 1 | 100 |" in markdown
+    assert "| dpo, on, seed=0 (on-policy; 1 of 1 seeds: interval over prompts) | 100 |" in markdown
     assert "it is called neither better nor worse than anything" in markdown
 
 

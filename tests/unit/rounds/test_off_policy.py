@@ -176,7 +176,7 @@ def test_a_mixture_draws_from_every_store_by_its_weight(spec: SourceSpec, tmp_pa
 def test_columns_lie_over_their_store(spec: SourceSpec, tmp_path: Path) -> None:
     stream = spec.streams[0]
     opened = TokenStore.open(stream.stores[0])
-    values = [np.full(length, index, np.float32) for index, length in enumerate(opened.index.num_predicted)]
+    values = [np.full(length, index, np.float32) for index, length in enumerate(opened.index.whole().num_predicted)]
     shard = write_column_shard(tmp_path / "ref", "shard", first=0, per_token={"ref_token_logp": values})
     commit_columns(tmp_path / "ref", opened, [shard], meta={})
     laid = replace(spec, streams=(replace(stream, columns=((tmp_path / "ref",),)),))

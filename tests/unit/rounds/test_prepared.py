@@ -61,7 +61,7 @@ def test_every_round_has_its_advantages_and_keeps_every_candidate(trained: OnPol
     assert list(prepared(trained)) == [path.name for path in trained.rounds()] and len(trained.rounds()) == 3
     for path in trained.rounds():
         store = TokenStore.open(path)
-        assert (store.index.num_candidates == 3).all() and len(store) == 8
+        assert (store.index.whole().num_candidates == 3).all() and len(store) == 8
         for group, found in zip((store[row] for row in range(8)), advantages(trained, path), strict=True):
             kl = group.per_token["behavior_token_logp"].astype(float) - group.per_token["ref_token_logp"]
             ends = np.cumsum([candidate.num_predicted for candidate in group.candidates])[:-1]

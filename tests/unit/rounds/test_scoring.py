@@ -74,7 +74,7 @@ def test_a_reward_that_hangs_or_exits_costs_its_prompt(
     assert (Path(told["file"]).name, told["line"], told["prompt"]) == ("prompts.jsonl", 3, "poison 2")
     assert f"{scorer.function!r} {expected}" in told["reason"]
     store = commit_store(tmp_path / "out", [report.shard], meta={})
-    assert [store.index.line[row] for row in range(8) if not store[row].candidates] == [3]
+    assert [store[row].line for row in range(8) if not store[row].candidates] == [3]
     assert report.reward_sum > 0
 
 
