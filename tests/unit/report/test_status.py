@@ -66,7 +66,7 @@ def test_no_word_is_cut_at_eighty_columns(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps(facts))
     row = {"step": 12_345, "loss": 0.5, "step_tokens": 300_000, "seconds": 1.0}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    (run / ".lease").touch()
+    (run / ".lease-000001").touch()
     console = Console(file=io.StringIO(), width=80)
     console.print(status_table(tmp_path))
     assert isinstance(console.file, io.StringIO)
