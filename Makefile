@@ -34,8 +34,8 @@ test-slow: $(VENV)/.installed-slow ## the tests that take longer than the defaul
 test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a table of faults and what became of the runs
 	$(PYTEST) tests/chaos
 
-test-s3: $(VENV)/.installed-test $(VENV)-s3/.installed ## mirrors of checkpoints on a real S3 server of this machine, in an environment of its own
-	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/engine/test_mirror.py tests/unit/rounds/test_mirrored_rounds.py
+test-s3: $(VENV)/.installed-s3 $(VENV)-s3/.installed ## runs and leases on a real S3 server of this machine, in an environment of its own
+	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/storage tests/unit/engine/test_on_objects.py
 
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py
@@ -94,6 +94,10 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-slow: $(VENV)/.installed-test
 	$(PIP) --no-build-isolation deepspeed ninja
 	$(PIP) nixl
+	@touch $@
+
+$(VENV)/.installed-s3: $(VENV)/.installed-test
+	$(PIP) --editable '.[test,s3]'
 	@touch $@
 
 # The site is made from sources: its environment needs neither torch nor Ray.

@@ -15,6 +15,7 @@ from rich.console import Console
 from rayalign import __version__
 from rayalign.cli_export import exports
 from rayalign.errors import Failed, Stopped, UserError, blocked_path_error
+from rayalign.storage.place import place_of
 
 app = typer.Typer(
     name="rayalign",
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 artifacts = typer.Typer(help="The stages that runs share: list them, and remove unused ones.", no_args_is_help=True)
 app.add_typer(artifacts, name="artifacts")
-Storage = Annotated[Path, typer.Argument(help="A storage_path, or its artifacts folder.")]
+Storage = Annotated[str, typer.Argument(help="A storage_path, or its artifacts folder.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted settings such as optim.lr=1e-6.", metavar="KEY=VALUE…")
 ]
@@ -294,18 +295,20 @@ def compare(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="A comparison's folder; several are merged.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the report; required for several comparisons.")] = None,
+    directories: Annotated[list[str], typer.Argument(help="A comparison's folder; several are merged.")],
+    out: Annotated[str | None, typer.Option(help="Folder for the report; required for several comparisons.")] = None,
 ) -> None:
     """Write the report of a comparison again, or one report of several that were measured the same way."""
     from rayalign.report.merge import merge_folders
     from rayalign.report.points import load_comparison
     from rayalign.report.render import render_report
 
-    if len(directories) == 1:
-        print(render_report(load_comparison(directories[0]), out or directories[0]))
+    places = [place_of(directory) for directory in directories]
+    target = place_of(out, field="--out") if out is not None else None
+    if len(places) == 1:
+        print(render_report(load_comparison(places[0]), target or places[0]))
         return
-    merged, page = merge_folders(directories, out)
+    merged, page = merge_folders(places, target)
     for left in merged.left_out:
         print(f"left out: {left.what} {left.reason}")
     print(page)
@@ -315,19 +318,19 @@ app.add_typer(exports, name="export")
 
 
 @app.command()
-def status(directory: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
+def status(directory: Annotated[str, typer.Argument(help="A run's or a comparison's folder.")]) -> None:
     """Print the progress of each run below a folder."""
     from rayalign.report.status import status_table
 
-    Console().print(status_table(directory))
+    Console().print(status_table(place_of(directory)))
 
 
 @artifacts.command("ls")
-def list_artifacts(storage: Storage = Path("runs")) -> None:
+def list_artifacts(storage: Storage = "runs") -> None:
     """List the stages of a storage path: size, age, last use, and the runs that used them."""
     from rayalign.verbs.shelf import ls
 
-    ls(storage, Console())
+    ls(place_of(storage), Console())
 
 
 @artifacts.command("gc")
@@ -335,7 +338,7 @@ def collect_artifacts(
     unused_for: Annotated[
         str, typer.Option(help="Remove only stages that no run has used for this long: 12h, 30d, 8w.")
     ],
-    storage: Storage = Path("runs"),
+    storage: Storage = "runs",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
     ] = False,
@@ -343,7 +346,7 @@ def collect_artifacts(
     """Remove stages that were not used for a while; those of unfinished runs are kept."""
     from rayalign.verbs.shelf import gc
 
-    gc(storage, unused_for=unused_for, dry_run=dry_run, console=Console())
+    gc(place_of(storage), unused_for=unused_for, dry_run=dry_run, console=Console())
 
 
 @app.command()

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rayalign.config.budget import BudgetConfig
 from rayalign.stop import StopRequest
-from rayalign.storage.progress import Tail
+from rayalign.storage.place import Place
+from rayalign.storage.progress import ObjectTail, Tail, tail_of
 
 HOUR = 3600.0
 READ_SECONDS = 0.5
@@ -23,7 +23,7 @@ READ_SECONDS = 0.5
 class Meter:
     """What one run has used: the rows of its ``metrics.jsonl``, those of earlier attempts included."""
 
-    tail: Tail
+    tail: Tail | ObjectTail
     devices: int
     """Devices of one worker: GPUs, or CPU cores where there is none."""
     seconds: dict[int, float] = field(default_factory=dict)
@@ -32,9 +32,9 @@ class Meter:
     tokens: int = 0
 
     @classmethod
-    def of(cls, directory: Path, devices: int) -> Meter:
-        tail = Tail(directory / "metrics.jsonl")
-        tail.offset = 0  # what is there counts
+    def of(cls, directory: Place, devices: int) -> Meter:
+        tail = tail_of(directory / "metrics.jsonl")
+        tail.rewind()  # what is there counts
         return cls(tail, devices)
 
     def read(self) -> None:
@@ -51,14 +51,14 @@ class Budget:
 
     limits: BudgetConfig | None
     """None: there is no limit."""
-    meters: dict[Path, Meter] = field(default_factory=dict)
+    meters: dict[Place, Meter] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     read_every: float = READ_SECONDS
     read_at: float = float("-inf")
     exceeded: str = ""
     """The limit that was reached first, with what was used then."""
 
-    def add(self, directory: Path, devices: int) -> None:
+    def add(self, directory: Place, devices: int) -> None:
         """Count what the run in ``directory`` has used and uses, on so many devices per worker."""
         if self.limits is not None:
             with self.lock:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from queue import Queue
 
 from rayalign.comparison.budget import Ending
@@ -19,10 +18,11 @@ from rayalign.run.job import evaluation_steps, make_job
 from rayalign.run.stages import Stages
 from rayalign.run.train import announce_run, is_finished, run_job
 from rayalign.runtime.trainer import Trainer
+from rayalign.storage.place import Place
 
 
 def prepare_cell(
-    cell: Cell, model: str | None, directory: Path, stages: Stages, processes: int, board: ProgressBoard
+    cell: Cell, model: str | None, directory: Place, stages: Stages, processes: int, board: ProgressBoard
 ) -> CellResult:
     """The cell's job; stages that several cells share are made by the first.
 

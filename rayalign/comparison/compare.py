@@ -39,6 +39,7 @@ from rayalign.runtime.worker import TrainJob
 from rayalign.stop import stopping
 from rayalign.storage.artifacts import Artifacts
 from rayalign.storage.lease import lease
+from rayalign.storage.place import Place
 
 MEASURED_BY = ("prompts", "scorers", "diagnostics", "judge", "max_missing_fraction", "sampling", "baseline")
 """Settings of ``evaluate`` that all cells share."""
@@ -150,7 +151,7 @@ def checked_evaluation(comparison: Comparison) -> EvaluatedRun:
     return evaluated
 
 
-def saved_report(record: ComparisonRecord, directory: Path) -> Path:
+def saved_report(record: ComparisonRecord, directory: Place) -> Place:
     """Write ``comparison.json`` and the report; the page's path."""
     save_comparison(record, directory)
     return render_report(record, directory)
@@ -233,7 +234,7 @@ def cells_table(comparison: Comparison) -> Group:
 
 
 def initial_model(
-    comparison: Comparison, directory: Path, stages: Stages, board: ProgressBoard, ending: Ending
+    comparison: Comparison, directory: Place, stages: Stages, board: ProgressBoard, ending: Ending
 ) -> str | None:
     """Train ``initial`` once for all cells; its final model's folder.
 

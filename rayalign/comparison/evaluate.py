@@ -26,7 +26,7 @@ from rayalign.comparison.evaluation_spec import (
 from rayalign.config.load import load_run
 from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig, ScorerConfig
-from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of
+from rayalign.engine.checkpoint.checkpoint import NAME, is_committed, step_of, written
 from rayalign.errors import UserError
 from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
@@ -45,6 +45,7 @@ from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import connect
 from rayalign.storage.artifacts import Artifacts, digest_of
 from rayalign.storage.manifest import MANIFEST, file_digest, write_durably
+from rayalign.storage.place import Place, listed
 
 SHOWN_PROMPTS = 6
 """Prompts of each set whose replies the report shows."""
@@ -115,7 +116,7 @@ class Evaluation:
         digest, note = evaluation_digest(spec), stages.artifacts.note
         return cls(spec=spec, config=evaluated.evaluate, digest=digest, evaluators=pool, note=note)
 
-    def points(self, checkpoint: Path | None, directory: Path) -> Points:
+    def points(self, checkpoint: Place | None, directory: Place) -> Points:
         """The numbers of one checkpoint (None: the reference), measured once and kept below ``directory``.
 
         Raises:
@@ -125,14 +126,14 @@ class Evaluation:
         identity = digest_of([self.digest, file_digest(checkpoint / MANIFEST) if checkpoint else None])
         return self._kept(directory / "evaluation" / f"step_{step:06d}.json", identity, checkpoint, step)
 
-    def baseline(self, directory: Path) -> Points | None:
+    def baseline(self, directory: Place) -> Points | None:
         """The numbers of the policy that wins are counted against, where that is not the reference."""
         if self.spec.baseline is None:
             return None
         identity = digest_of([self.digest, "baseline"])
         return self._kept(directory / "evaluation" / "baseline.json", identity, self.spec.baseline, 0)
 
-    def _kept(self, path: Path, identity: str, subject: Subject, step: int) -> Points:
+    def _kept(self, path: Place, identity: str, subject: Subject, step: int) -> Points:
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["identity"] == identity:
@@ -263,15 +264,16 @@ def refuse_broken_scorers(config: EvaluateConfig) -> None:
         judge_of(config.judge)
 
 
-def evaluated_checkpoints(directory: Path) -> dict[int, Path]:
+def evaluated_checkpoints(directory: Place) -> dict[int, Place]:
     """Step → committed checkpoint of a run."""
-    found = sorted((directory / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
-    return {step_of(path): path for path in found if NAME.fullmatch(path.name) and is_committed(path)}
+    found: list[Place] = [path for path in (directory / "checkpoints").glob("step_*") if NAME.fullmatch(path.name)]
+    found.sort(key=written)
+    return {step_of(path): path for path in found if is_committed(path)}
 
 
-def evaluated_points(directory: Path) -> dict[int, Points]:
+def evaluated_points(directory: Place) -> dict[int, Points]:
     """Step → the numbers that were kept of a run's checkpoints; those of its reference at step 0."""
-    files = sorted((directory / "evaluation").glob("step_*.json"))
+    files = listed(directory / "evaluation", "step_*.json")
     found: dict[int, Points] = {}
     for path in files:
         stored = json.loads(path.read_text(encoding="utf-8"))

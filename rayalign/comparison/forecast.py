@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from statistics import median
 
 from pydantic import ValidationError
@@ -29,6 +28,7 @@ from rayalign.run.rollouts import groups_per_epoch, round_plan
 from rayalign.run.stages import Stages
 from rayalign.run.train import is_finished
 from rayalign.runtime.worker import TrainJob
+from rayalign.storage.place import Place
 
 UNPREPARED, DRAWN = "?", "~"
 """Stand for numbers that are known once the data are prepared, and for those of what is drawn while it trains."""
@@ -120,7 +120,7 @@ def tokens_to_generate(planned: PlannedRun, stages: Stages) -> int | str:
 class PilotRun:
     """A run that was trained before, and how long its steps took."""
 
-    directory: Path
+    directory: Place
     run: RunConfig
     workers: int
     threads: int
@@ -135,7 +135,7 @@ class StepTime:
     differences: tuple[str, ...]
 
 
-def read_pilot(directory: Path) -> list[PilotRun]:
+def read_pilot(directory: Place) -> list[PilotRun]:
     """Every run at or below ``directory`` that has rows of metrics.
 
     Raises:

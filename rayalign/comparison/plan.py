@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from rayalign.config.candidates import Drawing
@@ -38,6 +37,7 @@ from rayalign.runtime.worker import TrainJob
 from rayalign.storage.artifacts import PENDING, refuse_unknown, stage_key
 from rayalign.storage.lease import holder_in_words
 from rayalign.storage.manifest import MANIFEST
+from rayalign.storage.place import Place
 
 SHOWN_KEY = 8
 """Digits of a key that tables show."""
@@ -48,7 +48,7 @@ class PlannedStage:
     """One stage; ``waits_for`` names what must be made before its key is known."""
 
     name: str
-    directory: Path
+    directory: Place
     waits_for: tuple[str, ...]
     made: bool
 
@@ -62,10 +62,10 @@ class PlannedStage:
 class Plan:
     """Lists the stages that it is asked for; nothing is written."""
 
-    root: Path
+    root: Place
     fresh: frozenset[str] = frozenset()
-    stages: dict[Path, PlannedStage] = field(default_factory=dict)
-    asked: list[Path] = field(default_factory=list)
+    stages: dict[Place, PlannedStage] = field(default_factory=dict)
+    asked: list[Place] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         refuse_unknown(self.fresh)
@@ -74,7 +74,7 @@ class Plan:
     def note(self) -> Callable[[str], None]:
         return lambda line: None
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Place], None]) -> Place:
         directory = self.root / f"{name}-{stage_key(name, inputs)}"
         waits_for = tuple(dict.fromkeys(unknown_in(inputs)))
         made = not waits_for and name not in self.fresh and (directory / MANIFEST).exists()
@@ -82,7 +82,7 @@ class Plan:
         self.asked.append(directory)
         return directory
 
-    def pending(self, directory: Path) -> str:
+    def pending(self, directory: Place) -> str:
         planned = self.stages.get(directory)
         return "" if planned is None or planned.made else f"{PENDING}{directory.name}"
 
@@ -92,7 +92,7 @@ class PlannedRun:
     """A cell, or the initial run: its stages, and its job where all of them are made."""
 
     name: str
-    directory: Path
+    directory: Place
     run: RunConfig
     stages: tuple[PlannedStage, ...]
     job: TrainJob | None
@@ -116,10 +116,10 @@ def plan(comparison: Comparison, evaluated: EvaluatedRun, keeper: Plan, session:
     """List the stages of all runs of a comparison; ``evaluated`` is the run whose evaluation all cells share."""
     stages = Stages(artifacts=keeper, session=session)
     directory = keeper.root.parent / comparison.name
-    users: dict[Path, list[str]] = {}
+    users: dict[Place, list[str]] = {}
     runs: list[PlannedRun] = []
 
-    def add(name: str, run: RunConfig, folder: Path, processes: int, *, tuned: bool = False) -> PlannedRun:
+    def add(name: str, run: RunConfig, folder: Place, processes: int, *, tuned: bool = False) -> PlannedRun:
         found = plan_run(name, run, folder, keeper, stages, processes=processes, tuned=tuned)
         runs.append(found)
         for stage in found.stages:
@@ -147,7 +147,7 @@ def plan(comparison: Comparison, evaluated: EvaluatedRun, keeper: Plan, session:
 
 
 def plan_run(
-    name: str, run: RunConfig, directory: Path, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
+    name: str, run: RunConfig, directory: Place, keeper: Plan, stages: Stages, *, processes: int, tuned: bool = False
 ) -> PlannedRun:
     """List what one run needs; where all of it is made, its job says the rest without work."""
     first, job, refused = len(keeper.asked), None, ""
@@ -181,7 +181,7 @@ def ask_for_stages(run: RunConfig, stages: Stages) -> None:
         ask_for_stored(run, run.data.eval, stages)
 
 
-def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages) -> list[Path]:
+def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages) -> list[Place]:
     """The stores of stored groups, with their reference log-probs."""
     method = run.trained_method
     labelling = run.relabelling
@@ -200,7 +200,7 @@ def ask_for_stored(run: RunConfig, sources: Sequence[DataSource], stages: Stages
     return stores
 
 
-def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> None:
+def ask_for_drawn(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> None:
     """What is drawn once, before the first step."""
     store = rollout_stage(drawn_once_chunks(drawing, run, prompts, stages), run, stages)
     columns = [stages.reference(store, run)] if run.needs_reference else []
@@ -215,12 +215,12 @@ def drawn_once_spec(drawing: Drawing, run: RunConfig, stages: Stages) -> ChunkSp
     return drawn_once_chunks(drawing, run, prompts, stages)
 
 
-def drawn_once_chunks(drawing: Drawing, run: RunConfig, prompts: list[Path], stages: Stages) -> ChunkSpec:
+def drawn_once_chunks(drawing: Drawing, run: RunConfig, prompts: list[Place], stages: Stages) -> ChunkSpec:
     stream = prompts_not_made(prompts, [source.weight for source in drawing.prompts(run.data.train)])
     return drawn_spec(drawing, run, stream, shape_of(run.trained_method), stages, needs_reference=False)
 
 
-def prompts_not_made(prompts: list[Path], weights: list[float]) -> StoredStream:
+def prompts_not_made(prompts: list[Place], weights: list[float]) -> StoredStream:
     """Stores of prompts that may not be made yet, so that nothing of them is known."""
     return StoredStream(
         name="prompts",

@@ -12,7 +12,6 @@ import stat
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -28,8 +27,7 @@ from pydantic import (
 from rayalign.config.suffixes import data_suffix
 from rayalign.methods._fields import refuse_odd_numbers
 
-_MIRRORS = {"s3": {"region", "scheme", "endpoint_override"}, "gs": {"scheme", "endpoint_override"}, "file": set[str]()}
-"""By scheme: what may stand after the question mark."""
+OBJECT_STORES = ("s3://", "gs://", "file://")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 _FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|[^:]+\.py):[A-Za-z_][\w.]*")
 
@@ -149,25 +147,6 @@ def _resolve_template(value: str, info: ValidationInfo) -> str:
     return value if value in ("auto", "none") else _resolve_path(value, info)
 
 
-def _mirror(value: str) -> str:
-    """An address of an object store or a folder, with nothing secret in it: what is wrong with it is not repeated."""
-    address = urlsplit(value)
-    if address.scheme not in _MIRRORS:
-        raise ValueError("unsupported address; write s3://bucket/folder, gs://bucket/folder or file:///folder")
-    if "@" in address.netloc:
-        raise ValueError("carries a user or a key; leave it out: credentials come from the environment alone")
-    settings = parse_qs(address.query, keep_blank_values=True)
-    unknown = sorted(settings.keys() - _MIRRORS[address.scheme])
-    if unknown or address.fragment:
-        known = ", ".join(sorted(_MIRRORS[address.scheme])) or "nothing"
-        raise ValueError(f"after the question mark {address.scheme}:// may have {known}; remove the rest")
-    if (address.scheme == "file") == bool(address.netloc) or (address.scheme == "file" and address.path in ("", "/")):
-        raise ValueError("names no folder; write s3://bucket/folder, gs://bucket/folder or file:///folder")
-    if {".", ".."} & set(address.path.split("/")):
-        raise ValueError("leads out of its own folder; write the whole path without . and ..")
-    return value
-
-
 def _parse_count(value: object) -> object:
     """4 | [2, 8] | auto."""
     if value == "auto":
@@ -187,8 +166,8 @@ def _parse_count(value: object) -> object:
 
 
 def without_folder(value: str) -> str:
-    """The last part of an absolute path; any other value as it is."""
-    return Path(value).name if Path(value).is_absolute() else value
+    """The last part of an absolute path, or of one on an object store; any other value as it is."""
+    return Path(value).name if Path(value).is_absolute() or value.startswith(OBJECT_STORES) else value
 
 
 def _dump_path(value: str, info: SerializationInfo) -> str:
@@ -204,6 +183,5 @@ DataPath = Annotated[str, AfterValidator(_resolve_data), AS_PATH]
 ModelPath = Annotated[str, AfterValidator(resolve_model), AS_PATH]
 TemplatePath = Annotated[str, AfterValidator(_resolve_template), AS_PATH]
 FunctionName = Annotated[str, AfterValidator(check_function), AS_PATH]
-MirrorAddress = Annotated[str, AfterValidator(_mirror)]
 Elastic = Annotated[int | tuple[int, int] | Literal["auto"], BeforeValidator(_parse_count)]
 """A fixed number, [smallest, largest], or ``auto``."""

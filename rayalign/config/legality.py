@@ -357,13 +357,13 @@ def _deepspeed(run: RunConfig, _record: Method) -> Iterator[Violation]:
         return
     if isinstance(run.strategy.workers, tuple):
         yield Violation("strategy.workers", "deepspeed resumes with as many workers only; write one number")
+    if "://" in run.storage_path:
+        yield Violation("storage_path", "deepspeed needs a folder that all nodes see; write strategy: ddp or fsdp2")
     if run.model.compile:
         yield Violation("model.compile", "deepspeed trains no compiled model; write strategy: single, ddp or fsdp2")
+    nonfinite = "deepspeed may have updated weights before a value is found not finite; write stop, or strategy: fsdp2"
     if run.optim.on_nonfinite == "skip":
-        yield Violation(
-            "optim.on_nonfinite",
-            "deepspeed may have updated weights before a value is found not finite; write stop, or strategy: fsdp2",
-        )
+        yield Violation("optim.on_nonfinite", nonfinite)
 
 
 def _two_heads(run: RunConfig, record: Method) -> Iterator[Violation]:

@@ -51,7 +51,7 @@ class RunConfig(Block):
     seed: int = Field(default=0, ge=0)
     """Order of the data, samples, new weights: everything that is drawn."""
     storage_path: Annotated[str, MAY_CHANGE] = Field(default="runs", min_length=1)
-    """A folder that all nodes see; relative: to where the run starts, on a cluster to $RAYALIGN_STORAGE."""
+    """A folder that all nodes see, or s3://bucket/runs; relative: on a cluster to $RAYALIGN_STORAGE."""
     model: ModelConfig
     data: DataConfig
     filter: FilterConfig | None = None

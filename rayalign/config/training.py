@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, Elastic, InputPath, MirrorAddress, ModelPath
+from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, Elastic, InputPath, ModelPath
 from rayalign.methods.weighting import WPOWeighting
 
 
@@ -156,9 +156,6 @@ class CheckpointConfig(Block):
     """The newest that are kept; the final model is always kept."""
     asynchronous: bool = False
     """true: training waits only until its state is copied into the host's memory; a thread writes the files."""
-    mirror: MirrorAddress | None = None
-    """s3://bucket/folder, gs:// or file://: a second place for committed checkpoints and the rounds that they need. A
-    run resumes from it where storage_path has no checkpoint as new. Credentials come from the environment."""
     restart_optimizer: bool = False
     """true: resume from the weights with a new optimizer where its state cannot be read. That is so between deepspeed
     and other strategies, and for another number of deepspeed's workers. false refuses."""

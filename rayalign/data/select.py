@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from rayalign.data.index import Piece, offsets
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
-from rayalign.storage.manifest import verify
+from rayalign.storage.cache import fetched, whole, working
+from rayalign.storage.place import Place
 
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float64]
@@ -95,20 +95,20 @@ def select_best(scores: Sequence[Scores], quantile: float) -> Selection:
     return Selection(threshold=threshold, kept=tuple(np.flatnonzero(own >= threshold) for own in scores))
 
 
-def rows_file(directory: Path, number: int) -> Path:
+def rows_file(directory: Place, number: int) -> Place:
     """Where the kept rows of store ``number`` lie."""
     return directory / f"{number:04d}.npy"
 
 
-def write_selected_rows(directory: Path, selection: Selection) -> None:
+def write_selected_rows(directory: Place, selection: Selection) -> None:
     """One file of rows per store, before the commit of ``directory``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for number, rows in enumerate(selection.kept):
-        np.save(rows_file(directory, number), rows.astype("<i8"))
+    with working(directory) as local:
+        for number, rows in enumerate(selection.kept):
+            np.save(local / rows_file(directory, number).name, rows.astype("<i8"))
 
 
-def read_selected_rows(path: Path) -> Rows:
+def read_selected_rows(path: Place) -> Rows:
     """The rows in a file of a committed selection; raises TornDirectory where the folder is not whole."""
-    verify(path.parent)
-    rows: Rows = np.load(path).astype(np.int64)
+    whole(path.parent)
+    rows: Rows = np.load(fetched(path.parent) / path.name).astype(np.int64)
     return rows

@@ -28,6 +28,7 @@ from safetensors.numpy import save
 
 from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds, check_group
 from rayalign.data.schema import Turns
+from rayalign.storage.place import Place, listed
 
 Words = NDArray[np.int32]
 TOKENS, COLUMNS, SAID, INDEX = ".tokens", ".columns", ".said", ".index"
@@ -235,16 +236,16 @@ def write_column_shard(
     return info
 
 
-def finished_shards(directory: Path) -> dict[str, ShardInfo]:
+def finished_shards(directory: Place) -> dict[str, ShardInfo]:
     """Name → shard, for those that are complete: what an interrupted writer need not write again.
 
     A shard's files are flushed before they are renamed, and it is listed last: no byte of them is read here.
     """
-    found = [ShardInfo.from_json(json.loads(path.read_text())) for path in sorted(directory.glob(f"*{_SIDECAR}"))]
+    found = [ShardInfo.from_json(json.loads(path.read_bytes())) for path in listed(directory, f"*{_SIDECAR}")]
     return {info.name: info for info in found if is_complete(directory, info)}
 
 
-def is_complete(directory: Path, info: ShardInfo) -> bool:
+def is_complete(directory: Place, info: ShardInfo) -> bool:
     """Whether every file of a shard is there with its size."""
     paths = {directory / name: own["bytes"] for name, own in info.files.items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())

@@ -30,8 +30,10 @@ from rayalign.data.shard import (
     files_of,
     is_complete,
 )
+from rayalign.storage.cache import fetched, gathered
 from rayalign.storage.manifest import TornDirectory, commit, file_facts, read_manifest
 from rayalign.storage.manifest import verify as verify_files
+from rayalign.storage.place import Place, place_of
 
 
 class StoreMismatch(ValueError):
@@ -52,22 +54,23 @@ class TokenStore:
     files: OpenFiles = field(repr=False)
 
     @classmethod
-    def open(cls, directory: Path | str, *, verify: bool = False) -> TokenStore:
-        """Open a local store; with ``verify`` every byte is compared with the digests first.
+    def open(cls, directory: Place | str, *, verify: bool = False) -> TokenStore:
+        """Open a store, or this node's copy of it; with ``verify`` every byte is compared with the digests first.
 
         Raises:
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        return _open(Path(directory), _manifest(Path(directory), verify=verify))
+        local = fetched(place_of(directory))
+        return _open(local, _manifest(local, verify=verify))
 
-    def with_columns(self, where: Path | str, *, verify: bool = False) -> TokenStore:
+    def with_columns(self, where: Place | str, *, verify: bool = False) -> TokenStore:
         """This store with the columns of a directory laid over it.
 
         Raises:
             StoreMismatch: the columns were made for another store.
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        directory = Path(where)
+        directory = fetched(place_of(where))
         manifest = _manifest(directory, verify=verify)
         if manifest["store"] != self.digest:
             raise StoreMismatch(f"{where} was made for store {manifest['store']}, not for {self.digest}")
@@ -182,13 +185,19 @@ class TokenStore:
 
 
 def commit_store(
-    directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
+    directory: Place, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
 ) -> TokenStore:
     """Make the shards one store, in the order given; the manifest is the commit.
 
     Shards far below ``shard_bytes`` are joined. ``meta`` is plain JSON about how the store was made; it is no part of
     the digest. Raises TornDirectory where a shard is not complete in ``directory``.
     """
+    with gathered(directory) as local:
+        _commit_store(local, shards, meta=meta, shard_bytes=shard_bytes)
+    return TokenStore.open(directory)
+
+
+def _commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int) -> None:
     _check_complete(directory, shards)
     sources = write_index(directory, shards)
     first = 0
@@ -198,11 +207,10 @@ def commit_store(
         first += shard.groups
     index = {NAME: file_facts(directory / NAME)}
     _commit(directory, placed, index, shard_bytes=shard_bytes, meta=meta, sources=sources)
-    return TokenStore.open(directory)
 
 
 def commit_columns(
-    directory: Path,
+    directory: Place,
     store: TokenStore,
     shards: Iterable[ShardInfo],
     *,
@@ -215,6 +223,14 @@ def commit_columns(
         StoreMismatch: the shards leave out groups of the store or cover some twice.
         TornDirectory: a shard is not complete in ``directory``, or its columns have other lengths than the groups.
     """
+    with gathered(directory) as local:
+        _commit_columns(local, store, shards, meta=meta, shard_bytes=shard_bytes)
+    return store.with_columns(directory)
+
+
+def _commit_columns(
+    directory: Path, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int
+) -> None:
     ordered = sorted(shards, key=lambda shard: shard.first)
     _check_complete(directory, ordered)
     covered = 0
@@ -226,7 +242,6 @@ def commit_columns(
         raise StoreMismatch(f"{directory}: the columns cover {covered} groups of a store of {len(store)}")
     column_layer(directory, ordered, store.index, store.files)
     _commit(directory, ordered, {}, shard_bytes=shard_bytes, meta=meta, store=store.digest)
-    return store.with_columns(directory)
 
 
 def _check_complete(directory: Path, shards: Sequence[ShardInfo]) -> None:
@@ -257,7 +272,7 @@ def _commit(
         (directory / name).unlink(missing_ok=True)
 
 
-def _manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
+def _manifest(directory: Place, *, verify: bool = False) -> dict[str, Any]:
     manifest = verify_files(directory) if verify else read_manifest(directory)
     if manifest is None:
         raise TornDirectory(f"{directory} was never committed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from rayalign.data.micro_batches import StepCounts
 from rayalign.data.rows import Layout
+from rayalign.storage.place import Place
 from rayalign.types import PackedBatch
 
 
@@ -56,7 +56,7 @@ class Weights:
     attempt: str
     digest: str
     """Digest of every bit of the weights."""
-    directory: Path | None
+    directory: Place | None
     """Where they lie in Hugging Face layout; None where they were sent and not written."""
     canary: tuple[float, ...]
     """What the training forward says of a fixed sequence, nats: see :mod:`rayalign.engine.canary`."""
@@ -68,16 +68,6 @@ class Weights:
     def version(self) -> str:
         """Names these weights and the attempt that made them."""
         return f"step_{self.step:06d}-{self.attempt}-{self.digest[:12]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NeededRounds:
-    """The committed folders that a restart reads beside its checkpoint."""
-
-    begun: tuple[Path, ...] = ()
-    """The round in progress, and what was made of it: just these were trained on."""
-    ahead: Mapping[Path, Path] = field(default_factory=dict)
-    """Later rounds that were asked for, each with the weights that it is drawn with; those go once it is committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +93,7 @@ class Rounds(Protocol):
         """Whether rounds are drawn with the weights that step ``step`` begins with."""
         ...
 
-    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Place | None:
         """Where those weights are to be written; None where it is enough to send them, unless they are ``written``."""
         ...
 
@@ -125,10 +115,6 @@ class Rounds(Protocol):
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after ``step`` steps must hold so that a restart asks for the same groups; plain JSON."""
-        ...
-
-    def needed(self, step: int) -> NeededRounds:
-        """What must lie beside that checkpoint."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ from rayalign.engine.loop import (
     train_one_step,
     wait_for_groups,
 )
-from rayalign.engine.metrics import open_sinks
+from rayalign.engine.metrics import flush, open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -45,8 +45,10 @@ from rayalign.engine.optimizer import learning_rate, set_learning_rate
 from rayalign.engine.state import CriticSpec, MakeBatches, Notices, Run, TrainSpec
 from rayalign.engine.step import Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
+from rayalign.storage.cache import local_folder, working
 from rayalign.storage.disk import room_for
 from rayalign.storage.manifest import commit, read_manifest
+from rayalign.storage.place import Place
 
 CRITIC = "critic"
 """The critic's folder in a checkpoint."""
@@ -108,7 +110,7 @@ def train_with_critic(
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
     notices: Notices | None = None,
-) -> Path:
+) -> Place:
     """Train policy and critic to the last step and return the policy's exported ``final/``; otherwise as
     :func:`rayalign.engine.loop.train_policy`, whose errors it raises too.
     """
@@ -142,6 +144,7 @@ def train_with_critic(
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
+                flush(sinks)
                 keep(facts={CRITIC: critic.state()})
         refuse_stopped(run, writer, lambda: keep(facts={CRITIC: critic.state()}))
     export_critic(run, critic)
@@ -154,9 +157,11 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     spec = run.spec.critic
     method, config = main_objective(run).method, main_objective(run).config
     assert spec is not None and method.critic is not None
-    place = resumed.directory / CRITIC if resumed is not None else None
-    start = spec.model.at(place) if place else spec.model
-    model, tokenizer = run.strategy.load(start)
+    if resumed is None:
+        model, tokenizer = run.strategy.load(spec.model)
+    else:
+        with local_folder(resumed.directory) as folder:
+            model, tokenizer = run.strategy.load(spec.model.at(folder / CRITIC))
     run.layout = common_layout(run.layout, layout_of(model, run.strategy))
     module, optimizer = run.strategy.wrap(
         root_module(model, layout=run.layout), spec.optim, compute_dtype=run.runner.compute_dtype
@@ -170,8 +175,8 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
         runner=replace(run.runner, module=module, objectives={MAIN_STREAM: objective}),
         optimizer=optimizer,
     )
-    if resumed is not None and place is not None:
-        load_optimizer(run, critic.optimizer, place)
+    if resumed is not None:
+        load_optimizer(run, critic.optimizer, resumed.directory, part=CRITIC)
         critic.restore(resumed.facts[CRITIC])
     return critic
 
@@ -294,5 +299,6 @@ def export_critic(run: Run, critic: Critic) -> None:
     state = run.strategy.full_state(critic.model)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
-            save_pretrained(critic.model, critic.tokenizer, final, state=state, precision=run.spec.saved)
+            with working(final) as folder:
+                save_pretrained(critic.model, critic.tokenizer, folder, state=state, precision=run.spec.saved)
             commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

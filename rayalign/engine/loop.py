@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from rayalign.engine.checkpoint.saving import (
 from rayalign.engine.checkpoint.sending import num_bytes, offer_weights, state_to_export
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.frozen import ScoringSpec, computed_with
-from rayalign.engine.metrics import open_sinks
+from rayalign.engine.metrics import flush, open_sinks
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.lora import ADAPTER
 from rayalign.engine.model.parity import choose_layout
@@ -48,8 +47,10 @@ from rayalign.engine.optimizer import learning_rate, set_learning_rate
 from rayalign.engine.state import MakeBatches, NoNotices, Notices, Run, TrainSpec, checkpointer_of
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
+from rayalign.storage.cache import fetched, local_folder, working
 from rayalign.storage.disk import room_for
 from rayalign.storage.manifest import commit, read_manifest
+from rayalign.storage.place import Place
 from rayalign.types import PADDING_GROUP
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def train_policy(
     on_step: Callable[[Mapping[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
     notices: Notices | None = None,
-) -> Path:
+) -> Place:
     """Train to the last step and return the exported ``final/``; continues from the newest whole checkpoint.
 
     ``rounds`` are what the batches are read from, where the run draws them from its policy; None for stored data.
@@ -101,6 +102,7 @@ def train_policy(
             if strategy.rank == 0:
                 on_step(row)
             if checkpoint_is_due(run):
+                flush(sinks)
                 save_checkpoint(run, writer, rounds)
         refuse_stopped(run, writer, partial(save_checkpoint, run, writer, rounds))
     export_final(run)
@@ -176,24 +178,25 @@ def common_layout(one: Layout, other: Layout) -> Layout:
     return "packed" if one == other == "packed" else "concatenated"
 
 
-def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+def load_optimizer(run: Run, optimizer: torch.optim.Optimizer, directory: Place, *, part: str = "") -> None:
     """The optimizer's state as a checkpoint has it, or, where it cannot be read and the user wants that, a new one."""
     try:
-        run.strategy.load_optimizer(optimizer, directory)
+        with local_folder(directory) as folder:
+            run.strategy.load_optimizer(optimizer, folder / part)
     except UnreadableOptimizer as error:
         if not run.spec.checkpoint.restart_optimizer:
             raise
         log.warning(
             "%s resumes from the weights of %s alone, with a new optimizer, as checkpoint.restart_optimizer asks (%s). "
             "The curve is not that of an uninterrupted run",
-            run.spec.directory.name, directory.relative_to(run.checkpointer.root), error,
+            run.spec.directory.name, directory.name, error,
         )  # fmt: skip
 
 
-def resumed_model(model: ModelSpec, checkpoint: Path) -> ModelSpec:
+def resumed_model(model: ModelSpec, checkpoint: Place) -> ModelSpec:
     """What a run loads to resume: an adapter onto the model that it began with, or the whole policy."""
     if model.config.lora is not None:
-        return replace(model, adapter=checkpoint / ADAPTER)
+        return replace(model, adapter=fetched(checkpoint) / ADAPTER)
     return model.at(checkpoint)
 
 
@@ -300,14 +303,15 @@ def export_final(run: Run) -> None:
     state, adapter = state_to_export(run)
     if run.strategy.rank == 0:
         with room_for(final, num_bytes(state)):
-            if run.spec.export_adapter:
-                adapter(final)
-            save_pretrained(
-                run.model,
-                run.tokenizer,
-                final,
-                stop_ids=run.spec.stop_ids,
-                state=state,
-                precision=run.spec.saved,
-            )
+            with working(final) as folder:
+                if run.spec.export_adapter:
+                    adapter(folder)
+                save_pretrained(
+                    run.model,
+                    run.tokenizer,
+                    folder,
+                    stop_ids=run.spec.stop_ids,
+                    state=state,
+                    precision=run.spec.saved,
+                )
             commit(final, {"step": run.step, "identity": dict(run.spec.identity)})

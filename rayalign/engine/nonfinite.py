@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from rayalign.engine.state import Run
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.methods.method import Term
 from rayalign.storage.manifest import write_durably
+from rayalign.storage.place import Place
 from rayalign.types import PackedBatch, Scored
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def skip_step(run: Run, work: Sequence[StreamWork], error: NonFiniteStep) -> Ste
 
 
 def with_groups(
-    error: NonFiniteStep, runner: Runner, work: Sequence[StreamWork], *, step: int, directory: Path
+    error: NonFiniteStep, runner: Runner, work: Sequence[StreamWork], *, step: int, directory: Place
 ) -> NonFiniteStep:
     """``error`` with what there is to know, its groups on the disk. Every worker calls this, and all say the same."""
     strategy, folder = runner.strategy, directory / FOLDER / f"step_{step + 1:06d}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +19,7 @@ from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import Objective
 from rayalign.engine.step import Runner
 from rayalign.engine.strategy.base import Strategy
-from rayalign.storage.copies import Mirror
+from rayalign.storage.place import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class CriticSpec:
 class TrainSpec:
     """Everything one worker must know to train; plain values, so that it travels between processes."""
 
-    directory: Path
+    directory: Place
     """``<storage_path>/<name>``: metrics.jsonl, checkpoints/, final/."""
     model: ModelSpec
     objectives: tuple[Objective, ...]
@@ -48,8 +47,6 @@ class TrainSpec:
     checkpoint: CheckpointConfig
     checkpoint_at: tuple[int, ...] = ()
     """Further steps whose checkpoint is written and kept until the run ends."""
-    mirror: Mirror | None = None
-    """Where committed checkpoints are kept a second time."""
     evaluate_at: tuple[int, ...] = ()
     """Steps after which loss and metrics are measured on held-out groups."""
     stop_ids: tuple[int, ...] = ()

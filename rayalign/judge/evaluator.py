@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -17,11 +16,12 @@ from rayalign.judge import judge_of
 from rayalign.judge.measure import Measured, Prompt, Sampled, make_scorers, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import ALONE, EngineOptions, FrozenEngine, Sampler, make_sampler
+from rayalign.storage.place import Place
 
 TOKENS_PER_PART = 262_144
 """Bound on samples × (prompt + new tokens) of one part: minutes of the embedded engine on a GPU."""
 
-Subject: TypeAlias = Path | ModelSpec | None
+Subject: TypeAlias = Place | ModelSpec | None
 """A policy: the folder of a checkpoint, any other model, or the reference where it is None."""
 
 

@@ -18,6 +18,7 @@ from rayalign.report.points import (
 )
 from rayalign.report.render import render_report
 from rayalign.report.trials import TuningRecord, UntriedSetting
+from rayalign.storage.place import Place
 
 Alike = Callable[[ComparisonRecord], object]
 MEASURED: Mapping[str, Alike] = {
@@ -43,16 +44,21 @@ DIGESTS: Mapping[str, str] = {
 """Key of ``ComparisonRecord.measured`` → its name; what else is there is named by its key."""
 
 
-def merge_folders(directories: Sequence[Path], out: Path | None) -> tuple[ComparisonRecord, Path]:
+def whole_name(place: Place) -> str:
+    """The one name of a folder that may be written in several ways."""
+    return str(place.resolve() if isinstance(place, Path) else place)
+
+
+def merge_folders(directories: Sequence[Place], out: Place | None) -> tuple[ComparisonRecord, Place]:
     """The merged comparison and its page, written below ``out``.
 
     Raises:
         UserError: a folder is given twice or holds no comparison, ``out`` is one of them or missing, nothing merges.
     """
-    resolved = [directory.resolve() for directory in directories]
+    resolved = list(map(whole_name, directories))
     if len(set(resolved)) < len(resolved):
         raise UserError("a folder is given twice; name each comparison once")
-    if out is None or out.resolve() in resolved:
+    if out is None or whole_name(out) in resolved:
         raise UserError("several comparisons become a report of their own; say where: --out runs/merged")
     merged = merge([(str(directory), load_comparison(directory)) for directory in directories])
     save_comparison(merged, out)

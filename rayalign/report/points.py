@@ -12,9 +12,7 @@ P prompts x S samples of every quantity as P rows of S numbers, in the order of 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -23,6 +21,8 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rayalign.errors import UserError
 from rayalign.report.trials import Cost, Record, TuningRecord, UntriedSetting
+from rayalign.storage.manifest import write_durably
+from rayalign.storage.place import Place
 
 FILE_NAME = "comparison.json"
 REFERENCE = "reference"
@@ -350,14 +350,14 @@ def _require_unique(what: str, values: list[str]) -> None:
         raise ValueError(f"{what}: {', '.join(repeated)} more than once")
 
 
-def save_comparison(comparison: ComparisonRecord, directory: Path) -> Path:
+def save_comparison(comparison: ComparisonRecord, directory: Place) -> Place:
     """Write ``directory/comparison.json`` in one rename and return its path."""
     path = directory / FILE_NAME
     write_text(path, comparison.model_dump_json() + "\n")
     return path
 
 
-def load_comparison(directory: Path) -> ComparisonRecord:
+def load_comparison(directory: Place) -> ComparisonRecord:
     """Read what :func:`save_comparison` wrote.
 
     Raises:
@@ -377,9 +377,6 @@ def load_comparison(directory: Path) -> ComparisonRecord:
         raise UserError(f"{path}: {problems}. Run `rayalign compare` again, or repair the field.") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: to a neighbour first, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+def write_text(path: Place, text: str) -> None:
+    """Write a whole file or nothing."""
+    write_durably(path, text)

@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from pathlib import Path
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -23,11 +22,12 @@ from rayalign.report.samples import prompt_samples
 from rayalign.report.summary import AnswersSummary, Summary
 from rayalign.report.templates import environment
 from rayalign.report.trials import TuningRecord
+from rayalign.storage.place import Place
 
 FOLDER = "report"
 
 
-def render_report(comparison: ComparisonRecord, directory: Path) -> Path:
+def render_report(comparison: ComparisonRecord, directory: Place) -> Place:
     """Write ``directory/report/`` and return the path of ``report.html``, which is written last.
 
     Each file is replaced whole, so a reader never sees half of one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from rich.text import Text
 from rayalign.errors import UserError
 from rayalign.report.formatting import MISSING, printable
 from rayalign.report.tables import narrow_table
+from rayalign.storage.lease import silent_seconds
 from rayalign.storage.manifest import MANIFEST
+from rayalign.storage.place import ObjectPath, Place, below
 
 TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0
@@ -26,13 +27,16 @@ SHOWN_TIME = slice(len("2026-"), len("2026-01-31 12:34"))
 COLUMNS = ("run", "status", "step", "loss", "tokens/s", "left", "saved", "attempts", "updated")
 
 
-def status_table(directory: Path) -> RenderableType:
+COLUMNS = ("run", "status", "step", "loss", "tokens/s", "left", "saved", "attempts", "updated")
+
+
+def status_table(directory: Place) -> RenderableType:
     """One line per run, and below why attempts of unfinished ones failed; raises UserError where there is no run."""
     lines: list[list[str]] = []
     told: list[Text] = []
     for run in runs(directory):
         facts = read_run_json(run / "run.json")
-        name = str(run.relative_to(directory)) if run != directory else directory.resolve().name
+        name = below(run, directory) if run != directory else name_of(directory)
         lines.append([name, *state_of(run, facts)])
         if lines[-1][1] != "finished":
             told += [Text(printable(f"{name}: {failure}")) for failure in facts.get("failures", [])]
@@ -41,7 +45,12 @@ def status_table(directory: Path) -> RenderableType:
     return Group(narrow_table(COLUMNS, lines, title=str(directory)), *told)
 
 
-def state_of(run: Path, facts: Mapping[str, Any]) -> list[str]:
+def name_of(place: Place) -> str:
+    """The last part of its whole address."""
+    return (place.resolve() if isinstance(place, Path) else place).name
+
+
+def state_of(run: Place, facts: Mapping[str, Any]) -> list[str]:
     """The cells of a run's line, but its name."""
     rows = last_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
@@ -60,12 +69,13 @@ def state_of(run: Path, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def runs(directory: Path) -> Iterator[Path]:
+def runs(directory: Place) -> Iterator[Place]:
     """Folders at or below ``directory`` that hold a run, in the order of their names."""
-    return (path.parent for path in sorted(directory.rglob("run.json")))
+    found: list[Place] = [*directory.rglob("run.json")]
+    return (path.parent for path in sorted(found, key=str))
 
 
-def read_run_json(path: Path) -> dict[str, Any]:
+def read_run_json(path: Place) -> dict[str, Any]:
     """What a ``run.json`` says; empty where it is damaged, so that one such run does not hide the others."""
     return record(path.read_bytes())
 
@@ -79,26 +89,27 @@ def record(text: bytes) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def status_of(run: Path, facts: Mapping[str, Any]) -> str:
+def status_of(run: Place, facts: Mapping[str, Any]) -> str:
     """Status that the run has written; a *running* one whose lease is not renewed was lost."""
     status = str(facts.get("status", "unreadable"))
     if status != "running":
         return status
-    try:
-        silent = time.time() - (run / ".lease").stat().st_mtime
-    except FileNotFoundError:
-        return "lost"
-    return status if silent < SILENT_SECONDS else "lost"
+    silent = silent_seconds(run)
+    return status if silent is not None and silent < SILENT_SECONDS else "lost"
 
 
-def last_rows(path: Path) -> list[dict[str, Any]]:
+def last_rows(path: Place) -> list[dict[str, Any]]:
     """The newest whole rows of a ``metrics.jsonl``; none where there is none yet."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - TAIL_BYTES)
-        file.seek(start)
-        *whole, _ = file.read().split(b"\n")
+    start = max(0, path.stat().st_size - TAIL_BYTES)
+    if isinstance(path, ObjectPath):
+        end = path.read_bytes()[start:]
+    else:
+        with path.open("rb") as file:
+            file.seek(start)
+            end = file.read()
+    *whole, _ = end.split(b"\n")
     found = map(record, whole[1:] if start and len(whole) > 1 else whole)
     return [row for row in found if row]
 
@@ -112,7 +123,7 @@ def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(row.get("seconds", 0.0) for row in rows) / len(rows) if rows else 0.0
 
 
-def newest_checkpoint(run: Path) -> str:
+def newest_checkpoint(run: Place) -> str:
     """The step of the newest committed one."""
     steps = [path.parent.name[5:].partition("-")[0] for path in run.glob(f"checkpoints/step_*/{MANIFEST}")]
     return str(max(map(int, steps))) if steps else MISSING

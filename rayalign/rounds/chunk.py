@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,7 +38,9 @@ from rayalign.rounds.label import Labelled, label, label_key, own_rule
 from rayalign.rounds.stored import Drawn, StoredGroups
 from rayalign.rounds.streams import StoredStream
 from rayalign.rounds.weights import WeightChannel
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import read_manifest
+from rayalign.storage.place import Place
 
 REST: Literal["rest"] = "rest"
 
@@ -73,7 +74,7 @@ class PromptChunk:
 
     name: str
     positions: range
-    directory: Path
+    directory: Place
     weights: Weights | None
     """None: the reference itself."""
     most_bad: int | None = None
@@ -170,8 +171,10 @@ class ChunkMaker:
         for own, old, new in zip(scores, stored, fresh, strict=True):
             counted.append(own[len(old) :] if new else own)
         answers = list(chain.from_iterable(fresh))
+        with working(chunk.directory) as folder:
+            shard = write_shard(folder, chunk.name, groups, prompts=said)
         return ChunkReport(
-            shard=write_shard(chunk.directory, chunk.name, groups, prompts=said),
+            shard=shard,
             prompts=len(drawn),
             completions=len(answers),
             tokens_generated=sum(len(answer.ids) for answer in answers),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from rayalign.data.rows import Layout
 from rayalign.data.store import TokenStore
 from rayalign.data.stream import Stream
-from rayalign.engine.batches import NeededRounds, RoundWork, State, Weights
+from rayalign.engine.batches import RoundWork, State, Weights
 from rayalign.errors import UserError
 from rayalign.rounds.columns import prepare_columns
 from rayalign.rounds.folder import Request, RoundFolder
@@ -23,11 +22,14 @@ from rayalign.rounds.stored import Drawn
 from rayalign.rounds.streams import SourceSpec, round_part
 from rayalign.rounds.weights import WeightChannel
 from rayalign.storage.manifest import MANIFEST, committed, read_manifest
+from rayalign.storage.place import ObjectPath, Place
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 3600.0
 POLL_SECONDS = 0.05
+OBJECTS_POLL_SECONDS = 1.0
+"""An object store is asked less often, for every question costs."""
 TELL_SECONDS = 60.0
 
 
@@ -56,8 +58,6 @@ class RoundsClient:
         self.requests: dict[int, Request] = {}
         """By round: the weights that it must be drawn with."""
         self.opened: tuple[int, TokenStore, Mapping[str, int | float]] | None = None
-        self.read: tuple[Path, ...] = ()
-        """The folders of the round that is open."""
         sizes = tuple(len(TokenStore.open(store)) for store in stream.prompts.stores)
         self.order = Stream(
             name=stream.prompts.name,
@@ -88,7 +88,7 @@ class RoundsClient:
     def wants_weights(self, step: int) -> bool:
         return len(self.plan.rounds_drawn_at(step)) > 0
 
-    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Path | None:
+    def weights_folder(self, step: int, attempt: str, *, written: bool) -> Place | None:
         """A round that lags may still be wanted after a restart, which then no longer has its weights."""
         if self.channel is not None and self.plan.lag == 0 and not written:
             return None
@@ -117,16 +117,6 @@ class RoundsClient:
     def state(self, step: int) -> dict[str, Any]:
         """The requests for rounds that are trained on from ``step`` on."""
         return {str(number): request.to_json() for number, request in self._needed(step).items()}
-
-    def needed(self, step: int) -> NeededRounds:
-        """The folders of those rounds, and of the one in progress."""
-        needed = self._needed(step)
-        begun = needed.pop(self.opened[0], None) if self.opened is not None else None
-        ahead = {}
-        for request in needed.values():
-            assert request.weights.directory is not None  # only a round that lags is needed before it is begun
-            ahead[self.folder.round(request)] = request.weights.directory
-        return NeededRounds(begun=self.read if begun is not None else (), ahead=ahead)
 
     def _needed(self, step: int) -> dict[int, Request]:
         """What later steps need and a restart does not ask for itself, as it does for what ``step``'s weights draw."""
@@ -185,9 +175,8 @@ class RoundsClient:
         wait_for(directory, self._failure)
         store, facts = self._open(number)
         self.opened = (number, store.with_columns(directory), {**facts, **committed(directory)["meta"]["facts"]})
-        self.read = (self.folder.round(self.requests[number]), directory)
 
-    def _columns(self, step: int, version: str) -> Path:
+    def _columns(self, step: int, version: str) -> Place:
         assert self.preparation is not None
         request = self.requests[self.plan.round_of(step)]
         return self.folder.prepared(request, f"{self.preparation.key}-{version}")
@@ -208,11 +197,10 @@ class RoundsClient:
             for laid_over in columns:
                 store = store.with_columns(laid_over)
             self.opened = (number, store, manifest["meta"]["facts"])
-            self.read = (directory, *columns)
             self.requests = {later: request for later, request in self.requests.items() if later >= number}
         return self.opened[1], self.opened[2]
 
-    def _directories(self, number: int) -> list[Path]:
+    def _directories(self, number: int) -> list[Place]:
         """What the driver commits of a round: its groups, and the columns that a method makes of them."""
         request = self.requests[number]
         columns = [self.folder.prepared(request, self.prepared)] if self.prepared is not None else []
@@ -231,7 +219,7 @@ def client_of(
     return RoundsClient(spec, rank=rank, world_size=world_size, channel=channel)
 
 
-def wait_for(directory: Path, failure: Callable[[], str], stop: Callable[[], bool] = lambda: False) -> bool:
+def wait_for(directory: Place, failure: Callable[[], str], stop: Callable[[], bool] = lambda: False) -> bool:
     """Return once ``directory`` is committed: True; or once ``stop`` says so: False.
 
     Raises UserError with the driver's message when it gave up, or after an hour, naming what was waited for.
@@ -251,5 +239,5 @@ def wait_for(directory: Path, failure: Callable[[], str], stop: Callable[[], boo
         if now - told > TELL_SECONDS:
             log.warning("waiting for %s since %.0f s", directory.name, now - began)
             told = now
-        time.sleep(POLL_SECONDS)
+        time.sleep(OBJECTS_POLL_SECONDS if isinstance(directory, ObjectPath) else POLL_SECONDS)
     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from rayalign.data.shard import write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.methods.method import PREPARED, Method, MethodConfig
+from rayalign.storage.cache import working
+from rayalign.storage.place import Place
 from rayalign.types import Round
 
 
@@ -26,7 +27,7 @@ class RoundPreparation:
 
 
 def prepare_columns(
-    store: TokenStore, directory: Path, preparation: RoundPreparation, *, old_value: Tensor | None = None
+    store: TokenStore, directory: Place, preparation: RoundPreparation, *, old_value: Tensor | None = None
 ) -> TokenStore:
     """Commit the columns that the method makes of all groups of ``store``, as one round, and lay them over it.
 
@@ -57,7 +58,8 @@ def prepare_columns(
     for name, column in made.items():
         parts = torch.split_with_sizes(column.float(), lengths)
         per_token[name] = [part.numpy() for part in parts]
-    shard = write_column_shard(directory, "prepared", first=0, per_token=per_token)
+    with working(directory) as folder:
+        shard = write_column_shard(folder, "prepared", first=0, per_token=per_token)
     facts = critic_facts(made["old_value"], made["return"]) if old_value is not None and "return" in made else {}
     meta = {"method": method.name, "parameters": config.model_dump(mode="json"), "facts": facts}
     return commit_columns(directory, store, [shard], meta=meta)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from rayalign.data.shard import finished_shards, write_whole
+from rayalign.data.shard import finished_shards
 from rayalign.data.store import commit_store
 from rayalign.engine.batches import Weights
 from rayalign.errors import UserError
@@ -21,6 +20,7 @@ from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import ChunkReport, ChunkSpec, PromptChunk
 from rayalign.rounds.ledger import Ledger, bad_prompts, bad_prompts_sentence
 from rayalign.rounds.workers import ItemKilled, Workers
+from rayalign.storage.place import Place, remove, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ MOST_FATAL = 4
 def draw_chunks(
     spec: ChunkSpec,
     positions: range,
-    directory: Path,
+    directory: Place,
     *,
     weights: Weights | None,
     pool: Workers,
@@ -77,10 +77,11 @@ def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, PromptChunk], er
     log.warning("%s; looking for the prompt that does it", error)
     found: list[int] = []
     suspects = halves(chunk.positions)
-    with tempfile.TemporaryDirectory(dir=chunk.directory.parent) as scratch:
+    scratch = chunk.directory.parent / f".probe-{uuid.uuid4().hex}"
+    try:
         while suspects:
             positions = suspects.pop(0)
-            probe = replace(chunk, name=f"{positions.start:010d}", positions=positions, directory=Path(scratch))
+            probe = replace(chunk, name=f"{positions.start:010d}", positions=positions, directory=scratch)
             try:
                 pool.call((spec, probe), attempts=PROBES)
             except ItemKilled:
@@ -88,6 +89,8 @@ def without_fatal_prompts(pool: Workers, item: tuple[ChunkSpec, PromptChunk], er
                 found += positions if len(positions) == 1 else ()
             if len(found) > MOST_FATAL:
                 raise error
+    finally:
+        remove(scratch)
     if not found:
         raise error
     report: ChunkReport = pool.call((spec, replace(chunk, fatal=tuple(found))))
@@ -101,7 +104,7 @@ def halves(positions: range) -> list[range]:
 
 
 def plan_chunks(
-    spec: ChunkSpec, positions: range, directory: Path, weights: Weights | None, *, most_bad: int
+    spec: ChunkSpec, positions: range, directory: Place, weights: Weights | None, *, most_bad: int
 ) -> list[PromptChunk]:
     """Fixed chunks: the same for any process and any number of actors."""
     samples = spec.sampling.num_samples if spec.sampling else 4
@@ -121,7 +124,7 @@ def plan_chunks(
 
 
 def commit_drawn(
-    directory: Path,
+    directory: Place,
     reports: Sequence[dict[str, Any]],
     *,
     max_bad_fraction: float,
@@ -147,7 +150,7 @@ def commit_drawn(
     return ledger
 
 
-def report_path(chunk: PromptChunk) -> Path:
+def report_path(chunk: PromptChunk) -> Place:
     return chunk.directory / f"{chunk.name}.report.json"
 
 

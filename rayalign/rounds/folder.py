@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rayalign.engine.batches import Weights
 from rayalign.storage.manifest import write_durably
+from rayalign.storage.place import Place, listed, place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Request:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Request:
         fields = {name: value[name] for name in Weights.__slots__}
-        directory = Path(value["directory"]) if value["directory"] else None
+        directory = place_of(value["directory"]) if value["directory"] else None
         return cls(
             number=value["number"],
             weights=Weights(**{**fields, "directory": directory, "canary": tuple(value["canary"])}),
@@ -37,18 +37,18 @@ class Request:
 class RoundFolder:
     """Where rounds are asked for and lie; the only thing that training workers and the driver share."""
 
-    root: Path
+    root: Place
 
     @property
-    def weights(self) -> Path:
+    def weights(self) -> Place:
         return self.root / "weights"
 
     @property
-    def failure(self) -> Path:
+    def failure(self) -> Place:
         """Holds the message when the driver cannot draw any more."""
         return self.root / "failure.txt"
 
-    def round(self, request: Request) -> Path:
+    def round(self, request: Request) -> Place:
         """The round's token store; other weights make another one, so that none is ever taken for another's."""
         return self.root / f"round_{request.number:06d}-{request.weights.digest[:12]}"
 
@@ -59,7 +59,7 @@ class RoundFolder:
             return request
         return replace(request, weights=replace(weights, directory=self.weights / weights.directory.name))
 
-    def prepared(self, request: Request, key: str) -> Path:
+    def prepared(self, request: Request, key: str) -> Place:
         """The columns that a method made of a round."""
         return self.root / "prepared" / f"{self.round(request).name}-{key}"
 
@@ -71,7 +71,7 @@ class RoundFolder:
     def requests(self) -> list[Request]:
         """What is asked for now, in order of rounds."""
         found = []
-        for path in sorted(self._requests.glob("*.json")):
+        for path in listed(self._requests, "*.json"):
             found.append(Request.from_json(json.loads(path.read_text(encoding="utf-8"))))
         return found
 
@@ -79,8 +79,8 @@ class RoundFolder:
         """Take back a request that is fulfilled, unless another one has come in its place."""
         path = self._requests / f"{request.number:06d}.json"
         if path.exists() and Request.from_json(json.loads(path.read_text(encoding="utf-8"))) == request:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     @property
-    def _requests(self) -> Path:
+    def _requests(self) -> Place:
         return self.root / "requests"

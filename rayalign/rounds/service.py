@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from rayalign.config.candidates import Drawing
-from rayalign.data.shard import write_whole
 from rayalign.data.store import TokenStore
 from rayalign.errors import UserError
 from rayalign.placement import Share
@@ -26,11 +23,14 @@ from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.weights import BOARD, WeightsGone
 from rayalign.rounds.workers import PoolClosed, Workers
-from rayalign.storage.manifest import MANIFEST, committed
+from rayalign.storage.manifest import MANIFEST, committed, discard
+from rayalign.storage.place import ObjectPath, Place, write_whole
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+OBJECTS_POLL_SECONDS = 1.0
+"""An object store is asked less often, for every question costs."""
 GONE_SECONDS = 600.0
 
 
@@ -40,7 +40,7 @@ class RolloutJob:
 
     spec: ChunkSpec
     plan: RoundPlan
-    folder: Path
+    folder: Place
     most: int
     least: int
     """Actors; those above ``least`` are there only while there is something to draw."""
@@ -71,7 +71,7 @@ def serve_rounds(job: RolloutJob, pool: Workers, note: Callable[[str], None]) ->
         idle = Unlabelled(job, note)
         told = Remarks()
         try:
-            while not stop.wait(POLL_SECONDS):
+            while not stop.wait(OBJECTS_POLL_SECONDS if isinstance(job.folder, ObjectPath) else POLL_SECONDS):
                 pool.release()
                 for request in folder.requests()[:1]:
                     try:
@@ -148,7 +148,7 @@ class Unlabelled:
         stores = [path for path in self.job.folder.glob(f"round_{number:06d}-*") if (path / MANIFEST).exists()]
         if not stores:
             return False
-        newest = max(stores, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+        newest = max(stores, key=lambda path: (path / MANIFEST).stat().st_mtime)
         return not Ledger(**committed(newest)["meta"]["ledger"]).teaches(alone=self.job.alone)
 
 
@@ -198,5 +198,5 @@ def draw_round(
             prepare_columns(TokenStore.open(directory), columns, job.preparation)
     for weights in folder.weights.glob("step_*"):
         if int(weights.name[5:].partition("-")[0]) < request.weights.step:
-            shutil.rmtree(weights, ignore_errors=True)
+            discard(weights)
     folder.answer(request)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rayalign.rounds.columns import RoundPreparation
 from rayalign.rounds.plan import RoundPlan
+from rayalign.storage.place import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,14 +14,14 @@ class StoredStream:
     """A mixture of token stores, drawn in the order of one stream."""
 
     name: str
-    stores: tuple[Path, ...]
-    columns: tuple[tuple[Path, ...], ...]
+    stores: tuple[Place, ...]
+    columns: tuple[tuple[Place, ...], ...]
     """Column directories (reference log-probs, say) laid over each store."""
     weights: tuple[float, ...]
     groups_per_step: int
     num_candidates: int
     """K of the stream's batches; groups with fewer are masked."""
-    kept: tuple[Path, ...] = ()
+    kept: tuple[Place, ...] = ()
     """One file of rows per store (:mod:`rayalign.data.select`), which alone are drawn; none: every row is."""
     window: int | None = None
     """Shards of a store that are shuffled together; None: all."""
@@ -35,7 +35,7 @@ class RoundStream:
     prompts: StoredStream
     """Its positions are those of the fresh groups; its candidates, if it has any, are not trained on."""
     plan: RoundPlan
-    folder: Path
+    folder: Place
     """Holds the rounds, the weights that they are drawn with, and what was asked for."""
     num_candidates: int
     prepared: str | None = None

@@ -32,10 +32,10 @@ from rayalign.run.room import refuse_large_groups
 from rayalign.run.stages import Stages
 from rayalign.run.streams import DrawnRounds, auxiliary_streams, held_out, main_stream
 from rayalign.runtime.worker import TrainJob
-from rayalign.storage.copies import Mirror
+from rayalign.storage.place import Place
 
 
-def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int, label: str) -> TrainJob:
+def make_job(run: RunConfig, directory: Place, stages: Stages, *, processes: int, label: str) -> TrainJob:
     """Everything the workers need, after the stages before training have been committed."""
     session, asked_before = stages.session, len(stages.artifacts.asked)
     resolved = resolve_run(run, session)
@@ -64,7 +64,6 @@ def make_job(run: RunConfig, directory: Path, stages: Stages, *, processes: int,
         identity=run_identity(run, streams),
         checkpoint=run.checkpoint,
         checkpoint_at=evaluation_steps(run, steps) if run.evaluate and method.trains == "policy" else (),
-        mirror=mirror_of(run, directory, storage=stages.artifacts.root.parent),
         evaluate_at=evaluation_steps(run, steps) if run.measures_loss else (),
         stop_ids=stop_ids(run),
         chat_template=chat_template(run),
@@ -100,12 +99,6 @@ def reference_made(stream: AnyStream) -> dict[str, str] | None:
     over = chain.from_iterable(part.columns for part in stored_parts(stream))
     first = next((columns[0] for columns in over if columns), None)
     return scoring_environment(first) if first is not None else None
-
-
-def mirror_of(run: RunConfig, directory: Path, *, storage: Path) -> Mirror | None:
-    """Where the run in ``directory``, below ``storage``, is kept a second time."""
-    uri = run.checkpoint.mirror
-    return Mirror(uri=uri, folder=directory.relative_to(storage).as_posix()) if uri is not None else None
 
 
 def rollout_job(rounds: DrawnRounds, run: RunConfig, share: Share, *, actors: tuple[int, int]) -> RolloutJob:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rayalign.config.compare import INITIAL
@@ -46,6 +45,7 @@ from rayalign.run.model import (
     stop_ids,
     trained_spec,
 )
+from rayalign.storage.place import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +214,7 @@ def readers_of(run: RunConfig) -> list[Reader]:
     return [reader_of(spec) for spec in dict.fromkeys(specs)]
 
 
-def refuse_unreadable(store: Path, run: RunConfig) -> None:
+def refuse_unreadable(store: Place, run: RunConfig) -> None:
     """Raise UserError where a row of a store is too long for one of a run's models, or has a token beyond it."""
     opened = TokenStore.open(store)
     for reader in readers_of(run):
@@ -222,7 +222,7 @@ def refuse_unreadable(store: Path, run: RunConfig) -> None:
         refuse_unknown_tokens(opened, reader.vocabulary, reader.name, reader.tokenizer)
 
 
-def refuse_unanswerable(store: Path, run: RunConfig, rollout: RolloutConfig) -> None:
+def refuse_unanswerable(store: Place, run: RunConfig, rollout: RolloutConfig) -> None:
     """The same of a store of prompts, whose completions are drawn."""
     opened = TokenStore.open(store)
     for reader in readers_of(run):

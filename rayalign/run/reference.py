@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.placement import even_share
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.session import Session
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import committed
+from rayalign.storage.place import Place
 
 LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""
@@ -34,7 +35,7 @@ TELL_SECONDS = 5.0
 class ShardScorer:
     """One actor of the pool: a frozen model and the store that it scores."""
 
-    def __init__(self, store: Path, directory: Path, spec: ScoringSpec) -> None:
+    def __init__(self, store: Place, directory: Place, spec: ScoringSpec) -> None:
         self.store = TokenStore.open(store)
         self.directory = directory
         self.model = FrozenModel(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -42,7 +43,8 @@ class ShardScorer:
     def __call__(self, groups: range) -> dict[str, str]:
         """Score them; returns with what that was computed."""
         columns = self.model.token_logps([self.store[index] for index in groups])
-        write_column_shard(self.directory, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
+        with working(self.directory) as folder:
+            write_column_shard(folder, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
         return self.model.facts()
 
 
@@ -51,8 +53,8 @@ def shard_name(groups: range) -> str:
 
 
 def score_store(
-    store: Path,
-    directory: Path,
+    store: Place,
+    directory: Place,
     spec: ScoringSpec,
     *,
     session: Session,
@@ -81,7 +83,7 @@ def score_store(
 
 
 def score_shards(
-    shards: Sequence[range], store: Path, directory: Path, spec: ScoringSpec, session: Session
+    shards: Sequence[range], store: Place, directory: Place, spec: ScoringSpec, session: Session
 ) -> Iterator[dict[str, str]]:
     """Score ``shards`` in a pool of actors; with what each was computed, in their order."""
     if not shards:
@@ -94,7 +96,7 @@ def score_shards(
         yield from pool.map(shards)
 
 
-def scoring_environment(columns: Path) -> dict[str, str]:
+def scoring_environment(columns: Place) -> dict[str, str]:
     """With what committed log-probs were computed; empty where that was not recorded."""
     found: dict[str, str] = committed(columns)["meta"].get(MADE, {})
     return found

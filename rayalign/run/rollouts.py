@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -36,9 +35,10 @@ from rayalign.run.stages import Stages
 from rayalign.runtime.pool import Pool
 from rayalign.storage.artifacts import digest_of
 from rayalign.storage.manifest import committed
+from rayalign.storage.place import Place
 
 
-def prompt_store(source: DataSource, run: RunConfig, stages: Stages, *, draws: bool) -> Path:
+def prompt_store(source: DataSource, run: RunConfig, stages: Stages, *, draws: bool) -> Place:
     """Every row of a source as a prompt: with whatever completions it has, unless fresh ones take their place."""
     completed: Completed = "no" if not draws else "beside" if run.data_policy.keeps_stored else "alone"
     return stages.tokens(source, run, "prompt", completed=completed)
@@ -53,7 +53,7 @@ def prompt_stream(drawing: Drawing, run: RunConfig, stages: Stages) -> StoredStr
 
 
 def prompts_of(
-    stores: list[Path], *, weights: list[float], groups_per_step: int, window: int | None = None
+    stores: list[Place], *, weights: list[float], groups_per_step: int, window: int | None = None
 ) -> StoredStream:
     return StoredStream(
         name="prompts",
@@ -136,15 +136,15 @@ def drawn_once(
     stages: Stages,
     *,
     keep_unscored: bool = False,
-) -> Path:
+) -> Place:
     """One epoch of the prompts, completed by the policy before the first step: ``refresh_every: never``."""
     spec = drawn_spec(drawing, run, prompts, shape, stages, needs_reference=False, keep_unscored=keep_unscored)
     return rollout_stage(spec, run, stages)
 
 
 def relabelled(
-    labelling: Labelling, run: RunConfig, store: Path, shape: Shape, stages: Stages, *, keep_unscored: bool = False
-) -> Path:
+    labelling: Labelling, run: RunConfig, store: Place, shape: Shape, stages: Stages, *, keep_unscored: bool = False
+) -> Place:
     """Stored completions, scored and labelled like fresh ones: ``label.relabel``."""
     prompts = prompts_of([store], weights=[1.0], groups_per_step=1, window=run.data.window)
     index = TokenStore.open(store).index
@@ -155,7 +155,7 @@ def relabelled(
     return rollout_stage(spec, run, stages)
 
 
-def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
+def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Place:
     """The committed store of all groups that ``spec`` makes of one epoch of its prompts."""
     session = stages.session
     inputs: dict[str, Any] = {
@@ -171,7 +171,7 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
         "shape": spec.shape,
     }
 
-    def build(directory: Path) -> None:
+    def build(directory: Place) -> None:
         devices = max(1, int(session.num_gpus or session.num_cpus) // spec.options.tensor_parallel)
         least, most = run.rollout.actor_range(devices) if run.rollout is not None else (devices, devices)
         each = actor_share(even_share(session, max(1, least)), spec.options)
@@ -192,7 +192,7 @@ def rollout_stage(spec: ChunkSpec, run: RunConfig, stages: Stages) -> Path:
     return stages.artifacts.stage("rollouts", inputs, build)
 
 
-def refuse_unlabelled(stores: Sequence[Path], labelling: Labelling, shape: Shape, *, alone: bool) -> None:
+def refuse_unlabelled(stores: Sequence[Place], labelling: Labelling, shape: Shape, *, alone: bool) -> None:
     """Raise UserError where stores that were labelled once and for all have nothing that teaches."""
     ledgers = [Ledger(**committed(store)["meta"]["ledger"]) for store in stores]
     if not any(ledger.teaches(alone=alone) for ledger in ledgers):

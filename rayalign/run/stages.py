@@ -39,7 +39,9 @@ from rayalign.runtime.mismatched import PARTNERS, write_mismatched
 from rayalign.runtime.reading import planned
 from rayalign.runtime.session import Session
 from rayalign.storage.artifacts import Keeper
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import commit, committed, read_manifest
+from rayalign.storage.place import EXTRAS, Place, listed, place_of
 
 BUDGET = set(TokenBudget.model_fields)
 BYTES_PER_WRITER = 2 << 20
@@ -53,20 +55,20 @@ class Stages:
     artifacts: Keeper
     session: Session
 
-    def digest(self, directory: Path) -> str:
+    def digest(self, directory: Place) -> str:
         """What identifies the content of a committed store, or of columns; a plan may ask before it is made."""
         return self.artifacts.pending(directory) or committed(directory)["digest"]
 
-    def rows(self, function: str, source: DataSource) -> Path:
+    def rows(self, function: str, source: DataSource) -> Place:
         """A maker's rows as a JSONL file."""
         inputs: dict[str, Any] = {"function": without_folder(function), "source": source_digest(function)}
         inputs["arguments"] = source.arguments
         if source.version is not None:
             inputs["version"] = source.version
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             make = load_function(function, **source.arguments)
-            with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
+            with working(directory) as folder, (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
                 for number, row in enumerate(rows_made(function, make, source.arguments), start=1):
                     try:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -76,11 +78,11 @@ class Stages:
 
         return self.artifacts.stage("rows", inputs, build) / "rows.jsonl"
 
-    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Path:
+    def tokens(self, source: DataSource, run: RunConfig, shape: Shape, *, completed: Completed = "no") -> Place:
         """The token store of one source; ``completed``: see :data:`rayalign.data.budget.Completed`."""
         units = source_units(source, run.data, self)
         inputs = {
-            "files": [self.artifacts.pending(Path(unit.path).parent) or input_digest(unit) for unit in units],
+            "files": [self.artifacts.pending(folder_of(unit.path)) or input_digest(unit) for unit in units],
             "format": [units[0].format, dict(units[0].columns), units[0].system, dict(units[0].template_kwargs)],
             "tokenizer": tokenizer_identity(run),
             "template": [template_digest(run.data.template), run.data.chat_template_kwargs, str(run.data.date)],
@@ -91,7 +93,7 @@ class Stages:
             "shard_mb": run.data.shard_mb,
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             found = prepare(
                 parts := planned(units, directory),
                 run.model,
@@ -112,7 +114,7 @@ class Stages:
             shard_bytes = run.data.shard_mb << 20
             commit_store(directory, shards, meta={"inputs": inputs, "preparation": facts}, shard_bytes=shard_bytes)
             for path in directory.glob(".*.*json*"):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
         directory = self.artifacts.stage("tokens", inputs, build)
         manifest = read_manifest(directory)
@@ -121,24 +123,24 @@ class Stages:
             self.artifacts.note(told)
         return directory
 
-    def mismatched(self, store: Path) -> Path:
+    def mismatched(self, store: Place) -> Place:
         """The same examples, each with another prompt's completion beside it (KTO's KL estimate)."""
         inputs = {"store": self.digest(store)}
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             actors = max(1, int(self.session.num_cpus))
             write_mismatched(store, directory, actors=actors, note=self.artifacts.note)
             shards = list(finished_shards(directory).values())
             commit_store(directory, shards, meta={"inputs": inputs})
-            (directory / PARTNERS).unlink()
+            (directory / PARTNERS).unlink(missing_ok=True)
 
         return self.artifacts.stage("mismatched", inputs, build)
 
-    def reference(self, store: Path, run: RunConfig) -> Path:
+    def reference(self, store: Place, run: RunConfig) -> Place:
         """Reference log-probs of every predicted token, as a column laid over ``store``."""
         return self.log_probs(store, scoring_spec(run, self.session))
 
-    def log_probs(self, store: Path, spec: ScoringSpec) -> Path:
+    def log_probs(self, store: Place, spec: ScoringSpec) -> Place:
         """Log-probs of every predicted token under a frozen model, as a column laid over ``store``."""
         inputs = {
             "store": self.digest(store),
@@ -152,7 +154,7 @@ class Stages:
         if spec.parameter_dtype == "bfloat16":  # the others give the same numbers
             inputs["parameters"] = spec.parameter_dtype
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             score_store(
                 store, directory, spec, session=self.session, facts={"inputs": inputs}, note=self.artifacts.note
             )
@@ -161,13 +163,13 @@ class Stages:
 
     def filtered(
         self,
-        stores: Sequence[Path],
-        log_probs: Sequence[Path],
+        stores: Sequence[Place],
+        log_probs: Sequence[Place],
         *,
         quantile: float,
         own_candidates: int | None,
         unit: str,
-    ) -> Path:
+    ) -> Place:
         """The rows of ``stores`` that a filter keeps, by the ``log_probs`` laid over each; ``unit`` names rows."""
         inputs = {
             "log_probs": [self.digest(columns) for columns in log_probs],
@@ -175,7 +177,7 @@ class Stages:
             "own_candidates": own_candidates,
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             laid = [TokenStore.open(store).with_columns(over) for store, over in zip(stores, log_probs, strict=True)]
             scores = [scores_of(store, column=LOG_PROBS, own_candidates=own_candidates) for store in laid]
             selection = select_best(scores, quantile)
@@ -191,7 +193,7 @@ class Stages:
 
         return self.artifacts.stage("filter", inputs, build)
 
-    def prepared(self, store: Path, columns: Sequence[Path], preparation: RoundPreparation) -> Path:
+    def prepared(self, store: Place, columns: Sequence[Place], preparation: RoundPreparation) -> Place:
         """What a method makes of ``store``, drawn once, as one round; ``columns`` lie over it already."""
         inputs = {
             "store": self.digest(store),
@@ -199,7 +201,7 @@ class Stages:
             "method": preparation.key,
         }
 
-        def build(directory: Path) -> None:
+        def build(directory: Place) -> None:
             opened = TokenStore.open(store)
             for path in columns:
                 opened = opened.with_columns(path)
@@ -208,7 +210,7 @@ class Stages:
         return self.artifacts.stage("prepared", inputs, build)
 
 
-def filter_facts(directory: Path) -> dict[str, Any]:
+def filter_facts(directory: Place) -> dict[str, Any]:
     """What a committed filter did: its quantile and threshold, and how many of how many it kept."""
     facts: dict[str, Any] = committed(directory)["filter"]
     return facts
@@ -220,9 +222,24 @@ def source_units(source: DataSource, data: DataConfig, stages: Stages) -> list[U
         parts = find_ranges(origin_of(source))
     else:
         made = str(stages.rows(source.function, source))
-        exists = not stages.artifacts.pending(Path(made).parent)
+        exists = not stages.artifacts.pending(folder_of(made))
         parts = find_ranges(Origin(path=made, max_samples=source.max_samples)) if exists else (RowRange(path=made),)
     return [unit_of(part, source, data) for part in parts]
+
+
+def made_digest(path: str) -> str:
+    """The digest of rows that a stage made on an object store, as its manifest has it; empty for any other input."""
+    folder = folder_of(path)
+    if isinstance(folder, Path) or not folder.name.startswith("rows-"):
+        return ""
+    manifest = read_manifest(folder)
+    return str(manifest["files"][place_of(path).name]["sha256"]) if manifest is not None else ""
+
+
+def folder_of(path: str) -> Place:
+    """Where an input lies: the folder of a stage, for rows that a function made."""
+    scheme = path.partition("://")[0]
+    return place_of(path).parent if scheme in EXTRAS else Path(path).parent
 
 
 def num_writers(units: list[Unit], num_cpus: int) -> int:
@@ -235,7 +252,7 @@ def num_writers(units: list[Unit], num_cpus: int) -> int:
 
 def input_digest(unit: Unit) -> str:
     """What identifies a unit's rows: its file's content, and which rows of it."""
-    key = content_key(unit.path)
+    key = made_digest(unit.path) or content_key(unit.path)
     return key if unit.first == 0 and unit.last is None else f"{key}[{unit.first}:{unit.last}]"
 
 
@@ -244,18 +261,19 @@ def files_of(units: Sequence[Unit]) -> list[str]:
     return [without_query(unit.path) for unit in units]
 
 
-def collect_quarantine(directory: Path) -> None:
+def collect_quarantine(directory: Place) -> None:
     """One file of the bad rows of all units, in their order."""
-    parts = sorted(directory.glob(f".*.{BAD_ROWS}"))
+    parts = listed(directory, f".*.{BAD_ROWS}")
     if not parts:
         return
-    target = FileWriter(directory / QUARANTINE)
-    for path in parts:
-        target.write(path.read_bytes())
-    target.finish()
+    with working(directory) as folder:
+        target = FileWriter(folder / QUARANTINE)
+        for path in parts:
+            target.write(path.read_bytes())
+        target.finish()
 
 
-def refuse_bad_rows(found: StorePreparation, data: DataConfig, directory: Path) -> None:
+def refuse_bad_rows(found: StorePreparation, data: DataConfig, directory: Place) -> None:
     """Raise UserError when too many rows are bad, or none is left; the first few are named."""
     is_empty = not any(report.shards for report in found.reports)
     if not found.bad and not is_empty:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
@@ -36,6 +35,7 @@ from rayalign.run.rollouts import (
     round_plan,
 )
 from rayalign.run.stages import Stages, filter_facts
+from rayalign.storage.place import Place
 
 UNITS = {"one": "completions", "pair": "pairs", "group": "groups", "labelled": "examples"}
 """What a filter counts, by what a method learns from; of what is labelled again, not every group becomes a pair."""
@@ -61,7 +61,7 @@ class Main:
     """None where every group is stored before the first step."""
 
 
-def main_stream(run: RunConfig, stages: Stages, folder: Path) -> Main:
+def main_stream(run: RunConfig, stages: Stages, folder: Place) -> Main:
     """Stored, fresh or both; what is drawn once is drawn here, what is drawn in rounds will lie in ``folder``."""
     if run.drawing is None:
         stored = stored_main(run, stages)
@@ -75,7 +75,7 @@ def stored_main(run: RunConfig, stages: Stages) -> StoredStream:
     return keep_filtered(stored, run, stages)
 
 
-def drawn_main(drawing: Drawing, run: RunConfig, stages: Stages, folder: Path) -> Main:
+def drawn_main(drawing: Drawing, run: RunConfig, stages: Stages, folder: Place) -> Main:
     """Groups that the policy draws, or these and stored ones."""
     policy = drawing.policy
     prompts = prompt_stream(drawing, run, stages)
@@ -118,7 +118,7 @@ def drawn_before(drawing: Drawing, run: RunConfig, prompts: StoredStream, stages
 
 
 def drawn_rounds(
-    drawing: Drawing, run: RunConfig, prompts: StoredStream, plan: RoundPlan, stages: Stages, folder: Path
+    drawing: Drawing, run: RunConfig, prompts: StoredStream, plan: RoundPlan, stages: Stages, folder: Place
 ) -> DrawnRounds:
     """Rounds that will be drawn into ``folder`` while the run trains."""
     method, prepared = run.trained_method, preparation(run)
@@ -174,7 +174,7 @@ def keep_filtered(stream: StoredStream, run: RunConfig, stages: Stages) -> Store
     return replace(stream, kept=tuple(rows_file(directory, number) for number in range(len(stream.stores))))
 
 
-def filter_stage(config: FilterConfig, stores: Sequence[Path], run: RunConfig, stages: Stages) -> Path:
+def filter_stage(config: FilterConfig, stores: Sequence[Place], run: RunConfig, stages: Stages) -> Place:
     """Which rows of ``stores`` the run's filter keeps."""
     method = run.trained_method
     spec = replace(scoring_spec(run, stages.session), model=model_spec(run), logit_temperature=1.0)
@@ -188,7 +188,7 @@ def filter_stage(config: FilterConfig, stores: Sequence[Path], run: RunConfig, s
 
 
 def main_stream_over(
-    stores: Sequence[Path],
+    stores: Sequence[Place],
     run: RunConfig,
     stages: Stages,
     *,
@@ -198,7 +198,7 @@ def main_stream_over(
     """The main stream over ``stores``, with reference log-probs where the method needs them."""
     for store in stores:
         refuse_unreadable(store, run)
-    columns: list[tuple[Path, ...]] = [()] * len(stores)
+    columns: list[tuple[Place, ...]] = [()] * len(stores)
     if run.needs_reference:
         columns = [(stages.reference(store, run),) for store in stores]
     return StoredStream(
@@ -212,7 +212,7 @@ def main_stream_over(
     )
 
 
-def most_candidates(stores: Sequence[Path]) -> int:
+def most_candidates(stores: Sequence[Place]) -> int:
     return max(TokenStore.open(store).index.most_candidates for store in stores)
 
 

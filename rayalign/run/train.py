@@ -20,9 +20,7 @@ from rayalign.config.dump import dump
 from rayalign.config.load import load_run
 from rayalign.config.run import RunConfig
 from rayalign.engine.checkpoint.checkpoint import identity_differences
-from rayalign.engine.checkpoint.mirror import restore, upload, upload_run
 from rayalign.engine.model.lora import refuse_missing_peft
-from rayalign.engine.state import checkpointer_of
 from rayalign.engine.strategy.deepspeed import refuse_missing_deepspeed
 from rayalign.errors import MissingExtra, Stopped, UserError, first_line
 from rayalign.judge import scorer_of
@@ -46,15 +44,16 @@ from rayalign.stop import stopping
 from rayalign.storage.artifacts import Artifacts
 from rayalign.storage.lease import lease
 from rayalign.storage.manifest import read_manifest, write_durably
+from rayalign.storage.place import Place, listed
 from rayalign.storage.progress import watching
 
 KEPT_FAILURES = 20
 FOLDERS = ("", "checkpoints", "final", "rounds")
-FILES = ("run.json", "metrics.jsonl", "train.log", "quarantine.jsonl", ".lease")
+FILES = ("run.json", "metrics.jsonl", "train.log", "quarantine.jsonl")
 """What a run keeps in its folder."""
 
 
-def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Path:
+def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], console: Console) -> Place:
     """Train the run that ``path`` and ``overrides`` describe; returns the exported model's directory."""
     folder = import_folder(path)
     sys.path.insert(0, str(folder))
@@ -73,14 +72,13 @@ def train(path: Path | None, overrides: list[str], *, fresh: frozenset[str], con
     return final
 
 
-def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoard) -> Path:
+def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoard) -> Place:
     """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
     refuse_obstacles(job.spec.directory)
     with lease(job.spec.directory):
         if is_finished(job):
             board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
             return job.spec.directory / "final"
-        restore_copies(job, board)
         history = History.of(job)
         note = partial(write_run_json, run, job, history)
         note("running")
@@ -110,18 +108,6 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoar
         collect_quarantine(job)
         note("finished")
         return final
-
-
-def restore_copies(job: TrainJob, board: ProgressBoard) -> None:
-    """Fetch from the mirror what it has beyond the run's folder, and send there what it lacks."""
-    mirror, directory = job.spec.mirror, job.spec.directory
-    if mirror is None:
-        return
-    checkpointer = checkpointer_of(job.spec, attempt="")
-    restore(mirror, directory, checkpointer, note=lambda text: board.say(f"{job.run}: {text}"))
-    newest = checkpointer.newest()
-    if newest is not None:
-        upload(mirror, directory, step=newest.step)
 
 
 def note_lost_attempt(history: History, note: Callable[[str], None], reason: str) -> None:
@@ -159,7 +145,7 @@ def import_folder(path: Path | None) -> Path:
     return path.resolve().parent if path is not None else Path.cwd()
 
 
-def refuse_obstacles(directory: Path) -> None:
+def refuse_obstacles(directory: Place) -> None:
     """Raise UserError where a file has the name of one of the run's folders, or a folder that of a file."""
     for name in FOLDERS:
         if (directory / name).exists() and not (directory / name).is_dir():
@@ -240,8 +226,6 @@ def write_run_json(run: RunConfig, job: TrainJob, history: History, status: str)
         **provenance(),
     }
     write_durably(job.spec.directory / "run.json", json.dumps(facts, indent=1) + "\n")
-    if job.spec.mirror is not None and status != "waiting":
-        upload_run(job.spec.mirror, job.spec.directory)
 
 
 def announce_run(run: RunConfig, job: TrainJob) -> None:
@@ -268,7 +252,7 @@ def data_facts(job: TrainJob) -> list[dict[str, Any]]:
     Of a store that a filter has chosen from, also what it kept of it, and what the filter did to all of them.
     """
     manifests = {store: read_manifest(store) for store in stores_of(job)}
-    chosen: dict[Path, dict[str, Any]] = {}
+    chosen: dict[Place, dict[str, Any]] = {}
     for part in stored_streams(job):
         if part.kept:
             for store, rows, file in zip(part.stores, drawn_rows(part), part.kept, strict=True):
@@ -295,7 +279,7 @@ def filter_of(job: TrainJob) -> dict[str, Any] | None:
     return filter_facts(files[0].parent) if files else None
 
 
-def stores_of(job: TrainJob) -> list[Path]:
+def stores_of(job: TrainJob) -> list[Place]:
     """Every committed store that a run has read: of groups, of prompts, and its rounds so far."""
-    rounds = sorted(job.rollouts.folder.glob("round_*")) if job.rollouts is not None else []
+    rounds = listed(job.rollouts.folder, "round_*") if job.rollouts is not None else []
     return list(dict.fromkeys([*chain.from_iterable(part.stores for part in stored_streams(job)), *rounds]))

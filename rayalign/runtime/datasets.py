@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
@@ -18,13 +17,17 @@ from rayalign.config.data import DataConfig
 from rayalign.config.model import ModelConfig
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.shard import write_whole
 from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, UnitWriter, read_chunks
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.runtime.failures import retry_lost_actors
 from rayalign.runtime.reading import CPUS
 from rayalign.runtime.stage import apply_to_items, dataset_of_items
+from rayalign.storage.cache import working
+from rayalign.storage.place import Place, write_whole
+
+REPORT = "report.json"
+TELL_SECONDS = 5.0
 
 REPORT = "report.json"
 TELL_SECONDS = 5.0
@@ -71,7 +74,7 @@ class Preparer:
     """One process of the stage; loads the tokenizer once."""
 
     def __init__(
-        self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Path
+        self, model: ModelConfig, data: DataConfig, completed: Completed, shape: Shape, directory: Place
     ) -> None:
         self.chat = load_chat(model, data)
         self.data = data
@@ -83,20 +86,22 @@ class Preparer:
     def __call__(self, item: tuple[str, Unit]) -> Iterator[Progress]:
         """Prepare a unit; its report, written last, says that it is done."""
         name, unit = item
-        writer = UnitWriter(
-            unit,
-            self.chat,
-            self.data,
-            completed=self.completed,
-            shape=self.shape,
-            directory=self.directory,
-            name=name,
-            shard_bytes=self.data.shard_mb << 20,
-        )
-        for rows in read_chunks(unit):
-            writer.add(rows)
-            yield Progress(self.node, len(rows))
-        write_whole(report_path(self.directory, name), writer.close().to_json().encode())
+        with working(self.directory) as folder:
+            writer = UnitWriter(
+                unit,
+                self.chat,
+                self.data,
+                completed=self.completed,
+                shape=self.shape,
+                directory=folder,
+                name=name,
+                shard_bytes=self.data.shard_mb << 20,
+            )
+            for rows in read_chunks(unit):
+                writer.add(rows)
+                yield Progress(self.node, len(rows))
+            report = writer.close()
+        write_whole(report_path(self.directory, name), report.to_json().encode())
 
 
 def prepare(
@@ -106,7 +111,7 @@ def prepare(
     *,
     completed: Completed,
     shape: Shape,
-    directory: Path,
+    directory: Place,
     writers: int,
     note: Callable[[str], None],
 ) -> StorePreparation:
@@ -149,5 +154,5 @@ def prepare(
     return StorePreparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
 
 
-def report_path(directory: Path, name: str) -> Path:
+def report_path(directory: Place, name: str) -> Place:
     return directory / f".{name}.{REPORT}"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayalign.data.shard import finished_shards, write_shard
 from rayalign.data.store import TokenStore
 from rayalign.data.unpair import Mismatched, partners_in
 from rayalign.runtime.failures import retry_lost_actors
 from rayalign.runtime.stage import apply_to_items, dataset_of_items
+from rayalign.storage.cache import working
+from rayalign.storage.place import ObjectPath, Place
 
 PARTNERS = ".partners.npy"
 """Whose completion each answer gets; needed while the stage is made."""
@@ -24,18 +29,31 @@ TELL_SECONDS = 5.0
 class MismatchedWriter:
     """One process of the stage."""
 
-    def __init__(self, store: Path, directory: Path) -> None:
-        partners = np.load(directory / PARTNERS, mmap_mode="r")
+    def __init__(self, store: Place, directory: Place) -> None:
+        partners = read_partners(directory)
         self.examples = Mismatched(TokenStore.open(store), partners)
         self.directory = directory
 
     def __call__(self, groups: range) -> Iterator[int]:
         """Write a shard; how many groups it has."""
-        write_shard(self.directory, shard_name(groups), [self.examples[group] for group in groups])
+        with working(self.directory) as folder:
+            write_shard(folder, shard_name(groups), [self.examples[group] for group in groups])
         yield len(groups)
 
 
-def write_mismatched(store: Path, directory: Path, *, actors: int, note: Callable[[str], None]) -> None:
+def read_partners(directory: Place) -> NDArray[Any]:
+    """Mapped from a disk; read from an object store."""
+    path = directory / PARTNERS
+    found: NDArray[Any] = np.load(io.BytesIO(path.read_bytes())) if isinstance(path, ObjectPath) else mapped(path)
+    return found
+
+
+def mapped(path: Path) -> NDArray[Any]:
+    found: NDArray[Any] = np.load(path, mmap_mode="r")
+    return found
+
+
+def write_mismatched(store: Place, directory: Place, *, actors: int, note: Callable[[str], None]) -> None:
     """Write the shards of the stage below ``directory``; those that an interrupted stage finished are kept.
 
     A small store is written by this process, which is faster than the start of others.
@@ -45,8 +63,8 @@ def write_mismatched(store: Path, directory: Path, *, actors: int, note: Callabl
         ItemKilled: processes died again and again, and no shard was finished meanwhile.
     """
     opened = TokenStore.open(store)
-    directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / PARTNERS, partners_in(opened))
+    with working(directory) as folder:
+        np.save(folder / PARTNERS, partners_in(opened))
     starts = range(0, len(opened), GROUPS_PER_SHARD)
     shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
 

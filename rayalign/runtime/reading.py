@@ -6,16 +6,15 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import ray
 
 from rayalign.config.suffixes import LINES, PARQUET
 from rayalign.data.files import suffix_of
 from rayalign.data.lines import ByteRange, count_lines, is_whole, number_ranges, plan_ranges, size_of
-from rayalign.data.shard import write_whole
 from rayalign.data.tables import row_ranges
 from rayalign.data.tokenize_rows import Unit
+from rayalign.storage.place import Place, write_whole
 
 LEAST_BYTES = 1 << 20
 MOST_BYTES = 128 << 20
@@ -26,7 +25,7 @@ CPUS = 1.0
 """Cores of each preparing process."""
 
 
-def planned(units: Iterable[Unit], directory: Path) -> list[Unit]:
+def planned(units: Iterable[Unit], directory: Place) -> list[Unit]:
     """The parts of ``units``, as they were cut when an interrupted preparation of ``directory`` began."""
     path = directory / UNITS
     if path.is_file():

@@ -20,6 +20,7 @@ from rayalign.errors import Failed, UserError, first_line
 from rayalign.paths import expanded
 from rayalign.placement import Node
 from rayalign.runtime.vital import Vital, newest_logs
+from rayalign.storage.place import ObjectPath, Place, place_of, refuse_unwritable
 
 DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -72,8 +73,8 @@ class Session:
         """Length of the rows of a micro-batch; None: one row holds it all."""
         return None if self.num_gpus else CPU_ROW_TOKENS
 
-    def storage(self, path: str) -> Path:
-        """The folder that ``storage_path`` means, seen by every node.
+    def storage(self, path: str) -> Place:
+        """The folder that ``storage_path`` means, seen by every node, or the prefix of an object store.
 
         A relative path is below the current directory where Ray was started for this process, and below
         ``$RAYALIGN_STORAGE`` on a running cluster, whose current directory is a copy that ends with the job.
@@ -81,6 +82,9 @@ class Session:
         Raises UserError where there is no such folder for all nodes, and says what to set.
         """
         folder = self.place(path)
+        if isinstance(folder, ObjectPath):
+            refuse_unwritable(folder)
+            return folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -88,11 +92,11 @@ class Session:
         refuse_private(folder, self.nodes)
         return folder
 
-    def place(self, path: str) -> Path:
+    def place(self, path: str) -> Place:
         """Where that folder is or would be; nothing is made."""
-        if "://" in path:
-            raise UserError(f"storage_path: {path}: this release writes to file systems; mount it and give its folder")
-        folder = expanded(path, field="storage_path")
+        folder = place_of(path, field="storage_path")
+        if isinstance(folder, ObjectPath):
+            return folder
         if not folder.is_absolute():
             folder = self._base(path) / folder
         return folder.resolve()

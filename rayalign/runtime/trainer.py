@@ -6,36 +6,22 @@ nothing that a later attempt needs, so every worker group gets a fresh one.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import logging
-import math
-import os
 import secrets
-import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.util.placement_group import remove_placement_group
 
-from rayalign.config.training import StrategyConfig
 from rayalign.engine.checkpoint.checkpoint import newest_step
 from rayalign.engine.metrics import last_logged_step
 from rayalign.errors import Stopped, UserError, blocked_path_error
-from rayalign.placement import Share
 from rayalign.rounds.chunk import ChunkMaker
 from rayalign.rounds.service import RolloutJob
 from rayalign.runtime.elastic import Growth, Queue, wait_for_workers
@@ -48,21 +34,16 @@ from rayalign.runtime.failures import (
     loss_kind,
     root_cause,
 )
-from rayalign.runtime.jobs import RemoteJobs
+from rayalign.runtime.group import NotBegun, Shape, WorkerGroup
 from rayalign.runtime.pool import Pool
 from rayalign.runtime.weights import ObjectStore, make_board
-from rayalign.runtime.worker import POLL_SECONDS, Mailbox, TrainJob, worker_main
+from rayalign.runtime.worker import TrainJob
 from rayalign.stop import Stop, StopRequest
+from rayalign.storage.cache import node_cache
 from rayalign.storage.disk import free_bytes, full_disk
+from rayalign.storage.place import Place
 
 log = logging.getLogger(__name__)
-
-CLOSE_SECONDS = 60.0
-T = TypeVar("T")
-
-
-class NotBegun(Stopped):
-    """The end was asked for before the workers had a job: they have nothing to save."""
 
 
 class TrainingFailed(UserError):
@@ -101,7 +82,7 @@ class Trainer:
             self.rollouts[1].close()
             self.rollouts = None
 
-    def fit(self, job: TrainJob, lost: Callable[[str], None] = lambda reason: None) -> Path:
+    def fit(self, job: TrainJob, lost: Callable[[str], None] = lambda reason: None) -> Place:
         """Train to the end and return the exported directory; ``lost`` gets the reason of every lost attempt.
 
         A lost worker, node or controller is answered by another attempt, which continues from the newest whole
@@ -136,7 +117,7 @@ class Trainer:
                 # A node that is going may take the next attempt too; more and more patience where none gets further.
                 time.sleep(2**in_vain)
 
-    def placed_attempt(self, job: TrainJob) -> Path:
+    def placed_attempt(self, job: TrainJob) -> Place:
         """An attempt, once others leave room for it: until then nothing has begun that could be lost.
 
         Raises:
@@ -151,7 +132,7 @@ class Trainer:
                     raise
                 queue.wait_on()
 
-    def attempt(self, job: TrainJob) -> Path:
+    def attempt(self, job: TrainJob) -> Place:
         """Train once, with the workers of the job before if they have the right shape; any failure ends them."""
         while True:
             if self.stop.asked:
@@ -246,120 +227,9 @@ def pool_key(job: RolloutJob) -> tuple[object, ...]:
     return job.share, job.most, job.least, job.drawing.rollout.python, job.spec.engine, job.spec.policy
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What jobs must have in common to be trained by the same workers."""
-
-    strategy: StrategyConfig
-    workers: int
-    share: Share
-
-    @classmethod
-    def of(cls, job: TrainJob) -> Shape:
-        return cls(job.strategy, job.workers, job.share)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerGroup:
-    """Running workers, their mailbox, and what becomes of them."""
-
-    shape: Shape
-    folder: Path
-    mailbox: Mailbox
-    ended: Future[ray.train.Result]
-
-    @classmethod
-    def start(cls, job: TrainJob, max_failures: int) -> WorkerGroup:
-        folder = job.spec.directory / ".ray" / secrets.token_hex(4)
-        (folder / "mailbox").mkdir(parents=True)
-        jobs = f"jobs-{folder.name}"
-        mailbox = Mailbox(folder / "mailbox", RemoteJobs.start(jobs))
-        # Ray Train reads this one setting from the environment only, of the process that calls fit().
-        os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(job.strategy.timeout_seconds)
-        trainer = TorchTrainer(
-            worker_main,
-            train_loop_config={"mailbox": str(mailbox.folder), "jobs": jobs},
-            torch_config=TorchConfig(
-                backend=collective_backend(job), timeout_s=math.ceil(job.strategy.timeout_seconds)
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=job.workers, use_gpu=bool(job.share.gpus), resources_per_worker=job.share.resources()
-            ),
-            run_config=RunConfig(
-                name=folder.name,
-                storage_path=str(folder),
-                failure_config=FailureConfig(
-                    max_failures=max_failures, max_preemption_failures=max_failures, controller_failure_limit=0
-                ),
-                worker_runtime_env=deepspeed_environment(job),
-            ),
-        )
-        return cls(shape=Shape.of(job), folder=folder, mailbox=mailbox, ended=in_thread(trainer.fit))
-
-    def train(self, job: TrainJob, why_stop: Callable[[bool], str | None]) -> Path:
-        """Hand a job to the workers and wait for the answer; raises what ended the workers before, and Stopped."""
-        number = self.mailbox.post(job)
-        told = False
-        while (final := self.mailbox.answered(number)) is None:
-            if not told and (reason := why_stop(self.mailbox.is_taken(number))):
-                log.warning("%s: %s", job.run, reason)
-                self.mailbox.ask_to_stop()
-                told = True
-            if told and not self.mailbox.is_taken(number):
-                raise NotBegun("stopped before it began")
-            concurrent.futures.wait([self.ended], timeout=POLL_SECONDS)
-            if self.ended.done() and (final := self.mailbox.answered(number)) is None:
-                raise self.ended.exception() or RuntimeError(f"the workers of {job.run} ended without an answer")
-        return final
-
-    def close(self) -> None:
-        """End the workers, which have nothing to do, and free what they reserved."""
-        self.mailbox.close()
-        concurrent.futures.wait([self.ended], timeout=CLOSE_SECONDS)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Free what workers that began have, and remove the mailbox: those that still live end with their job.
-
-        A controller that was killed frees nothing, and what should free it instead (Ray's PlacementGroupCleaner) fails
-        where the machine has a second Ray.
-        """
-        room = self.mailbox.reserved()
-        if room is not None:
-            with contextlib.suppress(ray.exceptions.RayError):  # where Ray itself is gone, so is the room
-                remove_placement_group(room)
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
-
-
-def deepspeed_environment(job: TrainJob) -> dict[str, dict[str, str]] | None:
-    """DeepSpeed asks the environment which device it has, once, when it is first imported."""
-    if job.strategy.name != "deepspeed":
-        return None
-    return {"env_vars": {"DS_ACCELERATOR": "cuda" if job.share.gpus else "cpu"}}
-
-
-def collective_backend(job: TrainJob) -> str:
-    """What carries collectives; tensors that wait in the host's memory need one of their own."""
-    if not job.share.gpus:
-        return "gloo"
-    return "cpu:gloo,cuda:nccl" if job.strategy.cpu_offload else "nccl"
-
-
-def in_thread(work: Callable[[], T]) -> Future[T]:
-    """``work()`` in a thread of its own, which is not waited for at the end of the process.
-
-    In the main thread Ray Train takes over SIGINT for good, and ends the process as if it had succeeded.
-    """
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return outcome
+def local_part(directory: Place) -> Path:
+    """The disk that a run writes to first."""
+    return directory if isinstance(directory, Path) else node_cache().root
 
 
 def blame_run(job: TrainJob, failure: BaseException) -> None:
@@ -372,7 +242,8 @@ def blame_run(job: TrainJob, failure: BaseException) -> None:
         if (full := full_disk(cause)) is not None:
             raise TrainingFailed(
                 f"{job.spec.directory.name}: worker {rank} could not write ({full}); {job.spec.directory} has "
-                f"{free_bytes(job.spec.directory):,} bytes left. Free some space; the same command continues"
+                f"{free_bytes(local_part(job.spec.directory)):,} bytes left. Free some space; the same command "
+                "continues"
             ) from cause
         if (told := blocked_path_error(cause)) is not None:
             raise TrainingFailed(f"{job.spec.directory.name}: worker {rank}: {told}") from cause

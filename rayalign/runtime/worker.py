@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -32,9 +31,10 @@ from rayalign.rounds.client import RoundsClient, client_of
 from rayalign.rounds.service import RolloutJob
 from rayalign.rounds.source import StreamSource
 from rayalign.rounds.streams import SourceSpec
-from rayalign.runtime.jobs import Jobs, RemoteJobs
+from rayalign.runtime.jobs import Notes, RemoteNotes
 from rayalign.runtime.preemption import DrainNotices
 from rayalign.runtime.weights import ObjectStore
+from rayalign.storage.place import Place, place_of
 from rayalign.storage.progress import logging_to
 
 POLL_SECONDS = 0.1
@@ -55,7 +55,7 @@ class TrainJob:
     """What progress calls this run."""
     rollouts: RolloutJob | None = None
     """How the driver draws the groups that this run trains on; None where all are stored."""
-    stages: tuple[Path, ...] = ()
+    stages: tuple[Place, ...] = ()
     """The folders of all stages that the run asked for."""
     fewest: int | None = None
     """Fewest workers of an elastic run; None where their number is fixed."""
@@ -71,102 +71,87 @@ class TrainJob:
 class Mailbox:
     """What driver and workers tell one another: jobs go in, numbered, and the folder of each trained model comes out.
 
-    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken. The files
-    in ``folder``, which all of them see, hold plain text; the jobs themselves are in ``held``.
+    Where the driver asks to stop, what comes out instead is how far the job is, and no further job is taken.
     """
 
-    folder: Path
-    held: Jobs
+    held: Notes
 
     def post(self, job: TrainJob) -> int:
         """Leave a job for the workers; returns its number."""
-        number = sum(1 for path in self.folder.iterdir() if path.suffix == ".job")
-        self.held.post(number, pickle.dumps(job))
-        self._write(f"{number:06d}.job", job.run.encode())
+        number = sum(1 for name in self.held.names() if name.endswith(".job"))
+        self.held.write(f"{number:06d}.job", pickle.dumps(job))
         return number
 
-    def answer(self, number: int, final: Path) -> None:
-        self._write(f"{number:06d}.final", str(final).encode())
+    def answer(self, number: int, final: Place) -> None:
+        self.held.write(f"{number:06d}.final", str(final).encode())
 
-    def answered(self, number: int) -> Path | None:
+    def answered(self, number: int) -> Place | None:
         """The answer to a job, once there is one; raises Stopped where it is that the job was stopped."""
-        stopped = self._read(f"{number:06d}.stopped")
+        stopped = self.held.read(f"{number:06d}.stopped")
         if stopped is not None:
             raise Stopped(stopped.decode())
-        found = self._read(f"{number:06d}.final")
-        return Path(found.decode()) if found else None
+        found = self.held.read(f"{number:06d}.final")
+        return place_of(found.decode()) if found else None
 
     def take(self, number: int) -> None:
         """Say that workers have begun with a job."""
-        self._write(f"{number:06d}.taken", b"")
+        self.held.write(f"{number:06d}.taken", b"")
 
     def is_taken(self, number: int) -> bool:
         """Whether workers have begun with a job."""
-        return self._read(f"{number:06d}.taken") is not None
+        return self.held.read(f"{number:06d}.taken") is not None
 
     def ask_to_stop(self) -> None:
         """Let the workers end the job that they have after its step, and take no other one."""
-        self._write("stop", b"")
+        self.held.write("stop", b"")
 
     def stop_is_asked(self) -> bool:
-        return self._read("stop") is not None
+        return self.held.read("stop") is not None
 
     def stopped(self, number: int, message: str) -> None:
-        self._write(f"{number:06d}.stopped", message.encode())
+        self.held.write(f"{number:06d}.stopped", message.encode())
 
     def register(self, rank: int) -> None:
         """Say where the worker of ``rank`` is, for messages about its loss."""
-        self._write(f"{rank:06d}.worker", f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self.held.write(f"{rank:06d}.worker", f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def places(self) -> dict[int, str]:
         """Where the workers are that have started."""
-        return {int(path.stem): path.read_text() for path in self.folder.glob("*.worker")}
+        told = {name: self.held.read(name) for name in self.held.names() if name.endswith(".worker")}
+        return {int(name.removesuffix(".worker")): (text or b"").decode() for name, text in told.items()}
 
     def reserve(self, room: PlacementGroup) -> None:
         """Say which part of the cluster the workers are in."""
-        self._write("room", room.id.hex().encode())
+        self.held.write("room", room.id.hex().encode())
 
     def reserved(self) -> PlacementGroup | None:
         """The part of the cluster that workers were in, if any have started."""
-        found = self._read("room")
+        found = self.held.read("room")
         return PlacementGroup(PlacementGroupID.from_hex(found.decode())) if found else None
 
     def close(self) -> None:
         """Let the workers end when they are done with their job."""
-        self._write("closed", b"")
+        self.held.write("closed", b"")
 
     def jobs(self) -> Iterator[tuple[int, TrainJob]]:
-        """Every job from the first unanswered one on, as they come, until the mailbox is closed or removed."""
+        """Every job from the first unanswered one on, as they come, until the mailbox is closed or gone."""
         number = 0
         while self.answered(number):
             number += 1
         while True:
-            posted = self._read(f"{number:06d}.job") is not None
-            job = self.held.get(number) if posted else None
+            job = self.held.read(f"{number:06d}.job")
             if job is not None:
                 yield number, pickle.loads(job)
                 number += 1
-            elif not self.folder.exists() or (self.folder / "closed").exists():
+            elif not self.held.is_there() or self.held.read("closed") is not None:
                 return
             else:
                 time.sleep(POLL_SECONDS)
 
-    def _write(self, name: str, content: bytes) -> None:
-        partial = self.folder / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.rename(self.folder / name)
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            os.listdir(self.folder)  # a network file system may remember that the file was not there
-            return (self.folder / name).read_bytes()
-        except FileNotFoundError:
-            return None
-
 
 def worker_main(config: dict[str, Any]) -> None:
     """One Ray Train worker, from its start to the closing of the mailbox."""
-    mailbox = Mailbox(Path(config["mailbox"]), RemoteJobs.find(config["jobs"]))
+    mailbox = Mailbox(RemoteNotes.find(config["mailbox"]))
     rank, room = ray.train.get_context().get_world_rank(), get_current_placement_group()
     mailbox.register(rank)
     if rank == 0 and room is not None:
@@ -186,7 +171,7 @@ def worker_main(config: dict[str, Any]) -> None:
             mailbox.answer(number, final)
 
 
-def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Path:
+def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Place:
     """This worker's part in one run; returns the exported directory.
 
     Raises:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from rayalign.errors import UserError
 from rayalign.storage.lease import lease
 from rayalign.storage.manifest import MANIFEST, file_digest, is_content
+from rayalign.storage.place import Place, StorageFailed, write_whole
 
 STAGE_VERSIONS = {"rows": 1, "tokens": 4, "mismatched": 3, "reference": 1, "filter": 1, "rollouts": 4, "prepared": 1}
 """Raised by hand when a stage's output changes for equal inputs; a golden digest per stage reminds of it."""
@@ -32,7 +33,7 @@ class Keeper(Protocol):
     """Who is asked for stages: :class:`Artifacts` makes them, :class:`rayalign.comparison.plan.Plan` lists them."""
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """The folder of all stages of one storage."""
         ...
 
@@ -40,13 +41,13 @@ class Keeper(Protocol):
     def note(self) -> Callable[[str], None]: ...
 
     @property
-    def asked(self) -> list[Path]:
+    def asked(self) -> list[Place]:
         """The folders of all stages that were asked for, in order, as often as they were."""
         ...
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path: ...
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Place], None]) -> Place: ...
 
-    def pending(self, directory: Path) -> str:
+    def pending(self, directory: Place) -> str:
         """What stands for the digest of a stage that is not made yet; empty for one that is."""
         ...
 
@@ -55,19 +56,19 @@ class Keeper(Protocol):
 class Artifacts:
     """The content-addressed folder of one storage path."""
 
-    root: Path
+    root: Place
     fresh: frozenset[str] = frozenset()
     """Stages that are made again, from nothing and once each, whatever is there."""
     note: Callable[[str], None] = print
     """Receives one line per stage: made, or found."""
-    made: set[Path] = field(default_factory=set)
+    made: set[Place] = field(default_factory=set)
     """What this process has made."""
-    asked: list[Path] = field(default_factory=list)
+    asked: list[Place] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         refuse_unknown(self.fresh)
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Place], None]) -> Place:
         """The committed directory of stage ``name`` for ``inputs``; ``build(directory)`` makes it if needed.
 
         Two processes that want one stage share it: the second waits for the first's lease to end and finds the result.
@@ -89,15 +90,15 @@ class Artifacts:
             raise AssertionError(f"stage {name} ended without a commit in {directory}")
         return directory
 
-    def pending(self, directory: Path) -> str:
+    def pending(self, directory: Place) -> str:
         return ""
 
-    def _found(self, name: str, directory: Path) -> bool:
+    def _found(self, name: str, directory: Place) -> bool:
         found = (directory / MANIFEST).exists() and (name not in self.fresh or directory in self.made)
         if found:
             self.note(f"{name}: found {directory.name}")
-            with suppress(OSError):  # a folder that may only be read serves as well
-                (directory / USED).touch()
+            with suppress(OSError, StorageFailed):  # a folder that may only be read serves as well
+                write_whole(directory / USED, b"")
         return found
 
 
@@ -108,7 +109,7 @@ def refuse_unknown(fresh: frozenset[str]) -> None:
         raise UserError(f"--fresh {unknown[0]}: there is no such stage; there are {', '.join(STAGE_VERSIONS)}")
 
 
-def clear(directory: Path) -> None:
+def clear(directory: Place) -> None:
     """Remove what a stage wrote, its manifest first; the lease stays."""
     (directory / MANIFEST).unlink(missing_ok=True)
     for path in directory.rglob("*"):

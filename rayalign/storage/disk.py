@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rayalign.errors import UserError
+from rayalign.storage.place import ObjectPath, Place, remove
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No space left on the device, in the quota, or in the largest file that this process may write."""
@@ -28,7 +29,7 @@ class DiskFull(UserError):
 
 
 @contextlib.contextmanager
-def room_for(directory: Path, wanted: int) -> Iterator[None]:
+def room_for(directory: Place, wanted: int) -> Iterator[None]:
     """While the block writes ``directory``, of about ``wanted`` bytes and not committed yet, a full disk is a message.
 
     Raises:
@@ -40,11 +41,16 @@ def room_for(directory: Path, wanted: int) -> Iterator[None]:
         reason = full_disk(error)
         if reason is None:
             raise
-        shutil.rmtree(directory, ignore_errors=True)
+        remove(directory)
+        there = (
+            "this node has no room"
+            if isinstance(directory, ObjectPath)
+            else f"{free_bytes(directory):,} are free there"
+        )
         raise DiskFull(
-            f"{directory} could not be written ({reason}): it wants about {wanted:,} bytes, and "
-            f"{free_bytes(directory):,} are free there. What was committed before is whole. Free some space, or write "
-            "a smaller checkpoint.keep; then the same command continues from the newest checkpoint"
+            f"{directory} could not be written ({reason}): it wants about {wanted:,} bytes, and {there}. What was "
+            "committed before is whole. Free some space, or write a smaller checkpoint.keep; then the same "
+            "command continues from the newest checkpoint"
         ) from error
 
 
@@ -79,5 +85,7 @@ def num_training_bytes(model: nn.Module) -> int:
 
 def save_object(value: Any, path: Path) -> None:
     """``torch.save`` through Python's file, whose errors have a number."""
+    import torch
+
     with path.open("wb") as file:
         torch.save(value, file)

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-POLL_SECONDS = 0.5
+from rayalign.storage.place import Facts, ObjectPath, Place, StorageFailed
+
+POLL_SECONDS, OBJECTS_POLL_SECONDS = 0.5, 5.0
 LOG_NAME = "train.log"
+STORE_LOGGER = "rayalign.storage.place"
 
 
 class Tail:
@@ -23,6 +26,10 @@ class Tail:
         self.inode = 0
         self.offset = 0
         self.lines()
+
+    def rewind(self) -> None:
+        """The next call gives all lines."""
+        self.offset = 0
 
     def lines(self) -> list[bytes]:
         """Lines since the last call."""
@@ -40,12 +47,44 @@ class Tail:
         return whole.split(b"\n") if end else []
 
 
+class ObjectTail:
+    """The same of an object, which is replaced by a longer one as it grows; after a shorter one, all lines of that."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self.path = path
+        self.seen: Facts | None = None
+        self.content = b""
+        self.lines()
+
+    def rewind(self) -> None:
+        """The next call gives all lines."""
+        self.seen, self.content = None, b""
+
+    def lines(self) -> list[bytes]:
+        """Lines since the last call."""
+        try:
+            found = self.path.stat()
+            if found == self.seen:
+                return []
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        new = content.removeprefix(self.content)
+        self.seen, self.content = found, content
+        return new.splitlines()
+
+
+def tail_of(path: Place) -> Tail | ObjectTail:
+    return ObjectTail(path) if isinstance(path, ObjectPath) else Tail(path)
+
+
 @contextlib.contextmanager
 def watching(
-    directory: Path, *, row: Callable[[Mapping[str, Any]], None], note: Callable[[str], None]
+    directory: Place, *, row: Callable[[Mapping[str, Any]], None], note: Callable[[str], None]
 ) -> Iterator[None]:
     """While the block runs, hand the newest row of the run's metrics to ``row`` and workers' warnings to ``note``."""
-    metrics, log = Tail(directory / "metrics.jsonl"), Tail(directory / LOG_NAME)
+    metrics, log = tail_of(directory / "metrics.jsonl"), tail_of(directory / LOG_NAME)
+    pause = POLL_SECONDS if isinstance(directory, Path) else OBJECTS_POLL_SECONDS
     stop = threading.Event()
 
     def show() -> None:
@@ -56,7 +95,7 @@ def watching(
             row(json.loads(line))
 
     def poll() -> None:
-        while not stop.wait(POLL_SECONDS):
+        while not stop.wait(pause):
             show()
 
     poller = threading.Thread(target=poll, daemon=True)
@@ -70,12 +109,17 @@ def watching(
 
 
 @contextlib.contextmanager
-def logging_to(directory: Path | None) -> Iterator[None]:
+def logging_to(directory: Place | None) -> Iterator[None]:
     """While the block runs, append this process's warnings to the run's log, where the driver reads them."""
     if directory is None:
         yield
         return
-    handler = logging.FileHandler(directory / LOG_NAME, encoding="utf-8", delay=True)
+    path = directory / LOG_NAME
+    handler: logging.Handler
+    if isinstance(path, ObjectPath):
+        handler = ObjectHandler(path)
+    else:
+        handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setLevel(logging.WARNING)
     logger = logging.getLogger("rayalign")
     logger.addHandler(handler)
@@ -84,3 +128,19 @@ def logging_to(directory: Path | None) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+class ObjectHandler(logging.Handler):
+    """Writes the whole log with every line, for an object cannot be appended to; warnings are few."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        super().__init__()
+        self.path = path
+        self.content = path.read_bytes() if path.exists() else b""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == STORE_LOGGER:
+            return  # what is said of the store is not written to it
+        self.content += self.format(record).encode() + b"\n"
+        with contextlib.suppress(StorageFailed):
+            self.path.put(self.content)

@@ -24,6 +24,8 @@ from rayalign.report.columns import RATES, columns
 from rayalign.report.formatting import SHARE
 from rayalign.report.points import REFERENCE, EvaluationPoint
 from rayalign.report.statistics import Bootstrap, estimate_mean, rate_estimate
+from rayalign.storage.manifest import write_durably
+from rayalign.storage.place import Place, place_of
 from rayalign.verbs.export import write_output
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -31,7 +33,7 @@ MOST_STAGES = 8
 TEXT_ONLY = "Of a model for texts and images it is the part for texts alone."
 
 
-def model_card(directory: Path, out: Path | None) -> Path:
+def model_card(directory: Place, out: Path | None) -> Place:
     """Write the card of the model in ``directory`` (a run, its ``final/``, or a checkpoint of it); returns its path.
 
     Raises:
@@ -39,18 +41,22 @@ def model_card(directory: Path, out: Path | None) -> Path:
     """
     run, model = run_and_model(directory)
     step = step_at(run, model)
-    path = out or model / "README.md"
+    path: Place = out or model / "README.md"
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file, such as {path / 'README.md'}")
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and MARK not in path.read_bytes().decode("utf-8", errors="replace"):
         raise UserError(f"{path} was not written by rayalign, and stays as it is; say --out another file, or remove it")
-    write_output(path, card_text(card_of(run, step)))
+    text = card_text(card_of(run, step))
+    if isinstance(path, Path):
+        write_output(path, text)
+    else:
+        write_durably(path, text)
     return path
 
 
-def run_and_model(directory: Path) -> tuple[Path, Path]:
+def run_and_model(directory: Place) -> tuple[Place, Place]:
     """(the run's folder, the model's)."""
-    where = directory.resolve()
+    where = directory.resolve() if isinstance(directory, Path) else directory
     for run in (where, where.parent, where.parent.parent):
         if (run / "run.json").is_file():
             model = where / "final" if run == where else where
@@ -60,14 +66,14 @@ def run_and_model(directory: Path) -> tuple[Path, Path]:
     raise UserError(f"{directory} belongs to no run: name a folder that rayalign train wrote, or its final/")
 
 
-def step_at(run: Path, model: Path) -> int | None:
+def step_at(run: Place, model: Place) -> int | None:
     """After which step a run's model was written; None where its folder's name does not tell."""
     if model.name == "final":
         return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["steps"])
     return step_of(model) if NAME.fullmatch(model.name) else None
 
 
-def card_of(run: Path, step: int | None) -> Card:
+def card_of(run: Place, step: int | None) -> Card:
     """Card of the model after ``step``: figures are its own, or none."""
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     configuration = redact(facts["configuration"])
@@ -155,7 +161,8 @@ def base_of(name: str, stages: int = MOST_STAGES) -> tuple[str, str | None]:
     """What a model started from in words and, through the runs between, as the Hub calls it."""
     if is_hub(name):
         return name, name
-    for folder in (Path(name).parent, Path(name).parent.parent):
+    place = place_of(name, field="model.name")
+    for folder in (place.parent, place.parent.parent):
         if stages and (folder / "run.json").is_file():
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             model = facts["configuration"]["model"]

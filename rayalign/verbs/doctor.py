@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from rayalign.errors import UserError, first_line
-from rayalign.paths import expanded
+from rayalign.storage.cache import node_cache
+from rayalign.storage.place import ObjectPath, place_of, refuse_unwritable
 from rayalign.verbs.findings import Finding, as_json, as_table, num_broken
 from rayalign.verbs.machine import check_disk, check_limits, check_shared_memory, check_storage, judge_clocks
 from rayalign.verbs.packages import check_packages, check_torch
@@ -83,14 +84,18 @@ def check_folder(storage_path: str, cluster: Cluster | None) -> Iterator[Finding
         fix = "name a folder on a shared file system, mounted on every node, in storage_path or RAYALIGN_STORAGE"
         yield Finding(name="storage", state="broken", found=cluster.storage_error, fix=fix)
         return
-    if "://" in storage_path:
-        found = f"{storage_path}: this release writes to file systems"
-        yield Finding(name="storage", state="broken", found=found, fix="mount a file system and give its folder")
-        return
     try:
-        folder = expanded(cluster.storage if cluster else storage_path, field="storage_path").resolve()
+        folder = place_of(cluster.storage if cluster else storage_path, field="storage_path")
+        if isinstance(folder, ObjectPath):
+            refuse_unwritable(folder)
+            found = f"{folder} takes what is written, and creates an object once"
+            yield Finding(name="storage", state="ok", found=found)
+            yield check_disk(node_cache().root)
+            return
     except UserError as error:
-        yield Finding(name="storage", state="broken", found=str(error), fix="name a folder in storage_path")
+        fix = "name a folder, s3:// or gs:// in storage_path, and give this machine its credentials"
+        yield Finding(name="storage", state="broken", found=str(error), fix=fix)
         return
+    folder = folder.resolve()
     yield check_storage(folder)
     yield check_disk(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rayalign.comparison.evaluation_spec import KEPT
 from rayalign.errors import UserError
+from rayalign.storage.place import Place, listed
 
 Row = dict[str, Any]
 ALPACA_EVAL = ("instruction", "output", "generator", "dataset")
@@ -15,7 +16,7 @@ ALPACA_EVAL = ("instruction", "output", "generator", "dataset")
 
 
 def alpaca_eval(
-    directory: Path, out: Path, *, step: int | None, prompts: str | None, sample: int, generator: str | None
+    directory: Place, out: Path, *, step: int | None, prompts: str | None, sample: int, generator: str | None
 ) -> int:
     """Write an evaluated run's replies as AlpacaEval's ``model_outputs``; returns how many.
 
@@ -39,7 +40,7 @@ def alpaca_eval(
     replies = texts[name]["replies"]
     if not 0 <= sample < len(replies[0]):
         raise UserError(f"{directory}: sample {sample} was not drawn; there are 0 to {len(replies[0]) - 1}")
-    who = generator or f"{directory.resolve().name}-step-{step}"
+    who = generator or f"{(directory.resolve() if isinstance(directory, Path) else directory).name}-step-{step}"
     rows = [
         dict(zip(ALPACA_EVAL, (prompt, row[sample], who, name), strict=True))
         for prompt, row in zip(texts[name]["prompts"], replies, strict=True)
@@ -48,11 +49,11 @@ def alpaca_eval(
     return len(rows)
 
 
-def evaluations(directory: Path) -> dict[int, Path]:
+def evaluations(directory: Place) -> dict[int, Place]:
     """Step → file of a run's measured checkpoints; raises UserError where there are none."""
-    files = sorted((directory / "evaluation").glob("step_*.json"))
+    files = listed(directory / "evaluation", "step_*.json")
     if not files:
-        known = sorted(path.parent.parent.name for path in directory.glob("cells/*/evaluation/step_*.json"))
+        known = [path.parent.parent.name for path in listed(directory, "cells/*/evaluation/step_*.json")]
         hint = f"; name one of its cells: {directory}/cells/{known[0]}" if known else ""
         raise UserError(
             f"{directory} holds no evaluation"

@@ -18,6 +18,7 @@ from rayalign.data.texts import ANSWERS, Prompts
 from rayalign.engine.model.pretrained import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.storage.manifest import TornDirectory
+from rayalign.storage.place import Place
 from rayalign.verbs.generate import write_dataset
 from rayalign.verbs.stores import run_json_of_store, shape_of_store, store_manifest, store_tokenizer
 from rayalign.verbs.trl import read_by_trl
@@ -48,7 +49,7 @@ class Pair(NamedTuple):
     numbers: Row
 
 
-def trl_pairs(store: Path, out: Path, *, model: str | None) -> Exported:
+def trl_pairs(store: Place, out: Path, *, model: str | None) -> Exported:
     """Write a store's pairs with TRL's columns: ``prompt``, ``chosen``, ``rejected``, and what belongs to them.
 
     They are turns where TRL makes the stored tokens of those, and else texts that are rendered already; every row that
@@ -79,7 +80,7 @@ def trl_pairs(store: Path, out: Path, *, model: str | None) -> Exported:
     return Exported(rows=len(rows), left_out=left_out, notes=notes)
 
 
-def _pairs(store: Path, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
+def _pairs(store: Place, shape: str, left_out: Counter[str]) -> Iterator[Pair]:
     """The pairs in the order of their lines; what is none is counted."""
     opened = TokenStore.open(store)
     prompts = Prompts(opened)
@@ -226,7 +227,7 @@ def numbers_of(group: Group, pair: tuple[int, int]) -> Row:
     return numbers
 
 
-def export_lines_of_trl(exported: Exported, out: Path) -> Iterator[str]:
+def export_lines_of_trl(exported: Exported, out: Place) -> Iterator[str]:
     yield f"{exported.rows} pairs: {out}"
     for reason, count in exported.left_out.items():
         yield f"left out: {count} groups {reason}"

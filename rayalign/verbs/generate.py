@@ -30,6 +30,7 @@ from rayalign.run.stages import Stages
 from rayalign.run.train import import_folder, refuse_unsupported
 from rayalign.runtime.session import connect
 from rayalign.storage.artifacts import Artifacts
+from rayalign.storage.place import Place
 
 BLOCKS = ("name", "seed", "storage_path", "model", "data", "rollout", "scorer", "optim")
 """What these commands read of a run's YAML."""
@@ -90,7 +91,7 @@ def load_generation(path: Path | None, overrides: list[str], *, draws: bool, kin
     return parse_run(replace(document, data=data))
 
 
-def made_store(prompts: Path, run: RunConfig, stages: Stages, shape: Shape) -> Path:
+def made_store(prompts: Place, run: RunConfig, stages: Stages, shape: Shape) -> Place:
     """Completions of prompts, scored: drawn from the policy, or those that the prompts are stored with."""
     if run.drawing is not None:
         stream = prompts_of([prompts], weights=[1.0], groups_per_step=1, window=run.data.window)
@@ -114,7 +115,7 @@ def best_of(row: Row) -> Row:
     return {"prompt": row["prompt"], **named, **{name: row[name] for name in KEPT if name in row}}
 
 
-def generated_rows(store: Path, run: RunConfig) -> Iterator[Row]:
+def generated_rows(store: Place, run: RunConfig) -> Iterator[Row]:
     """One row per prompt, in the order of the source: K-way columns that ``data.train`` and TRL's tools understand.
 
     Log-probabilities belong to tokens: a completion whose text is not read back to those that were drawn has none.

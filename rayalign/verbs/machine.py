@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rayalign.errors import first_line
-from rayalign.storage.manifest import sync_directory, write_durably
+from rayalign.storage.manifest import write_durably
+from rayalign.storage.place import sync_directory
 from rayalign.verbs.findings import Finding, State
 
 GIB = 1 << 30

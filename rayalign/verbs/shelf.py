@@ -17,20 +17,20 @@ from rich.table import Table
 from rayalign.errors import UserError
 from rayalign.report.status import read_run_json, runs
 from rayalign.storage.artifacts import STAGE_VERSIONS, USED
-from rayalign.storage.lease import Held, holder_in_words, lease
-from rayalign.storage.manifest import MANIFEST
+from rayalign.storage.lease import PREFIX, Held, forget, holder_in_words, lease
+from rayalign.storage.manifest import MANIFEST, discard
+from rayalign.storage.place import Facts, ObjectPath, Place, below, listed
 
 FOLDER = "artifacts"
 STAGE = re.compile(rf"({'|'.join(STAGE_VERSIONS)})-[0-9a-f]{{16}}")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-LEASE = ".lease"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """One stage's folder; without a manifest it is what an attempt left that did not end."""
 
-    directory: Path
+    directory: Place
     committed: bool
     num_bytes: int
     created: float
@@ -45,7 +45,7 @@ class Artifact:
         return [f"{name} ({status})" for name, status in self.users.items() if status != "finished"]
 
 
-def ls(storage: Path, console: Console) -> None:
+def ls(storage: Place, console: Console) -> None:
     """Print every stage of a storage path.
 
     Raises:
@@ -74,7 +74,7 @@ def ls(storage: Path, console: Console) -> None:
     )
 
 
-def gc(storage: Path, *, unused_for: str, dry_run: bool, console: Console) -> None:
+def gc(storage: Place, *, unused_for: str, dry_run: bool, console: Console) -> None:
     """Remove the stages that no run has asked for in ``unused_for``, and what dead attempts left in that time.
 
     What is being written stays, and what a run wants that is not finished; its ``run.json`` says so.
@@ -103,44 +103,45 @@ def gc(storage: Path, *, unused_for: str, dry_run: bool, console: Console) -> No
     console.print(f"{len(removed)} of {len(found)} stages {word}: {total}", highlight=False, soft_wrap=True)
 
 
-def artifacts_folder(storage: Path) -> Path:
+def artifacts_folder(storage: Place) -> Place:
     """The folder of stages of a storage path, which may be given itself.
 
     Raises:
         UserError: there is none, or what is there was not made by stages.
     """
     folder = storage if storage.name == FOLDER else storage / FOLDER
-    entries = list(folder.iterdir()) if folder.is_dir() else []
-    if not folder.is_dir() or (entries and not any(map(is_stage, entries))):
+    entries: list[Place] = [*folder.iterdir()] if folder.is_dir() else []
+    if not folder.is_dir() or (entries and not any(is_stage(entry) for entry in entries)):
         raise UserError(f"{storage} holds no artifacts: name a storage_path such as runs, or its folder {FOLDER}")
     return folder
 
 
-def is_stage(path: Path) -> bool:
-    return STAGE.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+def is_stage(path: Place) -> bool:
+    is_link = isinstance(path, Path) and path.is_symlink()
+    return STAGE.fullmatch(path.name) is not None and path.is_dir() and not is_link
 
 
-def artifacts(folder: Path) -> Iterator[Artifact]:
+def artifacts(folder: Place) -> Iterator[Artifact]:
     """Every stage, in the order of the names; other things that lie there are left alone."""
     users = users_of(folder.parent)
-    for directory in sorted(filter(is_stage, folder.iterdir())):
+    for directory in filter(is_stage, listed(folder, "*")):
         manifest = directory / MANIFEST
         times = list(map(modified_time, (manifest, directory / USED)))
         committed = times[0] > 0
-        files = [path for path in directory.rglob("*") if path.is_file()]
+        files = files_in(directory)
         if not committed:
-            times = [*map(modified_time, files), directory.stat().st_mtime]
+            times = [*(facts.st_mtime for facts in files), *folder_times(directory)]
         yield Artifact(
             directory=directory,
             committed=committed,
-            num_bytes=sum(file_size(path) for path in files),
+            num_bytes=sum(facts.st_size for facts in files),
             created=times[0] if committed else min(times),
             used=max(times),
             users=users.get(directory.name, {}),
         )
 
 
-def users_of(storage: Path) -> dict[str, dict[str, str]]:
+def users_of(storage: Place) -> dict[str, dict[str, str]]:
     """Stage → the runs below ``storage`` that name it, and how far they are.
 
     Raises:
@@ -153,24 +154,28 @@ def users_of(storage: Path) -> dict[str, dict[str, str]]:
             raise UserError(f"{run / 'run.json'} cannot be read, so what its run uses is not known: remove it first")
         named = [*facts.get("stages", ()), *(Path(entry["store"]).name for entry in facts.get("data", ()))]
         for stage in named:
-            found.setdefault(stage, {})[str(run.relative_to(storage))] = facts["status"]
+            found.setdefault(stage, {})[below(run, storage)] = facts["status"]
     return found
 
 
-def remove_stage(directory: Path, oldest: float) -> bool:
+def remove_stage(directory: Place, oldest: float) -> bool:
     """Remove a stage under its lease, its manifest first; False where somebody writes to it or has just used it."""
     try:
         with lease(directory):
             if max(map(modified_time, (directory / MANIFEST, directory / USED))) > oldest:
                 return False
+            if isinstance(directory, ObjectPath):
+                discard(directory)  # this claim too: nothing is left that another one could wait for
+                return True
             (directory / MANIFEST).unlink(missing_ok=True)
             for path in directory.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name != LEASE:
+                elif not path.name.startswith(PREFIX):
                     path.unlink(missing_ok=True)
     except Held:
         return False
+    forget(directory)
     with suppress(OSError):  # somebody who wants the stage has come and makes it again
         directory.rmdir()
     return True
@@ -191,7 +196,7 @@ def unused_stage_state(item: Artifact) -> str:
     return "being made" if holder_in_words(item.directory) else "never finished"
 
 
-def modified_time(path: Path) -> float:
+def modified_time(path: Place) -> float:
     """0 where there is no such file."""
     try:
         return path.stat().st_mtime
@@ -199,11 +204,22 @@ def modified_time(path: Path) -> float:
         return 0.0
 
 
-def file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+def files_in(directory: Place) -> list[Facts]:
+    """What is known of every file below; what goes meanwhile is left out."""
+    if isinstance(directory, ObjectPath):
+        return list(directory.objects().values())
+    found = []
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            if path.is_file():
+                found.append(Facts(stat.st_size, stat.st_mtime))
+    return found
+
+
+def folder_times(directory: Place) -> list[float]:
+    """When the folder itself was written to: an object store has none."""
+    return [directory.stat().st_mtime] if isinstance(directory, Path) else []
 
 
 def date_of(when: float) -> str:

@@ -12,9 +12,10 @@ from rayalign.config.method import resolve_method
 from rayalign.engine.model.folder import model_directory, tokenizer_digest
 from rayalign.errors import UserError
 from rayalign.storage.manifest import TornDirectory, read_manifest
+from rayalign.storage.place import Place, listed
 
 
-def store_manifest(store: Path) -> Mapping[str, Any]:
+def store_manifest(store: Place) -> Mapping[str, Any]:
     """Raises UserError where ``store`` is not a committed token store."""
     where = "name a round, <run>/rounds/round_000000-…, or a stage's store, artifacts/tokens-… or artifacts/rollouts-…"
     try:
@@ -22,7 +23,7 @@ def store_manifest(store: Path) -> Mapping[str, Any]:
     except TornDirectory as error:
         raise UserError(f"{error}; {where}") from error
     if manifest is None:
-        rounds = sorted(store.glob("rounds/round_*"))
+        rounds = listed(store, "rounds/round_*")
         raise UserError(
             f"{store} is no committed store; {f'name one of its rounds: {rounds[-1]}' if rounds else where}"
         )
@@ -31,7 +32,7 @@ def store_manifest(store: Path) -> Mapping[str, Any]:
     return manifest
 
 
-def shape_of_store(store: Path, manifest: Mapping[str, Any]) -> str:
+def shape_of_store(store: Place, manifest: Mapping[str, Any]) -> str:
     """What its groups are: as its stage recorded, or as the method of the run whose round it is learns."""
     recorded = manifest["meta"].get("inputs", {}).get("shape")
     if recorded:
@@ -44,16 +45,17 @@ def shape_of_store(store: Path, manifest: Mapping[str, Any]) -> str:
     return "pair" if candidates == "ranking" else candidates
 
 
-def run_json_of_store(store: Path) -> Mapping[str, Any] | None:
+def run_json_of_store(store: Place) -> Mapping[str, Any] | None:
     """``run.json`` of the run whose round this is."""
-    path = store.resolve().parents[1] / "run.json"
-    if store.resolve().parent.name != "rounds" or not path.is_file():
+    rounds = (store.resolve() if isinstance(store, Path) else store).parent
+    path = rounds.parent / "run.json"
+    if rounds.name != "rounds" or not path.is_file():
         return None
     facts: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return facts
 
 
-def store_tokenizer(store: Path, manifest: Mapping[str, Any], model: str | None) -> Path:
+def store_tokenizer(store: Place, manifest: Mapping[str, Any], model: str | None) -> Path:
     """The folder of the model that reads these tokens; another one than the store was made with is refused."""
     run = run_json_of_store(store)
     if model is None and run is not None:

@@ -19,7 +19,7 @@ ELSEWHERE = (
     "a process of a stage, torn shards: tests/ray/test_stages.py",
     "the driver of a comparison: tests/ray/test_killed_comparison.py",
     "a node lost for good: tests/ray/test_elastic.py; taken back: test_taken_back.py; of a pool: test_autoscaling.py",
-    "the whole workspace: tests/ray/test_mirror_cli.py; the head of the cluster: tests/ray/test_jobs.py",
+    "all nodes of a run: tests/ray/test_objects_cli.py; the head of the cluster: tests/ray/test_jobs.py",
 )
 
 HEADS = ["fault", "injected", "recoveries", "lost groups", "repeated", "curve", "seconds to recover (median / most)"]

@@ -17,6 +17,8 @@ from held_runs import hold_file, submit_held, write_run
 from local_head import Head, local_head, run_json
 from workspaces import Workspace, make_workspace, metrics, num_rows, rayalign, wait_until, weights
 
+from rayalign.storage.lease import holder_in_words, newest
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS = 12
@@ -62,6 +64,13 @@ def told_step(head: Head, run: str) -> float | None:
     """What Prometheus is told of a run's step; None before the first report."""
     found = re.findall(rf'^ray_rayalign_step\{{.*run="{run}".*\}} (\S+)$', head.metrics(), re.M)
     return float(found[0]) if found else None
+
+
+def owner_of(directory: Path) -> int:
+    """The process that has the run."""
+    found = newest(directory)
+    assert found is not None
+    return int(found.owner["pid"])
 
 
 def newest_checkpoint(directory: Path) -> str:
@@ -133,7 +142,7 @@ def test_a_stopped_job_goes_on_from_an_edited_checkout(
     assert status == "STOPPED", logs
     last = f"stopped: stopped after step {HELD + 1} of {STEPS}; the same command continues from there"
     assert logs.rstrip().endswith(last)
-    assert run_json(directory)["status"] == "stopped" and not (directory / ".lease").exists()
+    assert run_json(directory)["status"] == "stopped" and not holder_in_words(directory)
     assert newest_checkpoint(directory).startswith(f"step_{HELD + 1:06d}-")
     told = rayalign("status", directory)
     assert told.code == 0 and "stopped" in told.printed and f"{HELD + 1}/{STEPS}" in told.printed
@@ -153,7 +162,7 @@ def test_sigterm_has_an_exit_code_and_a_second_one_ends_at_once(
     undisturbed: Path, folder: Workspace, head: Head
 ) -> None:
     job, directory = held(folder, head, "twice")
-    driver = int(json.loads((directory / ".lease").read_text())["pid"])
+    driver = owner_of(directory)
     os.kill(driver, signal.SIGTERM)
     wait_until(lambda: "asked to stop" in head.client().get_job_logs(job), "the driver's answer", seconds=300)
     os.kill(driver, signal.SIGTERM)  # the step is held and cannot end
@@ -164,7 +173,7 @@ def test_sigterm_has_an_exit_code_and_a_second_one_ends_at_once(
 
     job, directory = held(folder, head, "twice")
     assert run_json(directory)["failures"] == ["attempt 1: the command was lost"]
-    os.kill(int(json.loads((directory / ".lease").read_text())["pid"]), signal.SIGTERM)
+    os.kill(owner_of(directory), signal.SIGTERM)
     wait_until(lambda: "asked to stop" in head.client().get_job_logs(job), "the driver's answer", seconds=300)
     hold_file(head, "twice").unlink()
     status, logs = head.wait(job)
@@ -181,7 +190,7 @@ def test_two_jobs_at_once(undisturbed: Path, folder: Workspace, head: Head) -> N
     same = head.submit(folder.folder, "train", "first.yaml")
     other_directory = write_run(folder, head, "other", held_after=HELD, blocks=BLOCKS)
     other = head.submit(folder.folder, "train", "other.yaml")
-    owner = json.loads((directory / ".lease").read_text())["pid"]
+    owner = owner_of(directory)
     status, logs = head.wait(same)
     assert status == "FAILED" and f"is being written by process {owner} on" in logs
     hold_file(head, "first").unlink()

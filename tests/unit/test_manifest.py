@@ -17,7 +17,7 @@ def committed(tmp_path: Path) -> Path:
     (directory / "inner").mkdir(parents=True)
     (directory / "a.bin").write_bytes(bytes(range(256)))
     (directory / "inner" / "b.txt").write_text("beta")
-    (directory / ".lease").write_text("of the moment")
+    (directory / ".lease-000001").write_text("of the moment")
     commit(directory, {"step": 3, "shape": (2, 3)})
     return directory
 

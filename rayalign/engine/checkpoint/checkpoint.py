@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,9 @@ from rayalign.config.training import BestConfig
 from rayalign.engine.batches import State
 from rayalign.engine.model.pretrained import save_pretrained
 from rayalign.errors import UserError
-from rayalign.storage.manifest import MANIFEST, TornDirectory, commit, read_manifest, verify, write_durably
+from rayalign.storage.cache import whole, working
+from rayalign.storage.manifest import MANIFEST, TornDirectory, commit, discard, read_manifest, write_durably
+from rayalign.storage.place import Place
 
 DESCRIBED = "described"
 """Key of an identity: settings that explain its digests, and decide nothing themselves."""
@@ -38,7 +39,7 @@ class IncompatibleCheckpoint(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    directory: Path
+    directory: Place
     step: int
     """Optimizer steps done."""
     facts: Mapping[str, Any]
@@ -49,7 +50,7 @@ class Checkpoint:
 class Checkpointer:
     """Writes and finds the checkpoints of one run below ``root``."""
 
-    root: Path
+    root: Place
     attempt: str
     keep: int
     """Steps that retention leaves, the newest ones."""
@@ -69,19 +70,20 @@ class Checkpointer:
         stop_ids: Sequence[int],
         facts: Mapping[str, Any],
         state: State | None = None,
-    ) -> Path:
+    ) -> Place:
         """Commit the state after ``step`` steps, then remove what retention no longer keeps. Rank 0 calls this.
 
         What else the state is, such as the optimizer's, lies in folders of :meth:`directory` already; ``state`` is
         what :func:`rayalign.engine.model.pretrained.save_pretrained` takes.
         """
         directory = self.directory(step)
-        save_pretrained(model, tokenizer, directory, stop_ids=stop_ids, state=state)
+        with working(directory) as folder:
+            save_pretrained(model, tokenizer, folder, stop_ids=stop_ids, state=state)
         commit(directory, {"step": step, "attempt": self.attempt, "identity": dict(self.identity), "facts": facts})
         self.prune(step)
         return directory
 
-    def directory(self, step: int) -> Path:
+    def directory(self, step: int) -> Place:
         """Where this attempt writes the checkpoint of ``step``."""
         return self.root / f"step_{step:06d}-a{self.attempt}"
 
@@ -93,7 +95,7 @@ class Checkpointer:
         """
         for directory in self.directories():
             try:
-                manifest = verify(directory)
+                manifest = whole(directory)
             except TornDirectory as damage:
                 log.warning("skipping a checkpoint that is not whole: %s", damage)
                 continue
@@ -101,10 +103,10 @@ class Checkpointer:
             return Checkpoint(directory=directory, step=int(manifest["step"]), facts=manifest["facts"])
         return None
 
-    def directories(self) -> list[Path]:
+    def directories(self) -> list[Place]:
         """Checkpoint directories, newest step first; of one step, the one written last."""
         found = [path for path in self.root.glob("step_*") if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+        return sorted(found, key=lambda path: (step_of(path), written(path)), reverse=True)
 
     def prune(self, step: int) -> None:
         """Up to ``step``, leave the newest ``keep``, the best and ``always_keep``, once each; uncommitted remains go.
@@ -119,7 +121,7 @@ class Checkpointer:
         for directory, manifest in manifests.items():
             own = step_of(directory)
             if own in kept or manifest is None:
-                shutil.rmtree(directory)
+                discard(directory)
             elif own in self.always_keep:
                 kept.add(own)
             elif len(recent) < self.keep:
@@ -128,14 +130,14 @@ class Checkpointer:
             elif directory == best:
                 kept.add(own)
             else:
-                shutil.rmtree(directory)
+                discard(directory)
 
-    def choose(self, manifests: Mapping[Path, Mapping[str, Any] | None]) -> Path | None:
+    def choose(self, manifests: Mapping[Place, Mapping[str, Any] | None]) -> Place | None:
         """The best checkpoint of those whose step was measured, newest first; told in ``best.json``."""
         if self.best is None:
             return None
         metric = self.best.metric
-        found: dict[int, tuple[Path, float]] = {}
+        found: dict[int, tuple[Place, float]] = {}
         for directory, manifest in manifests.items():
             value = manifest["facts"].get("metrics", {}).get(metric) if manifest is not None else None
             if value is not None:
@@ -149,7 +151,7 @@ class Checkpointer:
         return directory
 
 
-def manifest_of(directory: Path) -> dict[str, Any] | None:
+def manifest_of(directory: Place) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None where it was not committed, or says nothing that can be read."""
     try:
         return read_manifest(directory)
@@ -157,23 +159,31 @@ def manifest_of(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_committed(directory: Path) -> bool:
+def written(directory: Place) -> float:
+    """When a checkpoint was written: the folder on a disk, the commit on an object store; 0 where there is none yet."""
+    try:
+        return (directory if isinstance(directory, Path) else directory / MANIFEST).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def is_committed(directory: Place) -> bool:
     return manifest_of(directory) is not None
 
 
-def newest_step(root: Path) -> int:
+def newest_step(root: Place) -> int:
     """The step of the newest committed checkpoint below ``root``, damaged or not; 0 where there is none."""
     steps = [step_of(path.parent) for path in root.glob(f"step_*/{MANIFEST}") if NAME.fullmatch(path.parent.name)]
     return max(steps, default=0)
 
 
-def step_of(directory: Path) -> int:
+def step_of(directory: Place) -> int:
     match = NAME.fullmatch(directory.name)
     assert match is not None
     return int(match.group(1))
 
 
-def refuse_other_run(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def refuse_other_run(directory: Place, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise :class:`IncompatibleCheckpoint` naming every setting in which two identities differ."""
     changed = identity_differences(theirs, ours)
     if changed:

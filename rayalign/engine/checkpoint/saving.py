@@ -18,15 +18,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayalign.engine.batches import NeededRounds, Rounds
-from rayalign.engine.checkpoint.mirror import upload
+from rayalign.engine.batches import Rounds
 from rayalign.engine.checkpoint.sending import copy_to_host, state_to_export
-from rayalign.engine.state import Run, TrainSpec
+from rayalign.engine.state import Run
 from rayalign.engine.strategy.base import Strategy
 from rayalign.errors import Stopped
-from rayalign.storage.copies import Mirror, MirrorFailed
+from rayalign.storage.cache import working
 from rayalign.storage.disk import num_training_bytes, room_for
-from rayalign.storage.manifest import committed
+from rayalign.storage.place import ObjectPath, Place
 
 log = logging.getLogger(__name__)
 Write = Callable[[Path], None]
@@ -158,7 +157,7 @@ def save_checkpoint(
 def write_checkpoint(
     run: Run,
     *,
-    directory: Path,
+    directory: Place,
     step: int,
     wanted: int,
     state: Mapping[str, Tensor],
@@ -174,27 +173,18 @@ def write_checkpoint(
         DiskFull: what there was of it is removed.
     """
     with room_for(directory, wanted):
-        run.strategy.save_optimizer(held, directory, group=group)
-        if beside is not None:
-            beside(directory, group)
-        if run.strategy.rank != 0:
-            return
-        adapter(directory)
-        run.checkpointer.save(
-            step, model=run.model, tokenizer=run.tokenizer, stop_ids=run.spec.stop_ids, facts=facts, state=state
-        )
-    if run.spec.mirror is not None:
-        mirror_to(run.spec.mirror, run.spec, step)
-
-
-def mirror_to(mirror: Mirror, spec: TrainSpec, step: int) -> None:
-    """Send what is committed; what a store does not take is sent with the next checkpoint, the last one must be."""
-    try:
-        upload(mirror, spec.directory, step=step)
-    except MirrorFailed as error:
-        if step == spec.steps:
-            raise
-        log.warning("step %d is not mirrored; the next checkpoint tries again: %s", step, error)
+        with working(directory) as folder:
+            run.strategy.save_optimizer(held, folder, group=group)
+            if beside is not None:
+                beside(folder, group)
+            if run.strategy.rank == 0:
+                adapter(folder)
+        if isinstance(directory, ObjectPath) and run.strategy.world_size > 1:
+            dist.barrier(group)  # what another worker sends after the commit would not be part of it
+        if run.strategy.rank == 0:
+            run.checkpointer.save(
+                step, model=run.model, tokenizer=run.tokenizer, stop_ids=run.spec.stop_ids, facts=facts, state=state
+            )
 
 
 def checkpoint_facts(run: Run, rounds: Rounds | None) -> dict[str, Any]:
@@ -203,23 +193,8 @@ def checkpoint_facts(run: Run, rounds: Rounds | None) -> dict[str, Any]:
         "num_tokens": run.num_tokens,
         "skipped": (run.skipped_steps, run.skipped_in_a_row),
         "source": rounds.state(run.step) if rounds is not None else {},
-        "rounds": rounds_in_manifest(
-            rounds.needed(run.step) if rounds is not None else NeededRounds(), run.spec.directory
-        ),
         "environment": numeric_environment(run.strategy),
         "metrics": measurements(run),
-    }
-
-
-def rounds_in_manifest(rounds: NeededRounds, directory: Path) -> dict[str, dict[str, str]]:
-    """Rounds as a manifest names them, by their places in the run's ``directory``; those begun with their digests."""
-    begun = {path: committed(path)["manifest_sha256"] for path in rounds.begun}
-    return {
-        "begun": {path.relative_to(directory).as_posix(): digest for path, digest in begun.items()},
-        "ahead": {
-            path.relative_to(directory).as_posix(): weights.relative_to(directory).as_posix()
-            for path, weights in rounds.ahead.items()
-        },
     }
 
 

@@ -17,6 +17,7 @@ from rayalign.engine.canary import canary_logps
 from rayalign.engine.model.lora import ADAPTER, state_with_adapter_merged, write_adapter
 from rayalign.engine.model.pretrained import is_renamed, save_pretrained, state_digest
 from rayalign.engine.state import Run
+from rayalign.storage.cache import working
 from rayalign.storage.manifest import commit
 
 
@@ -49,7 +50,8 @@ def export_weights(run: Run, rounds: Rounds, state: State, canary: tuple[float, 
         num_bytes=num_bytes(state),
     )
     if weights.directory is not None:
-        save_pretrained(run.model, run.tokenizer, weights.directory, stop_ids=run.spec.stop_ids, state=state)
+        with working(weights.directory) as folder:
+            save_pretrained(run.model, run.tokenizer, folder, stop_ids=run.spec.stop_ids, state=state)
         commit(weights.directory, {"step": run.step, "attempt": weights.attempt, "digest": weights.digest})
     if not renamed:
         rounds.send(weights, state)

@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from rayalign.errors import UserError
 from rayalign.paths import expanded
-from rayalign.storage.manifest import file_digest
+from rayalign.storage.cache import fetched
+from rayalign.storage.manifest import TornDirectory, file_digest
+from rayalign.storage.place import place_of
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -54,6 +56,8 @@ def model_directory(name: str, revision: str | None = None, *, field: str = FIEL
     Raises:
         UserError: ``name`` is neither, or no model in Hugging Face's layout; ``field`` is the setting that it says.
     """
+    if "://" in name:
+        return _from_objects(name, field)
     path = expanded(name, field=field)
     if not path.is_dir():
         if path.is_file():
@@ -210,6 +214,17 @@ def few(names: Iterable[object], most: int = 3) -> str:
     """The first few of them, for a sentence."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")
+
+
+def _from_objects(name: str, field: str) -> Path:
+    """This node's copy of what a run wrote to an object store."""
+    try:
+        return fetched(place_of(name, field=field))
+    except TornDirectory as error:
+        raise UserError(
+            f"{field}: {error}: name a folder that rayalign wrote there, such as a run's final/ or a checkpoint; copy "
+            "any other model to a disk"
+        ) from error
 
 
 def _from_hub(name: str, revision: str | None, field: str) -> Path:

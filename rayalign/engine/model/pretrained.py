@@ -54,6 +54,7 @@ from rayalign.engine.model.scalar import (
     set_one_output,
 )
 from rayalign.errors import UserError, first_line
+from rayalign.storage.place import Place
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ class ModelSpec:
         """Where its files are; raises UserError, naming ``field``, where it has none."""
         return model_directory(self.config.name, self.config.revision, field=self.field)
 
-    def at(self, directory: Path, **changes: Any) -> ModelSpec:
+    def at(self, directory: Place, **changes: Any) -> ModelSpec:
         """The same kind of model with the weights in ``directory``, and with ``changes`` of its config."""
         own = {"name": str(directory), "revision": None, "from_scratch": False}
         return replace(self, config=self.config.model_copy(update={**own, **changes}))

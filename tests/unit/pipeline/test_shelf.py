@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rayalign.errors import UserError
 from rayalign.storage.artifacts import USED, Artifacts
-from rayalign.storage.lease import lease
+from rayalign.storage.lease import identity, lease
 from rayalign.storage.manifest import commit
 from rayalign.verbs.shelf import artifacts, gc, ls, parse_duration
 
@@ -77,7 +77,7 @@ def test_what_is_being_written_stays(tmp_path: Path) -> None:
     held = make(tmp_path, "tokens")
     age(held, 40)
     with lease(held):
-        os.utime(held / ".lease", (time.time(), time.time()))
+        os.utime(held / ".lease-000001", (time.time(), time.time()))
         assert f"kept {held.name}: " in collected(tmp_path)
         assert "is being written by process" in collected(tmp_path, dry_run=True)
     assert (held / "data").exists()
@@ -88,8 +88,8 @@ def test_what_a_dead_attempt_left_goes_once_it_is_old(tmp_path: Path) -> None:
     dead = tmp_path / "artifacts" / "tokens-0123456789abcdef"
     (dead / "part").mkdir(parents=True)
     (dead / "shard").write_text("half")
-    dead_lease = {"token": "t", "host": os.uname().nodename, "pid": 2**22 + 1, "since": "once"}
-    (dead / ".lease").write_text(json.dumps(dead_lease))
+    dead_lease = {**identity(), "token": "t", "pid": 2**22 + 1, "since": "once"}
+    (dead / ".lease-000001").write_text(json.dumps(dead_lease))
     assert "0 of 2 stages removed" in collected(tmp_path)  # a run may go on with it
     age(dead, 31)
     assert f"removed {dead.name}: " in collected(tmp_path) and not dead.exists()

@@ -47,7 +47,7 @@ def test_a_running_one_says_speed_time_left_checkpoint_and_failures(tmp_path: Pa
     for name in ("step_000001-aa", "step_000002-ab"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_000001-aa" / "MANIFEST.json").touch()
-    lease = tmp_path / ".lease"
+    lease = tmp_path / ".lease-000001"
     lease.touch()
     text = shown(tmp_path)
     assert "run status step loss tokens/s left saved attempts" in text
@@ -66,7 +66,7 @@ def test_no_word_is_cut_at_eighty_columns(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps(facts))
     row = {"step": 12_345, "loss": 0.5, "step_tokens": 300_000, "seconds": 1.0}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    (run / ".lease").touch()
+    (run / ".lease-000001").touch()
     console = Console(file=io.StringIO(), width=80)
     console.print(status_table(tmp_path))
     assert isinstance(console.file, io.StringIO)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-import shutil
+import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -13,15 +13,13 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from rayalign.errors import Stopped
-from rayalign.runtime.jobs import JobTable
+from rayalign.runtime.jobs import NoteTable
 from rayalign.runtime.worker import Mailbox, TrainJob
 
 
 @pytest.fixture
-def mailbox(tmp_path: Path) -> Mailbox:
-    folder = tmp_path / "mailbox"
-    folder.mkdir()
-    return Mailbox(folder, JobTable())
+def mailbox() -> Mailbox:
+    return Mailbox(NoteTable())
 
 
 def job(name: str) -> TrainJob:
@@ -62,10 +60,20 @@ def test_a_stop_is_answered_with_how_far_the_job_is(mailbox: Mailbox) -> None:
         mailbox.answered(number)
 
 
-def test_a_removed_mailbox_ends_the_workers(mailbox: Mailbox) -> None:
-    jobs = mailbox.jobs()
-    shutil.rmtree(mailbox.folder)
-    assert list(jobs) == []
+class Gone(NoteTable):
+    """What workers see when the driver and its table have ended."""
+
+    def read(self, name: str) -> bytes | None:
+        return None
+
+    def is_there(self) -> bool:
+        return False
+
+
+def test_a_mailbox_that_is_gone_ends_the_workers() -> None:
+    mailbox = Mailbox(Gone())
+    assert not mailbox.stop_is_asked() and mailbox.reserved() is None
+    assert list(mailbox.jobs()) == []
 
 
 def test_a_job_that_was_stopped_says_how_far_it_is(mailbox: Mailbox) -> None:
@@ -78,46 +86,11 @@ def test_a_job_that_was_stopped_says_how_far_it_is(mailbox: Mailbox) -> None:
         mailbox.answered(number)
 
 
-def test_its_files_are_plain_text_and_no_job(mailbox: Mailbox, tmp_path: Path) -> None:
+def test_it_says_where_the_workers_are(mailbox: Mailbox) -> None:
     room = PlacementGroup(ray.PlacementGroupID.from_random())
-    number = mailbox.post(job("a"))
-    mailbox.take(number)
+    assert mailbox.places() == {} and mailbox.reserved() is None
     mailbox.reserve(room)
-    mailbox.answer(number, tmp_path / "final")
-    files = {path.name: path.read_text(encoding="ascii") for path in mailbox.folder.iterdir()}
-    assert files == {
-        "000000.job": "a",
-        "000000.taken": "",
-        "000000.final": str(tmp_path / "final"),
-        "room": room.id.hex(),
-    }
+    mailbox.register(3)
     found = mailbox.reserved()
     assert found is not None and found.id == room.id
-
-
-class Planted:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (self.path, "w")
-
-
-def test_what_others_write_into_its_folder_is_not_run(mailbox: Mailbox, tmp_path: Path) -> None:
-    planted = tmp_path / "planted"
-    code = pickle.dumps(Planted(planted))
-    mailbox.post(job("a"))
-    (mailbox.folder / "000000.job").write_bytes(code)
-    (mailbox.folder / "000001.job").write_bytes(code)
-    (mailbox.folder / "room").write_bytes(code)
-    jobs = mailbox.jobs()
-    assert next(jobs)[1].run == "a"
-    mailbox.close()
-    assert list(jobs) == []  # nothing was posted under the second number
-    with pytest.raises(UnicodeDecodeError):
-        mailbox.reserved()
-    assert not planted.exists()
-    pickle.loads(code).close()
-    assert planted.exists()
+    assert mailbox.places() == {3: f"process {os.getpid()} on {socket.gethostname()}"}

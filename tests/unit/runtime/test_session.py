@@ -11,6 +11,7 @@ import pytest
 from rayalign.errors import UserError
 from rayalign.placement import Node
 from rayalign.runtime.session import DEFAULTS, Session, connect, inherited_environment, running_cluster
+from rayalign.storage.place import ObjectPath, place_of
 
 NODE = Node(id="a", name="a", cpus=2, gpus=0)
 HERE = Session(started_here=True, nodes=(NODE,))
@@ -77,8 +78,17 @@ def test_storage_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/runs cannot be made: Not a directory"):
         HERE.storage(str(tmp_path / "file" / "runs"))
-    with pytest.raises(UserError, match="s3://bucket/runs: this release writes to file systems"):
-        HERE.storage("s3://bucket/runs")
+    with pytest.raises(UserError, match="storage_path: ftp://host/runs: no ftp:// is known here"):
+        HERE.storage("ftp://host/runs")
+
+
+def test_an_object_store_is_tried_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"file://{tmp_path}/runs"
+    assert CLUSTER.storage(address) == place_of(address)
+    assert not list((tmp_path / "runs").iterdir())
+    monkeypatch.setattr(ObjectPath, "create", lambda self, data: True)
+    with pytest.raises(UserError, match="creates an object that exists .it ignores If-None-Match"):
+        CLUSTER.storage(address)
 
 
 @pytest.mark.parametrize(("place", "told"), [("x" * 120, "AF_UNIX path length"), ("file", "Not a directory")])
