@@ -98,7 +98,7 @@ class FileWriter:
         return {"bytes": self.bytes, "sha256": self.sha.hexdigest()}
 
 
-def write_whole(path: Path, data: bytes) -> dict[str, Any]:
+def write_file(path: Path, data: bytes) -> dict[str, Any]:
     """A file with ``data``, which replaces what was there at once; its size and digest."""
     file = FileWriter(path)
     file.write(data)
@@ -185,7 +185,7 @@ class _OpenShard:
         for name in self.parts[0]:
             index[name] = np.concatenate([part[name] for part in self.parts])
         files = {f"{self.name}{ending}": file.finish() for ending, file in self.files.items()}
-        files[f"{self.name}{INDEX}"] = write_whole(self.directory / f"{self.name}{INDEX}", save(index))
+        files[f"{self.name}{INDEX}"] = write_file(self.directory / f"{self.name}{INDEX}", save(index))
         info = ShardInfo(
             name=self.name,
             groups=len(index["num_candidates"]),
@@ -230,7 +230,7 @@ def write_column_shard(
         first=first,
         per_candidate=tuple(sorted(per_candidate or {})),
         per_token=tuple(sorted(per_token or {})),
-        files={f"{name}{COLUMNS}": write_whole(directory / f"{name}{COLUMNS}", b"".join(records))},
+        files={f"{name}{COLUMNS}": write_file(directory / f"{name}{COLUMNS}", b"".join(records))},
     )
     _write_sidecar(directory, info)
     return info
@@ -318,4 +318,4 @@ def _names(columns: Iterable[Mapping[str, Column]]) -> tuple[str, ...]:
 
 
 def _write_sidecar(directory: Path, info: ShardInfo) -> None:
-    write_whole(directory / f"{info.name}{_SIDECAR}", json.dumps(asdict(info)).encode())
+    write_file(directory / f"{info.name}{_SIDECAR}", json.dumps(asdict(info)).encode())
