@@ -73,12 +73,12 @@ def test_the_first_loss_is_ln_2_and_each_step_has_one_row(undisturbed: Path) -> 
     assert rows[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_run_json_counts_rows_shards_nodes_and_bytes(undisturbed: Path, session: Session) -> None:
+def test_run_json_counts_rows_units_and_nodes(undisturbed: Path, session: Session) -> None:
     facts = json.loads((undisturbed / "run.json").read_text())
     assert (facts["status"], facts["steps"], facts["workers"]) == ("finished", 24, 1)
     (data,) = facts["data"]
-    assert (data["rows"], data["bad"], data["dropped"], data["shards"]) == (200, 0, 0, 1)
-    assert data["bytes_by_node"].keys() == {session.nodes[0].id}
+    assert (data["rows"], data["bad"], data["dropped"], data["units"]) == (200, 0, 0, 1)
+    assert data["rows_by_node"] == {session.nodes[0].id: 200}
 
 
 def test_final_is_a_hugging_face_model(undisturbed: Path) -> None:

@@ -51,7 +51,7 @@ def test_pairs_and_rankings_of_one_file(tmp_path: Path) -> None:
         ],
     )
     assert (report.rows, report.dropped, report.bad) == (5, 1, 2)
-    assert [bad.line for bad in report.bad] == [4, 5]
+    assert [bad.line for bad in report.bad_rows] == [4, 5]
     assert "without `rewards` does not say which is preferred" in report.bad_rows[0].reason
     assert report.shards
     store = commit_store(tmp_path, report.shards, meta={})

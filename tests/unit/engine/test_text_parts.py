@@ -106,7 +106,8 @@ def trained(directory: Path, folder: Path, **changes: Any) -> Path:
     pairs = store(folder / "pairs", synthetic_groups([2] * 6))
     scenario = Scenario(model=directory, streams=(pairs,), objectives=(objective("simpo"),), steps=2, lr=1e-2)
     spec = train_spec(folder / "run", scenario)
-    return train_alone(replace(spec, model=replace(spec.model, **changes)), scenario)
+    model = replace(spec.model, config=spec.model.config.model_copy(update=changes))
+    return train_alone(replace(spec, model=model), scenario)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4.0)], ids=["all weights", "LoRA"])
