@@ -19,6 +19,7 @@ import torch
 
 from examples.lab.world import pairs as lab_pairs
 from rayalign.config.data import TokenBudget
+from rayalign.config.model import ModelConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
@@ -61,7 +62,7 @@ def main() -> None:
 
 def groups_of(first: int, count: int) -> list[Group]:
     """Pairs of the support desk, which the untrained model's log-probs lie beside."""
-    chat = make_chat(load_policy(ModelSpec(name=str(MODEL), from_scratch=True, seed=0))[1])
+    chat = make_chat(load_policy(ModelSpec(config=ModelConfig(name=str(MODEL), from_scratch=True), seed=0))[1])
     rows = [RawRow(source="lab", line=line, value=row) for line, row in enumerate(lab_pairs(first, count), start=1)]
     outcomes = rows_to_groups(rows, chat, TokenBudget(max_prompt_tokens=128, max_tokens=256))
     return [outcome.group for outcome in outcomes if isinstance(outcome, Tokenized)]
@@ -71,7 +72,7 @@ def final_loss(
     trained: Sequence[Group], held_out: Sequence[Group], parts: Sequence[int], window: int, seed: int
 ) -> float:
     """Held-out loss of a model that began with the weights of ``seed``, nats."""
-    policy = Policy(load_policy(ModelSpec(name=str(MODEL), from_scratch=True, seed=seed))[0])
+    policy = Policy(load_policy(ModelSpec(config=ModelConfig(name=str(MODEL), from_scratch=True), seed=seed))[0])
     scored = [group for first in range(0, len(trained), 32) for group in with_reference(policy, trained[first:][:32])]
     checked = [group for first in range(0, HELD_OUT, 32) for group in with_reference(policy, held_out[first:][:32])]
     stream = Stream(
