@@ -110,7 +110,7 @@ class Index:
         return len(self.arrays["prompt_tokens"])
 
     def entry(self, group: int) -> Entry:
-        """Where a group lies and how long it is, from the block that it is in."""
+        """The position and the lengths of a group."""
         begin = group - group % BLOCK
         base: list[int] = self.arrays["blocks"][group // BLOCK].tolist()
         counts = self.arrays["num_candidates"][begin : group + 1].tolist()

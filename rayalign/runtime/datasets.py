@@ -17,6 +17,7 @@ from rayalign.config.data import DataConfig
 from rayalign.config.model import ModelConfig
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat, make_chat
+from rayalign.data.shard import is_complete
 from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, UnitWriter, read_chunks
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
@@ -128,7 +129,7 @@ def prepare(
         return sum(report_path(directory, name).is_file() for name in names)
 
     def write() -> None:
-        missing = [(name, unit) for name, unit in names.items() if not report_path(directory, name).is_file()]
+        missing = [(name, unit) for name, unit in names.items() if not is_finished(directory, name)]
         if not missing:
             return
         said = time.monotonic()
@@ -152,6 +153,15 @@ def prepare(
     retry_lost_actors("tokens", write, what="tokenization", progress=finished)
     reports = [UnitReport.from_json(report_path(directory, name).read_text(encoding="utf-8")) for name in names]
     return StorePreparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
+
+
+def is_finished(directory: Place, name: str) -> bool:
+    """Whether a unit has its report, and all shards that it names."""
+    path = report_path(directory, name)
+    if not path.is_file():
+        return False
+    report = UnitReport.from_json(path.read_text(encoding="utf-8"))
+    return all(is_complete(directory, shard) for shard in report.shards)
 
 
 def report_path(directory: Place, name: str) -> Place:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import ray
 
@@ -36,10 +37,10 @@ def planned(units: Iterable[Unit], directory: Place) -> list[Unit]:
     return cut
 
 
-def restored(value: dict[str, object]) -> Unit:
-    byte_range = value.pop("byte_range")
-    found = Unit(**value)  # type: ignore[arg-type]  # it was written from a Unit
-    return replace(found, byte_range=ByteRange(**byte_range)) if isinstance(byte_range, dict) else found
+def restored(value: dict[str, Any]) -> Unit:
+    """The unit that ``asdict`` made ``value`` of."""
+    own = value["byte_range"]
+    return Unit(**value | {"byte_range": None if own is None else ByteRange(**own)})
 
 
 def split_units(units: list[Unit], *, range_bytes: int | None = None) -> list[Unit]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayalign.errors import UserError
-from rayalign.storage.lease import lease
-from rayalign.storage.manifest import MANIFEST, file_digest, is_content
+from rayalign.storage.lease import PREFIX, lease
+from rayalign.storage.manifest import MANIFEST, file_digest
 from rayalign.storage.place import Place, StorageFailed, write_whole
 
 STAGE_VERSIONS = {"rows": 1, "tokens": 4, "mismatched": 3, "reference": 1, "filter": 1, "rollouts": 4, "prepared": 1}
@@ -110,10 +110,10 @@ def refuse_unknown(fresh: frozenset[str]) -> None:
 
 
 def clear(directory: Place) -> None:
-    """Remove what a stage wrote, its manifest first; the lease stays."""
+    """Remove what a stage wrote, its manifest first, and what an interrupted one noted; the lease stays."""
     (directory / MANIFEST).unlink(missing_ok=True)
     for path in directory.rglob("*"):
-        if path.is_file() and is_content(path):
+        if path.is_file() and not path.name.startswith(PREFIX):
             path.unlink()
 
 

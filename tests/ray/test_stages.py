@@ -143,6 +143,38 @@ def test_preparation_repeats_what_its_dead_process_had_begun_and_nothing_else(
     assert not [path for path in directory.iterdir() if path.name.startswith(".") and path.name != ".used"]
 
 
+def test_a_unit_whose_shard_is_gone_is_prepared_again(
+    workspace: Workspace, stages: Stages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reading, "LEAST_BYTES", 1 << 15)
+    run = load_run(workspace.run("gone", data={"train": ["pairs.jsonl"], "max_prompt_tokens": 40, "max_tokens": 96}))
+    undisturbed = stages.tokens(run.data.train[0], run, "pair")
+    others = replace(stages, artifacts=Artifacts(root=tmp_path, note=lambda line: None))
+
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages_module, "commit_store", interrupted)
+        with pytest.raises(Interrupted):
+            others.tokens(run.data.train[0], run, "pair")
+    reports = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens-*/.*.report.json")}
+    (gone,) = tmp_path.glob("tokens-*/000001.tokens")
+    gone.unlink()
+    again: dict[Path, int] = {}
+
+    def commit(directory: Path, *arguments: Any, **more: Any) -> TokenStore:
+        again.update({path: path.stat().st_mtime_ns for path in reports})
+        return commit_store(directory, *arguments, **more)
+
+    monkeypatch.setattr(stages_module, "commit_store", commit)
+    directory = others.tokens(run.data.train[0], run, "pair")
+    assert len(reports) > 2 and [path.name for path in reports if again[path] != reports[path]] == [
+        ".000001.report.json"
+    ]
+    assert TokenStore.open(directory).digest == TokenStore.open(undisturbed).digest
+
+
 @pytest.mark.slow
 def test_reference_is_shared_by_what_it_depends_on(
     workspace: Workspace, store: Path, stages: Stages, notes: list[str]

@@ -18,6 +18,7 @@ from storages import Faulty
 
 from rayalign.errors import MissingExtra, UserError
 from rayalign.storage import place as module
+from rayalign.storage.artifacts import clear
 from rayalign.storage.lease import claims, lease
 from rayalign.storage.manifest import MANIFEST, TornDirectory, commit, discard, read_manifest, verify, write_durably
 from rayalign.storage.place import ObjectPath, Place, StorageFailed, create, place_of, remove, write_whole
@@ -207,3 +208,10 @@ def test_a_writer_that_is_killed_leaves_old_or_new_content(objects: ObjectPath) 
         assert len(content) == 400_000 and content == content[:8] * 50_000
     write_durably(target, "after")
     assert target.read_text() == "after" and (objects / MANIFEST).exists() is False
+
+
+def test_a_stage_that_is_made_again_begins_with_nothing_but_its_lease(tmp_path: Path) -> None:
+    for name in ("MANIFEST.json", "a.tokens", ".000000.report.json", ".units.json", ".used", ".lease-000001"):
+        (tmp_path / name).write_text("x")
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lease-000001"]
