@@ -16,20 +16,17 @@ from rayalign.data.stream import Stream
 from rayalign.engine.batches import RoundWork, State, Weights
 from rayalign.errors import UserError
 from rayalign.rounds.columns import prepare_columns
-from rayalign.rounds.folder import Request, RoundFolder
+from rayalign.rounds.folder import Request, RoundFolder, poll_seconds
 from rayalign.rounds.packing import Packer
 from rayalign.rounds.stored import Drawn
 from rayalign.rounds.streams import SourceSpec, round_part
 from rayalign.rounds.weights import WeightChannel
 from rayalign.storage.manifest import MANIFEST, committed, read_manifest
-from rayalign.storage.place import ObjectPath, Place
+from rayalign.storage.place import Place
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 3600.0
-POLL_SECONDS = 0.05
-OBJECTS_POLL_SECONDS = 1.0
-"""An object store is asked less often, for every question costs."""
 TELL_SECONDS = 60.0
 
 
@@ -239,5 +236,5 @@ def wait_for(directory: Place, failure: Callable[[], str], stop: Callable[[], bo
         if now - told > TELL_SECONDS:
             log.warning("waiting for %s since %.0f s", directory.name, now - began)
             told = now
-        time.sleep(OBJECTS_POLL_SECONDS if isinstance(directory, ObjectPath) else POLL_SECONDS)
+        time.sleep(poll_seconds(directory))
     return True

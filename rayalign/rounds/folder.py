@@ -9,7 +9,15 @@ from typing import Any
 
 from rayalign.engine.batches import Weights
 from rayalign.storage.manifest import write_durably
-from rayalign.storage.place import Place, listed, place_of
+from rayalign.storage.place import ObjectPath, Place, listed, place_of
+
+POLL_SECONDS, OBJECTS_POLL_SECONDS = 0.05, 1.0
+"""Between looks at a disk, and at an object store, where every question costs."""
+
+
+def poll_seconds(place: Place) -> float:
+    """The pause between looks for what another process writes at ``place``."""
+    return OBJECTS_POLL_SECONDS if isinstance(place, ObjectPath) else POLL_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

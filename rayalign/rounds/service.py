@@ -18,20 +18,19 @@ from rayalign.remarks import Remarks
 from rayalign.rounds.chunk import REST, ChunkSpec
 from rayalign.rounds.columns import RoundPreparation, prepare_columns
 from rayalign.rounds.drawing import commit_drawn, draw_chunks
-from rayalign.rounds.folder import Request, RoundFolder
+from rayalign.rounds.folder import Request, RoundFolder, poll_seconds
 from rayalign.rounds.ledger import WHAT_DISTINGUISHES, Ledger, nothing_learned
 from rayalign.rounds.plan import RoundPlan
 from rayalign.rounds.weights import BOARD, WeightsGone
 from rayalign.rounds.workers import PoolClosed, Workers
 from rayalign.storage.manifest import MANIFEST, committed, discard
-from rayalign.storage.place import ObjectPath, Place, write_whole
+from rayalign.storage.place import Place, write_whole
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05
-OBJECTS_POLL_SECONDS = 1.0
-"""An object store is asked less often, for every question costs."""
 GONE_SECONDS = 600.0
+RETRY_SECONDS = 0.5
+"""Between attempts at a round whose weights are gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,7 @@ def serve_rounds(job: RolloutJob, pool: Workers, note: Callable[[str], None]) ->
         idle = Unlabelled(job, note)
         told = Remarks()
         try:
-            while not stop.wait(OBJECTS_POLL_SECONDS if isinstance(job.folder, ObjectPath) else POLL_SECONDS):
+            while not stop.wait(poll_seconds(job.folder)):
                 pool.release()
                 for request in folder.requests()[:1]:
                     try:
@@ -105,7 +104,7 @@ def await_another_attempt(error: WeightsGone, gone: dict[str, float]) -> None:
             f"{error}, and for {GONE_SECONDS:.0f} s no other process has asked for the round: look for what ended "
             "the training workers"
         )
-    time.sleep(10 * POLL_SECONDS)
+    time.sleep(RETRY_SECONDS)
 
 
 class Unlabelled:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ from tiny_runs import save_tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+def cache(own_cache: None) -> None:
+    """No test of rounds uses the cache of another."""
 
 
 @pytest.fixture(scope="module")
