@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from rayalign.data.group import GroupLengths
+from rayalign.data.open_files import File
 from rayalign.data.shard import FINISHED, INDEX, ShardInfo
+from rayalign.storage.cache import local_file
 from rayalign.storage.manifest import TornDirectory
 
 Counts = NDArray[np.int64]
@@ -211,14 +213,14 @@ def write_index(directory: Path, shards: Sequence[ShardInfo]) -> tuple[str, ...]
     return tuple(sources)
 
 
-def open_index(directory: Path, sources: Sequence[str], size: int) -> Index:
-    """The index of a committed store; raises TornDirectory where it does not have its ``size``."""
-    path = directory / NAME
-    if not path.is_file():
-        raise TornDirectory(f"{path} is missing")
-    if path.stat().st_size != size:
-        raise TornDirectory(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
-    return Index(sources=tuple(sources), arrays=_mapped(path))
+def open_index(file: File, sources: Sequence[str]) -> Index:
+    """The index of a committed store; raises TornDirectory where it does not have the size that its manifest says."""
+    with local_file(file.place, size=file.facts["bytes"], sha256=file.facts["sha256"]) as path:
+        if not path.is_file():
+            raise TornDirectory(f"{path} is missing")
+        if path.stat().st_size != file.facts["bytes"]:
+            raise TornDirectory(f"{path} has {path.stat().st_size} bytes, its manifest says {file.facts['bytes']}")
+        return Index(sources=tuple(sources), arrays=_mapped(path))
 
 
 def offsets(sizes: Counts) -> Counts:

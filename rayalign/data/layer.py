@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,35 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayalign.data.index import Before, Entry, Index, Piece, offsets
+from rayalign.data.open_files import File, OpenFiles
 from rayalign.data.shard import COLUMNS, TOKENS, ShardInfo, Words, has_checksum
 from rayalign.storage.manifest import TornDirectory
+from rayalign.storage.place import Place
 
 WORD_BYTES = 4
-MOST_FILES = 32
-"""Files that a store holds open; that of the group which was asked for longest ago is closed first."""
-
-
-class OpenFiles:
-    """The files of a store, mapped as they are needed."""
-
-    def __init__(self) -> None:
-        self._mapped: OrderedDict[Path, NDArray[np.uint8]] = OrderedDict()
-
-    def __getitem__(self, path: Path) -> NDArray[np.uint8]:
-        if path in self._mapped:
-            self._mapped.move_to_end(path)
-            return self._mapped[path]
-        if len(self._mapped) >= MOST_FILES:
-            self._mapped.popitem(last=False)
-        self._mapped[path] = found = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-        return found
 
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
     """The records of every group of one kind: tokens, or a set of columns."""
 
-    directory: Path
+    directory: Place
     ending: str
     shards: tuple[ShardInfo, ...]
     """Those of a store in order; of them, some may have no file of this kind."""
@@ -56,7 +39,7 @@ class Layer:
         for number, shard in enumerate(self.shards):
             if self.exists(number):
                 stop = shard.first + shard.groups
-                _check_size(self.path(number), WORD_BYTES * self._word(number, stop, self.starts[number + 1]))
+                _check_size(self.file(number), WORD_BYTES * self._word(number, stop, self.starts[number + 1]))
 
     def shard_of(self, group: int) -> int:
         return int(np.searchsorted(self._first, group, side="right")) - 1
@@ -64,8 +47,15 @@ class Layer:
     def exists(self, number: int) -> bool:
         return self.shards[number].has(self.ending)
 
-    def path(self, number: int) -> Path:
-        return self.directory / f"{self.shards[number].name}{self.ending}"
+    def file(self, number: int) -> File:
+        """The file of a shard, which has one."""
+        name = f"{self.shards[number].name}{self.ending}"
+        return File(self.directory / name, self.shards[number].files[name])
+
+    def files_of(self, groups: range) -> list[File]:
+        """The files that have a record of these groups, of which there is one at least."""
+        numbers = range(self.shard_of(groups[0]), self.shard_of(groups[-1]) + 1)
+        return [self.file(number) for number in numbers if self.exists(number)]
 
     def read(self, group: int, entry: Entry) -> tuple[ShardInfo, Words] | None:
         """The shard of a group, and the words of its record; None where the shard has no record of this kind.
@@ -80,7 +70,7 @@ class Layer:
         self.bytes_read += (stop - start) * WORD_BYTES
         record = self._words(number)[start:stop]
         if not has_checksum(record):
-            raise TornDirectory(f"{self.path(number)}: the record of group {group} does not have its checksum")
+            raise self._damaged(number, group)
         return self.shards[number], record[:-1]
 
     def column(self, name: str, number: int, piece: Piece, before: Before) -> NDArray[np.float32] | None:
@@ -129,10 +119,15 @@ class Layer:
         for place, expected in enumerate(sums):
             if zlib.crc32(data[bounds[place] : bounds[place + 1] - WORD_BYTES]) != expected:
                 group = first + place
-                raise TornDirectory(f"{self.path(number)}: the record of group {group} does not have its checksum")
+                raise TornDirectory(
+                    f"{self.file(number).place}: the record of group {group} does not have its checksum"
+                )
+
+    def _damaged(self, number: int, group: int) -> TornDirectory:
+        return TornDirectory(f"{self.file(number).place}: the record of group {group} does not have its checksum")
 
     def _words(self, number: int) -> Words:
-        return self.files[self.path(number)].view("<i4")
+        return self.files.bytes_of(self.file(number)).view("<i4")
 
     def _size(self, number: int, entry: Entry) -> int:
         """Words of a record, its checksum among them."""
@@ -151,7 +146,7 @@ class Layer:
         return of_candidates + len(shard.per_token) * (before.predicted - start.predicted) + checksums
 
 
-def make_layer(directory: Path, ending: str, shards: Sequence[ShardInfo], index: Index, files: OpenFiles) -> Layer:
+def make_layer(directory: Place, ending: str, shards: Sequence[ShardInfo], index: Index, files: OpenFiles) -> Layer:
     """Raises TornDirectory where a file is missing or has another size than the index says."""
     ends = [shard.first for shard in shards] + [len(index)]
     return Layer(
@@ -163,12 +158,16 @@ def make_layer(directory: Path, ending: str, shards: Sequence[ShardInfo], index:
     )
 
 
-def column_layer(directory: Path, shards: Sequence[ShardInfo], index: Index, files: OpenFiles) -> Layer:
+def column_layer(directory: Place, shards: Sequence[ShardInfo], index: Index, files: OpenFiles) -> Layer:
     return make_layer(directory, COLUMNS, shards, index, files)
 
 
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise TornDirectory(f"{path} is missing")
-    if path.stat().st_size != size:
-        raise TornDirectory(f"{path} has {path.stat().st_size} bytes, its index says {size}")
+def _check_size(file: File, size: int) -> None:
+    """Raises TornDirectory. Until a file of an object store is fetched, its manifest is believed."""
+    there = file.facts["bytes"]
+    if isinstance(file.place, Path):
+        if not file.place.is_file():
+            raise TornDirectory(f"{file.place} is missing")
+        there = file.place.stat().st_size
+    if there != size:
+        raise TornDirectory(f"{file.place} has {there} bytes, its index says {size}")

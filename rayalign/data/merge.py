@@ -35,6 +35,14 @@ def runs(shards: Iterable[ShardInfo], shard_bytes: int = SHARD_BYTES) -> list[li
     return found
 
 
+def records_of(run: Sequence[ShardInfo]) -> list[str]:
+    """The files that :func:`joined` reads."""
+    if len(run) == 1:
+        return []
+    names = chain.from_iterable(shard.files for shard in run)
+    return [name for name in names if not name.endswith(INDEX)]
+
+
 def joined(directory: Path, name: str, shards: Sequence[ShardInfo]) -> ShardInfo:
     """Write one shard with the records of several, which stay where they are; one alone is not copied.
 

@@ -11,11 +11,13 @@ JSON. A file of columns, or of what rows say, exists where there is any.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -28,7 +30,7 @@ from safetensors.numpy import save
 
 from rayalign.data.group import Candidate, Column, Group, GroupLengths, TokenIds, check_group
 from rayalign.data.schema import Turns
-from rayalign.storage.place import Place, listed
+from rayalign.storage.place import ObjectPath, Place
 
 Words = NDArray[np.int32]
 TOKENS, COLUMNS, SAID, INDEX = ".tokens", ".columns", ".said", ".index"
@@ -36,6 +38,11 @@ TOKENS, COLUMNS, SAID, INDEX = ".tokens", ".columns", ".said", ".index"
 _SIDECAR = ".shard.json"
 SHARD_BYTES = 128 << 20
 """A shard that has so many bytes of tokens and columns is full."""
+UNBOUNDED = 1 << 62
+MOST_SHARDS = 256
+"""Into so many shards a stage cuts a store, unless they are too large."""
+READERS = 8
+"""Small files that are read at a time."""
 FINISHED = 1 << 31
 """Set in the number of a candidate's tokens: it ends in its end token."""
 Said = str | Turns | Mapping[str, Any]
@@ -204,8 +211,7 @@ def write_shard(directory: Path, name: str, groups: Sequence[Group], *, prompts:
 
     ``prompts`` are the prompts as rows have them, one per group, for scorers and for people, with what else is said.
     """
-    writer = ShardWriter(directory, name)
-    writer.shard_bytes = 1 << 62
+    writer = ShardWriter(directory, name, shard_bytes=UNBOUNDED)
     writer.append(groups, prompts)
     (info,) = writer.close()
     return info
@@ -236,19 +242,45 @@ def write_column_shard(
     return info
 
 
+def shard_ranges(groups: int, num_bytes: int, *, least: int) -> list[range]:
+    """The groups of each shard that a stage writes for a store, of ``num_bytes`` in all and ``least`` groups each.
+
+    Shards of a large store are large: so committing them copies nothing.
+    """
+    most = SHARD_BYTES * groups // max(1, num_bytes)
+    size = max(least, min(groups // MOST_SHARDS, most))
+    return [range(first, min(first + size, groups)) for first in range(0, groups, size)]
+
+
 def finished_shards(directory: Place) -> dict[str, ShardInfo]:
     """Name → shard, for those that are complete: what an interrupted writer need not write again.
 
     A shard's files are flushed before they are renamed, and it is listed last: no byte of them is read here.
     """
-    found = [ShardInfo.from_json(json.loads(path.read_bytes())) for path in listed(directory, f"*{_SIDECAR}")]
-    return {info.name: info for info in found if is_complete(directory, info)}
+    sizes = sizes_below(directory)
+    names = sorted(name for name in sizes if name.endswith(_SIDECAR))
+    with ThreadPoolExecutor(READERS) as pool:
+        texts = list(pool.map(lambda name: (directory / name).read_bytes(), names))
+    found = [ShardInfo.from_json(json.loads(text)) for text in texts]
+    return {info.name: info for info in found if is_complete(info, sizes)}
 
 
-def is_complete(directory: Place, info: ShardInfo) -> bool:
-    """Whether every file of a shard is there with its size."""
-    paths = {directory / name: own["bytes"] for name, own in info.files.items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+def sizes_below(directory: Place) -> dict[str, int]:
+    """Name → bytes of every file of a directory of shards, in one request."""
+    if isinstance(directory, ObjectPath):
+        return {name: facts.st_size for name, facts in directory.objects().items()}
+    if not directory.is_dir():
+        return {}
+    sizes = {}
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # an unfinished file of another process was renamed
+            sizes[path.name] = path.stat().st_size
+    return sizes
+
+
+def is_complete(info: ShardInfo, sizes: Mapping[str, int]) -> bool:
+    """Whether every file of a shard is there with its size, by :func:`sizes_below`."""
+    return all(sizes.get(name) == own["bytes"] for name, own in info.files.items())
 
 
 def files_of(info: ShardInfo) -> set[str]:

@@ -1,6 +1,7 @@
 """The token store: groups of token ids on disk, read one at a time without reading the rest.
 
-A store is a committed directory of shards (:mod:`rayalign.data.shard`) and one index of them. Columns that are made
+A store is a committed directory of shards (:mod:`rayalign.data.shard`) and one index of them, on a disk or an object
+store. Columns that are made
 later, such as reference log-probabilities, lie in directories of their own. They are laid over the store that they were
 made for.
 """
@@ -10,18 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
-from pathlib import Path
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
 from rayalign.data.group import Column, Group, GroupLengths
 from rayalign.data.index import NAME, PIECE, Index, Piece, open_index, write_index
-from rayalign.data.layer import Layer, OpenFiles, column_layer, make_layer
-from rayalign.data.merge import joined, runs
+from rayalign.data.layer import Layer, column_layer, make_layer
+from rayalign.data.merge import joined, records_of, runs
+from rayalign.data.open_files import File, OpenFiles
 from rayalign.data.shard import (
+    INDEX,
     SAID,
     SHARD_BYTES,
     TOKENS,
@@ -29,8 +32,9 @@ from rayalign.data.shard import (
     decode_tokens,
     files_of,
     is_complete,
+    sizes_below,
 )
-from rayalign.storage.cache import fetched, gathered
+from rayalign.storage.cache import TRANSFERS, gathered
 from rayalign.storage.manifest import TornDirectory, commit, file_facts, read_manifest
 from rayalign.storage.manifest import verify as verify_files
 from rayalign.storage.place import Place, place_of
@@ -55,13 +59,15 @@ class TokenStore:
 
     @classmethod
     def open(cls, directory: Place | str, *, verify: bool = False) -> TokenStore:
-        """Open a store, or this node's copy of it; with ``verify`` every byte is compared with the digests first.
+        """Open a store; with ``verify`` every byte on a disk is compared with the digests first.
+
+        From an object store a shard is fetched, and compared, when it is first read.
 
         Raises:
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        local = fetched(place_of(directory))
-        return _open(local, _manifest(local, verify=verify))
+        place = place_of(directory)
+        return _open(place, _manifest(place, verify=verify))
 
     def with_columns(self, where: Place | str, *, verify: bool = False) -> TokenStore:
         """This store with the columns of a directory laid over it.
@@ -70,7 +76,7 @@ class TokenStore:
             StoreMismatch: the columns were made for another store.
             TornDirectory: never committed, or a file is missing, cut short or (``verify``) altered.
         """
-        directory = fetched(place_of(where))
+        directory = place_of(where)
         manifest = _manifest(directory, verify=verify)
         if manifest["store"] != self.digest:
             raise StoreMismatch(f"{where} was made for store {manifest['store']}, not for {self.digest}")
@@ -116,8 +122,23 @@ class TokenStore:
         if not shard.has(SAID):
             raise TornDirectory(f"{self.tokens.directory} has no prompts: make the store again with --fresh tokens")
         entry = self.index.entry(group)
+        name = f"{shard.name}{SAID}"
+        words = self.files.bytes_of(File(self.tokens.directory / name, shard.files[name]))
         first = entry.before.said - start.said
-        return self.files[self.tokens.directory / f"{shard.name}{SAID}"][first : first + entry.said_bytes].tobytes()
+        return words[first : first + entry.said_bytes].tobytes()
+
+    def fetch_ahead(self, shards: Iterable[int]) -> list[Future[None]]:
+        """Bring shards, and the columns of their groups, from an object store in the background.
+
+        Returns what has begun with this call.
+        """
+        wanted: list[File] = []
+        for number in shards:
+            shard = self.tokens.shards[number]
+            groups = range(shard.first, shard.first + shard.groups)
+            for layer in (self.tokens, *self.columns):
+                wanted += layer.files_of(groups)
+        return self.files.fetch_ahead(wanted)
 
     def column(self, name: str) -> Iterator[tuple[Piece, Column]]:
         """A column of all groups, some at a time: float32 over their candidates, or tokens; NaN = missing.
@@ -192,21 +213,14 @@ def commit_store(
     Shards far below ``shard_bytes`` are joined. ``meta`` is plain JSON about how the store was made; it is no part of
     the digest. Raises TornDirectory where a shard is not complete in ``directory``.
     """
-    with gathered(directory) as local:
-        _commit_store(local, shards, meta=meta, shard_bytes=shard_bytes)
-    return TokenStore.open(directory)
-
-
-def _commit_store(directory: Path, shards: Sequence[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int) -> None:
     _check_complete(directory, shards)
-    sources = write_index(directory, shards)
-    first = 0
-    placed = []
-    for shard in shards:
-        placed.append(replace(shard, first=first))
-        first += shard.groups
-    index = {NAME: file_facts(directory / NAME)}
+    with gathered(directory, (f"{shard.name}{INDEX}" for shard in shards)) as local:
+        sources = write_index(local, shards)
+        index = {NAME: file_facts(local / NAME)}
+    firsts = accumulate((shard.groups for shard in shards), initial=0)
+    placed = [replace(shard, first=first) for shard, first in zip(shards, firsts, strict=False)]
     _commit(directory, placed, index, shard_bytes=shard_bytes, meta=meta, sources=sources)
+    return TokenStore.open(directory)
 
 
 def commit_columns(
@@ -223,14 +237,6 @@ def commit_columns(
         StoreMismatch: the shards leave out groups of the store or cover some twice.
         TornDirectory: a shard is not complete in ``directory``, or its columns have other lengths than the groups.
     """
-    with gathered(directory) as local:
-        _commit_columns(local, store, shards, meta=meta, shard_bytes=shard_bytes)
-    return store.with_columns(directory)
-
-
-def _commit_columns(
-    directory: Path, store: TokenStore, shards: Iterable[ShardInfo], *, meta: Mapping[str, Any], shard_bytes: int
-) -> None:
     ordered = sorted(shards, key=lambda shard: shard.first)
     _check_complete(directory, ordered)
     covered = 0
@@ -242,19 +248,23 @@ def _commit_columns(
         raise StoreMismatch(f"{directory}: the columns cover {covered} groups of a store of {len(store)}")
     column_layer(directory, ordered, store.index, store.files)
     _commit(directory, ordered, {}, shard_bytes=shard_bytes, meta=meta, store=store.digest)
+    return store.with_columns(directory)
 
 
-def _check_complete(directory: Path, shards: Sequence[ShardInfo]) -> None:
+def _check_complete(directory: Place, shards: Sequence[ShardInfo]) -> None:
+    sizes = sizes_below(directory)
     for shard in shards:
-        if not is_complete(directory, shard):
+        if not is_complete(shard, sizes):
             raise TornDirectory(f"{directory}: shard {shard.name!r} is not complete")
 
 
 def _commit(
-    directory: Path, shards: Sequence[ShardInfo], index: Mapping[str, Any], *, shard_bytes: int, **facts: Any
+    directory: Place, shards: Sequence[ShardInfo], index: Mapping[str, Any], *, shard_bytes: int, **facts: Any
 ) -> None:
-    together = enumerate(runs(shards, shard_bytes))
-    final = [joined(directory, f"shard-{number:06d}", run) for number, run in together]
+    final = []
+    for number, run in enumerate(runs(shards, shard_bytes)):
+        with gathered(directory, records_of(run)) as local:
+            final.append(joined(local, f"shard-{number:06d}", run))
     kept, passing = dict(index), set(chain.from_iterable(map(files_of, shards)))
     content = []
     for shard in final:
@@ -265,11 +275,11 @@ def _commit(
     whole = [content, [own["sha256"] for own in index.values()], facts.get("store")]
     digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
     for leftover in directory.glob(".*.tmp"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     manifest = {"digest": digest, "shards": [asdict(shard) for shard in final], **facts}
     commit(directory, manifest, known=kept, passing=passing)
-    for name in passing:
-        (directory / name).unlink(missing_ok=True)
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        list(pool.map(lambda name: (directory / name).unlink(missing_ok=True), passing))
 
 
 def _manifest(directory: Place, *, verify: bool = False) -> dict[str, Any]:
@@ -283,9 +293,9 @@ def _shards(manifest: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
     return tuple(ShardInfo.from_json(shard) for shard in manifest["shards"])
 
 
-def _open(directory: Path, manifest: Mapping[str, Any]) -> TokenStore:
+def _open(directory: Place, manifest: Mapping[str, Any]) -> TokenStore:
     shards = _shards(manifest)
-    index = open_index(directory, manifest["sources"], manifest["files"][NAME]["bytes"])
+    index = open_index(File(directory / NAME, manifest["files"][NAME]), manifest["sources"])
     files = OpenFiles()
     return TokenStore(
         digest=manifest["digest"],

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayalign.errors import UserError
 
@@ -76,16 +77,20 @@ class Stream:
 
     def row(self, position: int) -> tuple[int, int]:
         """(source, row in that source) at ``position``."""
+        source, epoch, index = self.place(position)
+        if self.orders:
+            return source, self.orders[source](epoch, index)
+        return source, order(self.seed, f"{self.name}/{source}", epoch, self.sizes[source])(index)
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """(source, epoch of that source, place in its order) at ``position``."""
         epoch, slot = divmod(position, self.groups_per_epoch)
         remaining = self.groups_per_epoch
         for source, draws in enumerate(self.draws):
             # Of the first `slot` slots left to sources `source`, `source + 1`, …, this source has taken `taken`.
             taken = slot * draws // remaining
             if (slot + 1) * draws // remaining > taken:
-                own_epoch, index = divmod(epoch * draws + taken, self.sizes[source])
-                if self.orders:
-                    return source, self.orders[source](own_epoch, index)
-                return source, order(self.seed, f"{self.name}/{source}", own_epoch, self.sizes[source])(index)
+                return source, *divmod(epoch * draws + taken, self.sizes[source])
             slot -= taken
             remaining -= draws
         raise AssertionError("the last source takes every slot that is left")
@@ -108,6 +113,10 @@ class SourceOrder(Protocol):
         """The row at place ``index`` of an epoch."""
         ...
 
+    def needed(self, epoch: int, index: int) -> list[int]:
+        """The shards to have at hand from place ``index`` of an epoch on."""
+        ...
+
 
 class WindowedOrder:
     """Shards in random order, ``window`` at a time, whose rows are shuffled together.
@@ -128,18 +137,31 @@ class WindowedOrder:
     def __call__(self, epoch: int, index: int, /) -> int:
         if len(self.parts) <= self.window:
             return order(self.seed, self.name, epoch, int(self.parts.sum()))(index)
+        number, own = self._window(epoch, index)
+        begin = int(self._ends[number * self.window - 1]) if number else 0
+        ends = np.cumsum(self.parts[own])
+        inner = order(self.seed, f"{self.name}/window {number}", epoch, int(ends[-1]))(index - begin)
+        place = int(np.searchsorted(ends, inner, side="right"))
+        return int(self.firsts[own[place]]) + inner - (int(ends[place - 1]) if place else 0)
+
+    def needed(self, epoch: int, index: int) -> list[int]:
+        """The shards that place ``index`` and those soon after it may need: of its window, then of the next."""
+        shards: Sequence[int] = range(len(self.parts))
+        if len(shards) > self.window:
+            number, own = self._window(epoch, index)
+            end = (number + 1) * self.window
+            shards = [*own.tolist(), *self._shards[end : end + self.window].tolist()]
+        return [shard for shard in shards if self.parts[shard]]
+
+    def _window(self, epoch: int, index: int) -> tuple[int, NDArray[np.int64]]:
+        """The number of the window that has place ``index`` of an epoch, and its shards."""
         if epoch != self._epoch:
             self._epoch = epoch
             visit = order(self.seed, f"{self.name}/shards", epoch, len(self.parts))
             self._shards = np.array([visit(place) for place in range(len(self.parts))])
             self._ends = np.cumsum(self.parts[self._shards])
         number = int(np.searchsorted(self._ends, index, side="right")) // self.window
-        own = self._shards[number * self.window : (number + 1) * self.window]
-        begin = int(self._ends[number * self.window - 1]) if number else 0
-        ends = np.cumsum(self.parts[own])
-        inner = order(self.seed, f"{self.name}/window {number}", epoch, int(ends[-1]))(index - begin)
-        place = int(np.searchsorted(ends, inner, side="right"))
-        return int(self.firsts[own[place]]) + inner - (int(ends[place - 1]) if place else 0)
+        return number, self._shards[number * self.window : (number + 1) * self.window]
 
 
 _ROUNDS = 8

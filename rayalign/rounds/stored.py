@@ -46,8 +46,14 @@ class StoredGroups:
         return self.at(self.order.positions(step))
 
     def at(self, positions: range) -> list[Drawn]:
+        self._fetch_ahead(positions)
         rows = (self.order.row(position) for position in positions)
         return [Drawn(self.stores[source], int(self.kept[source][row])) for source, row in rows]
+
+    def _fetch_ahead(self, positions: range) -> None:
+        last = {source: place for source, *place in map(self.order.place, positions)}
+        for source, (epoch, index) in last.items():
+            self.stores[source].fetch_ahead(self.order.orders[source].needed(epoch, index))
 
     def epoch(self, step: int) -> float:
         """Epochs finished when ``step`` ends."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from rayalign.data.shard import finished_shards, write_column_shard
+from rayalign.data.group import Column
+from rayalign.data.layer import WORD_BYTES
+from rayalign.data.shard import finished_shards, shard_ranges, write_column_shard
 from rayalign.data.store import TokenStore, commit_columns
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.placement import even_share
@@ -23,8 +25,10 @@ LOG_PROBS = "ref_token_logp"
 """The column that is written, whichever model scores."""
 MADE = "computed_with"
 """A manifest's key for what log-probs depend on besides model and data."""
-GROUPS_PER_SHARD, MOST_GROUPS, MOST_SHARDS = 256, 8192, 1024
-"""Groups of a shard at least and at most; between the two, a store has so many shards."""
+LEAST_GROUPS = 256
+"""A shard has so many groups at least."""
+PIECE = 2048
+"""Groups of a shard that are in memory at a time."""
 SHARDS_PER_SCORER = 4
 """Below this a further scorer costs more to start than it saves."""
 START_SECONDS = 3600.0
@@ -42,7 +46,9 @@ class ShardScorer:
 
     def __call__(self, groups: range) -> dict[str, str]:
         """Score them; returns with what that was computed."""
-        columns = self.model.token_logps([self.store[index] for index in groups])
+        columns: list[Column] = []
+        for first in range(0, len(groups), PIECE):
+            columns += self.model.token_logps([self.store[index] for index in groups[first:][:PIECE]])
         with working(self.directory) as folder:
             write_column_shard(folder, shard_name(groups), first=groups.start, per_token={LOG_PROBS: columns})
         return self.model.facts()
@@ -66,9 +72,8 @@ def score_store(
     Shards that an interrupted run finished are kept.
     """
     opened = TokenStore.open(store)
-    size = min(max(GROUPS_PER_SHARD, len(opened) // MOST_SHARDS), MOST_GROUPS)
-    shards = [range(first, min(first + size, len(opened))) for first in range(0, len(opened), size)]
-
+    predicted = opened.index.before(len(opened)).predicted
+    shards = shard_ranges(len(opened), WORD_BYTES * (predicted + len(opened)), least=LEAST_GROUPS)
     finished = finished_shards(directory)
     missing = [shard for shard in shards if shard_name(shard) not in finished]
     made: list[dict[str, str]] = []

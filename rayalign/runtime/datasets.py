@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -17,7 +17,7 @@ from rayalign.config.data import DataConfig
 from rayalign.config.model import ModelConfig
 from rayalign.data.budget import Completed
 from rayalign.data.chat import Chat, make_chat
-from rayalign.data.shard import is_complete
+from rayalign.data.shard import is_complete, sizes_below
 from rayalign.data.tokenize_rows import Shape, Unit, UnitReport, UnitWriter, read_chunks
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import load_tokenizer
@@ -26,9 +26,6 @@ from rayalign.runtime.reading import CPUS
 from rayalign.runtime.stage import apply_to_items, dataset_of_items
 from rayalign.storage.cache import working
 from rayalign.storage.place import Place, write_whole
-
-REPORT = "report.json"
-TELL_SECONDS = 5.0
 
 REPORT = "report.json"
 TELL_SECONDS = 5.0
@@ -126,10 +123,12 @@ def prepare(
     rows_by_node: Counter[str] = Counter()
 
     def finished() -> int:
-        return sum(report_path(directory, name).is_file() for name in names)
+        there = sizes_below(directory)
+        return sum(report_path(directory, name).name in there for name in names)
 
     def write() -> None:
-        missing = [(name, unit) for name, unit in names.items() if not is_finished(directory, name)]
+        sizes = sizes_below(directory)
+        missing = [(name, unit) for name, unit in names.items() if not is_finished(directory, name, sizes)]
         if not missing:
             return
         said = time.monotonic()
@@ -155,13 +154,13 @@ def prepare(
     return StorePreparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
 
 
-def is_finished(directory: Place, name: str) -> bool:
+def is_finished(directory: Place, name: str, sizes: Mapping[str, int]) -> bool:
     """Whether a unit has its report, and all shards that it names."""
     path = report_path(directory, name)
-    if not path.is_file():
+    if path.name not in sizes:
         return False
     report = UnitReport.from_json(path.read_text(encoding="utf-8"))
-    return all(is_complete(directory, shard) for shard in report.shards)
+    return all(is_complete(shard, sizes) for shard in report.shards)
 
 
 def report_path(directory: Place, name: str) -> Place:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayalign.data.shard import finished_shards, write_shard
+from rayalign.data.layer import WORD_BYTES
+from rayalign.data.shard import UNBOUNDED, ShardWriter, finished_shards, shard_ranges
 from rayalign.data.store import TokenStore
 from rayalign.data.unpair import Mismatched, partners_in
 from rayalign.runtime.failures import retry_lost_actors
@@ -21,7 +22,10 @@ from rayalign.storage.place import ObjectPath, Place
 
 PARTNERS = ".partners.npy"
 """Whose completion each answer gets; needed while the stage is made."""
-GROUPS_PER_SHARD = 8192
+LEAST_GROUPS = 8192
+"""A shard has so many groups at least."""
+PIECE = 2048
+"""Groups of a shard that are in memory at a time."""
 CPUS = 1.0
 TELL_SECONDS = 5.0
 
@@ -37,7 +41,10 @@ class MismatchedWriter:
     def __call__(self, groups: range) -> Iterator[int]:
         """Write a shard; how many groups it has."""
         with working(self.directory) as folder:
-            write_shard(folder, shard_name(groups), [self.examples[group] for group in groups])
+            writer = ShardWriter(folder, shard_name(groups), shard_bytes=UNBOUNDED)
+            for first in range(0, len(groups), PIECE):
+                writer.append([self.examples[group] for group in groups[first:][:PIECE]])
+            writer.close()
         yield len(groups)
 
 
@@ -65,8 +72,9 @@ def write_mismatched(store: Place, directory: Place, *, actors: int, note: Calla
     opened = TokenStore.open(store)
     with working(directory) as folder:
         np.save(folder / PARTNERS, partners_in(opened))
-    starts = range(0, len(opened), GROUPS_PER_SHARD)
-    shards = [range(first, min(first + GROUPS_PER_SHARD, len(opened))) for first in starts]
+    tokens = opened.index.before(len(opened)).tokens
+    # Each answer's tokens, about as many of another, and a checksum.
+    shards = shard_ranges(len(opened), WORD_BYTES * (2 * tokens + len(opened)), least=LEAST_GROUPS)
 
     def write() -> None:
         finished = finished_shards(directory)

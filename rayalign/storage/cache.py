@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,33 +219,27 @@ def working(directory: Place) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def gathered(directory: Place) -> Iterator[Path]:
-    """All that several nodes have sent to ``directory``, in a folder of this node that is committed in the block.
+def gathered(directory: Place, names: Iterable[str]) -> Iterator[Path]:
+    """Files of ``directory`` in a folder of this node; what is written there besides is sent when the block ends.
 
-    On a disk the folder itself. Else what was committed is sent, its manifest last, and what it left out goes. Every
-    byte passes through this node.
+    On a disk the folder is ``directory`` itself. ``names`` are fetched, and are not sent again unless they change.
     """
     if isinstance(directory, Path):
         yield directory
         return
     scratch = node_cache().root / f"{PARTIAL}{uuid.uuid4().hex}"
     scratch.mkdir(parents=True)
-    names = [name for name in directory.objects() if not name.startswith(OF_THE_MOMENT)]
 
-    def fetch(name: str) -> tuple[int, int]:
+    def fetch(name: str) -> tuple[str, tuple[int, int]]:
         (directory / name).fetch(scratch / name)
-        return written_as(scratch / name)
+        return name, written_as(scratch / name)
 
     try:
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            before = dict(zip(names, pool.map(fetch, names), strict=True))
+            before = dict(pool.map(fetch, names))
             yield scratch
-            kept = committed(scratch)["files"]
-            new = [name for name in kept if before.get(name) != written_as(scratch / name)]
+            new = [path.name for path in scratch.iterdir() if before.get(path.name) != written_as(path)]
             list(pool.map(lambda name: (directory / name).send(scratch / name), new))
-        for name in before.keys() - kept.keys():
-            (directory / name).unlink(missing_ok=True)
-        (directory / MANIFEST).send(scratch / MANIFEST)
     finally:
         remove_any(scratch)
 

@@ -55,7 +55,7 @@ def modified(directory: Path) -> dict[str, int]:
 def test_reference_goes_on_after_its_process_was_killed(
     workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "GROUPS_PER_SHARD", 4)
+    monkeypatch.setattr(reference, "LEAST_GROUPS", 4)
     monkeypatch.setattr(reference, "commit_columns", partial(commit_columns, shard_bytes=1))
     spec = scoring_spec(load_run(workspace.run("stages")), session)
     kept: dict[str, int] = {}
@@ -85,7 +85,7 @@ class Interrupted(Exception):
 def test_only_missing_shards_are_scored(
     workspace: Workspace, store: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "GROUPS_PER_SHARD", 50)
+    monkeypatch.setattr(reference, "LEAST_GROUPS", 50)
     spec = scoring_spec(load_run(workspace.run("stages")), session)
 
     def interrupted(*arguments: object, **more: object) -> None:

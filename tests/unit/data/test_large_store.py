@@ -11,7 +11,7 @@ from test_store import APART, assert_equal, make_group
 
 from rayalign.data.group import Group
 from rayalign.data.index import NAME, Before
-from rayalign.data.layer import MOST_FILES
+from rayalign.data.open_files import MOST_FILES
 from rayalign.data.pack import group_lengths
 from rayalign.data.shard import ShardWriter, write_column_shard, write_shard
 from rayalign.data.store import TokenStore, commit_columns, commit_store

@@ -161,6 +161,22 @@ def test_a_windowed_order_visits_every_row_once_and_few_shards_at_a_time() -> No
     assert [ordered(0, index) for index in range(sum(parts))] == visited[0], "a pure function of epoch and place"
 
 
+def test_the_shards_that_are_needed_are_those_of_this_window_and_the_next() -> None:
+    parts, window = (7, 3, 0, 12, 5, 9, 1, 4), 2
+    ordered = WindowedOrder(3, "pairs/0", parts, window)
+    shard_of = np.repeat(np.arange(len(parts)), parts)
+    drawn = [int(shard_of[ordered(1, index)]) for index in range(sum(parts))]
+    needed = [ordered.needed(1, index) for index in range(sum(parts))]
+    for place, shards in enumerate(needed):
+        assert drawn[place] in shards and 2 not in shards and len(shards) <= 2 * window
+    for shard in set(drawn):
+        first = drawn.index(shard)
+        known = next(place for place, shards in enumerate(needed) if shard in shards)
+        assert known == 0 or shard not in needed[known - 1] and known < first, "known a window before"
+    whole = WindowedOrder(3, "pairs/0", parts, None)
+    assert whole.needed(0, 0) == [0, 1, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize("window", [None, 3, 8])
 def test_a_store_of_no_more_shards_than_a_window_is_shuffled_as_a_whole(window: int | None) -> None:
     ordered, whole = WindowedOrder(5, "pairs/0", (4, 8, 6), window), order(5, "pairs/0", 2, 18)
