@@ -35,7 +35,7 @@ test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a tabl
 	$(PYTEST) tests/chaos
 
 test-s3: $(VENV)/.installed-s3 $(VENV)-s3/.installed ## runs and leases on a real S3 server of this machine, in an environment of its own
-	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/storage tests/unit/data/test_store_on_objects.py tests/unit/engine/test_on_objects.py
+	RAYALIGN_MOTO_SERVER=$(VENV)-s3/bin/moto_server $(PYTEST) tests/unit/storage tests/unit/*/test_*on_objects.py
 
 test-vllm: $(VENV)/.installed-test $(VENV)-vllm/.installed ## the real vLLM on this machine's CPU, in an environment of its own
 	$(VENV)-vllm/bin/python -m pytest --durations=15 tests/slow/test_vllm_engine.py tests/slow/test_vllm_training.py

@@ -17,7 +17,7 @@ from rayalign.config.data import AuxiliaryConfig, DataConfig, FilterConfig
 from rayalign.config.load import importable
 from rayalign.config.method import resolve_method, why_not_weighted
 from rayalign.config.model import ModelConfig
-from rayalign.config.policy import OnPolicyConfig, RolloutConfig
+from rayalign.config.policy import LABEL_RULES, OnPolicyConfig, RolloutConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import EvaluateConfig, RuleScorerConfig
 from rayalign.config.training import CheckpointConfig, CriticConfig, OptimConfig, StrategyConfig, WeightingConfig
@@ -72,6 +72,7 @@ def template(name: str) -> str:
         has_critic=record.critic is not None,
         has_policy=record.trains == "policy",
         label=_label(record),
+        label_rules=" | ".join(LABEL_RULES),
         lr=_yaml(LEARNING_RATES.get(name, OptimConfig.model_fields["lr"].default)),
     )
 

@@ -66,9 +66,14 @@ class OptimConfig(Block):
         most = type(self).model_fields["max_skipped_in_a_row"].default
         if self.on_nonfinite == "stop" and self.max_skipped_in_a_row != most:
             raise ValueError("stop skips no step: remove max_skipped_in_a_row, or write on_nonfinite: skip")
-        if self.steps is not None and self.warmup_steps(self.steps) > self.steps:
-            raise ValueError(f"warmup of {self.warmup:g} steps is longer than the run of {self.steps}")
+        if self.steps is not None:
+            self.refuse_long_warmup(self.steps)
         return self
+
+    def refuse_long_warmup(self, steps: int) -> None:
+        """Raise ValueError where a run of ``steps`` would end before its warm-up."""
+        if self.warmup_steps(steps) > steps:
+            raise ValueError(f"warmup of {self.warmup:g} steps is longer than the run of {steps}")
 
     def warmup_steps(self, steps: int) -> int:
         """The number of warm-up steps of a run of ``steps``; a fraction is rounded to the nearest step."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias, TypeGuard
 
 from rayalign.config.policy import LabelConfig
@@ -94,13 +95,7 @@ def label_key(seed: int, position: int) -> int:
 
 def make_rule(config: LabelConfig) -> Rule:
     """The rule called ``config.name``; ``module:function`` is the user's own, of the list of scores."""
-    if config.name == "best_worst":
-        return best_worst
-    if config.name == "wpo":
-        return lambda scored: wpo(scored, threshold=config.threshold, gap=config.gap, rejected=config.rejected)
-    if config.name == "bradley_terry":
-        return lambda scored: bradley_terry(scored, scale=config.scale)
-    return OwnRule(config.name)
+    return RULES[config.name](config) if config.name in RULES else OwnRule(config.name)
 
 
 def best(scored: ScoredCandidates) -> int:
@@ -147,6 +142,14 @@ def bradley_terry(scored: ScoredCandidates, *, scale: float) -> Pair | None:
     second = (first + 1 + int(scored.noise[1] * (count - 1))) % count
     preferred = 1.0 / (1.0 + math.exp(-min(700.0, max(-700.0, (scored.scores[first] - scored.scores[second]) / scale))))
     return (first, second) if scored.noise[2] < preferred else (second, first)
+
+
+RULES: Mapping[str, Callable[[LabelConfig], Rule]] = {
+    "best_worst": lambda config: best_worst,
+    "wpo": lambda config: partial(wpo, threshold=config.threshold, gap=config.gap, rejected=config.rejected),
+    "bradley_terry": lambda config: partial(bradley_terry, scale=config.scale),
+}
+"""The rules of pairs by name; :mod:`rayalign.config.policy` says what each of them reads."""
 
 
 class OwnRule:

@@ -143,8 +143,10 @@ def make_critic_spec(run: RunConfig) -> CriticSpec:
 
 def refuse_long_warmup(optim: OptimConfig, steps: int) -> None:
     """Raise UserError where a run of ``steps``, as its data make it, would end before its warm-up."""
-    if optim.warmup_steps(steps) > steps:
-        raise UserError(f"optim.warmup of {optim.warmup:g} steps is longer than the run of {steps}")
+    try:
+        optim.refuse_long_warmup(steps)
+    except ValueError as error:
+        raise UserError(f"optim.{error}") from error
 
 
 def zero_file(run: RunConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -65,7 +66,14 @@ def test_an_exported_name_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_the_loss_of_a_method_can_be_imported(name: str) -> None:
+    module, loss = importlib.import_module(METHODS[name].partition(":")[0]), f"{name}_loss"
+    assert not hasattr(module, loss) or loss in rayalign.methods.__all__
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_page_has_paper_equation_and_file_of(name: str) -> None:
+    assert name in documented_rows(), f"docs/explanation/methods.md has no row of {name}"
     paper, equation, file = documented_rows()[name]
     module = METHODS[name].partition(":")[0]
     assert paper and equation
@@ -74,6 +82,11 @@ def test_the_page_has_paper_equation_and_file_of(name: str) -> None:
 
 def test_the_page_lists_no_method_that_does_not_exist() -> None:
     assert set(documented_rows()) <= set(METHODS)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CHANGELOG.md"])
+def test_methods_are_counted(file: str) -> None:
+    assert f"{len(METHODS)} methods" in (REPOSITORY / file).read_text(encoding="utf-8")
 
 
 def test_the_readme_is_one_page() -> None:

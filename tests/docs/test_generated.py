@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 from pages import REPOSITORY
+from pydantic.fields import FieldInfo
 
 import docs.generate as generate
 from rayalign.config.compare import CompareConfig
@@ -29,16 +31,26 @@ def test_a_page_is_what_is_generated(name: str) -> None:
     assert path.read_text(encoding="utf-8") == generate.pages()[path], "run: python -m docs.generate"
 
 
-def test_every_setting_says_what_it_means() -> None:
+def every_setting() -> dict[str, FieldInfo]:
     models = [*generate.walk(RunConfig, ""), *generate.walk(CompareConfig, "")]
     models += [(f"method: {name}", resolve(name).config) for name in METHODS]
-    silent = [
-        f"{title}.{key}"
-        for title, model in models
-        for key, field in model.model_fields.items()
-        if not generate.meaning(field)
-    ]
-    assert silent == []
+    found: dict[str, FieldInfo] = {}
+    for title, model in models:
+        found |= {f"{title}.{key}": field for key, field in model.model_fields.items()}
+    return found
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert [name for name, field in every_setting().items() if not generate.meaning(field)] == []
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    files = (REPOSITORY / "rayalign").rglob("*.py")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    read = set(re.findall(r"\.(\w+)\b(?!\()", code))
+    silent = {name: field for name, field in every_setting().items() if name.rpartition(".")[2] not in read}
+    # A setting that has one value says what is so, and is not read.
+    assert [name for name, field in silent.items() if len(get_args(field.annotation)) != 1] == []
 
 
 @pytest.mark.parametrize("name", METHODS)

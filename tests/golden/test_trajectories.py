@@ -74,6 +74,7 @@ def test_trajectory(case: str, model: Path, tmp_path: Path, update_golden: bool)
         path.parent.mkdir(exist_ok=True)
         rounded = {name: [float(f"{value:.9g}") for value in values] for name, values in found.items()}
         path.write_text(json.dumps({"environment": environment(), **rounded}, indent=1) + "\n")
+    assert path.is_file(), f"{case} has no reference: run pytest tests/golden -k {case} --update-golden"
     golden = json.loads(path.read_text())
     for name, values in found.items():
         expected = np.array(golden[name])

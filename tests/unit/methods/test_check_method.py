@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rayalign.config.method import why_not_weighted
 from rayalign.methods import METHODS, Method, MethodConfig, Statistics, Term, WPOWeighting, compose, dpo_loss, resolve
 from rayalign.testing import check_method
 from rayalign.types import Round, Scored
@@ -46,7 +47,7 @@ def test_every_variant_passes(name: str, values: dict[str, object]) -> None:
     check_method(method, method.config(**values))
 
 
-WEIGHABLE = ["exo_pref", "hinge", "ipo", "kto", "mpo", "orpo", "robust_dpo", "simpo", "slic"]
+WEIGHABLE = [name for name in METHODS if name != "dpo" and why_not_weighted(resolve(name), WPOWeighting()) is None]
 ALIGNMENTS = ["none", "greedy", "sampled"]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.config.policy import LabelConfig
+from rayalign.config.policy import LABEL_RULES, PAIR_RULES, PARAMETERS, LabelConfig
 from rayalign.errors import UserError
-from rayalign.rounds.label import label, label_key
+from rayalign.rounds.label import RULES, label, label_key
 
 EQUAL = [4] * 6
 
@@ -49,6 +49,16 @@ def test_best_against_worst(scores: list[float], lengths: list[int], expected: t
 )
 def test_the_recipe_of_wpo(scores: list[float], rejected: str, expected: set[tuple[int, ...]]) -> None:
     assert {pair(scores, name="wpo", rejected=rejected, key=key) for key in range(40)} == expected
+
+
+def test_every_rule_of_the_configuration_is_made_and_said() -> None:
+    assert set(RULES) == set(PAIR_RULES) and set(PARAMETERS) <= set(RULES)
+    meaning = LabelConfig.model_fields["name"].description or ""
+    for name in LABEL_RULES:
+        assert name in meaning
+    for name in RULES:
+        kept = pair([6.0, 2.0], name=name)
+        assert sorted(kept) == [0, 1]
 
 
 def test_a_noisy_labeller_prefers_by_bradley_terry() -> None:
