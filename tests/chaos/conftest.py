@@ -32,14 +32,14 @@ def incidents(pytestconfig: pytest.Config) -> list[Incident]:
     return pytestconfig.stash.setdefault(TABLE, [])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Workspace:
     folder = tmp_path_factory.mktemp("workspace")
     write_modules(folder)
     return make_workspace(folder, test_data / "hh_harmless_test.jsonl.gz", num_pairs=200)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def session(workspace: Workspace) -> Iterator[Session]:
     with local_session(workspace.folder) as session:
         yield session
