@@ -221,12 +221,14 @@ def test_threads_fetch_an_entry_once(tmp_path: Path) -> None:
 SENDER = """
 import sys
 from rayalign.storage.cache import working
-from rayalign.storage.manifest import commit, discard
+from rayalign.storage.manifest import commit, discard, read_manifest
 from rayalign.storage.place import place_of
 directory = place_of(sys.argv[1])
 number = 0
 while True:
     number += 1
+    for _ in range(100):  # or there would hardly be a moment with a whole one
+        read_manifest(directory)
     discard(directory)
     with working(directory) as local:
         for name in "abc":
