@@ -47,7 +47,7 @@ class Scores:
     """What a layer does between the products of queries and keys and the sum over values."""
 
     scale: float | None
-    """Of the products; None: one over the square root of a key's width."""
+    """What the products are multiplied by; None: one over the square root of a key's width."""
     softcap: float | None = None
     """The largest |score|, approached by a tanh (Gemma 2)."""
     sinks: Float[Tensor, " heads"] | None = None
