@@ -38,8 +38,9 @@ from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.frozen import ScoringSpec, computed_with
 from rayalign.engine.metrics import flush, open_sinks
 from rayalign.engine.model.attention import AttentionKind
-from rayalign.engine.model.forward import root_module
+from rayalign.engine.model.forward import RootModule, root_module
 from rayalign.engine.model.lora import ADAPTER
+from rayalign.engine.model.parameter_dtype import base_names_in_bfloat16, hold_in_bfloat16
 from rayalign.engine.model.parity import choose_attention
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pretrained
 from rayalign.engine.nonfinite import skip_step
@@ -123,7 +124,10 @@ def begin_training(
     attention = attention_of(model, strategy)
     layout = attention.layout
     computes = compute_dtype(spec.model, strategy.device)
-    module, optimizer = strategy.wrap(root_module(model, attention), spec.optim, compute_dtype=computes)
+    policy = root_module(model, attention)
+    if spec.model.config.lora is not None:
+        hold_base(policy, strategy, computes)
+    module, optimizer = strategy.wrap(policy, spec.optim, compute_dtype=computes)
     reference = None
     if spec.reference is not None:
         reference, readable = begin_reference(spec.reference, strategy, computes)
@@ -167,6 +171,13 @@ def begin_reference(spec: ScoringSpec, strategy: Strategy, computes: torch.dtype
     attention = attention_of(model, strategy)
     policy = root_module(model, attention)
     return strategy.freeze(policy, spec.parameter_dtype, compute_dtype=computes), attention.layout
+
+
+def hold_base(policy: RootModule, strategy: Strategy, computes: torch.dtype) -> None:
+    """Hold what lies below the adapter in bfloat16 where that changes no bit of any result."""
+    if strategy.config.name != "deepspeed":  # which holds one precision
+        names = base_names_in_bfloat16(policy, computes) if strategy.rank == 0 else None
+        hold_in_bfloat16(policy, strategy.broadcast(names))
 
 
 def attention_of(model: PreTrainedModel, strategy: Strategy) -> AttentionKind:
