@@ -142,7 +142,8 @@ def test_a_base_that_is_held_in_bfloat16_changes_no_bit(
     hold_in_bfloat16(policy, names)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outcome(), expected, strict=True))
     after = sum(parameter.nbytes for parameter in policy.parameters())
-    assert (before == after and not names) if saved == torch.float32 else after < 0.7 * before
+    experts = 0.99 if "moe" in family else 0.7  # fused ones stay
+    assert (before == after and not names) if saved == torch.float32 else after < experts * before
     state = state_with_adapter_merged(model, model.state_dict())
     assert all(
         torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in exported.items()
