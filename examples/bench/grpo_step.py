@@ -28,6 +28,7 @@ from rayalign.config.training import CheckpointConfig, OptimConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import loop
 from rayalign.engine.frozen import ScoringSpec
+from rayalign.engine.model.attention import CONCATENATED_ONLY
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
 from rayalign.engine.state import TrainSpec
@@ -104,7 +105,8 @@ def measured(question: Path, answer: Path) -> None:
 
 def rayalign(folder: Path, drawn: ChunkSpec, steps: int, *, layout: Layout) -> Record:
     """The engine's own loop on rounds of one step, drawn by this process."""
-    loop.choose_layout = lambda model, *, device: layout
+    if layout == "concatenated":
+        loop.choose_attention = lambda model, *, device: CONCATENATED_ONLY
     (folder / "scores.py").write_text("def score(prompt, reply):\n    return float(len(reply) % 97)\n")
     policy = ModelSpec(config=ModelConfig(name=str(folder / "model"), dtype="float32"))
     method = resolve("grpo")

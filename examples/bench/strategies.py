@@ -31,6 +31,7 @@ from rayalign.data.group import Candidate, Group
 from rayalign.data.micro_batches import count_step
 from rayalign.data.pack import group_lengths, pack
 from rayalign.engine.batches import StreamWork
+from rayalign.engine.model.attention import first_kind
 from rayalign.engine.model.forward import root_module
 from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.objective import MAIN_STREAM, Objective
@@ -119,7 +120,7 @@ def worker(rank: int, room: Path, workers: int, spec: StrategyConfig, changes: d
     model, _ = strategy.load(
         ModelSpec(config=ModelConfig(name=str(room.parent / "model"), from_scratch=True, **changes))
     )
-    module, optimizer = strategy.wrap(root_module(model, layout="packed"), OptimConfig(lr=1e-5))
+    module, optimizer = strategy.wrap(root_module(model, first_kind(model.config, model.device)), OptimConfig(lr=1e-5))
     dpo = resolve("dpo")
     runner = Runner(
         module=module,

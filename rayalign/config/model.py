@@ -44,7 +44,7 @@ class ModelConfig(Block):
     reference: Annotated[ModelPath | None, BY_CONTENT] = None
     """The reference policy; null: the policy before the first step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the computation; parameters and optimizer are float32. auto: bfloat16 on CUDA, float32 on CPU."""
+    """Precision of the computation; what is trained stays float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""

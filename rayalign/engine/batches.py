@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -136,3 +137,15 @@ class Rounds(Protocol):
     def use_values(self, step: int, version: str) -> None:
         """Train on the round of ``step`` with the columns that were committed as ``version``."""
         ...
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    if batch.input_ids.device == device:
+        return batch
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return {name: moved(column) for name, column in value.items()}
+
+    return PackedBatch(**{name: moved(getattr(batch, name)) for name in PackedBatch.__slots__})

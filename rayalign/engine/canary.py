@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from rayalign.data.group import Candidate, Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
+from rayalign.engine.batches import to_device
 from rayalign.engine.model.forward import Policy
-from rayalign.engine.step import to_device
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 4, 28
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -42,7 +42,7 @@ def canary_logps(
     group = canary_group(model.get_output_embeddings().out_features)
     batch = pack([group], positions=[0], num_candidates=1, pad_id=0, row_tokens=None, layout=layout)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        scores = (policy or Policy(model, layout=layout))(to_device(batch, device))
+        scores = (policy or Policy(model))(to_device(batch, device))
     return tuple(scores.token_logp.float().tolist())
 
 

@@ -29,10 +29,10 @@ from rayalign.engine.checkpoint.checkpoint import Checkpoint
 from rayalign.engine.checkpoint.saving import SharedWrite, Writer, checkpoint_is_due, refuse_stopped, save_checkpoint
 from rayalign.engine.checkpoint.sending import copy_to_host, num_bytes, offer_weights
 from rayalign.engine.loop import (
+    attention_of,
     begin_training,
     common_layout,
     export_final,
-    layout_of,
     load_optimizer,
     train_one_step,
     wait_for_groups,
@@ -162,9 +162,10 @@ def begin_critic(run: Run, resumed: Checkpoint | None) -> Critic:
     else:
         with local_folder(resumed.directory) as folder:
             model, tokenizer = run.strategy.load(spec.model.at(folder / CRITIC))
-    run.layout = common_layout(run.layout, layout_of(model, run.strategy))
+    attention = attention_of(model, run.strategy)
+    run.layout = common_layout(run.layout, attention.layout)
     module, optimizer = run.strategy.wrap(
-        root_module(model, layout=run.layout), spec.optim, compute_dtype=run.runner.compute_dtype
+        root_module(model, attention), spec.optim, compute_dtype=run.runner.compute_dtype
     )
     objective = Objective(stream=MAIN_STREAM, method=method.critic, config=config)
     critic = Critic(

@@ -16,10 +16,10 @@ from rayalign.data.group import Column, Group
 from rayalign.data.micro_batches import plan_step
 from rayalign.data.pack import group_lengths, pack
 from rayalign.data.rows import Layout
+from rayalign.engine.batches import to_device
 from rayalign.engine.model.forward import root_module
-from rayalign.engine.model.parity import choose_layout
+from rayalign.engine.model.parity import choose_attention
 from rayalign.engine.model.pretrained import CPU, ModelSpec, compute_dtype, load_policy
-from rayalign.engine.step import to_device
 from rayalign.engine.strategy.base import freeze_whole
 from rayalign.types import PackedBatch, Scores
 
@@ -63,11 +63,10 @@ class FrozenModel:
         self.model = model
         self.device = device
         self.dtype = compute_dtype(spec.model, device)
-        self.layout: Layout = choose_layout(model, device=device)
+        attention = choose_attention(model, device=device)
+        self.layout = attention.layout
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        self.policy = freeze_whole(
-            root_module(model, layout=self.layout), spec.parameter_dtype, self.dtype, device=device
-        )
+        self.policy = freeze_whole(root_module(model, attention), spec.parameter_dtype, self.dtype, device=device)
 
     def facts(self) -> dict[str, str]:
         """With what it computes: what may change log-probs although model and data are the same."""

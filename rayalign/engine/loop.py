@@ -37,9 +37,11 @@ from rayalign.engine.checkpoint.sending import num_bytes, offer_weights, state_t
 from rayalign.engine.first_step import check_initial_logratio
 from rayalign.engine.frozen import ScoringSpec, computed_with
 from rayalign.engine.metrics import flush, open_sinks
-from rayalign.engine.model.forward import root_module
+from rayalign.engine.model.attention import AttentionKind
+from rayalign.engine.model.forward import RootModule, root_module
 from rayalign.engine.model.lora import ADAPTER
-from rayalign.engine.model.parity import choose_layout
+from rayalign.engine.model.parameter_dtype import base_names_in_bfloat16, hold_in_bfloat16
+from rayalign.engine.model.parity import choose_attention
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pretrained
 from rayalign.engine.nonfinite import skip_step
 from rayalign.engine.objective import MAIN_STREAM
@@ -119,9 +121,13 @@ def begin_training(
     model, tokenizer = strategy.load(start)
     if spec.chat_template is not None and spec.model.head is None:
         tokenizer.chat_template = spec.chat_template
-    layout = layout_of(model, strategy)
+    attention = attention_of(model, strategy)
+    layout = attention.layout
     computes = compute_dtype(spec.model, strategy.device)
-    module, optimizer = strategy.wrap(root_module(model, layout=layout), spec.optim, compute_dtype=computes)
+    policy = root_module(model, attention)
+    if spec.model.config.lora is not None:
+        hold_base(policy, strategy, computes)
+    module, optimizer = strategy.wrap(policy, spec.optim, compute_dtype=computes)
     reference = None
     if spec.reference is not None:
         reference, readable = begin_reference(spec.reference, strategy, computes)
@@ -162,15 +168,23 @@ def begin_training(
 def begin_reference(spec: ScoringSpec, strategy: Strategy, computes: torch.dtype) -> tuple[nn.Module, Layout]:
     """The reference as the workers hold it beside the policy, and the layout that it reads."""
     model = strategy.load_frozen(spec.model)
-    layout = layout_of(model, strategy)
-    policy = root_module(model, layout=layout)
-    return strategy.freeze(policy, spec.parameter_dtype, compute_dtype=computes), layout
+    attention = attention_of(model, strategy)
+    policy = root_module(model, attention)
+    return strategy.freeze(policy, spec.parameter_dtype, compute_dtype=computes), attention.layout
 
 
-def layout_of(model: PreTrainedModel, strategy: Strategy) -> Layout:
-    """The layout that ``model`` is proven to read; rank 0, which is sure to hold its weights, tries it for all."""
-    layout: Layout = strategy.broadcast(choose_layout(model, device=strategy.device) if strategy.rank == 0 else None)
-    return layout
+def hold_base(policy: RootModule, strategy: Strategy, computes: torch.dtype) -> None:
+    """Hold what lies below the adapter in bfloat16 where that changes no bit of any result."""
+    if strategy.config.name != "deepspeed":  # which holds one precision
+        names = base_names_in_bfloat16(policy, computes) if strategy.rank == 0 else None
+        hold_in_bfloat16(policy, strategy.broadcast(names))
+
+
+def attention_of(model: PreTrainedModel, strategy: Strategy) -> AttentionKind:
+    """How ``model`` is proven to read groups; rank 0, which is sure to hold its weights, tries it for all."""
+    chosen = choose_attention(model, device=strategy.device) if strategy.rank == 0 else None
+    attention: AttentionKind = strategy.broadcast(chosen)
+    return attention
 
 
 def common_layout(one: Layout, other: Layout) -> Layout:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rayalign.engine.batches import StreamWork
+from rayalign.engine.batches import StreamWork, to_device
 from rayalign.engine.model.lora import adapter_off, with_reference
 from rayalign.engine.objective import MAIN_STREAM, REFERENCE_NEEDS, Objective
 from rayalign.engine.strategy.base import Strategy
@@ -235,15 +234,3 @@ def add_to_total(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
     """Float64, and on the device where the value is: reading it would wait for the device."""
     value = value.detach().double()
     totals[name] = totals[name] + value if name in totals else value
-
-
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    if batch.input_ids.device == device:
-        return batch
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return {name: moved(column) for name, column in value.items()}
-
-    return PackedBatch(**{name: moved(getattr(batch, name)) for name in PackedBatch.__slots__})

@@ -74,7 +74,7 @@ class RewardModelScorer:
         if self.model is not None:
             return
         try:
-            self.tokenizer, model = model_tokenizer(self.spec), load_model(self.spec, device=self.device)
+            self.tokenizer, model = model_tokenizer(self.spec), load_model(self.spec, place=self.device)
         except UserError as error:
             raise ScorerUnusable(str(error)) from error
         if self.tokenizer.pad_token_id is None:

@@ -9,11 +9,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from rayalign.engine.model.attention import attention_kind
 from rayalign.engine.model.context import context_of
-from rayalign.engine.model.parity import TOLERANCE
+from rayalign.engine.model.parity import TOLERANCE, choose_attention
 from rayalign.engine.model.proofs import proven
-from rayalign.engine.model.shrunken import shrunken
+from rayalign.engine.model.shrunken import probe_for
 from rayalign.errors import UserError, first_line
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.cache import make_cache
@@ -35,8 +34,8 @@ def choose_reading(model: PreTrainedModel) -> Reading:
     """The fastest way of reading that ``model``'s family is proven to sample right by.
 
     The proof compares the log-probabilities that the engine says of its own samples with those of one plain forward
-    over each; a family outside the table of attention families is tried as it is, others small. The result is kept: see
-    :mod:`rayalign.engine.model.proofs`.
+    over each: on a small random model of a family that reads packed rows, else on the model itself. The result is kept:
+    see :mod:`rayalign.engine.model.proofs`.
 
     Raises:
         UserError: not even reading all of a row for every token gives the log-probabilities of a plain forward.
@@ -62,8 +61,8 @@ def choose_reading(model: PreTrainedModel) -> Reading:
 
 def measure_readings(model: PreTrainedModel) -> Iterator[tuple[Reading, float | str]]:
     """Way of reading → the largest |Δ log-prob| of a token, in nats, or what went wrong; up to the first right one."""
-    known = attention_kind(model.config).reach is not None
-    probe = shrunken(model, model.device) if known else model
+    packed = choose_attention(model).layout == "packed"
+    probe = probe_for(model, model.device) if packed else model
     for reading in readings(model):
         try:
             found: float | str = error_of(HfEngine(probe, reading=reading))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 
-from transformers import AutoConfig
-
 from rayalign.config.candidates import Drawing
 from rayalign.config.run import RunConfig
 from rayalign.data.group import GroupLengths
 from rayalign.data.micro_batches import check_budget
 from rayalign.data.rows import Layout, rows_needed
 from rayalign.data.store import TokenStore
-from rayalign.engine.model.attention import attention_kind
-from rayalign.engine.model.folder import model_directory
+from rayalign.engine.model.loading import META
+from rayalign.engine.model.parity import choose_attention
+from rayalign.engine.model.pretrained import CPU, ModelSpec, load_model
 from rayalign.errors import UserError
 from rayalign.rounds.streams import MixedStream, RoundStream, SourceSpec, StoredStream
 
@@ -69,10 +68,7 @@ def refuse_large_rounds(drawing: Drawing, stream: RoundStream, source: SourceSpe
 
 
 def expected_layout(run: RunConfig) -> Layout:
-    """How the model's family is read, by its configuration; one that cannot be read is refused where it is loaded."""
-    with contextlib.suppress(UserError, OSError, ValueError, AttributeError):
-        config = AutoConfig.from_pretrained(
-            model_directory(run.model.name, run.model.revision), trust_remote_code=run.model.trust_remote_code
-        )
-        return "packed" if attention_kind(config).reach is not None else "concatenated"
+    """How the model is read here, on a CPU; one that cannot be read is refused where it is loaded."""
+    with contextlib.suppress(UserError):
+        return choose_attention(load_model(ModelSpec(config=run.model), place=META), device=CPU).layout
     return "packed"

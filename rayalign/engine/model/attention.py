@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig
 
+from rayalign.data.rows import Layout
 from rayalign.engine.model.group_attention import GROUP_ATTENTION, branch_runs
 from rayalign.types import PackedBatch
 
-FLEX = "flex_attention"
-"""Transformers' name of the attention implementation that takes block masks."""
+FLEX, DENSE = "flex_attention", "eager"
+"""Transformers' names of the implementations that take block masks, and masks of all pairs of columns."""
+WINDOWS = ("sliding_window", "sliding_window_size")
+"""What configurations call the number of positions that a layer looks back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,39 +35,55 @@ class Reach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKind:
-    """How a model family takes masks.
+    """How a model takes masks.
 
     ``reach`` is one :class:`Reach` for all layers, or one per layer type where the model takes a dict of masks.
-    ``None`` means that the family is not known to obey a prepared mask: it gets plain right-padded sequences only
-    (the ``concatenated`` layout).
+    ``None`` means that it does not obey a prepared mask: it gets plain right-padded sequences only (the
+    ``concatenated`` layout).
     """
 
     reach: Reach | Mapping[str, Reach] | None
+    implementation: str | None = None
+    """Transformers' name of the attention function; None: the one that the model was loaded with."""
+
+    @property
+    def layout(self) -> Layout:
+        return "concatenated" if self.reach is None else "packed"
 
 
 CONCATENATED_ONLY = AttentionKind(reach=None)
 
-_ONE_MASK = frozenset(
-    {"gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral"}
-    | {"olmo", "olmo2", "phi", "phi3", "qwen3_moe", "starcoder2"}
-)
-_MASK_PER_LAYER_TYPE = frozenset({"gemma2", "gemma3_text", "llama4_text", "olmo3", "qwen2", "qwen3", "smollm3"})
 
+def attention_kinds(config: PretrainedConfig, device: torch.device) -> dict[str, AttentionKind]:
+    """Name → way in which a model may take the masks of packed rows, fastest first, by what its configuration says.
 
-def attention_kind(config: PretrainedConfig) -> AttentionKind:
-    """The family of a model, by its configuration; whatever is not in the tables is ``CONCATENATED_ONLY``.
-
-    Membership says how the mask is handed over; :mod:`rayalign.engine.model.parity` proves it before it is relied on.
+    Which of them it does take is not known before :mod:`rayalign.engine.model.parity` has tried.
     """
-    window = Reach(window=getattr(config, "sliding_window", None))
-    if config.model_type in _ONE_MASK:
-        return AttentionKind(reach=window)
-    chunk = Reach(chunk=getattr(config, "attention_chunk_size", None))
-    reaches = {"full_attention": Reach(), "sliding_attention": window, "chunked_attention": chunk}
-    scales_by_column = getattr(config, "attn_temperature_tuning", False)
-    if config.model_type in _MASK_PER_LAYER_TYPE and not scales_by_column and reaches.keys() >= set(config.layer_types):
-        return AttentionKind(reach={layer_type: reaches[layer_type] for layer_type in set(config.layer_types)})
-    return CONCATENATED_ONLY
+    kinds = {}
+    for implementation in (FLEX if device.type == "cuda" else GROUP_ATTENTION, DENSE):
+        for name, reach in reaches(config).items():
+            kinds[f"{implementation}, {name}"] = AttentionKind(reach=reach, implementation=implementation)
+    return kinds
+
+
+def first_kind(config: PretrainedConfig, device: torch.device) -> AttentionKind:
+    """The way that is tried first."""
+    return next(iter(attention_kinds(config, device).values()))
+
+
+def reaches(config: PretrainedConfig) -> dict[str, Reach | Mapping[str, Reach]]:
+    """How far layers may look: each type of layer as it says, or all alike."""
+    text = config.get_text_config()
+    window = next((Reach(window=size) for name in WINDOWS if (size := getattr(text, name, None))), Reach())
+    chunk = Reach(chunk=getattr(text, "attention_chunk_size", None))
+    by_type = {"full_attention": Reach(), "sliding_attention": window, "chunked_attention": chunk}
+    types = sorted(set(getattr(text, "layer_types", None) or ()))
+    found: dict[str, Reach | Mapping[str, Reach]] = {}
+    if types and by_type.keys() >= set(types):
+        found["a mask per type of layer"] = {layer_type: by_type[layer_type] for layer_type in types}
+    if window.window:
+        found["one mask with a window"] = window
+    return {**found, "one mask": Reach()}
 
 
 def may_attend(
@@ -120,7 +139,7 @@ def attention_inputs(
     ``implementation`` is the model's attention implementation and ``dtype`` that of its attention scores.
 
     Raises:
-        ValueError: the family takes plain sequences only, and a row holds more than one.
+        ValueError: the model takes plain sequences only, and a row holds more than one.
     """
     if kind.reach is None:
         _require_one_sequence_per_row(batch)
@@ -141,6 +160,4 @@ def _require_one_sequence_per_row(batch: PackedBatch) -> None:
     real = batch.group_ids >= 0
     expected = torch.arange(real.shape[1], device=real.device)
     if not bool((batch.position_ids == expected)[real].all()):
-        raise ValueError(
-            "this model family reads one prompt with one candidate per row: pack with layout='concatenated'"
-        )
+        raise ValueError("this model reads one prompt with one candidate per row: pack with layout='concatenated'")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rayalign.data.rows import Layout
-from rayalign.engine.model.attention import CONCATENATED_ONLY, AttentionKind, attention_inputs, attention_kind
+from rayalign.engine.model.attention import AttentionKind, attention_inputs, first_kind
 from rayalign.engine.model.head import HeadForm, HeadInput, token_logprobs
 from rayalign.engine.model.scalar import is_scalar
 from rayalign.errors import UserError
@@ -22,6 +21,8 @@ from rayalign.types import PackedBatch, Scores
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")
 """Settings that logits are multiplied by."""
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""Settings that logits are divided by."""
 MULTIPLIED = frozenset({"hyperclovax"})
 """Types that multiply by ``logits_scaling``, which others divide by."""
 
@@ -36,15 +37,17 @@ class Policy(nn.Module):
 
     Args:
         model: float32 parameters and no dropout (see :func:`rayalign.engine.model.pretrained.load_policy`).
-        layout: of the batches to come, as :func:`rayalign.engine.model.parity.choose_layout` says. ``concatenated``
-            leaves masks to the model; a family that is not known to obey prepared masks is read that way in any case.
+        attention: how the model takes masks, as :func:`rayalign.engine.model.parity.choose_attention` has proven it.
+            None: the way that would be tried first, unproven.
         chunk_bytes: bytes of logits that exist at a time; chosen by device where None.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout = "packed", chunk_bytes: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, attention: AttentionKind | None = None, chunk_bytes: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.attention = attention_kind(model.config) if layout == "packed" else CONCATENATED_ONLY
+        self.attention = attended(model, attention)
         self.head_form = head_form(model, chunk_bytes=chunk_bytes)
 
     def forward(
@@ -64,10 +67,11 @@ class Policy(nn.Module):
         """What the distribution of every response token is computed from."""
         hidden = hidden_states(self.model, self.attention, batch)
         head = self.model.get_output_embeddings()
+        vocabulary = getattr(self.model.config.get_text_config(), "unpadded_vocab_size", None)  # Inkling cuts the rest
         return HeadInput(
             hidden=hidden.flatten(0, 1).index_select(0, batch.predict_from),
-            weight=head.weight,
-            bias=head.bias,
+            weight=head.weight[:vocabulary],
+            bias=head.bias[:vocabulary] if head.bias is not None else None,
             form=replace(self.head_form, temperature=logit_temperature),
         )
 
@@ -80,10 +84,10 @@ class ScalarModel(nn.Module):
     autocast says; its log-probabilities are NaN.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout = "packed") -> None:
+    def __init__(self, model: PreTrainedModel, *, attention: AttentionKind | None = None) -> None:
         super().__init__()
         self.model = model
-        self.attention = attention_kind(model.config) if layout == "packed" else CONCATENATED_ONLY
+        self.attention = attended(model, attention)
 
     def forward(
         self, batch: PackedBatch, *, needs: frozenset[str] = frozenset(), logit_temperature: float = 1.0
@@ -114,9 +118,17 @@ class ScalarModel(nn.Module):
 RootModule = Policy | ScalarModel
 
 
-def root_module(model: PreTrainedModel, *, layout: Layout) -> RootModule:
+def root_module(model: PreTrainedModel, attention: AttentionKind) -> RootModule:
     """What reads packed groups with ``model``, by the head that it has."""
-    return ScalarModel(model, layout=layout) if is_scalar(model) else Policy(model, layout=layout)
+    return ScalarModel(model, attention=attention) if is_scalar(model) else Policy(model, attention=attention)
+
+
+def attended(model: PreTrainedModel, attention: AttentionKind | None) -> AttentionKind:
+    """``attention``, whose function ``model`` uses from now on."""
+    kind = attention or first_kind(model.config, model.device)
+    if kind.implementation is not None and kind.implementation != model.config._attn_implementation:
+        model.set_attn_implementation(kind.implementation)
+    return kind
 
 
 def hidden_states(model: PreTrainedModel, attention: AttentionKind, batch: PackedBatch) -> Float[Tensor, "R L H"]:
@@ -168,5 +180,5 @@ def head_form(model: PreTrainedModel, *, chunk_bytes: int | None = None) -> Head
 def logit_scale(config: PretrainedConfig) -> float:
     """The factor between LM head and softmax."""
     factors = [float(getattr(config, name, None) or 1.0) for name in FACTORS]
-    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    return math.prod(factors) * (scaling if config.model_type in MULTIPLIED else 1 / scaling)
+    divisor = math.prod(float(getattr(config, name, None) or 1.0) for name in DIVISORS)
+    return math.prod(factors) * (divisor if config.model_type in MULTIPLIED else 1 / divisor)

@@ -7,6 +7,7 @@ its own, and the work does not depend on how many groups share a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rayalign.functional.logprobs import at_least_float32
 from rayalign.types import PADDING_GROUP, PackedBatch
 
 GROUP_ATTENTION = "rayalign_groups"
@@ -40,30 +42,54 @@ def branch_runs(batch: PackedBatch, *, window: int | None, chunk: int | None) ->
     return torch.cat([torch.tensor([[window or 0, chunk or 0]]), lines])[None, None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a layer does between the products of queries and keys and the sum over values."""
+
+    scale: float | None
+    """What the products are multiplied by; None: one over the square root of a key's width."""
+    softcap: float | None = None
+    """The largest |score|, approached by a tanh (Gemma 2)."""
+    sinks: Float[Tensor, " heads"] | None = None
+    """Scores of a column that takes weight and has no value (gpt-oss)."""
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
 # Never compiled: it reads lengths as numbers, and each new one would be compiled again.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module,
     query: Float[Tensor, "R heads L D"],
     key: Float[Tensor, "R kv_heads M D"],
-    value: Float[Tensor, "R kv_heads M D"],
+    value: Float[Tensor, "R kv_heads M V"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " heads"] | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "R L heads D"], None]:
+) -> tuple[Float[Tensor, "R L heads V"], None]:
     """Transformers' attention function: by groups for :func:`branch_runs`, plain ``sdpa`` for any other mask.
 
     The output is 0 on padding, which is not read.
     """
+    how = Scores(scale=scaling, softcap=softcap or None, sinks=s_aux)
+    repeats = getattr(module, "num_key_value_groups", 1)
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
-        return output, None
+        if how.plain:
+            output: Tensor = sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )[0]
+            return output, None
+        seen = attention_mask if attention_mask is not None else causal(query.shape[2], key.shape[2], query.device)
+        return scored(query, repeat_kv(key, repeats), repeat_kv(value, repeats), seen, how).transpose(1, 2), None
     (window, chunk), *runs = attention_mask[0, 0].tolist()
     starts = [index for index, (_, branch) in enumerate(runs) if branch <= 0]
     sizes_of_runs = [size for size, _ in runs]
     blocks = [sizes_of_runs[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
     totals = [sum(sizes) for sizes in blocks]
-    repeats = getattr(module, "num_key_value_groups", 1)
     queries, keys, values = (
         tensor.transpose(1, 2).flatten(0, 1).split(totals)
         for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
@@ -71,32 +97,54 @@ def attend(
     outputs = []
     for start, sizes, q, k, v in zip(starts, blocks, queries, keys, values, strict=True):
         is_padding = runs[start][1] == _PADDING
-        outputs.append(torch.zeros_like(q) if is_padding else _within(q, k, v, sizes, (window, chunk), scaling))
-    num_rows, heads, length, width = query.shape
-    return torch.cat(outputs).view(num_rows, length, heads, width), None
+        outputs.append(torch.zeros_like(v) if is_padding else _within(q, k, v, sizes, (window, chunk), how))
+    num_rows, heads, length, _ = query.shape
+    return torch.cat(outputs).view(num_rows, length, heads, value.shape[-1]), None
 
 
 def _within(
     query: Float[Tensor, "n heads D"],
     key: Float[Tensor, "n heads D"],
-    value: Float[Tensor, "n heads D"],
+    value: Float[Tensor, "n heads V"],
     sizes: Sequence[int],
     limits: tuple[int, int],
-    scaling: float | None,
-) -> Float[Tensor, "n heads D"]:
+    how: Scores,
+) -> Float[Tensor, "n heads V"]:
     """One group; a single candidate after its prompt is an ordinary sequence, for which no mask need be made."""
     window, chunk = limits
-    is_sequence = len(sizes) <= 2 and not window and not chunk
+    is_sequence = len(sizes) <= 2 and not window and not chunk and how.plain
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    output = scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if is_sequence else visible_tokens(sizes, window=window, chunk=chunk),
-        is_causal=is_sequence,
-        scale=scaling,
-    )
+    seen = None if is_sequence else visible_tokens(sizes, window=window, chunk=chunk)
+    if seen is None or how.plain:
+        output = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=is_sequence, scale=how.scale)
+    else:
+        output = scored(q, k, v, seen, how)
     return output[0].transpose(0, 1)
+
+
+def scored(
+    query: Float[Tensor, "R heads L D"],
+    key: Float[Tensor, "R heads M D"],
+    value: Float[Tensor, "R heads M V"],
+    seen: Tensor,
+    how: Scores,
+) -> Float[Tensor, "R heads L V"]:
+    """Attention by its definition; ``seen`` is boolean, or what is added to the scores. Softmax is in float32."""
+    scores = query @ key.transpose(-1, -2) * (how.scale if how.scale is not None else query.shape[-1] ** -0.5)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    is_bool = seen.dtype == torch.bool
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) if is_bool else scores + seen
+    if how.sinks is not None:
+        sinks = how.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = at_least_float32(scores).softmax(dim=-1)[..., : key.shape[-2]]
+    return weights.to(value.dtype) @ value
+
+
+def causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "L M"]:
+    """Every query sees the keys up to its own; the last query is that of the last key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
 def visible_tokens(sizes: Sequence[int], *, window: int, chunk: int) -> Bool[Tensor, "n n"]:

@@ -25,7 +25,7 @@ from rayalign.config.model import LoraConfig
 from rayalign.engine.model.scalar import HEAD, HEAD_WEIGHT, is_scalar
 from rayalign.engine.model.targets import adapter_targets, is_hijacked, shorten_names
 from rayalign.errors import MissingExtra, UserError
-from rayalign.functional.logprobs import count_per_candidate, sum_per_candidate
+from rayalign.functional.logprobs import at_least_float32, count_per_candidate, sum_per_candidate
 from rayalign.types import PackedBatch
 
 ADAPTER = "adapter"
@@ -154,9 +154,10 @@ def state_with_adapter_merged(model: nn.Module, state: Mapping[str, Tensor]) -> 
         for name, layer in adapted_layers(model).items()
     }
     whole: dict[str, Tensor] = {}
-    for key, tensor in state.items():
+    for key, held in state.items():
         if ".lora_" in key:
             continue
+        tensor = at_least_float32(held) if held.is_floating_point() else held
         if without_adapter_layer(key) in layers:
             name, layer = layers[without_adapter_layer(key)]
             A, B = (state[f"{name}.lora_{factor}.{NAME}.weight"] for factor in "AB")

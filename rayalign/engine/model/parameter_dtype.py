@@ -1,4 +1,4 @@
-"""The precision that the parameters of a frozen model are held in, where the computation does not need float32."""
+"""The precision that frozen parameters are held in, where the computation does not need float32."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def names_in_bfloat16(policy: RootModule, wanted: ParameterDtype, computes: torc
     other_uses = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)} - looked_up
     kept = (multiplied | looked_up) - other_uses
     return frozenset(name for name, parameter in policy.named_parameters() if id(parameter) in kept)
+
+
+def base_names_in_bfloat16(policy: RootModule, computes: torch.dtype) -> frozenset[str]:
+    """The parameters below an adapter that bfloat16 holds exactly, and in which no result changes."""
+    own = dict(policy.named_parameters())
+    names = names_in_bfloat16(policy, "auto", computes)
+    return frozenset(name for name in names if not own[name].requires_grad and is_exact(own[name]))
 
 
 def multiplied_parameters(policy: RootModule) -> Iterator[nn.Parameter]:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rayalign.config.model import ModelConfig
-from rayalign.engine.model.attention import FLEX, attention_kind
+from rayalign.engine.model.attention import DENSE
 from rayalign.engine.model.compiled import compile_blocks
 from rayalign.engine.model.folder import (
     CONFIG,
@@ -39,7 +39,6 @@ from rayalign.engine.model.folder import (
     weights_directory,
 )
 from rayalign.engine.model.generation import generation_config
-from rayalign.engine.model.group_attention import GROUP_ATTENTION
 from rayalign.engine.model.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
 from rayalign.engine.model.loading import META, Source, load_weights, quiet_transformers, refuse_unfit, tensors_made_of
 from rayalign.engine.model.lora import add_adapter
@@ -115,7 +114,7 @@ def load_policy(
         UserError: see :func:`load_model`; or there is no tokenizer, or no place for an adapter.
     """
     device = device or CPU
-    model = load_model(spec, device=device, place=place)
+    model = load_model(spec, place=place or device)
     tokenizer = model_tokenizer(spec)
     if spec.head is not None:
         prepare_export(model, tokenizer, spec.head)
@@ -128,9 +127,7 @@ def load_policy(
     return as_served(model.to(place or device)), tokenizer
 
 
-def load_model(
-    spec: ModelSpec, *, device: torch.device | None = None, place: torch.device | None = None
-) -> PreTrainedModel:
+def load_model(spec: ModelSpec, *, place: torch.device = CPU) -> PreTrainedModel:
     """The model with its weights, before anything is changed for training.
 
     A reward model (``spec.head``) may start from a causal language model, which gets a new head, or from another reward
@@ -142,9 +139,7 @@ def load_model(
             :mod:`rayalign.engine.model.loading`.
     """
     directory = spec.directory()
-    device = device or CPU
-    place = place or device
-    model = blank_model(spec, directory, device)
+    model = blank_model(spec, directory)
     if place.type == "meta":
         pass
     elif spec.config.from_scratch:
@@ -171,7 +166,7 @@ def refuse_unusable(spec: ModelSpec) -> PreTrainedModel:
     """
     directory = spec.directory()
     if not spec.config.from_scratch:
-        blank = blank_model(spec, directory, CPU)
+        blank = blank_model(spec, directory)
         refuse_unfit(blank, weights_source(spec, directory, blank))
     return load_model(spec, place=META)
 
@@ -182,8 +177,8 @@ def model_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return load_tokenizer(directory, trust_remote_code=spec.config.trust_remote_code, field=spec.field)
 
 
-def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTrainedModel:
-    """The model on the meta device, as it will compute on ``device``: without weights, whatever its files hold."""
+def blank_model(spec: ModelSpec, directory: Path) -> PreTrainedModel:
+    """The model on the meta device: without weights, whatever its files hold."""
     base = weights_directory(directory, field=spec.field)
     config = read_config(base, trust_remote_code=spec.config.trust_remote_code, field=spec.field)
     if spec.head is not None:
@@ -199,7 +194,8 @@ def blank_model(spec: ModelSpec, directory: Path, device: torch.device) -> PreTr
             model: PreTrainedModel = kind.from_config(
                 config,
                 dtype=torch.float32,
-                attn_implementation=_attention_implementation(config, device),
+                # sdpa leaves a cap of scores out without saying so
+                attn_implementation=DENSE if getattr(config, "attn_logit_softcapping", None) else None,
                 trust_remote_code=spec.config.trust_remote_code,
             )
     except FAILURES as error:
@@ -230,7 +226,7 @@ def kept_precision(spec: ModelSpec, wanted: SaveDtype) -> Precision:
     found = precision_of(weights_directory(directory, field=spec.field), wanted, field=spec.field)
     if not found.exact:
         return found
-    blank = blank_model(spec, directory, CPU)
+    blank = blank_model(spec, directory)
     return replace(
         found, exact=found.exact | tensors_made_of(blank, weights_source(spec, directory, blank), found.exact)
     )
@@ -370,12 +366,3 @@ def as_served(model: PreTrainedModel) -> PreTrainedModel:
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
     return model
-
-
-def _attention_implementation(config: PretrainedConfig, device: torch.device) -> str | None:
-    """Transformers' name of the implementation; None is its own choice."""
-    if attention_kind(config).reach is not None and device.type == "cuda":
-        return FLEX
-    if getattr(config, "attn_logit_softcapping", None):
-        return "eager"  # sdpa leaves the cap out without saying so
-    return GROUP_ATTENTION if attention_kind(config).reach is not None else None

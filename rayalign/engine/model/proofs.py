@@ -19,7 +19,7 @@ VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "archite
 """Keys of a configuration that say nothing about how the model computes."""
 
 
-VERSION = 2
+VERSION = 3
 """Raised by hand when what is tried, or what it is compared with, changes."""
 
 

@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from rayalign.engine.model.attention import attention_kind
 from rayalign.engine.model.context import rope_settings
 from rayalign.engine.model.kinds import FAILURES
 
 WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
+LENGTHS = (
+    "sliding_window", "sliding_window_size", "attention_window_size", "keep_window_size", "local_attention",
+    "attention_chunk_size", "floor_scale", "index_topk", "index_topk_blocks", "index_block_size",
+)  # fmt: skip
+"""Numbers of tokens in configurations: what is nearer, or among so many, is treated otherwise than the rest."""
 MOST_PARAMETERS = 100_000_000
 """The largest model that is made only to be tried: 400 MB."""
 CPU = torch.device("cpu")
 
 
-def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
-    """Fewer layers (one of each type), a small vocabulary, and windows and RoPE that end before a short text does.
+def shrunken(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel | None:
+    """Fewer layers (one of each type), a small vocabulary, and whatever ends with the length ends before a short text.
 
-    Weights are large enough that every mistake shows.
+    Weights are large enough that every mistake shows. None where no small model can be made.
     """
-    config = copy.deepcopy(model.config)
-    config.vocab_size, config.pad_token_id = VOCABULARY, None
-    for name, most in {
-        "sliding_window": WINDOW,
-        "attention_chunk_size": WINDOW,
-        "intermediate_size": WIDTH,
-        "moe_intermediate_size": WIDTH,
-        "num_hidden_layers": 2,
-    }.items():
-        if (getattr(config, name, None) or 0) > most:
-            setattr(config, name, most)
-    if isinstance(attention_kind(config).reach, Mapping):
-        config.layer_types = sorted(set(config.layer_types))
-        config.num_hidden_layers = len(config.layer_types)
-    shorten_rope(config)
-    return randomised(lambda: type(model)(config).float(), device or model.device)
+    for make in (fewer_layers, smaller):
+        try:
+            config = make(copy.deepcopy(model.config))
+            shorten(config)
+            with torch.device("meta"):
+                fits = num_parameters(randomly_initialised(model, config)) <= MOST_PARAMETERS
+            if fits:
+                return randomised(partial(randomly_initialised, model, config), device or model.device)
+        except FAILURES:
+            continue  # the family does not come in that shape
+    return None
+
+
+def probe_for(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A small random model that computes as ``model`` does, or ``model`` itself where none can be made."""
+    small = shrunken(model, device)
+    return small if small is not None and computes(small) else model
+
+
+@torch.no_grad()
+def computes(model: PreTrainedModel) -> bool:
+    """Whether a model reads a text at all."""
+    try:
+        model.base_model(input_ids=torch.arange(1, 6, device=model.device)[None], use_cache=False)
+    except FAILURES:
+        return False
+    return True
+
+
+def shorten(config: PretrainedConfig) -> None:
+    """Have windows and RoPE, and whatever else changes with the position or the length of a text, do so early."""
+    text = config.get_text_config()
+    for name in LENGTHS:
+        if isinstance(size := getattr(text, name, None), int) and size > WINDOW:
+            setattr(text, name, WINDOW)
+    shorten_rope(text)
 
 
 def shorten_rope(config: PretrainedConfig) -> None:
@@ -112,6 +136,8 @@ def fewer_layers(config: PretrainedConfig) -> PretrainedConfig:
             own.first_k_dense_replace = 1
     text = config.get_text_config()
     text.vocab_size, text.pad_token_id = VOCABULARY, None
+    if getattr(text, "unpadded_vocab_size", None):
+        text.unpadded_vocab_size = VOCABULARY - 8
     return config
 
 

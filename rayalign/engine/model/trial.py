@@ -110,7 +110,7 @@ def measure_export(model: PreTrainedModel, spec: ModelSpec) -> ExportTrial:
 def reload_saved(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     """What was saved, as a run that begins with it loads it."""
     saved = spec.at(directory, text_only=False, lora=None)
-    blank = blank_model(saved, directory, CPU)
+    blank = blank_model(saved, directory)
     return load_weights(blank, Source(directory=directory)).eval()
 
 

@@ -13,12 +13,15 @@ from torch.nn.attention.flex_attention import create_mask
 from rayalign.data.pack import pack
 from rayalign.engine.model.attention import (
     CONCATENATED_ONLY,
+    FLEX,
     Reach,
     additive_mask,
     attention_inputs,
-    attention_kind,
+    attention_kinds,
     block_mask,
+    reaches,
 )
+from rayalign.engine.model.group_attention import GROUP_ATTENTION
 from rayalign.types import PackedBatch
 
 REACHES = {
@@ -75,29 +78,33 @@ def test_every_token_sees_itself_so_no_softmax_is_empty(batch: PackedBatch, dtyp
     assert mask.softmax(dim=-1).isfinite().all()
 
 
-def test_families_by_configuration() -> None:
-    kinds = {name: attention_kind(tiny(name).config).reach for name in FAMILIES}
+def test_reaches_follow_from_the_configuration() -> None:
+    found = {name: next(iter(reaches(tiny(name).config).values())) for name in FAMILIES}
     window = Reach(window=WINDOW)
     for plain in ("llama", "gpt2", "gpt_neox", "olmo2", "mistral", "gemma", "qwen3_moe"):
-        assert kinds[plain] == Reach(), plain
+        assert found[plain] == Reach(), plain
     for one_mask in ("mistral_windowed", "phi3"):
-        assert kinds[one_mask] == window, one_mask
+        assert found[one_mask] == window, one_mask
     for per_type in ("qwen2_windowed", "qwen3_windowed", "gemma2", "gemma3"):
-        assert kinds[per_type] == {"full_attention": Reach(), "sliding_attention": window}, per_type
+        assert found[per_type] == {"full_attention": Reach(), "sliding_attention": window}, per_type
     for per_type in ("qwen2", "qwen3"):
-        assert kinds[per_type] == {"full_attention": Reach()}, per_type
-    assert kinds["llama4"] == {"full_attention": Reach(), "chunked_attention": Reach(chunk=WINDOW)}
-    assert kinds["bloom"] is None
-    assert kinds["mamba"] is None
+        assert found[per_type] == {"full_attention": Reach()}, per_type
+    assert found["llama4"] == {"full_attention": Reach(), "chunked_attention": Reach(chunk=WINDOW)}
 
 
-def test_a_known_family_with_an_unknown_layer_is_concatenated() -> None:
-    config = tiny("llama4").config
-    config.attn_temperature_tuning = True  # scales queries by their column in the row
-    assert attention_kind(config) == CONCATENATED_ONLY
+def test_the_fastest_ways_are_tried_first() -> None:
+    config = tiny("qwen3_windowed").config
+    for device, function in (("cpu", GROUP_ATTENTION), ("cuda", FLEX)):
+        kinds = list(attention_kinds(config, torch.device(device)).values())
+        assert [kind.implementation for kind in kinds] == [function] * 3 + ["eager"] * 3
+        assert [kind.reach for kind in kinds[:3]] == list(reaches(config).values())
+        assert {kind.layout for kind in kinds} == {"packed"} and CONCATENATED_ONLY.layout == "concatenated"
+
+
+def test_a_type_of_layer_that_is_unknown_has_no_mask_of_its_own() -> None:
     config = tiny("qwen3").config
     config.layer_types = ["linear_attention", "full_attention"]
-    assert attention_kind(config) == CONCATENATED_ONLY
+    assert reaches(config) == {"one mask": Reach()}
 
 
 def test_plain_sequences_get_a_padding_mask_only() -> None:

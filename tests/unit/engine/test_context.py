@@ -17,7 +17,7 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.engine.model import parity
 from rayalign.engine.model.context import Context, context_of, refuse_long_rows, refuse_unknown_tokens
-from rayalign.engine.model.parity import choose_layout, measure_layouts
+from rayalign.engine.model.parity import choose_attention, measure_attention
 from rayalign.errors import UserError
 
 LONGROPE = {
@@ -62,10 +62,10 @@ def test_log_probs_depend_on_no_other_sequence_up_to_there(
     """The proof of a layout is as long as the model reads; were that longer, the proof would see it."""
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path))
     model = tiny("llama", rope_parameters=rope, max_position_embeddings=4096)
-    assert choose_layout(model) == "packed"
+    assert choose_attention(model).layout == "packed"
     monkeypatch.setattr(parity, "context_of", lambda config: None)
     depends = rope["rope_type"] in ("dynamic", "longrope")
-    assert (max(measure_layouts(model).values()) > 1e-2) is depends
+    assert (max(measure_attention(model).values()) > 1e-2) is depends
 
 
 @pytest.fixture

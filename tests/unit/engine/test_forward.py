@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from attention_kinds import kind_for
 from random_groups import random_groups
 from tiny_models import FAMILIES, VOCABULARY, WINDOW, tiny
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
-from rayalign.engine.model.attention import AttentionKind, Reach, attention_kind
+from rayalign.engine.model.attention import AttentionKind, Reach
 from rayalign.engine.model.forward import Policy
 from rayalign.errors import UserError
 from rayalign.types import PackedBatch
@@ -89,7 +90,7 @@ def test_every_layout_agrees_with_hugging_face(name: str) -> None:
     if name in PACKABLE:
         layouts += [("packed", 64), ("packed", None)]
     for layout, row_tokens in layouts:
-        scores = Policy(model, layout=layout)(packed(layout=layout, row_tokens=row_tokens))
+        scores = Policy(model, attention=kind_for(model, layout))(packed(layout=layout, row_tokens=row_tokens))
         torch.testing.assert_close(scores.token_logp, expected, atol=1e-4, rtol=0)
         assert_same_gradients(gradients(model, weighted(scores.token_logp)), expected_gradients)
 
@@ -105,7 +106,7 @@ def test_a_packing_policy_reads_concatenated_rows_too(name: str) -> None:
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_mask_without_the_window_is_wrong_beyond_it(name: str) -> None:
     policy = Policy(family(name))
-    reach = attention_kind(policy.model.config).reach
+    reach = policy.attention.reach
     policy.attention = AttentionKind(reach=dict.fromkeys(reach, Reach()) if isinstance(reach, Mapping) else Reach())
     with torch.no_grad():
         difference = policy(packed()).token_logp - plain_token_logp(policy.model)

@@ -36,6 +36,7 @@ from rayalign.config.model import LoraConfig, ModelConfig
 from rayalign.data.rank import rank_group
 from rayalign.engine.model.forward import Policy, ScalarModel
 from rayalign.engine.model.lora import ADAPTER, adapted_layers, adapter_off, state_with_adapter_merged
+from rayalign.engine.model.parameter_dtype import base_names_in_bfloat16, hold_in_bfloat16
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import ScalarHead
 from rayalign.engine.strategy.base import make_strategy
@@ -114,6 +115,39 @@ def test_the_merge_by_hand(models: dict[str, Path]) -> None:
     assert A.shape[0] == 2 and len(adapted_layers(model)) == 2
     assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], layer.base_layer.weight + 3.0 * (B @ A))
     assert state["model.embed_tokens.weight"].data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_a_base_that_is_held_in_bfloat16_changes_no_bit(
+    family: str, saved: torch.dtype, models: dict[str, Path]
+) -> None:
+    """Under autocast, of files in bfloat16; of files in float32 nothing is rounded."""
+    model = trained(models[family])
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = parameter.data.to(saved).float()
+    policy, batch = Policy(model), packed(GROUPS)
+
+    def outcome() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            token_logp = policy(batch).token_logp
+        tuned = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        weights = torch.linspace(-1, 1, len(token_logp))
+        return [token_logp, *torch.autograd.grad(weights @ token_logp, tuned)]
+
+    expected, exported = outcome(), state_with_adapter_merged(model, model.state_dict())
+    before = sum(parameter.nbytes for parameter in policy.parameters())
+    names = base_names_in_bfloat16(policy, torch.bfloat16)
+    hold_in_bfloat16(policy, names)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outcome(), expected, strict=True))
+    after = sum(parameter.nbytes for parameter in policy.parameters())
+    experts = 0.99 if "moe" in family else 0.7  # fused ones stay
+    assert (before == after and not names) if saved == torch.float32 else after < experts * before
+    state = state_with_adapter_merged(model, model.state_dict())
+    assert all(
+        torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in exported.items()
+    )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_kinds import kind_for
 from random_groups import random_groups
 from tiny_models import FAMILIES, VOCABULARY, tiny, weights_digest
 from tiny_runs import Scenario, objective, run, same_optimizer, save_tiny, store, train_alone, train_spec
@@ -31,8 +32,9 @@ from rayalign.data.schema import Example
 from rayalign.data.tokenize import to_group
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.metrics import read_metrics
+from rayalign.engine.model.attention import CONCATENATED_ONLY, first_kind
 from rayalign.engine.model.forward import Policy, ScalarModel, last_positions, root_module
-from rayalign.engine.model.parity import choose_layout
+from rayalign.engine.model.parity import choose_attention
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
 from rayalign.engine.model.scalar import PADDING, ScalarHead, prepare_export, written_as
 from rayalign.engine.objective import Objective
@@ -102,7 +104,7 @@ def test_scores_and_gradients_are_hugging_faces_in_every_layout(name: str) -> No
         layouts += [("packed", 64), ("packed", None)]
     for layout, row_tokens in layouts:
         batch = packed(layout=layout, row_tokens=row_tokens)
-        scores = ScalarModel(model, layout=layout)(batch, needs=SCORE)
+        scores = ScalarModel(model, attention=kind_for(model, layout))(batch, needs=SCORE)
         found = scores.score[batch.candidate_mask]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         got = gradients(model, weighted(found))
@@ -236,8 +238,8 @@ def test_a_new_head_is_normal_and_depends_on_the_seed_only(causal: Path) -> None
 
 def test_the_backbone_is_the_language_models(causal: Path) -> None:
     policy, reward = load_policy(ModelSpec(config=ModelConfig(name=str(causal))))[0], load_policy(spec(causal))[0]
-    assert isinstance(root_module(reward, layout="packed"), ScalarModel)
-    assert isinstance(root_module(policy, layout="packed"), Policy)
+    assert isinstance(root_module(reward, first_kind(reward.config, reward.device)), ScalarModel)
+    assert isinstance(root_module(policy, first_kind(policy.config, policy.device)), Policy)
     theirs, ours = policy.model.state_dict(), reward.model.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
@@ -344,8 +346,8 @@ def test_what_an_exported_model_says_of_its_conversations(tmp_path: Path) -> Non
 
 def test_parity_is_proven_for_the_head_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAYALIGN_CACHE", str(tmp_path))
-    assert choose_layout(classifier("qwen3_windowed")) == "packed"
-    assert choose_layout(classifier("bloom")) == "concatenated"
+    assert choose_attention(classifier("qwen3_windowed")).layout == "packed"
+    assert choose_attention(classifier("bloom")) == CONCATENATED_ONLY
     assert len(list((tmp_path / "parity").iterdir())) == 2
 
 
