@@ -20,13 +20,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPTS = ["Why?", "Who is it?", "What is the sky?", "And then?", "Do not answer this."]
 
+BETWEEN = "\n---\n"
+"""Stands in no reply of eight tokens."""
+
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[Endpoint]:
     """Prefers the reply with more vowels wherever it stands, fails once, and has no verdict on one prompt."""
 
     def answer(question: str) -> str:
-        prompt, first, second = question.split("|")
+        prompt, first, second = question.split(BETWEEN)
         if prompt == PROMPTS[-1]:
             return "I would rather not."
         return f"Verdict: {'A' if vowels(first) > vowels(second) else 'B' if vowels(first) < vowels(second) else 'tie'}"
@@ -57,7 +60,7 @@ def compared(endpoint: Endpoint, workspace: Workspace, session: Session) -> Path
                 "model": "careful",
                 "base_url": endpoint.url,
                 "api_key_env": "TEST_KEY",
-                "template": "{{ prompt }}|{{ first }}|{{ second }}",
+                "template": BETWEEN.join(("{{ prompt }}", "{{ first }}", "{{ second }}")),
             },
             "max_missing_fraction": 0.2,
             "sampling": {"samples": 2, "max_new_tokens": 8},
