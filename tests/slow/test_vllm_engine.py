@@ -132,25 +132,6 @@ def test_weights_without_a_folder_are_refused(sampler: VllmSampler, first: Path)
         sampler.load(model_spec(first).at(first, from_scratch=True))
 
 
-def test_an_evaluation_is_sampled_by_it_and_measured_beside_it(first: Path, second: Path) -> None:
-    """Its log-probabilities are those of the model that measures, or the evaluation would end."""
-    prompts = tuple(Prompt(ids=tuple(ids), prompt="") for ids in PROMPTS)
-    spec = EvaluationSpec(
-        reference=ScoringSpec(model=model_spec(first), tokens_per_micro_batch=512, row_tokens=None),
-        prompt_sets={"all": prompts},
-        sampling=SamplingParams(max_new_tokens=12, num_samples=4, seed=1),
-        scorers=(),
-        engine="vllm",
-    )
-    process, (part,) = Evaluator(spec), parts_of(spec)
-    found = {}
-    for number, subject in enumerate((None, second, None)):
-        drawn = process(PartToDraw(subject=subject, part=part))
-        found[number] = process(PartToMeasure(subject=subject, part=part, drawn=drawn)), drawn
-    assert np.abs(found[0][0].k1).max() == 0 and found[1][0].k1.mean() > 0.05
-    assert [own.token_ids for own in found[2][1].completions] == [own.token_ids for own in found[0][1].completions]
-
-
 def test_generation_config_does_not_steer(first: Path, sampler: VllmSampler) -> None:
     """Temperature and end tokens come from the run alone."""
     tokenizer = AutoTokenizer.from_pretrained(first)
@@ -172,6 +153,28 @@ def test_damaged_weights_do_not_answer(sampler: VllmSampler, first: Path, tmp_pa
     with pytest.raises(FloatingPointError, match="not finite"):
         sampler.generate(PROMPTS, SamplingParams(max_new_tokens=2))
     assert canary_error((0.0,) * RESPONSE_TOKENS, sampler.canary()) == float("inf")
+
+
+def test_an_evaluation_is_sampled_by_it_and_measured_beside_it(first: Path, second: Path) -> None:
+    """Its log-probabilities are those of the model that measures, or the evaluation would end.
+
+    An engine that ends takes the others of its process along, so that no test with ``sampler`` follows.
+    """
+    prompts = tuple(Prompt(ids=tuple(ids), prompt="") for ids in PROMPTS)
+    spec = EvaluationSpec(
+        reference=ScoringSpec(model=model_spec(first), tokens_per_micro_batch=512, row_tokens=None),
+        prompt_sets={"all": prompts},
+        sampling=SamplingParams(max_new_tokens=12, num_samples=4, seed=1),
+        scorers=(),
+        engine="vllm",
+    )
+    process, (part,) = Evaluator(spec), parts_of(spec)
+    found = {}
+    for number, subject in enumerate((None, second, None)):
+        drawn = process(PartToDraw(subject=subject, part=part))
+        found[number] = process(PartToMeasure(subject=subject, part=part, drawn=drawn)), drawn
+    assert np.abs(found[0][0].k1).max() == 0 and found[1][0].k1.mean() > 0.05
+    assert [own.token_ids for own in found[2][1].completions] == [own.token_ids for own in found[0][1].completions]
 
 
 def test_a_judge_and_a_scorer_that_it_loads(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def vowels(prompt, reply):
 def dies_once(prompt, reply):
     if not MARK.exists():
         MARK.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid(), signal.SIGKILL)
     return vowels(prompt, reply)
 """
 
