@@ -2,18 +2,22 @@
 
     python -m examples.bench.data_throughput [--quick]
 
-Both read the same lines, apply the same functions (format, roles, template, token ids with masks) and leave the result
-on disk. Seconds include everything from the file to the committed result; the start of Ray is shown beside them.
+The first two read the same lines, apply the same functions (format, roles, template, token ids with masks) and leave
+the result on disk. The third is what TRL's DPOTrainer does with these rows before its first step, on two processes too;
+it runs where TRL is installed. Seconds include everything from the file to the committed result; the start of Ray is
+shown beside them.
 """
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,7 +29,7 @@ from rayalign.data.records import RawRow
 from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit
-from rayalign.engine.model.pretrained import load_tokenizer
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.runtime.datasets import prepare
 from rayalign.runtime.reading import planned
 from rayalign.runtime.session import connect
@@ -53,17 +57,21 @@ def main() -> None:
         lines.write_bytes(gzip.decompress(source.read_bytes()) * options.copies)
         rows = lines.read_bytes().count(b"\n")
         write_model(root / "model", train_tokenizer(source, VOCABULARY), VOCABULARY)
-        seconds: dict[str, list[float]] = {"rayalign, Ray Data": [], f"datasets.map(num_proc={PROCESSES})": []}
-        ours, theirs = seconds.values()
+        seconds: dict[str, list[float]] = {name: [] for name in ("rayalign, Ray Data", "the same, datasets.map", "TRL")}
+        ours, theirs, peers = seconds.values()
         began = time.perf_counter()
         with connect():
             start = time.perf_counter() - began
             for turn in range(options.repeats):
                 ours.append(staged(lines, root / "model", root / f"ours-{turn}", rows))
                 theirs.append(mapped(lines, root / "model", root / f"theirs-{turn}", rows))
+                if importlib.util.find_spec("trl") is not None:
+                    peers.append(trl(lines, root / "model", root / f"trl-{turn}"))
     print(f"{rows} rows; Ray started in {start:.1f} s")
-    print(table(("", "s", "rows/s"), [[n, spread(s), f"{rows / median(s):.0f}"] for n, s in seconds.items()]))
-    print(f"datasets.map : rayalign, seconds: {spread([b / a for a, b in zip(ours, theirs, strict=True)], 2)} ×")
+    print(table(("", "s", "rows/s"), [[n, spread(s), f"{rows / median(s):.0f}"] for n, s in seconds.items() if s]))
+    for name, other in list(seconds.items())[1:]:
+        if other:
+            print(f"{name} : rayalign, seconds: {spread([b / a for a, b in zip(ours, other, strict=True)], 2)} ×")
 
 
 def staged(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
@@ -107,6 +115,18 @@ def mapped(lines: Path, tokenizer: Path, directory: Path, rows: int) -> float:
     seconds = time.perf_counter() - began
     assert done.num_rows == rows, (done.num_rows, rows)
     return seconds
+
+
+def trl(lines: Path, tokenizer: Path, directory: Path) -> float:
+    """Seconds of TRL's own preparation of preference pairs; its rows lack masks, reports and bad rows."""
+    from trl import DPOConfig, DPOTrainer
+
+    loaded = load_tokenizer(tokenizer)
+    config = DPOConfig(output_dir=str(directory), dataset_num_proc=PROCESSES, use_cpu=True, bf16=False)
+    began = time.perf_counter()
+    rows = datasets.load_dataset("json", data_files=str(lines), split="train", cache_dir=str(directory / "cache"))
+    DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=loaded), rows, loaded, config, "train")
+    return time.perf_counter() - began
 
 
 def tokenized(batch: dict[str, list[Any]], *, chat: Chat) -> dict[str, list[Any]]:

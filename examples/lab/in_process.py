@@ -29,7 +29,8 @@ from rayalign.data.tokenize_rows import Shape, shape_group
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.loop import train_policy
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.state import TrainSpec
 from rayalign.engine.strategy.base import make_strategy

@@ -29,7 +29,8 @@ from rayalign.config.model import ModelConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.judge.measure import Prompt, make_scorers, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import FrozenEngine

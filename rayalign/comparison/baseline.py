@@ -8,7 +8,8 @@ from pathlib import Path
 from rayalign.config.run import EvaluatedRun
 from rayalign.config.scoring import REFERENCE, EvaluateConfig
 from rayalign.engine.model.folder import model_directory
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.run.model import reference_spec
 

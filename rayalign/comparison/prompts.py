@@ -16,7 +16,7 @@ from rayalign.data.tokenize_rows import parse_unit_row, read_chunks
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.run.stages import Stages, source_units
-from rayalign.runtime.datasets import load_chat
+from rayalign.runtime.preparer import load_chat
 
 
 def prompt_sets(evaluated: EvaluatedRun, stages: Stages) -> dict[str, tuple[Prompt, ...]]:

@@ -12,6 +12,9 @@ from datetime import date
 from functools import partial
 from typing import Any
 
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
+
 from rayalign.data.files import open_binary
 from rayalign.data.marks import Marks
 from rayalign.data.render import Rendered, render_example
@@ -216,11 +219,31 @@ def _encode_one(tokenizer: Any, text: str, *, split_special_tokens: bool = False
 def _encode(tokenizer: Any, texts: list[str], **options: bool) -> list[list[int]]:
     if not texts:
         return []
+    options = {"add_special_tokens": False, **options}
+    if is_plain_backend(tokenizer):
+        return _encode_fast(tokenizer.backend_tokenizer, texts, **options)
     encoded: Mapping[str, list[list[int]]] = tokenizer(
-        texts,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **{"add_special_tokens": False, **options},
+        texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
     )
     return encoded["input_ids"]
+
+
+def is_plain_backend(tokenizer: Any) -> bool:
+    """Whether a call of the tokenizer is a call of its Rust backend and nothing else."""
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, TokenizersBackend)
+        and kind.__call__ is TokenizersBackend.__call__
+        and kind._encode_plus is TokenizersBackend._encode_plus
+    )
+
+
+def _encode_fast(
+    backend: Tokenizer, texts: list[str], *, add_special_tokens: bool, split_special_tokens: bool = False
+) -> list[list[int]]:
+    """Token ids. The places of tokens in their text are not read, and would cost a sixth more."""
+    backend.no_truncation()
+    backend.no_padding()
+    if backend.encode_special_tokens != split_special_tokens:
+        backend.encode_special_tokens = split_special_tokens
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]

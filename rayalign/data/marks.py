@@ -155,7 +155,7 @@ class Marks:
 
     def _content(self, turn: Message, place: int, marker: _Marker) -> str:
         """The content with a mark for every stretch between tags that the template, or a thought, may know."""
-        parts = self.tags.split(turn["content"])
+        parts = _stretches(turn["content"], self.tags)
         beside = "the words beside the tool call of" if turn.get("tool_calls") else ""
         marked = ""
         for index, part in enumerate(parts):
@@ -167,8 +167,18 @@ class Marks:
 def _plain_outline(turn: Message) -> str:
     """The outline of a turn of words alone, in which nothing can be a tag; empty for others."""
     content = turn["content"]
-    is_plain = turn.keys() <= PLAIN and "<" not in content and "[" not in content
+    is_plain = turn.keys() <= PLAIN and not _may_hold_tags(content)
     return f"{turn['role']} {bool(content.strip())}" if is_plain else ""
+
+
+def _may_hold_tags(content: str) -> bool:
+    """Whether a content has a character that every tag begins with."""
+    return "<" in content or "[" in content
+
+
+def _stretches(content: str, tags: re.Pattern[str]) -> list[str]:
+    """Words and tags of a content in turn, words first."""
+    return tags.split(content) if _may_hold_tags(content) else [content]
 
 
 def _kind(parts: Sequence[str], index: int) -> str:
@@ -240,7 +250,7 @@ def _is_written(argument: str, text: str) -> bool:
 def _words(turn: Message, tags: re.Pattern[str], *, is_earlier: bool) -> Iterator[str]:
     """The words and thoughts of a turn, without white space around them; of an earlier answer what a history keeps."""
     if not (is_earlier and turn.get("tool_calls")):
-        parts = tags.split(turn["content"])
+        parts = _stretches(turn["content"], tags)
         kept = (index for index in range(0, len(parts), 2) if not (is_earlier and _kind(parts, index)))
         yield from (parts[index].strip() for index in kept)
     if not is_earlier:

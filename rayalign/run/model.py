@@ -18,7 +18,7 @@ from rayalign.engine.model.parameter_dtype import refuse_rounded
 from rayalign.engine.model.precision import EXACT, Precision
 from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, kept_precision
 from rayalign.engine.model.scalar import ScalarHead
-from rayalign.runtime.datasets import load_chat
+from rayalign.runtime.preparer import load_chat
 from rayalign.runtime.session import Session
 
 

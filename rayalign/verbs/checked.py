@@ -23,7 +23,8 @@ from rayalign.data.json_rows import parse_json_row
 from rayalign.data.origin import RowRange, find_ranges, is_pattern, matching_files
 from rayalign.data.records import Row
 from rayalign.data.tokenize_rows import CHUNK_ROWS, Unit, read_chunks
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer, open_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer, open_tokenizer
 from rayalign.errors import UserError
 from rayalign.imports import load_function
 from rayalign.run.reads import Read, needed_of_rows, shape_of, sources_read

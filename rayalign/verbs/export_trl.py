@@ -15,7 +15,7 @@ from rayalign.data.group import Candidate, Group
 from rayalign.data.replies import reply_text
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import ANSWERS, Prompts
-from rayalign.engine.model.pretrained import load_tokenizer
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.storage.manifest import TornDirectory
 from rayalign.storage.place import Place

@@ -17,7 +17,8 @@ from rayalign.data.chat import make_chat
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.metrics import read_metrics
-from rayalign.engine.model.pretrained import ModelSpec, load_policy, load_tokenizer, save_pretrained
+from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
+from rayalign.engine.model.tokenizers import load_tokenizer
 
 STEPS = 20
 

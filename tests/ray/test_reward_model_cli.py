@@ -14,7 +14,7 @@ from workspaces import Workspace, metrics, rayalign
 
 from rayalign.data.store import TokenStore
 from rayalign.data.texts import Prompts
-from rayalign.engine.model.pretrained import load_tokenizer
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.judge import make_scorer
 from rayalign.rounds.answers import reply_text
 from rayalign.runtime.session import Session

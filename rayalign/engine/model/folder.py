@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from rayalign.errors import UserError
@@ -39,6 +40,11 @@ INSIDE = ("*/config.json", "snapshots/*/config.json", "*/adapter_config.json")
 LFS_POINTER = b"version https://git-lfs"
 FIELD = "model.name"
 """The setting that names a model, unless another is given."""
+FAILURES = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+    ImportError, StrictDataclassError,
+)  # fmt: skip
+"""What configurations and classes raise for values that they do not know, or that do not go together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,22 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from rayalign.engine.model.folder import CONFIG, FIELD, few, read_json
+from rayalign.engine.model.folder import CONFIG, FAILURES, FIELD, few, read_json
 from rayalign.errors import UserError, first_line
 
 KIND = "AutoModelForCausalLM"
 MASKED = ("ForMaskedLM", "ForPreTraining")
 """Ends of the names of classes that fill gaps, where a language model continues texts."""
-FAILURES = (
-    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
-"""What configurations and classes raise for values that they do not know, or that do not go together."""
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PretrainedConfig:

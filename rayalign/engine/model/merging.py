@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayalign.engine.model.folder import ADAPTER_CONFIG, FIELD, read_json, tensors_of
-from rayalign.engine.model.kinds import FAILURES
+from rayalign.engine.model.folder import ADAPTER_CONFIG, FAILURES, FIELD, read_json, tensors_of
 from rayalign.engine.model.loading import refuse_nonfinite
 from rayalign.engine.model.lora import WEIGHTS, refuse_missing_peft
 from rayalign.engine.model.scalar import HEAD_WEIGHT

@@ -18,8 +18,9 @@ from rayalign.data.pack import pack
 from rayalign.engine.batches import to_device
 from rayalign.engine.model.attention import CONCATENATED_ONLY, AttentionKind, attention_kinds
 from rayalign.engine.model.context import context_of
+from rayalign.engine.model.folder import FAILURES
 from rayalign.engine.model.forward import root_module
-from rayalign.engine.model.kinds import FAILURES, computing
+from rayalign.engine.model.kinds import computing
 from rayalign.engine.model.proofs import proven
 from rayalign.engine.model.scalar import is_scalar
 from rayalign.engine.model.shrunken import VOCABULARY, WINDOW, probe_for

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,18 +27,17 @@ from rayalign.engine.model.attention import DENSE
 from rayalign.engine.model.compiled import compile_blocks
 from rayalign.engine.model.folder import (
     CONFIG,
+    FAILURES,
     FIELD,
     is_adapter,
     model_directory,
     read_json,
-    refuse_pointers,
     tensors_of,
-    tokenizer_directory,
     weight_files,
     weights_directory,
 )
 from rayalign.engine.model.generation import generation_config
-from rayalign.engine.model.kinds import FAILURES, as_text, is_composite, read_config, refuse_no_language_model
+from rayalign.engine.model.kinds import as_text, is_composite, read_config, refuse_no_language_model
 from rayalign.engine.model.loading import META, Source, load_weights, quiet_transformers, refuse_unfit, tensors_made_of
 from rayalign.engine.model.lora import add_adapter
 from rayalign.engine.model.merging import brings_head, merge_adapter
@@ -52,6 +50,7 @@ from rayalign.engine.model.scalar import (
     prepare_export,
     set_one_output,
 )
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError, first_line
 from rayalign.storage.place import Place
 
@@ -253,35 +252,6 @@ def draw_weights(blank: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
             blank.config, dtype=torch.float32, attn_implementation=blank.config._attn_implementation
         )
     return model
-
-
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder, or of the folder of an adapter's base.
-
-    Raises:
-        UserError: there is none, transformers refuses it, or it writes control tokens as words.
-    """
-    place = tokenizer_directory(directory, field=field)
-    refuse_pointers(place, field=field)
-    return open_tokenizer(str(place), trust_remote_code=trust_remote_code, field=field)
-
-
-def open_tokenizer(name: str, *, trust_remote_code: bool = False, field: str = FIELD) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a Hub id; raises as :func:`load_tokenizer` does."""
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except FAILURES as error:
-        raise UserError(f"{field}: the tokenizer in {name} cannot be loaded: {first_line(error)}") from error
-    if not isinstance(found.model_max_length, int | float):
-        raise UserError(
-            f"{field}: the tokenizer in {name} says model_max_length: {found.model_max_length!r}, no number"
-        )
-    if getattr(found, "split_special_tokens", False):
-        raise UserError(
-            f"{field}: the tokenizer in {name} says split_special_tokens: true, so that the control tokens of its "
-            "chat template become words: remove that from tokenizer_config.json"
-        )
-    return found
 
 
 def save_pretrained(

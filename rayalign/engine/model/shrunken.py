@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from rayalign.engine.model.context import rope_settings
-from rayalign.engine.model.kinds import FAILURES
+from rayalign.engine.model.folder import FAILURES
 
 WINDOW, VOCABULARY, WIDTH, POSITIONS = 8, 48, 64, 16
 LENGTHS = (

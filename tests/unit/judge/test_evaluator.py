@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from rayalign.config.model import ModelConfig
 from rayalign.config.scoring import RuleScorerConfig
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge import evaluator
 from rayalign.judge.evaluator import EvaluationSpec, Evaluator, Part, PartToDraw, PartToMeasure, parts_of, ranges

@@ -25,7 +25,8 @@ from rayalign.data.select import likelihood
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.verbs.checked import Options, check_given
 

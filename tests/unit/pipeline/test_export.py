@@ -23,7 +23,7 @@ from rayalign.data.store import commit_store
 from rayalign.data.tokenize import Tokenized, to_groups
 from rayalign.data.tokenize_rows import Shape, shape_group
 from rayalign.engine.model.folder import tokenizer_digest
-from rayalign.engine.model.pretrained import load_tokenizer
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.verbs.card import base_of, model_card
 from rayalign.verbs.export import alpaca_eval

@@ -15,7 +15,7 @@ from rayalign.config.run import RunConfig
 from rayalign.data.chat import make_chat
 from rayalign.data.records import RawRow
 from rayalign.data.tokenize import Tokenized, rows_to_groups
-from rayalign.engine.model.pretrained import load_tokenizer
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge.measure import Prompt
 from rayalign.placement import Node

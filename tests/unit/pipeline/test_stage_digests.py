@@ -25,7 +25,8 @@ from rayalign.data.store import TokenStore, commit_columns, commit_store
 from rayalign.data.tokenize_rows import Unit, prepare_rows
 from rayalign.data.unpair import Mismatched
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
-from rayalign.engine.model.pretrained import ModelSpec, load_tokenizer
+from rayalign.engine.model.pretrained import ModelSpec
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.methods import resolve
 from rayalign.rounds.chunk import ChunkMaker, ChunkSpec, PromptChunk
 from rayalign.rounds.columns import RoundPreparation, prepare_columns

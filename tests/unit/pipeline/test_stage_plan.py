@@ -22,7 +22,7 @@ from rayalign.data.shard import write_shard
 from rayalign.data.store import TokenStore, commit_store
 from rayalign.data.tokenize import Tokenized, rows_to_groups
 from rayalign.data.tokenize_rows import Unit, read_chunks, shape_group
-from rayalign.engine.model.pretrained import load_tokenizer
+from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.placement import Node
 from rayalign.run.stages import Stages
