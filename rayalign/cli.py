@@ -73,8 +73,9 @@ def exit_with_error(error: UserError) -> NoReturn:
     """Say what is wrong and end the process."""
     from rayalign.report.formatting import printable
 
-    told = f"error: {printable(str(error))}"
-    Console(stderr=True).print(told, style="red", highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"error: {printable(str(error))}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
     sys.exit(USER_MISTAKE)
 
 
@@ -146,6 +147,7 @@ def check(
 ) -> None:
     """Read all data as a run does and report what is in them; exits 1 if a run would refuse them."""
     from rayalign.verbs.checked import Options, check_given
+    from rayalign.verbs.options import columns_of
 
     of_files = {
         "model": model,
@@ -172,26 +174,29 @@ def check(
     raise typer.Exit(check_given(given, options, Console()))
 
 
-def columns_of(given: Sequence[str]) -> dict[str, str]:
-    """``prompt=question`` → ``{prompt: question}``."""
-    pairs = [item.partition("=") for item in given]
-    if wrong := next(
-        (item for item, (ours, _, theirs) in zip(given, pairs, strict=True) if not (ours and theirs)), None
-    ):
-        raise UserError(f"--columns {wrong}: write our column, =, and the file's: prompt=question")
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
 @app.command(context_settings=TAKES_SETTINGS)
 def train(
     config: Annotated[str | None, typer.Argument(help="A run's YAML, or the first KEY=VALUE.")] = None,
     overrides: Overrides = None,
     fresh: Fresh = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what each training process will hold; start nothing.")
+    ] = False,
+    device_gib: Annotated[
+        float | None, typer.Option(help="With --dry-run: GiB of one GPU, for a plan of a cluster.", min=1)
+    ] = None,
 ) -> None:
     """Train one run: rayalign train run.yaml optim.lr=1e-6"""
+    path, settings = split_config(config, overrides)
+    if dry_run:
+        from rayalign.verbs.dry_train import dry_train
+
+        dry_train(path, settings, device_gib=device_gib, console=Console())
+        return
+    if device_gib is not None:
+        raise UserError("--device-gib: only a plan is made for a GPU of that size; add --dry-run")
     from rayalign.run.train import train as run_train
 
-    path, settings = split_config(config, overrides)
     run_train(path, settings, fresh=frozenset(fresh or ()), console=Console())
 
 

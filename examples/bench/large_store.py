@@ -3,8 +3,8 @@
     python -m examples.bench.large_store [--rows 100000] [--readers 4] [--steps 100]
 
 The rows are written to a JSONL file, tokenized by the stage that ``rayalign train`` runs, and committed. Then readers
-of their own process open the store and plan and read their share of the steps. Memory is what a process does not share
-with others (``USS``), and all that it has mapped (``RSS``).
+of their own process open the store and plan and read their share of the steps. Memory is what a process has written
+(``private``), and all that it has mapped (``RSS``): files' pages go when memory is needed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Reader(NamedTuple):
     seconds: float
     opened: float
     rss: float
-    uss: float
+    private: float
     handles: int
 
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--readers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--template", default="auto", help="none: raw texts, which are tokenized sooner")
     parser.add_argument("--handles", type=int, default=0, help="limit of open files of a process; 0 leaves it")
     parser.add_argument("--folder", default=None, help="where files are written; default: a temporary folder")
     options = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
         with lines.open("w") as file:
             file.writelines(rows(options.rows))
         write_model(root / "model", train_tokenizer(pairs_file(), VOCABULARY), VOCABULARY)
-        prepared, committed = make(lines, root)
+        prepared, committed = make(lines, root, template=options.template)
         if options.handles:
             resource.setrlimit(resource.RLIMIT_NOFILE, (options.handles, options.handles))
         found = readers(root / "store", options.readers, options.steps)
@@ -72,12 +73,12 @@ def main() -> None:
         driver = memory()
     print(f"{options.rows} pairs, {lines.name}: {sum(sizes) / 2**20:.0f} MiB in {len(sizes)} files")
     print(f"prepared in {prepared:.1f} s ({options.rows / prepared:.0f} rows/s), committed in {committed:.1f} s")
-    print(f"driver: RSS {driver[0]:.0f} MiB, USS {driver[1]:.0f} MiB, {handles()} handles")
+    print(f"driver: RSS {driver[0]:.0f} MiB, private {driver[1]:.0f} MiB, {handles()} handles")
     print(
         table(
-            ("reader", "open s", f"{options.steps} steps s", "RSS MiB", "USS MiB", "handles"),
+            ("reader", "open s", f"{options.steps} steps s", "RSS MiB", "private MiB", "handles"),
             [
-                [str(n), f"{r.opened:.2f}", f"{r.seconds:.2f}", f"{r.rss:.0f}", f"{r.uss:.0f}", str(r.handles)]
+                [str(n), f"{r.opened:.2f}", f"{r.seconds:.2f}", f"{r.rss:.0f}", f"{r.private:.0f}", str(r.handles)]
                 for n, r in enumerate(found)
             ],
         )
@@ -91,9 +92,9 @@ def rows(count: int) -> Iterator[str]:
         yield json.dumps({"prompt": f"{number} {words[0]}", "chosen": words[1], "rejected": words[2]}) + "\n"
 
 
-def make(lines: Path, root: Path) -> tuple[float, float]:
+def make(lines: Path, root: Path, *, template: str) -> tuple[float, float]:
     """Seconds of the preparation and of the commit."""
-    model, data = ModelConfig(name=str(root / "model")), DataConfig(train=(str(lines),))
+    model, data = ModelConfig(name=str(root / "model")), DataConfig(train=(str(lines),), template=template)
     with connect() as session:
         began = time.perf_counter()
         found = prepare(
@@ -143,12 +144,12 @@ def read(store: Path, rank: int, count: int, steps: int) -> Reader:
 
 
 def memory() -> tuple[float, float]:
-    """MiB that this process has in memory, and that it shares with no other."""
+    """MiB that this process has in memory, and that it has written and shares with no other."""
     values = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, _, value = line.partition(":")
         values[name] = int(value.split()[0]) / 1024
-    return values["Rss"], values["Private_Clean"] + values["Private_Dirty"]
+    return values["Rss"], values["Private_Dirty"]
 
 
 def handles() -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from rayalign.config.fields import BY_CONTENT, MAY_CHANGE, Block, ModelPath
 
@@ -46,8 +46,9 @@ class ModelConfig(Block):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; what is trained stays float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
-    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    gradient_checkpointing: Annotated[bool | Literal["selective"], MAY_CHANGE] = False
+    """true: compute activations again in the backward pass, for less memory and more time. selective: keep the results
+    of matrix products and attention, and compute the rest again."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """true: torch.compile the blocks for training; the first steps compile, which takes a while."""
     trust_remote_code: Annotated[bool, MAY_CHANGE] = False
@@ -58,3 +59,9 @@ class ModelConfig(Block):
     """For a model of texts and images: load, train and save only the part for texts."""
     from_scratch: bool = False
     """Initialise the weights with the run's seed: ``name`` is a folder with config.json and a tokenizer only."""
+
+    @model_validator(mode="after")
+    def _compiled_or_selective(self) -> Self:
+        if self.compile and self.gradient_checkpointing == "selective":
+            raise ValueError("a compiled block hides what selective keeps: write gradient_checkpointing: true or false")
+        return self

@@ -87,6 +87,7 @@ OPTIONS = {
     "cpu_offload": ("fsdp2", "deepspeed"),
     "reshard_after_forward": ("fsdp2",),
     "sync_every_micro_batch": ("fsdp2",),
+    "shard": ("fsdp2",),
 }
 """Options of ``strategy`` that only some strategies have."""
 
@@ -102,8 +103,11 @@ class StrategyConfig(Block):
     """fsdp2, deepspeed: parameters and optimizer state wait in the host's memory; slower."""
     reshard_after_forward: bool = True
     """fsdp2: free a block's parameters after its forward; false gathers them once instead of twice."""
-    sync_every_micro_batch: bool = False
-    """fsdp2: gradients stay sharded between micro-batches, instead of being averaged once per step; slower."""
+    sync_every_micro_batch: bool = True
+    """fsdp2: average gradients after every micro-batch, so that they stay sharded. With false they are averaged once
+    per step, and every worker holds all of them until then."""
+    shard: int | None = Field(default=None, ge=1)
+    """fsdp2: workers that share one copy of the model, such as the GPUs of a node; null: all of them."""
     timeout_seconds: float = Field(default=600, ge=1)
     """A worker that is silent for this long is given up, and another attempt resumes from the newest checkpoint. It
     must exceed what one worker needs alone: to load the model, to write a checkpoint."""
@@ -133,6 +137,16 @@ class StrategyConfig(Block):
             raise ValueError("workers must be at least 1")
         if self.name == "single" and self.workers not in ("auto", 1):
             raise ValueError(f"single trains in one process; for workers: {self.workers} write name: ddp or fsdp2")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_copies(self) -> Self:
+        if self.shard is None or self.workers == "auto":
+            return self
+        if isinstance(self.workers, tuple):
+            raise ValueError("shard needs a fixed number of workers: remove it, or write one number of workers")
+        if self.workers % self.shard:
+            raise ValueError(f"{self.workers} workers are no whole number of copies of shard: {self.shard}")
         return self
 
     @model_validator(mode="after")

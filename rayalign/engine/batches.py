@@ -142,10 +142,15 @@ class Rounds(Protocol):
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     if batch.input_ids.device == device:
         return batch
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def moved(value: Any) -> Any:
+
+def map_tensors(batch: PackedBatch, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+    """The batch with every tensor of it changed."""
+
+    def changed(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return {name: moved(column) for name, column in value.items()}
+            return change(value)
+        return {name: changed(column) for name, column in value.items()}
 
-    return PackedBatch(**{name: moved(getattr(batch, name)) for name in PackedBatch.__slots__})
+    return PackedBatch(**{name: changed(getattr(batch, name)) for name in PackedBatch.__slots__})

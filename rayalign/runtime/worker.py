@@ -5,6 +5,7 @@ Starting workers costs some twenty seconds of a core, mostly imports, so that th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -25,7 +26,7 @@ from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train_policy
 from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, make_strategy
-from rayalign.errors import Stopped
+from rayalign.errors import Stopped, UserError, first_line
 from rayalign.placement import Share
 from rayalign.rounds.client import RoundsClient, client_of
 from rayalign.rounds.service import RolloutJob
@@ -162,13 +163,29 @@ def worker_main(config: dict[str, Any]) -> None:
         if strategy.rank == 0:
             mailbox.take(number)
         try:
-            final = train_job(job, strategy, mailbox.stop_is_asked)
+            with memory_errors(job.spec):
+                final = train_job(job, strategy, mailbox.stop_is_asked)
         except Stopped as stopped:
             if strategy.rank == 0:
                 mailbox.stopped(number, str(stopped))
             return
         if strategy.rank == 0:
             mailbox.answer(number, final)
+
+
+@contextlib.contextmanager
+def memory_errors(spec: TrainSpec) -> Iterator[None]:
+    """Raise UserError, which names the settings to change, where a device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        is_lean = spec.model.config.gradient_checkpointing
+        more = "" if is_lean else ", or write model.gradient_checkpointing: true"
+        raise UserError(
+            f"a training process has filled its device's memory: {first_line(error)} Lower "
+            f"optim.tokens_per_micro_batch, spread the model with strategy: {{name: fsdp2}}{more}. The same "
+            "command with --dry-run says what each part takes"
+        ) from error
 
 
 def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,3 +24,13 @@ def block_of(kind: type[B], given: Mapping[str, Any]) -> B:
         problem = explain(error, Document(data=dict(given), directory=Path.cwd()), model=kind)[0]
         option = f"--{problem.field.replace('_', '-')}: " if problem.field else ""
         raise UserError(f"{option}{problem.message}") from error
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """``prompt=question`` → ``{prompt: question}``."""
+    pairs = [item.partition("=") for item in given]
+    if wrong := next(
+        (item for item, (ours, _, theirs) in zip(given, pairs, strict=True) if not (ours and theirs)), None
+    ):
+        raise UserError(f"--columns {wrong}: write our column, =, and the file's: prompt=question")
+    return {ours: theirs for ours, _, theirs in pairs}

@@ -24,6 +24,7 @@ from transformers import (
 
 from rayalign.config.model import ModelConfig
 from rayalign.engine.model.attention import DENSE
+from rayalign.engine.model.checkpointing import checkpoint_blocks
 from rayalign.engine.model.compiled import compile_blocks
 from rayalign.engine.model.folder import (
     CONFIG,
@@ -120,7 +121,7 @@ def load_policy(
     if spec.config.lora is not None:
         add_adapter(model, spec.config.lora, seed=spec.seed, trained=spec.adapter)
     if spec.config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(model, spec.config.gradient_checkpointing)
     if spec.config.compile:
         compile_blocks(model, device)
     return as_served(model.to(place or device)), tokenizer

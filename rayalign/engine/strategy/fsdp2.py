@@ -33,6 +33,7 @@ from rayalign.engine.model.pretrained import ModelSpec
 from rayalign.engine.optimizer import make_optimizer
 from rayalign.engine.strategy.base import clip_gradient, from_rank_0, sum_over_ranks
 from rayalign.engine.strategy.skeleton import CPU, META, load_on_rank_0, replace_parameters, spread_buffers
+from rayalign.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class FSDP2:
     """Each rank holds a part of every parameter, and all of a block only while it computes.
+
+    With ``config.shard`` that many neighbouring ranks hold a copy of the model together (HSDP).
 
     Parameters, gradients and optimizer state are float32. Where autocast computes in bfloat16, matrices of blocks are
     gathered in bfloat16, as autocast would have made them; what autocast leaves in float32 (norms, embeddings, the
@@ -123,8 +126,22 @@ class FSDP2:
             whole = moved.full_tensor()
         return whole.to(CPU) if self.rank == 0 else torch.empty(0)
 
+    def _mesh(self) -> DeviceMesh:
+        """All ranks share one copy of the model; or neighbours share one, and copies average their gradients."""
+        shard = self.config.shard
+        if shard is None:
+            return init_device_mesh(self.device.type, (self.world_size,))
+        if self.world_size % shard:
+            raise UserError(
+                f"strategy.shard: {self.world_size} workers are no whole number of copies of {shard}: write another "
+                "number, or strategy.workers"
+            )
+        return init_device_mesh(
+            self.device.type, (self.world_size // shard, shard), mesh_dim_names=("replicate", "shard")
+        )
+
     def _spread(self, policy: RootModule, compute_dtype: torch.dtype, *, reshard_root: bool) -> None:
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        mesh = self._mesh()
         whole = dict(policy.named_parameters())
         replace_parameters(policy, lambda parameter: torch.empty_like(parameter, device=META))
         self._shard(policy, mesh, compute_dtype, reshard_root=reshard_root)

@@ -98,7 +98,8 @@ def alone(scenarios: dict[str, Scenario]) -> dict[str, Trajectory]:
 STRATEGIES = {
     "ddp": StrategyConfig(name="ddp"),
     "fsdp2": StrategyConfig(name="fsdp2"),
-    "fsdp2_kept": StrategyConfig(name="fsdp2", reshard_after_forward=False, sync_every_micro_batch=True),
+    "fsdp2_kept": StrategyConfig(name="fsdp2", reshard_after_forward=False, sync_every_micro_batch=False),
+    "fsdp2_copies": StrategyConfig(name="fsdp2", shard=1),
     "zero2": StrategyConfig(name="deepspeed", zero_stage=2),
     "zero3": StrategyConfig(name="deepspeed", zero_stage=3),
 }
@@ -108,7 +109,13 @@ DEEPSPEED = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-slow"),
 ]
-MARKS = {"zero2": DEEPSPEED, "zero3": DEEPSPEED, "fsdp2_kept": [pytest.mark.slow], "ddp": [pytest.mark.slow]}
+MARKS = {
+    "zero2": DEEPSPEED,
+    "zero3": DEEPSPEED,
+    "fsdp2_kept": [pytest.mark.slow],
+    "fsdp2_copies": [pytest.mark.slow],
+    "ddp": [pytest.mark.slow],
+}
 
 
 @pytest.fixture(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from rayalign.data.group import Group
 from rayalign.data.pack import pack
 from rayalign.data.rows import Layout
 from rayalign.engine.model.attention import AttentionKind, Reach
+from rayalign.engine.model.checkpointing import checkpoint_blocks
 from rayalign.engine.model.forward import Policy
 from rayalign.errors import UserError
 from rayalign.types import PackedBatch
@@ -158,11 +162,40 @@ def test_a_dummy_batch_gives_every_parameter_a_zero_gradient() -> None:
     assert not any(gradient.any() for gradient in got.values())
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    model = tiny("gemma3").train()
+@pytest.mark.parametrize("name", ["gemma3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_gradient_checkpointing_changes_nothing(how: Literal[True, "selective"], name: str) -> None:
+    model = tiny(name).train()
     expected = gradients(model, weighted(Policy(model)(packed()).token_logp))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(model, how)
     assert_same_gradients(gradients(model, weighted(Policy(model)(packed()).token_logp)), expected)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_again() -> None:
+    """Products and attention as often as without, activation functions as often as with whole blocks."""
+    times = {}
+    for how in (False, "selective", True):
+        model = tiny("llama").train()
+        if how:
+            checkpoint_blocks(model, how)
+        with Counted() as counted:
+            weighted(Policy(model)(packed()).token_logp).backward()
+        times[how] = counted.times
+    for name in ("mm", "_scaled_dot_product_flash_attention_for_cpu"):
+        assert times[False][name] == times["selective"][name] < times[True][name]
+    assert times[False]["silu"] < times["selective"]["silu"] == times[True]["silu"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])

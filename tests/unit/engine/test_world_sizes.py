@@ -29,6 +29,7 @@ from rayalign.engine.strategy.base import make_strategy
 
 GROUPS, GROUPS_PER_STEP = 10, 4
 DDP, FSDP2 = StrategyConfig(name="ddp"), StrategyConfig(name="fsdp2")
+COPIES = StrategyConfig(name="fsdp2", shard=2)
 Part = tuple[StrategyConfig | None, int, int]
 """A strategy (None: one process without a group), its workers, and the step that they end with."""
 
@@ -119,3 +120,8 @@ def test_as_many_workers_change_no_bit(scenario: Scenario, tmp_path: Path) -> No
     assert same_optimizer(last_of(directory), last_of(straight))
     mine, theirs = ([row["loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (directory, straight))
     assert mine == theirs
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards(scenario: Scenario, tmp_path: Path) -> None:
+    check([(FSDP2, 2, 3), (COPIES, 4, 7), (None, 1, 9), (COPIES, 4, 12)], scenario, tmp_path)
