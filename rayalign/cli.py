@@ -182,9 +182,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what each training process will hold; start nothing.")
     ] = False,
-    device_gib: Annotated[
-        float | None, typer.Option(help="With --dry-run: GiB of one GPU, for a plan of a cluster.", min=1)
-    ] = None,
+    device_gib: Annotated[float | None, typer.Option(help="With --dry-run: GiB of a GPU to plan for.", min=1)] = None,
 ) -> None:
     """Train one run: rayalign train run.yaml optim.lr=1e-6"""
     path, settings = split_config(config, overrides)

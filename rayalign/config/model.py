@@ -47,8 +47,8 @@ class ModelConfig(Block):
     """Precision of the computation; what is trained stays float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
     gradient_checkpointing: Annotated[bool | Literal["selective"], MAY_CHANGE] = False
-    """true: compute activations again in the backward pass, for less memory and more time. selective: keep the results
-    of matrix products and attention, and compute the rest again."""
+    """true: compute activations again in the backward pass, for less memory and more time. With selective, results of
+    matrix products and attention are kept, and the rest is computed again."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """true: torch.compile the blocks for training; the first steps compile, which takes a while."""
     trust_remote_code: Annotated[bool, MAY_CHANGE] = False
