@@ -46,7 +46,6 @@ from rayalign.engine.model.pretrained import ModelSpec, compute_dtype, save_pret
 from rayalign.engine.nonfinite import skip_step
 from rayalign.engine.objective import MAIN_STREAM
 from rayalign.engine.optimizer import learning_rate, set_learning_rate
-from rayalign.engine.prefetch import Prefetched, always, same_round
 from rayalign.engine.state import MakeBatches, NoNotices, Notices, Run, TrainSpec, checkpointer_of
 from rayalign.engine.step import NonFiniteStep, Runner, StepResult
 from rayalign.engine.strategy.base import Strategy
@@ -90,9 +89,6 @@ def train_policy(
         rounds.restore(resumed.facts["source"])
     held_out = make_held_out(run.layout, pad_id).get(0) if make_held_out else ()
     with contextlib.ExitStack() as stack:
-        is_there = always if rounds is None else same_round(rounds.place)
-        ahead = Prefetched(batches, steps=spec.steps, device=strategy.device, is_there=is_there)
-        batches = stack.enter_context(ahead)
         writer = stack.enter_context(Writer(asynchronous=spec.checkpoint.asynchronous, strategy=strategy))
         sinks = open_sinks(spec.directory, spec.track, spec.identity, run.step) if strategy.rank == 0 else []
         for sink in sinks:

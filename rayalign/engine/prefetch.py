@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
 
 import torch
 
@@ -28,14 +27,6 @@ class Prefetched:
         self.is_there = is_there
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self.ahead: tuple[int, Future[Work]] | None = None
-
-    def __enter__(self) -> Prefetched:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.reader.shutdown(cancel_futures=True)
 
     def get(self, step: int) -> Work:
         ahead, self.ahead = self.ahead, None

@@ -24,6 +24,7 @@ from rayalign.config.training import StrategyConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train_policy
+from rayalign.engine.prefetch import Prefetched, always, same_round
 from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, make_strategy
 from rayalign.errors import Stopped, UserError, first_line
@@ -207,13 +208,25 @@ def train_job(job: TrainJob, strategy: Strategy, stop: Callable[[], bool]) -> Pl
             )
         return train_policy(
             job.spec,
-            make_batches,
+            read_ahead(make_batches, job.spec, strategy, rounds),
             strategy,
             rounds=rounds,
             make_held_out=batch_maker(job.held_out, strategy) if job.held_out else None,
             stop=stop,
             notices=notices,
         )
+
+
+def read_ahead(
+    make_batches: MakeBatches, spec: TrainSpec, strategy: Strategy, rounds: RoundsClient | None
+) -> MakeBatches:
+    """The same batches, each read while the step before it is trained on, unless its round has yet to be drawn."""
+    is_there = always if rounds is None else same_round(rounds.place)
+
+    def make(layout: Layout, pad_id: int) -> Prefetched:
+        return Prefetched(make_batches(layout, pad_id), steps=spec.steps, device=strategy.device, is_there=is_there)
+
+    return make
 
 
 def weight_channel(rollouts: RolloutJob) -> ObjectStore | None:

@@ -40,34 +40,34 @@ class Read:
 
 def test_every_step_is_read_once_and_the_next_one_in_a_thread() -> None:
     read = Read()
-    with Prefetched(read, steps=4, device=CPU, is_there=always) as batches:
-        assert [batches.get(step)[0].epoch for step in range(4)] == [0.0, 1.0, 2.0, 3.0]
+    batches = Prefetched(read, steps=4, device=CPU, is_there=always)
+    assert [batches.get(step)[0].epoch for step in range(4)] == [0.0, 1.0, 2.0, 3.0]
     assert [step for step, _ in read.by] == [0, 1, 2, 3]
     assert [name.startswith("prefetch") for _, name in read.by] == [False, True, True, True]
 
 
 def test_a_step_out_of_order_is_read_where_it_is_asked_for() -> None:
     read = Read()
-    with Prefetched(read, steps=9, device=CPU, is_there=always) as batches:
-        assert batches.get(5)[0].epoch == 5.0
-        assert batches.get(2)[0].epoch == 2.0
-        assert batches.get(3)[0].epoch == 3.0
+    batches = Prefetched(read, steps=9, device=CPU, is_there=always)
+    assert batches.get(5)[0].epoch == 5.0
+    assert batches.get(2)[0].epoch == 2.0
+    assert batches.get(3)[0].epoch == 3.0
 
 
 def test_an_error_is_raised_in_its_own_step() -> None:
     read = Read(bad=2)
-    with Prefetched(read, steps=4, device=CPU, is_there=always) as batches:
-        batches.get(0)
-        assert batches.get(1)[0].epoch == 1.0
-        with pytest.raises(OSError, match="a shard is gone"):
-            batches.get(2)
+    batches = Prefetched(read, steps=4, device=CPU, is_there=always)
+    batches.get(0)
+    assert batches.get(1)[0].epoch == 1.0
+    with pytest.raises(OSError, match="a shard is gone"):
+        batches.get(2)
 
 
 def test_a_round_that_is_not_drawn_is_not_waited_for_in_the_thread() -> None:
     """Steps 0 to 2 read round 0, and steps 3 to 5 read round 1."""
     read = Read()
     is_there = same_round(lambda step: (step // 3, 0))
-    with Prefetched(read, steps=6, device=CPU, is_there=is_there) as batches:
-        for step in range(6):
-            batches.get(step)
+    batches = Prefetched(read, steps=6, device=CPU, is_there=is_there)
+    for step in range(6):
+        batches.get(step)
     assert [step for step, name in read.by if not name.startswith("prefetch")] == [0, 3]
