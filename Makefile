@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-docs test-slow test-chaos test-s3 test-vllm check format docs site pictures audit bench clean
+.PHONY: help quickstart test test-docs test-slow test-chaos test-gpu test-s3 test-vllm check format docs site pictures audit bench clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-docs: $(VENV)/.installed-test ## every command, YAML and link of the docume
 
 test-slow: $(VENV)/.installed-slow ## the tests that take longer than the default run allows
 	$(PYTEST) -m slow
+
+test-gpu: $(VENV)/.installed-test ## the tests of a CUDA device; RAYALIGN_GPU_TESTS=cpu rehearses them on the CPU
+	$(PYTEST) -m gpu tests/gpu
 
 test-chaos: $(VENV)/.installed-test ## kill everything everywhere; prints a table of faults and what became of the runs
 	$(PYTEST) tests/chaos
@@ -73,10 +76,10 @@ clean: ## remove the environment and what tools leave behind
 	rm -rf $(VENV) $(VENV)-s3 $(VENV)-vllm $(VENV)-docs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # Tests reach no network and leave the cores to the processes that they start.
-test test-docs test-slow test-chaos test-s3 test-vllm: export HF_HUB_OFFLINE = 1
-test test-docs test-slow test-chaos test-s3 test-vllm: export OMP_NUM_THREADS = 1
-test test-docs test-slow test-chaos test-s3 test-vllm quickstart pictures bench: export TOKENIZERS_PARALLELISM = false
-test test-docs test-slow test-chaos test-s3 test-vllm quickstart pictures bench: export RAY_USAGE_STATS_ENABLED = 0
+test test-docs test-slow test-chaos test-gpu test-s3 test-vllm: export HF_HUB_OFFLINE = 1
+test test-docs test-slow test-chaos test-gpu test-s3 test-vllm: export OMP_NUM_THREADS = 1
+test test-docs test-slow test-chaos test-gpu test-s3 test-vllm quickstart pictures bench: export TOKENIZERS_PARALLELISM = false
+test test-docs test-slow test-chaos test-gpu test-s3 test-vllm quickstart pictures bench: export RAY_USAGE_STATS_ENABLED = 0
 
 # An environment is complete when its stamp is newer than what decides its content.
 $(BIN)/python:
