@@ -5,8 +5,8 @@
 Nothing is downloaded: models have the shapes of Llama 3's 1B and 8B and random weights, and groups have lengths like
 those of chats. Packed rows are compared with plain sequences first. Then the sides of a job run, each in a process of
 its own. One is this project's step, the other a loop that pads pairs to the longest of a micro-batch. Both compute in
-bfloat16 under autocast. MFU counts 6 FLOPs per parameter that a token meets, and the padding of neither side. ``--quick`` runs tiny
-shapes, on a CPU too.
+bfloat16 under autocast. MFU counts 6 FLOPs per parameter that a token meets, and the padding of neither side.
+``--quick`` runs tiny shapes, on a CPU too.
 """
 
 from __future__ import annotations

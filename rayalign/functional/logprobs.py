@@ -48,8 +48,8 @@ def sum_per_candidate(
 
 def count_per_candidate(candidate_of: Int[Tensor, " N"], *, num_groups: int, num_candidates: int) -> Int[Tensor, "B K"]:
     """Number of tokens of each candidate."""
-    counts = torch.bincount(candidate_of, minlength=num_groups * num_candidates)
-    return counts.view(num_groups, num_candidates)
+    counts = candidate_of.new_zeros(num_groups * num_candidates)
+    return counts.scatter_add(0, candidate_of, torch.ones_like(candidate_of)).view(num_groups, num_candidates)
 
 
 def last_token(candidate_of: Int[Tensor, " N"]) -> Int[Tensor, " C"]:
@@ -62,6 +62,8 @@ def last_per_candidate(
     values: Float[Tensor, " N"], candidate_of: Int[Tensor, " N"], *, num_groups: int, num_candidates: int
 ) -> Float[Tensor, "B K"]:
     """The value at each candidate's last token; 0 for a candidate without tokens."""
-    last = last_token(candidate_of)
-    out = values.new_zeros(num_groups * num_candidates).index_copy(0, candidate_of[last], values[last])
-    return out.view(num_groups, num_candidates)
+    tokens = torch.arange(len(values), device=values.device)
+    none = tokens.new_full((num_groups * num_candidates,), -1)
+    last = none.scatter_reduce(0, candidate_of, tokens, "amax")
+    padded = torch.cat([values, values.new_zeros(1)])  # its last place, -1, is that of no token
+    return padded[last].view(num_groups, num_candidates)

@@ -14,52 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from tiny_runs import (
-    Scenario,
-    drawn,
-    join,
-    labelled,
-    make_source,
-    objective,
-    prepared,
-    run,
-    save_tiny,
-    store,
-    synthetic_groups,
-)
+from method_scenarios import METHODS, STEPS, scenario_of
+from tiny_runs import Scenario, join, make_source, prepared, run
 
 from rayalign.config.training import StrategyConfig
-from rayalign.data.rank import rank_group
 from rayalign.engine.batches import StreamWork
 from rayalign.engine.prefetch import Prefetched, always
 from rayalign.engine.strategy.base import make_strategy
-
-STEPS = 4
-METHODS = ("dpo", "ipo", "simpo", "mpo", "kto", "exo_rw", "grpo", "rloo", "reward_model", "sft")
-FOREIGN: dict[str, dict[str, Any]] = {"exo_rw": {"behavior_correction": "off"}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("steps")
-
-
-def scenario_of(folder: Path, name: str) -> Scenario:
-    """A few steps of a method on groups that it can learn from."""
-    own = folder / name
-    own.mkdir(exist_ok=True)
-    model = save_tiny(own / "model")
-    main = objective(name, **FOREIGN.get(name, {}))
-    kinds = {"kto": [2] * 12, "sft": [1] * 12, "exo_rw": [2, 3, 4] * 4, "grpo": [3] * 12, "rloo": [3] * 12}
-    groups = synthetic_groups(kinds.get(name, [2] * 12))
-    if name == "kto":
-        groups = labelled(groups)
-    if name == "reward_model":
-        groups = [ranked for group in groups for ranked in rank_group(group, by_reward=True)]
-    stream = store(own / "groups", groups, reference=model)
-    if name in ("grpo", "rloo"):
-        stream = drawn(stream, main)
-    return Scenario(model=model, streams=(stream,), objectives=(main,), steps=STEPS, lr=4e-4, row_tokens=None)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -154,9 +154,9 @@ def last_positions(batch: PackedBatch) -> Int[Tensor, "B K"]:
     """
     B, K = batch.candidate_mask.shape
     groups, branches = batch.group_ids.flatten(), batch.branch_ids.flatten()
-    position = torch.nonzero(branches > 0).squeeze(1)
-    owner = groups[position] * K + branches[position] - 1
-    return position.new_zeros(B * K).scatter_reduce(0, owner, position, "amax").view(B, K)
+    owner = torch.where(branches > 0, groups * K + branches - 1, B * K)  # which nothing reads
+    position = torch.arange(len(owner), device=owner.device)
+    return position.new_zeros(B * K + 1).scatter_reduce(0, owner, position, "amax")[: B * K].view(B, K)
 
 
 def head_form(model: PreTrainedModel, *, chunk_bytes: int | None = None) -> HeadForm:
