@@ -201,6 +201,11 @@ def words(annotation: Any, metadata: Sequence[Any], anchors: Mapping[Model, str]
     return limited + (OR_NULL if kind.endswith(OR_NULL) else "")
 
 
+def yaml_text(value: object) -> str:
+    """A choice as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def plain_words(annotation: Any, anchors: Mapping[Model, str]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -208,7 +213,7 @@ def plain_words(annotation: Any, anchors: Mapping[Model, str]) -> str:
     if origin in (Union, UnionType):
         return ", or ".join(dict.fromkeys(words(argument, (), anchors) for argument in arguments))
     if origin is Literal:
-        return " | ".join(f"`{argument}`" for argument in arguments)
+        return " | ".join(f"`{yaml_text(argument)}`" for argument in arguments)
     if origin is tuple:
         inside = words(arguments[0], (), anchors)
         return f"list of {inside}" if arguments[-1] is Ellipsis else f"[{', '.join([inside] * len(arguments))}]"

@@ -159,6 +159,9 @@ def _keys(blocks: Sequence[Model]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(block.model_fields for block in blocks)))
 
 
+_AS_YAML = {"True": "true", "False": "false"}
+
+
 def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in _SIZES:
@@ -168,7 +171,8 @@ def _sentence(detail: Any, path: FieldPath, *, text: str | None) -> str:
     if kind in ("literal_error", "union_tag_invalid"):
         given = value.get("name") if isinstance(value, Mapping) else value
         expected = context["expected"] if kind == "literal_error" else context["expected_tags"]
-        return _not_one_of(given, expected.replace(" or ", ", ").replace("'", "").split(", "), text)
+        choices = expected.replace(" or ", ", ").replace("'", "").split(", ")
+        return _not_one_of(given, [_AS_YAML.get(choice, choice) for choice in choices], text)
     if kind == "union_tag_not_found":
         return "needs a name: write name first"
     if kind in ("model_type", "model_attributes_type", "dict_type"):

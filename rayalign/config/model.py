@@ -16,6 +16,9 @@ def _layers(value: object) -> object:
     return () if value in ("all-linear", "all") else tuple(name.strip() for name in value.split(","))
 
 
+Checkpointing = Literal[False, True, "selective"]
+
+
 class LoraConfig(Block):
     """Low-rank adapters instead of all weights; a reward model's head is trained whole beside them."""
 
@@ -46,7 +49,7 @@ class ModelConfig(Block):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; what is trained stays float32. auto: bfloat16 on CUDA, float32 on CPU."""
     lora: LoraConfig | None = None
-    gradient_checkpointing: Annotated[bool | Literal["selective"], MAY_CHANGE] = False
+    gradient_checkpointing: Annotated[Checkpointing, MAY_CHANGE] = False
     """true: compute activations again in the backward pass, for less memory and more time. With selective, results of
     matrix products and attention are kept, and the rest is computed again."""
     compile: Annotated[bool, MAY_CHANGE] = False

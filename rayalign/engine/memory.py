@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from rayalign.config.model import Checkpointing
 from rayalign.engine.model.checkpointing import COSTLY
 from rayalign.engine.model.compiled import transformer_blocks
 from rayalign.engine.model.folder import FAILURES
@@ -39,7 +40,7 @@ class Activations:
     casts: int
     """Weights that autocast has rounded; FSDP2 gathers them again instead."""
 
-    def kept(self, *, checkpointed: bool | Literal["selective"]) -> int:
+    def kept(self, *, checkpointed: Checkpointing) -> int:
         """Bytes between forward and backward; with checkpointing one block is computed again at a time."""
         if not checkpointed:
             return sum(self.blocks) + self.outside

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rayalign.config.model import LoraConfig
+from rayalign.config.model import Checkpointing, LoraConfig
 from rayalign.config.run import RunConfig
 from rayalign.config.training import ReferenceConfig, StrategyConfig
 from rayalign.engine.memory import Activations, activation_bytes
@@ -126,7 +126,7 @@ def share(size: int, processes: int) -> int:
     return -(-size // processes) if processes else 0
 
 
-def cast_bytes(found: Activations, *, checkpointed: bool | Literal["selective"]) -> int:
+def cast_bytes(found: Activations, *, checkpointed: Checkpointing) -> int:
     """Weights that autocast has rounded: of all blocks until the backward, or of one."""
     return found.casts // max(1, len(found.blocks)) if checkpointed else found.casts
 
