@@ -16,7 +16,7 @@ from rayalign.errors import Stopped, UserError
 from rayalign.run.display import ProgressBoard
 from rayalign.run.job import evaluation_steps, make_job
 from rayalign.run.stages import Stages
-from rayalign.run.train import announce_run, is_finished, run_job
+from rayalign.run.train import announce_run, is_finished_run, run_job
 from rayalign.runtime.trainer import Trainer
 from rayalign.storage.place import Place
 
@@ -33,7 +33,7 @@ def prepare_cell(
     unprepared = CellResult(cell=cell, run=run, job=None, points=(), failure="")
     try:
         job = make_job(run, directory / "cells" / cell.folder, stages, processes=processes, label=cell.id)
-        if not is_finished(job):
+        if not is_finished_run(job):
             announce_run(run, job)
     except UserError as error:
         return failed_cell(unprepared, error, board)
@@ -78,7 +78,7 @@ def train_cell(ready: CellResult, trainer: Trainer, board: ProgressBoard, ending
     if ready.job is None:
         return ready
     try:
-        if ending.by_budget and not is_finished(ready.job):
+        if ending.by_budget and not is_finished_run(ready.job):
             return stopped_cell(ready, board)
         run_job(ready.run, ready.job, trainer, board)
     except UserError as error:

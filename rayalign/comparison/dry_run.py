@@ -32,7 +32,7 @@ from rayalign.placement import Share, even_share
 from rayalign.report.tables import narrow_table
 from rayalign.run.resolve import resolve_run
 from rayalign.run.stages import Stages
-from rayalign.run.train import is_finished
+from rayalign.run.train import is_finished_run
 from rayalign.runtime.session import Session, preview
 
 SHOWN_CELLS = 3
@@ -118,7 +118,7 @@ def run_state(run: PlannedRun) -> str:
     """How far a run is."""
     if run.tuned:
         return TUNED
-    if run.job is not None and is_finished(run.job):
+    if run.job is not None and is_finished_run(run.job):
         return "finished"
     if run.job is None and (run.directory / "final").exists():
         return TRAINED

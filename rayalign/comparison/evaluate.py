@@ -31,7 +31,7 @@ from rayalign.errors import UserError
 from rayalign.judge import judge_of
 from rayalign.judge.base import Asked
 from rayalign.judge.evaluator import EvaluationSpec, Part, PartToDraw, PartToMeasure, Subject, parts_of
-from rayalign.judge.measure import Answered, Measured, Sampled, Table, joined, make_scorers
+from rayalign.judge.measure import Answered, Measured, Sampled, Table, joined_rows, make_scorers
 from rayalign.placement import Share, even_share
 from rayalign.remarks import Remarks
 from rayalign.report.formatting import SHARE, format_number, interval
@@ -173,7 +173,7 @@ class Evaluation:
         by_set: dict[str, list[Measured]] = {name: [] for name in self.spec.prompt_sets}
         for part in parts:
             by_set[part.prompt_set].append(found[part])
-        return {name: joined(measured) for name, measured in by_set.items()}
+        return {name: joined_rows(measured) for name, measured in by_set.items()}
 
     def _drawn(self, subject: Subject) -> dict[Part, Sampled]:
         parts = parts_of(self.spec)

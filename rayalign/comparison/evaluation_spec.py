@@ -68,18 +68,18 @@ def evaluation_spec(evaluated: EvaluatedRun, stages: Stages) -> EvaluationSpec:
 def refuse_other_kinds(run: RunConfig, baseline: ModelSpec | None) -> None:
     """Raise UserError where an engine that replaces its weights in place would be given another kind of model."""
     others = {"model.reference": reference_spec(run), "evaluate.baseline": baseline}
-    own = tensors_of(model_spec(run))
+    own = held_tensors(model_spec(run))
     for field, spec in others.items():
         if spec is None or spec == model_spec(run):
             continue
-        if is_adapter(spec.directory()) or tensors_of(spec) != own:
+        if is_adapter(spec.directory()) or held_tensors(spec) != own:
             raise UserError(
                 f"{field}: {spec.name} is no model of the policy's kind, whole and of the same shape, as "
                 f"{run.evaluation_engine} needs it to sample both: write evaluate.sampling.engine: hf"
             )
 
 
-def tensors_of(spec: ModelSpec) -> dict[str, torch.Size]:
+def held_tensors(spec: ModelSpec) -> dict[str, torch.Size]:
     """Shape of every tensor of a model, by name, without reading one."""
     return {name: tensor.shape for name, tensor in refuse_unusable(spec).state_dict().items()}
 

@@ -26,7 +26,7 @@ from rayalign.rounds.streams import AnyStream, MixedStream, RoundStream, StoredS
 from rayalign.run.reads import shape_of
 from rayalign.run.rollouts import groups_per_epoch, round_plan
 from rayalign.run.stages import Stages
-from rayalign.run.train import is_finished
+from rayalign.run.train import is_finished_run
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.place import Place
 
@@ -61,7 +61,7 @@ def steps_done(planned: PlannedRun) -> int:
     """Steps that a run would not train again: those of its newest checkpoint, or all."""
     if planned.tuned:
         return 0
-    if planned.job is not None and not planned.refused and is_finished(planned.job):
+    if planned.job is not None and not planned.refused and is_finished_run(planned.job):
         return planned.job.spec.steps
     return max(evaluated_checkpoints(planned.directory), default=0)
 

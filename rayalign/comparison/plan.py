@@ -31,7 +31,7 @@ from rayalign.run.rollouts import (
 )
 from rayalign.run.stages import Stages
 from rayalign.run.streams import filter_stage
-from rayalign.run.train import is_finished
+from rayalign.run.train import is_finished_run
 from rayalign.runtime.session import Session
 from rayalign.runtime.worker import TrainJob
 from rayalign.storage.artifacts import PENDING, refuse_unknown, stage_key
@@ -130,7 +130,7 @@ def plan(comparison: Comparison, evaluated: EvaluatedRun, keeper: Plan, session:
     if comparison.initial is not None:
         processes = resolve_run(comparison.initial, session).processes
         initial = add("initial", comparison.initial, directory / "initial", processes)
-        if initial.job is not None and not initial.refused and is_finished(initial.job):
+        if initial.job is not None and not initial.refused and is_finished_run(initial.job):
             model = str(initial.directory / "final")
     cells = [cell for cell in comparison.cells if cell.run is not None]
     processes = processes_at_once(cells, session)
@@ -156,7 +156,7 @@ def plan_run(
         if all(keeper.stages[stage].made for stage in keeper.asked[first:]):
             job = make_job(run, directory, stages, processes=processes, label=name)
             if not tuned:
-                is_finished(job)
+                is_finished_run(job)
     except UserError as error:
         refused = str(error)
     found = tuple(keeper.stages[stage] for stage in dict.fromkeys(keeper.asked[first:]))

@@ -89,7 +89,7 @@ def foreign_table() -> Table:
 
 def foreign_advice(path: FieldPath, value: object) -> str | None:
     """What to write instead of another trainer's ``value`` at ``path``; None for a key that none of them has."""
-    parts = parts_of(path)
+    parts = parts_of_key(path)
     answer = foreign_table().exact(parts) or foreign_table().matched(parts)
     if answer is None or answer.ours == ".".join(parts):
         return None
@@ -106,7 +106,7 @@ def answers_within(path: FieldPath, value: object) -> list[tuple[FieldPath, str 
     An answer is None where no other trainer has the key.
     """
     children = list(_children(path, value))
-    if not children or foreign_table().exact(parts_of(path)) is not None:
+    if not children or foreign_table().exact(parts_of_key(path)) is not None:
         return [(path, foreign_advice(path, value))]
     found = list(chain.from_iterable(answers_within(child, item) for child, item in children))
     return found if any(said is not None for _, said in found) else [(path, foreign_advice(path, value))]
@@ -119,7 +119,7 @@ def _children(path: FieldPath, value: object) -> Iterator[tuple[FieldPath, Any]]
         yield from (((*path, index), item) for index, item in enumerate(value))
 
 
-def parts_of(path: FieldPath) -> list[str]:
+def parts_of_key(path: FieldPath) -> list[str]:
     """A path without the places in lists; ``--learning-rate`` is ``learning_rate``."""
     return [part.removeprefix("--").replace("-", "_") for part in path if isinstance(part, str)]
 

@@ -17,7 +17,7 @@ from rayalign.data.shard import COLUMNS, INDEX, SAID, SHARD_BYTES, TOKENS, FileW
 COPY_BYTES = 8 << 20
 
 
-def runs(shards: Iterable[ShardInfo], shard_bytes: int = SHARD_BYTES) -> list[list[ShardInfo]]:
+def neighbouring_runs(shards: Iterable[ShardInfo], shard_bytes: int = SHARD_BYTES) -> list[list[ShardInfo]]:
     """Consecutive shards that become one: alike in their columns, and together not above ``shard_bytes``.
 
     A shard that is half full stays as it is: of a large store nothing is copied.

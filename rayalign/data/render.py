@@ -16,7 +16,7 @@ from rayalign.data.given import as_asked, begun_once, refuse_rendered, restore_c
 from rayalign.data.marks import Marks
 from rayalign.data.said import Speaker
 from rayalign.data.schema import Example, RowProblem
-from rayalign.data.spoken import Piece, pieces_of, shared_prompt_and_spans, speak, to_last_trained
+from rayalign.data.spoken import TextPiece, pieces_of, shared_prompt_and_spans, speak, to_last_trained
 from rayalign.data.template import TemplateContext
 
 RULES: Mapping[str, str] = MappingProxyType(
@@ -38,7 +38,7 @@ RULES: Mapping[str, str] = MappingProxyType(
 class WrittenCandidate(NamedTuple):
     """A candidate as text after the prompt."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     """The last one is predicted."""
     finished: bool = True
     """It ends in an end token: the run's, where its text holds none."""
@@ -96,7 +96,7 @@ def _render_texts(example: Example, speaker: Speaker) -> Rendered:
         inside = next((end for end in (last, speaker.endings.run) if end and end in text.removesuffix(last)), None)
         if inside:
             raise RowProblem("", f"an answer holds the end token {inside!r} in its text")
-        written.append(WrittenCandidate((Piece(text, True, bool(last)),), finished))
+        written.append(WrittenCandidate((TextPiece(text, True, bool(last)),), finished))
     rules = frozenset[str]() if all(example.whether_finished) else frozenset({"unfinished"})
     return Rendered(example, example.prompt, tuple(written), True, rules)
 

@@ -10,7 +10,7 @@ from rayalign.data.schema import RowProblem, Turns, is_assistant, is_learned
 from rayalign.data.template import TemplateContext
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of a candidate's text."""
 
     text: str
@@ -100,13 +100,13 @@ def shared_prompt_and_spans(
     return prompt, begun
 
 
-def pieces_of(text: str, spans: Sequence[Span], start: int) -> tuple[Piece, ...]:
+def pieces_of(text: str, spans: Sequence[Span], start: int) -> tuple[TextPiece, ...]:
     """The text from ``start`` on: answers, and what stands between them."""
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     for span in spans:
         if span.start > start:
-            pieces.append(Piece(text[start : span.start], False))
-        pieces.append(Piece(text[span.start : span.end], True, span.ended))
+            pieces.append(TextPiece(text[start : span.start], False))
+        pieces.append(TextPiece(text[span.start : span.end], True, span.ended))
         start = span.end
     return tuple(pieces)
 

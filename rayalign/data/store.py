@@ -21,7 +21,7 @@ import numpy as np
 from rayalign.data.group import Column, Group, GroupLengths
 from rayalign.data.index import NAME, PIECE, Index, Piece, open_index, write_index
 from rayalign.data.layer import Layer, column_layer, make_layer
-from rayalign.data.merge import joined, records_of, runs
+from rayalign.data.merge import joined, neighbouring_runs, records_of
 from rayalign.data.open_files import File, OpenFiles
 from rayalign.data.shard import (
     INDEX,
@@ -262,7 +262,7 @@ def _commit(
     directory: Place, shards: Sequence[ShardInfo], index: Mapping[str, Any], *, shard_bytes: int, **facts: Any
 ) -> None:
     final = []
-    for number, run in enumerate(runs(shards, shard_bytes)):
+    for number, run in enumerate(neighbouring_runs(shards, shard_bytes)):
         with gathered(directory, records_of(run)) as local:
             final.append(joined(local, f"shard-{number:06d}", run))
     kept, passing = dict(index), set(chain.from_iterable(map(files_of, shards)))

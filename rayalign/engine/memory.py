@@ -122,7 +122,9 @@ def activation_bytes(skeleton: PreTrainedModel, *, tokens: int, dtype: torch.dty
     skeleton.set_experts_implementation(SHAPES_ALONE)
     try:
         with FakeTensorMode():
-            shaped = {name: shape_of(own) for name, own in chain(backbone.named_parameters(), backbone.named_buffers())}
+            shaped = {
+                name: without_values(own) for name, own in chain(backbone.named_parameters(), backbone.named_buffers())
+            }
             held = _Held(backbone, shaped, dtype)
             with (
                 held.watching(),
@@ -143,7 +145,7 @@ def activation_bytes(skeleton: PreTrainedModel, *, tokens: int, dtype: torch.dty
     return held.found()
 
 
-def shape_of(tensor: Tensor) -> Tensor:
+def without_values(tensor: Tensor) -> Tensor:
     """A tensor of the same shape on the CPU; under FakeTensorMode it has no memory."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 

@@ -55,6 +55,6 @@ def same_round(place: Callable[[int], tuple[int, int]]) -> Callable[[int], bool]
     return lambda step: place(step)[0] == place(step - 1)[0]
 
 
-def always(step: int) -> bool:
+def at_any_time(step: int) -> bool:
     """Stored groups can be read at any time."""
     return True

@@ -164,7 +164,7 @@ def measure_samples(
     )
 
 
-def joined(parts: Sequence[Measured]) -> Measured:
+def joined_rows(parts: Sequence[Measured]) -> Measured:
     """One policy on all prompts of its parts, in their order."""
     judged = [part.judged for part in parts if part.judged is not None]
     scored: dict[str, Answered] = {}

@@ -17,7 +17,7 @@ from rayalign.data.tokenize import to_group
 from rayalign.engine.model.context import context_of, refuse_unknown_ids, vocabulary_of
 from rayalign.engine.model.folder import model_directory
 from rayalign.engine.model.pretrained import ModelSpec, load_model, model_tokenizer, refuse_unusable
-from rayalign.engine.model.scalar import ScalarHead, written_as
+from rayalign.engine.model.scalar import ScalarHead, head_written_as
 from rayalign.errors import UserError
 from rayalign.judge.base import ScorerUnusable
 
@@ -82,7 +82,7 @@ class RewardModelScorer:
                 f"scorer.model: the tokenizer in {self.directory} has no padding token; set one and save it"
             )
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        head = written_as(model.config)
+        head = head_written_as(model.config)
         self.chat = make_chat(self.tokenizer, template=head.template, stop=head.stop) if head else None
         self.model = model
 

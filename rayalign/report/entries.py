@@ -11,7 +11,7 @@ from rayalign.report.trials import Cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ReportEntry:
     """Cells that differ in their seed only. One of a single cell has that cell's id and label."""
 
     id: str
@@ -68,7 +68,7 @@ class Entry:
         )
 
 
-def entries_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:
+def entries_of(cells: Sequence[CellRecord]) -> tuple[ReportEntry, ...]:
     """In the order of their first cells."""
     groups: dict[str, list[CellRecord]] = {}
     for cell in cells:
@@ -76,18 +76,18 @@ def entries_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:
     return tuple(_entry(group) for group in groups.values())
 
 
-def _entry(cells: Sequence[CellRecord]) -> Entry:
+def _entry(cells: Sequence[CellRecord]) -> ReportEntry:
     """One cell keeps its own id and label."""
     first = cells[0]
     if len(cells) == 1:
-        return Entry(id=first.id, label=first.label, cells=(first,))
-    return Entry(id=first.entry, label=first.entry, cells=tuple(cells))
+        return ReportEntry(id=first.id, label=first.label, cells=(first,))
+    return ReportEntry(id=first.entry, label=first.entry, cells=tuple(cells))
 
 
-def runs_of(cells: Sequence[CellRecord]) -> tuple[Entry, ...]:
+def runs_of(cells: Sequence[CellRecord]) -> tuple[ReportEntry, ...]:
     """Every cell by itself."""
-    return tuple(Entry(id=cell.id, label=cell.label, cells=(cell,)) for cell in cells)
+    return tuple(ReportEntry(id=cell.id, label=cell.label, cells=(cell,)) for cell in cells)
 
 
-def replicated_anywhere(entries: Sequence[Entry]) -> bool:
+def replicated_anywhere(entries: Sequence[ReportEntry]) -> bool:
     return any(entry.num_seeds > 1 for entry in entries)

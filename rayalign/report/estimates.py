@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rayalign.report.best_of_n import best_of_n
 from rayalign.report.columns import KINDS, RATES, Columns, Key, columns
 from rayalign.report.differences import Contender, EntryDifference, entry_differences
-from rayalign.report.entries import Entry, entries_of
+from rayalign.report.entries import ReportEntry, entries_of
 from rayalign.report.formatting import SHARE
 from rayalign.report.frontier import (
     FrontierPoint,
@@ -107,7 +107,7 @@ class Row:
 
 
 def _summarize_set(
-    comparison: ComparisonRecord, entries: Sequence[Entry], index: int, bootstrap: Bootstrap
+    comparison: ComparisonRecord, entries: Sequence[ReportEntry], index: int, bootstrap: Bootstrap
 ) -> SetSummary:
     reference = comparison.reference[index]
     baseline = comparison.baseline.points[index] if comparison.baseline else reference
@@ -154,7 +154,7 @@ def _summarize_set(
     )
 
 
-def _rows(entry: Entry, stream: int, runs: Mapping[str, Sequence[Columns]]) -> Iterator[Row]:
+def _rows(entry: ReportEntry, stream: int, runs: Mapping[str, Sequence[Columns]]) -> Iterator[Row]:
     """By step; a seed without that step is not in the row."""
     by_step: dict[int, list[Columns]] = {}
     for cell in entry.cells:
@@ -181,7 +181,9 @@ def _contenders(rows: Sequence[Row], scorers: Sequence[str], bootstrap: Bootstra
     ]
 
 
-def _entries_at_kl(entries: Sequence[Entry], at_kl: Sequence[AtKl], scorers: Sequence[str]) -> Iterator[EntryAtKl]:
+def _entries_at_kl(
+    entries: Sequence[ReportEntry], at_kl: Sequence[AtKl], scorers: Sequence[str]
+) -> Iterator[EntryAtKl]:
     found = {(row.cell, row.level): row.crossings for row in at_kl}
     for entry in entries:
         cells = [cell.id for cell in entry.cells]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
 
-from rayalign.report.entries import Entry
+from rayalign.report.entries import ReportEntry
 from rayalign.report.points import REFERENCE, ComparisonRecord, Measure
 from rayalign.report.statistics import Estimate
 from rayalign.report.summary import PointSummary, Summary
@@ -44,7 +44,7 @@ COST_AXES = (
 )
 
 
-def entry_styles(entries: Sequence[Entry]) -> dict[str, Style]:
+def entry_styles(entries: Sequence[ReportEntry]) -> dict[str, Style]:
     """Id of an entry or cell to style: one colour and marker per method, one line per data policy.
 
     Where two entries would look alike, one colour and marker per entry. All cells of an entry share its style.
@@ -133,7 +133,7 @@ def _against_cost(
     )
 
 
-def last_entry_step(entry: Entry) -> int:
+def last_entry_step(entry: ReportEntry) -> int:
     """Number of its runs: trained where that is known, else measured."""
     rows = chain.from_iterable(cell.metrics for cell in entry.cells)
     logged = [row.get("step") for row in rows]

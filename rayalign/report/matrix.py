@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from rayalign.report.entries import Entry
+from rayalign.report.entries import ReportEntry
 from rayalign.report.points import REFERENCE, ComparisonRecord, EvaluationPoint, as_array
 from rayalign.report.statistics import Bootstrap, Estimate, Matrix, rate_estimate, win_shares
 
@@ -26,7 +26,7 @@ class Contest:
     its prompts alone would make it too narrow."""
 
 
-def contests(comparison: ComparisonRecord, entries: Sequence[Entry], bootstrap: Bootstrap) -> Iterator[Contest]:
+def contests(comparison: ComparisonRecord, entries: Sequence[ReportEntry], bootstrap: Bootstrap) -> Iterator[Contest]:
     """All ordered pairs of the reference and the entries that were measured, scorer by scorer."""
     prompt_set = comparison.prompt_sets[0].name
     last = {REFERENCE: [comparison.reference[0]]}
@@ -45,7 +45,7 @@ def contests(comparison: ComparisonRecord, entries: Sequence[Entry], bootstrap: 
             yield Contest(row=column, column=row, scorer=scorer.name, wins=lost)
 
 
-def last_points(entry: Entry, prompt_set: str) -> list[EvaluationPoint]:
+def last_points(entry: ReportEntry, prompt_set: str) -> list[EvaluationPoint]:
     """One per seed that reached the last step which any did."""
     measured = chain.from_iterable(cell.points for cell in entry.cells)
     points = [point for point in measured if point.prompt_set == prompt_set]

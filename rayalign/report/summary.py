@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rayalign.report.best_of_n import BestOfN
 from rayalign.report.differences import EntryDifference
-from rayalign.report.entries import Entry, replicated_anywhere
+from rayalign.report.entries import ReportEntry, replicated_anywhere
 from rayalign.report.frontier import (
     Crossing,
     SeedCrossings,
@@ -109,7 +109,7 @@ class AnswersSummary:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     bootstrap: Bootstrap
-    entries: tuple[Entry, ...]
+    entries: tuple[ReportEntry, ...]
     """In the order of their first cells."""
     points: tuple[PointSummary, ...]
     """Points of every run: reference, baseline if any, then the cells in order; prompt sets in order; steps ascending.

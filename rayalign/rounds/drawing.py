@@ -50,11 +50,11 @@ def draw_chunks(
     most_bad = int(max_bad_fraction * len(positions))
     chunks = plan_chunks(spec, positions, directory, weights, most_bad=most_bad)
     finished = finished_shards(directory)
-    missing = [chunk for chunk in chunks if chunk.name not in finished or not report_path(chunk).exists()]
+    missing = [chunk for chunk in chunks if chunk.name not in finished or not drawing_report(chunk).exists()]
     last = time.monotonic()
     made = pool.map([(spec, chunk) for chunk in missing], rescue=partial(without_fatal_prompts, pool))
     for number, (chunk, report) in enumerate(zip(missing, made, strict=True), start=1):
-        write_whole(report_path(chunk), json.dumps(report_facts(report)).encode())
+        write_whole(drawing_report(chunk), json.dumps(report_facts(report)).encode())
         for remark in report.remarks:
             told.add(remark)
         for remark in told.take():
@@ -62,7 +62,7 @@ def draw_chunks(
         if time.monotonic() - last > 5:
             done(f"{len(chunks) - len(missing) + number}/{len(chunks)} chunks")
             last = time.monotonic()
-    reports = [json.loads(report_path(chunk).read_text(encoding="utf-8")) for chunk in chunks]
+    reports = [json.loads(drawing_report(chunk).read_text(encoding="utf-8")) for chunk in chunks]
     if 0 < len(bad_prompts(reports)) <= most_bad:
         done(f"{bad_prompts_sentence(reports)}; see quarantine.jsonl in {directory}")
     return reports
@@ -150,7 +150,7 @@ def commit_drawn(
     return ledger
 
 
-def report_path(chunk: PromptChunk) -> Place:
+def drawing_report(chunk: PromptChunk) -> Place:
     return chunk.directory / f"{chunk.name}.report.json"
 
 

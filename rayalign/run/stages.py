@@ -108,7 +108,7 @@ class Stages:
             refuse_bad_rows(found, run.data, directory)
             refuse_absent_columns(source, found)
             shards = list(chain.from_iterable(report.shards for report in found.reports))
-            facts = {"source": source.label, "files": files_of(units)} | preparation_counts(found)
+            facts = {"source": source.label, "files": addresses_of(units)} | preparation_counts(found)
             for rule, count in facts["rules"].items():
                 self.artifacts.note(f"tokens: {count} of {found.rows} rows: {RULES[rule]}")
             shard_bytes = run.data.shard_mb << 20
@@ -256,7 +256,7 @@ def input_digest(unit: Unit) -> str:
     return key if unit.first == 0 and unit.last is None else f"{key}[{unit.first}:{unit.last}]"
 
 
-def files_of(units: Sequence[Unit]) -> list[str]:
+def addresses_of(units: Sequence[Unit]) -> list[str]:
     """Every file, by an address without secrets."""
     return [without_query(unit.path) for unit in units]
 

@@ -76,13 +76,13 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoar
     """Train one run whose stages are committed and return its ``final/``; a finished run is not done again."""
     refuse_obstacles(job.spec.directory)
     with lease(job.spec.directory):
-        if is_finished(job):
+        if is_finished_run(job):
             board.say(f"{job.run}: finished before, see {job.spec.directory / 'final'}")
             return job.spec.directory / "final"
         history = History.of(job)
         note = partial(write_run_json, run, job, history)
         note("running")
-        collect_quarantine(job)
+        collect_run_quarantine(job)
         for line in export_sentences(run):
             board.say(f"{job.run}: {line}")
         board.start(job.run, job.spec.steps)
@@ -105,7 +105,7 @@ def run_job(run: RunConfig, job: TrainJob, trainer: Trainer, board: ProgressBoar
                 history.fail(first_line(error))
                 note("failed")
                 raise
-        collect_quarantine(job)
+        collect_run_quarantine(job)
         note("finished")
         return final
 
@@ -155,7 +155,7 @@ def refuse_obstacles(directory: Place) -> None:
             raise UserError(f"{directory / name} is a folder, and the run needs a file there: remove or rename it")
 
 
-def is_finished(job: TrainJob) -> bool:
+def is_finished_run(job: TrainJob) -> bool:
     """Whether ``final/`` is this very run's; another configuration's is refused."""
     manifest = read_manifest(job.spec.directory / "final")
     if manifest is None:
@@ -237,7 +237,7 @@ def announce_run(run: RunConfig, job: TrainJob) -> None:
     write_run_json(run, job, History.waiting(), "waiting")
 
 
-def collect_quarantine(job: TrainJob) -> None:
+def collect_run_quarantine(job: TrainJob) -> None:
     """``quarantine.jsonl``: the bad rows of every store that the run reads; no bad row, no file."""
     found = [
         path.read_text(encoding="utf-8") for store in stores_of(job) if (path := store / "quarantine.jsonl").exists()

@@ -17,7 +17,7 @@ from rayalign.data.budget import Completed
 from rayalign.data.shard import is_complete, sizes_below
 from rayalign.data.tokenize_rows import Shape, Unit, UnitReport
 from rayalign.runtime.failures import retry_lost_actors
-from rayalign.runtime.preparer import Preparer, report_path
+from rayalign.runtime.preparer import Preparer, unit_report
 from rayalign.runtime.reading import CPUS
 from rayalign.runtime.stage import apply_to_items, dataset_of_items
 from rayalign.storage.place import Place
@@ -64,11 +64,11 @@ def prepare(
 
     def finished() -> int:
         there = sizes_below(directory)
-        return sum(report_path(directory, name).name in there for name in names)
+        return sum(unit_report(directory, name).name in there for name in names)
 
     def write() -> None:
         sizes = sizes_below(directory)
-        missing = [(name, unit) for name, unit in names.items() if not is_finished(directory, name, sizes)]
+        missing = [(name, unit) for name, unit in names.items() if not is_finished_unit(directory, name, sizes)]
         if not missing:
             return
         said = time.monotonic()
@@ -90,13 +90,13 @@ def prepare(
                 said = time.monotonic()
 
     retry_lost_actors("tokens", write, what="tokenization", progress=finished)
-    reports = [UnitReport.from_json(report_path(directory, name).read_text(encoding="utf-8")) for name in names]
+    reports = [UnitReport.from_json(unit_report(directory, name).read_text(encoding="utf-8")) for name in names]
     return StorePreparation(reports=tuple(reports), rows_by_node=dict(rows_by_node))
 
 
-def is_finished(directory: Place, name: str, sizes: Mapping[str, int]) -> bool:
+def is_finished_unit(directory: Place, name: str, sizes: Mapping[str, int]) -> bool:
     """Whether a unit has its report, and all shards that it names."""
-    path = report_path(directory, name)
+    path = unit_report(directory, name)
     if path.name not in sizes:
         return False
     report = UnitReport.from_json(path.read_text(encoding="utf-8"))

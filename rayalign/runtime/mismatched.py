@@ -41,7 +41,7 @@ class MismatchedWriter:
     def __call__(self, groups: range) -> Iterator[int]:
         """Write a shard; how many groups it has."""
         with working(self.directory) as folder:
-            writer = ShardWriter(folder, shard_name(groups), shard_bytes=UNBOUNDED)
+            writer = ShardWriter(folder, partner_shard(groups), shard_bytes=UNBOUNDED)
             for first in range(0, len(groups), PIECE):
                 writer.append([self.examples[group] for group in groups[first:][:PIECE]])
             writer.close()
@@ -78,7 +78,7 @@ def write_mismatched(store: Place, directory: Place, *, actors: int, note: Calla
 
     def write() -> None:
         finished = finished_shards(directory)
-        missing = [groups for groups in shards if shard_name(groups) not in finished]
+        missing = [groups for groups in shards if partner_shard(groups) not in finished]
         if len(missing) <= 1:
             writer = MismatchedWriter(store, directory)
             for groups in missing:
@@ -95,5 +95,5 @@ def write_mismatched(store: Place, directory: Place, *, actors: int, note: Calla
     retry_lost_actors("mismatched", write, what="writing", progress=lambda: len(finished_shards(directory)))
 
 
-def shard_name(groups: range) -> str:
+def partner_shard(groups: range) -> str:
     return f"{groups.start:010d}"

@@ -71,8 +71,8 @@ class Preparer:
                 writer.add(rows)
                 yield Progress(self.node, len(rows))
             report = writer.close()
-        write_whole(report_path(self.directory, name), report.to_json().encode())
+        write_whole(unit_report(self.directory, name), report.to_json().encode())
 
 
-def report_path(directory: Place, name: str) -> Place:
+def unit_report(directory: Place, name: str) -> Place:
     return directory / f".{name}.{REPORT}"

@@ -49,15 +49,15 @@ def split_units(units: list[Unit], *, range_bytes: int | None = None) -> list[Un
     The parts depend on the input alone, not on the machine: so do the shards that are made of them.
     """
     if range_bytes is None:
-        total = sum(num_bytes(unit) for unit in units)
+        total = sum(bytes_of_unit(unit) for unit in units)
         range_bytes = min(max(total // MOST_UNITS, LEAST_BYTES), MOST_BYTES)
     split: list[Unit] = []
     for unit in units:
-        split.extend(parts_of(unit, range_bytes))
+        split.extend(parts_of_unit(unit, range_bytes))
     return split
 
 
-def num_bytes(unit: Unit) -> int:
+def bytes_of_unit(unit: Unit) -> int:
     """Bytes of a unit that can be cut; 0 of another."""
     return size_of(unit.path) if is_cut(unit) else 0
 
@@ -69,7 +69,7 @@ def is_cut(unit: Unit) -> bool:
     return not some and (kind in PARQUET or (kind in LINES and not is_whole(unit.path)))
 
 
-def parts_of(unit: Unit, range_bytes: int) -> Iterator[Unit]:
+def parts_of_unit(unit: Unit, range_bytes: int) -> Iterator[Unit]:
     if not is_cut(unit):
         yield unit
     elif suffix_of(unit.path).kind in PARQUET:

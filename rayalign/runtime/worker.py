@@ -24,7 +24,7 @@ from rayalign.config.training import StrategyConfig
 from rayalign.data.rows import Layout
 from rayalign.engine import critic as actor_critic
 from rayalign.engine.loop import train_policy
-from rayalign.engine.prefetch import Prefetched, always, same_round
+from rayalign.engine.prefetch import Prefetched, at_any_time, same_round
 from rayalign.engine.state import MakeBatches, TrainSpec
 from rayalign.engine.strategy.base import Strategy, make_strategy
 from rayalign.errors import Stopped, UserError, first_line
@@ -221,7 +221,7 @@ def read_ahead(
     make_batches: MakeBatches, spec: TrainSpec, strategy: Strategy, rounds: RoundsClient | None
 ) -> MakeBatches:
     """The same batches, each read while the step before it is trained on, unless its round has yet to be drawn."""
-    is_there = always if rounds is None else same_round(rounds.place)
+    is_there = at_any_time if rounds is None else same_round(rounds.place)
 
     def make(layout: Layout, pad_id: int) -> Prefetched:
         return Prefetched(make_batches(layout, pad_id), steps=spec.steps, device=strategy.device, is_there=is_there)

@@ -141,7 +141,7 @@ class Lease:
         return False
 
     def content(self, **more: Any) -> bytes:
-        return json.dumps({"token": self.token, **identity(), "since": self.since, **more}).encode()
+        return json.dumps({"token": self.token, **owner_identity(), "since": self.since, **more}).encode()
 
     def renew(self) -> None:
         """Renew the claim until told to stop; interrupt the process when another one has the directory."""
@@ -182,12 +182,12 @@ def newest(directory: Place) -> Claim | None:
     """The claim that counts; None where there is none."""
     while paths := claims(directory):
         with contextlib.suppress(FileNotFoundError):  # a successor has just removed it
-            owner = record(paths[-1].read_bytes())
+            owner = lease_record(paths[-1].read_bytes())
             return Claim(number=number_of(paths[-1]), owner=owner, renewed=paths[-1].stat().st_mtime)
     return None
 
 
-def record(text: bytes) -> dict[str, Any]:
+def lease_record(text: bytes) -> dict[str, Any]:
     """What a claim says; empty where its owner has not written yet."""
     try:
         said = json.loads(text)
@@ -238,7 +238,7 @@ def forget(directory: Place) -> None:
 # Which process this is. A host's name says little: containers share it, and process 1 is in each of them.
 
 
-def identity() -> dict[str, Any]:
+def owner_identity() -> dict[str, Any]:
     """What tells this process from any other, as far as the system says it: Linux says all of it."""
     return {
         "host": socket.gethostname(),
@@ -273,7 +273,7 @@ def begun(pid: int) -> str:
 
 def is_known(owner: Mapping[str, Any]) -> bool:
     """Whether the owner's process number certainly means a process that this one would see."""
-    mine = identity()
+    mine = owner_identity()
     return bool(owner.get("boot") and owner.get("namespace") and owner.get("begun")) and all(
         owner.get(name) == mine[name] for name in ("host", "boot", "namespace")
     )

@@ -26,7 +26,7 @@ from rayalign.data.tokenize_rows import Unit, fit_to_method, parse_unit_row, rea
 from rayalign.engine.frozen import FrozenModel, ScoringSpec
 from rayalign.engine.model.context import context_of, refuse_long_group, refuse_unknown_group, vocabulary_of
 from rayalign.engine.model.pretrained import ModelSpec, model_tokenizer, refuse_unusable
-from rayalign.engine.model.scalar import ScalarHead, written_as
+from rayalign.engine.model.scalar import ScalarHead, head_written_as
 from rayalign.errors import UserError
 from rayalign.report.formatting import SHARE, format_number, interval, signed
 from rayalign.report.pairs import PairReport, Pairs, report_pairs
@@ -68,7 +68,7 @@ def judge_pairs(model: str, files: Sequence[str], budget: TokenBudget) -> Judged
     spec = ModelSpec(config=ModelConfig(name=model), head=ScalarHead(), trained_head=True, field="evaluate")
     skeleton, tokenizer = refuse_unusable(spec), model_tokenizer(spec)
     context, vocabulary = context_of(skeleton.config), vocabulary_of(skeleton)
-    head = written_as(skeleton.config) or ScalarHead()
+    head = head_written_as(skeleton.config) or ScalarHead()
     chat = make_chat(tokenizer, template=head.template, stop=head.stop)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frozen = FrozenModel(

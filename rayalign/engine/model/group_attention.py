@@ -43,7 +43,7 @@ def branch_runs(batch: PackedBatch, *, window: int | None, chunk: int | None) ->
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
+class ScoreRule:
     """What a layer does between the products of queries and keys and the sum over values."""
 
     scale: float | None
@@ -75,7 +75,7 @@ def attend(
 
     The output is 0 on padding, which is not read.
     """
-    how = Scores(scale=scaling, softcap=softcap or None, sinks=s_aux)
+    how = ScoreRule(scale=scaling, softcap=softcap or None, sinks=s_aux)
     repeats = getattr(module, "num_key_value_groups", 1)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         if how.plain:
@@ -108,7 +108,7 @@ def _within(
     value: Float[Tensor, "n heads V"],
     sizes: Sequence[int],
     limits: tuple[int, int],
-    how: Scores,
+    how: ScoreRule,
 ) -> Float[Tensor, "n heads V"]:
     """One group; a single candidate after its prompt is an ordinary sequence, for which no mask need be made."""
     window, chunk = limits
@@ -127,7 +127,7 @@ def scored(
     key: Float[Tensor, "R heads M D"],
     value: Float[Tensor, "R heads M V"],
     seen: Tensor,
-    how: Scores,
+    how: ScoreRule,
 ) -> Float[Tensor, "R heads L V"]:
     """Attention by its definition; ``seen`` is boolean, or what is added to the scores. Softmax is in float32."""
     scores = query @ key.transpose(-1, -2) * (how.scale if how.scale is not None else query.shape[-1] ** -0.5)

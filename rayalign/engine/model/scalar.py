@@ -141,7 +141,7 @@ def prepare_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, h
     setattr(model.config, WRITTEN, {"template": template, "stop": chat.end_text})
 
 
-def written_as(config: PretrainedConfig) -> ScalarHead | None:
+def head_written_as(config: PretrainedConfig) -> ScalarHead | None:
     """How the conversations of an exported model are written; None for a model that others trained."""
     found: dict[str, Any] | None = getattr(config, WRITTEN, None)
     return ScalarHead(**found) if found is not None else None

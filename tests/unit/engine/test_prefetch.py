@@ -10,7 +10,7 @@ import torch
 
 from rayalign.data.micro_batches import StepCounts
 from rayalign.engine.batches import StreamWork
-from rayalign.engine.prefetch import Prefetched, always, same_round
+from rayalign.engine.prefetch import Prefetched, at_any_time, same_round
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ class Read:
 
 def test_every_step_is_read_once_and_the_next_one_in_a_thread() -> None:
     read = Read()
-    batches = Prefetched(read, steps=4, device=CPU, is_there=always)
+    batches = Prefetched(read, steps=4, device=CPU, is_there=at_any_time)
     assert [batches.get(step)[0].epoch for step in range(4)] == [0.0, 1.0, 2.0, 3.0]
     assert [step for step, _ in read.by] == [0, 1, 2, 3]
     assert [name.startswith("prefetch") for _, name in read.by] == [False, True, True, True]
@@ -48,7 +48,7 @@ def test_every_step_is_read_once_and_the_next_one_in_a_thread() -> None:
 
 def test_a_step_out_of_order_is_read_where_it_is_asked_for() -> None:
     read = Read()
-    batches = Prefetched(read, steps=9, device=CPU, is_there=always)
+    batches = Prefetched(read, steps=9, device=CPU, is_there=at_any_time)
     assert batches.get(5)[0].epoch == 5.0
     assert batches.get(2)[0].epoch == 2.0
     assert batches.get(3)[0].epoch == 3.0
@@ -56,7 +56,7 @@ def test_a_step_out_of_order_is_read_where_it_is_asked_for() -> None:
 
 def test_an_error_is_raised_in_its_own_step() -> None:
     read = Read(bad=2)
-    batches = Prefetched(read, steps=4, device=CPU, is_there=always)
+    batches = Prefetched(read, steps=4, device=CPU, is_there=at_any_time)
     batches.get(0)
     assert batches.get(1)[0].epoch == 1.0
     with pytest.raises(OSError, match="a shard is gone"):

@@ -36,7 +36,7 @@ from rayalign.engine.model.attention import CONCATENATED_ONLY, first_kind
 from rayalign.engine.model.forward import Policy, ScalarModel, last_positions, root_module
 from rayalign.engine.model.parity import choose_attention
 from rayalign.engine.model.pretrained import ModelSpec, load_policy, save_pretrained
-from rayalign.engine.model.scalar import PADDING, ScalarHead, prepare_export, written_as
+from rayalign.engine.model.scalar import PADDING, ScalarHead, head_written_as, prepare_export
 from rayalign.engine.objective import Objective
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
@@ -333,7 +333,7 @@ def test_what_an_exported_model_says_of_its_conversations(tmp_path: Path) -> Non
     tokenizer = byte_level(template=CHATML)
     save_pretrained(tiny("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path)
     raw = load_policy(spec(tmp_path, head=ScalarHead(template="none", stop="</s>")))
-    assert written_as(raw[0].config) == ScalarHead(template="none", stop="</s>")
+    assert head_written_as(raw[0].config) == ScalarHead(template="none", stop="</s>")
     assert raw[1].chat_template is None
     other = load_policy(spec(tmp_path, head=ScalarHead(stop="</s>")))[1]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -341,7 +341,7 @@ def test_what_an_exported_model_says_of_its_conversations(tmp_path: Path) -> Non
     assert other.apply_chat_template(turns[:1], tokenize=False).endswith("a<|im_end|>\n")
     opened = other.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert opened.endswith("b<|im_end|>\n<|im_start|>assistant\n")
-    assert written_as(tiny("llama").config) is None
+    assert head_written_as(tiny("llama").config) is None
 
 
 def test_parity_is_proven_for_the_head_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rayalign.engine.model.tokenizers import load_tokenizer
 from rayalign.errors import UserError
 from rayalign.judge import evaluator
 from rayalign.judge.evaluator import EvaluationSpec, Evaluator, Part, PartToDraw, PartToMeasure, parts_of, ranges
-from rayalign.judge.measure import Measured, Prompt, joined, measure_samples, sample_replies
+from rayalign.judge.measure import Measured, Prompt, joined_rows, measure_samples, sample_replies
 from rayalign.rollout.base import SamplingParams
 from rayalign.rollout.engines import FrozenEngine
 from rayalign.rollout.hf import HfEngine
@@ -67,7 +67,7 @@ def measured(spec: EvaluationSpec, subject: Any, *, processes: int = 1) -> dict[
     ]
     by_part = dict(zip(parts, found, strict=True))
     return {
-        name: joined([by_part[part] for part in parts if part.prompt_set == name])  # type: ignore[misc]
+        name: joined_rows([by_part[part] for part in parts if part.prompt_set == name])  # type: ignore[misc]
         for name in spec.prompt_sets
     }
 

@@ -9,7 +9,7 @@ import torch
 from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rayalign.engine.model.scalar import WRITTEN, ScalarHead, written_as
+from rayalign.engine.model.scalar import WRITTEN, ScalarHead, head_written_as
 from rayalign.errors import UserError
 from rayalign.judge import make_scorer
 
@@ -57,7 +57,7 @@ def test_conversations_are_read_as_our_own_reward_models_were_trained(tmp_path: 
     config = LlamaConfig.from_pretrained(directory)
     setattr(config, WRITTEN, {"template": "auto", "stop": "auto"})
     config.save_pretrained(directory)
-    assert written_as(config) == ScalarHead(template="auto", stop="auto")
+    assert head_written_as(config) == ScalarHead(template="auto", stop="auto")
     found = make_scorer("reward_model", model=str(directory)).score(PROMPTS, REPLIES)
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = byte_level(template=CHATML)

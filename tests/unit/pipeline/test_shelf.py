@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rayalign.errors import UserError
 from rayalign.storage.artifacts import USED, Artifacts
-from rayalign.storage.lease import identity, lease
+from rayalign.storage.lease import lease, owner_identity
 from rayalign.storage.manifest import commit
 from rayalign.verbs.shelf import artifacts, gc, ls, parse_duration
 
@@ -88,7 +88,7 @@ def test_what_a_dead_attempt_left_goes_once_it_is_old(tmp_path: Path) -> None:
     dead = tmp_path / "artifacts" / "tokens-0123456789abcdef"
     (dead / "part").mkdir(parents=True)
     (dead / "shard").write_text("half")
-    dead_lease = {**identity(), "token": "t", "pid": 2**22 + 1, "since": "once"}
+    dead_lease = {**owner_identity(), "token": "t", "pid": 2**22 + 1, "since": "once"}
     (dead / ".lease-000001").write_text(json.dumps(dead_lease))
     assert "0 of 2 stages removed" in collected(tmp_path)  # a run may go on with it
     age(dead, 31)

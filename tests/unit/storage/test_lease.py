@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from rayalign.storage import lease as module
-from rayalign.storage.lease import PREFIX, Held, claims, holder_in_words, identity, lease, newest
+from rayalign.storage.lease import PREFIX, Held, claims, holder_in_words, lease, newest, owner_identity
 from rayalign.storage.place import Place, create, place_of, write_whole
 
 ELSEWHERE = {"token": "theirs", "host": "another-machine", "pid": 1, "since": "2026-01-01 00:00:00 UTC"}
@@ -104,7 +104,7 @@ def test_an_owner_elsewhere_is_replaced_when_its_claim_is_old(directory: Place) 
         assert owner(directory)["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("changed", [{}, {**identity(), "namespace": "pid:[1]", "pid": 2**22 + 1}])
+@pytest.mark.parametrize("changed", [{}, {**owner_identity(), "namespace": "pid:[1]", "pid": 2**22 + 1}])
 def test_an_owner_that_renews_is_not_replaced(directory: Place, changed: dict[str, Any]) -> None:
     """Also one of a container with this machine's name, whose process number means nothing here."""
     claim = write(directory, {**ELSEWHERE, **changed}, age=30)
@@ -118,7 +118,7 @@ def test_an_owner_that_renews_is_not_replaced(directory: Place, changed: dict[st
 
 def test_a_container_restarted_in_place_is_not_told_that_it_has_the_run_itself(directory: Place) -> None:
     """Its process has the number of the one before, and lives; the claim is another's, and old after a minute."""
-    mine = identity()
+    mine = owner_identity()
     before = {**mine, "namespace": "pid:[1]", "token": "before", "since": "once"}
     assert not module.is_dead(before) and not module.is_alive(before)
     write(directory, before, age=OLD)
@@ -266,7 +266,7 @@ def test_a_living_owner_in_another_pid_namespace_keeps_its_lease(tmp_path: Path)
     ) as there:
         assert there.stdin is not None and there.stdout is not None
         assert there.stdout.readline() == b"began\n"
-        assert owner(tmp_path)["host"] == identity()["host"] and not module.is_known(owner(tmp_path))
+        assert owner(tmp_path)["host"] == owner_identity()["host"] and not module.is_known(owner(tmp_path))
         with pytest.raises(Held, match="is being written by process"):
             lease(tmp_path).__enter__()
         there.stdin.close()

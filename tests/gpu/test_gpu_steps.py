@@ -19,7 +19,7 @@ from tiny_runs import Scenario, join, make_source, prepared, run
 
 from rayalign.config.training import StrategyConfig
 from rayalign.engine.batches import StreamWork
-from rayalign.engine.prefetch import Prefetched, always
+from rayalign.engine.prefetch import Prefetched, at_any_time
 from rayalign.engine.strategy.base import make_strategy
 
 
@@ -65,7 +65,7 @@ def forward_and_backward(runner: Any, work: tuple[StreamWork, ...]) -> None:
 def test_what_is_read_ahead_lies_in_pinned_memory(cuda: torch.device, folder: Path, name: str) -> None:
     scenario = scenario_of(folder, name)
     source = make_source(scenario, make_strategy("single", cuda))
-    ahead = Prefetched(source, steps=STEPS, device=cuda, is_there=always)
+    ahead = Prefetched(source, steps=STEPS, device=cuda, is_there=at_any_time)
     for step in range(2):
         [found], [expected] = ahead.get(step), source.get(step)
         for ours, theirs in zip(found.micro_batches, expected.micro_batches, strict=True):
