@@ -45,7 +45,7 @@ def local(place: Place) -> Path:
 @functools.cache
 def dead_owner() -> dict[str, Any]:
     """What a process of this machine said of itself that has ended."""
-    code = "import json; from rayalign.storage.lease import identity; print(json.dumps(identity()))"
+    code = "import json; from rayalign.storage.lease import owner_identity; print(json.dumps(owner_identity()))"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return {**json.loads(told.stdout), "token": "dead", "since": "once"}
 
