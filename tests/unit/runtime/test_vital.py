@@ -47,6 +47,7 @@ else:
 if settled == "meanwhile":
     threading.Timer(0.1, vital.settle).start()
 children[victim].wait() if settled == "released" or victim == "bystander" else threading.Event().wait(60)
+vital.settle()  # the children end now, as they do after a command's last word
 for child in children.values():
     child.kill()
 print("lives")
